@@ -1,0 +1,159 @@
+"""Banks: E low-rank experts of rank r on each of some sites, over a range of layers.
+
+Axes: N layers of the bank, D input width, E experts, r rank, O output width.
+A bank's parameters are a plain tree `{site: {"lora_a": [N, D, E, r], "lora_b": [N, E, r, O],
+"scale"?: [N, E, r], "router"?: {"kernel": [N, D, E], "bias"?: [N, E]}}}`, all float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from medmoe_jax.base.config import DecoderConfig, site_shapes
+from medmoe_jax.errors import UserError
+from medmoe_jax.routing.routers import check_top_k
+
+GATES = ("always", "token")
+
+
+@dataclass(frozen=True)
+class BankSpec:
+    """What a bank is; its weights are kept apart.
+
+    Attributes:
+      name: unique within a recipe.
+      sites: the sites it sits on.
+      start, stop: its range of layers.
+      experts, rank: E and r.
+      alpha: `s = alpha / r`, or `alpha / sqrt(r)` if `rank_stabilised`.
+      gate: `always` (weight 1) or `token` (learned router, top-k).
+      top_k, renormalise, router_bias: of the token router.
+      dropout: probability, on the input of A only, in training.
+      learned_scale: whether there is a Λ between A and B.
+    """
+
+    name: str
+    sites: tuple[str, ...]
+    start: int
+    stop: int
+    experts: int = 1
+    rank: int = 16
+    alpha: float = 32.0
+    rank_stabilised: bool = False
+    gate: str = "always"
+    top_k: int = 2
+    renormalise: bool = True
+    router_bias: bool = True
+    dropout: float = 0.0
+    learned_scale: bool = False
+
+    def __post_init__(self):
+        where = f"bank '{self.name}'"
+        if self.gate not in GATES:
+            raise UserError(f"{where}.gate: '{self.gate}' is none of {', '.join(GATES)}")
+        if self.experts < 1 or self.rank < 1:
+            raise UserError(
+                f"{where}: experts ({self.experts}) and rank ({self.rank}) must be >= 1"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"{where}.dropout: {self.dropout} is not in [0, 1)")
+        if self.gate == "token":
+            check_top_k(where, self.top_k, self.experts)
+
+    @property
+    def s(self) -> float:
+        """The factor on the bank's output."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+    @property
+    def layers(self) -> int:
+        """Number of layers it sits on."""
+        return self.stop - self.start
+
+    def replace(self, **changes) -> BankSpec:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+def match_sites(name: str, patterns: tuple[str, ...], config: DecoderConfig) -> tuple[str, ...]:
+    """Sites that match any of the globs, in the decoder's order.
+
+    Raises:
+      UserError: a pattern matches no site.
+    """
+    known = site_shapes(config)
+    for pattern in patterns:
+        if not fnmatch.filter(known, pattern):
+            raise UserError(
+                f"bank '{name}'.sites: pattern '{pattern}' matches none of {', '.join(known)}"
+            )
+    if not patterns:
+        raise UserError(f"bank '{name}'.sites is empty; name sites such as 'attn.*' or 'mlp.up'")
+    return tuple(s for s in known if any(fnmatch.fnmatch(s, p) for p in patterns))
+
+
+def match_layers(name: str, layers: tuple[int | None, int | None], n_layers: int):
+    """`(start, stop)` of a slice over the layers; UserError when it is empty."""
+    start, stop, _ = slice(*layers).indices(n_layers)
+    if start >= stop:
+        raise UserError(f"bank '{name}'.layers: {layers} holds none of the {n_layers} layers")
+    return start, stop
+
+
+def shapes(spec: BankSpec, config: DecoderConfig) -> dict[str, dict[str, Any]]:
+    """The tree of shapes of a bank's parameters."""
+    N, E, r = spec.layers, spec.experts, spec.rank
+    out: dict[str, dict[str, Any]] = {}
+    for site in spec.sites:
+        D, O = site_shapes(config)[site]
+        leaves: dict[str, Any] = {"lora_a": (N, D, E, r), "lora_b": (N, E, r, O)}
+        if spec.learned_scale:
+            leaves["scale"] = (N, E, r)
+        if spec.gate == "token":
+            leaves["router"] = {"kernel": (N, D, E)}
+            if spec.router_bias:
+                leaves["router"]["bias"] = (N, E)
+        out[site] = leaves
+    return out
+
+
+def abstract(spec: BankSpec, config: DecoderConfig):
+    """The bank's parameters as `ShapeDtypeStruct`s."""
+    return jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        shapes(spec, config),
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def init(spec: BankSpec, config: DecoderConfig, key: jax.Array):
+    """Fresh parameters: A and router U(±1/sqrt(D)), B and Λ such that the output is zero.
+
+    Without a learned scale B = 0 (LoRA); with one, Λ = 0 and A, B ~ N(0, 0.02) (AdaLoRA).
+    The bank's name enters every draw: two banks made from one key look in different directions.
+    """
+
+    def leaf(path, struct):
+        name = jax.tree_util.keystr(path)
+        k = jax.random.fold_in(key, zlib.crc32(f"{spec.name}{name}".encode()))
+        if name.endswith("['scale']") or (name.endswith("['lora_b']") and not spec.learned_scale):
+            return jnp.zeros(struct.shape, struct.dtype)
+        if spec.learned_scale and "lora" in name:
+            return 0.02 * jax.random.normal(k, struct.shape, struct.dtype)
+        D = site_shapes(config)[path[0].key][0]
+        return jax.random.uniform(k, struct.shape, struct.dtype, -(D**-0.5), D**-0.5)
+
+    return jax.tree_util.tree_map_with_path(leaf, abstract(spec, config))
+
+
+def count(params) -> int:
+    """Number of parameters in a tree."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

@@ -1,0 +1,212 @@
+"""What happens to banks between stages, as pure functions.
+
+Axes: N layers, D input width, E experts, r rank, O output width.
+`roster` is `{bank: (BankSpec, state)}` in order, `banks` is `{bank: parameters}`. States:
+`train`, `frozen`, `off` (kept, absent from the forward), `merged` (inside the base's weights;
+kept so that a load can replay the merge).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from medmoe_jax.adapters import bank as bank_lib
+from medmoe_jax.adapters.bank import BankSpec
+from medmoe_jax.base import trees
+from medmoe_jax.base.config import DecoderConfig
+from medmoe_jax.errors import UserError
+
+Roster = Mapping[str, tuple[BankSpec, str]]
+STATES = ("train", "frozen", "off", "merged")
+
+
+def active_banks(roster: Roster) -> tuple[BankSpec, ...]:
+    """The banks that take part in the forward pass, in order."""
+    return tuple(spec for spec, state in roster.values() if state in ("train", "frozen"))
+
+
+def add(roster: Roster, banks, spec: BankSpec, config: DecoderConfig, key, state: str = "train"):
+    """The roster and banks with one more bank, whose output is zero at first.
+
+    Raises:
+      UserError: a bank of that name is there already.
+    """
+    if spec.name in roster:
+        raise UserError(f"bank '{spec.name}' is added twice; names are unique within a recipe")
+    params = bank_lib.init(spec, config, key)
+    return {**roster, spec.name: (spec, state)}, {**banks, spec.name: params}
+
+
+def set_state(roster: Roster, name: str, state: str):
+    """The roster with a bank in another state (`freeze` is `set_state(..., "frozen")`).
+
+    Raises:
+      UserError: no such bank, no such state, or the bank is merged already.
+    """
+    spec, old = find(roster, name)
+    if state not in STATES:
+        raise UserError(f"bank '{name}': state '{state}' is none of {', '.join(STATES)}")
+    if old == "merged":
+        raise UserError(f"bank '{name}' is merged into the base; it cannot become '{state}'")
+    return {**roster, name: (spec, state)}
+
+
+def freeze(roster: Roster, name: str):
+    """The roster with a bank that stays in the forward but is not trained."""
+    return set_state(roster, name, "frozen")
+
+
+def drop(roster: Roster, banks, name: str):
+    """The roster and banks without a bank and its routers."""
+    _, state = find(roster, name)
+    if state == "merged":
+        raise UserError(f"bank '{name}' is merged into the base; it cannot be dropped")
+    return {k: v for k, v in roster.items() if k != name}, {
+        k: v for k, v in banks.items() if k != name
+    }
+
+
+def merge(roster: Roster, banks, base, name: str, *, donate: bool = False):
+    """`W += s Σ_e A_e Λ_e B_e` on the bank's sites: `(roster, base)`, the bank marked `merged`.
+
+    `donate` gives up the old base's touched kernels, so that none is held twice.
+
+    Raises:
+      UserError: the bank's gate depends on the token.
+    """
+    spec, state = find(roster, name)
+    if state == "merged":
+        raise UserError(f"bank '{name}' is merged already")
+    base = merge_into(base, [(spec, banks[name])], donate=donate)
+    return {**roster, name: (spec, "merged")}, base
+
+
+def fold(roster: Roster, banks, base, *, donate: bool = False):
+    """The base with every bank that takes part in the forward merged into it, in one rounding.
+
+    `donate` as in `merge`.
+
+    Raises:
+      UserError: a bank's gate depends on the token.
+    """
+    active = [
+        (s, banks[name]) for name, (s, state) in roster.items() if state in ("train", "frozen")
+    ]
+    return merge_into(base, active, donate=donate)
+
+
+def stack(name: str, members: list[tuple[BankSpec, Any]]) -> tuple[BankSpec, Any]:
+    """E banks of one `always` expert as one bank of E experts, computing the same sum.
+
+    Ranks are padded with zeros to the largest; each member's s goes into Λ, so that the stacked
+    bank has s = 1.
+
+    Raises:
+      UserError: members differ in sites, layers or dropout, or are gated or not single.
+    """
+    first = members[0][0]
+    for spec, _ in members:
+        if spec.experts != 1 or spec.gate != "always":
+            raise UserError(f"stack '{name}': bank '{spec.name}' is not one always-on expert")
+        same = (spec.sites, spec.start, spec.stop, spec.dropout)
+        if same != (first.sites, first.start, first.stop, first.dropout):
+            raise UserError(
+                f"stack '{name}': '{spec.name}' differs from '{first.name}' in sites, layers or "
+                "dropout"
+            )
+    rank = max(spec.rank for spec, _ in members)
+
+    def widen(leaf, r_axis: int):
+        pad = [(0, 0)] * leaf.ndim
+        pad[r_axis] = (0, rank - leaf.shape[r_axis])
+        return jnp.pad(leaf, pad)
+
+    params = {}
+    for site in first.sites:
+        parts = [(spec, p[site]) for spec, p in members]
+        scales = [
+            s.s * (p["scale"] if "scale" in p else jnp.ones((s.layers, 1, s.rank)))
+            for s, p in parts
+        ]
+        params[site] = {
+            "lora_a": jnp.concatenate([widen(p["lora_a"], 3) for _, p in parts], axis=2),
+            "lora_b": jnp.concatenate([widen(p["lora_b"], 2) for _, p in parts], axis=1),
+            "scale": jnp.concatenate([widen(x, 2) for x in scales], axis=1),
+        }
+    spec = first.replace(
+        name=name,
+        experts=len(members),
+        rank=rank,
+        alpha=float(rank),
+        rank_stabilised=False,
+        learned_scale=True,
+    )
+    return spec, params
+
+
+def delta(spec: BankSpec, site_params_i) -> jax.Array:
+    """`s Σ_e A_e Λ_e B_e` of one layer of one site, float32 `[D, O]`."""
+    a_DxExr, b_ExrxO = site_params_i["lora_a"], site_params_i["lora_b"]
+    if "scale" in site_params_i:
+        a_DxExr = a_DxExr * site_params_i["scale"][None]
+    full = jax.lax.Precision.HIGHEST
+    return spec.s * jnp.einsum("DEr,ErO->DO", a_DxExr, b_ExrxO, precision=full)
+
+
+def _add_deltas(specs: tuple[BankSpec, ...], kernel_LxDxO, params):
+    """One site's stacked kernel plus the banks' deltas, layer by layer, rounded once."""
+
+    def layer(i, kernel_LxDxO):
+        w_DxO = kernel_LxDxO[i].astype(jnp.float32)
+        for spec, p in zip(specs, params, strict=True):
+            j = jnp.clip(i - spec.start, 0, spec.layers - 1)
+            here = (i >= spec.start) & (i < spec.stop)
+            p_i = jax.tree.map(lambda leaf, j=j: leaf[j], p)
+            w_DxO = w_DxO + jnp.where(here, delta(spec, p_i), 0.0)
+        return kernel_LxDxO.at[i].set(w_DxO.astype(kernel_LxDxO.dtype))
+
+    return jax.lax.fori_loop(0, kernel_LxDxO.shape[0], layer, kernel_LxDxO)
+
+
+_ADD = {
+    donate: jax.jit(_add_deltas, static_argnums=0, donate_argnums=(1,) if donate else ())
+    for donate in (False, True)
+}
+
+
+def check_mergeable(spec: BankSpec) -> None:
+    """Raise UserError for a bank whose gate depends on the token."""
+    if spec.gate != "always":
+        raise UserError(
+            f"bank '{spec.name}' has gate '{spec.gate}': its weights depend on the token, so it "
+            "cannot be merged into the base; drop it or keep the model unmerged"
+        )
+
+
+def merge_into(base, members: list[tuple[BankSpec, Any]], *, donate: bool = False):
+    """The base with the members' deltas added; only the touched kernels are new arrays.
+
+    Raises:
+      UserError: a member's gate depends on the token.
+    """
+    for spec, _ in members:
+        check_mergeable(spec)
+    out = base
+    for site in dict.fromkeys(site for spec, _ in members for site in spec.sites):
+        here = [(spec, p[site]) for spec, p in members if site in spec.sites]
+        specs, params = zip(*here, strict=True)
+        kernel = trees.get(base, f"layers.{site}.kernel")
+        kernel = _ADD[donate](specs, kernel, list(params))
+        out = trees.overlay(out, trees.unflatten([(f"layers.{site}.kernel", kernel)]))
+    return out
+
+
+def find(roster: Roster, name: str) -> tuple[BankSpec, str]:
+    """A bank's specification and state; UserError names the known banks."""
+    if name not in roster:
+        raise UserError(f"there is no bank '{name}'; known: {', '.join(roster) or 'none'}")
+    return roster[name]

@@ -1,0 +1,121 @@
+"""A decoder with banks: cuts the layers into segments and composes the seam.
+
+Axes: B batch, T tokens, D model.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flax import nnx
+
+from medmoe_jax.adapters.bank import BankSpec
+from medmoe_jax.adapters.site import adapted_linear
+from medmoe_jax.base import decoder
+from medmoe_jax.base.config import DecoderConfig
+from medmoe_jax.base.decoder import Execution, Segment
+from medmoe_jax.base.loss import logits
+from medmoe_jax.routing.dispatch import strategy
+
+
+@dataclass(frozen=True)
+class AdaptedConfig:
+    """Everything static about a decoder and the banks that take part in its forward pass.
+
+    Attributes:
+      decoder: shapes of the base.
+      banks: the active banks, in order.
+      execution: how the base is run.
+      dispatch: name of the strategy (`routing.dispatch`).
+    """
+
+    decoder: DecoderConfig
+    banks: tuple[BankSpec, ...] = ()
+    execution: Execution = field(default_factory=Execution)
+    dispatch: str = "stacked"
+
+
+def segments(config: AdaptedConfig, banks: Mapping[str, Any]) -> tuple[Segment, ...]:
+    """Layer ranges within which the set of banks is constant.
+
+    Args:
+      config: names the active banks.
+      banks: `{bank: parameters}`; may hold banks that are not active.
+    """
+    n_layers = config.decoder.n_layers
+    cuts = sorted({0, n_layers, *(c for b in config.banks for c in (b.start, b.stop))})
+    out = []
+    for start, stop in itertools.pairwise(cuts):
+        here = tuple(b for b in config.banks if b.start <= start and stop <= b.stop)
+        if not here:
+            out.append(Segment(start, stop))
+            continue
+        extra = {b.name: _layers_of(banks[b.name], start - b.start, stop - b.start) for b in here}
+        linear = functools.partial(adapted_linear, here, strategy(config.dispatch))
+        out.append(Segment(start, stop, extra, linear))
+    return tuple(out)
+
+
+def _layers_of(params, start: int, stop: int):
+    if isinstance(params, Mapping):
+        return {key: _layers_of(value, start, stop) for key, value in params.items()}
+    return params if (start, stop) == (0, params.shape[0]) else params[start:stop]
+
+
+def hidden(
+    config: AdaptedConfig,
+    params,
+    banks: Mapping[str, Any],
+    tokens_BxT,
+    segment_ids_BxT,
+    positions_BxT,
+    *,
+    trained=None,
+    context: Mapping[str, Any] | None = None,
+    cache: decoder.Cache | None = None,
+):
+    """As `base.decoder.hidden`, with the active banks; `aux` is `{"bank/site": RouterStats}`.
+
+    Returns:
+      `(x_BxTxD, cache, aux)`, `aux` with leaves `[layers of the bank's segments in order, ...]`
+      as one dict a segment.
+    """
+    return decoder.hidden(
+        config.decoder,
+        params,
+        tokens_BxT,
+        segment_ids_BxT,
+        positions_BxT,
+        execution=config.execution,
+        segments=segments(config, banks),
+        trained=trained,
+        context=context,
+        cache=cache,
+    )
+
+
+class AdaptedDecoder(nnx.Module):
+    """A frozen decoder with banks as an NNX module, for use in other Flax projects.
+
+    The base is held as plain `nnx.Variable`s, the banks as `nnx.Param`s: so `nnx.grad` and
+    `nnx.Optimizer(..., wrt=nnx.Param)` see the banks only.
+    """
+
+    def __init__(self, config: AdaptedConfig, params, banks: Mapping[str, Any]):
+        self.config = config
+        self.base = nnx.data(_wrap(params, nnx.Variable))
+        self.banks = nnx.data(_wrap(banks, nnx.Param))
+
+    def __call__(self, tokens_BxT, segment_ids_BxT, positions_BxT):
+        """Float32 logits `[B, T, V]`."""
+        base, banks = nnx.as_pure(self.base), nnx.as_pure(self.banks)
+        x_BxTxD, _, _ = hidden(self.config, base, banks, tokens_BxT, segment_ids_BxT, positions_BxT)
+        return logits(self.config.decoder, decoder.head(base), x_BxTxD)
+
+
+def _wrap(tree, kind):
+    return {k: _wrap(v, kind) if isinstance(v, Mapping) else kind(v) for k, v in tree.items()}

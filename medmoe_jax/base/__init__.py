@@ -1,0 +1,1 @@
+"""The frozen decoder: configuration, layers, attention, losses. Complete without adapters."""

@@ -1,0 +1,165 @@
+"""Causal attention within packed segments.
+
+Axes: B batch, T queries, S keys, H query heads, K key/value heads, G = H/K, h head dimension.
+A key is visible when it belongs to the query's segment, does not come after it and lies within
+the layer's window. Segment 0 is padding and sees only itself, so that its softmax stays finite.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from medmoe_jax.base.config import DecoderConfig
+
+_CHUNK_SCORES = 2**20  # float32 attention scores of a chunk on one device: 4 MiB
+
+
+def visible(q_segments_BxT, q_positions_BxT, k_segments_BxS, k_positions_BxS, window):
+    """Boolean mask `[B, T, S]`; `window` is a (traced) number of tokens, 0 = unlimited."""
+    distance_BxTxS = q_positions_BxT[:, :, None] - k_positions_BxS[:, None, :]
+    same_BxTxS = q_segments_BxT[:, :, None] == k_segments_BxS[:, None, :]
+    near_BxTxS = (window == 0) | (distance_BxTxS < window)
+    return same_BxTxS & (distance_BxTxS >= 0) & near_BxTxS
+
+
+def einsum_attention(q_BxTxHxh, k_BxSxKxh, v_BxSxKxh, mask_BxTxS, *, scale, softcap):
+    """Attention by two einsums with a float32 softmax and an optional soft-cap on the scores."""
+    B, T, H, h = q_BxTxHxh.shape
+    K = k_BxSxKxh.shape[2]
+    q_BxTxKxGxh = q_BxTxHxh.reshape(B, T, K, H // K, h)
+    score_BxKxGxTxS = jnp.einsum(
+        "BTKGh,BSKh->BKGTS", q_BxTxKxGxh, k_BxSxKxh, preferred_element_type=jnp.float32
+    )
+    score_BxKxGxTxS *= scale
+    if softcap:
+        score_BxKxGxTxS = softcap * jnp.tanh(score_BxKxGxTxS / softcap)
+    score_BxKxGxTxS = jnp.where(mask_BxTxS[:, None, None], score_BxKxGxTxS, -1e30)
+    weight_BxKxGxTxS = jax.nn.softmax(score_BxKxGxTxS, axis=-1).astype(v_BxSxKxh.dtype)
+    return jnp.einsum("BKGTS,BSKh->BTKGh", weight_BxKxGxTxS, v_BxSxKxh).reshape(B, T, H, h)
+
+
+def _splash_kernel(heads: int, tokens: int, window: int, softcap: float):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    shape = (tokens, tokens)
+    one = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
+    return splash.make_splash_mha(
+        masks.MultiHeadMask([one] * heads),
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=softcap or None,
+    )
+
+
+def splash_attention(
+    config: DecoderConfig,
+    q_BxTxHxh,
+    k_BxTxKxh,
+    v_BxTxKxh,
+    segments_BxT,
+    window,
+    activations: NamedSharding | None = None,
+):
+    """TPU splash attention; layers of both kinds share one compiled loop through `lax.switch`.
+
+    Within a packed row, segments are contiguous, so order in the row is order in the segment.
+    The compiler cannot partition a kernel: with a sharding of the activations, each device runs
+    it on its own rows and, where they divide, on its own heads of the mesh axis `tensor`.
+    """
+    run = functools.partial(_local_splash, config)
+    if activations is not None:
+        mesh, rows = activations.mesh, activations.spec[0]
+        tensor = mesh.shape.get("tensor", 1)
+        heads = "tensor" if tensor > 1 and k_BxTxKxh.shape[2] % tensor == 0 else None
+        spec = PartitionSpec(rows, None, heads, None)
+        run = jax.shard_map(
+            run,
+            mesh=mesh,
+            in_specs=(spec, spec, spec, PartitionSpec(rows, None), PartitionSpec()),
+            out_specs=spec,
+            check_vma=False,
+        )
+    return run(q_BxTxHxh, k_BxTxKxh, v_BxTxKxh, segments_BxT, window)
+
+
+def _local_splash(config: DecoderConfig, q_BxTxHxh, k_BxTxKxh, v_BxTxKxh, segments_BxT, window):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
+    T, H = q_BxTxHxh.shape[1:3]
+    repeat = H // k_BxTxKxh.shape[2]
+    q, k, v = (
+        jnp.swapaxes(x, 1, 2)
+        for x in (
+            q_BxTxHxh * jnp.asarray(config.scale, q_BxTxHxh.dtype),
+            jnp.repeat(k_BxTxKxh, repeat, axis=2),
+            jnp.repeat(v_BxTxKxh, repeat, axis=2),
+        )
+    )
+    ids = splash.SegmentIds(segments_BxT, segments_BxT)
+
+    def run(size: int):
+        kernel = _splash_kernel(H, T, size, config.attn_softcap)
+        return jax.vmap(kernel)(q, k, v, segment_ids=ids)
+
+    sizes = sorted(set(config.windows)) or [0]
+    if len(sizes) == 1:
+        return jnp.swapaxes(run(sizes[0]), 1, 2)
+    branches = [functools.partial(run, size) for size in sizes]
+    which = jnp.searchsorted(jnp.asarray(sizes), window)
+    return jnp.swapaxes(jax.lax.switch(which, branches), 1, 2)
+
+
+def _divisor(n: int, most: int) -> int:
+    """The largest divisor of n that is at most `most` (at least 1)."""
+    return max(d for d in range(1, n + 1) if n % d == 0 and d <= max(most, 1))
+
+
+def _whole(config: DecoderConfig, q_BxTxHxh, k_BxSxKxh, v_BxSxKxh, mask_BxTxS):
+    if config.attn_softcap:
+        return einsum_attention(
+            q_BxTxHxh,
+            k_BxSxKxh,
+            v_BxSxKxh,
+            mask_BxTxS,
+            scale=config.scale,
+            softcap=config.attn_softcap,
+        )
+    return jax.nn.dot_product_attention(
+        q_BxTxHxh, k_BxSxKxh, v_BxSxKxh, mask=mask_BxTxS[:, None], scale=config.scale
+    )
+
+
+def attend(config: DecoderConfig, q_BxTxHxh, k_BxSxKxh, v_BxSxKxh, mask_BxTxS, shards: int = 1):
+    """Masked attention off TPU and in cached decoding: `[B, T, H, h]` in q's dtype.
+
+    Scores exist for a few rows at a time and are made anew in the backward pass: they then stay in
+    the processor's cache, which is several times faster there than a `[B, H, T, S]` array.
+
+    Args:
+      config: scale and soft-cap.
+      q_BxTxHxh, k_BxSxKxh, v_BxSxKxh: queries, keys and values.
+      mask_BxTxS: True where a key is visible.
+      shards: devices that the rows are spread over; every chunk has rows of each.
+    """
+    B, T, H, _ = q_BxTxHxh.shape
+    rows = B // shards
+    row_scores = H * T * mask_BxTxS.shape[-1]
+    chunk = _divisor(rows, _CHUNK_SCORES // row_scores)
+    one = functools.partial(_whole, config)
+    arrays = (q_BxTxHxh, k_BxSxKxh, v_BxSxKxh, mask_BxTxS)
+    if chunk == rows:
+        return one(*arrays)
+
+    def split(x):
+        """`[B, ...]` to `[chunks, shards * chunk, ...]`, each chunk spread like the whole."""
+        x = x.reshape(shards, rows // chunk, chunk, *x.shape[1:])
+        return jnp.moveaxis(x, 1, 0).reshape(rows // chunk, shards * chunk, *x.shape[3:])
+
+    out = jax.lax.map(lambda chunked: jax.checkpoint(one)(*chunked), tuple(map(split, arrays)))
+    out = out.reshape(rows // chunk, shards, chunk, *out.shape[2:])
+    return jnp.moveaxis(out, 0, 1).reshape(q_BxTxHxh.shape)

@@ -1,0 +1,125 @@
+"""The published decoders' shapes, by name: for random bases, compile reports and tests."""
+
+from __future__ import annotations
+
+from medmoe_jax.base.config import DecoderConfig, RopeScaling
+from medmoe_jax.errors import UserError
+
+
+def _sizes(layers: int, width: int, heads: int, kv_heads: int, ff: int, head_dim: int = 0) -> dict:
+    return dict(
+        n_layers=layers,
+        d_model=width,
+        n_heads=heads,
+        n_kv_heads=kv_heads,
+        d_ff=ff,
+        head_dim=head_dim or width // heads,
+    )
+
+
+def _qwen(*sizes, vocab: int = 151936, positions: int = 32768, **more) -> DecoderConfig:
+    """Qwen 1.5, 2 and 2.5: biases on q, k and v."""
+    fields = dict(qkv_bias=True, rope_theta=1e6, max_positions=positions) | more
+    return DecoderConfig(vocab_size=vocab, **_sizes(*sizes), **fields)
+
+
+def _qwen3(*sizes, tied: bool = True) -> DecoderConfig:
+    """Qwen 3: norms on q and k instead of biases, heads of 128."""
+    return DecoderConfig(
+        vocab_size=151936,
+        **_sizes(*sizes, head_dim=128),
+        qk_norm=True,
+        rope_theta=1e6,
+        max_positions=40960,
+        tied=tied,
+    )
+
+
+def _llama3(*sizes, positions: int, factor: float = 0.0, tied: bool = False) -> DecoderConfig:
+    """Llama 3 and, with a factor, 3.1 and 3.2."""
+    scaling = RopeScaling(
+        "llama3",
+        factor=factor,
+        original_max_positions=8192,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+    )
+    return DecoderConfig(
+        vocab_size=128256,
+        **_sizes(*sizes),
+        norm_eps=1e-5,
+        rope_theta=5e5,
+        rope_scaling=scaling if factor else None,
+        max_positions=positions,
+        tied=tied,
+    )
+
+
+def _gemma2(layers: int, width: int, heads: int, kv_heads: int, ff: int) -> DecoderConfig:
+    """Gemma 2: every other layer, from the first, sees 4096 tokens."""
+    return DecoderConfig(
+        vocab_size=256000,
+        **_sizes(layers, width, heads, kv_heads, ff, head_dim=256),
+        activation="gelu_tanh",
+        norm_offset=1.0,
+        tied=True,
+        post_norms=True,
+        embed_scale=width**0.5,
+        query_scale=256**-0.5,
+        attn_softcap=50.0,
+        final_softcap=30.0,
+        windows=tuple(4096 * (i % 2 == 0) for i in range(layers)),
+        max_positions=8192,
+    )
+
+
+PRESETS: dict[str, DecoderConfig] = {
+    "qwen1.5-0.5b": _qwen(24, 1024, 16, 16, 2816, tied=True),
+    "qwen1.5-1.8b": _qwen(24, 2048, 16, 16, 5504),
+    "qwen1.5-4b": _qwen(40, 2560, 20, 20, 6912, rope_theta=5e6),
+    "qwen1.5-7b": _qwen(32, 4096, 32, 32, 11008),
+    "qwen1.5-14b": _qwen(40, 5120, 40, 40, 13696, vocab=152064),
+    "qwen2-0.5b": _qwen(24, 896, 14, 2, 4864, positions=131072, tied=True),
+    "qwen2-1.5b": _qwen(28, 1536, 12, 2, 8960, positions=131072, tied=True),
+    "qwen2-7b": _qwen(28, 3584, 28, 4, 18944, vocab=152064, positions=131072),
+    "qwen2.5-0.5b": _qwen(24, 896, 14, 2, 4864, tied=True),
+    "qwen2.5-1.5b": _qwen(28, 1536, 12, 2, 8960, positions=131072, tied=True),
+    "qwen2.5-3b": _qwen(36, 2048, 16, 2, 11008, tied=True),
+    "qwen2.5-7b": _qwen(28, 3584, 28, 4, 18944, vocab=152064, positions=131072),
+    "qwen3-0.6b": _qwen3(28, 1024, 16, 8, 3072),
+    "qwen3-1.7b": _qwen3(28, 2048, 16, 8, 6144),
+    "qwen3-4b": _qwen3(36, 2560, 32, 8, 9728),
+    "qwen3-8b": _qwen3(36, 4096, 32, 8, 12288, tied=False),
+    "llama2-7b": DecoderConfig(
+        vocab_size=32000, **_sizes(32, 4096, 32, 32, 11008), norm_eps=1e-5, max_positions=4096
+    ),
+    "llama3-8b": _llama3(32, 4096, 32, 8, 14336, positions=8192),
+    "llama3.2-1b": _llama3(16, 2048, 32, 8, 8192, positions=131072, factor=32.0, tied=True),
+    "mistral-7b": DecoderConfig(
+        vocab_size=32000,
+        **_sizes(32, 4096, 32, 8, 14336),
+        norm_eps=1e-5,
+        windows=(4096,) * 32,
+        max_positions=32768,
+    ),
+    "gemma2-2b": _gemma2(26, 2304, 8, 4, 9216),
+    "gemma2-9b": _gemma2(42, 3584, 16, 8, 14336),
+    "phi3-mini": DecoderConfig(
+        vocab_size=32064,
+        **_sizes(32, 3072, 32, 32, 8192),
+        norm_eps=1e-5,
+        windows=(2047,) * 32,
+        max_positions=4096,
+    ),
+}
+
+
+def preset(name: str) -> DecoderConfig:
+    """The configuration of a published decoder.
+
+    Raises:
+      UserError: an unknown name; lists the known ones.
+    """
+    if name not in PRESETS:
+        raise UserError(f"no preset '{name}'; known: {', '.join(PRESETS)}")
+    return PRESETS[name]

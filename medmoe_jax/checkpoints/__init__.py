@@ -1,0 +1,1 @@
+"""What is kept on disk: runs, manifests, fingerprints and foreign weight formats."""

@@ -1,0 +1,128 @@
+"""Small files that survive a crash: whole-file writes, JSON with good errors, the metrics log.
+
+Paths are local or mounted (NFS, gcsfuse): a write is a temporary file, fsync and a rename.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from medmoe_jax.errors import UserError
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace `path` by `text`: a crash leaves the old content or the new, never a mixture.
+
+    Raises:
+      OSError: the disk is full or the folder cannot be written; the old content is intact.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Replace `path` by `value` as indented JSON, atomically. Raises TypeError for other types."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """The JSON value in `path`.
+
+    Raises:
+      UserError: the file is absent, or is not JSON; the message names the file and the line.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text: {error.reason}") from None
+
+
+class MetricsLog:
+    """A JSONL file with one object per line, each with its `step`.
+
+    Opening it cuts off a torn last line and every line after `after_step`, so that a resumed run
+    continues the curve with no duplicate. To leave no gap either, write and `sync` the lines up
+    to a step before the checkpoint of that step is saved.
+    """
+
+    def __init__(self, path: str | Path, after_step: int = 0):
+        """Open `path` for lines after `after_step` (0: a new run, nothing is kept but step 0).
+
+        Raises:
+          UserError: a line other than the last is not a JSON object with an integer `step`.
+        """
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Unbuffered: a line reaches the kernel whole, whatever then happens to the process.
+        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
+        self._file.truncate(_length_up_to(self.path, after_step))
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Append one line {"step": step, **values}; values are JSON-able."""
+        self._file.write((json.dumps({"step": step, **values}) + "\n").encode())
+
+    def sync(self) -> None:
+        """Wait until every line is on the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Sync and close the file."""
+        if not self._file.closed:
+            self.sync()
+            self._file.close()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """All whole lines of a metrics log, as written; a torn last line is left out.
+
+    Raises:
+      UserError: a line other than the last is not a JSON object with an integer `step`.
+    """
+    lines = Path(path).read_bytes().split(b"\n")[:-1]
+    return [_parse(path, number, line) for number, line in enumerate(lines, 1)]
+
+
+def _parse(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise UserError(f"{path}, line {number}: not a JSON object with an integer `step`")
+    return row
+
+
+def _length_up_to(path: Path, step: int) -> int:
+    """Bytes of the leading whole lines whose step is at most `step`."""
+    length = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n") or _parse(path, number, line)["step"] > step:
+                break
+            length += len(line)
+    return length

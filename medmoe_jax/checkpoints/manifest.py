@@ -1,0 +1,121 @@
+"""The manifest of a finished stage: what it started from, what it did, and which banks it left."""
+
+import dataclasses
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from medmoe_jax.checkpoints.files import read_json, write_json
+from medmoe_jax.errors import UserError
+
+BANK_STATES = ("train", "frozen", "off", "merged", "dropped")
+LIBRARIES = ("medmoe_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class BankEntry:
+    """One bank after a stage: its state, and for each of its arrays the shape ({} if dropped)."""
+
+    state: str
+    shapes: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What one finished stage is; see docs of the fields in the order of their declaration.
+
+    The stage's name and that of its parent ("" for the first); the fingerprints of the recipe
+    (which covers the stages before it), of the base as loaded, and of the parent's recipe ("" for
+    the first); the lifecycle operations done before it, in order, each a dictionary with `op`; its
+    banks; the number of steps; its last metrics; and the versions of the libraries that made it.
+    """
+
+    stage: str
+    after: str
+    recipe_fingerprint: str
+    base_fingerprint: str
+    parent_fingerprint: str
+    operations: list[dict[str, Any]]
+    banks: dict[str, BankEntry]
+    steps: int
+    metrics: dict[str, Any]
+    versions: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as JSON-able dictionaries."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Any, source: str | Path = "manifest") -> "Manifest":
+        """The manifest in `value`; `source` is the file's name for messages.
+
+        Raises:
+          UserError: a field is absent, unknown, of another type, or an unknown state or op.
+        """
+        fields = _checked(value, cls, source, "")
+        fields["banks"] = {
+            name: BankEntry(**_checked(entry, BankEntry, source, f"banks.{name}."))
+            for name, entry in fields["banks"].items()
+        }
+        for name, entry in fields["banks"].items():
+            if entry.state not in BANK_STATES:
+                known = ", ".join(BANK_STATES)
+                raise UserError(
+                    f"{source}: banks.{name}.state is {entry.state!r}; it must be one of {known}"
+                )
+            for leaf, shape in entry.shapes.items():
+                if not isinstance(shape, list) or not all(type(n) is int for n in shape):
+                    raise UserError(
+                        f"{source}: banks.{name}.shapes.{leaf} is {shape!r}; "
+                        "it must be a list of integers"
+                    )
+        for number, operation in enumerate(fields["operations"]):
+            if not isinstance(operation, dict) or not isinstance(operation.get("op"), str):
+                raise UserError(
+                    f"{source}: operations[{number}] must be an object with a string `op`"
+                )
+        return cls(**fields)
+
+    def write(self, path: str | Path) -> None:
+        """Write the manifest to `path`, atomically."""
+        write_json(path, self.to_json())
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Manifest":
+        """Read a manifest. Raises UserError naming the file, and the line or field at fault."""
+        return cls.from_json(read_json(path), path)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the installed libraries that decide what a run computes."""
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def _checked(value: Any, kind: type, source: str | Path, prefix: str) -> dict[str, Any]:
+    """The fields of dataclass `kind` in `value`: all there, none unknown, each of its type."""
+    if not isinstance(value, dict):
+        raise UserError(f"{source}: {prefix.rstrip('.') or 'the file'} must be a JSON object")
+    declared = {field.name: field for field in dataclasses.fields(kind)}
+    unknown = sorted(set(value) - set(declared))
+    if unknown:
+        raise UserError(f"{source}: unknown field {prefix}{unknown[0]}")
+    for name, field in declared.items():
+        if name not in value:
+            raise UserError(f"{source}: field {prefix}{name} is missing")
+        wanted = get_origin(field.type) or field.type
+        if type(value[name]) is not wanted:
+            raise UserError(
+                f"{source}: field {prefix}{name} is {value[name]!r}; it must be {wanted.__name__}"
+            )
+        if wanted is dict and get_args(field.type)[1] is str:
+            wrong = sorted(key for key, item in value[name].items() if not isinstance(item, str))
+            if wrong:
+                raise UserError(f"{source}: field {prefix}{name}.{wrong[0]} must be str")
+    return dict(value)

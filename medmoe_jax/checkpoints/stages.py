@@ -1,0 +1,383 @@
+"""What a training stage keeps on disk, and the way back from it.
+
+    STAGE/steps/20/{state, extra, SEAL.json}   a checkpoint while the stage runs (Orbax)
+    STAGE/final/{banks, extra, SEAL.json}      the banks at the stage's end
+    STAGE/manifest.json                        written last: it exists = the stage is finished
+
+Orbax renames a checkpoint into place once it is whole. The seal, written after that, lists every
+file with its size and hash, so that damage is seen before anything is loaded: bit flips would
+otherwise load as other numbers. Everything here is called by all processes alike; what is on the
+disk is judged by the first one, and the others follow it.
+"""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from medmoe_jax.checkpoints.files import read_json, write_json
+from medmoe_jax.checkpoints.manifest import Manifest
+from medmoe_jax.errors import UserError
+
+SEAL = "SEAL.json"
+MANIFEST = "manifest.json"
+# What Orbax and TensorStore raise when a file cannot be written.
+WRITE_ERRORS = (OSError, ValueError, RuntimeError)
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be written, or none can be read; the message names the folder."""
+
+
+class Restored(NamedTuple):
+    """A restored checkpoint; `skipped` says in words which newer ones were passed over and why."""
+
+    step: int
+    state: Any
+    extra: dict[str, Any]
+    skipped: tuple[str, ...]
+
+
+class StageCheckpoints:
+    """The checkpoints of one running stage: asynchronous, atomic, sealed, the last `keep` kept.
+
+    Use as a context manager, or call `close`. One process tree at a time may open a folder: what
+    an interrupted save left behind is removed on opening.
+    """
+
+    def __init__(self, directory: str | Path, keep: int = 3):
+        """Open the folder of a stage, which is made if absent.
+
+        Args:
+          directory: the stage's folder, on a disk that all processes see.
+          keep: how many finished checkpoints stay; with 1, the one before also stays until the
+            next save, so that an interruption never leaves none.
+
+        Raises:
+          CheckpointError: the folder cannot be made or read.
+        """
+        if keep < 1:
+            raise ValueError(f"keep is {keep}; at least one checkpoint must be kept")
+        self.directory = Path(directory).absolute()
+        self._steps = self.directory / "steps"
+        self._keep = keep
+        self._current: int | None = None
+        self._saving: concurrent.futures.Future | None = None
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._orbax = self._open()
+        # A damaged step stays on the disk until a newer one is whole, but is not counted here.
+        self._sealed = set(
+            _from_first_process(lambda: [step for step in self._on_disk() if self._is_sealed(step)])
+        )
+
+    def _open(self) -> ocp.training.Checkpointer:
+        self._failed_save = False
+        try:
+            return ocp.training.Checkpointer(
+                self._steps,
+                context=_context(),
+                preservation_policy=self,
+                cleanup_tmp_directories=True,
+            )
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot open the checkpoints in {self._steps}: {error}"
+            ) from error
+
+    def _release(self) -> None:
+        # After a failed save, Orbax raises the error that was reported already on every call.
+        with contextlib.suppress(*WRITE_ERRORS if self._failed_save else ()):
+            self._orbax.close()
+
+    def _on_disk(self) -> list[int]:
+        folders = self._steps.iterdir()
+        return sorted((int(f.name) for f in folders if f.name.isdigit()), reverse=True)
+
+    def _is_sealed(self, step: int) -> bool:
+        return (self._steps / str(step) / SEAL).exists()
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Orbax's question at each save: the newest sealed ones stay, and the one being saved."""
+        del context
+        newest = sorted(self._sealed)[-max(self._keep - 1, 1) :]
+        return [c.step in newest or c.step == self._current for c in checkpoints]
+
+    def latest_step(self) -> int | None:
+        """The newest finished checkpoint's step, its content not yet checked; None if none."""
+        return max(self._sealed, default=None)
+
+    def save(self, step: int, state: Any, extra: dict[str, Any]) -> None:
+        """Start saving; returns once the arrays are copied to host memory and may be donated.
+
+        Waits for the save before. `wait` or the next call raises what went wrong in this one.
+
+        Args:
+          step: must not be saved already.
+          state: pytree of jax arrays, under any sharding.
+          extra: JSON-able and the same on every process: data iterator, counters, fingerprints.
+
+        Raises:
+          CheckpointError: this or the last save failed (disk full, ...); older ones are intact.
+          ValueError: `step` is saved already, or `extra` is not JSON-able.
+        """
+        self.wait()
+        if step in self._sealed:
+            raise ValueError(f"step {step} is already saved in {self._steps}")
+        try:
+            json.dumps(extra)
+        except TypeError as error:
+            raise ValueError(f"extra must be JSON-able: {error}") from None
+        if self._failed_save:
+            self._release()
+            self._orbax = self._open()
+        self._current = step
+        items = {"state": state, "extra": {"extra": extra, "leaves": _describe(state)}}
+        try:
+            saved = self._orbax.save_checkpointables_async(step, items, force=True, overwrite=True)
+        except WRITE_ERRORS as error:
+            raise self._failed(step, error) from error
+        self._saving = self._pool.submit(self._finish, step, saved)
+
+    def _finish(self, step: int, saved: ocp.AsyncResponse[bool]) -> None:
+        try:
+            saved.result()
+            if jax.process_index() == 0:
+                _seal(self._steps / str(step))
+        except WRITE_ERRORS as error:
+            raise self._failed(step, error) from error
+        self._sealed.add(step)
+
+    def _failed(self, step: int, error: BaseException) -> CheckpointError:
+        self._failed_save = True
+        return CheckpointError(
+            f"the checkpoint of step {step} could not be written to {self._steps}: {error}. "
+            f"Earlier checkpoints are intact (steps {sorted(self._sealed)}); free space on the "
+            "disk or mend its permissions, and start again to resume from the last one."
+        )
+
+    def wait(self) -> None:
+        """Wait until the last save is finished. Raises CheckpointError if it failed."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def restore(self, abstract_state: Any) -> Restored | None:
+        """The newest checkpoint that is whole, or None if no save was ever made.
+
+        Damaged and unfinished ones are passed over with a logged warning, and named in `skipped`.
+
+        Args:
+          abstract_state: pytree of jax.ShapeDtypeStruct with the shardings to restore onto.
+
+        Raises:
+          CheckpointError: checkpoints exist and none is usable, or the state asked for has other
+            leaves, shapes or dtypes than the one saved.
+        """
+        self.wait()
+        found = _from_first_process(self._newest_whole)
+        for problem in found["skipped"]:
+            log.warning("checkpoint passed over: %s", problem)
+        step = found["step"]
+        if step is None and not found["skipped"]:
+            return None
+        if step is None:
+            raise CheckpointError(
+                f"no checkpoint in {self._steps} is usable, and the stage does not start over by "
+                f"itself: {'; '.join(found['skipped'])}. To start it over, remove the folder."
+            )
+        self._sealed = {sealed for sealed in self._sealed if sealed <= step} | {step}
+        extra = self._orbax.load_checkpointables(step, {"extra": None})["extra"]
+        _check_fit(self._steps / str(step), extra["leaves"], abstract_state)
+        state = self._orbax.load_checkpointables(step, {"state": abstract_state})["state"]
+        log.info("restored step %d from %s", step, self._steps)
+        return Restored(step, state, extra["extra"], tuple(found["skipped"]))
+
+    def _newest_whole(self) -> dict[str, Any]:
+        """{"step": newest usable step or None, "skipped": what is wrong with newer ones}."""
+        on_disk = self._on_disk()
+        if len(on_disk) == 1 and not self._is_sealed(on_disk[0]):
+            folder = self._steps / str(on_disk[0])
+            # Killed between the first save's rename, which vouches for it, and its seal.
+            log.warning("%s was saved whole but not sealed; sealed now", folder)
+            _seal(folder)
+        skipped = []
+        for step in on_disk:
+            folder = self._steps / str(step)
+            if not self._is_sealed(step):
+                skipped.append(f"{folder} was interrupted: its seal {SEAL} is not there")
+            elif problem := _damage(folder):
+                skipped.append(problem)
+            else:
+                return {"step": step, "skipped": skipped}
+        return {"step": None, "skipped": skipped}
+
+    def close(self) -> None:
+        """Wait for the last save and release the folder. Raises CheckpointError if it failed."""
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+            self._release()
+
+    def __enter__(self) -> "StageCheckpoints":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+
+def save_final(directory: str | Path, banks: Any, manifest: Manifest) -> None:
+    """Save a stage's end: its banks (nested dicts of jax arrays), then its manifest.
+
+    A save that is interrupted leaves no manifest and is simply made again.
+
+    Raises:
+      ValueError: the stage is finished already.
+      CheckpointError: the disk is full or cannot be written; there is no manifest then.
+    """
+    directory = Path(directory).absolute()
+    if is_finished(directory):
+        raise ValueError(f"{directory / MANIFEST} exists: the stage is finished already")
+    final = directory / "final"
+    try:
+        with _context():
+            ocp.save_checkpointables(
+                final, {"banks": banks, "extra": {"leaves": _describe(banks)}}, overwrite=True
+            )
+        if jax.process_index() == 0:
+            _seal(final)
+            manifest.write(directory / MANIFEST)
+    except WRITE_ERRORS as error:
+        raise CheckpointError(
+            f"the stage's end could not be written to {final}: {error}. Free space on the disk or "
+            "mend its permissions, and start again: the stage's checkpoints are intact."
+        ) from error
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"finished {directory}")
+
+
+def is_finished(directory: str | Path) -> bool:
+    """Whether the stage in `directory` has reached its end and its banks can be loaded."""
+    return _from_first_process(lambda: (Path(directory) / MANIFEST).exists())
+
+
+def abstract_final(directory: str | Path) -> Any:
+    """The finished stage's banks as nested dicts of jax.ShapeDtypeStruct, without shardings."""
+    with _context():
+        metadata = ocp.checkpointables_metadata(Path(directory).absolute() / "final").metadata
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata["banks"]
+    )
+
+
+def load_final(directory: str | Path, abstract_banks: Any = None) -> tuple[Any, Manifest]:
+    """A finished stage's banks and manifest.
+
+    Args:
+      directory: the stage's folder.
+      abstract_banks: pytree of jax.ShapeDtypeStruct with shardings; None loads every bank, each
+        array whole on one device.
+
+    Raises:
+      CheckpointError: the stage is not finished, its files are damaged, or the banks asked for
+        have other leaves, shapes or dtypes than those saved.
+      UserError: the manifest is not valid.
+    """
+    directory = Path(directory).absolute()
+    if not is_finished(directory):
+        raise CheckpointError(f"{directory} holds no finished stage: {MANIFEST} is not there")
+    manifest = Manifest.read(directory / MANIFEST)
+    final = directory / "final"
+    if problem := _from_first_process(lambda: _damage(final)):
+        raise CheckpointError(f"{problem}; restore the file from a copy, or train the stage again")
+    if abstract_banks is None:
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract_banks = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+            abstract_final(directory),
+        )
+    with _context():
+        extra = ocp.load_checkpointables(final, {"extra": None})["extra"]
+        _check_fit(final, extra["leaves"], abstract_banks)
+        return ocp.load_checkpointables(final, {"banks": abstract_banks})["banks"], manifest
+
+
+def _context() -> ocp.Context:
+    registry = ocp.handlers.local_registry()
+    registry.add(ocp.handlers.JsonHandler, checkpointable_name="extra")
+    context = ocp.Context()
+    context.checkpointables.registry = registry
+    return context
+
+
+def _describe(tree: Any) -> dict[str, str]:
+    """For each leaf's path its dtype and shape, such as float32[8, 2]."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _check_fit(folder: Path, saved: dict[str, str], abstract: Any) -> None:
+    asked = _describe(abstract)
+    for path in sorted(saved.keys() | asked.keys()):
+        there, here = saved.get(path, "absent"), asked.get(path, "absent")
+        if there != here:
+            raise CheckpointError(
+                f"{folder} does not fit what is to be restored: {path} is {there} in the "
+                f"checkpoint and {here} in this run. Was the recipe changed?"
+            )
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _seal(folder: Path) -> None:
+    """Write the seal of a folder: each file's size and hash."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+    write_json(
+        folder / SEAL,
+        {str(path.relative_to(folder)): [path.stat().st_size, _digest(path)] for path in files},
+    )
+
+
+def _damage(folder: Path) -> str:
+    """What is wrong with a sealed folder, naming the file; empty if it is as it was written."""
+    try:
+        for name, (size, digest) in read_json(folder / SEAL).items():
+            path = folder / name
+            if path.stat().st_size != size:
+                return f"{path} is damaged: {path.stat().st_size} bytes instead of {size}"
+            if _digest(path) != digest:
+                return f"{path} is damaged: its content is not what was written"
+    except FileNotFoundError as error:
+        return f"{error.filename} is damaged: the file is gone"
+    except OSError as error:
+        return f"{error.filename} cannot be read: {error.strerror}"
+    except (UserError, AttributeError, TypeError, ValueError) as error:
+        return f"{folder / SEAL} is damaged: {error}"
+    return ""
+
+
+def _from_first_process(decide: Callable[[], Any]) -> Any:
+    """What `decide` returns on the first process, a JSON-able value, on all of them."""
+    if jax.process_count() == 1:
+        return decide()
+    text = json.dumps(decide()).encode() if jax.process_index() == 0 else b""
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    buffer = np.zeros(length, np.uint8)
+    buffer[: len(text)] = np.frombuffer(text, np.uint8)
+    return json.loads(multihost_utils.broadcast_one_to_all(buffer).tobytes())

@@ -1,0 +1,79 @@
+"""`--config=FILE[:ARG] --config.field=value`: a locked ml-collections configuration."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from medmoe_jax.errors import UserError
+
+
+def load_config(arguments: Sequence[str]) -> ConfigDict:
+    """The configuration that these command-line arguments name, locked.
+
+    Args:
+      arguments: `--config=FILE[:ARG]` and `--config.field=value`, and nothing else.
+
+    Raises:
+      UserError: no such file, an unknown field (with the closest known one), a value of another
+        type, or an argument that is not about the configuration.
+    """
+    file = next((a.partition("=")[2] for a in arguments if a.startswith("--config=")), "")
+    if not file:
+        raise UserError("--config=FILE is missing; for example --config=configs/medcare.py")
+    if not os.path.isfile(file.partition(":")[0]):
+        raise UserError(f"--config: there is no file '{file.partition(':')[0]}'")
+    try:
+        config = _parse([f"--config={file}"])
+    except (
+        *(AttributeError, ImportError, KeyError, NameError, SyntaxError),
+        *(TypeError, ValueError, flags.Error),
+    ) as error:
+        raise UserError(f"{file}: {_last_line(error)}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{file}: get_config() must return an ml_collections.ConfigDict")
+    strangers = [a for a in arguments if not a.startswith("--config")]
+    if strangers:
+        raise UserError(f"unknown argument '{strangers[0]}'; see --help")
+    _check_fields(arguments, config)
+    try:
+        return _parse(arguments)
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, flags.Error) as error:
+        raise UserError(f"--config: {error}") from None
+
+
+def _last_line(error: BaseException) -> str:
+    """The end of an error's text; config_flags puts the path of the file before it."""
+    return (str(error).strip().splitlines() or ["no message"])[-1]
+
+
+def _parse(arguments: Sequence[str]):
+    values = flags.FlagValues()
+    command = ["medmoe", *arguments]
+    config_flags.DEFINE_config_file(
+        "config", flag_values=values, lock_config=True, sys_argv=command
+    )
+    values(command)
+    return values.config
+
+
+def _check_fields(arguments: Sequence[str], config: ConfigDict) -> None:
+    """Raise UserError for a field that the configuration does not have."""
+    known = list(_paths(config))
+    for argument in arguments:
+        name = argument.partition("=")[0].removeprefix("--config.")
+        if argument.startswith("--config.") and name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            raise UserError(f"--config.{name}: the configuration has no such field{hint}")
+
+
+def _paths(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+    for key, value in config.items():
+        yield prefix + key
+        if isinstance(value, ConfigDict):
+            yield from _paths(value, f"{prefix}{key}.")

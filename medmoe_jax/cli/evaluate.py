@@ -1,0 +1,59 @@
+"""Score a model on tasks.
+
+  medmoe eval --list
+  medmoe eval --config=FILE --workdir=DIR --tasks=cmedtc,pubmedqa
+  medmoe eval --config=FILE --workdir=DIR --stage=aggregate --off=noise --tasks=mine.jsonl
+
+A task is the name of a known set, or a JSONL file of {"prompt", "answer"[, "choices"]}. Writes
+report.json and prints a table with 95% intervals beside the majority baseline.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from medmoe_jax.cli.configs import load_config
+from medmoe_jax.cli.session import add_model_arguments, no_rest, open_model, run_tasks
+from medmoe_jax.errors import UserError
+from medmoe_jax.evaluation.tasks import list_tasks
+from medmoe_jax.training.setup import open_setup
+from medmoe_jax.training.summary import console
+
+
+def add_arguments(parser) -> None:
+    """Declare the command's own arguments."""
+    add_model_arguments(parser)
+    parser.add_argument("--list", action="store_true", help="print the known tasks, one a line")
+    parser.add_argument("--tasks", default="", help="names or files, comma-separated")
+    parser.add_argument("--limit", type=int, help="items a task, a seeded sample (default: all)")
+    parser.add_argument("--free", action="store_true", help="answer choices in free text")
+    parser.add_argument("--output", help="folder of report.json (default: the work directory)")
+
+
+def run(arguments, rest) -> None:
+    """Run the command."""
+    if arguments.list:
+        no_rest(rest)
+        for task in list_tasks():
+            print(task.name)
+        return
+    names = [name for name in arguments.tasks.split(",") if name]
+    if not names:
+        raise UserError("--tasks is empty; `medmoe eval --list` prints the known ones")
+    output = arguments.output or arguments.workdir
+    if not output:
+        raise UserError("give --output (or --workdir) for report.json")
+    setup = open_setup(load_config(rest))
+    model = open_model(setup, arguments.workdir, arguments.stage, arguments.off)
+    Path(output).mkdir(parents=True, exist_ok=True)
+    report = run_tasks(
+        setup,
+        model,
+        names,
+        arguments.limit,
+        records=Path(output) / "records.jsonl",
+        free=arguments.free,
+    )
+    path = report.save(Path(output) / "report.json")
+    console.print(report.table())
+    print(f"written to {path}")

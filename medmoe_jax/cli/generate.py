@@ -1,0 +1,53 @@
+"""Answer a prompt, or every row of a JSONL.
+
+  medmoe generate --config=FILE --workdir=DIR "What does a lack of vitamin C cause?"
+  medmoe generate --config=FILE --workdir=DIR --input=prompts.jsonl --output=answers.jsonl
+
+Rows hold "prompt"; "response" is added.
+"""
+
+from __future__ import annotations
+
+import json
+
+from medmoe_jax.checkpoints.files import write_text
+from medmoe_jax.cli.configs import load_config
+from medmoe_jax.cli.session import add_model_arguments, open_model, read_rows
+from medmoe_jax.errors import UserError
+from medmoe_jax.inference.engine import Sampling
+from medmoe_jax.training.setup import open_setup
+
+
+def add_arguments(parser) -> None:
+    """Declare the command's own arguments."""
+    add_model_arguments(parser)
+    parser.add_argument("prompt", nargs="?", help="one prompt; its answer is printed")
+    parser.add_argument("--input", help="JSONL of prompts")
+    parser.add_argument("--output", help="JSONL to write")
+    parser.add_argument("--max-tokens", type=int, default=256, help="of an answer (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (%(default)s)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus size (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
+
+
+def run(arguments, rest) -> None:
+    """Run the command."""
+    if (arguments.prompt is None) == (arguments.input is None):
+        raise UserError("give either a prompt or --input=FILE")
+    if (arguments.input is None) != (arguments.output is None):
+        raise UserError("--input and --output go together")
+    sampling = Sampling(arguments.temperature, arguments.top_p, arguments.seed)
+    rows = [{"prompt": arguments.prompt}]
+    if arguments.input is not None:
+        rows = read_rows(arguments.input, ("prompt",))
+    setup = open_setup(load_config(rest))
+    model = open_model(setup, arguments.workdir, arguments.stage, arguments.off)
+    answers = model.generate([r["prompt"] for r in rows], arguments.max_tokens, sampling)
+    if arguments.input is None:
+        print(answers[0])
+        return
+    answered = [{**row, "response": a} for row, a in zip(rows, answers, strict=True)]
+    write_text(
+        arguments.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answered)
+    )
+    print(f"{len(answered)} rows answered, written to {arguments.output}")

@@ -1,0 +1,40 @@
+"""Log-probabilities of given completions.
+
+  medmoe score --config=configs/base_only.py --config.base.path=DIR \\
+      --input=rows.jsonl --output=scored.jsonl
+
+Reads {"prompt", "completion"} rows and adds "logprob", the sum over the completion's tokens (the
+text and the mark that ends the turn, if the template has one), and "tokens", their number.
+"""
+
+from __future__ import annotations
+
+import json
+
+from medmoe_jax.checkpoints.files import write_text
+from medmoe_jax.cli.configs import load_config
+from medmoe_jax.cli.session import add_model_arguments, open_model, read_rows
+from medmoe_jax.training.setup import open_setup
+
+
+def add_arguments(parser) -> None:
+    """Declare the command's own arguments."""
+    add_model_arguments(parser)
+    parser.add_argument("--input", required=True, help="JSONL of prompt and completion")
+    parser.add_argument("--output", required=True, help="JSONL to write")
+
+
+def run(arguments, rest) -> None:
+    """Run the command."""
+    rows = read_rows(arguments.input, ("prompt", "completion"))
+    setup = open_setup(load_config(rest))
+    model = open_model(setup, arguments.workdir, arguments.stage, arguments.off)
+    scores = model.score([r["prompt"] for r in rows], [r["completion"] for r in rows])
+    scored = [
+        {**row, "logprob": logprob, "tokens": tokens}
+        for row, (logprob, tokens) in zip(rows, scores, strict=True)
+    ]
+    write_text(
+        arguments.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scored)
+    )
+    print(f"{len(scored)} rows scored, written to {arguments.output}")

@@ -1,0 +1,137 @@
+"""Plugging the rooms together for a command: configuration, model, tasks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from medmoe_jax.adapters import lifecycle
+from medmoe_jax.data.sources import RowFitter
+from medmoe_jax.errors import UserError
+from medmoe_jax.evaluation.report import Report
+from medmoe_jax.evaluation.run import evaluate
+from medmoe_jax.evaluation.tasks import Task, load_task
+from medmoe_jax.inference.engine import Engine
+from medmoe_jax.inference.language_model import LanguageModel
+from medmoe_jax.training.run import Trained, last_finished, open_trained, stage_dir
+from medmoe_jax.training.setup import Setup
+from medmoe_jax.training.summary import console, note
+
+
+def language_model(setup: Setup, trained: Trained, off: Sequence[str] = ()) -> LanguageModel:
+    """A model that answers, with some of its banks left out.
+
+    Raises:
+      UserError: `off` names a bank that is not there.
+    """
+    roster = trained.roster
+    for name in off:
+        roster = lifecycle.set_state(roster, name, "off")
+    config = setup.model(lifecycle.active_banks(roster))
+    batch = setup.config.run.score_batch
+    engine = Engine(config, trained.base, trained.banks, {}, setup.mesh, batch)
+    return LanguageModel(engine, setup.tokenizer, setup.template)
+
+
+def open_model(
+    setup: Setup, workdir: str, stage: str | None = None, off: Sequence[str] = ()
+) -> LanguageModel:
+    """The model of a work directory at the end of a stage.
+
+    Args:
+      setup: the configuration's parts.
+      workdir: of the run; may be empty for a recipe with no stage.
+      stage: its name; None = the last finished one, "base" = the bare base.
+      off: banks left out.
+
+    Raises:
+      UserError: no such stage, or it is not finished.
+    """
+    names = [s.name for s in setup.stages]
+    if stage is None:
+        name = last_finished(setup, workdir) if workdir else ""
+        if names and not name:
+            raise UserError(
+                f"no stage is finished in '{workdir}'; run medmoe train first, or ask for the bare "
+                "base with --stage=base"
+            )
+    else:
+        name = "" if stage == "base" else stage
+    if name and name not in names:
+        raise UserError(f"--stage: '{name}' is none of base, {', '.join(names)}")
+    return language_model(setup, open_trained(setup, Path(workdir), name), off)
+
+
+def run_tasks(setup: Setup, model: LanguageModel, names, limit=None, **options) -> Report:
+    """Evaluate on tasks by name; prompts too long for the context are shortened in their body."""
+    fit = RowFitter(model.encoder, setup.base.config.max_positions)
+    tasks = [name if isinstance(name, Task) else load_task(name, limit, fit=fit) for name in names]
+    report = evaluate(model, tasks, limit=limit, batch=8 * model.engine.batch, **options)
+    for number, what in ((fit.shortened, "shortened"), (model.engine.truncated, "cut on the left")):
+        if number:
+            note(f"{number} prompts were {what} to fit {fit.length} positions")
+    return report
+
+
+def stage_evaluator(setup: Setup, workdir: str):
+    """What `train` calls at the end of a stage: the scores of `run.tasks`, kept in report.json."""
+    names = list(setup.config.run.tasks)
+    limit = setup.config.run.task_limit or None
+    for name in names:
+        load_task(name, limit)  # an unknown name or absent data shows now, not after the training
+
+    def evaluate_stage(trained: Trained) -> dict:
+        if not names:
+            return {}
+        model = language_model(setup, trained)
+        report = run_tasks(setup, model, names, limit)
+        report.save(stage_dir(workdir, trained.stage) / "report.json")
+        console.print(report.table())
+        return {r.task: {"score": r.score, "low": r.low, "high": r.high} for r in report.results}
+
+    return evaluate_stage
+
+
+def no_rest(rest: Sequence[str]) -> None:
+    """Raise UserError for arguments that nobody asked for."""
+    if rest:
+        raise UserError(f"unknown argument '{rest[0]}'; see --help")
+
+
+def add_model_arguments(parser) -> None:
+    """The arguments of every command that opens a model."""
+    parser.add_argument("--workdir", default="", help="of the run; not needed for a bare base")
+    parser.add_argument("--stage", help="whose end is used; 'base' = no bank (default: the last)")
+    parser.add_argument(
+        "--off", action="append", default=[], metavar="BANK", help="leave out a bank; repeatable"
+    )
+
+
+def read_rows(path: str, fields: Sequence[str]) -> list[dict]:
+    """Rows of a JSONL file, each with the given text fields.
+
+    Raises:
+      UserError: a row is not JSON or lacks a field, or the file is not UTF-8; names file and line.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error})") from None
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number}: not JSON ({error.msg})") from None
+        for field in fields:
+            if not isinstance(row, dict) or not isinstance(row.get(field), str):
+                raise UserError(f'{path}:{number}: the row needs a text field "{field}"')
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path}: no row in the file")
+    return rows

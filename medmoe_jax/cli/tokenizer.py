@@ -1,0 +1,30 @@
+"""Train a sentencepiece tokenizer.
+
+  medmoe tokenizer train --input rows.jsonl --vocab-size 32000 --output tokenizer.model
+
+The template's markers become tokens of their own; unknown characters fall back to bytes.
+"""
+
+from __future__ import annotations
+
+from medmoe_jax.cli.session import no_rest
+from medmoe_jax.data.preview import train_tokenizer
+
+
+def add_arguments(parser) -> None:
+    """Declare the command's own arguments."""
+    actions = parser.add_subparsers(dest="action", required=True)
+    train = actions.add_parser("train", help="train a model on rows or built data sets")
+    train.add_argument("--input", nargs="+", required=True, help="files of rows, or data sets")
+    train.add_argument("--output", required=True, help="the .model file to write")
+    train.add_argument("--vocab-size", type=int, required=True, help="pieces in all")
+    train.add_argument("--template", default="chatml", help="whose markers to add (%(default)s)")
+
+
+def run(arguments, rest) -> None:
+    """Run the command."""
+    no_rest(rest)
+    made = train_tokenizer(
+        arguments.input, arguments.vocab_size, arguments.output, arguments.template
+    )
+    print(f"{made.vocab_size} pieces, written to {arguments.output}")

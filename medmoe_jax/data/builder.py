@@ -1,0 +1,168 @@
+"""Data sets on disk: built once from rows, then read at random by index.
+
+A data set is a TensorFlow Datasets folder in the ArrayRecord format (TensorFlow itself is not
+needed), so `tfds.builder_from_directory` reads it too. Each record holds a conversation as JSON
+text and its language.
+"""
+
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+
+from medmoe_jax.data import rows as rows_lib
+from medmoe_jax.errors import UserError
+
+VERSION = "1.0.0"
+SPLIT = "train"
+
+
+class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    VERSION = tfds.core.Version(VERSION)
+
+    def __init__(self, name: str, rows: Iterable[dict], data_dir: str):
+        self.name = name
+        self._rows = rows
+        super().__init__(data_dir=data_dir, file_format="array_record")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        text = tfds.features.Text
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Conversations for supervised training.",
+            features=tfds.features.FeaturesDict({"conversation": text(), "language": text()}),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager):
+        return {SPLIT: self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[tuple[int, dict]]:
+        for number, row in enumerate(self._rows):
+            turns = json.dumps(row["conversations"], ensure_ascii=False)
+            yield number, {"conversation": turns, "language": row["language"]}
+
+
+class Conversations(Sequence):
+    """The rows of a built data set, read by index; it pickles, and keeps the order of building."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._records = tfds.builder_from_directory(self.folder).as_data_source(split=SPLIT)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        record = self._records[index % len(self)]
+        turns = json.loads(record["conversation"])
+        return {"conversations": turns, "language": _decoded(record["language"])}
+
+    def __repr__(self) -> str:
+        return f"Conversations({str(self.folder)!r})"
+
+    def __reduce__(self):
+        return Conversations, (self.folder,)
+
+
+def build(rows: Iterable[dict], out_dir: str | Path, name: str) -> Path:
+    """Writes conversation rows to the data set folder `out_dir/name/1.0.0` and returns its path.
+
+    The folder appears whole or not at all: an error or a kill in between leaves nothing under the
+    final name. Raises UserError for a bad name, for a name that is taken, and when there is no row.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise UserError(
+            f"data set name {name!r}: use lower-case letters, digits and '_', "
+            "with a letter at the start"
+        )
+    final = Path(out_dir) / name / VERSION
+    if final.exists():
+        raise UserError(f"{final} already exists; choose another name or delete that folder first")
+    rows = _not_empty(rows, name)
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".partial-{name}-", dir=out_dir))
+    try:
+        tfds.disable_progress_bar()
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder = _Builder(name, rows, str(partial))
+            builder.download_and_prepare()
+        final.parent.mkdir(exist_ok=True)
+        Path(builder.data_dir).rename(final)
+    finally:
+        shutil.rmtree(partial)
+    return final
+
+
+def build_from_files(
+    inputs: Sequence[str | Path], output: str | Path, name: str = "", language: str = ""
+) -> Path:
+    """Builds a data set under `output` from data files; returns its folder.
+
+    `name` defaults to the first file's name; `language` is given to rows that name none.
+    Raises UserError for bad files or rows; see `rows.read_file` and `build`.
+    """
+    if not inputs:
+        raise UserError("no input file given")
+    stem = Path(inputs[0]).name.split(".")[0]
+    name = name or re.sub(r"^[^a-z]+|[^a-z0-9]+", "_", stem.lower()).strip("_") or "conversations"
+    return build(rows_lib.read_files(inputs, language), output, name)
+
+
+def open_dataset(folder: str | Path) -> Conversations:
+    """Opens a built data set: its version folder, or a folder above that holds just this one.
+
+    Raises UserError when there is no data set, or more than one.
+    """
+    return Conversations(_resolve(folder))
+
+
+def content_digest(folder: str | Path) -> str:
+    """SHA-256 (hex) of a data set's records and features: equal wherever the folder lies."""
+    folder = _resolve(folder)
+    digest = hashlib.sha256((folder / "features.json").read_bytes())
+    for path in sorted(folder.glob("*.array_record*")):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _resolve(folder: str | Path) -> Path:
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; build a data set there first")
+    found = [
+        info.parent
+        for pattern in ("", "*/", "*/*/")
+        for info in folder.glob(f"{pattern}dataset_info.json")
+        if not any(part.startswith(".partial-") for part in info.relative_to(folder).parts)
+    ]
+    if not found:
+        raise UserError(f"{folder}: holds no data set (no dataset_info.json); build one first")
+    if len(found) > 1:
+        names = ", ".join(str(path) for path in sorted(found))
+        raise UserError(f"{folder}: holds several data sets; name one of {names}")
+    return found[0]
+
+
+def _not_empty(rows: Iterable[dict], name: str) -> Iterator[dict]:
+    """The same rows; the first is read now, so that an empty input fails before any writing."""
+    rows = iter(rows)
+    first = next(rows, None)
+    if first is None:
+        raise UserError(f"data set {name!r}: there is no row to write; check the input files")
+    return itertools.chain([first], rows)
+
+
+def _decoded(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value

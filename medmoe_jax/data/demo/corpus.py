@@ -1,0 +1,66 @@
+"""The demo corpus as rows to train on and items to score; every function is pure and seeded.
+
+A row is `{"conversations": [{"role": "user", "content": str}, {"role": "assistant", "content":
+str}], "language": "en" | "zh"}`; plain text is the answer to a short "Continue:" turn. An item is
+`{"prompt", "answer", "choices", "language", "group", "task"}`; `choices` holds four answers for
+group "knowledge" and is empty for group "alignment", where the answer is generated.
+"""
+
+import random
+from collections.abc import Iterable
+
+from medmoe_jax.data.demo import alignment, general, knowledge
+
+PRETRAINING_ROWS = 18_000
+ALIGNMENT_ROWS = 4_000
+ITEMS_PER_FORMAT_TASK = 25
+
+
+def pretraining_rows(rows: int = PRETRAINING_ROWS, seed: int = 0) -> list[dict]:
+    """Return everyday rows in shuffled order, none of which links a medical fact's two ends.
+
+    The everyday facts and word translations (about 4300 rows) are always there, so `rows`
+    below that still returns them all.
+    """
+    return _rows(general.pairs(rows, seed), f"{seed}/pretraining")
+
+
+def knowledge_rows(seed: int = 0) -> list[dict]:
+    """Return every medical fact in every training frame and language, in shuffled order."""
+    return _rows(knowledge.training_pairs(), f"{seed}/knowledge")
+
+
+def alignment_rows(rows: int = ALIGNMENT_ROWS, seed: int = 0) -> list[dict]:
+    """Return `rows` rows of the clinical format tasks, in shuffled order."""
+    return _rows(alignment.training_pairs(rows, seed), f"{seed}/alignment")
+
+
+def knowledge_items(seed: int = 0) -> list[dict]:
+    """Return one four-option item per fact and language, worded as no training row is."""
+    return list(knowledge.items(seed))
+
+
+def alignment_items(per_task: int = ITEMS_PER_FORMAT_TASK, seed: int = 0) -> list[dict]:
+    """Return `per_task` generation items per format task and language, on unseen cases."""
+    return list(alignment.items(per_task, seed))
+
+
+def texts_for_tokenizer(seed: int = 0) -> list[str]:
+    """Return every turn of all training rows; the held-out items are not among them."""
+    rows = pretraining_rows(seed=seed) + knowledge_rows(seed) + alignment_rows(seed=seed)
+    return [turn["content"] for row in rows for turn in row["conversations"]]
+
+
+def _rows(pairs: Iterable[tuple[str, str, str]], key: str) -> list[dict]:
+    rows = [
+        {
+            "conversations": [
+                {"role": "user", "content": prompt},
+                {"role": "assistant", "content": answer},
+            ],
+            "language": language,
+        }
+        for prompt, answer, language in pairs
+    ]
+    random.Random(key).shuffle(rows)
+    return rows

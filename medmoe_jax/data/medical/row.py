@@ -1,0 +1,94 @@
+"""One row of a medical set: a question to a model and its right answer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Row:
+    """A training row and an evaluation item at once.
+
+    prompt: the user's turn.
+    response: the right answer, one of `choices` where there are any.
+    choices: letters or label words to choose among; empty for free text.
+    language: of the answer, as a BCP 47 tag.
+    name: the set's name.
+    kind: 'choice' or 'generate'.
+    body: span of `prompt` holding the text that may be shortened (see `shorten`).
+    """
+
+    prompt: str
+    response: str
+    choices: tuple[str, ...]
+    language: str
+    name: str
+    kind: str
+    body: tuple[int, int]
+
+    def conversation(self) -> dict:
+        """The row in the conversation format of the training data."""
+        return {
+            "conversations": [
+                {"role": "user", "content": self.prompt},
+                {"role": "assistant", "content": self.response},
+            ],
+            "language": self.language,
+        }
+
+
+def build(
+    name: str,
+    language: str,
+    text: str,
+    response: str,
+    *,
+    before: str = "",
+    after: str = "",
+    choices: Sequence[str] = (),
+) -> Row:
+    """A row whose prompt is `before + text + after`; its kind follows from `choices`."""
+    text = text.strip()
+    return Row(
+        prompt=before + text + after,
+        response=response.strip(),
+        choices=tuple(choices),
+        language=language,
+        name=name,
+        kind="choice" if choices else "generate",
+        body=(len(before), len(before) + len(text)),
+    )
+
+
+def shorten(row: Row, limit: int, measure: Callable[[str], int] = len) -> Row:
+    """Cut the end of the row's body so that `measure(prompt) <= limit`.
+
+    The instruction and the options stay whole. `measure` counts, say, the tokens of a prompt and
+    must not shrink as text is added. Where even an empty body is too long, the body is empty.
+    """
+    if measure(row.prompt) <= limit:
+        return row
+    start, stop = row.body
+    low, high = 0, stop - start  # `low` characters fit (or none do), `high` do not
+    while high - low > 1:
+        middle = (low + high) // 2
+        text = row.prompt[: start + middle] + row.prompt[stop:]
+        low, high = (middle, high) if measure(text) <= limit else (low, middle)
+    prompt = row.prompt[: start + low] + row.prompt[stop:]
+    return replace(row, prompt=prompt, body=(start, start + low))
+
+
+def held_out(key: str, share: float = 0.2) -> bool:
+    """Whether the question or document `key` belongs to the hold-out: fixed, whatever the order.
+
+    The same key (up to case and spaces) always falls on the same side.
+    """
+    digest = hashlib.sha256(f"medmoe hold-out 1:{normal(key)}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def normal(text: str) -> str:
+    """Text without differences of case and spaces: two texts equal here are duplicates."""
+    return " ".join(text.casefold().split())

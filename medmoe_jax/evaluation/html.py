@@ -1,0 +1,228 @@
+"""One self-contained HTML page of tables, line plots and heat maps, for light and dark screens."""
+
+from __future__ import annotations
+
+import html
+import io
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+from medmoe_jax.checkpoints.files import write_text
+from medmoe_jax.evaluation.report import COLUMNS, Report
+
+INK = "#010203"  # stands for the page's text colour in figures
+LINE_COLOURS = ("#3b82f6", "#f97316", "#10b981", "#e11d48", "#8b5cf6", "#ca8a04", "#0891b2")
+_STYLE = """
+:root { color-scheme: light dark; --page: #fbfbfa; --card: #fff; --ink: #1c2024; --soft: #6b7280;
+  --edge: #e4e4e1; --bar: #3b82f6; --reach: #93b8f5; --mark: #e11d48; }
+@media (prefers-color-scheme: dark) { :root { --page: #14161a; --card: #1c1f25; --ink: #e6e8eb;
+  --soft: #9aa2ad; --edge: #31353d; --bar: #60a5fa; --reach: #3a5d92; --mark: #fb7185; } }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 62rem; padding: 2rem 1.25rem 4rem; background: var(--page);
+  color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
+h1 { font-size: 1.7rem; margin: 0 0 .25rem } h2 { font-size: 1.15rem; margin: 0 0 .75rem }
+p { margin: .25rem 0 .75rem } .note { color: var(--soft); font-size: .9rem }
+nav { margin: 0 0 1.5rem; font-size: .9rem } nav a { color: var(--bar); margin-right: 1rem }
+section { background: var(--card); border: 1px solid var(--edge); border-radius: 10px;
+  padding: 1.1rem 1.25rem; margin: 0 0 1.25rem; overflow-x: auto }
+table { border-collapse: collapse; width: 100%; font-size: .92rem }
+th { text-align: left; color: var(--soft); font-weight: 600 }
+th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--edge); vertical-align: top }
+tr:last-child td { border-bottom: 0 }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+figure { margin: 0 } figure svg { max-width: 100%; height: auto; display: block; margin: 0 auto }
+"""
+
+
+@dataclass(frozen=True)
+class TableSection:
+    """A table; `rows` of cells, numbers are set right-aligned."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    note: str = ""
+
+    def body(self) -> str:
+        head = "".join(f"<th>{html.escape(str(c))}</th>" for c in self.columns)
+        rows = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in self.rows)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+@dataclass(frozen=True)
+class LinesSection:
+    """A line plot; `series` of (name, steps, values)."""
+
+    title: str
+    series: Sequence[tuple[str, Sequence[float], Sequence[float]]]
+    x: str = "step"
+    y: str = "loss"
+    note: str = ""
+
+    def body(self) -> str:
+        figure = Figure(figsize=(8.4, 3.6))
+        axes = figure.add_subplot()
+        for i, (name, steps, values) in enumerate(self.series):
+            colour = LINE_COLOURS[i % len(LINE_COLOURS)]
+            style = ("-", "--", ":")[i // len(LINE_COLOURS) % 3]
+            axes.plot(steps, values, style, color=colour, linewidth=1.6, label=name)
+        axes.set_xlabel(self.x)
+        axes.set_ylabel(self.y)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        if self.series:
+            axes.legend(frameon=False, fontsize=9)
+        return _svg(figure)
+
+
+@dataclass(frozen=True)
+class HeatMapSection:
+    """A matrix `[rows, columns]` as colours, with its numbers where they fit.
+
+    span: the values of the first and the last colour; by default those of the matrix.
+    """
+
+    title: str
+    matrix: Sequence[Sequence[float]]
+    rows: Sequence[str]
+    columns: Sequence[str]
+    x: str = ""
+    y: str = ""
+    note: str = ""
+    span: tuple[float, float] | None = None
+
+    def body(self) -> str:
+        values = np.asarray(self.matrix, np.float64)
+        if values.shape != (len(self.rows), len(self.columns)):
+            raise ValueError(
+                f"heat map {self.title!r}: matrix {values.shape} with {len(self.rows)} row and "
+                f"{len(self.columns)} column names"
+            )
+        height, width = values.shape
+        figure = Figure(figsize=(min(9.0, 2.4 + 0.55 * width), 1.3 + 0.3 * height))
+        axes = figure.add_subplot()
+        low, high = self.span or (np.nanmin(values), np.nanmax(values))
+        mesh = axes.pcolormesh(values, cmap="viridis", vmin=low, vmax=high, linewidth=0)
+        axes.set_xticks(np.arange(width) + 0.5, self.columns, rotation=45 * (width > 12))
+        axes.set_yticks(np.arange(height) + 0.5, self.rows)
+        axes.invert_yaxis()
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_xlabel(self.x)
+        axes.set_ylabel(self.y)
+        if width <= 16:
+            for i, j in np.ndindex(height, width):
+                light = values[i, j] > low + 0.6 * (high - low)
+                colour = "black" if light else "white"
+                axes.text(j + 0.5, i + 0.5, f"{values[i, j]:.2f}", color=colour, **_CENTRED)
+        bar = figure.colorbar(mesh, ax=axes, fraction=0.05, pad=0.02)
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(length=0)
+        return _svg(figure)
+
+
+@dataclass(frozen=True)
+class TextSection:
+    """Paragraphs of plain text, parted by blank lines."""
+
+    title: str
+    text: str
+    note: str = ""
+
+    def body(self) -> str:
+        return "".join(f"<p>{html.escape(p)}</p>" for p in self.text.split("\n\n"))
+
+
+@dataclass(frozen=True)
+class ResultsSection:
+    """An evaluation report: its table, with score, interval and majority drawn as well."""
+
+    title: str
+    report: Report
+    note: str = "Bar: score; pale: 95% interval; red mark: always the commonest training answer."
+
+    def body(self) -> str:
+        columns = [*COLUMNS[:4], "0 … 100", *COLUMNS[4:]]
+        head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
+        rows = ""
+        for result in self.report.results:
+            cells = [_cell(text) for text in result.cells()]
+            rows += f"<tr>{''.join([*cells[:4], f'<td>{_bar(result)}</td>', *cells[4:]])}</tr>"
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+Section = TableSection | LinesSection | HeatMapSection | TextSection | ResultsSection
+_CENTRED = {"ha": "center", "va": "center", "fontsize": 7}
+
+
+def report_html(
+    path: str | os.PathLike, sections: Sequence[Section], title: str = "medmoe_jax report"
+) -> Path:
+    """Writes one HTML page that needs nothing else: no links out, figures inline as SVG."""
+    parts = []
+    for number, section in enumerate(sections, 1):
+        note = f'<p class="note">{html.escape(section.note)}</p>' if section.note else ""
+        heading = f"<h2>{html.escape(section.title)}</h2>"
+        parts.append(f'<section id="s{number}">{heading}{section.body()}{note}</section>')
+    links = "".join(
+        f'<a href="#s{number}">{html.escape(section.title)}</a>'
+        for number, section in enumerate(sections, 1)
+    )
+    page = (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>"
+        f"<h1>{html.escape(title)}</h1><nav>{links}</nav>{''.join(parts)}</body></html>\n"
+    )
+    write_text(path, page)
+    return Path(path)
+
+
+def _cell(value: object) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    numeric = re.fullmatch(r"[-+]?[\d.,]+(?:e[-+]?\d+)?%?(?: – [\d.]+)?", text)
+    kind = ' class="number"' if numeric else ""
+    return f"<td{kind}>{html.escape(text)}</td>"
+
+
+def _bar(result) -> str:
+    """Score, interval and majority on a line from 0 to 100."""
+    mark = ""
+    if result.majority is not None:
+        x = 100 * result.majority - 0.6
+        mark = f'<rect x="{x:.1f}" width="1.2" height="14" fill="var(--mark)"/>'
+    return (
+        '<svg width="120" height="14" viewBox="0 0 100 14" preserveAspectRatio="none">'
+        '<rect y="6" width="100" height="2" fill="var(--edge)"/>'
+        f'<rect y="4" width="{100 * result.score:.1f}" height="6" fill="var(--bar)"/>'
+        f'<rect x="{100 * result.low:.1f}" y="2" height="10" opacity="0.75" fill="var(--reach)" '
+        f'width="{100 * (result.high - result.low):.1f}"/>{mark}</svg>'
+    )
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as inline SVG that takes the page's text colour and fonts."""
+    for axes in figure.axes:
+        axes.tick_params(colors=INK)
+        axes.xaxis.label.set_color(INK)
+        axes.yaxis.label.set_color(INK)
+        axes.patch.set_alpha(0)
+        axes.spines[:].set_edgecolor(INK)
+        legend = axes.get_legend()
+        for text in legend.get_texts() if legend else ():
+            text.set_color(INK)
+    figure.patch.set_alpha(0)
+    page = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none"}):
+        empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(page, format="svg", bbox_inches="tight", metadata=empty)
+    svg = page.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    return f"<figure>{svg.replace(INK, 'currentColor')}</figure>"

@@ -1,0 +1,1 @@
+"""Decoding and scoring with a base and its banks."""

@@ -1,0 +1,259 @@
+"""Cached scoring and generation on token ids.
+
+Axes: B rows, P prompt slots, C completion slots, N completions a prompt, S cache slots.
+Prompts are padded on the left, completions on the right; padding is segment 0, which no other
+token sees. Rows are bucketed by length, so a few compiled shapes serve every input.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from medmoe_jax.adapters import model as adapted
+from medmoe_jax.adapters.model import AdaptedConfig
+from medmoe_jax.base import decoder
+from medmoe_jax.base.loss import logits, token_log_probs
+from medmoe_jax.errors import UserError
+from medmoe_jax.parallel.mesh import batch_sharding, batch_shards
+
+_MIN_SLOTS = 16
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn.
+
+    Attributes:
+      temperature: 0 takes the most probable token.
+      top_p: smallest set of tokens whose probability reaches this is drawn from.
+      seed: of the draws.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise UserError("sampling: temperature must be >= 0 and top_p in (0, 1]")
+
+
+def _slots(length: int) -> int:
+    """The bucket of a length: a power of two, or three quarters of one."""
+    size = max(_MIN_SLOTS, 1 << (length - 1).bit_length())
+    return size * 3 // 4 if length <= size * 3 // 4 and size > _MIN_SLOTS else size
+
+
+def _run(config: AdaptedConfig, weights, tokens, segments, positions, cache):
+    base, banks, trained = weights
+    x, cache, _ = adapted.hidden(
+        config, base, banks, tokens, segments, positions, trained=trained, cache=cache
+    )
+    return decoder.head(base, trained), x, cache
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score(config: AdaptedConfig, weights, prompts, segments, positions, given, targets, lengths):
+    """Log-probabilities of N completions a prompt, the prompt being read once.
+
+    Args:
+      prompts, segments, positions: `[B, P]`, prompts without their last token.
+      given, targets: `[N, B, C]`, inputs (from the last prompt token on) and what they predict.
+      lengths: `[N, B]` tokens of each completion.
+
+    Returns:
+      `[N, B]` float32 sums.
+    """
+    B, P = prompts.shape
+    C = given.shape[-1]
+    cache = decoder.new_cache(config.decoder, B, P + C, config.execution.dtype)
+    _, _, cache = _run(config, weights, prompts, segments, positions, cache)
+    start_Bx1 = jnp.sum(segments, axis=1, keepdims=True)
+    offsets_1xC = jnp.arange(C, dtype=jnp.int32)[None]
+
+    def one(_, completion):
+        given_BxC, targets_BxC, lengths_B = completion
+        live_BxC = (offsets_1xC < lengths_B[:, None]).astype(jnp.int32)
+        positions_BxC = (start_Bx1 + offsets_1xC) * live_BxC
+        head, x, _ = _run(config, weights, given_BxC, live_BxC, positions_BxC, cache)
+        log_probs_BxC = token_log_probs(
+            config.decoder, head, x, targets_BxC, config.execution.row_shards
+        )
+        return None, jnp.sum(log_probs_BxC * live_BxC, axis=1)
+
+    return jax.lax.scan(one, None, (given, targets, lengths))[1]
+
+
+def _pick(sampling: Sampling, z_BxV, keys_B, step):
+    if not sampling.temperature:
+        return jnp.argmax(z_BxV, axis=-1).astype(jnp.int32)
+    z_BxV = z_BxV / sampling.temperature
+    if sampling.top_p < 1.0:
+        sorted_BxV = jnp.sort(z_BxV, axis=-1)[:, ::-1]
+        before_BxV = jnp.cumsum(jax.nn.softmax(sorted_BxV, -1), -1) - jax.nn.softmax(sorted_BxV, -1)
+        kept_B = jnp.sum(before_BxV < sampling.top_p, axis=-1)
+        floor_Bx1 = jnp.take_along_axis(sorted_BxV, kept_B[:, None] - 1, axis=-1)
+        z_BxV = jnp.where(z_BxV < floor_Bx1, -jnp.inf, z_BxV)
+    keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
+    return jax.vmap(jax.random.categorical)(keys_B, z_BxV).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _generate(config, sampling, stop_ids, max_tokens, weights, prompts, segments, positions, rows):
+    """Continue every prompt until a stop id or `max_tokens`: ids `[B, max_tokens]`, stop-filled.
+
+    `rows [B]` numbers the prompts: each draws from its own stream, whatever batch it is in.
+    """
+    B, P = prompts.shape
+    stops_1xK = jnp.asarray(stop_ids, jnp.int32)[None]
+    cache = decoder.new_cache(config.decoder, B, P + max_tokens, config.execution.dtype)
+    head, x, cache = _run(config, weights, prompts, segments, positions, cache)
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), rows)
+    first_B = _pick(sampling, logits(config.decoder, head, x[:, -1:])[:, 0], keys_B, 0)
+    next_position_B = jnp.sum(segments, axis=1)
+    ids = jnp.full((max_tokens, B), stop_ids[0], jnp.int32)
+    done_B = jnp.sum(segments, axis=1) == 0
+
+    def more(carry):
+        step, _, _, done_B, _, _ = carry
+        return (step < max_tokens) & ~jnp.all(done_B)
+
+    def advance(carry):
+        step, token_B, ids, done_B, position_B, cache = carry
+        token_B = jnp.where(done_B, stop_ids[0], token_B)
+        ids = ids.at[step].set(token_B)
+        done_B |= jnp.any(token_B[:, None] == stops_1xK, axis=1)
+        one_Bx1 = jnp.ones((B, 1), jnp.int32)
+        head, x, cache = _run(
+            config, weights, token_B[:, None], one_Bx1, position_B[:, None], cache
+        )
+        z_BxV = logits(config.decoder, head, x)[:, 0]
+        token_B = _pick(sampling, z_BxV, keys_B, step + 1)
+        return step + 1, token_B, ids, done_B, position_B + 1, cache
+
+    start = (jnp.int32(0), first_B, ids, done_B, next_position_B, cache)
+    return jnp.swapaxes(jax.lax.while_loop(more, advance, start)[2], 0, 1)
+
+
+class Engine:
+    """Scores and generates token ids with a base and its banks.
+
+    Attributes:
+      truncated: prompts shortened from the left so far, because they did not fit the context.
+    """
+
+    def __init__(self, config: AdaptedConfig, base, banks, trained, mesh, batch: int):
+        """
+        Args:
+          config: decoder and active banks.
+          base, banks, trained: their parameters.
+          mesh: where they live.
+          batch: rows run at once; rounded up to what the mesh needs.
+        """
+        self.config = config
+        self.weights = (base, banks, trained)
+        self.mesh = mesh
+        shards = batch_shards(mesh)
+        self.batch = -(-batch // shards) * shards
+        self.truncated = 0
+
+    def score(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]
+    ) -> list[list[float]]:
+        """Summed log-probability of each completion of each prompt.
+
+        Raises:
+          UserError: a prompt or completion is empty, or a completion does not fit the context.
+        """
+        if any(not p for p in prompts) or any(not c for cs in completions for c in cs):
+            raise UserError("score: every prompt and every completion needs at least one token")
+        room = [max(len(c) for c in cs) for cs in completions]
+        prompts = self._fit(prompts, room)
+        out: list[list[float]] = [[] for _ in prompts]
+        for rows in self._batches([len(p) + r for p, r in zip(prompts, room, strict=True)]):
+            sums = self._score_rows([prompts[i] for i in rows], [completions[i] for i in rows])
+            for column, i in enumerate(rows):
+                out[i] = [float(s) for s in sums[: len(completions[i]), column]]
+        return out
+
+    def _score_rows(self, prompts, completions) -> np.ndarray:
+        B = self.batch
+        N = max(len(cs) for cs in completions)
+        C = max(4, 1 << (max(len(c) for cs in completions for c in cs) - 1).bit_length())
+        given, targets = np.zeros((2, N, B, C), np.int32)
+        lengths = np.zeros((N, B), np.int32)
+        for b, (prompt, options) in enumerate(zip(prompts, completions, strict=True)):
+            for n, ids in enumerate(options):
+                lengths[n, b] = len(ids)
+                targets[n, b, : len(ids)] = ids
+                given[n, b, : len(ids)] = [prompt[-1], *ids[:-1]]
+        prompt_arrays = self._pad([p[:-1] for p in prompts])
+        arrays = [self._put(a, 1) for a in (given, targets, lengths)]
+        return np.asarray(_score(self.config, self.weights, *prompt_arrays, *arrays))
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        stop_ids: Sequence[int],
+        sampling: Sampling = Sampling(),
+    ) -> list[list[int]]:
+        """Continuations, without the stop id.
+
+        Raises:
+          UserError: an empty prompt, or `max_tokens` leaves no room for a prompt.
+        """
+        if any(not p for p in prompts):
+            raise UserError("generate: every prompt needs at least one token")
+        prompts = self._fit(prompts, [max_tokens] * len(prompts))
+        out: list[list[int]] = [[] for _ in prompts]
+        stops = tuple(stop_ids)
+        for rows in self._batches([len(p) for p in prompts]):
+            arrays = self._pad([prompts[i] for i in rows])
+            numbers = self._put(np.resize(np.asarray(rows, np.int32), self.batch), 0)
+            ids = _generate(
+                self.config, sampling, stops, max_tokens, self.weights, *arrays, numbers
+            )
+            for i, row in zip(rows, np.asarray(ids), strict=False):
+                end = next((n for n, t in enumerate(row) if t in stops), max_tokens)
+                out[i] = [int(t) for t in row[:end]]
+        return out
+
+    def _fit(self, prompts, room) -> list[list[int]]:
+        limit = self.config.decoder.max_positions
+        out = []
+        for prompt, needed in zip(prompts, room, strict=True):
+            if needed >= limit:
+                raise UserError(f"{needed} new tokens do not fit a context of {limit}")
+            self.truncated += len(prompt) + needed > limit
+            out.append(list(prompt[-(limit - needed) :]))
+        return out
+
+    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Row indices in batches of similar length."""
+        order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+        for start in range(0, len(order), self.batch):
+            yield order[start : start + self.batch]
+
+    def _pad(self, prompts):
+        P = _slots(max(1, max(len(p) for p in prompts)))
+        tokens, segments, positions = np.zeros((3, self.batch, P), np.int32)
+        for b, prompt in enumerate(prompts):
+            if prompt:
+                tokens[b, -len(prompt) :] = prompt
+                segments[b, -len(prompt) :] = 1
+                positions[b, -len(prompt) :] = np.arange(len(prompt))
+        return [self._put(a, 0) for a in (tokens, segments, positions)]
+
+    def _put(self, array: np.ndarray, batch_axis: int):
+        spec = [None] * array.ndim
+        spec[batch_axis] = batch_sharding(self.mesh, 1).spec[0]
+        return jax.device_put(
+            array, jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(*spec))
+        )

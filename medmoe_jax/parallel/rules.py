@@ -1,0 +1,98 @@
+"""Sharding by ordered rules on parameter paths: the first pattern that matches decides.
+
+A rule is `(regular expression, axes)`, `axes` one entry an array dimension: a mesh axis, a tuple of
+them, or None. Where a dimension does not divide by the product of its axes, trailing axes are left
+off until it does, and `describe` shows what came of it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from medmoe_jax.errors import UserError
+
+Rule = tuple[str, tuple]
+_COLUMN = r"(attn\.[qkv]|mlp\.(gate|up))"
+_ROW = r"(attn\.o|mlp\.down)"
+_SHARD = ("fsdp", "expert")
+
+BASE_RULES: tuple[Rule, ...] = (
+    (r"(^|\.)(embed|head)$", ("tensor", _SHARD)),
+    (rf"layers\.{_COLUMN}\.kernel$", (None, _SHARD, "tensor")),
+    (rf"layers\.{_COLUMN}\.bias$", (None, "tensor")),
+    (rf"layers\.{_ROW}\.kernel$", (None, "tensor", _SHARD)),
+    (r"norm$", ()),
+)
+
+# A column-parallel site keeps A whole on the tensor axis and splits B's outputs; a row-parallel one
+# splits A's inputs, so that the low-rank output joins the base's partial sum before its reduction.
+BANK_RULES: tuple[Rule, ...] = (
+    (rf"{_COLUMN}\.lora_a$", (None, _SHARD, None, None)),
+    (rf"{_COLUMN}\.lora_b$", (None, None, None, "tensor")),
+    (rf"{_ROW}\.lora_a$", (None, "tensor", None, None)),
+    (rf"{_ROW}\.lora_b$", (None, None, None, _SHARD)),
+    (r"\.(scale|router\.(kernel|bias))$", ()),
+)
+
+
+RULES = BANK_RULES + BASE_RULES
+
+
+def path_name(path) -> str:
+    """A pytree path as keys joined by dots."""
+    return ".".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
+
+
+def spec_for(name: str, shape: Sequence[int], mesh: Mesh, rules: Sequence[Rule]) -> PartitionSpec:
+    """The first matching rule's spec, cut to what divides.
+
+    Raises:
+      UserError: no rule matches.
+    """
+    for pattern, axes in rules:
+        if re.search(pattern, name):
+            return _fit(shape, mesh, axes)
+    raise UserError(f"no sharding rule matches parameter '{name}'")
+
+
+def _fit(shape: Sequence[int], mesh: Mesh, axes: tuple) -> PartitionSpec:
+    out: list[Any] = []
+    for size, wanted in zip(shape, axes, strict=False):
+        names = list(wanted) if isinstance(wanted, tuple) else [wanted] if wanted else []
+        while names and size % math.prod(mesh.shape[n] for n in names):
+            names.pop()
+        out.append(tuple(names) if names else None)
+    return PartitionSpec(*out)
+
+
+def shardings(tree, mesh: Mesh, rules: Sequence[Rule]):
+    """`NamedSharding`s for a tree of arrays or `ShapeDtypeStruct`s."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, spec_for(path_name(path), leaf.shape, mesh, rules)),
+        tree,
+    )
+
+
+def state_shardings(tree, mesh: Mesh, rules: Sequence[Rule]):
+    """As `shardings`, for an optimiser's state: moments follow their parameter."""
+
+    def leaf_sharding(path, leaf):
+        name = path_name(path)
+        matches = leaf.ndim and any(re.search(pattern, name) for pattern, _ in rules)
+        spec = spec_for(name, leaf.shape, mesh, rules) if matches else PartitionSpec()
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
+
+
+def describe(tree, sharding_tree) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Yield `(path, shape, spec)` of every leaf, for printing."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(sharding_tree), strict=True):
+        yield path_name(path), tuple(leaf.shape), str(sharding.spec)

@@ -1,0 +1,1 @@
+"""Routers, dispatch strategies and their telemetry."""

@@ -1,0 +1,1 @@
+"""Recipes, stages, the training step and the loop."""

@@ -1,0 +1,140 @@
+"""The loop over steps: read, update, log, save.
+
+Step N−1's metrics are read after step N was dispatched, so that the device never waits for the
+host's bookkeeping.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from medmoe_jax.checkpoints.files import MetricsLog
+from medmoe_jax.errors import UserError
+from medmoe_jax.routing import telemetry
+from medmoe_jax.routing.routers import RouterStats
+
+
+@dataclass
+class Loop:
+    """What the loop needs beside the state.
+
+    Attributes:
+      name: of the stage, on the progress bar.
+      step_fn: `(state, frozen, batch) -> (state, metrics)`, compiled.
+      stream: batches on the host, with `get_state` and `counters`.
+      place: puts a host batch on the devices.
+      save: `save(state, extra)`, called every `save_every` steps and at the end.
+      log: JSONL of every step.
+      board: a `tensorboardX.SummaryWriter`, or None.
+      probe: figures of the state computed every `log_every` steps.
+      rate: learning rate of a step.
+      steps, log_every, save_every: counts.
+    """
+
+    name: str
+    step_fn: Callable
+    stream: Any
+    place: Callable[[Mapping[str, np.ndarray]], Any]
+    save: Callable[[Any, dict], None]
+    log: MetricsLog
+    board: Any
+    probe: Callable[[Any], dict[str, float]]
+    rate: Callable[[int], float]
+    steps: int
+    log_every: int
+    save_every: int
+
+
+def run(loop: Loop, state, frozen, first: int):
+    """Steps `first .. loop.steps - 1`; returns the final state.
+
+    Raises:
+      UserError: the loss or the gradient is not finite, or the first batch holds no target.
+    """
+    bar = tqdm(total=loop.steps, initial=first, desc=loop.name, unit="step", dynamic_ncols=True)
+    pending: tuple[int, Any] | None = None
+    clock = _Clock()
+    with bar:
+        for step in range(first, loop.steps):
+            waited = time.monotonic()
+            batch = loop.place({name: array for name, array in next(loop.stream).items()})
+            waited = time.monotonic() - waited
+            with jax.transfer_guard("disallow"):
+                state, metrics = loop.step_fn(state, frozen, batch)
+            metrics |= {"input_seconds": waited, "seconds": clock.lap()}
+            if pending is not None:
+                _record(loop, bar, *pending)
+            pending = (step, metrics)
+            done = step + 1
+            if done % loop.log_every == 0 or done == loop.steps:
+                pending[1]["probe"] = loop.probe(state)
+            if done % loop.save_every == 0 or done == loop.steps:
+                _record(loop, bar, *pending)
+                pending = None
+                loop.log.sync()
+                loop.save(state, {"data": loop.stream.get_state()})
+    return state
+
+
+class _Clock:
+    """Seconds since the last call."""
+
+    def __init__(self):
+        self.last = time.monotonic()
+
+    def lap(self) -> float:
+        now = time.monotonic()
+        self.last, out = now, now - self.last
+        return out
+
+
+def _record(loop: Loop, bar: tqdm, step: int, metrics: dict[str, Any]) -> None:
+    """Write one step's metrics to the bar, the log and TensorBoard."""
+    probe = metrics.pop("probe", {})
+    router = metrics.pop("router")
+    waited, seconds = metrics.pop("input_seconds"), max(metrics.pop("seconds"), 1e-9)
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    for name in ("loss", "gradient_norm"):
+        if not math.isfinite(values[name]):
+            raise UserError(
+                f"stage '{loop.name}', step {step + 1}: {name} is {values[name]}; lower "
+                "learning_rate, or look at the rows of this step. The last checkpoint is intact."
+            )
+    if step == 0 and not values["target_tokens"]:
+        raise UserError(
+            f"stage '{loop.name}': no token of the first batch is a target, so there is nothing to "
+            "learn; most likely data.length cuts the rows before their answers begin"
+        )
+    values["learning_rate"] = float(loop.rate(step))
+    row: dict[str, Any] = {**values, **probe}
+    if (step + 1) % loop.log_every == 0 or step + 1 == loop.steps:
+        summaries = {key: telemetry.summarise(s) for key, s in _router_stats(router)}
+        for key, figures in summaries.items():
+            row[f"router/{key}/entropy"] = float(figures["entropy"].mean())
+            row[f"router/{key}/imbalance"] = float(figures["imbalance"].max())
+        scalars = {**row, "tokens_per_second": values["tokens"] / seconds, "input_wait": waited}
+        if loop.board is not None:
+            for name, value in scalars.items():
+                loop.board.add_scalar(f"{loop.name}/{name}", value, step + 1)
+        row["router"] = {
+            key: {name: np.round(value, 6).tolist() for name, value in figures.items()}
+            for key, figures in summaries.items()
+        }
+    loop.log.write(step + 1, row)
+    bar.update(1)
+    bar.set_postfix_str(
+        f"loss {values['loss']:.4f}, {values['tokens'] / seconds:,.0f} tok/s", refresh=False
+    )
+
+
+def _router_stats(router) -> Iterator[tuple[str, RouterStats]]:
+    for key, stats in router.items():
+        yield key, jax.device_get(stats)

@@ -1,0 +1,83 @@
+"""The parts of a stage's run: optimiser, objective, and the trees on the mesh."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from medmoe_jax.adapters import lifecycle, orthogonality
+from medmoe_jax.adapters.lifecycle import Roster
+from medmoe_jax.parallel.mesh import replicated
+from medmoe_jax.parallel.rules import RULES, shardings, state_shardings
+from medmoe_jax.training.recipe import Stage
+from medmoe_jax.training.setup import Setup
+from medmoe_jax.training.step import Objective, TrainState, split_base
+
+
+def make_optimiser(stage: Stage, rate) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW, on the trainable tree."""
+    c = stage.config
+    adamw = optax.adamw(rate, b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=c.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(c.clip), adamw) if c.clip else adamw
+
+
+def make_objective(setup: Setup, stage: Stage, roster: Roster) -> Objective:
+    """What the stage minimises."""
+    return Objective(
+        model=setup.model(lifecycle.active_banks(roster)),
+        terms=stage.terms,
+        specs=tuple(spec for spec, _ in roster.values()),
+        accumulation=setup.config.run.accumulation,
+        seed=stage.config.seed,
+    )
+
+
+def split(stage: Stage, roster: Roster, banks, base) -> tuple[dict, dict]:
+    """`(frozen, trainable)` trees of a stage."""
+    frozen_base, trained = split_base(base, stage.train_base)
+    trains = {name for name, (_, state) in roster.items() if state == "train"}
+    frozen = {"base": frozen_base, "banks": {k: v for k, v in banks.items() if k not in trains}}
+    return frozen, {"banks": {k: v for k, v in banks.items() if k in trains}, "base": trained}
+
+
+def place(setup: Setup, optimiser, trainable, frozen) -> tuple[TrainState, dict]:
+    """The state and the frozen tree on the mesh, the optimiser's moments made in their shards."""
+    put = functools.partial(jax.tree.map, jax.device_put)
+    trainable = put(trainable, shardings(trainable, setup.mesh, RULES))
+    frozen = put(frozen, shardings(frozen, setup.mesh, RULES))
+    abstract = jax.eval_shape(optimiser.init, trainable)
+    moments = state_shardings(abstract, setup.mesh, RULES)
+    opt_state = jax.jit(optimiser.init, out_shardings=moments)(trainable)
+    step = jax.device_put(jnp.int32(0), replicated(setup.mesh))
+    return TrainState(step, trainable, opt_state), frozen
+
+
+def make_probe(objective: Objective, frozen) -> Callable[[TrainState], dict[str, float]]:
+    """Scale-free overlap of the banks that an orthogonality term names."""
+    specs = {spec.name: spec for spec in objective.specs}
+
+    @jax.jit
+    def measure(trainable, frozen_banks):
+        banks = {**frozen_banks, **trainable["banks"]}
+        return [
+            orthogonality.grams(
+                orthogonality.pairs(
+                    specs[term.of], specs[term.against], banks[term.of], banks[term.against]
+                )
+            )
+            for term in objective.terms
+        ]
+
+    def probe(state: TrainState) -> dict[str, float]:
+        measured = jax.device_get(measure(state.trainable, frozen["banks"]))
+        return {
+            f"overlap/{term.of}-{term.against}/{name}": value
+            for term, triples in zip(objective.terms, measured, strict=True)
+            for name, value in orthogonality.overlap(triples).items()
+        }
+
+    return probe

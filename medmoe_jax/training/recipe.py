@@ -1,0 +1,252 @@
+"""A recipe: typed stages parsed from a configuration, and what each stage starts from."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from medmoe_jax.adapters import lifecycle, orthogonality
+from medmoe_jax.adapters.bank import BankSpec, abstract, match_layers, match_sites
+from medmoe_jax.adapters.lifecycle import Roster
+from medmoe_jax.adapters.orthogonality import Orthogonality
+from medmoe_jax.base import decoder as base_decoder
+from medmoe_jax.base import trees
+from medmoe_jax.base.config import DecoderConfig
+from medmoe_jax.errors import UserError
+from medmoe_jax.training.step import match_leaves
+
+_STATES = ("train", "frozen", "off")  # `merged` comes from `merge` only
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training phase, checked against the recipe and the decoder.
+
+    Attributes:
+      name, after: its name and the stage it starts from ("" = the base).
+      merge, drop: banks merged or dropped before it.
+      added: banks it adds.
+      states: `{bank: state}` it sets.
+      train_base: globs of base leaves it trains.
+      terms: losses on parameters.
+      mixture: `{source: weight}`.
+      config: the section itself, for the schedule.
+    """
+
+    name: str
+    after: str
+    merge: tuple[str, ...]
+    drop: tuple[str, ...]
+    added: tuple[BankSpec, ...]
+    states: Mapping[str, str]
+    train_base: tuple[str, ...]
+    terms: tuple[Orthogonality, ...]
+    mixture: Mapping[str, float]
+    config: ConfigDict
+
+
+def bank_spec(name: str, fields: Mapping[str, Any], decoder: DecoderConfig) -> BankSpec:
+    """A bank's specification from its section; UserError where a pattern matches nothing."""
+    fields = dict(fields)
+    sites = match_sites(name, tuple(fields.pop("sites")), decoder)
+    start, stop = match_layers(name, tuple(fields.pop("layers")), decoder.n_layers)
+    return BankSpec(name=name, sites=sites, start=start, stop=stop, **fields)
+
+
+def parse(config: ConfigDict, decoder: DecoderConfig) -> tuple[Stage, ...]:
+    """The stages in order.
+
+    Raises:
+      UserError: naming the field, for whatever does not fit together.
+    """
+    stages: list[Stage] = []
+    rosters: dict[str, Roster] = {"": {}}
+    for name in config.stages.order:
+        if name in rosters:
+            raise UserError(f"stages.order: '{name}' stands there twice")
+        if name not in config.stages or name == "order":
+            known = ", ".join(key for key in config.stages if key != "order") or "none"
+            raise UserError(f"stages.order: there is no stage '{name}'; defined: {known}")
+        if name == "base":
+            raise UserError("stages.order: 'base' means the bare base; give the stage another name")
+        stage = _parse_stage(name, config, decoder)
+        if stage.after not in rosters:
+            raise UserError(
+                f"stages.{name}.after: '{stage.after}' does not stand before it in stages.order"
+            )
+        rosters[name] = _check(stage, rosters[stage.after], decoder)
+        stages.append(stage)
+    return tuple(stages)
+
+
+def _parse_stage(name: str, config: ConfigDict, decoder: DecoderConfig) -> Stage:
+    section = config.stages[name]
+    mixture = {source: float(w) for source, w in section.mixture.items()}
+    for source, weight in mixture.items():
+        if source not in config.data.sources:
+            known = ", ".join(config.data.sources) or "none"
+            raise UserError(
+                f"stages.{name}.mixture: there is no source '{source}'; data.sources: {known}"
+            )
+        if weight < 0:
+            raise UserError(f"stages.{name}.mixture.{source}: weight {weight} is negative")
+    if not any(mixture.values()):
+        raise UserError(f"stages.{name}.mixture is empty; give at least one source a weight")
+    if section.steps <= 0 and section.epochs <= 0:
+        raise UserError(f"stages.{name}: give steps or epochs above 0")
+    if not 0 <= section.warmup <= 1:
+        raise UserError(f"stages.{name}.warmup: {section.warmup} is no share between 0 and 1")
+    for bank, state in section.states.items():
+        if state not in _STATES:
+            raise UserError(
+                f"stages.{name}.states.{bank}: '{state}' is none of {', '.join(_STATES)}"
+            )
+    try:
+        match_leaves(base_decoder.shapes(decoder), tuple(section.train_base))
+    except UserError as error:
+        raise UserError(f"stages.{name}.{error}") from None
+    return Stage(
+        name=name,
+        after=section.after,
+        merge=tuple(section.merge),
+        drop=tuple(section.drop),
+        added=tuple(bank_spec(key, b, decoder) for key, b in section.banks.items()),
+        states=dict(section.states),
+        train_base=tuple(section.train_base),
+        terms=tuple(Orthogonality(**term) for term in section.losses.values()),
+        mixture=mixture,
+        config=section,
+    )
+
+
+def next_roster(stage: Stage, roster: Roster) -> Roster:
+    """The roster of a stage, from that of the one it starts from: merge, drop, states, add."""
+    for name in stage.merge:
+        spec, state = lifecycle.find(roster, name)
+        lifecycle.check_mergeable(spec)
+        if state == "merged":
+            raise UserError(f"bank '{name}' is merged already")
+        roster = {**roster, name: (spec, "merged")}
+    for name in stage.drop:
+        roster, _ = lifecycle.drop(roster, {}, name)
+    for name, state in stage.states.items():
+        roster = lifecycle.set_state(roster, name, state)
+    for spec in stage.added:
+        if spec.name in roster:
+            raise UserError(f"bank '{spec.name}' is there already; names are unique in a recipe")
+        roster = {**roster, spec.name: (spec, "train")}
+    return roster
+
+
+def _check(stage: Stage, before: Roster, decoder: DecoderConfig) -> Roster:
+    try:
+        roster = next_roster(stage, before)
+    except UserError as error:
+        raise UserError(f"stages.{stage.name}: {error}") from None
+    trained = [name for name, (_, state) in roster.items() if state == "train"]
+    if not trained and not stage.train_base:
+        raise UserError(
+            f"stages.{stage.name} trains nothing: add a bank, set one to 'train', or name base "
+            "leaves in train_base"
+        )
+    active = {spec.name: spec for spec in lifecycle.active_banks(roster)}
+    for term in stage.terms:
+        for name in (term.of, term.against):
+            if name not in active:
+                raise UserError(
+                    f"stages.{stage.name}.losses: bank '{name}' takes no part in this stage"
+                )
+        _check_shared(stage.name, active[term.of], active[term.against], decoder)
+    return roster
+
+
+def _check_shared(stage: str, of: BankSpec, against: BankSpec, decoder: DecoderConfig) -> None:
+    try:
+        jax.eval_shape(
+            lambda a, b: orthogonality.pairs(of, against, a, b),
+            abstract(of, decoder),
+            abstract(against, decoder),
+        )
+    except UserError as error:
+        raise UserError(f"stages.{stage}.losses: {error}") from None
+
+
+def chain(stages: tuple[Stage, ...], name: str) -> tuple[Stage, ...]:
+    """The stage of that name with the ones it builds on, first to last; "" gives none."""
+    by_name = {stage.name: stage for stage in stages}
+    out: list[Stage] = []
+    while name:
+        out.append(by_name[name])
+        name = by_name[name].after
+    return tuple(reversed(out))
+
+
+def start(stage: Stage, roster: Roster, banks, base, decoder: DecoderConfig):
+    """What a stage starts from, with the merge really made and new banks initialised.
+
+    The old base's merged kernels are given up.
+
+    Args:
+      stage: the stage about to run (or to be replayed).
+      roster, banks, base: what the stage before ended with.
+
+    Returns:
+      `(roster, banks, base)`.
+    """
+    for name in stage.merge:
+        roster, base = lifecycle.merge(roster, banks, base, name, donate=True)
+    for name in stage.drop:
+        roster, banks = lifecycle.drop(roster, banks, name)
+    for name, state in stage.states.items():
+        roster = lifecycle.set_state(roster, name, state)
+    key = jax.random.key(stage.config.seed)
+    for spec in stage.added:
+        name_key = jax.random.fold_in(key, zlib.crc32(spec.name.encode()))
+        roster, banks = lifecycle.add(roster, banks, spec, decoder, name_key)
+    return roster, banks, base
+
+
+def finish(final: Mapping[str, Any], base):
+    """`(banks, base)` after a stage, from its final tree `{"banks", "base"}`."""
+    trained = [
+        (path, leaf.astype(trees.get(base, path).dtype))
+        for path, leaf in trees.flatten(final.get("base", {}))
+    ]
+    return final.get("banks", {}), trees.overlay(base, trees.unflatten(trained))
+
+
+def replay(stages, name: str, base, decoder: DecoderConfig, final_of: Callable[[str], Any]):
+    """Roster, banks and base at the end of a finished stage.
+
+    Args:
+      stages: the recipe.
+      name: the stage, or "" for the bare base.
+      base: the base as loaded; its merged kernels are given up.
+      final_of: `{"banks", "base"}` of a finished stage, by name.
+    """
+    roster: Roster = {}
+    banks: dict[str, Any] = {}
+    for stage in chain(stages, name):
+        roster, banks, base = start(stage, roster, banks, base, decoder)
+        banks, base = finish(final_of(stage.name), base)
+    return roster, banks, base
+
+
+def schedule(section: ConfigDict, steps: int):
+    """Linear warm-up to the learning rate, then a cosine to its final share (an optax schedule)."""
+    warmup = round(section.warmup * steps)
+    peak, floor = section.learning_rate, section.final_learning_rate
+
+    def rate(step):
+        rising = (step + 1) / max(warmup, 1)
+        progress = jnp.clip((step - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+        cosine = floor + (1 - floor) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        return peak * jnp.where(step < warmup, rising, cosine)
+
+    return rate

@@ -1,0 +1,250 @@
+"""Running a recipe: every stage in order, resuming where the work directory says.
+
+W/stages/<stage>/recipe.json    what the stage was started with
+W/stages/<stage>/steps          checkpoints while it trains
+W/stages/<stage>/metrics.jsonl  one line a step
+W/stages/<stage>/final          its banks and trained base leaves
+W/stages/<stage>/manifest.json  written last: the stage is finished
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from medmoe_jax.adapters.lifecycle import Roster
+from medmoe_jax.base import trees
+from medmoe_jax.checkpoints import stages as store
+from medmoe_jax.checkpoints.files import MetricsLog, read_metrics
+from medmoe_jax.checkpoints.manifest import BankEntry, Manifest, library_versions
+from medmoe_jax.data.batches import BatchStream, make_stream
+from medmoe_jax.data.encode import Encoder
+from medmoe_jax.data.sources import RowFitter, check_source, open_source
+from medmoe_jax.errors import UserError
+from medmoe_jax.parallel.mesh import batch_sharding, batch_shards
+from medmoe_jax.parallel.rules import RULES, shardings
+from medmoe_jax.training import loop as loop_lib
+from medmoe_jax.training import recipe as recipe_lib
+from medmoe_jax.training import summary
+from medmoe_jax.training.identity import (
+    check_stage,
+    claim,
+    operations,
+    parent_fingerprint,
+    stage_dir,
+)
+from medmoe_jax.training.parts import make_objective, make_optimiser, make_probe, place, split
+from medmoe_jax.training.recipe import Stage
+from medmoe_jax.training.setup import Setup
+from medmoe_jax.training.step import train_step
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model at the end of a stage (or the bare base), ready for the forward pass.
+
+    Attributes:
+      stage: its name, "" for the base.
+      roster, banks, base: see `adapters.lifecycle`.
+    """
+
+    stage: str
+    roster: Roster
+    banks: Mapping[str, Any]
+    base: Any
+
+
+def open_trained(setup: Setup, workdir: str | Path, name: str) -> Trained:
+    """The model at the end of a finished stage; "" is the bare base.
+
+    Raises:
+      CheckpointError: the stage's files are damaged.
+      UserError: the stage is not finished, or the work directory is of another base, tokenizer or
+        other banks.
+    """
+    final_of = functools.partial(_load_final, setup, workdir)
+    for stage in recipe_lib.chain(setup.stages, name):
+        check_stage(setup, workdir, stage)
+    base = setup.load_base()
+    roster, banks, base = recipe_lib.replay(setup.stages, name, base, setup.base.config, final_of)
+    return Trained(name, roster, banks, base)
+
+
+def last_finished(setup: Setup, workdir: str | Path) -> str:
+    """The last stage in order that is finished, or ""."""
+    done = [s.name for s in setup.stages if store.is_finished(stage_dir(workdir, s.name))]
+    return done[-1] if done else ""
+
+
+def train(
+    setup: Setup,
+    workdir: str | Path,
+    evaluate: Callable[[Trained], dict[str, Any]] = lambda _: {},
+) -> None:
+    """Run every stage that is not finished, in order.
+
+    Args:
+      setup: the configuration's parts.
+      workdir: where everything is kept; the same directory continues the same recipe.
+      evaluate: figures of the model at the end of a stage, for its manifest.
+
+    Raises:
+      UserError: the work directory belongs to another recipe or base, or an input is bad.
+    """
+    for stage in setup.stages:
+        for name in (name for name, weight in stage.mixture.items() if weight):
+            source = setup.config.data.sources[name]
+            check_source(name, source.path, source.reader)
+    for stage in setup.stages:
+        directory = stage_dir(workdir, stage.name)
+        stream, digests = open_data(setup, stage)
+        fingerprint = claim(setup, workdir, stage, digests)
+        if store.is_finished(directory):
+            summary.note(f"stage '{stage.name}' is finished: skipped")
+        else:
+            _run_stage(setup, workdir, stage, stream, fingerprint, evaluate)
+        stream.close()
+
+
+def open_data(setup: Setup, stage: Stage) -> tuple[BatchStream, dict[str, str]]:
+    """A stage's batches, and the content digest of each of its sources."""
+    data = setup.config.data
+    used = {name: weight for name, weight in stage.mixture.items() if weight}
+    fit = RowFitter(Encoder(setup.tokenizer, setup.template), data.length)
+    opened = {name: open_source(name, **data.sources[name].to_dict(), fit=fit) for name in used}
+    if fit.shortened:
+        summary.note(f"{fit.shortened:,} rows were shortened to fit {data.length} tokens")
+    shards = batch_shards(setup.mesh) * setup.config.run.accumulation
+    if data.global_batch % shards:
+        raise UserError(
+            f"data.global_batch: {data.global_batch} rows do not divide over "
+            f"{batch_shards(setup.mesh)} devices x run.accumulation {setup.config.run.accumulation}"
+        )
+    stream = make_stream(
+        {name: rows for name, (rows, _) in opened.items()},
+        used,
+        setup.tokenizer,
+        setup.template,
+        data.mask,
+        data.length,
+        data.global_batch,
+        data.shards,
+        data.seed,
+        pack=data.pack,
+    )
+    return stream, {name: digest for name, (_, digest) in opened.items()}
+
+
+def _load_final(setup: Setup, workdir, name: str) -> dict[str, Any]:
+    directory = stage_dir(workdir, name)
+    tree = store.abstract_final(directory)
+    placed = _abstract_with(tree, shardings(tree, setup.mesh, RULES))
+    return store.load_final(directory, placed)[0]
+
+
+def _abstract_with(tree, sharding_tree):
+    return jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+        tree,
+        sharding_tree,
+    )
+
+
+def _run_stage(setup, workdir, stage, stream, fingerprint, evaluate) -> None:
+    config, directory = setup.config, stage_dir(workdir, stage.name)
+    before = open_trained(setup, workdir, stage.after)
+    roster, banks, base = recipe_lib.start(
+        stage, before.roster, before.banks, before.base, setup.base.config
+    )
+    steps = stage.config.steps or max(1, round(stage.config.epochs * stream.steps_per_epoch()))
+    rate = recipe_lib.schedule(stage.config, steps)
+    optimiser = make_optimiser(stage, rate)
+    objective = make_objective(setup, stage, roster)
+    frozen, trainable = split(stage, roster, banks, base)
+    del base, banks, before
+    summary.print_stage(stage, roster, trainable, frozen, setup.base.config, steps)
+    state, frozen = place(setup, optimiser, trainable, frozen)
+    with store.StageCheckpoints(directory, keep=config.run.keep) as checkpoints:
+        restored = checkpoints.restore(
+            jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+            )
+        )
+        first = 0
+        if restored is not None:
+            state, first = restored.state, restored.step
+            stream.set_state(restored.extra["data"])
+            summary.note(f"stage '{stage.name}' continues after step {first} of {steps}")
+        with (
+            MetricsLog(directory / "metrics.jsonl", first) as metrics_log,
+            _open_board(workdir) as board,
+        ):
+            loop = loop_lib.Loop(
+                name=stage.name,
+                step_fn=jax.jit(
+                    functools.partial(train_step, objective, optimiser), donate_argnums=0
+                ),
+                stream=stream,
+                place=functools.partial(_put_batch, setup),
+                save=lambda s, extra: checkpoints.save(int(jax.device_get(s.step)), s, extra),
+                log=metrics_log,
+                board=board,
+                probe=make_probe(objective, frozen),
+                rate=rate,
+                steps=steps,
+                log_every=config.run.log_every,
+                save_every=config.run.save_every,
+            )
+            state = loop_lib.run(loop, state, frozen, first)
+        counts = stream.counters()
+    summary.print_counts(stage, counts)
+    _finish(setup, workdir, stage, roster, state, frozen, steps, counts, fingerprint, evaluate)
+
+
+def _finish(setup, workdir, stage, roster, state, frozen, steps, counts, fingerprint, evaluate):
+    """Evaluate the stage's end, then save it with its manifest."""
+    directory = stage_dir(workdir, stage.name)
+    banks = {**frozen["banks"], **state.trainable["banks"]}
+    final = {"banks": banks, "base": state.trainable["base"]}
+    trained = jax.tree.map(lambda leaf: leaf.astype(setup.dtype), state.trainable["base"])
+    base = trees.overlay(frozen["base"], trained)
+    figures = evaluate(Trained(stage.name, roster, banks, base))
+    last = {k: v for k, v in read_metrics(directory / "metrics.jsonl")[-1].items() if k != "router"}
+    manifest = Manifest(
+        stage=stage.name,
+        after=stage.after,
+        recipe_fingerprint=fingerprint,
+        base_fingerprint=setup.base_fingerprint,
+        parent_fingerprint=parent_fingerprint(workdir, stage),
+        operations=operations(stage),
+        banks={name: BankEntry(roster[name][1], _shapes(params)) for name, params in banks.items()},
+        steps=steps,
+        metrics={"train": last, "rows": counts, "evaluation": figures},
+        versions=library_versions(),
+    )
+    store.save_final(directory, {k: v for k, v in final.items() if v}, manifest)
+
+
+def _shapes(params) -> dict[str, list[int]]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+
+
+def _open_board(workdir):
+    # Imported here: tensorboardX imports torch wherever that is installed.
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(str(Path(workdir) / "tensorboard"))
+
+
+def _put_batch(setup: Setup, batch):
+    sharding = batch_sharding(setup.mesh)
+    names = ("tokens", "loss_mask", "segment_ids", "positions")
+    return {name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in names}

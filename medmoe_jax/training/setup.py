@@ -1,0 +1,121 @@
+"""From a configuration to the parts that every command needs: mesh, base, tokenizer, template."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass, field
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from medmoe_jax.adapters.bank import BankSpec
+from medmoe_jax.adapters.model import AdaptedConfig
+from medmoe_jax.base import decoder
+from medmoe_jax.base.decoder import Execution
+from medmoe_jax.checkpoints.bases import Base, open_base
+from medmoe_jax.checkpoints.fingerprint import tree_fingerprint
+from medmoe_jax.data.templates import Template, load_template
+from medmoe_jax.data.tokenizers import Tokenizer, check_vocabulary, load
+from medmoe_jax.errors import UserError
+from medmoe_jax.parallel.mesh import batch_sharding, make_mesh
+from medmoe_jax.parallel.rules import BASE_RULES, shardings
+from medmoe_jax.routing.dispatch import strategy
+from medmoe_jax.training.recipe import Stage, parse
+
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_COUNTS = ("accumulation", "unroll", "log_every", "save_every", "keep", "score_batch")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a configuration stands for on this machine.
+
+    Attributes:
+      config: the configuration.
+      mesh: its devices.
+      base: the frozen decoder, not loaded yet.
+      stages: the recipe.
+      tokenizer, template: how text becomes ids.
+    """
+
+    config: ConfigDict
+    mesh: Mesh
+    base: Base
+    stages: tuple[Stage, ...]
+    tokenizer: Tokenizer
+    template: Template
+    _spare: list = field(default_factory=list, repr=False, compare=False)
+
+    @property
+    def dtype(self):
+        """Of the frozen weights and the activations."""
+        return _DTYPES[self.config.base.dtype]
+
+    def load_base(self):
+        """The base's parameters, each straight into its shards; the caller may give them up."""
+        return self._spare.pop() if self._spare else self._load()
+
+    def _load(self):
+        tree = decoder.abstract(self.base.config, self.dtype)
+        return self.base.load(self.dtype, shardings(tree, self.mesh, BASE_RULES))
+
+    @functools.cached_property
+    def base_fingerprint(self) -> str:
+        """Content hash of the base as loaded; what was read for it is kept for one `load_base`."""
+        base = self._load()
+        self._spare.append(base)
+        return tree_fingerprint(base)
+
+    def model(self, banks: tuple[BankSpec, ...]) -> AdaptedConfig:
+        """The decoder with these banks active, run as `config.run` says."""
+        run = self.config.run
+        execution = Execution(
+            dtype=self.dtype,
+            remat=run.remat,
+            unroll=run.unroll,
+            attention=run.attention,
+            activations=batch_sharding(self.mesh, 3),
+        )
+        return AdaptedConfig(self.base.config, banks, execution, run.dispatch)
+
+
+def open_setup(config: ConfigDict) -> Setup:
+    """Everything a configuration names, checked; no weights are loaded yet.
+
+    Raises:
+      UserError: naming the field that does not fit.
+    """
+    section = config.base
+    if section.dtype not in _DTYPES:
+        raise UserError(f"base.dtype: '{section.dtype}' is none of {', '.join(_DTYPES)}")
+    _check_run(config.run)
+    mesh = make_mesh(config.run.mesh.to_dict())
+    base = open_base(section.path, section.preset, section.decoder.to_dict(), section.seed)
+    path = section.tokenizer or base.tokenizer
+    if not path:
+        raise UserError(
+            "base.tokenizer is empty and the base brings none; name a file or directory"
+        )
+    tokenizer = load(path)
+    check_vocabulary(tokenizer, base.config.vocab_size)
+    if config.data.length > base.config.max_positions:
+        raise UserError(
+            f"data.length: {config.data.length} exceeds the base's context of "
+            f"{base.config.max_positions} positions"
+        )
+    used = min(tokenizer.vocab_size, base.config.vocab_size)
+    # Rows of the embedding beyond the tokenizer's ids are padding: never sampled, never a target.
+    base = dataclasses.replace(base, config=base.config.replace(vocab_used=used))
+    template = load_template(config.data.template, tokenizer)
+    setup = Setup(config, mesh, base, parse(config, base.config), tokenizer, template)
+    setup.model(())  # checks how it is to be run
+    return setup
+
+
+def _check_run(run: ConfigDict) -> None:
+    for name in _COUNTS:
+        if run[name] < 1:
+            raise UserError(f"run.{name}: {run[name]} is below 1")
+    strategy(run.dispatch)

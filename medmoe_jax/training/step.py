@@ -1,0 +1,203 @@
+"""One optimiser step on the trainable tree.
+
+Axes: A micro-batches, B rows, T tokens.
+`trainable` is `{"banks": {name: parameters}, "base": nested dict of base leaves}`, all float32; it
+is the only tree that is differentiated, updated and donated. `frozen` is `{"base": ..., "banks":
+...}`, an argument of the compiled step, never closed over.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from medmoe_jax.adapters import model, orthogonality
+from medmoe_jax.adapters.bank import BankSpec
+from medmoe_jax.adapters.model import AdaptedConfig
+from medmoe_jax.adapters.orthogonality import Orthogonality
+from medmoe_jax.base import decoder, trees
+from medmoe_jax.base.loss import cross_entropy, next_token_targets
+from medmoe_jax.errors import UserError
+from medmoe_jax.routing import telemetry
+
+
+class TrainState(NamedTuple):
+    """What a step changes."""
+
+    step: jax.Array  # [] int32, updates made
+    trainable: Any
+    optimiser: Any
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: token cross-entropy plus terms on parameters.
+
+    Attributes:
+      model: decoder and active banks.
+      terms: orthogonality terms, each weighted, entering once a step.
+      specs: every bank by name, for the terms.
+      accumulation: micro-batches a step.
+      seed: of dropout.
+    """
+
+    model: AdaptedConfig
+    terms: tuple[Orthogonality, ...] = ()
+    specs: tuple[BankSpec, ...] = ()
+    accumulation: int = 1
+    seed: int = 0
+
+
+def nll(config: AdaptedConfig, trainable, frozen, batch: Mapping[str, jax.Array], key=None):
+    """Σ −log p over the batch's targets.
+
+    Args:
+      config: decoder and active banks.
+      trainable, frozen: see the module.
+      batch: `tokens`, `loss_mask`, `segment_ids`, `positions`, each `[B, T]`.
+      key: of dropout, or None for none.
+
+    Returns:
+      `(Σ nll, (Σ weight, {"bank/site": RouterStats}))`.
+    """
+    banks = {**frozen["banks"], **trainable["banks"]}
+    targets_BxT, weights_BxT = next_token_targets(
+        batch["tokens"], batch["loss_mask"], batch["segment_ids"]
+    )
+    x_BxTxD, _, aux = model.hidden(
+        config,
+        frozen["base"],
+        banks,
+        batch["tokens"],
+        batch["segment_ids"],
+        batch["positions"],
+        trained=trainable["base"],
+        context={} if key is None else {"dropout_key": key},
+    )
+    head_VxD = decoder.head(frozen["base"], trainable["base"])
+    train_head = ("embed" if config.decoder.tied else "head") in trainable["base"]
+    total = cross_entropy(
+        config.decoder,
+        train_head,
+        head_VxD,
+        x_BxTxD,
+        targets_BxT,
+        weights_BxT,
+        config.execution.row_shards,
+    )
+    return total, (jnp.sum(weights_BxT), telemetry.collect(aux))
+
+
+def _terms(objective: Objective, trainable, frozen):
+    """Σ λ · term, and each term's value."""
+    banks = {**frozen["banks"], **trainable["banks"]}
+    specs = {spec.name: spec for spec in objective.specs}
+    total, values = jnp.float32(0), {}
+    for term in objective.terms:
+        pairs = orthogonality.pairs(
+            specs[term.of], specs[term.against], banks[term.of], banks[term.against]
+        )
+        value = orthogonality.term(term, pairs)
+        total += term.weight * value
+        values[f"orthogonality/{term.of}-{term.against}"] = value
+    return total, values
+
+
+def _micro_batches(batch, count: int):
+    """`[B, T]` to `[A, B/A, T]`, row i in micro-batch i mod A, so that every device has a share."""
+    return jax.tree.map(
+        lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), batch
+    )
+
+
+def gradients(objective: Objective, trainable, frozen, batch, step):
+    """Gradient of the mean loss over all target tokens, plus the parameter terms.
+
+    Sums are accumulated over micro-batches and devices and divided once, so a short answer's
+    token weighs as much as a long one's.
+
+    Returns:
+      `(gradients, metrics)`.
+    """
+    step_key = jax.random.fold_in(jax.random.key(objective.seed), step)
+
+    def micro(carry, inputs):
+        index, micro_batch = inputs
+        key = jax.random.fold_in(step_key, index)
+        value_and_grad = jax.value_and_grad(nll, argnums=1, has_aux=True)
+        (loss, (weight, stats)), grads = value_and_grad(
+            objective.model, trainable, frozen, micro_batch, key
+        )
+        return jax.tree.map(jnp.add, carry, (grads, loss, weight)), stats
+
+    A = objective.accumulation
+    zeros = jax.tree.map(jnp.zeros_like, trainable)
+    carry = (zeros, jnp.float32(0), jnp.float32(0))
+    xs = (jnp.arange(A), _micro_batches(batch, A))
+    if A == 1:
+        carry, stats = micro(carry, jax.tree.map(lambda x: x[0], xs))
+    else:
+        carry, stats = jax.lax.scan(micro, carry, xs)
+        stats = jax.tree.map(lambda x: x.sum(0), stats)
+    grads, loss, weight = carry
+    scale = 1.0 / jnp.maximum(weight, 1.0)
+    grads = jax.tree.map(lambda g: g * scale, grads)
+    metrics = {"loss": loss * scale, "target_tokens": weight, "router": stats}
+    if objective.terms:
+        (_, values), term_grads = jax.value_and_grad(
+            lambda t: _terms(objective, t, frozen), has_aux=True
+        )(trainable)
+        grads = jax.tree.map(jnp.add, grads, term_grads)
+        metrics |= values
+        metrics["orthogonality/gradient_norm"] = optax.tree.norm(term_grads)
+    return grads, metrics
+
+
+def train_step(
+    objective: Objective,
+    optimiser: optax.GradientTransformation,
+    state: TrainState,
+    frozen: Mapping[str, Any],
+    batch: Mapping[str, jax.Array],
+):
+    """One update: `(state, metrics)`; jit it with the first two arguments static.
+
+    Metrics are float32 scalars, except `router` (RouterStats by bank and site).
+    """
+    grads, metrics = gradients(objective, state.trainable, frozen, batch, state.step)
+    updates, opt_state = optimiser.update(grads, state.optimiser, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    metrics["gradient_norm"] = optax.tree.norm(grads)
+    metrics["tokens"] = jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
+    return TrainState(state.step + 1, trainable, opt_state), metrics
+
+
+def match_leaves(paths: Iterable[str], patterns: Iterable[str]) -> set[str]:
+    """The paths that match any of the globs; UserError where one matches none."""
+    out: set[str] = set()
+    for pattern in patterns:
+        found = fnmatch.filter(paths, pattern)
+        if not found:
+            raise UserError(f"train_base: '{pattern}' matches none of {', '.join(paths)}")
+        out.update(found)
+    return out
+
+
+def split_base(base, patterns: tuple[str, ...]):
+    """`(frozen leaves, trained leaves)`: those whose path matches a glob move, in float32.
+
+    Raises:
+      UserError: a pattern matches no leaf.
+    """
+    paths = dict(trees.flatten(base))
+    moved = match_leaves(paths, patterns)
+    frozen = trees.unflatten((p, leaf) for p, leaf in paths.items() if p not in moved)
+    frozen.setdefault("layers", {})
+    trained = trees.unflatten((p, paths[p].astype(jnp.float32)) for p in sorted(moved))
+    return frozen, trained

@@ -1,0 +1,53 @@
+"""What a person sees before and after a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.table import Table
+
+from medmoe_jax.adapters.bank import count
+from medmoe_jax.adapters.lifecycle import Roster
+from medmoe_jax.base.config import DecoderConfig
+from medmoe_jax.base.trees import flatten
+from medmoe_jax.training.recipe import Stage
+
+console = Console(stderr=True)
+
+
+def note(text: str) -> None:
+    """One line for the person at the terminal."""
+    console.print(text, markup=False, highlight=False)
+
+
+def print_stage(
+    stage: Stage, roster: Roster, trainable, frozen, decoder: DecoderConfig, steps: int
+) -> None:
+    """The matched sites, each bank's parameters and the trainable share."""
+    table = Table(title=f"stage '{stage.name}': {steps} steps", title_justify="left")
+    for column in ("bank", "state", "sites", "layers", "experts x rank", "gate", "parameters"):
+        table.add_column(column, justify="right" if column == "parameters" else "left")
+    banks = {**frozen["banks"], **trainable["banks"]}
+    for name, (spec, state) in roster.items():
+        gate = f"{spec.gate}, top {spec.top_k}" if spec.gate == "token" else spec.gate
+        table.add_row(
+            name,
+            state,
+            " ".join(spec.sites),
+            f"{spec.start}-{spec.stop - 1} of {decoder.n_layers}",
+            f"{spec.experts} x {spec.rank}",
+            gate,
+            f"{count(banks[name]):,}",
+        )
+    for path, leaf in flatten(trainable["base"]):
+        table.add_row("(base)", "train", path, "", "", "", f"{leaf.size:,}")
+    console.print(table)
+    trains = count(trainable)
+    total = trains + count(frozen)
+    note(f"trainable {trains:,} of {total:,} parameters ({100 * trains / total:.2f}%)")
+
+
+def print_counts(stage: Stage, counts: Mapping[str, int]) -> None:
+    """What the stage read, truncated rows included."""
+    note(f"stage '{stage.name}' read " + ", ".join(f"{v:,} {k}" for k, v in counts.items()))

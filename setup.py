@@ -1,0 +1,81 @@
+"""Package definition: pinned dependency ranges, extras and the `medmoe` command."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (HERE / "medmoe_jax" / "__init__.py").read_text(), re.MULTILINE
+).group(1)
+README = HERE / "README.md"
+
+# Lower bound: a version the tests ran with. Upper bound: the next release that may break.
+REQUIRES = [
+    "absl-py>=2.1,<3",
+    "array_record>=0.8,<0.9",
+    "flax>=0.12.8,<0.13",
+    "grain>=0.2.18,<0.3",
+    "huggingface_hub>=1.0,<3",
+    "importlib_resources>=6.4,<8",
+    "jax>=0.10,<0.12",
+    "jinja2>=3.1,<4",
+    "matplotlib>=3.9,<4",
+    "ml-collections>=1.1,<2",
+    "ml_dtypes>=0.5,<0.7",
+    "numpy>=2.1,<3",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "rich>=14,<16",
+    "rouge-score>=0.1.2,<0.2",
+    "sacrebleu>=2.5,<3",
+    "safetensors>=0.6,<0.9",
+    "scikit-learn>=1.6,<2",
+    "sentencepiece>=0.2.1,<0.3",
+    "tensorboardX>=2.6.4,<3",
+    "tensorflow-datasets>=4.9.10,<5",
+    "tokenizers>=0.22,<0.24",
+    "tqdm>=4.67,<5",
+]
+EXTRAS = {
+    "tpu": ["jax[tpu]>=0.10,<0.12"],
+    "test": [
+        "hypothesis>=6.130,<7",
+        "pytest>=8.3,<10",
+        "pytest-xdist>=3.6,<4",
+        "ruff==0.17.5",  # the formatter's output changes between releases
+    ],
+    # torch is pinned: a range would also take the multi-gigabyte CUDA builds of later releases.
+    "parity": ["peft>=0.18,<0.21", "torch==2.13.0", "transformers>=5,<6"],
+    "notebooks": ["ipywidgets>=8.1,<9", "jupyter>=1.1,<2"],
+}
+EXTRAS["all"] = sorted({requirement for group in EXTRAS.values() for requirement in group})
+
+setup(
+    name="medmoe_jax",
+    version=VERSION,
+    description="Medical adaptation of frozen decoder LLMs with sharded mixtures of LoRA experts",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["medmoe_jax", "medmoe_jax.*"]),
+    package_data={
+        "medmoe_jax": [
+            f"**/*.{suffix}"
+            for suffix in ("json", "jsonl", "csv", "tsv", "txt", "jinja", "model", "typed", "html")
+        ]
+    },
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["medmoe = medmoe_jax.cli.main:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

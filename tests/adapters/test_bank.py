@@ -1,0 +1,114 @@
+"""Bank descriptions and their first weights."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medmoe_jax.adapters import bank
+from medmoe_jax.adapters.bank import BankSpec, match_layers, match_sites
+from medmoe_jax.base.config import site_shapes
+from medmoe_jax.errors import UserError
+from tests.naive import TINY
+
+
+def test_match_sites():
+    assert match_sites("b", ("mlp.*", "attn.q"), TINY) == (
+        "attn.q",
+        "mlp.gate",
+        "mlp.up",
+        "mlp.down",
+    )
+    assert match_sites("b", ("*",), TINY) == tuple(site_shapes(TINY))
+    with pytest.raises(UserError, match=r"bank 'b'\.sites: pattern 'mpl\.\*' matches none"):
+        match_sites("b", ("attn.q", "mpl.*"), TINY)
+    with pytest.raises(UserError, match=r"bank 'b'\.sites is empty"):
+        match_sites("b", (), TINY)
+
+
+END = st.none() | st.integers(-7, 7)
+
+
+@given(END, END, st.integers(1, 5))
+def test_match_layers(start, stop, n_layers):
+    want = list(range(n_layers))[start:stop]
+    if want:
+        assert match_layers("b", (start, stop), n_layers) == (want[0], want[-1] + 1)
+    else:
+        with pytest.raises(UserError, match=r"bank 'b'\.layers"):
+            match_layers("b", (start, stop), n_layers)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"gate": "best"}, "gate"),
+        ({"experts": 0}, "experts"),
+        ({"rank": 0}, "rank"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"dropout": -0.1}, "dropout"),
+        ({"gate": "token", "experts": 2, "top_k": 3}, "top_k"),
+    ],
+)
+def test_spec_names_the_field(changes, word):
+    with pytest.raises(UserError, match=f"bank 'b'.*{word}"):
+        BankSpec("b", ("attn.q",), 0, 1, **changes)
+
+
+def test_factor():
+    spec = BankSpec("b", ("attn.q",), 0, 1, rank=16, alpha=32.0)
+    assert spec.s == 2
+    assert spec.replace(rank_stabilised=True).s == 8
+
+
+SPEC = BankSpec("b", ("attn.o", "mlp.down"), 1, 3, experts=4, rank=8, gate="token")
+
+
+def test_first_weights_of_lora():
+    params = bank.init(SPEC, TINY, jax.random.key(0))
+    for site, leaves in params.items():
+        D, O = site_shapes(TINY)[site]
+        assert leaves["lora_a"].shape == (2, D, 4, 8)
+        assert leaves["lora_b"].shape == (2, 4, 8, O)
+        assert leaves["router"]["kernel"].shape == (2, D, 4)
+        assert leaves["router"]["bias"].shape == (2, 4)
+        assert "scale" not in leaves
+        assert not np.any(leaves["lora_b"])
+        bound = D**-0.5
+        for leaf in (leaves["lora_a"], leaves["router"]["kernel"], leaves["router"]["bias"]):
+            assert np.abs(leaf).max() <= bound
+        a = np.asarray(leaves["lora_a"])
+        assert a.std() == pytest.approx(bound / 3**0.5, rel=0.1)
+        assert abs(a.mean()) < 0.1 * bound
+        assert not np.array_equal(a[0], a[1]) and not np.array_equal(a[:, :, 0], a[:, :, 1])
+    assert bank.count(params) == sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_first_weights_with_a_learned_scale():
+    spec = SPEC.replace(gate="always", learned_scale=True, experts=2, rank=16)
+    params = bank.init(spec, TINY, jax.random.key(0))
+    for leaves in params.values():
+        assert set(leaves) == {"lora_a", "lora_b", "scale"}
+        assert not np.any(leaves["scale"])
+        for name in ("lora_a", "lora_b"):
+            assert np.std(leaves[name]) == pytest.approx(0.02, rel=0.1)
+
+
+def test_abstract_is_init():
+    for changes in ({}, {"router_bias": False}, {"gate": "always", "learned_scale": True}):
+        spec = SPEC.replace(**changes)
+        init = functools.partial(bank.init, spec, TINY)
+        assert jax.eval_shape(init, jax.random.key(0)) == bank.abstract(spec, TINY)
+
+
+def test_two_banks_of_one_key_differ():
+    """Knowledge and alignment banks made from one key must not start in the same directions."""
+    spec = SPEC.replace(gate="always", experts=1, sites=("attn.o",), stop=2)
+    a, b = (bank.init(spec.replace(name=n), TINY, jax.random.key(0)) for n in ("a", "b"))
+    again = bank.init(spec.replace(name="a"), TINY, jax.random.key(0))
+    x, y, z = (np.asarray(p["attn.o"]["lora_a"]).ravel() for p in (a, b, again))
+    assert abs(np.corrcoef(x, y)[0, 1]) < 0.3
+    assert np.array_equal(x, z)

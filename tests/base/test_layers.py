@@ -1,0 +1,243 @@
+"""Norm, rotary embeddings and attention against their formulas in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from medmoe_jax.base import attention, rope
+from medmoe_jax.base.config import DecoderConfig, RopeScaling, site_shapes
+from medmoe_jax.base.decoder import rms_norm
+from medmoe_jax.errors import UserError
+from tests import naive
+from tests.naive import TINY, rel, tree_rel
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rms_norm(offset, dtype):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, 3, 5)) * 7, dtype)
+    weight = jnp.asarray(rng.standard_normal(5), jnp.float32)
+    out = rms_norm(x, weight, eps=0.1, offset=offset)
+    config = TINY.replace(norm_eps=0.1, norm_offset=offset)
+    want = naive.norm(naive.f64(x), naive.f64(weight), config)
+    assert out.dtype == dtype
+    # One rounding to the output's dtype, no more: half a unit in the last place of each element.
+    bound = 1e-6 if dtype == jnp.float32 else 2.0**-8
+    assert np.all(np.abs(naive.f64(out) - want) <= bound * np.abs(want) + 1e-7)
+
+
+def _yarn(base, theta, s, dim):
+    """YaRN in its own terms: γ(rotations) for every dimension."""
+    out = []
+    for i, f in enumerate(base):
+        low = dim * np.log(s.original_max_positions / (s.beta_fast * 2 * np.pi))
+        high = dim * np.log(s.original_max_positions / (s.beta_slow * 2 * np.pi))
+        low, high = low / (2 * np.log(theta)), high / (2 * np.log(theta))
+        if s.truncate:
+            low, high = np.floor(low), np.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        ramp = min(max((i - low) / (high - low), 0), 1)
+        out.append(f / s.factor * ramp + f * (1 - ramp))
+    return np.array(out)
+
+
+def _llama3(base, s):
+    out = []
+    for f in base:
+        wavelength = 2 * np.pi / f
+        if wavelength < s.original_max_positions / s.high_freq_factor:
+            out.append(f)
+        elif wavelength > s.original_max_positions / s.low_freq_factor:
+            out.append(f / s.factor)
+        else:
+            a = (s.original_max_positions / wavelength - s.low_freq_factor) / (
+                s.high_freq_factor - s.low_freq_factor
+            )
+            out.append((1 - a) * f / s.factor + a * f)
+    return np.array(out)
+
+
+SHORT, LONG = tuple(np.linspace(1, 2, 16)), tuple(np.linspace(3, 40, 16))
+SCALINGS = {
+    "none": None,
+    "linear": RopeScaling("linear", factor=4.0),
+    "llama3": RopeScaling("llama3", factor=8.0, original_max_positions=256),
+    "yarn": RopeScaling("yarn", factor=4.0, original_max_positions=512),
+    "yarn_untruncated": RopeScaling("yarn", factor=4.0, original_max_positions=512, truncate=False),
+    "yarn_given": RopeScaling("yarn", factor=4.0, original_max_positions=512, attention_factor=1.7),
+    "yarn_mscale": RopeScaling(
+        "yarn", factor=4.0, original_max_positions=512, mscale=0.7, mscale_all_dim=1.3
+    ),
+    "longrope_short": RopeScaling(
+        "longrope", factor=8.0, original_max_positions=64, short_factor=SHORT, long_factor=LONG
+    ),
+    "longrope_long": RopeScaling(
+        "longrope", factor=8.0, original_max_positions=63, short_factor=SHORT, long_factor=LONG
+    ),
+}
+FACTORS = {
+    "yarn": 0.1 * np.log(4) + 1,
+    "yarn_untruncated": 0.1 * np.log(4) + 1,
+    "yarn_given": 1.7,
+    "yarn_mscale": (0.07 * np.log(4) + 1) / (0.13 * np.log(4) + 1),
+    "longrope_short": np.sqrt(1 + np.log(8) / np.log(64)),
+    "longrope_long": np.sqrt(1 + np.log(8) / np.log(63)),
+}
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_rope(name):
+    """The last position is 63: within a context of 64, beyond one of 63."""
+    scaling, theta, h = SCALINGS[name], 5000.0, 32
+    base = np.array([theta ** (-2 * i / h) for i in range(h // 2)])
+    inv_freq = {
+        "none": lambda: base,
+        "linear": lambda: base / 4,
+        "llama3": lambda: _llama3(base, scaling),
+        "longrope_short": lambda: base / np.array(SHORT),
+        "longrope_long": lambda: base / np.array(LONG),
+    }.get(name, lambda: _yarn(base, theta, scaling, h))()
+    if name not in ("none", "longrope_short"):
+        assert rel(inv_freq, base) > 1e-3 or np.abs(inv_freq / base - 1).max() > 0.1
+    config = TINY.replace(head_dim=h, rope_theta=theta, rope_scaling=scaling)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, 8, 3, h))
+    positions = np.array([[0, 1, 2, 7, 20, 33, 62, 63]])
+    tables = rope.tables(config, jnp.asarray(positions, jnp.int32))
+    got = rope.rotate(jnp.asarray(x, jnp.float32), *tables)
+    want = naive.rotate(x[0], positions[0], inv_freq, FACTORS.get(name, 1.0))
+    assert rel(got[0], want) < 1e-5
+
+
+@pytest.mark.parametrize("softcap", [0.0, 1.3])
+@pytest.mark.parametrize("window", [0, 1, 3])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+def test_attention(heads, window, softcap):
+    H, K = heads
+    config = TINY.replace(
+        n_heads=H, n_kv_heads=K, head_dim=8, query_scale=0.6, attn_softcap=softcap
+    )
+    rng = np.random.default_rng(0)
+    B, T = 2, 9
+    q, k, v = (2 * rng.standard_normal((B, T, n, 8)) for n in (H, K, K))
+    segments = np.array([[1, 1, 1, 1, 2, 2, 2, 0, 0], [0, 0, 3, 3, 3, 3, 3, 3, 3]])
+    positions = np.array([[0, 1, 2, 3, 0, 1, 2, 0, 0], [0, 0, 0, 1, 2, 3, 4, 5, 6]])
+    mask = attention.visible(*map(jnp.asarray, (segments, positions) * 2), jnp.int32(window))
+    got = attention.attend(config, *(jnp.asarray(x, jnp.float32) for x in (q, k, v)), mask)
+    assert np.isfinite(got).all()
+    for b in range(B):
+        real = segments[b] > 0
+        want = naive.attention(q[b], k[b], v[b], segments[b], positions[b], window, 0.6, softcap)
+        assert rel(got[b][real], want[real]) < 1e-5
+
+
+def test_both_attentions_agree():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, 7, n, 8)), jnp.float32) for n in (4, 2, 2))
+    ones, t = jnp.ones((2, 7), jnp.int32), jnp.tile(jnp.arange(7)[None], (2, 1))
+    mask = attention.visible(ones, t, ones, t, 4)
+    config = TINY.replace(head_dim=8)
+    einsum = attention.einsum_attention(q, k, v, mask, scale=config.scale, softcap=0.0)
+    assert rel(attention.attend(config, q, k, v, mask), einsum) < 1e-5
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_visible(data):
+    """Against the sentence in the module, word for word."""
+    T, S = 3, 5
+    draw = lambda n, top: np.array(data.draw(st.lists(st.integers(0, top), min_size=n, max_size=n)))  # noqa: E731
+    qs, qp, ks, kp = draw(T, 2), draw(T, 6), draw(S, 2), draw(S, 6)
+    window = data.draw(st.integers(0, 4))
+    got = attention.visible(*(jnp.asarray(a)[None] for a in (qs, qp, ks, kp)), window)[0]
+    for t in range(T):
+        for s in range(S):
+            near = window == 0 or qp[t] - kp[s] < window
+            assert got[t, s] == (qs[t] == ks[s] and kp[s] <= qp[t] and near)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"activation": "relu"}, "activation"),
+        ({"n_kv_heads": 3}, "n_kv_heads"),
+        ({"windows": (1, 2)}, "windows"),
+        ({"vocab_used": 99}, "vocab_used"),
+    ],
+)
+def test_config_names_the_field(changes, word):
+    with pytest.raises(UserError, match=word):
+        TINY.replace(**changes)
+
+
+def test_rope_kind_is_checked():
+    with pytest.raises(UserError, match=r"rope_scaling\.kind"):
+        RopeScaling("ntk")
+
+
+def test_site_shapes():
+    config = DecoderConfig(
+        vocab_size=5, d_model=8, n_layers=1, n_heads=6, n_kv_heads=2, head_dim=4, d_ff=11
+    )
+    assert site_shapes(config) == {
+        "attn.q": (8, 24),
+        "attn.k": (8, 8),
+        "attn.v": (8, 8),
+        "attn.o": (24, 8),
+        "mlp.gate": (8, 11),
+        "mlp.up": (8, 11),
+        "mlp.down": (11, 8),
+    }
+    assert jax.tree.all(jax.tree.map(lambda x: x > 0, site_shapes(config)))
+
+
+@pytest.mark.parametrize(
+    ("spread", "softcap"), [(False, 0.0), (True, 2.0)], ids=["one-device", "rows-and-heads"]
+)
+def test_splash_is_attention(monkeypatch, spread, softcap):
+    """The TPU kernel, interpreted, in value and gradient, for a window and for none."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
+    made = functools.partial(splash.make_splash_mha, interpret=True)
+    monkeypatch.setattr(splash, "make_splash_mha", made)
+    config = TINY.replace(head_dim=128, windows=(0, 50, 0), attn_softcap=softcap)
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, 128, n, 128)), jnp.float32) for n in (4, 2, 2))
+    mix = jnp.asarray(rng.standard_normal(q.shape), jnp.float32)
+    segments = np.repeat([[1, 1, 2, 0], [1, 2, 2, 2]], 32, axis=1).astype(np.int32)
+    positions = np.tile(np.arange(128, dtype=np.int32), (2, 1))
+    activations = None
+    if spread:
+        mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("fsdp", "tensor"))
+        activations = NamedSharding(mesh, P("fsdp", None, None))
+    real = (segments > 0)[..., None, None]
+
+    @jax.jit
+    def kernel(q, k, v, window):
+        out = attention.splash_attention(config, q, k, v, segments, window, activations)
+        return jnp.sum(jnp.where(real, out * mix, 0.0))
+
+    @jax.jit
+    def plain(q, k, v, window):
+        mask = attention.visible(segments, positions, segments, positions, window)
+        out = attention.einsum_attention(q, k, v, mask, scale=config.scale, softcap=softcap)
+        return jnp.sum(jnp.where(real, out * mix, 0.0))
+
+    grads = []
+    for window in (0, 50):
+        got, want = (
+            jax.value_and_grad(f, argnums=(0, 1, 2))(q, k, v, jnp.int32(window))
+            for f in (kernel, plain)
+        )
+        assert abs(got[0] - want[0]) < 1e-4 * float(jnp.abs(mix).sum()) ** 0.5
+        assert tree_rel(got[1], want[1]) < 1e-4
+        grads.append(want[1])
+    assert tree_rel(*grads) > 1e-2

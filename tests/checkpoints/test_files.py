@@ -1,0 +1,93 @@
+"""Atomic files, JSON errors, and a metrics log without duplicates, gaps or torn lines."""
+
+import os
+
+import pytest
+
+from medmoe_jax.checkpoints.files import MetricsLog, read_json, read_metrics, write_json, write_text
+from medmoe_jax.errors import UserError
+
+
+def test_json_round_trip_and_replacement(tmp_path):
+    path = tmp_path / "new" / "a.json"
+    write_json(path, {"a": [1, None, "é"]})
+    write_json(path, {"b": 2.5})
+    assert read_json(path) == {"b": 2.5}
+    assert os.listdir(path.parent) == ["a.json"]
+
+
+def test_a_failed_write_leaves_the_old_content(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_json(path, {"old": 1})
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_text(path, "new")
+    assert read_json(path) == {"old": 1}
+    assert os.listdir(tmp_path) == ["a.json"]
+    with pytest.raises(TypeError):
+        write_json(path, object())
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [(b'{"a": 1,\n oops}', "a.json, line 2: not JSON"), (b"\xff", "a.json: not UTF-8")],
+)
+def test_a_bad_json_file_is_named(tmp_path, content, message):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_json(path)
+    with pytest.raises(UserError, match=r"absent.json: no such file"):
+        read_json(tmp_path / "absent.json")
+
+
+def write_lines(path, steps, after_step=0):
+    with MetricsLog(path, after_step) as log:
+        for step in steps:
+            log.write(step, {"loss": step / 2})
+
+
+def test_a_resumed_log_has_no_duplicates_and_no_gaps(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_lines(path, range(1, 8))
+    write_lines(path, range(5, 10), after_step=4)
+    assert read_metrics(path) == [{"step": step, "loss": step / 2} for step in range(1, 10)]
+    write_lines(path, [10], after_step=9)
+    assert [row["step"] for row in read_metrics(path)] == list(range(1, 11))
+    write_lines(path, [1])
+    assert [row["step"] for row in read_metrics(path)] == [1]
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 4, "lo', b'{"step": 4, "loss": 2.0}', b"{"])
+def test_a_torn_last_line_is_cut_off(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    write_lines(path, [1, 2, 3])
+    with open(path, "ab") as file:
+        file.write(torn)
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
+    write_lines(path, [4], after_step=10)
+    assert read_metrics(path)[-1] == {"step": 4, "loss": 2.0}
+    assert len(read_metrics(path)) == 4
+
+
+@pytest.mark.parametrize("line", ["oops", "[1]", '{"loss": 1}', '{"step": "1"}'])
+def test_a_bad_line_inside_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + line + '\n{"step": 2}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2"):
+        MetricsLog(path, after_step=5)
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2"):
+        read_metrics(path)
+    assert path.read_text().endswith('{"step": 2}\n')
+
+
+def test_lines_are_on_the_disk_before_the_log_is_closed(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write(1, {"loss": float("nan")})
+    assert len(read_metrics(log.path)) == 1
+    log.close()
+    log.close()

@@ -1,0 +1,312 @@
+"""Every command through `main([...])`, in this process."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import medmoe_jax
+from medmoe_jax.adapters.lifecycle import active_banks
+from medmoe_jax.cli.main import COMMANDS, main
+from medmoe_jax.cli.session import read_rows
+from medmoe_jax.evaluation.tasks import list_tasks
+from medmoe_jax.training.run import open_trained
+from tests import naive, tiny
+
+CONFIG = """from tests import tiny
+
+def get_config():
+    return tiny.medcare_config()
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """`--config=` of the tiny recipe."""
+    file = tmp_path_factory.mktemp("config") / "recipe.py"
+    file.write_text(CONFIG)
+    return f"--config={file}"
+
+
+@pytest.fixture(scope="module")
+def workdir():
+    return str(tiny.trained()[1])
+
+
+def write_rows(path, rows):
+    return str(tiny.write_rows(path, rows))
+
+
+def read(path):
+    return [json.loads(line) for line in open(path, encoding="utf-8")]
+
+
+def fails(capsys, *arguments):
+    """Exit status 1 and one line on stderr, which is returned."""
+    capsys.readouterr()
+    assert main([*arguments]) == 1
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith(f"medmoe {arguments[0]}: error: "), error
+    assert "Traceback" not in error
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "command", ["", *COMMANDS, "data build", "data inspect", "tokenizer train"]
+)
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*command.split(), "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "usage: medmoe" in text
+    if not command:
+        assert all(name in text for name in COMMANDS)
+
+
+def test_usage_errors(capsys):
+    for arguments in ([], ["fly"], ["train"], ["data"], ["score", "--input=x"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert medmoe_jax.__version__ in capsys.readouterr().out
+
+
+def test_the_module_runs_as_a_program(tmp_path):
+    file = tmp_path / "recipe.py"
+    file.write_text("x = 1\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "medmoe_jax.cli.main", "train", f"--config={file}", "--workdir=w"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"medmoe train: error: {file}: ")
+    assert "get_config" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_train_continues_where_it_is(config, workdir, capsys):
+    assert main(["train", config, f"--workdir={workdir}", "--config.run.log_every=3"]) == 0
+    assert "stage 'align' is finished: skipped" in capsys.readouterr().err
+
+
+def test_train_refuses(config, workdir, tmp_path, capsys):
+    new = f"--workdir={tmp_path / 'w'}"
+    assert "--config=FILE is missing" in fails(capsys, "train", new)
+    line = fails(capsys, "train", config, f"--workdir={workdir}", "--config.data.seed=4")
+    assert "data.seed: 0 then, 4 now" in line
+    line = fails(capsys, "train", config, new, "--config.stages.align.after=ghost")
+    assert "stages.align.after: 'ghost'" in line
+    line = fails(capsys, "train", config, new, "--config.run.tasks=('no_such_set',)")
+    assert "no_such_set" in line
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"\n')
+    line = fails(capsys, "train", config, new, f"--config.data.sources.knowledge.path={bad}")
+    assert f"{bad}, line 2: not valid JSON" in line
+    line = fails(capsys, "train", config, new, "--config.base.decoder.x=1")
+    assert "--config.base.decoder.x: the configuration has no such field" in line
+    assert not (tmp_path / "w").exists()
+
+
+def test_score_is_the_log_probability(config, workdir, tmp_path, capsys):
+    """Against a float64 forward pass with the three banks unmerged on the base as it was."""
+    rows = [
+        {"prompt": "What is codeine for?", "completion": "It is for cough.", "id": 7},
+        {"prompt": "digoxin: yes or no, fever?", "completion": "yes"},
+        {"prompt": "é 患", "completion": ""},
+    ]
+    source = write_rows(tmp_path / "in.jsonl", rows)
+    out = tmp_path / "deep" / "out.jsonl"
+    arguments = [config, f"--workdir={workdir}", f"--input={source}", f"--output={out}"]
+    assert main(["score", *arguments]) == 0
+    assert "3 rows scored" in capsys.readouterr().out
+    setup, _ = tiny.trained()
+    model = open_trained(setup, workdir, "align")
+    stage_one = open_trained(setup, workdir, "aggregate")
+    attention = stage_one.roster["attention"][0]
+    specs = (attention, *active_banks(model.roster))
+    original, t = setup.load_base(), setup.tokenizer
+    for row, scored in zip(rows, read(out), strict=True):
+        prompt = [t.bos_id, *t.encode("User:"), *t.encode(row["prompt"]), *t.encode("\n")]
+        prompt += t.encode("Assistant:")
+        ids = [*prompt, *t.encode(row["completion"]), t.eos_id]
+        batch, _ = naive.pack([ids], [[0]], len(ids))
+        linear = naive.adapted(specs, model.banks)
+        z = naive.logits(setup.base.config, original, batch, linear)[0]
+        top = z.max(-1, keepdims=True)
+        z = z - top - np.log(np.exp(z - top).sum(-1, keepdims=True))
+        want = sum(z[i - 1, ids[i]] for i in range(len(prompt), len(ids)))
+        assert scored["logprob"] == pytest.approx(want, rel=1e-5, abs=1e-4)
+        assert scored["tokens"] == len(ids) - len(prompt)
+        assert {k: scored[k] for k in row} == row
+
+
+def test_stages_and_banks_can_be_chosen(config, workdir, tmp_path):
+    source = write_rows(tmp_path / "in.jsonl", [{"prompt": "aspirin?", "completion": "pain"}])
+
+    def score(*more):
+        out = tmp_path / "out.jsonl"
+        arguments = [config, f"--workdir={workdir}", f"--input={source}", f"--output={out}"]
+        assert main(["score", *arguments, *more]) == 0
+        return read(out)[0]["logprob"]
+
+    scores = [
+        score(),
+        score("--off", "alignment"),
+        score("--stage=aggregate"),
+        score("--stage=aggregate", "--off", "noise"),
+        score("--stage=aggregate", "--off=noise", "--off=knowledge", "--off=attention"),
+    ]
+    assert len(set(scores)) == 5
+    assert score("--stage=align") == scores[0]
+    assert score("--stage=base") == pytest.approx(scores[4], rel=1e-6)
+
+
+def test_generate(config, workdir, tmp_path, capsys):
+    model = [config, f"--workdir={workdir}", "--max-tokens=8"]
+    prompts = [row["prompt"] for row in tiny.alignment_rows()[:3]]
+    assert main(["generate", *model, prompts[0]]) == 0
+    printed = capsys.readouterr().out
+    source = write_rows(
+        tmp_path / "p.jsonl", [{"prompt": p, "n": i} for i, p in enumerate(prompts)]
+    )
+    out = tmp_path / "a.jsonl"
+    assert main(["generate", *model, f"--input={source}", f"--output={out}"]) == 0
+    rows = read(out)
+    assert [row["prompt"] for row in rows] == prompts and [row["n"] for row in rows] == [0, 1, 2]
+    assert printed.rstrip("\n") == rows[0]["response"]
+    for arguments, words in (
+        ([], "give either a prompt or --input=FILE"),
+        (["x", f"--input={source}"], "give either a prompt or --input=FILE"),
+        ([f"--input={source}"], "--input and --output go together"),
+        (["x", "--temperature=-1"], "temperature must be >= 0"),
+        (["x", "--max-tokens=500"], "500 new tokens do not fit a context of 128"),
+        (["x", "--zzz"], "unknown argument '--zzz'"),
+    ):
+        assert words in fails(capsys, "generate", config, f"--workdir={workdir}", *arguments)
+
+
+def test_eval(config, workdir, tmp_path, capsys):
+    rows = [
+        {"prompt": r["prompt"], "answer": r["response"], "choices": ["yes", "no"]}
+        for r in tiny.alignment_rows()
+    ]
+    task = write_rows(tmp_path / "formats.jsonl", rows)
+    out = tmp_path / "new" / "folder"
+    arguments = ["eval", config, f"--workdir={workdir}", f"--tasks={task}", f"--output={out}"]
+    assert main(arguments) == 0
+    (result,) = json.loads((out / "report.json").read_text())["results"]
+    records = read(out / "records.jsonl")
+    assert result["n"] == len(records) == 16
+    right = [r["prediction"] == r["answer"] for r in records]
+    assert result["score"] == pytest.approx(np.mean(right))
+    assert result["majority"] == 0.5
+    capsys.readouterr()
+    assert main(["eval", "--list"]) == 0
+    assert capsys.readouterr().out.split() == [task.name for task in list_tasks()]
+    model = [config, f"--workdir={workdir}"]
+    assert "--tasks is empty" in fails(capsys, "eval", *model)
+    assert "no_such" in fails(capsys, "eval", *model, "--tasks=no_such", f"--output={tmp_path}/x")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "a"}\n')
+    assert f"{bad}:2" in fails(capsys, "eval", *model, f"--tasks={bad}", f"--output={tmp_path}/x")
+    assert not (tmp_path / "x" / "report.json").exists()
+    assert "unknown argument '--wat'" in fails(capsys, "eval", "--list", "--wat")
+
+
+def test_data_and_tokenizer(tmp_path, capsys):
+    source = write_rows(tmp_path / "rows.jsonl", tiny.knowledge_rows())
+    assert main(["data", "build", "--input", source, "--output", str(tmp_path / "d")]) == 0
+    assert "built" in capsys.readouterr().out
+    model = tmp_path / "t.model"
+    train = ["tokenizer", "train", f"--output={model}", "--vocab-size=300"]
+    assert main([*train, "--input", str(tmp_path / "d")]) == 0
+    assert "300 pieces" in capsys.readouterr().out
+    look = ["data", "inspect", f"--dataset={tmp_path / 'd'}", f"--tokenizer={model}"]
+    assert main([*look, "--length=200"]) == 0
+    assert "aspirin" in capsys.readouterr().out
+    assert "row 99" in fails(capsys, *look, "--row=99")
+    assert "unknown argument '--x'" in fails(capsys, *look, "--x")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "response": "b"}\n\n{"prompt": 3, "response": "b"}\n')
+    for command in (
+        ["data", "build", "--input", str(bad), f"--output={tmp_path / 'e'}"],
+        ["tokenizer", "train", "--input", str(bad), f"--output={tmp_path / 'u.model'}",
+         "--vocab-size=300"],
+    ):  # fmt: skip
+        assert f"{bad}, line 3: 'prompt' must be text" in fails(capsys, *command)
+    assert not list((tmp_path / "e").rglob("*.array_record*"))
+    assert not list(tmp_path.glob("*u.model*"))
+
+
+def test_bad_rows_name_file_and_line(config, workdir, tmp_path, capsys):
+    bad = tmp_path / "rows.jsonl"
+    out = tmp_path / "out.jsonl"
+    model = ["score", config, f"--workdir={workdir}", f"--input={bad}", f"--output={out}"]
+    good = '{"prompt": "a", "completion": "b"}\n'
+    for text, words in (
+        (good + '{"prompt": "a"}\n', f'{bad}:2: the row needs a text field "completion"'),
+        (good + "\n{not json\n", f"{bad}:3: not JSON"),
+        (good + '{"prompt": 1, "completion": "b"}\n', f'{bad}:2: the row needs a text field "pro'),
+        ("[1, 2]\n", f"{bad}:1: the row needs a text field"),
+        ("\n", f"{bad}: no row in the file"),
+    ):
+        bad.write_text(text)
+        assert words in fails(capsys, *model)
+    separated = {"prompt": "a\u2028b", "completion": "c\x85"}
+    bad.write_text(json.dumps(separated, ensure_ascii=False) + "\n")
+    assert read_rows(str(bad), ("prompt",)) == [separated]
+    bad.write_bytes(b'{"prompt": "\xff", "completion": "b"}\n')
+    assert "UTF-8" in fails(capsys, *model)
+    assert not out.exists()
+
+
+def test_bad_models(config, workdir, tmp_path, capsys):
+    source = write_rows(tmp_path / "in.jsonl", [{"prompt": "a", "completion": "b"}])
+    out = tmp_path / "out.jsonl"
+    score = ["score", config, f"--input={source}", f"--output={out}"]
+    there = f"--workdir={workdir}"
+    assert "no stage is finished in ''" in fails(capsys, *score)
+    line = fails(capsys, *score, f"--workdir={tmp_path / 'none'}")
+    assert "no stage is finished" in line and "medmoe train" in line
+    line = fails(capsys, *score, f"--workdir={tmp_path / 'none'}", "--stage=align")
+    assert "stage 'aggregate' is not finished" in line
+    line = fails(capsys, *score, there, "--stage=algin")
+    assert "--stage: 'algin' is none of base, aggregate, align" in line
+    line = fails(capsys, *score, there, "--off", "nois")
+    assert "there is no bank 'nois'; known: attention" in line
+    line = fails(capsys, *score, there, "--config.base.tokenizer=nowhere.model")
+    assert "nowhere.model: no such tokenizer file" in line
+    broken = tmp_path / "base"
+    broken.mkdir()
+    (broken / "config.json").write_text("{")
+    line = fails(capsys, *score, "--stage=base", f"--config.base.path={broken}")
+    assert "config.json" in line and "JSON" in line
+    assert not out.exists()
+
+
+def test_a_vocabulary_too_large_for_the_base(config, tmp_path, capsys):
+    words = [f"{a}{b}" for a in ("al", "be", "ga", "de", "ep") for b in tiny.DRUGS]
+    rows = [{"prompt": word, "response": word * 2} for word in words]
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    model = tmp_path / "large.model"
+    train = ["tokenizer", "train", f"--output={model}", "--vocab-size=320", "--input", source]
+    assert main(train) == 0
+    line = fails(capsys, "train", config, f"--workdir={tmp_path / 'w'}",
+                 f"--config.base.tokenizer={model}")  # fmt: skip
+    assert "320 ids but the model's vocabulary has 304" in line
+    assert not (tmp_path / "w").exists()
+
+
+def test_control_c(config, workdir, capsys, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("medmoe_jax.cli.train.train", stop)
+    assert main(["train", config, f"--workdir={workdir}"]) == 130
+    assert "the same command continues" in capsys.readouterr().err

@@ -1,0 +1,127 @@
+"""Configuration files and their command-line fields."""
+
+from pathlib import Path
+
+import pytest
+
+from medmoe_jax.base.presets import preset
+from medmoe_jax.cli.configs import load_config
+from medmoe_jax.errors import UserError
+from medmoe_jax.training.recipe import parse
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "configs").glob("*.py"))
+MEDCARE = f"--config={ROOT / 'configs' / 'medcare.py'}"
+BASES = ("qwen1.5-1.8b", "qwen1.5-4b", "qwen1.5-7b", "qwen1.5-14b")
+BASES += ("qwen2-0.5b", "qwen2-1.5b", "qwen2-7b")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
+def test_every_file_loads_locked(file):
+    config = load_config([f"--config={file}"])
+    assert config.is_locked
+    assert {"base", "data", "stages", "run"} <= set(config)
+    for name in config.stages.order:
+        assert name in config.stages
+    with pytest.raises(AttributeError):
+        config.run.log_evry = 3
+    with pytest.raises(UserError, match="did you mean 'run"):
+        load_config([f"--config={file}", "--config.run.log_evry=3"])
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("form", ["", ",paper"])
+def test_medcare_fits_its_bases(base, form):
+    """Against the presets, without weights: sites, ranks and the two forms of the loss."""
+    config = load_config([f"{MEDCARE}:{base}{form}"])
+    assert config.base.path.lower() == f"hf://qwen/{base}"
+    decoder = preset(base)
+    first, second = parse(config, decoder)
+    banks = {spec.name: spec for spec in (*first.added, *second.added)}
+    assert set(banks) == {"attention", "noise", "knowledge", "alignment"}
+    assert all((s.start, s.stop, s.s) == (0, decoder.n_layers, 2.0) for s in banks.values())
+    assert (banks["noise"].experts, banks["noise"].top_k, banks["noise"].rank) == (8, 2, 16)
+    assert banks["knowledge"].rank == banks["alignment"].rank == 32
+    assert (second.merge, second.drop) == (("attention",), ("noise",))
+    (term,) = second.terms
+    if form:
+        assert second.states["knowledge"] == "train"
+        assert (term.weight, term.reduction, term.stop_gradient) == (1.0, "sum", False)
+    else:
+        assert second.states["knowledge"] == "frozen"
+        assert (term.weight, term.reduction, term.stop_gradient) == (1.0, "mean", True)
+    assert config.data.length <= decoder.max_positions
+    assert config.data.global_batch % config.data.shards == 0
+
+
+def test_fields_are_set_by_type():
+    arguments = ["--config.run.mesh.fsdp=4", "--config.stages.align.banks.alignment.alpha=3"]
+    config = load_config(
+        [
+            MEDCARE,
+            *arguments,
+            "--config.data.sources.knowledge.path=k.jsonl",
+            "--config.data.pack=0",
+        ]
+    )
+    assert config.run.mesh.fsdp == 4
+    assert config.stages.align.banks.alignment.alpha == 3.0
+    assert config.data.sources.knowledge.path == "k.jsonl"
+    assert config.data.pack is False
+    one = load_config([MEDCARE, "--config.stages.order=('aggregate',)"])
+    assert tuple(one.stages.order) == ("aggregate",)
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--config.stages.algin.steps=3", "no such field; did you mean 'stages.align.steps'?"),
+        ("--config.base.pth=x", "--config.base.pth: the configuration has no such field"),
+        ("--config.zzzzzz=1", "--config.zzzzzz: the configuration has no such field"),
+        ("--config.run.log_every=often", "run.log_every=often"),
+        ("--config.data.length=1.5", "data.length=1.5"),
+        ("--config.run.mesh=3", "run.mesh=3"),
+        ("--config.run.log_every", "Missing value"),
+        ("--confg.run.log_every=3", "unknown argument '--confg.run.log_every=3'; see --help"),
+        ("stray", "unknown argument 'stray'"),
+    ],
+)
+def test_bad_arguments(argument, words):
+    with pytest.raises(UserError) as caught:
+        load_config([MEDCARE, argument])
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def get_config(:\n", "invalid syntax"),
+        ("import nothing_such_as_this\n", "nothing_such_as_this"),
+        ("def get_config():\n    return undefined_name\n", "undefined_name"),
+        ("def get_config():\n    return 7\n", "must return an ml_collections.ConfigDict"),
+        ("def get_config():\n    return {'a': 1}\n", "must return an ml_collections.ConfigDict"),
+        ("def get_config():\n    raise ValueError('choose one of a, b')\n", "choose one of a, b"),
+        ("def get_config():\n    raise ValueError()\n", "ValueError"),
+        (
+            "from medmoe_jax.training.config import stage\n"
+            "def get_config():\n    return stage(stps=3)\n",
+            "no field stps; known: after",
+        ),
+    ],
+)
+def test_bad_files(tmp_path, text, words):
+    file = tmp_path / "recipe.py"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_config([f"--config={file}"])
+    assert words in str(caught.value)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_file():
+    with pytest.raises(UserError, match="--config=FILE is missing"):
+        load_config([])
+    with pytest.raises(UserError, match=r"there is no file 'nowhere\.py'"):
+        load_config(["--config=nowhere.py:arg"])
+    with pytest.raises(UserError, match="give BASE or BASE,paper with BASE one of qwen1"):
+        load_config([f"{MEDCARE}:gpt-5"])

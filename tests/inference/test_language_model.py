@@ -1,0 +1,112 @@
+"""Text in, text out: templates, targets and ends of turns around the engine."""
+
+import numpy as np
+import pytest
+
+from medmoe_jax.adapters.lifecycle import active_banks
+from medmoe_jax.adapters.model import AdaptedConfig
+from medmoe_jax.data.templates import load_template
+from medmoe_jax.errors import UserError
+from medmoe_jax.inference.engine import Engine, Sampling
+from medmoe_jax.inference.language_model import LanguageModel
+from medmoe_jax.training.run import open_trained
+from tests import naive, tiny
+
+
+@pytest.fixture(scope="module")
+def trained():
+    setup, workdir = tiny.trained()
+    return setup, open_trained(setup, workdir, "align")
+
+
+def make_model(trained, template="user_assistant", batch=8):
+    setup, model = trained
+    specs = active_banks(model.roster)
+    config = AdaptedConfig(setup.base.config, specs)
+    engine = Engine(config, model.base, model.banks, {}, setup.mesh, batch)
+    return LanguageModel(engine, setup.tokenizer, load_template(template, setup.tokenizer))
+
+
+def naive_score(trained, prompt_text, completion_text):
+    """From text by hand: `User:` prompt newline `Assistant:` completion eos."""
+    setup, model = trained
+    t = setup.tokenizer
+    prompt = [t.bos_id, *t.encode("User:"), *t.encode(prompt_text), *t.encode("\n")]
+    prompt += t.encode("Assistant:")
+    ids = [*prompt, *t.encode(completion_text), t.eos_id]
+    batch, _ = naive.pack([ids], [[0]], len(ids))
+    linear = naive.adapted(active_banks(model.roster), model.banks)
+    z = naive.logits(setup.base.config, model.base, batch, linear)[0]
+    z -= z.max(-1, keepdims=True)
+    z -= np.log(np.exp(z).sum(-1, keepdims=True))
+    return sum(z[i - 1, ids[i]] for i in range(len(prompt), len(ids))), len(ids) - len(prompt)
+
+
+def test_scores_and_choices(trained):
+    model = make_model(trained)
+    prompts = ["aspirin: yes or no, pain?", "What is insulin for?", "x"]
+    choices = [["yes", "no"], ["It is for sugar.", "It is for poison. " * 3, ""], ["a b c d"]]
+    want = [
+        [naive_score(trained, p, c) for c in cs] for p, cs in zip(prompts, choices, strict=True)
+    ]
+    got = model.choose(prompts, choices)
+    for one, other in zip(got, want, strict=True):
+        assert [n for _, n in one] == [n for _, n in other]
+        np.testing.assert_allclose([s for s, _ in one], [s for s, _ in other], rtol=1e-5, atol=1e-4)
+    alone = model.score(prompts[:2], ["no", "It is for sugar."])
+    np.testing.assert_allclose(alone, [got[0][1], got[1][0]], rtol=1e-5)
+
+
+def test_a_completion_counts_what_training_counts(trained):
+    """Under chatml: the text and the end marker; the newline after it is no target."""
+    setup, _ = trained
+    model = make_model(trained, "chatml")
+    (_, count), (_, with_space) = model.score(["hi", "hi"], ["yes", " yes"])
+    assert count == len(setup.tokenizer.encode("yes")) + 1
+    assert with_space == len(setup.tokenizer.encode(" yes")) + 1
+
+
+def test_generation_stops_at_the_end_of_the_turn(trained):
+    """The tiny model has learnt to say yes or no; greedy, and the same for a list of turns."""
+    model = make_model(trained)
+    prompts = [row["prompt"] for row in tiny.alignment_rows()[:6]]
+    answers = model.generate(prompts, 12)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = model.encoder.prompt([{"role": "user", "content": prompt}])
+        (raw,) = model.engine.generate([ids], 12, model.stops.ids)
+        assert answer == model.encoder.tokenizer.decode(raw)
+    turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    assert model.generate(turns, 12) == answers
+    hot = model.generate(prompts, 12, Sampling(temperature=1.5, seed=1))
+    assert hot == model.generate(prompts, 12, Sampling(temperature=1.5, seed=1)) != answers
+
+
+def test_ends_written_as_text_are_cut(trained):
+    model = make_model(trained)
+    model.stops = model.stops._replace(texts=("###", "<end>"))
+    assert model._cut("yes<end> and ### more") == "yes"
+    assert model._cut("yes") == "yes"
+
+
+def test_several_turns(trained):
+    model = make_model(trained)
+    talk = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "again"},
+    ]
+    ((score, count),) = model.score([talk], ["no"])
+    ((other, same),) = model.score(["again"], ["no"])
+    assert count == same and score != pytest.approx(other, abs=1e-4)
+
+
+def test_an_empty_prompt_is_an_error(trained):
+    model = make_model(trained)
+
+    class Nothing:
+        def prompt(self, turns):
+            return []
+
+    model.encoder = Nothing()
+    with pytest.raises(UserError, match="the prompt is empty and the template adds nothing"):
+        model.generate([""], 4)

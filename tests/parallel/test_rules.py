@@ -1,0 +1,122 @@
+"""Sharding rules: every leaf has one, and optimiser states follow their parameters."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from medmoe_jax.adapters import bank
+from medmoe_jax.adapters.bank import BankSpec
+from medmoe_jax.base import decoder
+from medmoe_jax.base.config import DecoderConfig, site_shapes
+from medmoe_jax.errors import UserError
+from medmoe_jax.parallel.mesh import AXES, make_mesh
+from medmoe_jax.parallel.rules import (
+    BANK_RULES,
+    BASE_RULES,
+    RULES,
+    describe,
+    path_name,
+    shardings,
+    spec_for,
+    state_shardings,
+)
+
+CONFIG = DecoderConfig(
+    vocab_size=32, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=24,
+    qkv_bias=True, qk_norm=True, post_norms=True,
+)  # fmt: skip
+SPEC = BankSpec(
+    "noise", tuple(site_shapes(CONFIG)), 0, 2, experts=4, rank=2, gate="token", learned_scale=True
+)
+SHARD = ("fsdp", "expert")
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh({"data": 1, "fsdp": 4, "expert": 1, "tensor": 2})
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "want"),
+    [
+        ("embed", (32, 16), P(("tensor",), SHARD)),
+        ("head", (32, 16), P(("tensor",), SHARD)),
+        ("base.head", (32, 16), P(("tensor",), SHARD)),
+        ("final_norm", (16,), P()),
+        ("layers.attn_post_norm", (2, 16), P()),
+        ("layers.attn.q_norm", (2, 4), P()),
+        ("layers.attn.q.kernel", (2, 16, 16), P(None, SHARD, ("tensor",))),
+        ("layers.attn.k.bias", (2, 8), P(None, ("tensor",))),
+        ("layers.mlp.up.kernel", (2, 16, 24), P(None, SHARD, ("tensor",))),
+        ("layers.attn.o.kernel", (2, 16, 16), P(None, ("tensor",), SHARD)),
+        ("layers.mlp.down.kernel", (2, 24, 16), P(None, ("tensor",), SHARD)),
+        ("banks.b.attn.q.lora_a", (2, 16, 4, 2), P(None, SHARD, None, None)),
+        ("banks.b.mlp.gate.lora_b", (2, 4, 2, 24), P(None, None, None, ("tensor",))),
+        ("banks.b.mlp.down.lora_a", (2, 24, 4, 2), P(None, ("tensor",), None, None)),
+        ("banks.b.attn.o.lora_b", (2, 4, 2, 16), P(None, None, None, SHARD)),
+        ("banks.b.mlp.down.scale", (2, 4, 2), P()),
+        ("banks.b.mlp.up.router.kernel", (2, 16, 4), P()),
+        # 6 does not divide by fsdp 4, 5 not by tensor 2: left whole.
+        ("layers.attn.q.kernel", (2, 6, 5), P(None, None, None)),
+        ("embed", (31, 16), P(None, SHARD)),
+    ],
+)
+def test_specs(name, shape, want, mesh):
+    assert spec_for(name, shape, mesh, RULES) == want
+
+
+def test_trailing_axes_are_left_off_first():
+    mesh = make_mesh({"data": 1, "fsdp": 2, "expert": 4, "tensor": 1})
+    spec = spec_for("layers.mlp.up.kernel", (2, 6, 24), mesh, RULES)
+    assert spec == P(None, ("fsdp",), ("tensor",))
+
+
+def test_every_leaf_has_a_rule(mesh):
+    for config in (CONFIG, CONFIG.replace(tied=True)):
+        tree = decoder.abstract(config)
+        table = list(describe(tree, shardings(tree, mesh, BASE_RULES)))
+        assert len(table) == len(jax.tree.leaves(tree))
+        big = [path for path, shape, spec in table if len(shape) > 1 and "norm" not in path]
+        whole = [path for path, _, spec in table if "fsdp" not in spec and "tensor" not in spec]
+        assert not set(big) & set(whole)
+    banks = {"noise": bank.abstract(SPEC, CONFIG)}
+    table = list(describe(banks, shardings(banks, mesh, BANK_RULES)))
+    assert {p.rsplit(".", 1)[1] for p, _, _ in table} == {
+        "lora_a", "lora_b", "scale", "kernel", "bias",
+    }  # fmt: skip
+
+
+def test_an_unknown_leaf_is_an_error(mesh):
+    with pytest.raises(
+        UserError, match=r"no sharding rule matches parameter 'layers\.mlp\.gate\.wat'"
+    ):
+        shardings({"layers": {"mlp": {"gate": {"wat": jnp.zeros(2)}}}}, mesh, RULES)
+
+
+def test_optimiser_state_follows_its_parameter(mesh):
+    base = decoder.abstract(CONFIG)
+    tree = {
+        "banks": {"noise": bank.abstract(SPEC, CONFIG)},
+        "base": {"embed": base["embed"], "layers": {"mlp": base["layers"]["mlp"]}},
+    }
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(lambda step: 1e-3))
+    state = jax.eval_shape(optimiser.init, tree)
+    placed = state_shardings(state, mesh, RULES)
+    of_parameter = {
+        path_name(path): s.spec
+        for path, s in jax.tree_util.tree_leaves_with_path(shardings(tree, mesh, RULES))
+    }
+    seen = 0
+    for path, sharding in jax.tree_util.tree_leaves_with_path(placed):
+        name = path_name(path)
+        for moment in (".mu.", ".nu."):
+            if moment in name:
+                assert sharding.spec == of_parameter[name.split(moment)[1]], name
+                seen += 1
+        if "count" in name:
+            assert sharding.spec == P()
+    assert seen == 2 * len(of_parameter)
+    assert any(len(spec) for spec in of_parameter.values())
+    assert set(mesh.axis_names) == set(AXES)

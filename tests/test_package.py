@@ -1,0 +1,190 @@
+"""The package as a whole: its imports, its layering, its documentation and its licence."""
+
+import ast
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "medmoe_jax"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+FLOORS = [
+    {"base", "data", "kernels", "parallel"},
+    {"routing"},
+    {"adapters"},
+    {"checkpoints"},
+    {"training", "inference"},
+    {"evaluation", "planning"},
+    {"cli"},
+]
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS, 1) for room in rooms}
+
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+import medmoe_jax
+names = [m.name for m in pkgutil.walk_packages(medmoe_jax.__path__, "medmoe_jax.")]
+for name in names:
+    if not name.endswith("__main__"):
+        importlib.import_module(name)
+print(len(names), *sorted({"torch", "tensorflow", "transformers"} & set(sys.modules)))
+"""
+
+
+def parse(source: Path) -> ast.Module:
+    return ast.parse(source.read_text(encoding="utf-8"), filename=str(source))
+
+
+def imported_modules(tree: ast.Module, package: str) -> set[str]:
+    """Absolute dotted names that a module imports, `from x import y` counted as x and x.y."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parent = package.split(".")[: len(package.split(".")) - node.level + 1]
+            module = ".".join([*parent, node.module or ""]) if node.level else node.module
+            module = module.rstrip(".")
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def layering_faults(tree: ast.Module, room: str, package: str) -> list[str]:
+    """Rooms imported by a module of `room` that are neither itself nor on a lower floor."""
+    rooms = {
+        name.split(".")[1]
+        for name in imported_modules(tree, package)
+        if name.count(".") >= 1 and name.startswith("medmoe_jax.")
+    }
+    return sorted(
+        other
+        for other in rooms & set(FLOOR_OF)
+        if other != room and FLOOR_OF[other] >= FLOOR_OF[room]
+    )
+
+
+def test_importing_every_module_needs_neither_torch_nor_tensorflow():
+    run = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        timeout=180,
+    )
+    assert run.returncode == 0, run.stderr
+    count, *heavy = run.stdout.split()
+    assert int(count) >= len(FLOOR_OF) - 2
+    assert not heavy, f"imported at run time: {heavy}"
+
+
+def test_every_room_has_a_floor():
+    rooms = {source.relative_to(PACKAGE).parts[0] for source in SOURCES if source.parent != PACKAGE}
+    assert rooms <= set(FLOOR_OF), f"rooms without a floor: {sorted(rooms - set(FLOOR_OF))}"
+
+
+def test_each_floor_imports_only_lower_ones():
+    faults = {}
+    for source in SOURCES:
+        parts = source.relative_to(ROOT).with_suffix("").parts
+        if len(parts) > 2:
+            faults[str(source)] = layering_faults(parse(source), parts[1], ".".join(parts[:-1]))
+    assert not {name: rooms for name, rooms in faults.items() if rooms}
+
+
+@pytest.mark.parametrize(
+    "line, fault",
+    [
+        ("from medmoe_jax.adapters import bank", ["adapters"]),
+        ("from medmoe_jax import cli", ["cli"]),
+        ("import medmoe_jax.training.loop", ["training"]),
+        ("from ..adapters.bank import Bank", ["adapters"]),
+        ("def f():\n    from medmoe_jax.parallel import mesh", ["parallel"]),
+        ("from medmoe_jax.base import rope\nfrom medmoe_jax.errors import UserError", []),
+        ("from . import rope\nfrom .rope import apply\nimport jax", []),
+    ],
+)
+def test_the_layering_check_sees_every_form_of_import(line, fault):
+    assert layering_faults(ast.parse(line), "base", "medmoe_jax.base") == fault
+
+
+def test_public_functions_and_classes_have_docstrings():
+    missing = []
+    for source in SOURCES:
+        tree = parse(source)
+        if not ast.get_docstring(tree):
+            missing.append(f"{source}: the module")
+        for node in tree.body:
+            public = isinstance(
+                node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+            ) and not node.name.startswith("_")
+            if public and not ast.get_docstring(node):
+                missing.append(f"{source}:{node.lineno} {node.name}")
+    assert not missing, "\n".join(missing)
+
+
+def test_no_error_is_swallowed_by_a_broad_except():
+    broad = []
+    for source in SOURCES:
+        for node in ast.walk(parse(source)):
+            if isinstance(node, ast.ExceptHandler) and (
+                node.type is None
+                or {"Exception", "BaseException"}
+                & {name.id for name in ast.walk(node.type) if isinstance(name, ast.Name)}
+            ):
+                broad.append(f"{source}:{node.lineno}")
+    assert not broad
+
+
+def test_the_licence_is_apache_2():
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text and "Version 2.0, January 2004" in text
+    assert 'license="Apache-2.0"' in (ROOT / "setup.py").read_text()
+
+
+def test_every_dependency_has_a_lower_and_an_upper_bound():
+    setup = (ROOT / "setup.py").read_text()
+    requirements = re.findall(r'^\s+"([\w\[\]-]+(?:[<>=].*))",?', setup, re.MULTILINE)
+    assert len(requirements) > 20
+    for requirement in requirements:
+        assert re.search(r">=[\d.]+,<[\d.]+$|==[\d.]+$", requirement), requirement
+
+
+def test_the_installed_command_points_to_the_entry_point():
+    try:
+        distribution = importlib.metadata.distribution("medmoe_jax")
+    except importlib.metadata.PackageNotFoundError:
+        assert "medmoe = medmoe_jax.cli.main:main" in (ROOT / "setup.py").read_text()
+        return
+    scripts = {entry.name: entry.value for entry in distribution.entry_points}
+    assert scripts["medmoe"] == "medmoe_jax.cli.main:main"
+
+
+SKIPPING = """
+import pytest
+
+@pytest.mark.data
+def test_reads_data():
+    pytest.skip("the test finds a reason of its own")
+"""
+
+
+@pytest.mark.parametrize("exists, outcome", [(True, "1 failed"), (False, "1 skipped")])
+def test_skipping_a_data_test_fails_where_the_data_exists(tmp_path, exists, outcome):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    (tmp_path / "test_it.py").write_text(SKIPPING)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    data: needs the data folder\n")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "."],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "MEDMOE_DATA": str(tmp_path / ("data" if exists else "absent"))},
+        timeout=60,
+    )
+    assert outcome in run.stdout.splitlines()[-1], run.stdout

@@ -1,0 +1,193 @@
+"""A run that is stopped, however often and wherever, ends where an undisturbed one ends."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from medmoe_jax.checkpoints import stages as store
+from medmoe_jax.checkpoints.files import read_metrics
+from medmoe_jax.data.batches import BatchStream
+from medmoe_jax.training.run import open_trained, stage_dir, train
+from medmoe_jax.training.setup import open_setup
+from tests import tiny
+
+STAGES = ("aggregate", "align")
+# Of a line of metrics: what the machine's clock does not enter.
+CURVE = ("step", "loss", "gradient_norm", "target_tokens", "tokens", "learning_rate")
+
+
+def curve(workdir, name):
+    rows = read_metrics(stage_dir(workdir, name) / "metrics.jsonl")
+    return [[row[key] for key in CURVE] for row in rows]
+
+
+def assert_same_run(workdir, reference):
+    """Loss curves, counts, banks and base, bit for bit."""
+    setup = open_setup(tiny.medcare_config())
+    for name in STAGES:
+        assert curve(workdir, name) == curve(reference, name)
+        counts = [
+            json.loads((stage_dir(w, name) / "manifest.json").read_text())["metrics"]["rows"]
+            for w in (workdir, reference)
+        ]
+        assert counts[0] == counts[1]
+        models = [open_trained(setup, w, name) for w in (workdir, reference)]
+        for part in ("banks", "base"):
+            jax.tree.map(np.testing.assert_array_equal, *(getattr(m, part) for m in models))
+
+
+class Stop(Exception):
+    """Stands for a crash."""
+
+
+def crash_in_batch(monkeypatch, number):
+    """The stream fails when the batch of this number is asked for."""
+    given, real = [], BatchStream.__next__
+
+    def fail(stream):
+        given.append(0)
+        if len(given) == number:
+            raise Stop
+        return real(stream)
+
+    monkeypatch.setattr(BatchStream, "__next__", fail)
+
+
+def disturb_save(monkeypatch, step, action):
+    """Do something while the checkpoint of a step is being written."""
+    real = store._seal
+
+    def seal(path):
+        if path.name == str(step):
+            action()
+        real(path)
+
+    monkeypatch.setattr(store, "_seal", seal)
+
+
+def disk_full():
+    raise OSError(28, "No space left on device")
+
+
+def control_c(monkeypatch, step, number):
+    """Ctrl-C when the batch of this number is asked for, while a step's checkpoint is written."""
+    writing, given, real = threading.Event(), [], BatchStream.__next__
+    disturb_save(monkeypatch, step, lambda: (writing.set(), time.sleep(0.3)))
+
+    def pressed(stream):
+        given.append(0)
+        if len(given) == number:
+            assert writing.wait(timeout=60)
+            raise KeyboardInterrupt
+        return real(stream)
+
+    monkeypatch.setattr(BatchStream, "__next__", pressed)
+
+
+def steps_on_disk(workdir, name):
+    folder = stage_dir(workdir, name) / "steps"
+    return sorted(int(p.parent.name) for p in folder.glob("*/SEAL.json"))
+
+
+def test_a_run_stopped_four_times(tmp_path, monkeypatch, capsys):
+    """A crash, Ctrl-C during a save, a full disk, and a crash between the last save and the end."""
+    _, reference = tiny.trained()
+
+    disturbances = {"crash": crash_in_batch, "save": disturb_save, "control_c": control_c}
+
+    def attempt(error, **kind):
+        with monkeypatch.context() as patch, pytest.raises(error) as caught:
+            for disturb, arguments in kind.items():
+                disturbances[disturb](patch, *arguments)
+            train(open_setup(tiny.medcare_config()), tmp_path)
+        capsys.readouterr()
+        return str(caught.value)
+
+    attempt(Stop, crash=(7,))
+    assert steps_on_disk(tmp_path, "aggregate") == [4]
+    attempt(KeyboardInterrupt, control_c=(8, 4 + 1))  # it goes on after step 4
+    assert steps_on_disk(tmp_path, "aggregate") == [4, 8]
+    message = attempt(store.CheckpointError, save=(12, disk_full))
+    assert "No space left on device" in message and "Earlier checkpoints are intact" in message
+    assert 8 in steps_on_disk(tmp_path, "aggregate")
+    assert not (stage_dir(tmp_path, "aggregate") / "manifest.json").exists()
+    attempt(Stop, crash=(4 + 6,))  # four are left of stage 1
+    assert (stage_dir(tmp_path, "aggregate") / "manifest.json").exists()
+    assert steps_on_disk(tmp_path, "align") == [4]
+    train(open_setup(tiny.medcare_config()), tmp_path)
+    assert "stage 'align' continues after step 4 of 12" in capsys.readouterr().err
+    assert_same_run(tmp_path, reference)
+
+
+def test_two_undisturbed_runs_are_equal(tmp_path):
+    """The control: without it the tests above would compare luck."""
+    _, reference = tiny.trained()
+    train(open_setup(tiny.medcare_config()), tmp_path)
+    assert_same_run(tmp_path, reference)
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, monkeypatch):
+    _, reference = tiny.trained()
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        crash_in_batch(patch, 10)
+        train(open_setup(tiny.medcare_config()), tmp_path)
+    assert steps_on_disk(tmp_path, "aggregate") == [4, 8]
+    newest = stage_dir(tmp_path, "aggregate") / "steps" / "8"
+    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-3])
+    train(open_setup(tiny.medcare_config()), tmp_path)
+    assert_same_run(tmp_path, reference)
+
+
+CHILD = """
+from tests import tiny
+from medmoe_jax.training.run import train
+from medmoe_jax.training.setup import open_setup
+import sys
+with tiny.quick_compiles():
+    train(open_setup(tiny.medcare_config()), sys.argv[1])
+"""
+
+
+def start_child(workdir):
+    env = {**os.environ, "MEDMOE_TINY": str(tiny.folder()), "PYTHONPATH": "."}
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(workdir)],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_each_stage(tmp_path):
+    """SIGKILL, as a preempted machine does it."""
+    _, reference = tiny.trained()
+    workdir = tmp_path / "w"
+    for name in STAGES:
+        child = start_child(workdir)
+        deadline = time.monotonic() + 120
+        while not steps_on_disk(workdir, name):
+            assert child.poll() is None, child.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        assert not (stage_dir(workdir, name) / "manifest.json").exists()
+        assert steps_on_disk(workdir, name)[-1] < tiny.STEPS
+        shutil.copytree(workdir, tmp_path / name)
+    child = start_child(workdir)
+    assert child.wait(timeout=120) == 0, child.stderr.read()
+    assert_same_run(workdir, reference)
+    train(open_setup(tiny.medcare_config()), tmp_path / "aggregate")
+    assert_same_run(tmp_path / "aggregate", reference)
