@@ -35,8 +35,8 @@ SIZES = {  # train, dev
     "meqsum": (785, 215),
     "vihealth": (1066, 260),
     "rqe": (6881, 1706),
-    "medquad": (2557, 721),
-    "medquad_type": (2557, 721),
+    "medquad": (2558, 721),
+    "medquad_type": (2558, 721),
     "ncbi_disease": (5420, 923),
     "bc5cdr": (4566, 4590),
     "bc5cdr_relations": (500, 500),
@@ -64,6 +64,13 @@ def test_every_set_reads_with_its_size_and_does_not_leak(name, data_dir):
     evaluated = [r for s in entry.splits if s != "train" for r in read(name, s, data_dir)]
     assert not {row.normal(r.prompt) for r in train} & {row.normal(r.prompt) for r in evaluated}
     assert {r.language for r in dev} == set(entry.languages)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", [name for name in medical.SETS if name != "tico19"])
+def test_the_held_out_rows_do_not_depend_on_where_the_data_lies(name, data_dir, tmp_path):
+    (tmp_path / "moved").symlink_to(data_dir)
+    assert read(name, "dev", tmp_path / "moved") == read(name, "dev", data_dir)
 
 
 @pytest.mark.data
