@@ -16,7 +16,7 @@ STEPS := $(VENV)/steps
 
 help:
 	@echo "make demo     train, evaluate and chat with a tiny model, on this machine"
-	@echo "make test     lint, then the fast, the slow and the parity tests"
+	@echo "make test     lint, then the fast, the slow, the parity and the ahead-of-time tests"
 	@echo "make lint     ruff check and ruff format --check"
 	@echo "make format   let ruff mend what it can"
 	@echo "make clean    remove the virtual environment and caches"
@@ -34,6 +34,10 @@ $(VENV)/.installed-test: setup.py pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,parity]'
 	touch $@ $(VENV)/.installed-demo
 
+$(VENV)/.installed-aot: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[aot]'
+	touch $@
+
 demo: $(VENV)/.installed-demo
 	$(BIN)/medmoe demo
 
@@ -45,17 +49,19 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test $(VENV)/.installed-aot
 	@rm -rf $(STEPS); mkdir -p $(STEPS)
 	@echo "== lint =="
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@echo "== fast tests =="
-	@$(PYTEST) -n $(JOBS) --dist loadfile -m "not slow and not parity" | tee $(STEPS)/1-fast.log
+	@$(PYTEST) -n $(JOBS) --dist loadfile -m "not slow and not parity and not aot" | tee $(STEPS)/1-fast.log
 	@echo "== slow tests =="
-	@$(PYTEST) -m "slow and not parity" | tee $(STEPS)/2-slow.log
+	@$(PYTEST) -m "slow and not parity and not aot" | tee $(STEPS)/2-slow.log
 	@echo "== parity tests =="
 	@$(PYTEST) -m parity | tee $(STEPS)/3-parity.log
+	@echo "== ahead-of-time tests: compiling for TPU =="
+	@$(PYTEST) -n $(JOBS) -m aot | tee $(STEPS)/4-aot.log
 	@echo "== summary =="
 	@echo "tests skipped: $$(cat $(STEPS)/*.log | sed -n 's/^=.* \([0-9]*\) skipped.*/\1/p' | awk '{n += $$1} END {print n + 0}')"
 	@for log in $(STEPS)/*.log; do echo "$$(basename $$log .log): $$(tail -n 1 $$log)"; done

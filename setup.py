@@ -40,6 +40,8 @@ REQUIRES = [
 ]
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10,<0.12"],
+    # Compiles for TPU slices on a machine without one. From the release that jax[tpu] takes up.
+    "aot": ["libtpu>=0.0.42,<0.0.52"],
     "test": [
         "hypothesis>=6.130,<7",
         "pytest>=8.3,<10",

@@ -1,0 +1,15 @@
+"""Pallas TPU kernels, each with a reference in plain JAX and gradients of its own.
+
+One convention holds for the whole room. Every public function takes `backend`:
+
+| backend | what runs | where |
+|---|---|---|
+| `"xla"` | the reference twin in plain JAX, same arguments and results | anywhere |
+| `"pallas"` | the Pallas kernel | TPU |
+| `"interpret"` | the Pallas kernel in the TPU interpreter | CPU, in tests |
+
+The caller chooses; no kernel looks at the machine it runs on, and none falls back. A shape that a
+kernel cannot tile is a UserError when the function is traced. Blocks fit the 16 MiB of VMEM that
+the compiler grants a kernel on v5e and v5p by default, and so on every later chip. Kernels see one
+device: under a mesh, call them inside `jax.shard_map`.
+"""

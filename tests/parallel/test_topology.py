@@ -1,0 +1,66 @@
+"""TPU slices that are not there: names, chips, and a program compiled for them."""
+
+import importlib.util
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from medmoe_jax.errors import UserError
+from medmoe_jax.parallel import mesh as meshes
+from medmoe_jax.parallel import topology
+
+
+@pytest.mark.parametrize("name", ["v5e:3x3", "v5e", "v9:2x2", "2x2", "", "v5p:2x2"])
+def test_an_unknown_slice_is_an_error_that_lists_the_known_ones(name):
+    with pytest.raises(UserError, match=r"'.*' is not known; .*v5e:\{1x1,2x2.*v5p:\{.*v6e:\{"):
+        topology.describe(name)
+
+
+def test_without_libtpu_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'medmoe_jax\[aot\]'"):
+        topology.describe("v5e:2x2")
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    "name", [f"{chip}:{layout}" for chip, all_ in topology.LAYOUTS.items() for layout in all_]
+)
+def test_every_slice_that_is_offered_exists(name):
+    slice_ = topology.describe(name)
+    sizes = [int(size) for size in name.partition(":")[2].split("x")]
+    assert len(slice_.devices) == math.prod(sizes)
+    assert {device.device_kind for device in slice_.devices} == {slice_.chip.kind}
+    assert topology.CHIPS[name.partition(":")[0]] is slice_.chip
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("chip", topology.CHIPS)
+def test_hbm_of_the_table_is_where_the_compiler_says_no(chip):
+    slice_ = topology.describe(f"{chip}:{topology.LAYOUTS[chip][0]}")
+
+    def peak(gib):
+        rows = int(gib * 2**30) // 4096
+        # One buffer in, one out: half the memory each.
+        x = jax.ShapeDtypeStruct((rows // 2, 1024), jnp.float32)
+        return topology.compile_for(slice_, lambda x: jnp.sin(x), x)
+
+    memory = peak(slice_.chip.hbm_gib * 0.9).memory_analysis()
+    assert memory.argument_size_in_bytes > slice_.chip.hbm_gib * 0.44 * 2**30
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        peak(slice_.chip.hbm_gib * 1.1)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("name", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4"])
+def test_a_sharded_program_compiles_with_its_collectives(name):
+    slice_ = topology.describe(name)
+    mesh = meshes.make_mesh({"data": 1, "fsdp": -1, "expert": 2, "tensor": 1}, slice_.devices)
+    rows = jax.ShapeDtypeStruct(
+        (64, 256), jnp.bfloat16, sharding=meshes.batch_sharding(mesh, rank=2)
+    )
+    compiled = topology.compile_for(slice_, lambda x: jnp.sum(x * x), rows)
+    assert "all-reduce" in compiled.as_text()
+    assert compiled.memory_analysis().argument_size_in_bytes == 64 * 256 * 2 // 8
