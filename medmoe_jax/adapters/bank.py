@@ -2,7 +2,8 @@
 
 Axes: N layers of the bank, D input width, E experts, r rank, O output width.
 A bank's parameters are a plain tree `{site: {"lora_a": [N, D, E, r], "lora_b": [N, E, r, O],
-"scale"?: [N, E, r], "router"?: {"kernel": [N, D, E], "bias"?: [N, E]}}}`, all float32.
+"scale"?: [N, E, r], "router"?: {"kernel": [N, D, E], "bias"?: [N, E]}}}`, all float32; one with
+mixing weights also holds `"mix": {"weight": [N or 1, E]}` beside its sites.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from medmoe_jax.base.config import DecoderConfig, site_shapes
 from medmoe_jax.errors import UserError
 from medmoe_jax.routing.routers import check_top_k
 
-GATES = ("always", "token")
+GATES = ("always", "token", "language", "skill")
+FORCING = ("off", "train", "always")
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,16 @@ class BankSpec:
       start, stop: its range of layers.
       experts, rank: E and r.
       alpha: `s = alpha / r`, or `alpha / sqrt(r)` if `rank_stabilised`.
-      gate: `always` (weight 1) or `token` (learned router, top-k).
-      top_k, renormalise, router_bias: of the token router.
+      gate: `always` (weight 1), `token` (learned router, top-k), `language` (the same, with the
+        expert of the token's language forced among the picks) or `skill` (mixing weights, the same
+        for every token).
+      top_k, renormalise, router_bias: of the router.
+      router_noise: standard deviation of the noise on its logits in training.
+      forcing: when a `language` gate forces: `off`, in `train`ing only, or `always` that ids are
+        given.
+      balance_loss, z_loss: weights of the losses on the router (`routing.routers`).
+      mix_per_layer, mix_softmax: of a `skill` gate: whether every layer has its own mixing weights,
+        and whether they pass through a softmax.
       dropout: probability, on the input of A only, in training.
       learned_scale: whether there is a Λ between A and B.
     """
@@ -52,6 +62,12 @@ class BankSpec:
     top_k: int = 2
     renormalise: bool = True
     router_bias: bool = True
+    router_noise: float = 0.0
+    forcing: str = "train"
+    balance_loss: float = 0.0
+    z_loss: float = 0.0
+    mix_per_layer: bool = False
+    mix_softmax: bool = False
     dropout: float = 0.0
     learned_scale: bool = False
 
@@ -65,8 +81,17 @@ class BankSpec:
             )
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"{where}.dropout: {self.dropout} is not in [0, 1)")
-        if self.gate == "token":
+        if self.forcing not in FORCING:
+            raise UserError(f"{where}.forcing: '{self.forcing}' is none of {', '.join(FORCING)}")
+        if min(self.router_noise, self.balance_loss, self.z_loss) < 0:
+            raise UserError(f"{where}: router_noise, balance_loss and z_loss must be >= 0")
+        if self.routed:
             check_top_k(where, self.top_k, self.experts)
+
+    @property
+    def routed(self) -> bool:
+        """Whether a router decides for every token."""
+        return self.gate in ("token", "language")
 
     @property
     def s(self) -> float:
@@ -117,12 +142,35 @@ def shapes(spec: BankSpec, config: DecoderConfig) -> dict[str, dict[str, Any]]:
         leaves: dict[str, Any] = {"lora_a": (N, D, E, r), "lora_b": (N, E, r, O)}
         if spec.learned_scale:
             leaves["scale"] = (N, E, r)
-        if spec.gate == "token":
+        if spec.routed:
             leaves["router"] = {"kernel": (N, D, E)}
             if spec.router_bias:
                 leaves["router"]["bias"] = (N, E)
         out[site] = leaves
+    if spec.gate == "skill":
+        out["mix"] = {"weight": (N if spec.mix_per_layer else 1, E)}
     return out
+
+
+def mixing(spec: BankSpec, weight):
+    """The mixing weights of a `skill` gate from their parameter, `[..., E]`."""
+    return jax.nn.softmax(weight, axis=-1) if spec.mix_softmax else weight
+
+
+def site_params(spec: BankSpec, params, site: str) -> dict[str, Any]:
+    """A site's parameters with the mixing weights, if any, inside Λ.
+
+    Works on a bank's stacked parameters and on one layer's slice of them alike.
+    """
+    leaves = dict(params[site])
+    if spec.gate == "skill":
+        mix = mixing(spec, params["mix"]["weight"])[..., None]
+        if "scale" in leaves:
+            leaves["scale"] = leaves["scale"] * mix
+        else:
+            shape = (*leaves["lora_b"].shape[:-1],)
+            leaves["scale"] = jnp.broadcast_to(mix, shape)
+    return leaves
 
 
 def abstract(spec: BankSpec, config: DecoderConfig):
@@ -135,7 +183,7 @@ def abstract(spec: BankSpec, config: DecoderConfig):
 
 
 def init(spec: BankSpec, config: DecoderConfig, key: jax.Array):
-    """Fresh parameters: A and router U(±1/sqrt(D)), B and Λ such that the output is zero.
+    """Fresh parameters: A and router U(±1/sqrt(D)), B, Λ and mixing weights zero.
 
     Without a learned scale B = 0 (LoRA); with one, Λ = 0 and A, B ~ N(0, 0.02) (AdaLoRA).
     The bank's name enters every draw: two banks made from one key look in different directions.
@@ -144,7 +192,8 @@ def init(spec: BankSpec, config: DecoderConfig, key: jax.Array):
     def leaf(path, struct):
         name = jax.tree_util.keystr(path)
         k = jax.random.fold_in(key, zlib.crc32(f"{spec.name}{name}".encode()))
-        if name.endswith("['scale']") or (name.endswith("['lora_b']") and not spec.learned_scale):
+        zero = ("['weight']", "['scale']") + (() if spec.learned_scale else ("['lora_b']",))
+        if name.endswith(zero):
             return jnp.zeros(struct.shape, struct.dtype)
         if spec.learned_scale and "lora" in name:
             return 0.02 * jax.random.normal(k, struct.shape, struct.dtype)

@@ -148,25 +148,47 @@ def stack(name: str, members: list[tuple[BankSpec, Any]]) -> tuple[BankSpec, Any
     return spec, params
 
 
-def delta(spec: BankSpec, site_params_i) -> jax.Array:
-    """`s Σ_e A_e Λ_e B_e` of one layer of one site, float32 `[D, O]`."""
+def factors(spec: BankSpec, site_params_i) -> tuple[jax.Array, jax.Array]:
+    """A `[D, E·r]` and B `[E·r, O]`, float32, of one layer of one site: its delta is A B.
+
+    s and Λ are inside B. `site_params_i` is one layer's slice of `bank.site_params`: mixing weights
+    are inside Λ.
+    """
     a_DxExr, b_ExrxO = site_params_i["lora_a"], site_params_i["lora_b"]
     if "scale" in site_params_i:
-        a_DxExr = a_DxExr * site_params_i["scale"][None]
-    full = jax.lax.Precision.HIGHEST
-    return spec.s * jnp.einsum("DEr,ErO->DO", a_DxExr, b_ExrxO, precision=full)
+        b_ExrxO = b_ExrxO * site_params_i["scale"][..., None]
+    D, E, r = a_DxExr.shape
+    return a_DxExr.reshape(D, E * r), spec.s * b_ExrxO.reshape(E * r, -1)
+
+
+def delta(spec: BankSpec, site_params_i) -> jax.Array:
+    """`s Σ_e A_e Λ_e B_e` of one layer of one site, float32 `[D, O]`; see `factors`."""
+    a_DxR, b_RxO = factors(spec, site_params_i)
+    return jnp.matmul(a_DxR, b_RxO, precision=jax.lax.Precision.HIGHEST)
+
+
+def members_at(members: list[tuple[BankSpec, Any]], site: str):
+    """`(specs, site parameters)` of those members that sit on a site."""
+    here = [(spec, bank_lib.site_params(spec, p, site)) for spec, p in members if site in p]
+    return tuple(spec for spec, _ in here), [p for _, p in here]
+
+
+def kernel_with(specs: tuple[BankSpec, ...], kernel_LxDxO, params, i) -> jax.Array:
+    """Layer i of one site's stacked kernel plus the banks' deltas, float32 `[D, O]`."""
+    w_DxO = jax.tree.map(lambda leaf: leaf[i], kernel_LxDxO).astype(jnp.float32)
+    for spec, p in zip(specs, params, strict=True):
+        j = jnp.clip(i - spec.start, 0, spec.layers - 1)
+        here = (i >= spec.start) & (i < spec.stop)
+        p_i = jax.tree.map(lambda leaf, j=j: leaf[j], p)
+        w_DxO = w_DxO + jnp.where(here, delta(spec, p_i), 0.0)
+    return w_DxO
 
 
 def _add_deltas(specs: tuple[BankSpec, ...], kernel_LxDxO, params):
     """One site's stacked kernel plus the banks' deltas, layer by layer, rounded once."""
 
     def layer(i, kernel_LxDxO):
-        w_DxO = kernel_LxDxO[i].astype(jnp.float32)
-        for spec, p in zip(specs, params, strict=True):
-            j = jnp.clip(i - spec.start, 0, spec.layers - 1)
-            here = (i >= spec.start) & (i < spec.stop)
-            p_i = jax.tree.map(lambda leaf, j=j: leaf[j], p)
-            w_DxO = w_DxO + jnp.where(here, delta(spec, p_i), 0.0)
+        w_DxO = kernel_with(specs, kernel_LxDxO, params, i)
         return kernel_LxDxO.at[i].set(w_DxO.astype(kernel_LxDxO.dtype))
 
     return jax.lax.fori_loop(0, kernel_LxDxO.shape[0], layer, kernel_LxDxO)
@@ -180,7 +202,7 @@ _ADD = {
 
 def check_mergeable(spec: BankSpec) -> None:
     """Raise UserError for a bank whose gate depends on the token."""
-    if spec.gate != "always":
+    if spec.routed:
         raise UserError(
             f"bank '{spec.name}' has gate '{spec.gate}': its weights depend on the token, so it "
             "cannot be merged into the base; drop it or keep the model unmerged"
@@ -197,10 +219,9 @@ def merge_into(base, members: list[tuple[BankSpec, Any]], *, donate: bool = Fals
         check_mergeable(spec)
     out = base
     for site in dict.fromkeys(site for spec, _ in members for site in spec.sites):
-        here = [(spec, p[site]) for spec, p in members if site in spec.sites]
-        specs, params = zip(*here, strict=True)
+        specs, params = members_at(members, site)
         kernel = trees.get(base, f"layers.{site}.kernel")
-        kernel = _ADD[donate](specs, kernel, list(params))
+        kernel = _ADD[donate](specs, kernel, params)
         out = trees.overlay(out, trees.unflatten([(f"layers.{site}.kernel", kernel)]))
     return out
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from medmoe_jax.adapters.bank import BankSpec
@@ -54,16 +56,22 @@ def segments(config: AdaptedConfig, banks: Mapping[str, Any]) -> tuple[Segment, 
         if not here:
             out.append(Segment(start, stop))
             continue
-        extra = {b.name: _layers_of(banks[b.name], start - b.start, stop - b.start) for b in here}
+        extra = {b.name: _layers_of(b, banks[b.name], start, stop) for b in here}
         linear = functools.partial(adapted_linear, here, strategy(config.dispatch))
         out.append(Segment(start, stop, extra, linear))
     return tuple(out)
 
 
-def _layers_of(params, start: int, stop: int):
-    if isinstance(params, Mapping):
-        return {key: _layers_of(value, start, stop) for key, value in params.items()}
-    return params if (start, stop) == (0, params.shape[0]) else params[start:stop]
+def _layers_of(bank: BankSpec, params, start: int, stop: int):
+    """A bank's parameters in layers `start..stop-1`; what all layers share is repeated."""
+
+    def cut(leaf):
+        if leaf.shape[0] == 1 < bank.layers:
+            return jnp.broadcast_to(leaf, (stop - start, *leaf.shape[1:]))
+        whole = (start, stop) == (bank.start, bank.stop)
+        return leaf if whole else leaf[start - bank.start : stop - bank.start]
+
+    return jax.tree.map(cut, params)
 
 
 def hidden(

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from medmoe_jax.adapters.bank import BankSpec
+from medmoe_jax.adapters.bank import BankSpec, site_params
 from medmoe_jax.base.decoder import base_linear
 from medmoe_jax.routing.dispatch import Term
-from medmoe_jax.routing.routers import router_logits, router_stats, top_k_gates
+from medmoe_jax.routing.routers import route, router_logits, router_stats
 
 
 def _dropped_inputs(banks, group: str, x_BxTxD, context: Mapping[str, Any]) -> dict[float, Any]:
@@ -35,9 +35,9 @@ def _dropped_inputs(banks, group: str, x_BxTxD, context: Mapping[str, Any]) -> d
     return inputs if key is not None else {bank.dropout: x_BxTxD for bank in banks}
 
 
-def _routers(present, extra, x_BxTxD, context) -> tuple[dict, dict]:
+def _routers(present, extra, group: str, x_BxTxD, context) -> tuple[dict, dict]:
     """Gates and statistics of every routed (bank, site), from one product."""
-    routed = [(bank, site) for bank, site in present if bank.gate == "token"]
+    routed = [(bank, site) for bank, site in present if bank.routed]
     if not routed:
         return {}, {}
     params = [extra[bank.name][site]["router"] for bank, site in routed]
@@ -46,15 +46,34 @@ def _routers(present, extra, x_BxTxD, context) -> tuple[dict, dict]:
     gates, stats, start = {}, {}, 0
     for (bank, site), p in zip(routed, params, strict=True):
         z_BxTxE = z[..., start : start + bank.experts]
+        start += bank.experts
         if "bias" in p:
             z_BxTxE = z_BxTxE + p["bias"].astype(jnp.float32)[None, None]
-        gates[bank.name, site], kept, prob = top_k_gates(
-            z_BxTxE, bank.top_k, renormalise=bank.renormalise
-        )
-        valid_BxT = context["segment_ids"] > 0
-        stats[f"{bank.name}/{site}"] = router_stats(z_BxTxE, kept, prob, valid_BxT)
-        start += bank.experts
+        key = f"{bank.name}/{site}"
+        gates[bank.name, site], stats[key] = decide(bank, f"{group}/{key}", z_BxTxE, context)
     return gates, stats
+
+
+def decide(bank: BankSpec, name: str, z_BxTxE, context: Mapping[str, Any]):
+    """`(Gates, RouterStats)` of one router from its logits; `name` sets its noise apart."""
+    key = context.get("dropout_key")
+    if bank.router_noise and key is not None:
+        key = jax.random.fold_in(key, context["layer"])
+        key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        z_BxTxE = z_BxTxE + bank.router_noise * jax.random.normal(key, z_BxTxE.shape)
+    forcing = bank.gate == "language" and (
+        bank.forcing == "always" or (bank.forcing == "train" and context.get("training"))
+    )
+    routed = route(
+        z_BxTxE,
+        bank.top_k,
+        renormalise=bank.renormalise,
+        forced_BxT=context.get("language_ids") if forcing else None,
+    )
+    stats = router_stats(z_BxTxE, routed, context["segment_ids"] > 0)
+    if not (bank.balance_loss or bank.z_loss):
+        stats = jax.lax.stop_gradient(stats)
+    return routed.gates, stats
 
 
 def adapted_linear(
@@ -73,7 +92,8 @@ def adapted_linear(
       dispatch: a strategy of `routing.dispatch`.
       group, x_BxTxD, weights: see `base.decoder`.
       extra: `{bank: {site: parameters}}` of this layer.
-      context: `segment_ids`, `layer` and, in training, `dropout_key`.
+      context: `segment_ids`, `layer`; `language_ids` where known (int32 [B, T], the expert of the
+        token's language or -1); in training `training` and `dropout_key`.
 
     Returns:
       `({site: y}, {"bank/site": RouterStats})`.
@@ -82,11 +102,11 @@ def adapted_linear(
     present = [(b, site) for site in weights for b in banks if site in extra[b.name]]
     if not present:
         return y, {}
-    gates, stats = _routers(present, extra, x_BxTxD, context)
+    gates, stats = _routers(present, extra, group, x_BxTxD, context)
     inputs = _dropped_inputs([b for b, _ in present], group, x_BxTxD, context)
     terms: dict[str, list[Term]] = {}
     for bank, site in present:
-        p = extra[bank.name][site]
+        p = site_params(bank, extra[bank.name], site)
         term = Term(
             inputs[bank.dropout],
             p["lora_a"],

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from medmoe_jax.errors import UserError
+from medmoe_jax.routing.routers import Gates
 
 
 class Term(NamedTuple):
@@ -23,7 +24,7 @@ class Term(NamedTuple):
     Attributes:
       x_BxTxD: the bank's input (after its dropout); terms with the same array share one product.
       lora_a_DxExr, lora_b_ExrxO: the experts, float32.
-      gates_BxTxE: weights a token, or None for ones.
+      gates: a router's decision, or None for ones.
       scale_Exr: Λ, or None for ones.
       s: alpha / r.
     """
@@ -31,7 +32,7 @@ class Term(NamedTuple):
     x_BxTxD: Any
     lora_a_DxExr: Any
     lora_b_ExrxO: Any
-    gates_BxTxE: Any
+    gates: Gates | None
     scale_Exr: Any
     s: float
 
@@ -47,8 +48,8 @@ def reference(terms: Mapping[str, Sequence[Term]]) -> dict[str, Any]:
                 h_BxTxr = term.x_BxTxD @ term.lora_a_DxExr[:, e].astype(dtype)
                 if term.scale_Exr is not None:
                     h_BxTxr *= term.scale_Exr[e].astype(dtype)[None, None]
-                if term.gates_BxTxE is not None:
-                    h_BxTxr *= term.gates_BxTxE[..., e, None].astype(dtype)
+                if term.gates is not None:
+                    h_BxTxr *= term.gates.dense_BxTxE[..., e, None].astype(dtype)
                 total += term.s * (h_BxTxr @ term.lora_b_ExrxO[e].astype(dtype))
         out[site] = total
     return out
@@ -60,8 +61,8 @@ def _rank_factor(term: Term):
     factor = jnp.full((1, 1, E, r), term.s, jnp.float32)
     if term.scale_Exr is not None:
         factor *= term.scale_Exr[None, None]
-    if term.gates_BxTxE is not None:
-        factor = factor * term.gates_BxTxE[..., None]
+    if term.gates is not None:
+        factor = factor * term.gates.dense_BxTxE[..., None]
     return factor.reshape(*factor.shape[:2], E * r)
 
 

@@ -1,6 +1,6 @@
-"""Token routers: logits, top-k gates and the statistics of both.
+"""Token routers: logits, top-k gates, the statistics of both, and losses on these.
 
-Axes: B batch, T tokens, D model, E experts.
+Axes: B batch, T tokens, D model, E experts, K picks a token.
 Everything here is float32: a flipped near-tie changes which expert a token sees.
 """
 
@@ -14,6 +14,36 @@ import jax.numpy as jnp
 from medmoe_jax.errors import UserError
 
 
+class Gates(NamedTuple):
+    """What a router decided about every token; strategies take the form they need.
+
+    Attributes:
+      dense_BxTxE: weights, zero for experts that were not picked.
+      picks_BxTxK: int32, the K experts of a token, best first.
+      weights_BxTxK: theirs.
+    """
+
+    dense_BxTxE: jax.Array
+    picks_BxTxK: jax.Array
+    weights_BxTxK: jax.Array
+
+
+class Routed(NamedTuple):
+    """A router's gates with what its statistics need.
+
+    Attributes:
+      gates: see `Gates`.
+      kept_BxTxE: bool, the picked experts.
+      prob_BxTxE: softmax over all experts.
+      forced_BxT: bool, tokens whose last pick was overridden.
+    """
+
+    gates: Gates
+    kept_BxTxE: jax.Array
+    prob_BxTxE: jax.Array
+    forced_BxT: jax.Array
+
+
 class RouterStats(NamedTuple):
     """Sums over the valid tokens, so that they add up over devices and micro-batches.
 
@@ -22,12 +52,18 @@ class RouterStats(NamedTuple):
       use_E: [E] tokens that picked the expert.
       prob_E: [E] Σ softmax probability.
       entropy: [] Σ entropy of the softmax, in nats.
+      z2: [] Σ logsumexp(logits)².
+      forced: [] tokens whose last pick was overridden by their language's expert.
+      non_finite: [] tokens with a logit that is not finite; always 0 in a healthy run.
     """
 
     tokens: jax.Array
     use_E: jax.Array
     prob_E: jax.Array
     entropy: jax.Array
+    z2: jax.Array
+    forced: jax.Array
+    non_finite: jax.Array
 
 
 def check_top_k(where: str, top_k: int, experts: int) -> None:
@@ -47,36 +83,68 @@ def router_logits(x_BxTxD, kernel_DxE, bias_E=None):
     return z_BxTxE if bias_E is None else z_BxTxE + bias_E.astype(jnp.float32)[None, None]
 
 
-def top_k_gates(logits_BxTxE, top_k: int, *, renormalise: bool):
-    """Softmax weights of the k largest logits, zero elsewhere.
+def route(logits_BxTxE, top_k: int, *, renormalise: bool, forced_BxT=None) -> Routed:
+    """Softmax weights of the k largest logits.
 
     Args:
       logits_BxTxE: float32.
       top_k: experts a token keeps; ties go to the lower index.
       renormalise: whether the kept weights sum to one (equal to a softmax over the kept logits).
-
-    Returns:
-      `(gates_BxTxE, kept_BxTxE bool, prob_BxTxE)`.
+      forced_BxT: int32, an expert that must be among a token's picks, or -1; where it is not, it
+        takes the place of the weakest pick (the hybrid routing of Apollo-MoE, arXiv 2410.10626).
     """
     experts = logits_BxTxE.shape[-1]
     prob_BxTxE = jax.nn.softmax(logits_BxTxE, axis=-1)
-    _, picks_BxTxk = jax.lax.top_k(logits_BxTxE, top_k)
-    kept_BxTxE = jnp.any(jax.nn.one_hot(picks_BxTxk, experts, dtype=jnp.bool_), axis=-2)
+    _, picks_BxTxK = jax.lax.top_k(logits_BxTxE, top_k)
+    override_BxT = jnp.zeros(logits_BxTxE.shape[:2], jnp.bool_)
+    if forced_BxT is not None:
+        there_BxT = jnp.any(picks_BxTxK == forced_BxT[..., None], axis=-1)
+        override_BxT = (forced_BxT >= 0) & ~there_BxT
+        last_BxT = jnp.where(override_BxT, forced_BxT, picks_BxTxK[..., -1])
+        picks_BxTxK = picks_BxTxK.at[..., -1].set(last_BxT)
+    kept_BxTxE = jnp.any(jax.nn.one_hot(picks_BxTxK, experts, dtype=jnp.bool_), axis=-2)
     if renormalise:
-        gates_BxTxE = jax.nn.softmax(jnp.where(kept_BxTxE, logits_BxTxE, -jnp.inf), axis=-1)
+        dense_BxTxE = jax.nn.softmax(jnp.where(kept_BxTxE, logits_BxTxE, -jnp.inf), axis=-1)
     else:
-        gates_BxTxE = jnp.where(kept_BxTxE, prob_BxTxE, 0.0)
-    return gates_BxTxE, kept_BxTxE, prob_BxTxE
+        dense_BxTxE = jnp.where(kept_BxTxE, prob_BxTxE, 0.0)
+    weights_BxTxK = jnp.take_along_axis(dense_BxTxE, picks_BxTxK, axis=-1)
+    gates = Gates(dense_BxTxE, picks_BxTxK, weights_BxTxK)
+    return Routed(gates, kept_BxTxE, prob_BxTxE, override_BxT)
 
 
-def router_stats(logits_BxTxE, kept_BxTxE, prob_BxTxE, valid_BxT) -> RouterStats:
-    """Statistics over the tokens where `valid_BxT`; no gradient flows through them."""
+def router_stats(logits_BxTxE, routed: Routed, valid_BxT) -> RouterStats:
+    """Statistics over the tokens where `valid_BxT`.
+
+    `prob_E` and `z2` can be differentiated, for the router's losses.
+    """
     valid_BxTx1 = valid_BxT[..., None].astype(jnp.float32)
     log_prob_BxTxE = jax.nn.log_softmax(logits_BxTxE, axis=-1)
-    stats = RouterStats(
+    z_BxTx1 = jax.nn.logsumexp(logits_BxTxE, axis=-1, keepdims=True)
+    finite_BxTx1 = jnp.all(jnp.isfinite(logits_BxTxE), axis=-1, keepdims=True)
+    entropy = -jnp.sum(routed.prob_BxTxE * log_prob_BxTxE * valid_BxTx1)
+    return RouterStats(
         tokens=jnp.sum(valid_BxTx1),
-        use_E=jnp.sum(kept_BxTxE * valid_BxTx1, axis=(0, 1)),
-        prob_E=jnp.sum(prob_BxTxE * valid_BxTx1, axis=(0, 1)),
-        entropy=-jnp.sum(prob_BxTxE * log_prob_BxTxE * valid_BxTx1),
+        use_E=jnp.sum(routed.kept_BxTxE * valid_BxTx1, axis=(0, 1)),
+        prob_E=jnp.sum(routed.prob_BxTxE * valid_BxTx1, axis=(0, 1)),
+        entropy=jax.lax.stop_gradient(entropy),
+        z2=jnp.sum(z_BxTx1**2 * valid_BxTx1),
+        forced=jnp.sum(routed.forced_BxT[..., None] * valid_BxTx1),
+        non_finite=jnp.sum(~finite_BxTx1 * valid_BxTx1),
     )
-    return jax.lax.stop_gradient(stats)
+
+
+def balance_loss(stats: RouterStats) -> jax.Array:
+    """Load-balance loss `E Σ_e f_e P_e` (Switch Transformer, arXiv 2101.03961, eq. 4), [...].
+
+    f_e is the expert's share of all picks, P_e its mean probability: 1 where both are even. Leading
+    axes of the statistics, such as layers, stay.
+    """
+    use_E = jax.lax.stop_gradient(stats.use_E)
+    share_E = use_E / jnp.maximum(use_E.sum(-1, keepdims=True), 1.0)
+    mean_E = stats.prob_E / jnp.maximum(stats.tokens, 1.0)[..., None]
+    return use_E.shape[-1] * jnp.sum(share_E * mean_E, axis=-1)
+
+
+def z_loss(stats: RouterStats) -> jax.Array:
+    """Mean squared logsumexp of the logits (ST-MoE, arXiv 2202.08906, eq. 5), [...]."""
+    return stats.z2 / jnp.maximum(stats.tokens, 1.0)

@@ -28,7 +28,8 @@ def summarise(stats: RouterStats) -> dict[str, np.ndarray]:
 
     Returns:
       `use [N, E]` share of all picks, `prob [N, E]` mean probability, `entropy [N]` in nats over
-      log E (1 = uniform), `imbalance [N]` = E · largest share (1 = even load).
+      log E (1 = uniform), `imbalance [N]` = E · largest share (1 = even load), `forced [N]` share
+      of tokens whose last pick was overridden.
     """
     use = np.asarray(stats.use_E, np.float64)
     prob = np.asarray(stats.prob_E, np.float64)
@@ -41,4 +42,5 @@ def summarise(stats: RouterStats) -> dict[str, np.ndarray]:
         "prob": prob / tokens[..., None],
         "entropy": np.asarray(stats.entropy, np.float64) / tokens / scale,
         "imbalance": experts * share.max(-1),
+        "forced": np.asarray(stats.forced, np.float64) / tokens,
     }

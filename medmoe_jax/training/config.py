@@ -2,7 +2,7 @@
 
 A file in configs/ builds a recipe from these: `recipe()` gives the sections `base`, `data`,
 `stages` (together the recipe, fingerprinted by content) and `run` (free to change between
-restarts); `stage`, `bank`, `source` and `orthogonality` give the parts.
+restarts); the other functions give the parts.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ def recipe() -> ConfigDict:
                 "decoder": {},  # fields of base.DecoderConfig laid over the preset
                 "tokenizer": "",  # file or directory; empty = the one inside `path`
                 "dtype": "float32",  # of the frozen weights and the activations
+                "quantise": "",  # kernels of the frozen base: int8, nf4, or empty = `dtype`
                 "seed": 0,  # of random weights
             },
             # How rows become batches.
@@ -78,7 +79,8 @@ def stage(**fields: Any) -> ConfigDict:
             "banks": ConfigDict(),  # {name: bank(...)} added, in state `train`
             "states": ConfigDict(),  # {name: train | frozen | off} of banks that are there
             "train_base": (),  # globs of base leaves trained in this stage
-            "losses": ConfigDict(),  # {name: orthogonality(...)}
+            "losses": ConfigDict(),  # {name: orthogonality(...) | orthonormality(...)}
+            "allocators": ConfigDict(),  # {name: allocator(...)}
             "mixture": ConfigDict(),  # {source: weight}
             "steps": 0,  # 0 = by epochs
             "epochs": 1.0,
@@ -110,6 +112,12 @@ def bank(**fields: Any) -> ConfigDict:
             "top_k": 2,
             "renormalise": True,
             "router_bias": True,
+            "router_noise": 0.0,
+            "forcing": "train",
+            "balance_loss": 0.0,
+            "z_loss": 0.0,
+            "mix_per_layer": False,
+            "mix_softmax": False,
             "dropout": 0.0,
             "learned_scale": False,
         },
@@ -125,6 +133,36 @@ def source(path: str = "", reader: str = "rows", split: str = "train") -> Config
 def orthogonality(of: str, against: str, **fields: Any) -> ConfigDict:
     """The term of `adapters.orthogonality` between two banks."""
     return _filled(
-        {"of": of, "against": against, "weight": 1.0, "reduction": "mean", "stop_gradient": True},
+        {
+            "kind": "orthogonality",
+            "of": of,
+            "against": against,
+            "weight": 1.0,
+            "reduction": "mean",
+            "stop_gradient": True,
+        },
+        fields,
+    )
+
+
+def orthonormality(bank: str, **fields: Any) -> ConfigDict:
+    """The term of `adapters.adalora` on one bank."""
+    return _filled(
+        {"kind": "orthonormality", "bank": bank, "weight": 0.5, "squared": False}, fields
+    )
+
+
+def allocator(bank: str, target_rank: int, **fields: Any) -> ConfigDict:
+    """Shrinks a bank's ranks while it trains (see `adapters.adalora.Allocator`)."""
+    return _filled(
+        {
+            "bank": bank,
+            "target_rank": target_rank,  # a matrix, on average
+            "t_init": 0,  # steps before the budget shrinks
+            "t_final": 0,  # steps after the ranks are final
+            "every": 1,  # steps between two allocations
+            "beta1": 0.85,
+            "beta2": 0.85,
+        },
         fields,
     )

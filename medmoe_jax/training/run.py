@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 
+from medmoe_jax.adapters import adalora
 from medmoe_jax.adapters.lifecycle import Roster
 from medmoe_jax.base import trees
 from medmoe_jax.checkpoints import stages as store
@@ -163,7 +164,8 @@ def _run_stage(setup, workdir, stage, stream, fingerprint, evaluate) -> None:
     )
     steps = stage.config.steps or max(1, round(stage.config.epochs * stream.steps_per_epoch()))
     rate = recipe_lib.schedule(stage.config, steps)
-    optimiser = make_optimiser(stage, rate)
+    plans = recipe_lib.plans(stage, roster, steps)
+    optimiser = make_optimiser(stage, rate, plans)
     objective = make_objective(setup, stage, roster)
     frozen, trainable = split(stage, roster, banks, base)
     del base, banks, before
@@ -194,7 +196,7 @@ def _run_stage(setup, workdir, stage, stream, fingerprint, evaluate) -> None:
                 save=lambda s, extra: checkpoints.save(int(jax.device_get(s.step)), s, extra),
                 log=metrics_log,
                 board=board,
-                probe=make_probe(objective, frozen),
+                probe=make_probe(objective, plans, frozen),
                 rate=rate,
                 steps=steps,
                 log_every=config.run.log_every,
@@ -214,6 +216,10 @@ def _finish(setup, workdir, stage, roster, state, frozen, steps, counts, fingerp
     trained = jax.tree.map(lambda leaf: leaf.astype(setup.dtype), state.trainable["base"])
     base = trees.overlay(frozen["base"], trained)
     figures = evaluate(Trained(stage.name, roster, banks, base))
+    ranks = {
+        a.bank: adalora.ranks(roster[a.bank][0], banks[a.bank]) for a in stage.allocators.values()
+    }
+    summary.print_ranks(stage, ranks)
     last = {k: v for k, v in read_metrics(directory / "metrics.jsonl")[-1].items() if k != "router"}
     manifest = Manifest(
         stage=stage.name,
@@ -224,7 +230,7 @@ def _finish(setup, workdir, stage, roster, state, frozen, steps, counts, fingerp
         operations=operations(stage),
         banks={name: BankEntry(roster[name][1], _shapes(params)) for name, params in banks.items()},
         steps=steps,
-        metrics={"train": last, "rows": counts, "evaluation": figures},
+        metrics={"train": last, "ranks": ranks, "rows": counts, "evaluation": figures},
         versions=library_versions(),
     )
     store.save_final(directory, {k: v for k, v in final.items() if v}, manifest)
@@ -246,5 +252,7 @@ def _open_board(workdir):
 
 def _put_batch(setup: Setup, batch):
     sharding = batch_sharding(setup.mesh)
-    names = ("tokens", "loss_mask", "segment_ids", "positions")
-    return {name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in names}
+    return {
+        name: jax.make_array_from_process_local_data(sharding, array)
+        for name, array in batch.items()
+    }

@@ -11,20 +11,20 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from medmoe_jax.adapters import model, orthogonality
+from medmoe_jax.adapters import model
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.model import AdaptedConfig
-from medmoe_jax.adapters.orthogonality import Orthogonality
 from medmoe_jax.base import decoder, trees
 from medmoe_jax.base.loss import cross_entropy, next_token_targets
 from medmoe_jax.errors import UserError
 from medmoe_jax.routing import telemetry
+from medmoe_jax.routing.routers import RouterStats, balance_loss, z_loss
 
 
 class TrainState(NamedTuple):
@@ -35,20 +35,43 @@ class TrainState(NamedTuple):
     optimiser: Any
 
 
+class Term(Protocol):
+    """A loss on parameters; `specs` and `banks` hold every bank by name.
+
+    Attributes:
+      name: of its metrics.
+      uses: the banks that it reads.
+      weight: on its value.
+    """
+
+    name: str
+    uses: tuple[str, ...]
+    weight: float
+
+    def value(self, specs: Mapping[str, BankSpec], banks: Mapping[str, Any]) -> jax.Array:
+        """The unweighted loss, float32 scalar."""
+
+    def measure(self, specs: Mapping[str, BankSpec], banks: Mapping[str, Any]) -> Any:
+        """Small arrays from which `figures` are made, inside jit."""
+
+    def figures(self, measured: Any) -> dict[str, float]:
+        """More metrics, on the host."""
+
+
 @dataclass(frozen=True)
 class Objective:
     """What is minimised: token cross-entropy plus terms on parameters.
 
     Attributes:
       model: decoder and active banks.
-      terms: orthogonality terms, each weighted, entering once a step.
+      terms: losses on parameters, each weighted, entering once a step.
       specs: every bank by name, for the terms.
       accumulation: micro-batches a step.
       seed: of dropout.
     """
 
     model: AdaptedConfig
-    terms: tuple[Orthogonality, ...] = ()
+    terms: tuple[Term, ...] = ()
     specs: tuple[BankSpec, ...] = ()
     accumulation: int = 1
     seed: int = 0
@@ -60,8 +83,9 @@ def nll(config: AdaptedConfig, trainable, frozen, batch: Mapping[str, jax.Array]
     Args:
       config: decoder and active banks.
       trainable, frozen: see the module.
-      batch: `tokens`, `loss_mask`, `segment_ids`, `positions`, each `[B, T]`.
-      key: of dropout, or None for none.
+      batch: `tokens`, `loss_mask`, `segment_ids`, `positions` and, where known, `language_ids`,
+        each `[B, T]`.
+      key: of dropout and router noise; None means neither, nor forced picks in training.
 
     Returns:
       `(Σ nll, (Σ weight, {"bank/site": RouterStats}))`.
@@ -70,6 +94,9 @@ def nll(config: AdaptedConfig, trainable, frozen, batch: Mapping[str, jax.Array]
     targets_BxT, weights_BxT = next_token_targets(
         batch["tokens"], batch["loss_mask"], batch["segment_ids"]
     )
+    context = {} if key is None else {"dropout_key": key, "training": True}
+    if "language_ids" in batch:
+        context["language_ids"] = batch["language_ids"]
     x_BxTxD, _, aux = model.hidden(
         config,
         frozen["base"],
@@ -78,7 +105,7 @@ def nll(config: AdaptedConfig, trainable, frozen, batch: Mapping[str, jax.Array]
         batch["segment_ids"],
         batch["positions"],
         trained=trainable["base"],
-        context={} if key is None else {"dropout_key": key},
+        context=context,
     )
     head_VxD = decoder.head(frozen["base"], trainable["base"])
     train_head = ("embed" if config.decoder.tied else "head") in trainable["base"]
@@ -94,19 +121,32 @@ def nll(config: AdaptedConfig, trainable, frozen, batch: Mapping[str, jax.Array]
     return total, (jnp.sum(weights_BxT), telemetry.collect(aux))
 
 
-def _terms(objective: Objective, trainable, frozen):
-    """Σ λ · term, and each term's value."""
+def router_loss(banks: Iterable[BankSpec], stats: Mapping[str, RouterStats]):
+    """Σ over banks of their weighted router losses, each the mean over the bank's routers."""
+    total = jnp.float32(0)
+    for bank in banks:
+        mine = [s for key, s in stats.items() if key.split("/")[0] == bank.name]
+        for weight, loss in ((bank.balance_loss, balance_loss), (bank.z_loss, z_loss)):
+            if weight:
+                total += weight * jnp.mean(jnp.concatenate([loss(s) for s in mine]))
+    return total
+
+
+def _micro_loss(config: AdaptedConfig, trainable, frozen, batch, key):
+    """`nll` plus the router losses times the target weight, so that dividing by that is right.
+
+    With accumulation a router's loss is the weighted mean of the micro-batches' own.
+    """
+    loss, (weight, stats) = nll(config, trainable, frozen, batch, key)
+    extra = router_loss(config.banks, stats) * weight
+    return loss + extra, (loss, extra, weight, stats)
+
+
+def _weighted_term(objective: Objective, term: Term, trainable, frozen):
+    """λ · term, and the term's value."""
     banks = {**frozen["banks"], **trainable["banks"]}
-    specs = {spec.name: spec for spec in objective.specs}
-    total, values = jnp.float32(0), {}
-    for term in objective.terms:
-        pairs = orthogonality.pairs(
-            specs[term.of], specs[term.against], banks[term.of], banks[term.against]
-        )
-        value = orthogonality.term(term, pairs)
-        total += term.weight * value
-        values[f"orthogonality/{term.of}-{term.against}"] = value
-    return total, values
+    value = term.value({spec.name: spec for spec in objective.specs}, banks)
+    return term.weight * value, value
 
 
 def _micro_batches(batch, count: int):
@@ -130,32 +170,31 @@ def gradients(objective: Objective, trainable, frozen, batch, step):
     def micro(carry, inputs):
         index, micro_batch = inputs
         key = jax.random.fold_in(step_key, index)
-        value_and_grad = jax.value_and_grad(nll, argnums=1, has_aux=True)
-        (loss, (weight, stats)), grads = value_and_grad(
-            objective.model, trainable, frozen, micro_batch, key
-        )
-        return jax.tree.map(jnp.add, carry, (grads, loss, weight)), stats
+        grad = jax.grad(_micro_loss, argnums=1, has_aux=True)
+        grads, (*sums, stats) = grad(objective.model, trainable, frozen, micro_batch, key)
+        return jax.tree.map(jnp.add, carry, (grads, *sums)), stats
 
     A = objective.accumulation
     zeros = jax.tree.map(jnp.zeros_like, trainable)
-    carry = (zeros, jnp.float32(0), jnp.float32(0))
+    carry = (zeros, jnp.float32(0), jnp.float32(0), jnp.float32(0))
     xs = (jnp.arange(A), _micro_batches(batch, A))
     if A == 1:
         carry, stats = micro(carry, jax.tree.map(lambda x: x[0], xs))
     else:
         carry, stats = jax.lax.scan(micro, carry, xs)
         stats = jax.tree.map(lambda x: x.sum(0), stats)
-    grads, loss, weight = carry
+    grads, loss, extra, weight = carry
     scale = 1.0 / jnp.maximum(weight, 1.0)
     grads = jax.tree.map(lambda g: g * scale, grads)
     metrics = {"loss": loss * scale, "target_tokens": weight, "router": stats}
-    if objective.terms:
-        (_, values), term_grads = jax.value_and_grad(
-            lambda t: _terms(objective, t, frozen), has_aux=True
-        )(trainable)
+    if any(bank.balance_loss or bank.z_loss for bank in objective.model.banks):
+        metrics["router_loss"] = extra * scale
+    for term in objective.terms:
+        grad = jax.grad(_weighted_term, argnums=2, has_aux=True)
+        term_grads, value = grad(objective, term, trainable, frozen)
         grads = jax.tree.map(jnp.add, grads, term_grads)
-        metrics |= values
-        metrics["orthogonality/gradient_norm"] = optax.tree.norm(term_grads)
+        metrics[term.name] = value
+        metrics[f"{term.name}/gradient_norm"] = optax.tree.norm(term_grads)
     return grads, metrics
 
 

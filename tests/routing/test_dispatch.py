@@ -7,6 +7,7 @@ import pytest
 
 from medmoe_jax.errors import UserError
 from medmoe_jax.routing.dispatch import STRATEGIES, Term, strategy
+from medmoe_jax.routing.routers import Gates
 from tests.naive import check_gradient, f64, rel
 
 B, T = 2, 3
@@ -47,10 +48,18 @@ def _random(case, seed=0):
     return jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), (inputs, params))
 
 
+def _gates(p):
+    """A router's decision with these weights."""
+    if "gates" not in p:
+        return None
+    weights, picks = jax.lax.top_k(p["gates"], p["gates"].shape[-1])
+    return Gates(p["gates"], picks, weights)
+
+
 def _terms(case, inputs, params):
     return {
         site: [
-            Term(inputs[name], p["a"], p["b"], p.get("gates"), p.get("scale"), s)
+            Term(inputs[name], p["a"], p["b"], _gates(p), p.get("scale"), s)
             for (name, *_, s), p in zip(terms, params[site], strict=True)
         ]
         for site, terms in CASES[case].items()
