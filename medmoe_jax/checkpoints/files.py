@@ -1,13 +1,22 @@
-"""Small files that survive a crash: whole-file writes, JSON with good errors, the metrics log.
+"""Files that survive a crash: whole files and folders, JSON with good errors, the metrics log.
 
 Paths are local or mounted (NFS, gcsfuse): a write is a temporary file, fsync and a rename.
 """
 
+import contextlib
 import json
 import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from medmoe_jax.checkpoints.processes import from_first_process
 from medmoe_jax.errors import UserError
 
 
@@ -54,6 +63,69 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text: {error.reason}") from None
+
+
+def save_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write contiguous arrays as a safetensors file, durably and readable as other files are.
+
+    Raises:
+      OSError, SafetensorError: the disk is full or the folder cannot be written.
+    """
+    save_file(dict(arrays), path, metadata={"format": "pt"})
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+    # safetensors makes a file that only its owner can read; who may enter the folder may read it.
+    os.chmod(path, path.parent.stat().st_mode & 0o666)
+
+
+Write = Callable[[Callable[[Path], None]], None]
+
+
+@contextlib.contextmanager
+def new_folder(directory: str | Path) -> Iterator[Write]:
+    """A folder that appears whole at the end of the block, or not at all.
+
+    All processes enter the block alike. It is given `write`, which runs a function of a temporary
+    folder on the first process and returns, or raises, on all of them.
+
+    Args:
+      directory: a path at which there is nothing yet, or an empty folder.
+
+    Raises:
+      UserError: something is there, or the disk is full or cannot be written.
+    """
+    directory = Path(directory)
+    partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
+
+    def write(act: Callable[[Path], None]) -> None:
+        if problem := from_first_process(lambda: _problem_of(act, partial)):
+            raise UserError(f"{directory}: {problem}")
+
+    def make(folder: Path) -> None:
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise UserError("is there already; give the path of a new folder")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+
+    try:
+        write(make)
+        yield write
+        write(lambda folder: os.replace(folder, directory))
+    finally:
+        if jax.process_index() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _problem_of(act: Callable[[Path], None], folder: Path) -> str:
+    """Why `act` could not write, "" if it could."""
+    try:
+        act(folder)
+    except (OSError, SafetensorError) as error:
+        return f"cannot be written, and nothing of it was left behind: {error}"
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 class MetricsLog:

@@ -15,17 +15,17 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from medmoe_jax.checkpoints.files import read_json, write_json
 from medmoe_jax.checkpoints.manifest import Manifest
+from medmoe_jax.checkpoints.processes import from_first_process
 from medmoe_jax.errors import UserError
 
 SEAL = "SEAL.json"
@@ -78,7 +78,7 @@ class StageCheckpoints:
         self._orbax = self._open()
         # A damaged step stays on the disk until a newer one is whole, but is not counted here.
         self._sealed = set(
-            _from_first_process(lambda: [step for step in self._on_disk() if self._is_sealed(step)])
+            from_first_process(lambda: [step for step in self._on_disk() if self._is_sealed(step)])
         )
 
     def _open(self) -> ocp.training.Checkpointer:
@@ -185,7 +185,7 @@ class StageCheckpoints:
             leaves, shapes or dtypes than the one saved.
         """
         self.wait()
-        found = _from_first_process(self._newest_whole)
+        found = from_first_process(self._newest_whole)
         for problem in found["skipped"]:
             log.warning("checkpoint passed over: %s", problem)
         step = found["step"]
@@ -269,7 +269,7 @@ def save_final(directory: str | Path, banks: Any, manifest: Manifest) -> None:
 
 def is_finished(directory: str | Path) -> bool:
     """Whether the stage in `directory` has reached its end and its banks can be loaded."""
-    return _from_first_process(lambda: (Path(directory) / MANIFEST).exists())
+    return from_first_process(lambda: (Path(directory) / MANIFEST).exists())
 
 
 def abstract_final(directory: str | Path) -> Any:
@@ -299,7 +299,7 @@ def load_final(directory: str | Path, abstract_banks: Any = None) -> tuple[Any, 
         raise CheckpointError(f"{directory} holds no finished stage: {MANIFEST} is not there")
     manifest = Manifest.read(directory / MANIFEST)
     final = directory / "final"
-    if problem := _from_first_process(lambda: _damage(final)):
+    if problem := from_first_process(lambda: _damage(final)):
         raise CheckpointError(f"{problem}; restore the file from a copy, or train the stage again")
     if abstract_banks is None:
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -370,14 +370,3 @@ def _damage(folder: Path) -> str:
     except (UserError, AttributeError, TypeError, ValueError) as error:
         return f"{folder / SEAL} is damaged: {error}"
     return ""
-
-
-def _from_first_process(decide: Callable[[], Any]) -> Any:
-    """What `decide` returns on the first process, a JSON-able value, on all of them."""
-    if jax.process_count() == 1:
-        return decide()
-    text = json.dumps(decide()).encode() if jax.process_index() == 0 else b""
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    buffer = np.zeros(length, np.uint8)
-    buffer[: len(text)] = np.frombuffer(text, np.uint8)
-    return json.loads(multihost_utils.broadcast_one_to_all(buffer).tobytes())
