@@ -78,6 +78,13 @@ def save_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     os.chmod(path, path.parent.stat().st_mode & 0o666)
 
 
+def check_new(directory: str | Path) -> None:
+    """Raise UserError unless there is nothing at `directory`, or an empty folder."""
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory}: is there already; give the path of a new folder")
+
+
 Write = Callable[[Callable[[Path], None]], None]
 
 
@@ -98,12 +105,11 @@ def new_folder(directory: str | Path) -> Iterator[Write]:
     partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
 
     def write(act: Callable[[Path], None]) -> None:
-        if problem := from_first_process(lambda: _problem_of(act, partial)):
-            raise UserError(f"{directory}: {problem}")
+        if problem := from_first_process(lambda: _problem_of(act, partial, directory)):
+            raise UserError(problem)
 
     def make(folder: Path) -> None:
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise UserError("is there already; give the path of a new folder")
+        check_new(directory)
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -117,12 +123,12 @@ def new_folder(directory: str | Path) -> Iterator[Write]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _problem_of(act: Callable[[Path], None], folder: Path) -> str:
+def _problem_of(act: Callable[[Path], None], partial: Path, directory: Path) -> str:
     """Why `act` could not write, "" if it could."""
     try:
-        act(folder)
+        act(partial)
     except (OSError, SafetensorError) as error:
-        return f"cannot be written, and nothing of it was left behind: {error}"
+        return f"{directory}: cannot be written, and nothing of it was left behind: {error}"
     except UserError as error:
         return str(error)
     return ""
