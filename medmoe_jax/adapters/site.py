@@ -6,7 +6,7 @@ Axes: B batch, T tokens, D input width, E experts.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,11 +14,11 @@ import jax.numpy as jnp
 
 from medmoe_jax.adapters.bank import BankSpec, site_params
 from medmoe_jax.base.decoder import base_linear
-from medmoe_jax.routing.dispatch import Term
-from medmoe_jax.routing.routers import route, router_logits, router_stats
+from medmoe_jax.routing.dispatch import Strategy, Term
+from medmoe_jax.routing.routers import route, router_logits, router_stats, without_padding
 
 
-def _dropped_inputs(banks, group: str, x_BxTxD, context: Mapping[str, Any]) -> dict[float, Any]:
+def dropped_inputs(banks, group: str, x_BxTxD, context: Mapping[str, Any]) -> dict[float, Any]:
     """`{rate: x after dropout}`: one draw a group, so that equal rates share one array."""
     key = context.get("dropout_key")
     rates = {bank.dropout if key is not None else 0.0 for bank in banks}
@@ -55,7 +55,10 @@ def _routers(present, extra, group: str, x_BxTxD, context) -> tuple[dict, dict]:
 
 
 def decide(bank: BankSpec, name: str, z_BxTxE, context: Mapping[str, Any]):
-    """`(Gates, RouterStats)` of one router from its logits; `name` sets its noise apart."""
+    """`(Gates, RouterStats)` of one router from its logits; `name` sets its noise apart.
+
+    Padding picks no expert.
+    """
     key = context.get("dropout_key")
     if bank.router_noise and key is not None:
         key = jax.random.fold_in(key, context["layer"])
@@ -70,15 +73,16 @@ def decide(bank: BankSpec, name: str, z_BxTxE, context: Mapping[str, Any]):
         renormalise=bank.renormalise,
         forced_BxT=context.get("language_ids") if forcing else None,
     )
-    stats = router_stats(z_BxTxE, routed, context["segment_ids"] > 0)
+    valid_BxT = context["segment_ids"] > 0
+    stats = router_stats(z_BxTxE, routed, valid_BxT)
     if not (bank.balance_loss or bank.z_loss):
         stats = jax.lax.stop_gradient(stats)
-    return routed.gates, stats
+    return without_padding(routed.gates, valid_BxT), stats
 
 
 def adapted_linear(
     banks: tuple[BankSpec, ...],
-    dispatch: Callable,
+    dispatch: Strategy,
     group: str,
     x_BxTxD,
     weights: Mapping[str, Any],
@@ -103,7 +107,7 @@ def adapted_linear(
     if not present:
         return y, {}
     gates, stats = _routers(present, extra, group, x_BxTxD, context)
-    inputs = _dropped_inputs([b for b, _ in present], group, x_BxTxD, context)
+    inputs = dropped_inputs([b for b, _ in present], group, x_BxTxD, context)
     terms: dict[str, list[Term]] = {}
     for bank, site in present:
         p = site_params(bank, extra[bank.name], site)
@@ -116,6 +120,6 @@ def adapted_linear(
             bank.s,
         )
         terms.setdefault(site, []).append(term)
-    for site, delta in dispatch(terms).items():
+    for site, delta in dispatch.lora(terms).items():
         y[site] += delta
     return y, stats

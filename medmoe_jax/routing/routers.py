@@ -19,7 +19,7 @@ class Gates(NamedTuple):
 
     Attributes:
       dense_BxTxE: weights, zero for experts that were not picked.
-      picks_BxTxK: int32, the K experts of a token, best first.
+      picks_BxTxK: int32, the K different experts of a token, best first; E stands for none.
       weights_BxTxK: theirs.
     """
 
@@ -110,6 +110,16 @@ def route(logits_BxTxE, top_k: int, *, renormalise: bool, forced_BxT=None) -> Ro
     weights_BxTxK = jnp.take_along_axis(dense_BxTxE, picks_BxTxK, axis=-1)
     gates = Gates(dense_BxTxE, picks_BxTxK, weights_BxTxK)
     return Routed(gates, kept_BxTxE, prob_BxTxE, override_BxT)
+
+
+def without_padding(gates: Gates, valid_BxT) -> Gates:
+    """The same gates with no expert picked where not `valid_BxT`, so that none works there."""
+    valid_BxTx1 = valid_BxT[..., None]
+    return Gates(
+        jnp.where(valid_BxTx1, gates.dense_BxTxE, 0.0),
+        jnp.where(valid_BxTx1, gates.picks_BxTxK, gates.dense_BxTxE.shape[-1]),
+        jnp.where(valid_BxTx1, gates.weights_BxTxK, 0.0),
+    )
 
 
 def router_stats(logits_BxTxE, routed: Routed, valid_BxT) -> RouterStats:

@@ -8,7 +8,7 @@ import pytest
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.site import adapted_linear
 from medmoe_jax.base.decoder import base_linear
-from medmoe_jax.routing.dispatch import STRATEGIES
+from medmoe_jax.routing.dispatch import strategy
 from tests.naive import rel
 
 B, T, D = 2, 50, 40
@@ -48,7 +48,7 @@ def _run(specs, x, weights, extra, *, seed=0, layer=0, group="attn.qkv", dispatc
         "layer": jnp.int32(layer),
         "dropout_key": key,
     }
-    y, stats = adapted_linear(specs, STRATEGIES[dispatch], group, x, weights, extra, context)
+    y, stats = adapted_linear(specs, strategy(dispatch), group, x, weights, extra, context)
     bare, _ = base_linear(group, x, weights, None, context)
     return {site: y[site] - bare[site] for site in y}, stats
 

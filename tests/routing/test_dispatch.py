@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from medmoe_jax.errors import UserError
+from medmoe_jax.routing import dense
 from medmoe_jax.routing.dispatch import STRATEGIES, Term, strategy
 from medmoe_jax.routing.routers import Gates
 from tests.naive import check_gradient, f64, rel
@@ -87,7 +88,7 @@ class TestStrategy:
 
     def test_value(self, name, case):
         inputs, params = _random(case)
-        got = jax.jit(lambda *a: STRATEGIES[name](_terms(case, *a)))(inputs, params)
+        got = jax.jit(lambda *a: strategy(name).lora(_terms(case, *a)))(inputs, params)
         want = _naive(case, f64(inputs), f64(params))
         assert set(got) == set(want)
         for site in want:
@@ -101,7 +102,7 @@ class TestStrategy:
                _naive(case, f64(inputs), f64(params)).items()}  # fmt: skip
 
         def loss(tree):
-            out = STRATEGIES[name](_terms(case, *tree))
+            out = strategy(name).lora(_terms(case, *tree))
             return sum(jnp.sum(out[site] * mix[site]) for site in mix)
 
         def want(tree):
@@ -114,7 +115,7 @@ class TestStrategy:
         """At most twice the error of the plainest loop in bfloat16."""
         inputs, params = _random(case)
         low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), inputs)
-        got = jax.jit(lambda *a: STRATEGIES[name](_terms(case, *a)))(low, params)
+        got = jax.jit(lambda *a: strategy(name).lora(_terms(case, *a)))(low, params)
         want = _naive(case, f64(low), f64(params))
         plain = _plain_bfloat16(case, low, params)
         for site in want:
@@ -142,13 +143,13 @@ def _plain_bfloat16(case, inputs, params):
 def test_shared_inputs_are_read_once():
     """Terms on one input are one product with A, whatever their sites."""
     inputs, params = _random("everything")
-    fn = jax.jit(lambda *a: STRATEGIES["stacked"](_terms("everything", *a)))
+    fn = jax.jit(lambda *a: strategy("stacked").lora(_terms("everything", *a)))
     jaxpr = jax.make_jaxpr(fn)(inputs, params)
     products = str(jaxpr).count("dot_general")
     assert products == len(inputs) + len(params)
 
 
 def test_unknown_strategy():
-    assert strategy("stacked") is STRATEGIES["stacked"]
+    assert strategy("stacked").lora is dense.stacked_lora
     with pytest.raises(UserError, match=r"run\.dispatch.*stacked"):
         strategy("magic")

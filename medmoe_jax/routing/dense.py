@@ -1,0 +1,115 @@
+"""Strategies in which every device runs every expert on its tokens.
+
+Axes: B batch, T tokens, D input width, O output width, F feed-forward, E experts, r rank,
+R = Σ E·r over the terms concatenated.
+
+`reference` says what a mixture means, the other strategies are tested against it in value and
+gradient: low-rank experts add `Σ_terms s · B ((x A) ∘ Λ ∘ gates)` to each site, feed-forward ones
+make `Σ_e gate_e W_down,e (act(W_gate,e x) ∘ W_up,e x)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from medmoe_jax.routing.routers import Gates
+from medmoe_jax.routing.terms import Term
+
+
+def reference_lora(terms: Mapping[str, Sequence[Term]]) -> dict[str, Any]:
+    """A plain loop over experts: `{site: delta_BxTxO}`."""
+    out = {}
+    for site, site_terms in terms.items():
+        total = 0
+        for term in site_terms:
+            dtype = term.x_BxTxD.dtype
+            for e in range(term.lora_a_DxExr.shape[1]):
+                h_BxTxr = term.x_BxTxD @ term.lora_a_DxExr[:, e].astype(dtype)
+                if term.scale_Exr is not None:
+                    h_BxTxr *= term.scale_Exr[e].astype(dtype)[None, None]
+                if term.gates is not None:
+                    h_BxTxr *= term.gates.dense_BxTxE[..., e, None].astype(dtype)
+                total += term.s * (h_BxTxr @ term.lora_b_ExrxO[e].astype(dtype))
+        out[site] = total
+    return out
+
+
+def _rank_factor(term: Term):
+    """`s · gates · Λ` in rank space, float32 `[B or 1, T or 1, E·r]`."""
+    E, r = term.lora_a_DxExr.shape[1:]
+    factor = jnp.full((1, 1, E, r), term.s, jnp.float32)
+    if term.scale_Exr is not None:
+        factor *= term.scale_Exr[None, None]
+    if term.gates is not None:
+        factor = factor * term.gates.dense_BxTxE[..., None]
+    return factor.reshape(*factor.shape[:2], E * r)
+
+
+def stacked_lora(terms: Mapping[str, Sequence[Term]]) -> dict[str, Any]:
+    """One product with the concatenated A, gates in rank space, one product with B a site.
+
+    Memory is that of the outputs plus `[B, T, R]`; every expert's rank columns are computed, which
+    at a few hundred columns is cheaper than moving tokens.
+    """
+    inputs: dict[int, list[Term]] = {}
+    for site_terms in terms.values():
+        for term in site_terms:
+            inputs.setdefault(id(term.x_BxTxD), []).append(term)
+    h_of: dict[int, Any] = {}
+    for shared in inputs.values():
+        x_BxTxD = shared[0].x_BxTxD
+        D = x_BxTxD.shape[-1]
+        columns = [t.lora_a_DxExr.reshape(D, -1).astype(x_BxTxD.dtype) for t in shared]
+        h_BxTxR = x_BxTxD @ jnp.concatenate(columns, axis=1)
+        start = 0
+        for term, column in zip(shared, columns, strict=True):
+            h_of[id(term)] = h_BxTxR[..., start : start + column.shape[1]]
+            start += column.shape[1]
+    out = {}
+    for site, site_terms in terms.items():
+        # In float32, so that Λ's gradient, a sum over every token, adds up in float32.
+        h = [
+            (h_of[id(t)].astype(jnp.float32) * _rank_factor(t)).astype(t.x_BxTxD.dtype)
+            for t in site_terms
+        ]
+        b = [
+            t.lora_b_ExrxO.reshape(-1, t.lora_b_ExrxO.shape[-1]).astype(t.x_BxTxD.dtype)
+            for t in site_terms
+        ]
+        out[site] = jnp.concatenate(h, axis=-1) @ jnp.concatenate(b, axis=0)
+    return out
+
+
+def _expert(x_BxTxD, gate_BxT, params, activation: Callable):
+    """One expert's share of the output, float32 `[B, T, D]`, the gate applied before `down`."""
+    gate_DxF, up_DxF, down_FxD = (params[n].astype(x_BxTxD.dtype) for n in ("gate", "up", "down"))
+    h_BxTxF = activation(x_BxTxD @ gate_DxF) * (x_BxTxD @ up_DxF)
+    h_BxTxF = (h_BxTxF.astype(jnp.float32) * gate_BxT[..., None]).astype(x_BxTxD.dtype)
+    return (h_BxTxF @ down_FxD).astype(jnp.float32)
+
+
+def reference_ffn(x_BxTxD, gates: Gates, params, activation: Callable):
+    """A plain loop over experts; see `routing.dispatch.Strategy`."""
+    total = jnp.zeros(x_BxTxD.shape, jnp.float32)
+    for e in range(gates.dense_BxTxE.shape[-1]):
+        one = {name: w[e] for name, w in params.items()}
+        total += _expert(x_BxTxD, gates.dense_BxTxE[..., e], one, activation)
+    return total.astype(x_BxTxD.dtype)
+
+
+def stacked_ffn(x_BxTxD, gates: Gates, params, activation: Callable):
+    """A loop over experts that holds one expert's hidden states at a time, backwards as well."""
+    # Recomputed backwards; the sum is left outside, or every turn of it would be kept.
+    share = jax.checkpoint(_expert, static_argnums=3)
+
+    def body(total, expert):
+        gate_BxT, one = expert
+        return total + share(x_BxTxD, gate_BxT, one, activation), None
+
+    xs = (jnp.moveaxis(gates.dense_BxTxE, -1, 0), dict(params))
+    total, _ = jax.lax.scan(body, jnp.zeros(x_BxTxD.shape, jnp.float32), xs)
+    return total.astype(x_BxTxD.dtype)
