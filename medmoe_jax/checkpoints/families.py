@@ -324,6 +324,19 @@ def config_to_hf(config: DecoderConfig, family_name: str) -> dict[str, Any]:
     return hf
 
 
+def expressing(config: DecoderConfig) -> str:
+    """The first family that can express a decoder. Raises UserError where none can."""
+    reasons = []
+    for name in FAMILIES:
+        try:
+            config_to_hf(config, name)
+        except UserError as error:
+            reasons.append(str(error))
+        else:
+            return name
+    raise UserError("no Hugging Face family can express this decoder\n  " + "\n  ".join(reasons))
+
+
 @dataclass(frozen=True)
 class Part:
     """Rows `start..stop-1` of a tensor are layer `layer` (None: all) of the leaf at `path`."""

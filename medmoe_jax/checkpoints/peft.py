@@ -7,20 +7,24 @@ A module is a linear layer of the Hugging Face model, fused ones included; PEFT 
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes  # noqa: F401  gives numpy the bfloat16 of safetensors
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from medmoe_jax.adapters import lifecycle
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.base.config import DecoderConfig, site_shapes
 from medmoe_jax.checkpoints import families
-from medmoe_jax.checkpoints.files import read_json
+from medmoe_jax.checkpoints.files import new_folder, read_json, save_tensors, write_json
+from medmoe_jax.checkpoints.processes import to_host
 from medmoe_jax.errors import UserError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -89,6 +93,55 @@ def read_peft(
     return _bank(name, options, config, modules, scalings, found)
 
 
+def save_peft(
+    directory: str | Path,
+    config: DecoderConfig,
+    family: str,
+    members: Sequence[tuple[BankSpec, Any]],
+    *,
+    base: str = "",
+    dtype=np.float32,
+) -> Path:
+    """Write banks as one LoRA adapter that PEFT loads over their base.
+
+    A module's rank is the sum of its banks' E·r; s, Λ and mixing weights are inside B, and
+    PEFT's own scaling is 1. A fused module has the A of its sites above each other and a
+    block-diagonal B. The folder appears whole or not at all; several processes call this alike,
+    and the first one writes.
+
+    Args:
+      directory: a path at which there is nothing yet, or an empty folder.
+      config, family: of the base; the family is a key of `families.FAMILIES`.
+      members: the banks with their parameters, under any sharding.
+      base: what PEFT looks for when it is asked to load the base too: a folder or a Hub name.
+      dtype: of the tensors, float32 or bfloat16.
+
+    Returns:
+      The folder.
+
+    Raises:
+      UserError: the folder is not empty or cannot be written, there is no bank, or one's gate
+        depends on the token.
+    """
+    for spec, _ in members:
+        lifecycle.check_mergeable(spec)
+    if not members:
+        raise UserError("there is no bank to write as an adapter")
+    at = {site: lifecycle.members_at(members, site) for site in site_shapes(config)}
+    ranks, arrays = {}, {}
+    for module, weight in linear_modules(config, family).items():
+        a_RxD, b_OxR = _stacked(weight, at, np.dtype(dtype))
+        if len(a_RxD):
+            ranks[module] = len(a_RxD)
+            names = (f"{_PREFIX}{module}.{leaf}" for leaf in _LAYOUTS["LORA"])
+            arrays |= zip(names, (a_RxD, b_OxR), strict=True)
+    options = _options(ranks, base)
+    with new_folder(directory) as write:
+        write(lambda folder: write_json(folder / CONFIG, options))
+        write(lambda folder: save_tensors(folder / WEIGHTS, arrays))
+    return Path(directory)
+
+
 def linear_modules(config: DecoderConfig, family: str) -> dict[str, families.Tensor]:
     """`{name: weight}` of the linear layers of every block of the Hugging Face model, in order."""
     return {
@@ -101,6 +154,9 @@ def linear_modules(config: DecoderConfig, family: str) -> dict[str, families.Ten
 def site_of(part: families.Part) -> str:
     """The site whose kernel a part of a module's weight is."""
     return part.path.removeprefix("layers.").removesuffix(".kernel")
+
+
+# Reading --------------------------------------------------------------------------------------
 
 
 def _unsupported(options: Mapping[str, Any]) -> list[str]:
@@ -116,28 +172,35 @@ def _unsupported(options: Mapping[str, Any]) -> list[str]:
             f"init_lora_weights: {options['init_lora_weights']!r} changes the base's weights; "
             "convert the adapter to a plain one with PEFT first"
         )
-    counts = ("init_r",) if kind == "ADALORA" else ("r",)
-    for key in counts:
-        if not isinstance(options.get(key), int) or options[key] < 1:
-            problems.append(f"{key}: {options.get(key)!r} is not a positive whole number")
-    if not isinstance(options.get("lora_alpha"), int | float):
-        problems.append(f"lora_alpha: {options.get('lora_alpha')!r} is not a number")
-    for key in ("target_modules", "exclude_modules"):
-        problems += _bad_patterns(key, options.get(key) or [])
-    for key in ("rank_pattern", "alpha_pattern") if kind == "LORA" else ():
+    adalora = kind == "ADALORA"
+    problems += _bad_number("init_r" if adalora else "r", options, whole=True)
+    problems += _bad_number("lora_alpha", options)
+    # AdaLoRA's rank_pattern is another thing: masks of what is gone from the tensors already.
+    for key in () if adalora else ("rank_pattern", "alpha_pattern"):
         for pattern in options.get(key) or {}:
-            problems += _bad_patterns(key, pattern)
+            problems += _bad_number(pattern, options[key], whole=key == "rank_pattern")
+            problems += _bad_pattern(key, pattern)
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(options.get(key), str):
+            problems += _bad_pattern(key, options[key])
     if not options.get("target_modules"):
         problems.append("target_modules is empty")
     return [f"{CONFIG}: {problem}" for problem in problems]
 
 
-def _bad_patterns(key: str, pattern: str | list[str]) -> list[str]:
-    if isinstance(pattern, str):
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            return [f"{key}: {pattern!r} is not a regular expression ({error})"]
+def _bad_number(key: str, fields: Mapping[str, Any], whole: bool = False) -> list[str]:
+    value = fields.get(key)
+    fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if fits and (value > 0 or not whole):
+        return []
+    return [f"{key}: {value!r} is not a {'positive whole ' if whole else ''}number"]
+
+
+def _bad_pattern(key: str, pattern: str) -> list[str]:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return [f"{key}: {pattern!r} is not a regular expression ({error})"]
     return []
 
 
@@ -252,3 +315,54 @@ def _bank(name, options, config, modules, scalings, found) -> tuple[BankSpec, di
             if scale_rx1:
                 leaves["scale"][i, 0, :r] = scale_rx1[0][:, 0]
     return spec, params
+
+
+# Writing --------------------------------------------------------------------------------------
+
+
+def _options(ranks: Mapping[str, int], base: str) -> dict[str, Any]:
+    """adapter_config.json for modules of these ranks, every scaling 1."""
+    rank = max(ranks.values())
+    others = {module: r for module, r in ranks.items() if r != rank}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base or None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": list(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+
+
+def _stacked(weight: families.Tensor, at, dtype) -> tuple[np.ndarray, np.ndarray]:
+    """A `[R, D]` and B `[O, R]` of one module: all banks on all its sites, R = 0 without any."""
+    O, D = weight.shape
+    a, blocks = [np.zeros((0, D), dtype)], []
+    for part in weight.parts:
+        for spec, p in zip(*at[site_of(part)], strict=True):
+            if spec.start <= part.layer < spec.stop:
+                a_DxR, b_RxO = _factors(spec, dtype, p, np.int32(part.layer - spec.start))
+                a.append(to_host(a_DxR).T)
+                blocks.append((slice(part.start, part.stop), to_host(b_RxO).T))
+    b_OxR = np.zeros((O, sum(b.shape[1] for _, b in blocks)), dtype)
+    start = 0
+    for rows, b in blocks:
+        b_OxR[rows, start : start + b.shape[1]] = b
+        start += b.shape[1]
+    return np.concatenate(a), b_OxR
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _factors(spec: BankSpec, dtype, site_params, layer):
+    one = jax.tree.map(lambda leaf: leaf[layer], site_params)
+    return jax.tree.map(lambda x: x.astype(dtype), lifecycle.factors(spec, one))

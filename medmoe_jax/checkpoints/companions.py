@@ -1,0 +1,54 @@
+"""What stands beside the weights in an exported model's folder: generation settings, tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from medmoe_jax.checkpoints.files import read_json
+
+GENERATION = "generation_config.json"
+_TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
+)
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def tokenizer_files(path: Path) -> dict[str, Path]:
+    """`{name in the exported folder: file}` of the tokenizer whose main file is `path`.
+
+    Beside a `tokenizer.json` lie the files that name its special tokens and chat template. A
+    sentencepiece model of any name becomes `tokenizer.model`.
+    """
+    beside = {name: path.with_name(name) for name in _TOKENIZER}
+    found = {name: file for name, file in beside.items() if file.is_file()}
+    return found if path.suffix == ".json" else {**found, "tokenizer.model": path}
+
+
+def token_ids(bos: int | None, eos: int | None, pad: int | None) -> dict[str, int]:
+    """The ids that a configuration names, as its fields."""
+    return {key: i for key, i in zip(_IDS, (bos, eos, pad), strict=True) if i is not None}
+
+
+def generation_config(
+    folder: Path | None, ids: dict[str, int], stop_ids: Sequence[int]
+) -> dict[str, Any]:
+    """generation_config.json: the source's own, with every id that ends an answer.
+
+    Args:
+      folder: the Hugging Face folder of the base, or None.
+      ids: of `token_ids`, for those that the folder does not name.
+      stop_ids: what ends an answer in the template it was trained with.
+    """
+    settings: dict[str, Any] = dict(ids)
+    if folder is not None:
+        config = read_json(folder / "config.json")
+        settings |= {key: config[key] for key in _IDS if config.get(key) is not None}
+        if (folder / GENERATION).is_file():
+            settings |= read_json(folder / GENERATION)
+    ends = settings.get("eos_token_id", [])
+    ends = dict.fromkeys([*(ends if isinstance(ends, list) else [ends]), *stop_ids])
+    settings["eos_token_id"] = next(iter(ends)) if len(ends) == 1 else list(ends)
+    return settings
