@@ -1,9 +1,11 @@
-"""Banks: E low-rank experts of rank r on each of some sites, over a range of layers.
+"""Banks: E experts on each of some sites, over a range of layers.
 
 Axes: N layers of the bank, D input width, E experts, r rank, O output width.
 A bank's parameters are a plain tree `{site: {"lora_a": [N, D, E, r], "lora_b": [N, E, r, O],
 "scale"?: [N, E, r], "router"?: {"kernel": [N, D, E], "bias"?: [N, E]}}}`, all float32; one with
-mixing weights also holds `"mix": {"weight": [N or 1, E]}` beside its sites.
+mixing weights also holds `"mix": {"weight": [N or 1, E]}` beside its sites. Where the experts are
+feed-forward networks, their one router is `"mlp": {"router": ...}`; whole ones have `"experts"`
+`[N, E, D, O]` in the place of the low-rank factors.
 """
 
 from __future__ import annotations
@@ -18,12 +20,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from medmoe_jax.base.config import DecoderConfig, site_shapes
+from medmoe_jax.base import trees
+from medmoe_jax.base.config import GROUPS, DecoderConfig, site_shapes
 from medmoe_jax.errors import UserError
 from medmoe_jax.routing.routers import check_top_k
 
 GATES = ("always", "token", "language", "skill")
 FORCING = ("off", "train", "always")
+FORMS = ("lora", "ffn_lora", "ffn")
+_FFN = (*GROUPS["mlp.in"], *GROUPS["mlp.out"])
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,10 @@ class BankSpec:
       name: unique within a recipe.
       sites: the sites it sits on.
       start, stop: its range of layers.
+      form: what an expert is: `lora`, low-rank factors on one site, each site with its own gate;
+        `ffn_lora`, the base's feed-forward network with low-rank factors on its sites, one router a
+        network; `ffn`, a whole network of its own, at first a copy of the base's (upcycling), in
+        whose place the mixture stands.
       experts, rank: E and r.
       alpha: `s = alpha / r`, or `alpha / sqrt(r)` if `rank_stabilised`.
       gate: `always` (weight 1), `token` (learned router, top-k), `language` (the same, with the
@@ -54,6 +63,7 @@ class BankSpec:
     sites: tuple[str, ...]
     start: int
     stop: int
+    form: str = "lora"
     experts: int = 1
     rank: int = 16
     alpha: float = 32.0
@@ -78,6 +88,13 @@ class BankSpec:
         if self.experts < 1 or self.rank < 1:
             raise UserError(
                 f"{where}: experts ({self.experts}) and rank ({self.rank}) must be >= 1"
+            )
+        if self.form not in FORMS:
+            raise UserError(f"{where}.form: '{self.form}' is none of {', '.join(FORMS)}")
+        if self.form != "lora" and not (self.routed and set(self.sites) == set(_FFN)):
+            raise UserError(
+                f"{where}.form: experts that are feed-forward networks need sites=('mlp.*',) and a "
+                "router: gate='token' or 'language'"
             )
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"{where}.dropout: {self.dropout} is not in [0, 1)")
@@ -139,17 +156,24 @@ def shapes(spec: BankSpec, config: DecoderConfig) -> dict[str, dict[str, Any]]:
     out: dict[str, dict[str, Any]] = {}
     for site in spec.sites:
         D, O = site_shapes(config)[site]
-        leaves: dict[str, Any] = {"lora_a": (N, D, E, r), "lora_b": (N, E, r, O)}
+        if spec.form == "ffn":
+            out[site] = {"experts": (N, E, D, O)}
+            continue
+        out[site] = {"lora_a": (N, D, E, r), "lora_b": (N, E, r, O)}
         if spec.learned_scale:
-            leaves["scale"] = (N, E, r)
-        if spec.routed:
-            leaves["router"] = {"kernel": (N, D, E)}
-            if spec.router_bias:
-                leaves["router"]["bias"] = (N, E)
-        out[site] = leaves
+            out[site]["scale"] = (N, E, r)
+        if spec.routed and spec.form == "lora":
+            out[site]["router"] = _router_shapes(spec, D)
+    if spec.form != "lora":
+        out["mlp"] = {"router": _router_shapes(spec, config.d_model)}
     if spec.gate == "skill":
         out["mix"] = {"weight": (N if spec.mix_per_layer else 1, E)}
     return out
+
+
+def _router_shapes(spec: BankSpec, D: int) -> dict[str, tuple[int, ...]]:
+    kernel = {"kernel": (spec.layers, D, spec.experts)}
+    return {**kernel, "bias": (spec.layers, spec.experts)} if spec.router_bias else kernel
 
 
 def mixing(spec: BankSpec, weight):
@@ -182,27 +206,32 @@ def abstract(spec: BankSpec, config: DecoderConfig):
     )
 
 
-def init(spec: BankSpec, config: DecoderConfig, key: jax.Array):
+def init(spec: BankSpec, config: DecoderConfig, key: jax.Array, base=None):
     """Fresh parameters: A and router U(±1/sqrt(D)), B, Λ and mixing weights zero.
 
-    Without a learned scale B = 0 (LoRA); with one, Λ = 0 and A, B ~ N(0, 0.02) (AdaLoRA).
-    The bank's name enters every draw: two banks made from one key look in different directions.
+    Without a learned scale B = 0 (LoRA); with one, Λ = 0 and A, B ~ N(0, 0.02) (AdaLoRA). Whole
+    feed-forward experts are copies of `base`'s. The bank's name enters every draw: two banks made
+    from one key look in different directions.
     """
 
     def leaf(path, struct):
         name = jax.tree_util.keystr(path)
         k = jax.random.fold_in(key, zlib.crc32(f"{spec.name}{name}".encode()))
+        if path[-1].key == "experts":
+            kernel_LxDxO = trees.get(base, f"layers.{path[0].key}.kernel")
+            kernel_NxDxO = kernel_LxDxO[spec.start : spec.stop].astype(struct.dtype)
+            return jnp.broadcast_to(kernel_NxDxO[:, None], struct.shape)
         zero = ("['weight']", "['scale']") + (() if spec.learned_scale else ("['lora_b']",))
         if name.endswith(zero):
             return jnp.zeros(struct.shape, struct.dtype)
         if spec.learned_scale and "lora" in name:
             return 0.02 * jax.random.normal(k, struct.shape, struct.dtype)
-        D = site_shapes(config)[path[0].key][0]
+        D = struct.shape[1]
         return jax.random.uniform(k, struct.shape, struct.dtype, -(D**-0.5), D**-0.5)
 
     return jax.tree_util.tree_map_with_path(leaf, abstract(spec, config))
 
 
 def count(params) -> int:
-    """Number of parameters in a tree."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    """Number of parameters in a nested dict; a quantised kernel counts its weights."""
+    return sum(math.prod(leaf.shape) for _, leaf in trees.flatten(params))

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 
 from medmoe_jax.adapters import bank as bank_lib
 from medmoe_jax.adapters.bank import BankSpec
-from medmoe_jax.base import trees
+from medmoe_jax.base import quantised, trees
 from medmoe_jax.base.config import DecoderConfig
+from medmoe_jax.base.quantised import Quantised
 from medmoe_jax.errors import UserError
 
 Roster = Mapping[str, tuple[BankSpec, str]]
@@ -29,16 +30,18 @@ def active_banks(roster: Roster) -> tuple[BankSpec, ...]:
     return tuple(spec for spec, state in roster.values() if state in ("train", "frozen"))
 
 
-def add(roster: Roster, banks, spec: BankSpec, config: DecoderConfig, key, state: str = "train"):
-    """The roster and banks with one more bank, whose output is zero at first.
+def add(roster: Roster, banks, spec: BankSpec, config: DecoderConfig, key, base=None):
+    """The roster and banks with one more bank, in state `train`.
+
+    Its output is zero at first; whole feed-forward experts start as copies of `base`'s.
 
     Raises:
       UserError: a bank of that name is there already.
     """
     if spec.name in roster:
         raise UserError(f"bank '{spec.name}' is added twice; names are unique within a recipe")
-    params = bank_lib.init(spec, config, key)
-    return {**roster, spec.name: (spec, state)}, {**banks, spec.name: params}
+    params = bank_lib.init(spec, config, key, base)
+    return {**roster, spec.name: (spec, "train")}, {**banks, spec.name: params}
 
 
 def set_state(roster: Roster, name: str, state: str):
@@ -73,6 +76,8 @@ def drop(roster: Roster, banks, name: str):
 def merge(roster: Roster, banks, base, name: str, *, donate: bool = False):
     """`W += s Σ_e A_e Λ_e B_e` on the bank's sites: `(roster, base)`, the bank marked `merged`.
 
+    A quantised W would round the sum away: there the bank stays beside it, frozen and, as inside W,
+    without dropout, until an export or `fold` adds it to the float values.
     `donate` gives up the old base's touched kernels, so that none is held twice.
 
     Raises:
@@ -81,6 +86,10 @@ def merge(roster: Roster, banks, base, name: str, *, donate: bool = False):
     spec, state = find(roster, name)
     if state == "merged":
         raise UserError(f"bank '{name}' is merged already")
+    check_mergeable(spec)
+    kernels = [trees.get(base, f"layers.{site}.kernel") for site in spec.sites]
+    if any(isinstance(kernel, Quantised) for kernel in kernels):
+        return {**roster, name: (spec.replace(dropout=0.0), "frozen")}, base
     base = merge_into(base, [(spec, banks[name])], donate=donate)
     return {**roster, name: (spec, "merged")}, base
 
@@ -88,7 +97,7 @@ def merge(roster: Roster, banks, base, name: str, *, donate: bool = False):
 def fold(roster: Roster, banks, base, *, donate: bool = False):
     """The base with every bank that takes part in the forward merged into it, in one rounding.
 
-    `donate` as in `merge`.
+    Quantised kernels come back in float32. `donate` as in `merge`.
 
     Raises:
       UserError: a bank's gate depends on the token.
@@ -96,7 +105,7 @@ def fold(roster: Roster, banks, base, *, donate: bool = False):
     active = [
         (s, banks[name]) for name, (s, state) in roster.items() if state in ("train", "frozen")
     ]
-    return merge_into(base, active, donate=donate)
+    return merge_into(quantised.dequantise(base, jnp.float32), active, donate=donate)
 
 
 def stack(name: str, members: list[tuple[BankSpec, Any]]) -> tuple[BankSpec, Any]:

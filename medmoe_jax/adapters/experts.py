@@ -1,0 +1,87 @@
+"""Mixtures whose experts are feed-forward networks: the decoder's `mlp` seam.
+
+Axes: B batch, T tokens, D model, F feed-forward, E experts, K picks a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from medmoe_jax.adapters.bank import BankSpec, site_params
+from medmoe_jax.adapters.site import decide, dropped_inputs
+from medmoe_jax.base.config import GROUPS
+from medmoe_jax.routing.dispatch import Strategy
+from medmoe_jax.routing.routers import Gates, router_logits
+from medmoe_jax.routing.terms import Term
+
+_IN, _OUT = "mlp.in", "mlp.out"
+
+
+def expert_mlp(
+    bank: BankSpec,
+    strategy: Strategy,
+    activation: Callable,
+    x_BxTxD,
+    weights: Mapping[str, Any],
+    extra: Mapping[str, Any],
+    context: Mapping[str, Any],
+    linear: Callable,
+):
+    """`Σ_k w_k FFN_{e_k}(x)` with the bank's experts; see `base.decoder` for the arguments.
+
+    Returns:
+      `(y_BxTxD, {"bank/mlp": RouterStats, ...})`.
+    """
+    params = extra[bank.name]
+    router = params["mlp"]["router"]
+    z_BxTxE = router_logits(x_BxTxD, router["kernel"], router.get("bias"))
+    gates, stats = decide(bank, f"{bank.name}/mlp", z_BxTxE, context)
+    aux = {f"{bank.name}/mlp": stats}
+    if bank.form == "ffn":
+        experts = {site.split(".")[1]: params[site]["experts"] for site in bank.sites}
+        return strategy.ffn(x_BxTxD, gates, experts, activation), aux
+    y_BxTxD, more = _shared_ffn(
+        bank, strategy, activation, gates, x_BxTxD, weights, extra, context, linear
+    )
+    return y_BxTxD, aux | more
+
+
+def _shared_ffn(bank, strategy, activation, gates: Gates, x_BxTxD, weights, extra, context, linear):
+    """Experts that differ from the base by low-rank factors.
+
+    The down-projection is linear, so the base runs once for any K:
+    Σ_k w_k (W_d + s B_k A_k) h_k = W_d Σ_k w_k h_k + s Σ_k w_k B_k A_k h_k.
+    """
+    base, aux = linear(_IN, x_BxTxD, {s: weights[s] for s in GROUPS[_IN]}, extra, context)
+    x = dropped_inputs([bank], _IN, x_BxTxD, context)[bank.dropout]
+    sites = {site: site_params(bank, extra[bank.name], site) for site in bank.sites}
+
+    def term(site, x, pick: Gates) -> Term:
+        p = sites[site]
+        return Term(x, p["lora_a"], p["lora_b"], pick, p.get("scale"), bank.s)
+
+    total_BxTxF, down = 0.0, []
+    for k in range(bank.top_k):
+        one, weighted = _pick(gates, k, bank.experts)
+        delta = strategy.lora({site: [term(site, x, one)] for site in GROUPS[_IN]})
+        h_BxTxF = activation(base["mlp.gate"] + delta["mlp.gate"]) * (
+            base["mlp.up"] + delta["mlp.up"]
+        )
+        total_BxTxF += weighted.weights_BxTxK.astype(h_BxTxF.dtype) * h_BxTxF
+        h_dropped = dropped_inputs([bank], f"{_OUT}/{k}", h_BxTxF, context)[bank.dropout]
+        down.append(term("mlp.down", h_dropped, weighted))
+    y, aux_out = linear(_OUT, total_BxTxF, {"mlp.down": weights["mlp.down"]}, extra, context)
+    y_BxTxD = y["mlp.down"] + strategy.lora({"mlp.down": down})["mlp.down"]
+    return y_BxTxD, aux | aux_out
+
+
+def _pick(gates: Gates, k: int, experts: int) -> tuple[Gates, Gates]:
+    """Every token's k-th pick alone, with weight one and with its own weight."""
+    picks_BxTx1 = gates.picks_BxTxK[..., k : k + 1]
+    weights_BxTx1 = gates.weights_BxTxK[..., k : k + 1]
+    chosen_BxTxE = (picks_BxTx1 == jnp.arange(experts)[None, None]).astype(weights_BxTx1.dtype)
+    one = Gates(chosen_BxTxE, picks_BxTx1, jnp.ones_like(weights_BxTx1))
+    return one, Gates(chosen_BxTxE * weights_BxTx1, picks_BxTx1, weights_BxTx1)

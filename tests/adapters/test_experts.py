@@ -1,0 +1,180 @@
+"""Mixtures of feed-forward networks against float64 loops, in value and gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from medmoe_jax.adapters import bank as bank_lib
+from medmoe_jax.adapters import experts, lifecycle
+from medmoe_jax.adapters.bank import BankSpec
+from medmoe_jax.adapters.model import AdaptedConfig, hidden
+from medmoe_jax.adapters.site import adapted_linear
+from medmoe_jax.base import decoder
+from medmoe_jax.errors import UserError
+from medmoe_jax.routing.dispatch import STRATEGIES, strategy
+from tests.naive import TINY, check_gradient, f64, random_params, rel
+
+B, T, E, K = 2, 3, 4, 2
+SITES = ("mlp.gate", "mlp.up", "mlp.down")
+WHOLE = BankSpec(
+    "family", SITES, 1, 3, form="ffn", experts=E, top_k=K, gate="language", renormalise=False,
+    router_bias=False,
+)  # fmt: skip
+INSIDE = WHOLE.replace(form="ffn_lora", rank=2, alpha=3.0, gate="token", learned_scale=True)
+BESIDE = BankSpec("lora", ("mlp.up", "mlp.down"), 0, 3, rank=2)
+
+
+def random_bank(spec, seed):
+    """Large values everywhere, so that every term matters."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(struct):
+        return jnp.asarray(rng.standard_normal(struct.shape) * 0.6, jnp.float32)
+
+    return jax.tree.map(leaf, bank_lib.abstract(spec, TINY))
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def weights_of(x, router, forced=None):
+    """Top-2 of a softmax, not renormalised; the forced expert replaces the weaker pick."""
+    z = x @ router["kernel"] + router.get("bias", 0.0)
+    p = np.exp(z - z.max())
+    p /= p.sum()
+    picks = list(np.argsort(-z)[:K])
+    if forced is not None and forced >= 0 and forced not in picks:
+        picks[-1] = forced
+    return {e: p[e] for e in picks}
+
+
+def naive(spec, x, p, w, beside=None, forced=None):
+    """`Σ_k w_k FFN_k(x)`, one token and one expert at a time."""
+    y = np.zeros(x.shape)
+    for b, t in np.ndindex(x.shape[:2]):
+        token = x[b, t]
+        chosen = weights_of(token, p["mlp"]["router"], forced and forced[b][t])
+
+        def product(site, v, e):
+            if spec.form == "ffn":
+                return v @ p[site]["experts"][e]
+            low = p[site]
+            a, lora_b = low["lora_a"][:, e], low["lora_b"][e]
+            out = v @ w[site]["kernel"] + spec.s * ((v @ a) * low["scale"][e]) @ lora_b
+            if beside is not None and site in beside:
+                out = (
+                    out + BESIDE.s * (v @ beside[site]["lora_a"][:, 0]) @ beside[site]["lora_b"][0]
+                )
+            return out
+
+        for e, weight in chosen.items():
+            h = silu(product("mlp.gate", token, e)) * product("mlp.up", token, e)
+            y[b, t] += weight * product("mlp.down", h, e)
+    return y
+
+
+def layer_of(tree, i):
+    return jax.tree.map(lambda leaf: leaf[i], tree)
+
+
+@pytest.fixture(scope="module")
+def setting():
+    rng = np.random.default_rng(0)
+    layer = layer_of(random_params(TINY)["layers"]["mlp"], 1)
+    return {
+        "x": jnp.asarray(rng.standard_normal((B, T, TINY.d_model)), jnp.float32),
+        "w": {f"mlp.{name}": leaf for name, leaf in layer.items()},
+        "bank": layer_of({s.name: random_bank(s, 7) for s in (WHOLE,)}["family"], 0),
+        "inside": layer_of(random_bank(INSIDE, 8), 0),
+        "beside": layer_of(random_bank(BESIDE, 9), 1),
+    }
+
+
+def run(name, spec, tree, context):
+    extra = {spec.name: tree["bank"], "lora": tree.get("beside", {})}
+    run_banks = (BESIDE,) if "beside" in tree else ()
+    how = strategy(name)
+    linear = functools.partial(adapted_linear, run_banks, how)
+    context = {"segment_ids": jnp.ones((B, T), jnp.int32), "layer": jnp.int32(1), **context}
+    act = decoder.activation(TINY)
+    return experts.expert_mlp(spec, how, act, tree["x"], tree["w"], extra, context, linear)
+
+
+CASES = {"ffn": (WHOLE, "bank", False), "ffn_lora": (INSIDE, "inside", True)}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_value_and_gradient(name, case, setting):
+    spec, bank, with_lora = CASES[case]
+    tree = {"x": setting["x"], "w": setting["w"], "bank": setting[bank]}
+    if with_lora:
+        tree["beside"] = setting["beside"]
+    mix = np.random.default_rng(1).standard_normal((B, T, TINY.d_model))
+
+    def loss(tree):
+        y, stats = run(name, spec, tree, {})
+        return jnp.sum(y * mix), (y, stats)
+
+    def want(tree):
+        return naive(spec, tree["x"], tree["bank"], tree["w"], tree.get("beside"))
+
+    grads, (y, stats) = jax.jit(jax.grad(loss, has_aux=True))(tree)
+    assert rel(y, want(f64(tree))) < 1e-5
+    assert stats["family/mlp"].use_E.sum() == B * T * K
+    if spec.form == "ffn":  # the mixture stands in the place of the base's network
+        assert not any(np.any(g) for g in jax.tree.leaves(grads["w"]))
+    check_gradient(lambda t: (want(t) * mix).sum(), tree, grads, np.random.default_rng(2))
+
+
+@pytest.mark.parametrize("forcing", ["off", "train", "always"])
+@pytest.mark.parametrize("training", [True, False])
+def test_hybrid_routing(forcing, training, setting):
+    """The language's expert is among the picks in training, or always, or never by force."""
+    tree = {"x": setting["x"], "w": setting["w"], "bank": setting["bank"]}
+    ids = [[0, 1, -1], [3, 2, 0]]
+    context = {"language_ids": jnp.asarray(ids, jnp.int32)}
+    if training:
+        context["training"] = True
+    spec = WHOLE.replace(forcing=forcing)
+    y, stats = run("reference", spec, tree, context)
+    forced = ids if forcing == "always" or (forcing == "train" and training) else None
+    assert rel(y, naive(spec, *(f64(tree[k]) for k in ("x", "bank", "w")), forced=forced)) < 1e-5
+    free = naive(spec, *(f64(tree[k]) for k in ("x", "bank", "w")))
+    assert (rel(y, free) < 1e-5) == (forced is None)
+    assert (stats["family/mlp"].forced > 0) == (forced is not None)
+
+
+def test_upcycling_keeps_the_function_when_weights_sum_to_one():
+    base = random_params(TINY)
+    key = jax.random.key(0)
+    tokens = jnp.arange(6, dtype=jnp.int32).reshape(2, 3)
+    ids = jnp.ones_like(tokens), jnp.tile(jnp.arange(3, dtype=jnp.int32)[None], (2, 1))
+    want, _, _ = decoder.hidden(TINY, base, tokens, *ids)
+    for renormalise in (True, False):
+        spec = WHOLE.replace(renormalise=renormalise)
+        roster, banks = lifecycle.add({}, {}, spec, TINY, key, base)
+        config = AdaptedConfig(TINY, lifecycle.active_banks(roster))
+        got, _, aux = hidden(config, base, banks, tokens, *ids)
+        assert (rel(got, want) < 1e-5) == renormalise
+        assert aux[-1]["family/mlp"].tokens.shape == (2,)
+    copies = banks["family"]["mlp.up"]["experts"]
+    assert copies.shape == (2, E, TINY.d_model, TINY.d_ff)
+    assert np.array_equal(copies[1, 3], base["layers"]["mlp"]["up"]["kernel"][2])
+
+
+def test_bad_banks():
+    with pytest.raises(UserError, match=r"bank 'family'.*router"):
+        WHOLE.replace(gate="always")
+    with pytest.raises(UserError, match=r"bank 'family'.*sites"):
+        WHOLE.replace(sites=("mlp.up",))
+    with pytest.raises(UserError, match="form: 'dense' is none of"):
+        WHOLE.replace(form="dense")
+    with pytest.raises(UserError, match=r"'family'.*'lora' sits on mlp sites too"):
+        AdaptedConfig(TINY, (BESIDE, WHOLE))
+    AdaptedConfig(TINY, (BESIDE.replace(stop=1), WHOLE))
+    AdaptedConfig(TINY, (BESIDE, INSIDE))
