@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import medmoe_jax
-from medmoe_jax.cli import data, demo, evaluate, generate, score, tokenizer, train
+from medmoe_jax.cli import data, demo, evaluate, export, generate, score, tokenizer, train
 from medmoe_jax.errors import UserError
 
 COMMANDS = {
@@ -17,6 +17,7 @@ COMMANDS = {
     "eval": evaluate,
     "generate": generate,
     "score": score,
+    "export": export,
     "data": data,
     "tokenizer": tokenizer,
 }

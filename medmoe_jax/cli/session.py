@@ -37,13 +37,17 @@ def language_model(setup: Setup, trained: Trained, off: Sequence[str] = ()) -> L
 def open_model(
     setup: Setup, workdir: str, stage: str | None = None, off: Sequence[str] = ()
 ) -> LanguageModel:
-    """The model of a work directory at the end of a stage.
+    """What `open_stage` gives, as a model that answers, with the banks in `off` left out."""
+    return language_model(setup, open_stage(setup, workdir, stage), off)
+
+
+def open_stage(setup: Setup, workdir: str, stage: str | None = None) -> Trained:
+    """The weights of a work directory at the end of a stage.
 
     Args:
       setup: the configuration's parts.
       workdir: of the run; may be empty for a recipe with no stage.
       stage: its name; None = the last finished one, "base" = the bare base.
-      off: banks left out.
 
     Raises:
       UserError: no such stage, or it is not finished.
@@ -60,7 +64,7 @@ def open_model(
         name = "" if stage == "base" else stage
     if name and name not in names:
         raise UserError(f"--stage: '{name}' is none of base, {', '.join(names)}")
-    return language_model(setup, open_trained(setup, Path(workdir), name), off)
+    return open_trained(setup, Path(workdir), name)
 
 
 def run_tasks(setup: Setup, model: LanguageModel, names, limit=None, **options) -> Report:

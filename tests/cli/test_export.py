@@ -1,0 +1,227 @@
+"""`medmoe export` against a float64 forward pass with the banks beside the base as it was."""
+
+import dataclasses
+import functools
+import json
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from medmoe_jax.adapters.bank import BankSpec
+from medmoe_jax.base import quantised, trees
+from medmoe_jax.checkpoints import files, huggingface, peft
+from medmoe_jax.cli import export
+from medmoe_jax.cli.main import main
+from medmoe_jax.errors import UserError
+from medmoe_jax.training.run import open_trained
+from tests import naive, tiny
+from tests.randomised import randomise
+
+CONFIG = """from tests import tiny
+
+def get_config():
+    config = tiny.medcare_config()
+    {}
+    return config
+"""
+# What the tiny stage `align` adds to the base, merged or not.
+BANKS = ("attention", "knowledge", "alignment")
+
+
+def write_config(folder, *lines):
+    """`--config=` of the tiny recipe, changed by some lines."""
+    file = folder / "recipe.py"
+    file.write_text(CONFIG.format("\n    ".join(lines) or "pass"))
+    return f"--config={file}"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return write_config(tmp_path_factory.mktemp("config"))
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    setup, trained = tiny.trained()
+    return randomise(setup, trained, tmp_path_factory.mktemp("run") / "w", size=0.5)
+
+
+@pytest.fixture(scope="module")
+def reference(workdir):
+    """`logits(banks, scales)` in float64 with some of the banks, on the original base."""
+    setup, _ = tiny.trained()
+    trained = open_trained(setup, workdir, "align")
+    base, batch = naive.f64(setup.load_base()), naive.random_batch(setup.base.config)
+    specs = {name: spec for name, (spec, _) in trained.roster.items()}
+
+    @functools.cache
+    def logits(names, doubled=""):
+        chosen = tuple(specs[name] for name in names)
+        scales = {doubled: 2 * specs[doubled].s} if doubled else None
+        linear = naive.adapted(chosen, trained.banks, scales)
+        return used(naive.logits(setup.base.config, base, batch, linear))
+
+    return logits
+
+
+def used(logits):
+    """Without the padding of the vocabulary, which an exported model has no mark for."""
+    return logits[..., : tiny.tokenizer().vocab_size]
+
+
+def run(config, workdir, kind, output, *options):
+    arguments = (f"--workdir={workdir}", f"--format={kind}", f"--output={output}", *options)
+    return main(["export", config, *arguments])
+
+
+def fails(capsys, *arguments):
+    capsys.readouterr()
+    assert run(*arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("medmoe export: error: ") and error.count("\n") == 1, error
+    return error
+
+
+def logits_of(folder):
+    """Float64 logits of an exported model, on the batch of `reference`."""
+    config, params = huggingface.load(folder, jnp.float32)
+    batch = naive.random_batch(tiny.trained()[0].base.config)
+    return used(naive.logits(config, naive.f64(params), batch))
+
+
+def adapted_logits(folder):
+    """Float64 logits of the original base under an exported adapter."""
+    setup, _ = tiny.trained()
+    spec, params = peft.read_peft(folder, setup.base.config, "llama", "adapter")
+    linear = naive.adapted((spec,), {"adapter": params})
+    base, batch = naive.f64(setup.load_base()), naive.random_batch(setup.base.config)
+    return used(naive.logits(setup.base.config, base, batch, linear))
+
+
+@pytest.mark.parametrize("kind", ["hf", "peft"])
+def test_an_export_computes_what_the_banks_did(config, workdir, reference, kind, tmp_path, capsys):
+    assert run(config, workdir, kind, tmp_path / "deep" / "out") == 0
+    assert f"written to {tmp_path}" in capsys.readouterr().out
+    got = {"hf": logits_of, "peft": adapted_logits}[kind](tmp_path / "deep" / "out")
+    assert naive.rel(got, reference(BANKS)) <= 1e-5
+    assert naive.rel(got, reference(())) >= 0.1
+    for name in BANKS:
+        without = tuple(other for other in BANKS if other != name)
+        assert naive.rel(got, reference(without)) >= 0.02, f"{name} is not seen"
+        assert naive.rel(got, reference(BANKS, name)) >= 0.02, f"the scale of {name} is not seen"
+
+
+def test_what_stands_beside_the_weights(config, workdir, tmp_path):
+    assert run(config, workdir, "hf", tmp_path / "out") == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    wanted = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.model"}
+    assert names == wanted
+    source = json.loads((tiny.base_path() / "config.json").read_text())
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == source
+    tokenizer = tiny.tokenizer()
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == tokenizer.path.read_bytes()
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    assert ids == tuple(generation[f"{key}_token_id"] for key in ("bos", "eos", "pad"))
+    modes = {(tmp_path / "out" / name).stat().st_mode for name in names}
+    assert len(modes) == 1  # whoever may read one file may read all
+
+
+@pytest.mark.parametrize("kind", ["hf", "peft"])
+def test_a_sharded_model_gives_the_same_files(config, workdir, kind, tmp_path):
+    assert run(config, workdir, kind, tmp_path / "one") == 0
+    mesh = ("--config.run.mesh.fsdp=4", "--config.run.mesh.tensor=2", "--config.run.mesh.data=1")
+    assert run(config, workdir, kind, tmp_path / "many", *mesh) == 0
+    one, many = (next((tmp_path / n).glob("*.safetensors")) for n in ("one", "many"))
+    one, many = load_file(one), load_file(many)
+    assert one.keys() == many.keys()
+    for name, x in one.items():
+        np.testing.assert_allclose(many[name], x, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_bfloat16_is_one_rounding(config, workdir, tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        assert run(config, workdir, "hf", tmp_path / dtype, f"--dtype={dtype}") == 0
+    full = load_file(tmp_path / "float32" / "model.safetensors")
+    half = load_file(tmp_path / "bfloat16" / "model.safetensors")
+    for name, x in full.items():
+        np.testing.assert_array_equal(half[name], x.astype(ml_dtypes.bfloat16), err_msg=name)
+    written = json.loads((tmp_path / "bfloat16" / "config.json").read_text())
+    assert written["torch_dtype"] == "bfloat16"
+
+
+def test_a_bank_that_looks_at_tokens_must_be_left_out(config, workdir, reference, tmp_path, capsys):
+    for kind in ("hf", "peft"):
+        error = fails(capsys, config, workdir, kind, tmp_path / "out", "--stage=aggregate")
+        assert "bank 'noise' has gate 'token'" in error and "--off=noise leaves it out" in error
+        output = tmp_path / kind
+        assert run(config, workdir, kind, output, "--stage=aggregate", "--off=noise") == 0
+        got = {"hf": logits_of, "peft": adapted_logits}[kind](output)
+        assert naive.rel(got, reference(("attention", "knowledge"))) <= 1e-5
+    assert not (tmp_path / "out").exists()
+    error = fails(capsys, config, workdir, "hf", tmp_path / "out", "--off=attention")
+    assert "bank 'attention' is merged into the base" in error
+    error = fails(capsys, config, workdir, "peft", tmp_path / "out", "--stage=base")
+    assert "there is no bank to write" in error
+
+
+def test_trained_leaves_of_the_base_do_not_fit_an_adapter(workdir, tmp_path):
+    setup, _ = tiny.trained()
+    trained = open_trained(setup, workdir, "align")
+    first, *others = setup.stages
+    changed = dataclasses.replace(first, train_base=("final_norm", "layers.*_norm"))
+    setup = dataclasses.replace(setup, stages=(changed, *others))
+    leaves = "final_norm, layers.attn_norm, layers.mlp_norm"
+    with pytest.raises(UserError, match=rf"\({leaves}\).* use --format=hf"):
+        export.FORMATS["peft"](setup, trained, str(tmp_path / "out"), None)
+
+
+def test_nothing_is_left_when_the_disk_is_full(config, workdir, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "save_file", full)
+    for kind in ("hf", "peft"):
+        error = fails(capsys, config, workdir, kind, tmp_path / "out")
+        assert "out: cannot be written" in error and "No space left on device" in error
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    error = fails(capsys, config, workdir, "hf", tmp_path / "out")
+    assert "out: is there already; give the path of a new folder" in error
+
+
+@pytest.mark.parametrize("switch, family", [("norm_eps", "llama"), ("qk_norm", "qwen3")])
+def test_a_base_from_elsewhere_takes_a_family_that_can_express_it(switch, family, tmp_path):
+    fields = {**dataclasses.asdict(tiny.DECODER), switch: 1e-3 if switch == "norm_eps" else True}
+    del fields["windows"]
+    lines = ["config.base.path = ''", f"config.base.decoder.update({fields})"]
+    config = write_config(tmp_path, *lines)
+    assert run(config, "", "hf", tmp_path / "out", "--stage=base") == 0
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["model_type"], written["bos_token_id"]) == (family, tiny.tokenizer().bos_id)
+
+
+def test_a_quantised_base_is_written_as_the_values_it_stands_for(tmp_path):
+    params = naive.random_params(tiny.DECODER)
+    spec = BankSpec("bank", ("mlp.up",), 0, 1, rank=2)
+    banks = naive.random_banks((spec,), tiny.DECODER)
+    folder = huggingface.save_hf(
+        tmp_path / "out",
+        tiny.DECODER,
+        quantised.quantise(params, "int8"),
+        "llama",
+        members=[(spec, banks["bank"])],
+        dtype=jnp.float32,
+    )
+    _, back = huggingface.load(folder, jnp.float32)
+    want = quantised.dequantise(quantised.quantise(params, "int8"), jnp.float32)
+    up = np.array(trees.get(want, "layers.mlp.up.kernel"))
+    p = naive.f64(banks["bank"])["mlp.up"]
+    up[0] += spec.s * p["lora_a"][0, :, 0] @ p["lora_b"][0, 0]
+    want = trees.overlay(want, trees.unflatten([("layers.mlp.up.kernel", up)]))
+    assert naive.tree_rel(back, want) <= 1e-6
+    assert naive.tree_rel(back, params) >= 1e-3

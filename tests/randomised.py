@@ -1,0 +1,39 @@
+"""A finished run with random values in its banks, so large that every one of them matters."""
+
+import shutil
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from medmoe_jax.checkpoints import stages as store
+from medmoe_jax.training.identity import stage_dir
+from medmoe_jax.training.setup import Setup
+
+
+def random_leaf(path, struct, size: float):
+    """A leaf of a bank: A of unit gain, B of gain `size`; the same in every stage and run."""
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    x = rng.standard_normal(struct.shape, np.float32)
+    if name.endswith(("lora_a", "kernel")):
+        x *= struct.shape[1] ** -0.5
+    elif name.endswith("lora_b"):
+        x *= size * struct.shape[2] ** -0.5
+    return jnp.asarray(x)
+
+
+def randomise(setup: Setup, workdir: Path, target: Path, size: float) -> Path:
+    """A copy of a work directory in which the banks of every finished stage are random."""
+    shutil.copytree(workdir, target)
+    for stage in setup.stages:
+        directory = stage_dir(target, stage.name)
+        final, manifest = store.load_final(directory)
+        banks = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: random_leaf(path, leaf, size), final["banks"]
+        )
+        (directory / store.MANIFEST).unlink()
+        store.save_final(directory, {**final, "banks": banks}, manifest)
+    return target
