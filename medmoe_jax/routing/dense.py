@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from medmoe_jax.routing.narrow import narrow, widen
 from medmoe_jax.routing.routers import Gates
 from medmoe_jax.routing.terms import Term
 
@@ -63,8 +64,8 @@ def stacked_lora(terms: Mapping[str, Sequence[Term]]) -> dict[str, Any]:
     for shared in inputs.values():
         x_BxTxD = shared[0].x_BxTxD
         D = x_BxTxD.shape[-1]
-        columns = [t.lora_a_DxExr.reshape(D, -1).astype(x_BxTxD.dtype) for t in shared]
-        h_BxTxR = x_BxTxD @ jnp.concatenate(columns, axis=1)
+        columns = [t.lora_a_DxExr.reshape(D, -1) for t in shared]
+        h_BxTxR = narrow(x_BxTxD, jnp.concatenate(columns, axis=1))
         start = 0
         for term, column in zip(shared, columns, strict=True):
             h_of[id(term)] = h_BxTxR[..., start : start + column.shape[1]]
@@ -76,11 +77,8 @@ def stacked_lora(terms: Mapping[str, Sequence[Term]]) -> dict[str, Any]:
             (h_of[id(t)].astype(jnp.float32) * _rank_factor(t)).astype(t.x_BxTxD.dtype)
             for t in site_terms
         ]
-        b = [
-            t.lora_b_ExrxO.reshape(-1, t.lora_b_ExrxO.shape[-1]).astype(t.x_BxTxD.dtype)
-            for t in site_terms
-        ]
-        out[site] = jnp.concatenate(h, axis=-1) @ jnp.concatenate(b, axis=0)
+        b = [t.lora_b_ExrxO.reshape(-1, t.lora_b_ExrxO.shape[-1]) for t in site_terms]
+        out[site] = widen(jnp.concatenate(h, axis=-1), jnp.concatenate(b, axis=0))
     return out
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from medmoe_jax.errors import UserError
+from medmoe_jax.routing.narrow import narrow
 
 
 class Gates(NamedTuple):
@@ -74,11 +75,8 @@ def check_top_k(where: str, top_k: int, experts: int) -> None:
 
 def router_logits(x_BxTxD, kernel_DxE, bias_E=None):
     """`x R (+ b)`, float32 `[B, T, E]`, multiplied at full precision."""
-    z_BxTxE = jnp.einsum(
-        "BTD,DE->BTE",
-        x_BxTxD.astype(jnp.float32),
-        kernel_DxE.astype(jnp.float32),
-        precision=jax.lax.Precision.HIGHEST,
+    z_BxTxE = narrow(
+        x_BxTxD.astype(jnp.float32), kernel_DxE.astype(jnp.float32), jax.lax.Precision.HIGHEST
     )
     return z_BxTxE if bias_E is None else z_BxTxE + bias_E.astype(jnp.float32)[None, None]
 

@@ -1,0 +1,66 @@
+"""Products with narrow float32 matrices, whose gradients are cheap to form.
+
+Axes: B batch, T tokens, D wide, R narrow.
+A parameter's gradient is a sum over tokens, `hᵀ x` with h narrow and x wide. Left to itself, the
+compiler puts the wide array on the left and, off TPU, transposes it in memory first, which takes
+longer than the product with the base's weights. Here the narrow one is on the left.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.lax import Precision
+
+
+def _sum_over_tokens(h_BxTxR, x_BxTxD, precision):
+    """`Σ_BT h ⊗ x`, float32 `[R, D]`."""
+    tokens = (((0, 1), (0, 1)), ((), ()))
+    return jax.lax.dot_general(
+        h_BxTxR, x_BxTxD, tokens, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def narrow(x_BxTxD, a_DxR, precision: Precision = Precision.DEFAULT):
+    """`x A` in x's dtype, for an A much narrower than high; A's gradient is summed in float32.
+
+    Args:
+      x_BxTxD: activations.
+      a_DxR: float32, cast to x's dtype here.
+      precision: of the product and of its gradients.
+    """
+    return jnp.matmul(x_BxTxD, a_DxR.astype(x_BxTxD.dtype), precision=precision)
+
+
+def _narrow_backward(precision, residuals, h_BxTxR):
+    x_BxTxD, a_DxR = residuals
+    dx_BxTxD = jnp.matmul(h_BxTxR, a_DxR.astype(h_BxTxR.dtype).T, precision=precision)
+    da_RxD = _sum_over_tokens(h_BxTxR, x_BxTxD, precision)
+    # Without the barrier the compiler folds the transpose into the product: wide on the left.
+    return dx_BxTxD, jax.lax.optimization_barrier(da_RxD).T
+
+
+narrow.defvjp(lambda x, a, precision: (narrow(x, a, precision), (x, a)), _narrow_backward)
+
+
+@jax.custom_vjp
+def widen(h_BxTxR, b_RxD):
+    """`h B` in h's dtype, for a B much wider than high; B's gradient is summed in float32.
+
+    Args:
+      h_BxTxR: activations.
+      b_RxD: float32, cast to h's dtype here.
+    """
+    return h_BxTxR @ b_RxD.astype(h_BxTxR.dtype)
+
+
+def _widen_backward(residuals, y_BxTxD):
+    h_BxTxR, b_RxD = residuals
+    dh_BxTxR = y_BxTxD @ b_RxD.astype(y_BxTxD.dtype).T
+    return dh_BxTxR, _sum_over_tokens(h_BxTxR, y_BxTxD, Precision.DEFAULT)
+
+
+widen.defvjp(lambda h, b: (widen(h, b), (h, b)), _widen_backward)
