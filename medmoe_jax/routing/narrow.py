@@ -25,7 +25,7 @@ def _sum_over_tokens(h_BxTxR, x_BxTxD, precision):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def narrow(x_BxTxD, a_DxR, precision: Precision = Precision.DEFAULT):
-    """`x A` in x's dtype, for an A much narrower than high; A's gradient is summed in float32.
+    """`x A` in x's dtype, for an A of few columns; its gradient is summed in float32.
 
     Args:
       x_BxTxD: activations.
@@ -48,7 +48,7 @@ narrow.defvjp(lambda x, a, precision: (narrow(x, a, precision), (x, a)), _narrow
 
 @jax.custom_vjp
 def widen(h_BxTxR, b_RxD):
-    """`h B` in h's dtype, for a B much wider than high; B's gradient is summed in float32.
+    """`h B` in h's dtype, for a B of few rows; its gradient is summed in float32.
 
     Args:
       h_BxTxR: activations.
