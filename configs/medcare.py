@@ -5,8 +5,8 @@
       --config.data.sources.alignment.path=alignment.jsonl
 
 The argument is BASE, or BASE,paper for the published form of the orthogonality term (elementwise
-sum, weight 1, the knowledge bank trained along). BASE is a key of HUB below; any other decoder:
---config.base.path=DIR.
+sum, weight 1, the knowledge bank trained along). BASE is a key of HUB in
+medmoe_jax/base/presets.py; any other decoder: --config.base.path=DIR.
 
 Stage `aggregate` trains on knowledge and alignment rows together; the noise bank soaks up what is
 particular to formats. Before stage `align` it is dropped, the attention bank is merged, and the
@@ -21,17 +21,8 @@ project are in docs/.
 
 from ml_collections import ConfigDict
 
+from medmoe_jax.base.presets import HUB
 from medmoe_jax.training.config import bank, orthogonality, recipe, source, stage
-
-HUB = {
-    "qwen1.5-1.8b": "hf://Qwen/Qwen1.5-1.8B",
-    "qwen1.5-4b": "hf://Qwen/Qwen1.5-4B",
-    "qwen1.5-7b": "hf://Qwen/Qwen1.5-7B",
-    "qwen1.5-14b": "hf://Qwen/Qwen1.5-14B",
-    "qwen2-0.5b": "hf://Qwen/Qwen2-0.5B",
-    "qwen2-1.5b": "hf://Qwen/Qwen2-1.5B",
-    "qwen2-7b": "hf://Qwen/Qwen2-7B",
-}
 
 
 def aggregate(**fields) -> ConfigDict:

@@ -114,6 +114,18 @@ PRESETS: dict[str, DecoderConfig] = {
 }
 
 
+# Where the bases of the published methods lie.
+HUB = {
+    "qwen1.5-1.8b": "hf://Qwen/Qwen1.5-1.8B",
+    "qwen1.5-4b": "hf://Qwen/Qwen1.5-4B",
+    "qwen1.5-7b": "hf://Qwen/Qwen1.5-7B",
+    "qwen1.5-14b": "hf://Qwen/Qwen1.5-14B",
+    "qwen2-0.5b": "hf://Qwen/Qwen2-0.5B",
+    "qwen2-1.5b": "hf://Qwen/Qwen2-1.5B",
+    "qwen2-7b": "hf://Qwen/Qwen2-7B",
+}
+
+
 def preset(name: str) -> DecoderConfig:
     """The configuration of a published decoder.
 

@@ -54,6 +54,16 @@ def test_medcare_fits_its_bases(base, form):
     assert config.data.global_batch % config.data.shards == 0
 
 
+def test_ming_moe_routes_every_projection_by_itself():
+    config = load_config([f"--config={ROOT / 'configs' / 'ming_moe.py'}:qwen1.5-1.8b"])
+    (stage,) = parse(config, preset("qwen1.5-1.8b"))
+    attention, experts = stage.added
+    assert (attention.gate, attention.rank, attention.s) == ("always", 16, 2.0)
+    assert (experts.form, experts.gate, experts.experts, experts.top_k) == ("lora", "token", 8, 2)
+    assert experts.renormalise and experts.router_bias and experts.s == 2.0
+    assert experts.sites == ("mlp.gate", "mlp.up", "mlp.down") and experts.dropout == 0.05
+
+
 def test_fields_are_set_by_type():
     arguments = ["--config.run.mesh.fsdp=4", "--config.stages.align.banks.alignment.alpha=3"]
     config = load_config(
