@@ -11,6 +11,7 @@ Axes: R rows (all axes but the last, flattened), C columns (the last axis), N la
 import functools
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +27,12 @@ def json_fingerprint(value: Any) -> str:
     """32 hex digits for a JSON-able value; the order of dictionary keys does not matter."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def file_fingerprint(path: str | Path) -> str:
+    """32 hex digits for the bytes of a file. Raises OSError if it cannot be read."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def tree_fingerprint(tree: Any) -> str:

@@ -12,7 +12,6 @@ disk is judged by the first one, and the others follow it.
 
 import concurrent.futures
 import contextlib
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from medmoe_jax.checkpoints.files import read_json, write_json
+from medmoe_jax.checkpoints.fingerprint import file_fingerprint
 from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.checkpoints.processes import from_first_process
 from medmoe_jax.errors import UserError
@@ -340,17 +340,15 @@ def _check_fit(folder: Path, saved: dict[str, str], abstract: Any) -> None:
             )
 
 
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
 def _seal(folder: Path) -> None:
     """Write the seal of a folder: each file's size and hash."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
     write_json(
         folder / SEAL,
-        {str(path.relative_to(folder)): [path.stat().st_size, _digest(path)] for path in files},
+        {
+            str(path.relative_to(folder)): [path.stat().st_size, file_fingerprint(path)]
+            for path in files
+        },
     )
 
 
@@ -361,7 +359,7 @@ def _damage(folder: Path) -> str:
             path = folder / name
             if path.stat().st_size != size:
                 return f"{path} is damaged: {path.stat().st_size} bytes instead of {size}"
-            if _digest(path) != digest:
+            if file_fingerprint(path) != digest:
                 return f"{path} is damaged: its content is not what was written"
     except FileNotFoundError as error:
         return f"{error.filename} is damaged: the file is gone"
