@@ -132,9 +132,10 @@ def test_what_stands_beside_the_weights(config, workdir, tmp_path):
 
 @pytest.mark.parametrize("kind", ["hf", "peft"])
 def test_a_sharded_model_gives_the_same_files(config, workdir, kind, tmp_path):
-    assert run(config, workdir, kind, tmp_path / "one") == 0
-    mesh = ("--config.run.mesh.fsdp=4", "--config.run.mesh.tensor=2", "--config.run.mesh.data=1")
-    assert run(config, workdir, kind, tmp_path / "many", *mesh) == 0
+    for name, sizes in {"one": (8, 1, 1), "many": (1, 4, 2)}.items():
+        axes = zip(("data", "fsdp", "tensor"), sizes, strict=True)
+        mesh = [f"--config.run.mesh.{axis}={size}" for axis, size in axes]
+        assert run(config, workdir, kind, tmp_path / name, *mesh) == 0
     one, many = (next((tmp_path / n).glob("*.safetensors")) for n in ("one", "many"))
     one, many = load_file(one), load_file(many)
     assert one.keys() == many.keys()

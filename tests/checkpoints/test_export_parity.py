@@ -1,0 +1,203 @@
+"""Exports as transformers and PEFT load them, and PEFT's own adapters as banks."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from medmoe_jax.adapters import lifecycle
+from medmoe_jax.adapters.bank import BankSpec
+from medmoe_jax.adapters.model import AdaptedConfig, hidden
+from medmoe_jax.base import decoder
+from medmoe_jax.base.loss import logits
+from medmoe_jax.checkpoints import huggingface
+from medmoe_jax.checkpoints.peft import read_peft, save_peft
+from tests import naive, tiny
+
+pytestmark = pytest.mark.parity
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+TOLERANCE = 2e-5  # max|a - b| / max|b|, float32
+SIZES = dict(vocab_size=53, hidden_size=48, intermediate_size=37, num_hidden_layers=3)
+GQA = dict(num_attention_heads=6, num_key_value_heads=2)
+SPECIAL = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+FAMILIES = {
+    "qwen2": dict(tie_word_embeddings=True),
+    "qwen3": dict(head_dim=10),
+    "llama": dict(tie_word_embeddings=False),
+    "mistral": dict(head_dim=14, sliding_window=6),
+    "gemma2": dict(head_dim=10, sliding_window=5, query_pre_attn_scalar=13),
+    "phi3": dict(sliding_window=7),
+}
+ATTENTION = ("attn.q", "attn.k", "attn.v", "attn.o")
+MLP = ("mlp.gate", "mlp.up", "mlp.down")
+# MedCare's end, on uneven layers; one bank has several experts with Λ and mixing weights.
+SPECS = (
+    BankSpec("attention", ATTENTION, 0, 3, rank=3, alpha=6.0),
+    BankSpec("knowledge", MLP, 0, 3, rank=4, alpha=8.0),
+    BankSpec("alignment", MLP, 1, 3, rank=5, alpha=4.0, rank_stabilised=True),
+    BankSpec("skills", ("attn.v", "mlp.up"), 0, 2, experts=3, rank=2, alpha=4.0, gate="skill",
+             learned_scale=True, mix_per_layer=True),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    """See `tiny.quick_compiles`."""
+    with tiny.quick_compiles():
+        yield
+
+
+def build(family, seed=0):
+    """A transformers model whose every weight is random."""
+    options = {**SIZES, **GQA, **SPECIAL, **FAMILIES[family]}
+    config = transformers.AutoConfig.for_model(family, **options, attn_implementation="eager")
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            small = "norm" in name or name.endswith("bias")
+            gain = 0.3 if small else weight.shape[-1] ** -0.5
+            weight.copy_(gain * torch.randn_like(weight) + (weight if small else 0))
+    return model
+
+
+def tokens(vocabulary=SIZES["vocab_size"]):
+    return np.random.default_rng(7).integers(3, vocabulary, (2, 17))
+
+
+def theirs(model, ids_BxT):
+    with torch.no_grad():
+        return model.eval()(torch.tensor(ids_BxT)).logits.float().numpy()
+
+
+def load_model(folder, dtype=torch.float32):
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", output_loading_info=True, dtype=dtype
+    )
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return model
+
+
+def load_adapter(base_folder, folder, dtype=torch.float32):
+    return peft.PeftModel.from_pretrained(load_model(base_folder, dtype), folder)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(config, params, banks, ids_BxT):
+    ones = jnp.ones_like(ids_BxT)
+    positions = jnp.tile(jnp.arange(ids_BxT.shape[1])[None], (ids_BxT.shape[0], 1))
+    x, _, _ = hidden(config, params, banks, ids_BxT, ones, positions)
+    return logits(config.decoder, decoder.head(params), x)
+
+
+def ours(config, params, members, ids_BxT):
+    """Our logits with the banks beside the base."""
+    adapted = AdaptedConfig(config, tuple(spec for spec, _ in members))
+    banks = {spec.name: params for spec, params in members}
+    return np.asarray(_forward(adapted, params, banks, jnp.asarray(ids_BxT, jnp.int32)))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request, tmp_path_factory):
+    """`(family, the base's folder, our config, our params, members)`."""
+    folder = tmp_path_factory.mktemp(request.param)
+    build(request.param).save_pretrained(folder)
+    config, params = huggingface.load(folder, jnp.float32)
+    banks = naive.random_banks(SPECS, config, size=2.0)
+    return request.param, folder, config, params, [(s, banks[s.name]) for s in SPECS]
+
+
+def test_transformers_and_peft_load_equal_logits(case, tmp_path):
+    family, base, config, params, members = case
+    want = ours(config, params, members, tokens())
+    assert naive.rel(ours(config, params, [], tokens()), want) >= 0.1
+    merged = lifecycle.merge_into(params, members[:1])
+    save = functools.partial(huggingface.save_hf, config=config, params=merged, family=family)
+    save(tmp_path / "hf", members=members[1:], extra=SPECIAL, max_shard_bytes=40_000)
+    save_peft(tmp_path / "peft", config, family, members)
+    folded = theirs(load_model(tmp_path / "hf"), tokens())
+    adapted = theirs(load_adapter(base, tmp_path / "peft"), tokens())
+    assert naive.rel(folded, want) <= TOLERANCE
+    assert naive.rel(adapted, want) <= TOLERANCE
+    half = theirs(load_model(tmp_path / "hf", torch.bfloat16), tokens())
+    half_adapted = theirs(load_adapter(base, tmp_path / "peft", torch.bfloat16), tokens())
+    assert naive.rel(half_adapted, want) <= 2 * naive.rel(half, want)
+
+
+@pytest.mark.parametrize("case", ["qwen2", "phi3"], indirect=True)
+def test_without_any_one_bank_or_scale_the_logits_differ(case, tmp_path):
+    family, base, config, params, members = case
+    want = ours(config, params, members, tokens())
+    for spec, bank in members:
+        others = [member for member in members if member[0] is not spec]
+        doubled = (dataclasses.replace(spec, alpha=2 * spec.alpha), bank)
+        for name, wrong in (("without", others), ("doubled", [*others, doubled])):
+            folder = save_peft(tmp_path / f"{name}-{spec.name}", config, family, wrong)
+            adapted = theirs(load_adapter(base, folder), tokens())
+            assert naive.rel(adapted, want) >= 0.02, f"{name} {spec.name}"
+
+
+ADAPTERS = {
+    "plain": ("qwen2", peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"])),
+    "rslora": (
+        "llama",
+        peft.LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules="all-linear"),
+    ),
+    "patterns": (
+        "gemma2",
+        peft.LoraConfig(
+            r=4,
+            lora_alpha=6,
+            target_modules=r".*\.layers\.(0|2)\..*\.(k_proj|up_proj)",
+            rank_pattern={"k_proj": 2, r"layers\.2\.mlp\.up_proj": 7},
+            alpha_pattern={"model.layers.0.self_attn.k_proj": 3},
+        ),
+    ),
+    "fused": (
+        "phi3",
+        peft.LoraConfig(
+            r=4,
+            lora_alpha=6,
+            target_modules=["qkv_proj", "gate_up_proj", "o_proj"],
+            layers_to_transform=[1, 2],
+        ),
+    ),
+    "adalora": (
+        "mistral",
+        peft.AdaLoraConfig(
+            init_r=4,
+            lora_alpha=6,
+            target_modules=["q_proj", "up_proj"],
+            total_step=10,
+            rank_pattern={"model.layers.0.self_attn.q_proj.lora_E": [True, False, True, False]},
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_that_peft_made_are_banks(name, tmp_path):
+    family, options = ADAPTERS[name]
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model = build(family)
+    model.save_pretrained(base)
+    made = peft.get_peft_model(model, options)
+    with torch.no_grad():
+        for key, weight in made.named_parameters():
+            if "lora_" in key:
+                gain = weight.shape[-1] ** -0.5 if "lora_A" in key else 0.3
+                weight.copy_(gain * torch.randn_like(weight))
+    made.save_pretrained(adapter)
+    config, params = huggingface.load(base, jnp.float32)
+    bank = read_peft(adapter, config, family, "adapter")
+    want = theirs(load_adapter(base, adapter), tokens())
+    assert naive.rel(ours(config, params, [], tokens()), want) >= 0.1
+    assert naive.rel(ours(config, params, [bank], tokens()), want) <= TOLERANCE
+    save_peft(tmp_path / "again", config, family, [bank])
+    assert naive.rel(theirs(load_adapter(base, tmp_path / "again"), tokens()), want) <= TOLERANCE
