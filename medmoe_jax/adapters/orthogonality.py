@@ -5,6 +5,7 @@ Axes: N shared layers, D input width, r and q the ranks (all experts together) o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,33 @@ class Orthogonality:
     def __post_init__(self):
         if self.reduction not in REDUCTIONS:
             known = ", ".join(REDUCTIONS)
-            raise UserError(f"orthogonality.reduction: '{self.reduction}' is none of {known}")
+            raise UserError(f"reduction: '{self.reduction}' is none of {known}")
+
+    @property
+    def name(self) -> str:
+        """Of its metrics."""
+        return f"orthogonality/{self.of}-{self.against}"
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """The banks that it reads."""
+        return self.of, self.against
+
+    def value(self, specs: Mapping[str, BankSpec], banks) -> jax.Array:
+        """`term` between the two banks."""
+        return term(self, self._pairs(specs, banks))
+
+    def measure(self, specs: Mapping[str, BankSpec], banks):
+        """`grams` of the two banks, for `figures`."""
+        return grams(self._pairs(specs, banks))
+
+    def figures(self, measured) -> dict[str, float]:
+        """`overlap` of the two banks."""
+        prefix = f"overlap/{self.of}-{self.against}"
+        return {f"{prefix}/{name}": value for name, value in overlap(measured).items()}
+
+    def _pairs(self, specs, banks):
+        return pairs(specs[self.of], specs[self.against], banks[self.of], banks[self.against])
 
 
 def pairs(of: BankSpec, against: BankSpec, params_of, params_against) -> list[tuple[Any, Any]]:

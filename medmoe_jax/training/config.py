@@ -146,7 +146,7 @@ def orthogonality(of: str, against: str, **fields: Any) -> ConfigDict:
 
 
 def orthonormality(bank: str, **fields: Any) -> ConfigDict:
-    """The term of `adapters.adalora` on one bank."""
+    """The term of `adapters.orthonormality` on one bank."""
     return _filled(
         {"kind": "orthonormality", "bank": bank, "weight": 0.5, "squared": False}, fields
     )

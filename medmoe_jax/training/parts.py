@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from medmoe_jax.adapters import lifecycle, orthogonality
+from medmoe_jax.adapters import lifecycle
+from medmoe_jax.adapters.adalora import Plan
 from medmoe_jax.adapters.lifecycle import Roster
 from medmoe_jax.parallel.mesh import replicated
 from medmoe_jax.parallel.rules import RULES, shardings, state_shardings
+from medmoe_jax.training import allocation
 from medmoe_jax.training.recipe import Stage
 from medmoe_jax.training.setup import Setup
 from medmoe_jax.training.step import Objective, TrainState, split_base
 
 
-def make_optimiser(stage: Stage, rate) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW, on the trainable tree."""
+def make_optimiser(
+    stage: Stage, rate, plans: Mapping[str, Plan] | None = None
+) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW and the allocation of ranks, on the trainable tree."""
     c = stage.config
-    adamw = optax.adamw(rate, b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=c.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(c.clip), adamw) if c.clip else adamw
+    update = optax.adamw(rate, b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=c.weight_decay)
+    if plans:
+        update = allocation.allocating(update, plans)
+    return optax.chain(optax.clip_by_global_norm(c.clip), update) if c.clip else update
 
 
 def make_objective(setup: Setup, stage: Stage, roster: Roster) -> Objective:
@@ -56,28 +62,22 @@ def place(setup: Setup, optimiser, trainable, frozen) -> tuple[TrainState, dict]
     return TrainState(step, trainable, opt_state), frozen
 
 
-def make_probe(objective: Objective, frozen) -> Callable[[TrainState], dict[str, float]]:
-    """Scale-free overlap of the banks that an orthogonality term names."""
+def make_probe(
+    objective: Objective, plans: Mapping[str, Plan], frozen
+) -> Callable[[TrainState], dict[str, float]]:
+    """Figures of the terms on parameters and of the allocated banks."""
     specs = {spec.name: spec for spec in objective.specs}
 
     @jax.jit
     def measure(trainable, frozen_banks):
         banks = {**frozen_banks, **trainable["banks"]}
-        return [
-            orthogonality.grams(
-                orthogonality.pairs(
-                    specs[term.of], specs[term.against], banks[term.of], banks[term.against]
-                )
-            )
-            for term in objective.terms
-        ]
+        return [term.measure(specs, banks) for term in objective.terms]
 
     def probe(state: TrainState) -> dict[str, float]:
         measured = jax.device_get(measure(state.trainable, frozen["banks"]))
-        return {
-            f"overlap/{term.of}-{term.against}/{name}": value
-            for term, triples in zip(objective.terms, measured, strict=True)
-            for name, value in orthogonality.overlap(triples).items()
-        }
+        out = allocation.figures(plans, state.trainable["banks"], state.optimiser)
+        for term, values in zip(objective.terms, measured, strict=True):
+            out |= term.figures(values)
+        return out
 
     return probe

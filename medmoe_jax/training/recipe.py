@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,17 +12,24 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from medmoe_jax.adapters import lifecycle, orthogonality
+from medmoe_jax.adapters import lifecycle
+from medmoe_jax.adapters.adalora import Allocator, Plan
 from medmoe_jax.adapters.bank import BankSpec, abstract, match_layers, match_sites
 from medmoe_jax.adapters.lifecycle import Roster
 from medmoe_jax.adapters.orthogonality import Orthogonality
+from medmoe_jax.adapters.orthonormality import Orthonormality
 from medmoe_jax.base import decoder as base_decoder
 from medmoe_jax.base import trees
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.errors import UserError
-from medmoe_jax.training.step import match_leaves
+from medmoe_jax.training.step import Term, match_leaves
 
 _STATES = ("train", "frozen", "off")  # `merged` comes from `merge` only
+# What `kind` of an entry of `losses` makes.
+TERMS: Mapping[str, Callable[..., Term]] = {
+    "orthogonality": Orthogonality,
+    "orthonormality": Orthonormality,
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ class Stage:
       states: `{bank: state}` it sets.
       train_base: globs of base leaves it trains.
       terms: losses on parameters.
+      allocators: what shrinks the ranks of banks while it trains them, by name.
       mixture: `{source: weight}`.
       config: the section itself, for the schedule.
     """
@@ -46,7 +55,8 @@ class Stage:
     added: tuple[BankSpec, ...]
     states: Mapping[str, str]
     train_base: tuple[str, ...]
-    terms: tuple[Orthogonality, ...]
+    terms: tuple[Term, ...]
+    allocators: Mapping[str, Allocator]
     mixture: Mapping[str, float]
     config: ConfigDict
 
@@ -107,10 +117,8 @@ def _parse_stage(name: str, config: ConfigDict, decoder: DecoderConfig) -> Stage
             raise UserError(
                 f"stages.{name}.states.{bank}: '{state}' is none of {', '.join(_STATES)}"
             )
-    try:
+    with _within(f"stages.{name}."):
         match_leaves(base_decoder.shapes(decoder), tuple(section.train_base))
-    except UserError as error:
-        raise UserError(f"stages.{name}.{error}") from None
     return Stage(
         name=name,
         after=section.after,
@@ -119,10 +127,37 @@ def _parse_stage(name: str, config: ConfigDict, decoder: DecoderConfig) -> Stage
         added=tuple(bank_spec(key, b, decoder) for key, b in section.banks.items()),
         states=dict(section.states),
         train_base=tuple(section.train_base),
-        terms=tuple(Orthogonality(**term) for term in section.losses.values()),
+        terms=tuple(_term(f"stages.{name}.losses.{key}", t) for key, t in section.losses.items()),
+        allocators={
+            key: _allocator(f"stages.{name}.allocators.{key}", fields)
+            for key, fields in section.allocators.items()
+        },
         mixture=mixture,
         config=section,
     )
+
+
+def _term(where: str, fields: Mapping[str, Any]) -> Term:
+    fields = dict(fields)
+    kind = fields.pop("kind")
+    if kind not in TERMS:
+        raise UserError(f"{where}.kind: '{kind}' is none of {', '.join(TERMS)}")
+    with _within(f"{where}."):
+        return TERMS[kind](**fields)
+
+
+def _allocator(where: str, fields: Mapping[str, Any]) -> Allocator:
+    with _within(f"{where}."):
+        return Allocator(**fields)
+
+
+@contextlib.contextmanager
+def _within(where: str) -> Iterator[None]:
+    """Puts the place in the recipe before a UserError's message."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}{error}") from None
 
 
 def next_roster(stage: Stage, roster: Roster) -> Roster:
@@ -145,10 +180,8 @@ def next_roster(stage: Stage, roster: Roster) -> Roster:
 
 
 def _check(stage: Stage, before: Roster, decoder: DecoderConfig) -> Roster:
-    try:
+    with _within(f"stages.{stage.name}: "):
         roster = next_roster(stage, before)
-    except UserError as error:
-        raise UserError(f"stages.{stage.name}: {error}") from None
     trained = [name for name, (_, state) in roster.items() if state == "train"]
     if not trained and not stage.train_base:
         raise UserError(
@@ -157,24 +190,46 @@ def _check(stage: Stage, before: Roster, decoder: DecoderConfig) -> Roster:
         )
     active = {spec.name: spec for spec in lifecycle.active_banks(roster)}
     for term in stage.terms:
-        for name in (term.of, term.against):
-            if name not in active:
-                raise UserError(
-                    f"stages.{stage.name}.losses: bank '{name}' takes no part in this stage"
-                )
-        _check_shared(stage.name, active[term.of], active[term.against], decoder)
+        _check_term(stage.name, term, active, decoder)
+    _check_allocators(stage, trained, active)
+    if stage.config.steps:
+        plans(stage, roster, stage.config.steps)
     return roster
 
 
-def _check_shared(stage: str, of: BankSpec, against: BankSpec, decoder: DecoderConfig) -> None:
-    try:
-        jax.eval_shape(
-            lambda a, b: orthogonality.pairs(of, against, a, b),
-            abstract(of, decoder),
-            abstract(against, decoder),
-        )
-    except UserError as error:
-        raise UserError(f"stages.{stage}.losses: {error}") from None
+def _check_term(stage: str, term: Term, active: Mapping[str, BankSpec], decoder) -> None:
+    for name in term.uses:
+        if name not in active:
+            raise UserError(f"stages.{stage}.losses: bank '{name}' takes no part in this stage")
+    banks = {name: abstract(active[name], decoder) for name in term.uses}
+    with _within(f"stages.{stage}.losses: "):
+        jax.eval_shape(lambda b: term.value(active, b), banks)
+
+
+def _check_allocators(stage: Stage, trained, specs: Mapping[str, BankSpec]) -> None:
+    taken: set[str] = set()
+    for name, allocator in stage.allocators.items():
+        where = f"stages.{stage.name}.allocators.{name}"
+        if allocator.bank not in trained:
+            raise UserError(f"{where}.bank: this stage trains no bank '{allocator.bank}'")
+        if allocator.bank in taken:
+            raise UserError(f"{where}.bank: '{allocator.bank}' has an allocator already")
+        taken.add(allocator.bank)
+        with _within(f"{where}."):
+            allocator.check(specs[allocator.bank])
+
+
+def plans(stage: Stage, roster: Roster, steps: int) -> dict[str, Plan]:
+    """What each allocator does in a run of that many steps, by bank.
+
+    Raises:
+      UserError: an allocator's phases do not fit in the run.
+    """
+    out = {}
+    for name, allocator in stage.allocators.items():
+        with _within(f"stages.{stage.name}.allocators.{name}."):
+            out[allocator.bank] = Plan(allocator, roster[allocator.bank][0], steps)
+    return out
 
 
 def chain(stages: tuple[Stage, ...], name: str) -> tuple[Stage, ...]:

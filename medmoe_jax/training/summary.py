@@ -48,6 +48,19 @@ def print_stage(
     note(f"trainable {trains:,} of {total:,} parameters ({100 * trains / total:.2f}%)")
 
 
+def print_ranks(stage: Stage, ranks: Mapping[str, Mapping[str, list[list[int]]]]) -> None:
+    """What the allocators left: `{bank: {site: ranks [layers][experts]}}`."""
+    for bank, sites in ranks.items():
+        table = Table(title=f"stage '{stage.name}': ranks of bank '{bank}'", title_justify="left")
+        for column in ("site", "mean", "by layer"):
+            table.add_column(column)
+        for site, by_layer in sites.items():
+            values = [rank for layer in by_layer for rank in layer]
+            layers = " ".join(",".join(map(str, layer)) for layer in by_layer)
+            table.add_row(site, f"{sum(values) / len(values):.1f}", layers)
+        console.print(table)
+
+
 def print_counts(stage: Stage, counts: Mapping[str, int]) -> None:
     """What the stage read, truncated rows included."""
     note(f"stage '{stage.name}' read " + ", ".join(f"{v:,} {k}" for k, v in counts.items()))

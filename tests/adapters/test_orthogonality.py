@@ -105,7 +105,7 @@ def test_orthogonal_banks_have_none():
 
 
 def test_errors(banks):
-    with pytest.raises(UserError, match=r"orthogonality\.reduction: 'max'"):
+    with pytest.raises(UserError, match="reduction: 'max'"):
         Orthogonality("a", "b", reduction="max")
     for changes in ({"sites": ("attn.k",)}, {"start": 0, "stop": 1}):
         with pytest.raises(UserError, match="'of' and 'against' share no site"):

@@ -91,7 +91,7 @@ REFUSED = {
     ),
     "loss_reduction": (
         second(losses={"o": orthogonality("x", "y", reduction="max")}),
-        "orthogonality.reduction: 'max' is none of mean, sum",
+        "stages.second.losses.o.reduction: 'max' is none of mean, sum",
     ),
     "trains_nothing": (
         second(states={"x": "frozen", "y": "frozen", "routed": "off"}),

@@ -63,7 +63,7 @@ def test_loss_falls_and_every_step_has_a_line(done):
     assert (
         last[-1]["orthogonality/alignment-knowledge"] < last[0]["orthogonality/alignment-knowledge"]
     )
-    assert last[-1]["orthogonality/gradient_norm"] > 0
+    assert last[-1]["orthogonality/alignment-knowledge/gradient_norm"] > 0
     assert 0 <= last[-1]["overlap/alignment-knowledge/cos"] <= 1
 
 

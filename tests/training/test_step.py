@@ -169,7 +169,7 @@ def test_the_term_enters_once(accumulation):
     part = got["banks"]["alignment"]["mlp.down"].pop("lora_a")
     assert naive.rel(part[0, :, 0], want) < 1e-4
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(got)) < 1e-5
-    assert metrics["orthogonality/gradient_norm"] == pytest.approx(np.linalg.norm(want), rel=1e-4)
+    assert metrics[f"{TERM.name}/gradient_norm"] == pytest.approx(np.linalg.norm(want), rel=1e-4)
 
 
 def state_of(optimiser, trainable):

@@ -1,0 +1,230 @@
+"""AdaLoRA: banks B Λ A whose ranks shrink to a common budget (arXiv 2303.10512).
+
+Axes: N layers of the bank, D input width, E experts, r rank, O output width.
+A matrix is one (site, layer, expert); triplet i of it is (B_i, Λ_i, A_i). `t` counts updates from
+1. The factor s of the bank keeps its initial rank, whatever the budget does to its triplets. The
+method's regulariser is `orthonormality`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from medmoe_jax.adapters.bank import BankSpec
+from medmoe_jax.errors import UserError
+
+_FACTORS = ("lora_a", "lora_b", "scale")
+
+
+@dataclass(frozen=True)
+class Allocator:
+    """How a bank's budget of triplets shrinks, and what decides which ones stay.
+
+    Attributes:
+      bank: the bank, which has a learned scale.
+      target_rank: triplets a matrix keeps in the end, on average.
+      t_init: updates before the budget begins to shrink.
+      t_final: updates after the triplets are chosen for good.
+      every: updates between two allocations.
+      beta1, beta2: smoothing of the sensitivity and of its uncertainty.
+    """
+
+    bank: str
+    target_rank: int
+    t_init: int = 0
+    t_final: int = 0
+    every: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+
+    def __post_init__(self):
+        if self.target_rank < 1:
+            raise UserError(f"target_rank: {self.target_rank} is below one rank a matrix")
+        for name in ("t_init", "t_final"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}: {getattr(self, name)} is negative")
+        if self.every < 1:
+            raise UserError(f"every: {self.every} is below 1")
+        for name in ("beta1", "beta2"):
+            if not 0.0 < getattr(self, name) < 1.0:
+                raise UserError(f"{name}: {getattr(self, name)} is not between 0 and 1")
+
+    def check(self, spec: BankSpec) -> None:
+        """Raise UserError unless the bank can be allocated as this says."""
+        if not spec.learned_scale or spec.form == "ffn":
+            raise UserError(
+                f"bank: '{spec.name}' has no Λ; give it low-rank experts with learned_scale=True"
+            )
+        if self.target_rank > spec.rank:
+            raise UserError(
+                f"target_rank: {self.target_rank} is above the rank {spec.rank} that bank "
+                f"'{spec.name}' starts with"
+            )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An allocator's work on a bank in a run of a known number of steps.
+
+    Raises:
+      UserError: t_init and t_final leave no step to allocate in.
+    """
+
+    allocator: Allocator
+    spec: BankSpec
+    steps: int
+
+    def __post_init__(self):
+        a = self.allocator
+        if a.t_init + a.t_final >= self.steps:
+            raise UserError(
+                f"t_init: {a.t_init} + t_final {a.t_final} leave none of the run's {self.steps} "
+                "steps to shrink the budget in"
+            )
+
+    @property
+    def freeze(self) -> int:
+        """The update after which the triplets are chosen for good."""
+        return self.steps - self.allocator.t_final
+
+    @property
+    def matrices(self) -> int:
+        """Number of matrices that share the budget."""
+        return len(self.spec.sites) * self.spec.layers * self.spec.experts
+
+    def budget(self, t: int) -> int:
+        """Triplets that may stay after update t: constant, then a cubic, then constant."""
+        first, last = (
+            rank * self.matrices for rank in (self.spec.rank, self.allocator.target_rank)
+        )
+        start = self.allocator.t_init
+        if t <= start:
+            return first
+        left = 1 - (min(t, self.freeze) - start) / (self.freeze - start)
+        return int((first - last) * left**3 + last)
+
+
+class Allocation(NamedTuple):
+    """What an allocator remembers of a bank.
+
+    Attributes:
+      sensitivity, uncertainty: Ī and U, `{site: {"lora_a", "lora_b", "scale"}}` shaped as those.
+      kept: the triplets that the last allocation kept, `{site: bool [N, E, r]}`.
+    """
+
+    sensitivity: Any
+    uncertainty: Any
+    kept: Any
+
+
+def start(spec: BankSpec, params) -> Allocation:
+    """The state before the first update: no importance, every triplet kept."""
+    zeros = jax.tree.map(jnp.zeros_like, _factors(spec, params))
+    kept = {site: jnp.ones(params[site]["scale"].shape, bool) for site in spec.sites}
+    return Allocation(zeros, jax.tree.map(jnp.copy, zeros), kept)
+
+
+def _factors(spec: BankSpec, params):
+    return {site: {name: params[site][name] for name in _FACTORS} for site in spec.sites}
+
+
+def scores(state: Allocation) -> dict[str, jax.Array]:
+    """Each triplet's score, `{site: float32 [N, E, r]}`.
+
+    With e = Ī·U of an entry: e(Λ_i) + mean_j e(A_ij) + mean_j e(B_ji).
+    """
+    entries = jax.tree.map(jnp.multiply, state.sensitivity, state.uncertainty)
+    return {
+        site: e["scale"] + e["lora_a"].mean(1) + e["lora_b"].mean(3) for site, e in entries.items()
+    }
+
+
+def threshold(triplet_scores: Mapping[str, jax.Array], cut) -> jax.Array:
+    """The `cut`-th lowest score of all sites, layers and experts together; −inf for none."""
+    ordered = jnp.sort(jnp.concatenate([s.ravel() for s in triplet_scores.values()]))
+    return jnp.where(cut > 0, ordered[jnp.maximum(cut, 1) - 1], -jnp.inf)
+
+
+def advance(plan: Plan, t, params, gradients, state: Allocation):
+    """The allocation after update t.
+
+    Importance moves until the triplets are chosen for good:
+    I = |θ · g|, Ī = β1 Ī + (1 − β1) I, U = β2 U + (1 − β2) |I − Ī|.
+
+    Args:
+      plan: the schedule.
+      t: [] int32, updates made, this one included.
+      params: the bank's parameters after the update.
+      gradients: of the whole loss, as the update used them (accumulated, averaged, clipped).
+      state: before.
+
+    Returns:
+      `(cleared, state)`: Λ is to be set to 0 where `cleared` (`{site: bool [N, E, r]}`) says so.
+      Between allocations it says so nowhere, so that Λ can grow back.
+    """
+    a = plan.allocator
+    moving = t < plan.freeze
+    importance = jax.tree.map(
+        lambda p, g: jnp.abs(p * g), _factors(plan.spec, params), _factors(plan.spec, gradients)
+    )
+    sensitivity = jax.tree.map(
+        lambda old, new: jnp.where(moving, a.beta1 * old + (1 - a.beta1) * new, old),
+        state.sensitivity,
+        importance,
+    )
+    uncertainty = jax.tree.map(
+        lambda old, new, mean: jnp.where(
+            moving, a.beta2 * old + (1 - a.beta2) * jnp.abs(new - mean), old
+        ),
+        state.uncertainty,
+        importance,
+        sensitivity,
+    )
+    state = Allocation(sensitivity, uncertainty, state.kept)
+    # Worked out on the host: float32 would round some budgets to their neighbour.
+    budgets = jnp.asarray([plan.budget(i) for i in range(plan.freeze + 1)], jnp.int32)
+    ranked = scores(state)
+    limit = threshold(ranked, budgets[0] - budgets[jnp.minimum(t, plan.freeze)])
+    allocates = (t == plan.freeze) | (moving & (t > a.t_init) & (t % a.every == 0))
+    kept = {site: jnp.where(allocates, s > limit, state.kept[site]) for site, s in ranked.items()}
+    clears = allocates | (t > plan.freeze)
+    return {site: clears & ~k for site, k in kept.items()}, state._replace(kept=kept)
+
+
+def kept(spec: BankSpec, params) -> dict[str, np.ndarray]:
+    """The triplets with Λ ≠ 0, `{site: bool [N, E, r]}`; the others change nothing."""
+    return {site: np.asarray(params[site]["scale"]) != 0 for site in spec.sites}
+
+
+def ranks(spec: BankSpec, params) -> dict[str, list[list[int]]]:
+    """How many triplets each matrix kept, `{site: [N][E]}`."""
+    return {site: mask.sum(-1).tolist() for site, mask in kept(spec, params).items()}
+
+
+def prune(spec: BankSpec, params) -> tuple[BankSpec, Any]:
+    """The same function at the largest rank that any matrix kept (at least 1).
+
+    Every matrix's kept triplets come first; where it kept fewer, the rest is zero. s is unchanged.
+    """
+    masks = kept(spec, params)
+    rank = max(1, max(int(mask.sum(-1).max()) for mask in masks.values()))
+    out = dict(params)
+    for site, mask in masks.items():
+        order_NxExr = np.argsort(~mask, axis=-1, kind="stable")[..., :rank]
+        stays_NxExr = np.take_along_axis(mask, order_NxExr, axis=-1)
+        p = params[site]
+        a_order = jnp.asarray(order_NxExr)[:, None]
+        b_order = jnp.asarray(order_NxExr)[..., None]
+        out[site] = {
+            **p,
+            "lora_a": jnp.take_along_axis(p["lora_a"], a_order, axis=3) * stays_NxExr[:, None],
+            "lora_b": jnp.take_along_axis(p["lora_b"], b_order, axis=2) * stays_NxExr[..., None],
+            "scale": jnp.take_along_axis(p["scale"], a_order[:, 0], axis=2) * stays_NxExr,
+        }
+    return spec.replace(rank=rank, alpha=spec.s * rank, rank_stabilised=False), out

@@ -1,0 +1,88 @@
+"""Allocating the ranks of banks as part of an optimiser's update.
+
+Axes: N layers of a bank, E experts, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from medmoe_jax.adapters import adalora
+from medmoe_jax.adapters.adalora import Allocation, Plan
+
+
+class AllocationState(NamedTuple):
+    """The optimiser's state together with that of the allocators.
+
+    Attributes:
+      count: [] int32, updates made.
+      banks: what each allocator remembers, by bank.
+      inner: the optimiser's own state.
+    """
+
+    count: jax.Array
+    banks: dict[str, Allocation]
+    inner: Any
+
+
+def allocating(
+    inner: optax.GradientTransformation, plans: Mapping[str, Plan]
+) -> optax.GradientTransformation:
+    """An optimiser after whose every update the plans' banks are allocated.
+
+    It sees the gradients that `inner` sees, so clipping belongs before it.
+
+    Args:
+      inner: gives the updates.
+      plans: by bank; the parameters are `{"banks": {name: parameters}, ...}`.
+    """
+
+    def init(params):
+        banks = {name: adalora.start(p.spec, params["banks"][name]) for name, p in plans.items()}
+        return AllocationState(jnp.int32(0), banks, inner.init(params))
+
+    def update(gradients, state, params):
+        updates, inner_state = inner.update(gradients, state.inner, params)
+        t = state.count + 1
+        moved, banks = dict(updates["banks"]), {}
+        for name, plan in plans.items():
+            before = params["banks"][name]
+            after = optax.apply_updates(before, moved[name])
+            cleared, banks[name] = adalora.advance(
+                plan, t, after, gradients["banks"][name], state.banks[name]
+            )
+            moved[name] = _with_cleared(moved[name], before, cleared)
+        return {**updates, "banks": moved}, AllocationState(t, banks, inner_state)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _with_cleared(updates, params, cleared):
+    """The updates with Λ brought to exactly 0, as x + (−x), where it is cleared."""
+    out = dict(updates)
+    for site, mask in cleared.items():
+        scale = jnp.where(mask, -params[site]["scale"], updates[site]["scale"])
+        out[site] = {**updates[site], "scale": scale}
+    return out
+
+
+def figures(plans: Mapping[str, Plan], banks, optimiser_state) -> dict[str, float]:
+    """Budget, triplets kept by the last allocation, and mean |Λ| of each allocated bank."""
+    out: dict[str, float] = {}
+    if not plans:
+        return out
+    state = optax.tree.get(optimiser_state, AllocationState.__name__)
+    t = int(jax.device_get(state.count))
+    for name, plan in plans.items():
+        kept = jax.device_get(state.banks[name].kept)
+        scales = [np.abs(jax.device_get(banks[name][site]["scale"])) for site in plan.spec.sites]
+        out[f"allocation/{name}/budget"] = plan.budget(t)
+        out[f"allocation/{name}/kept"] = int(sum(mask.sum() for mask in kept.values()))
+        out[f"allocation/{name}/mean_scale"] = float(np.mean(scales))
+    return out
