@@ -9,7 +9,7 @@ One convention holds for the whole room. Every public function takes `backend`:
 | `"interpret"` | the Pallas kernel in the TPU interpreter | CPU, in tests |
 
 The caller chooses; no kernel looks at the machine it runs on, and none falls back. A shape that a
-kernel cannot tile is a UserError when the function is traced. Blocks fit the 16 MiB of VMEM that
-the compiler grants a kernel on v5e and v5p by default, and so on every later chip. Kernels see one
-device: under a mesh, call them inside `jax.shard_map`.
+kernel cannot tile is a UserError when the function is traced. Blocks and values fit 32 MiB of VMEM,
+half of what the smallest chip has (v5p, 64 MiB a core). Kernels see one device: under a mesh, call
+them inside `jax.shard_map`.
 """

@@ -1,0 +1,180 @@
+"""A token router in one pass over x: logits, top-k weights and the statistics of both.
+
+Axes: T tokens, D model, E experts, K picks a token.
+
+    z = x R + b          p = softmax(z)          I = the K largest of z, ties to the lower index
+    w = p[I], or divided by their sum: the softmax over the kept logits
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from medmoe_jax.errors import UserError
+from medmoe_jax.kernels import routing_tpu
+from medmoe_jax.kernels.tiles import check_backend, check_floats
+
+
+class Routed(NamedTuple):
+    """A router's picks, and sums over the valid tokens, which add up over devices.
+
+    Gradients flow through `weights_TxK`, `prob_E` and `z2`.
+
+    Attributes:
+      weights_TxK: float32.
+      picks_TxK: int32, best first.
+      tokens: [] number of valid tokens.
+      use_E: [E] tokens that picked the expert.
+      prob_E: [E] Σ softmax probability.
+      entropy: [] Σ entropy of the softmax, in nats.
+      z2: [] Σ logsumexp(logits)².
+      forced: [] tokens whose last pick was overridden.
+      non_finite: [] tokens with a logit that is not finite.
+    """
+
+    weights_TxK: jax.Array
+    picks_TxK: jax.Array
+    tokens: jax.Array
+    use_E: jax.Array
+    prob_E: jax.Array
+    entropy: jax.Array
+    z2: jax.Array
+    forced: jax.Array
+    non_finite: jax.Array
+
+
+def _reference(x_TxD, kernel_DxE, bias_E, valid_T, forced_T, top_k: int, renormalise: bool):
+    E = kernel_DxE.shape[1]
+    full = jax.lax.Precision.HIGHEST
+    z_TxE = jnp.dot(x_TxD.astype(jnp.float32), kernel_DxE, precision=full) + bias_E[None]
+    log_prob_TxE = jax.nn.log_softmax(z_TxE)
+    prob_TxE = jnp.exp(log_prob_TxE)
+    _, picks_TxK = jax.lax.top_k(jax.lax.stop_gradient(z_TxE), top_k)
+    override_T = (forced_T >= 0) & jnp.all(picks_TxK != forced_T[:, None], axis=1)
+    picks_TxK = picks_TxK.at[:, -1].set(jnp.where(override_T, forced_T, picks_TxK[:, -1]))
+    z_TxK = jnp.take_along_axis(z_TxE, picks_TxK, axis=1)
+    w_TxK = jax.nn.softmax(z_TxK) if renormalise else jnp.take_along_axis(prob_TxE, picks_TxK, 1)
+
+    def total(values, axis=0):
+        live = valid_T.reshape(-1, *(1,) * (values.ndim - 1))
+        return jnp.sum(jnp.where(live, values, 0).astype(jnp.float32), axis=axis)
+
+    still = jax.lax.stop_gradient
+    return Routed(
+        weights_TxK=w_TxK,
+        picks_TxK=picks_TxK,
+        tokens=total(jnp.ones_like(valid_T)),
+        use_E=total(jax.nn.one_hot(picks_TxK, E), axis=(0, 1)),
+        prob_E=total(prob_TxE),
+        entropy=still(-total(jnp.sum(prob_TxE * log_prob_TxE, axis=1))),
+        z2=total(jax.nn.logsumexp(z_TxE, axis=1) ** 2),
+        forced=total(override_T),
+        non_finite=total(jnp.any(~jnp.isfinite(z_TxE), axis=1)),
+    )
+
+
+def _forward(x_TxD, kernel_DxE, bias_E, valid_T, forced_T, *static):
+    """The kernel's results as `Routed`, and the logits `[E, T]`, which the gradient needs."""
+    E = kernel_DxE.shape[1]
+    out = routing_tpu.route(x_TxD, kernel_DxE, bias_E, valid_T, forced_T, *static)
+    entropy, z2, forced, non_finite = jnp.sum(out.sums_NxSx1, axis=(0, 2))
+    routed = Routed(
+        weights_TxK=out.weights_KxT.T,
+        picks_TxK=out.picks_KxT.T,
+        tokens=jnp.sum(valid_T, dtype=jnp.float32),
+        use_E=jnp.sum(out.use_NxEx1, axis=(0, 2))[:E],
+        prob_E=jnp.sum(out.prob_NxEx1, axis=(0, 2))[:E],
+        entropy=entropy,
+        z2=z2,
+        forced=forced,
+        non_finite=non_finite,
+    )
+    return routed, out.z_ExT[:E]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _route(x_TxD, kernel_DxE, bias_E, valid_T, forced_T, top_k, renormalise, backend):
+    return _forward(x_TxD, kernel_DxE, bias_E, valid_T, forced_T, top_k, renormalise, backend)[0]
+
+
+def _route_fwd(x_TxD, kernel_DxE, bias_E, valid_T, forced_T, *static):
+    routed, z_ExT = _forward(x_TxD, kernel_DxE, bias_E, valid_T, forced_T, *static)
+    return routed, (x_TxD, kernel_DxE, valid_T, z_ExT, routed.weights_TxK, routed.picks_TxK)
+
+
+def _route_bwd(top_k, renormalise, backend, saved, cotangent: Routed):
+    """The gradient of the logits, which XLA fuses into one pass, then both of its products."""
+    x_TxD, kernel_DxE, valid_T, z_ExT, w_TxK, picks_TxK = saved
+    expert_E = jnp.arange(z_ExT.shape[0])
+
+    def spread(values_TxK):
+        picked_ExTxK = picks_TxK[None] == expert_E[:, None, None]
+        return jnp.sum(jnp.where(picked_ExTxK, values_TxK[None], 0.0), axis=2)
+
+    prob_ExT = jax.nn.softmax(z_ExT, axis=0)
+    live_1xT = valid_T[None].astype(jnp.float32)
+    dprob_ExT = cotangent.prob_E[:, None] * live_1xT
+    dw_TxK = cotangent.weights_TxK
+    if renormalise:
+        mean_Tx1 = jnp.sum(w_TxK * dw_TxK, axis=1, keepdims=True)
+        dz_ExT = spread(w_TxK * (dw_TxK - mean_Tx1))
+    else:
+        dz_ExT = jnp.zeros_like(z_ExT)
+        dprob_ExT += spread(dw_TxK)
+    lse_1xT = jax.nn.logsumexp(z_ExT, axis=0, keepdims=True)
+    mean_1xT = jnp.sum(prob_ExT * dprob_ExT, axis=0, keepdims=True)
+    dz_ExT += prob_ExT * (dprob_ExT - mean_1xT + 2 * cotangent.z2 * lse_1xT * live_1xT)
+    dx_TxD, dkernel_DxE = routing_tpu.gradients(x_TxD, kernel_DxE, dz_ExT, backend)
+    return dx_TxD, dkernel_DxE, jnp.sum(dz_ExT, axis=1), None, None
+
+
+_route.defvjp(_route_fwd, _route_bwd)
+
+
+def route(
+    x_TxD,
+    kernel_DxE,
+    bias_E,
+    valid_T,
+    *,
+    top_k: int,
+    renormalise: bool,
+    forced_T=None,
+    backend: str,
+) -> Routed:
+    """Route every token; all of it in float32, the product at full precision.
+
+    Args:
+      x_TxD: float32 or bfloat16.
+      kernel_DxE: float32.
+      bias_E: float32, or None.
+      valid_T: bool; the other tokens are routed too, but not counted.
+      top_k: experts a token picks.
+      renormalise: whether a token's weights sum to one (a softmax over the kept logits).
+      forced_T: int32, an expert that must be among a token's picks, or -1; where it is not, it
+        takes the place of the weakest pick (hybrid routing, arXiv 2410.10626).
+      backend: see `medmoe_jax.kernels`.
+
+    Raises:
+      UserError: shapes or dtypes that do not fit together, or too many experts for the kernel.
+    """
+    check_backend(backend)
+    check_floats(x_TxD=x_TxD, kernel_DxE=kernel_DxE)
+    T, D = x_TxD.shape
+    E = kernel_DxE.shape[1]
+    if kernel_DxE.shape[0] != D:
+        raise UserError(f"x_TxD has width {D}, the router's kernel expects {kernel_DxE.shape[0]}")
+    if valid_T.shape != (T,) or valid_T.dtype != jnp.bool_:
+        raise UserError(f"valid_T is {valid_T.dtype} {valid_T.shape}; give bool ({T},)")
+    if not 1 <= top_k <= E:
+        raise UserError(f"top_k: {top_k} of {E} experts; give 1 to {E}")
+    bias_E = jnp.zeros(E, jnp.float32) if bias_E is None else bias_E.astype(jnp.float32)
+    forced_T = jnp.full(T, -1, jnp.int32) if forced_T is None else forced_T.astype(jnp.int32)
+    arrays = (x_TxD, kernel_DxE.astype(jnp.float32), bias_E, valid_T, forced_T)
+    if backend == "xla":
+        return _reference(*arrays, top_k, renormalise)
+    return _route(*arrays, top_k, renormalise, backend)
