@@ -1,0 +1,142 @@
+"""Tensors of a `torch.save` file, read without torch.
+
+Such a file is a zip archive: `*/data.pkl` pickles a dictionary of tensors, each of which names a
+member `*/data/KEY` with its numbers. Nothing in the file is executed: its pickle may name a
+dictionary, a strided tensor and the three storages below, and anything else is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes  # noqa: F401  gives numpy the name bfloat16
+import numpy as np
+
+from medmoe_jax.errors import UserError
+
+# Names, not numpy's own objects: what stands in for them can be changed by nothing in a pickle.
+_STORAGES = {"FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16"}
+_ZIP_ERRORS = (zipfile.BadZipFile, EOFError, KeyError, RuntimeError)
+_PICKLE_ERRORS = (
+    *(pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError),
+    *(MemoryError, OverflowError, TypeError, ValueError),
+)
+
+
+class StoredTensor(NamedTuple):
+    """A tensor that lies in an open file: its shape, and what reads it (a numpy array)."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+@contextlib.contextmanager
+def open_torch(path: str | Path) -> Iterator[dict[str, StoredTensor]]:
+    """The tensors of a file of float32, float16 and bfloat16 tensors, by name; none is read yet.
+
+    Raises:
+      UserError: the file is truncated, damaged or of an older format, or holds anything but a
+        dictionary of such tensors. Reading a tensor raises it too.
+    """
+    path = Path(path)
+    with _says_where(path, _ZIP_ERRORS):
+        archive = zipfile.ZipFile(path)
+    with archive:
+        with _says_where(path, (*_ZIP_ERRORS, *_PICKLE_ERRORS)):
+            root = _root(archive)
+            with archive.open(f"{root}/data.pkl") as file:
+                content = _Unpickler(file).load()
+            wrong = not isinstance(content, dict) or [
+                key
+                for key, value in content.items()
+                if not isinstance(key, str) or not isinstance(value, _Strided)
+            ]
+            if wrong:
+                raise ValueError("it holds something else than tensors by name")
+        yield {
+            name: StoredTensor(tensor.shape, functools.partial(_read, path, archive, root, tensor))
+            for name, tensor in content.items()
+        }
+
+
+@contextlib.contextmanager
+def _says_where(path: Path, errors: tuple[type[BaseException], ...]) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path.name}: {error}") from None
+    except errors as error:
+        raise UserError(f"{path.name}: truncated, damaged or no torch zip file ({error})") from None
+
+
+class _Strided(NamedTuple):
+    """A view of a storage: element `i, j, …` is number `offset + i·stride_0 + j·stride_1 + …`."""
+
+    key: str
+    dtype: str
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows the names that a dictionary of tensors needs, and no other."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return self._strided
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        raise UserError(
+            f"it names '{module}.{name}', which adapter weights have no use for; nothing was run. "
+            "Save the tensors anew as a dictionary of float tensors"
+        )
+
+    def persistent_load(self, pid: Any) -> tuple[str, str]:
+        kind, dtype, key, _, _ = pid
+        if kind != "storage" or dtype not in _STORAGES.values() or not isinstance(key, str):
+            raise ValueError(f"unknown storage {pid!r}")
+        return key, dtype
+
+    def _strided(self, storage, offset, shape, stride, *_) -> _Strided:
+        key, dtype = storage
+        numbers = (offset, *shape, *stride)
+        if len(shape) != len(stride) or not all(type(n) is int and n >= 0 for n in numbers):
+            raise ValueError(f"impossible view {shape} of storage {key}")
+        return _Strided(key, dtype, offset, tuple(shape), tuple(stride))
+
+
+def _root(archive: zipfile.ZipFile) -> str:
+    """The folder inside the archive that holds everything."""
+    members = archive.infolist()
+    roots = [m.filename.removesuffix("/data.pkl") for m in members if "/data.pkl" in m.filename]
+    if len(roots) != 1:
+        raise ValueError(f"{len(roots)} times data.pkl in it")
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise ValueError("it is compressed")
+    root = roots[0]
+    order = f"{root}/byteorder"
+    if order in archive.namelist() and archive.read(order) != b"little":
+        raise ValueError("its numbers are not little-endian")
+    return root
+
+
+def _read(path: Path, archive: zipfile.ZipFile, root: str, tensor: _Strided) -> np.ndarray:
+    with _says_where(path, (*_ZIP_ERRORS, ValueError)):
+        flat = np.frombuffer(archive.read(f"{root}/data/{tensor.key}"), np.dtype(tensor.dtype))
+        last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride, strict=True))
+        if 0 in tensor.shape:
+            return np.empty(tensor.shape, flat.dtype)
+        if tensor.offset + last >= len(flat):
+            raise ValueError(f"storage {tensor.key} is too short for a view {tensor.shape}")
+        steps = [step * flat.itemsize for step in tensor.stride]
+        return np.lib.stride_tricks.as_strided(flat[tensor.offset :], tensor.shape, steps).copy()
