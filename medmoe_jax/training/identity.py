@@ -24,8 +24,19 @@ def stage_dir(workdir: str | Path, name: str) -> Path:
     return Path(workdir) / "stages" / name
 
 
-def claim(setup: Setup, workdir, stage: Stage, digests: Mapping[str, str]) -> str:
+def claim(
+    setup: Setup,
+    workdir,
+    stage: Stage,
+    digests: Mapping[str, str],
+    imported: Mapping[str, str] | None = None,
+) -> str:
     """Write what the stage is run with, or compare it with what it was; returns its fingerprint.
+
+    Args:
+      setup, workdir, stage: whose folder.
+      digests: content of the sources it reads.
+      imported: content of the files its banks come from, where it is not trained.
 
     Raises:
       UserError: the directory was made by another recipe; the message lists the fields.
@@ -42,6 +53,8 @@ def claim(setup: Setup, workdir, stage: Stage, digests: Mapping[str, str]) -> st
     }
     if stage.after:
         content["after"] = parent_fingerprint(workdir, stage)
+    if imported is not None:
+        content["imported"] = dict(imported)
     fingerprint = json_fingerprint(content)
     path = stage_dir(workdir, stage.name) / "recipe.json"
     if not path.exists():
@@ -56,6 +69,13 @@ def claim(setup: Setup, workdir, stage: Stage, digests: Mapping[str, str]) -> st
             "or remove that folder to run the stage anew"
         )
     return fingerprint
+
+
+def is_imported(workdir, stage: Stage) -> bool:
+    """Whether the stage is finished with banks that were not trained here."""
+    directory = stage_dir(workdir, stage.name)
+    finished = store.is_finished(directory)
+    return finished and "imported" in read_json(directory / "recipe.json")["recipe"]
 
 
 def _read_back(value: Any) -> Any:
