@@ -16,11 +16,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from medmoe_jax.adapters.bank import BankSpec
+from medmoe_jax.adapters.experts import expert_mlp
 from medmoe_jax.adapters.site import adapted_linear
 from medmoe_jax.base import decoder
 from medmoe_jax.base.config import DecoderConfig
-from medmoe_jax.base.decoder import Execution, Segment
+from medmoe_jax.base.decoder import Execution, Segment, activation
 from medmoe_jax.base.loss import logits
+from medmoe_jax.errors import UserError
 from medmoe_jax.routing.dispatch import strategy
 
 
@@ -40,6 +42,26 @@ class AdaptedConfig:
     execution: Execution = field(default_factory=Execution)
     dispatch: str = "stacked"
 
+    def __post_init__(self):
+        run = strategy(self.dispatch, self.execution)
+        for bank in self.banks:
+            if bank.routed:
+                run.check(f"bank '{bank.name}'", bank.experts)
+            for other in self.banks:
+                if other is not bank and _clash(bank, other):
+                    raise UserError(
+                        f"bank '{bank.name}' puts feed-forward experts into layers where bank "
+                        f"'{other.name}' sits on mlp sites too; give them other layers or sites"
+                    )
+
+
+def _clash(bank: BankSpec, other: BankSpec) -> bool:
+    """Whether `bank`'s networks leave no place for `other` in some layer."""
+    if bank.form == "lora" or other.start >= bank.stop or bank.start >= other.stop:
+        return False
+    on_mlp = any(site in bank.sites for site in other.sites)
+    return other.form != "lora" or (bank.form == "ffn" and on_mlp)
+
 
 def segments(config: AdaptedConfig, banks: Mapping[str, Any]) -> tuple[Segment, ...]:
     """Layer ranges within which the set of banks is constant.
@@ -57,8 +79,14 @@ def segments(config: AdaptedConfig, banks: Mapping[str, Any]) -> tuple[Segment, 
             out.append(Segment(start, stop))
             continue
         extra = {b.name: _layers_of(b, banks[b.name], start, stop) for b in here}
-        linear = functools.partial(adapted_linear, here, strategy(config.dispatch))
-        out.append(Segment(start, stop, extra, linear))
+        run = strategy(config.dispatch, config.execution)
+        on_sites = tuple(b for b in here if b.form == "lora")
+        linear = functools.partial(adapted_linear, on_sites, run)
+        mlp = None
+        for bank in here:
+            if bank.form != "lora":
+                mlp = functools.partial(expert_mlp, bank, run, activation(config.decoder))
+        out.append(Segment(start, stop, extra, linear, mlp))
     return tuple(out)
 
 

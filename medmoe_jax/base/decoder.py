@@ -59,6 +59,21 @@ class Execution:
             raise UserError(f"run.attention: '{self.attention}' is none of {', '.join(ATTENTION)}")
 
     @property
+    def mesh(self) -> jax.sharding.Mesh | None:
+        """The devices, or None for the default one."""
+        return None if self.activations is None else self.activations.mesh
+
+    @property
+    def device(self) -> jax.Device:
+        """One of the devices that is compiled for, of which some may not be there."""
+        return jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
+
+    @property
+    def platform(self) -> str:
+        """What is compiled for, such as `tpu` or `cpu`."""
+        return self.device.platform
+
+    @property
     def row_shards(self) -> int:
         """Over how many devices the rows of a batch are spread."""
         if self.activations is None:
@@ -136,7 +151,8 @@ def rms_norm(x, weight, *, eps: float, offset: float):
     return (x32 * weight.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
-def _activation(config: DecoderConfig) -> Callable:
+def activation(config: DecoderConfig) -> Callable:
+    """The gate's nonlinearity in the feed-forward network."""
     return {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}[
         config.activation
     ]
@@ -202,7 +218,7 @@ class _Step(NamedTuple):
 def _block(config, execution, segment: Segment, w, x_BxTxD, ids: _Ids, cache, step: _Step):
     """One transformer block: `(x, cache) -> (x, cache, aux)`."""
     norm = functools.partial(rms_norm, eps=config.norm_eps, offset=config.norm_offset)
-    mlp = segment.mlp or functools.partial(base_mlp, _activation(config))
+    mlp = segment.mlp or functools.partial(base_mlp, activation(config))
     y, cache, aux = _attention(
         config, execution, w, norm(x_BxTxD, w["attn_norm"]), ids, cache, step, segment.linear
     )
@@ -258,7 +274,7 @@ def _run_segment(config, execution, segment, layers, trained, x_BxTxD, ids, cach
 
 
 def _use_splash(execution: Execution, cache) -> bool:
-    on_tpu = jax.default_backend() == "tpu"
+    on_tpu = execution.platform == "tpu"
     return cache is None and (
         execution.attention == "splash" or (execution.attention == "auto" and on_tpu)
     )

@@ -21,12 +21,14 @@ Rule = tuple[str, tuple]
 _COLUMN = r"(attn\.[qkv]|mlp\.(gate|up))"
 _ROW = r"(attn\.o|mlp\.down)"
 _SHARD = ("fsdp", "expert")
+# A quantised kernel's arrays have its axes, some of them shorter.
+_PARTS = r"(\.(codes|scale))?$"
 
 BASE_RULES: tuple[Rule, ...] = (
     (r"(^|\.)(embed|head)$", ("tensor", _SHARD)),
-    (rf"layers\.{_COLUMN}\.kernel$", (None, _SHARD, "tensor")),
+    (rf"layers\.{_COLUMN}\.kernel{_PARTS}", (None, _SHARD, "tensor")),
     (rf"layers\.{_COLUMN}\.bias$", (None, "tensor")),
-    (rf"layers\.{_ROW}\.kernel$", (None, "tensor", _SHARD)),
+    (rf"layers\.{_ROW}\.kernel{_PARTS}", (None, "tensor", _SHARD)),
     (r"norm$", ()),
 )
 
@@ -37,11 +39,31 @@ BANK_RULES: tuple[Rule, ...] = (
     (rf"{_COLUMN}\.lora_b$", (None, None, None, "tensor")),
     (rf"{_ROW}\.lora_a$", (None, "tensor", None, None)),
     (rf"{_ROW}\.lora_b$", (None, None, None, _SHARD)),
-    (r"\.(scale|router\.(kernel|bias))$", ()),
+    # Whole feed-forward experts live on the expert axis.
+    (rf"{_COLUMN}\.experts$", (None, "expert", "fsdp", "tensor")),
+    (rf"{_ROW}\.experts$", (None, "expert", "tensor", "fsdp")),
+    (r"\.(scale|router\.(kernel|bias)|mix\.weight)$", ()),
 )
 
+# Banks whose experts stay on their device while the tokens travel.
+TRAVEL_RULES: tuple[Rule, ...] = (
+    (rf"{_COLUMN}\.lora_a$", (None, "fsdp", "expert", None)),
+    (rf"{_COLUMN}\.lora_b$", (None, "expert", None, "tensor")),
+    (rf"{_ROW}\.lora_a$", (None, "tensor", "expert", None)),
+    (rf"{_ROW}\.lora_b$", (None, "expert", None, "fsdp")),
+)
 
 RULES = BANK_RULES + BASE_RULES
+
+
+def rules_for(dispatch: str) -> tuple[Rule, ...]:
+    """The rules of a run with that dispatch strategy: `all_to_all` puts E on the axis `expert`."""
+    return TRAVEL_RULES + RULES if dispatch == "all_to_all" else RULES
+
+
+def row_parallel(site: str) -> bool:
+    """Whether a site's inputs are cut over the axis `tensor`; else its outputs are."""
+    return re.fullmatch(_ROW, site) is not None
 
 
 def path_name(path) -> str:
@@ -69,6 +91,12 @@ def _fit(shape: Sequence[int], mesh: Mesh, axes: tuple) -> PartitionSpec:
             names.pop()
         out.append(tuple(names) if names else None)
     return PartitionSpec(*out)
+
+
+def fitted(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
+    """A sharding for an array of another shape, its axes cut to what divides."""
+    spec = _fit(shape, sharding.mesh, tuple(sharding.spec))
+    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
 
 
 def shardings(tree, mesh: Mesh, rules: Sequence[Rule]):

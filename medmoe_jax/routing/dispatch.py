@@ -6,6 +6,9 @@ Axes: B batch, T tokens, D model, F feed-forward, E experts, O output width.
 |---|---|
 | `reference` | a plain loop over experts, for tests |
 | `stacked` | every expert on every token, gates in rank space (`dense`) |
+| `grouped` | tokens sorted by expert, each expert on its own (`sparse`) |
+| `all_to_all` | the same, experts spread over the mesh axis `expert`, tokens travel to them |
+| `auto` | of the last three the one that takes least time by count, for each mixture (`auto`) |
 """
 
 from __future__ import annotations
@@ -15,8 +18,12 @@ from typing import Any, NamedTuple
 
 from medmoe_jax.base.decoder import Execution
 from medmoe_jax.errors import UserError
-from medmoe_jax.routing import dense
+from medmoe_jax.routing import auto, dense
+from medmoe_jax.routing.dispatchers import AllToAll, Local, padded_exchange, ragged_exchange
+from medmoe_jax.routing.sparse import Sparse
 from medmoe_jax.routing.terms import Term
+
+AXIS = "expert"  # of the mesh
 
 
 class Strategy(NamedTuple):
@@ -27,25 +34,98 @@ class Strategy(NamedTuple):
         projection group.
       ffn: `(x_BxTxD, gates, params, activation)` to `y_BxTxD`, the gated sum of whole feed-forward
         experts; `params` is `{"gate", "up": [E, D, F], "down": [E, F, D]}`.
+      check: `(where, experts)` raises UserError if that many experts cannot be run.
     """
 
     lora: Callable[[Mapping[str, Sequence[Term]]], dict[str, Any]]
     ffn: Callable[..., Any]
+    check: Callable[[str, int], None]
+
+
+def _any_number(where: str, experts: int) -> None:
+    """Every number of experts will do."""
 
 
 def _reference(execution: Execution) -> Strategy:
     del execution
-    return Strategy(dense.reference_lora, dense.reference_ffn)
+    return Strategy(dense.reference_lora, dense.reference_ffn, _any_number)
 
 
 def _stacked(execution: Execution) -> Strategy:
     del execution
-    return Strategy(dense.stacked_lora, dense.stacked_ffn)
+    return Strategy(dense.stacked_lora, dense.stacked_ffn, _any_number)
+
+
+def _backend(execution: Execution) -> str:
+    return "pallas" if execution.platform == "tpu" else "xla"
+
+
+def _grouped(execution: Execution) -> Strategy:
+    backend = _backend(execution)
+    sparse = Sparse(execution, Local(backend), backend)
+    return Strategy(sparse.lora, sparse.ffn, _any_number)
+
+
+def _expert_devices(execution: Execution) -> int:
+    return execution.mesh.shape.get(AXIS, 1) if execution.mesh else 1
+
+
+def _all_to_all(execution: Execution) -> Strategy:
+    devices = _expert_devices(execution)
+    if devices == 1:
+        return _grouped(execution)
+
+    def check(where: str, experts: int) -> None:
+        if experts % devices:
+            raise UserError(
+                f"{where}: {experts} experts do not divide over run.mesh.{AXIS} {devices}; give "
+                "an axis that divides them, or run.dispatch 'grouped'"
+            )
+
+    backend = _backend(execution)
+    exchange = ragged_exchange if execution.platform == "tpu" else padded_exchange
+    sparse = Sparse(execution, AllToAll(AXIS, devices, exchange, backend), backend, AXIS)
+    return Strategy(sparse.lora, sparse.ffn, check)
+
+
+def _auto(execution: Execution) -> Strategy:
+    made = {name: STRATEGIES[name](execution) for name in ("stacked", "grouped", "all_to_all")}
+    chip = auto.machine(execution.device)
+
+    def chosen(what: str, shapes: tuple, x_BxTxD) -> Strategy:
+        tokens = x_BxTxD.shape[0] * x_BxTxD.shape[1] // execution.row_shards
+        return made[auto.choose(what, chip, shapes, tokens, x_BxTxD.dtype.itemsize)]
+
+    def lora(terms: Mapping[str, Sequence[Term]]) -> dict[str, Any]:
+        gated = [t for some in terms.values() for t in some if t.gates is not None]
+        if not gated:
+            return made["stacked"].lora(terms)
+        shapes = tuple(
+            auto.Lora(
+                t.gates.picks_BxTxK.shape[-1],
+                t.lora_a_DxExr.shape[0],
+                t.lora_b_ExrxO.shape[2],
+                *t.lora_a_DxExr.shape[1:],
+            )
+            for t in gated
+        )
+        return chosen(", ".join(terms), shapes, gated[0].x_BxTxD).lora(terms)
+
+    def ffn(x_BxTxD, gates, params, activation):
+        E, D, F = params["gate"].shape
+        shape = auto.Ffn(gates.picks_BxTxK.shape[-1], D, F, E, _expert_devices(execution))
+        run = chosen("feed-forward experts", (shape,), x_BxTxD)
+        return run.ffn(x_BxTxD, gates, params, activation)
+
+    return Strategy(lora, ffn, _any_number)
 
 
 STRATEGIES: Mapping[str, Callable[[Execution], Strategy]] = {
     "reference": _reference,
     "stacked": _stacked,
+    "grouped": _grouped,
+    "all_to_all": _all_to_all,
+    "auto": _auto,
 }
 
 

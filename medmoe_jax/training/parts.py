@@ -13,7 +13,7 @@ from medmoe_jax.adapters import lifecycle
 from medmoe_jax.adapters.adalora import Plan
 from medmoe_jax.adapters.lifecycle import Roster
 from medmoe_jax.parallel.mesh import replicated
-from medmoe_jax.parallel.rules import RULES, shardings, state_shardings
+from medmoe_jax.parallel.rules import shardings, state_shardings
 from medmoe_jax.training import allocation
 from medmoe_jax.training.recipe import Stage
 from medmoe_jax.training.setup import Setup
@@ -53,10 +53,10 @@ def split(stage: Stage, roster: Roster, banks, base) -> tuple[dict, dict]:
 def place(setup: Setup, optimiser, trainable, frozen) -> tuple[TrainState, dict]:
     """The state and the frozen tree on the mesh, the optimiser's moments made in their shards."""
     put = functools.partial(jax.tree.map, jax.device_put)
-    trainable = put(trainable, shardings(trainable, setup.mesh, RULES))
-    frozen = put(frozen, shardings(frozen, setup.mesh, RULES))
+    trainable = put(trainable, shardings(trainable, setup.mesh, setup.rules))
+    frozen = put(frozen, shardings(frozen, setup.mesh, setup.rules))
     abstract = jax.eval_shape(optimiser.init, trainable)
-    moments = state_shardings(abstract, setup.mesh, RULES)
+    moments = state_shardings(abstract, setup.mesh, setup.rules)
     opt_state = jax.jit(optimiser.init, out_shardings=moments)(trainable)
     step = jax.device_put(jnp.int32(0), replicated(setup.mesh))
     return TrainState(step, trainable, opt_state), frozen

@@ -28,7 +28,7 @@ from medmoe_jax.data.encode import Encoder
 from medmoe_jax.data.sources import RowFitter, check_source, open_source
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel.mesh import batch_sharding, batch_shards
-from medmoe_jax.parallel.rules import RULES, shardings
+from medmoe_jax.parallel.rules import shardings
 from medmoe_jax.training import loop as loop_lib
 from medmoe_jax.training import recipe as recipe_lib
 from medmoe_jax.training import summary
@@ -144,7 +144,7 @@ def open_data(setup: Setup, stage: Stage) -> tuple[BatchStream, dict[str, str]]:
 def _load_final(setup: Setup, workdir, name: str) -> dict[str, Any]:
     directory = stage_dir(workdir, name)
     tree = store.abstract_final(directory)
-    placed = _abstract_with(tree, shardings(tree, setup.mesh, RULES))
+    placed = _abstract_with(tree, shardings(tree, setup.mesh, setup.rules))
     return store.load_final(directory, placed)[0]
 
 

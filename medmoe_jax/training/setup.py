@@ -20,7 +20,7 @@ from medmoe_jax.data.templates import Template, load_template
 from medmoe_jax.data.tokenizers import Tokenizer, check_vocabulary, load
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel.mesh import batch_sharding, make_mesh
-from medmoe_jax.parallel.rules import BASE_RULES, shardings
+from medmoe_jax.parallel.rules import BASE_RULES, Rule, rules_for, shardings
 from medmoe_jax.routing.dispatch import strategy
 from medmoe_jax.training.recipe import Stage, parse
 
@@ -52,6 +52,11 @@ class Setup:
     def dtype(self):
         """Of the frozen weights and the activations."""
         return _DTYPES[self.config.base.dtype]
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """How parameters and optimiser states are spread over the mesh."""
+        return rules_for(self.config.run.dispatch)
 
     def load_base(self):
         """The base's parameters, each straight into its shards; the caller may give them up."""
@@ -110,7 +115,11 @@ def open_setup(config: ConfigDict) -> Setup:
     base = dataclasses.replace(base, config=base.config.replace(vocab_used=used))
     template = load_template(config.data.template, tokenizer)
     setup = Setup(config, mesh, base, parse(config, base.config), tokenizer, template)
-    setup.model(())  # checks how it is to be run
+    # Checks how it is to be run.
+    setup.model(())
+    for stage in setup.stages:
+        for spec in stage.added:
+            setup.model((spec,))
     return setup
 
 

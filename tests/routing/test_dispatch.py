@@ -10,6 +10,7 @@ from medmoe_jax.routing import dense
 from medmoe_jax.routing.dispatch import STRATEGIES, Term, strategy
 from medmoe_jax.routing.routers import Gates
 from tests.naive import check_gradient, f64, rel
+from tests.routing import loads
 
 B, T = 2, 3
 # site -> (input, D, O, [(E, r, has Λ, gated, s), ...]); inputs "x~" are "x" after dropout.
@@ -81,36 +82,40 @@ def _naive(case, inputs, params):
     return out
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.fixture(autouse=True)
+def quick():
+    """Tiny programs: compiling well takes longer than running badly."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 class TestStrategy:
     """What every strategy has to pass; a new one needs no test of its own."""
 
-    def test_value(self, name, case):
+    @pytest.mark.parametrize("case", CASES)
+    def test_value_and_gradient(self, name, case):
+        """Gradients of inputs, A, B, Λ and gates."""
         inputs, params = _random(case)
-        got = jax.jit(lambda *a: strategy(name).lora(_terms(case, *a)))(inputs, params)
         want = _naive(case, f64(inputs), f64(params))
-        assert set(got) == set(want)
-        for site in want:
-            assert rel(got[site], want[site]) < 1e-5
-
-    def test_gradient(self, name, case):
-        """Of inputs, A, B, Λ and gates."""
-        inputs, params = _random(case)
         rng = np.random.default_rng(1)
-        mix = {site: rng.standard_normal(y.shape) for site, y in
-               _naive(case, f64(inputs), f64(params)).items()}  # fmt: skip
+        mix = {site: rng.standard_normal(y.shape) for site, y in want.items()}
 
         def loss(tree):
             out = strategy(name).lora(_terms(case, *tree))
-            return sum(jnp.sum(out[site] * mix[site]) for site in mix)
+            return sum(jnp.sum(out[site] * mix[site]) for site in mix), out
 
-        def want(tree):
+        def naive_loss(tree):
             return sum((y * mix[site]).sum() for site, y in _naive(case, *tree).items())
 
-        grads = jax.jit(jax.grad(loss))((inputs, params))
-        check_gradient(want, (inputs, params), grads, rng)
+        grads, got = jax.jit(jax.grad(loss, has_aux=True))((inputs, params))
+        assert set(got) == set(want)
+        for site in want:
+            assert rel(got[site], want[site]) < 1e-5
+        check_gradient(naive_loss, (inputs, params), grads, rng)
 
+    @pytest.mark.parametrize("case", CASES)
     def test_bfloat16(self, name, case):
         """At most twice the error of the plainest loop in bfloat16."""
         inputs, params = _random(case)
@@ -122,6 +127,38 @@ class TestStrategy:
             assert got[site].dtype == jnp.bfloat16
             error = rel(f64(got[site]), want[site])
             assert 0 < error <= 2 * rel(f64(plain[site]), want[site])
+
+    @pytest.mark.parametrize("top_k", [1, 2, loads.E])
+    def test_loads(self, name, top_k):
+        """Whatever the tokens pick: low-rank and feed-forward experts, with the router's gradient.
+
+        The same compiled program serves every load, so no expert has a fixed share.
+        """
+        run = loads.compiled(name, top_k)
+        for load in loads.LOADS:
+            tree, valid = loads.arrays(load)
+            grads, got = run(tree, valid)
+            want = loads.naive_outputs(tree, valid, top_k)
+            loads.check_load(load, tree, valid, top_k)
+            for key, y in want.items():
+                assert rel(got[key], y) < 1e-5, (load, key)
+            assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+            check_gradient(
+                lambda t, valid=valid: loads.naive_loss(t, valid, top_k),
+                tree,
+                grads,
+                np.random.default_rng(2),
+            )
+
+    def test_feed_forward_in_bfloat16(self, name):
+        """At most twice the error of the plainest loop in bfloat16."""
+        tree, valid = loads.arrays("uneven")
+        low = {k: v.astype(jnp.bfloat16) if k != "logits" else v for k, v in tree.items()}
+        _, got = loads.compiled(name, 2)(low, valid)
+        want = loads.naive_outputs(low, valid, 2)["ffn"]
+        plain = loads.plain_bfloat16_ffn(low, valid, 2)
+        assert got["ffn"].dtype == jnp.bfloat16
+        assert 0 < rel(f64(got["ffn"]), want) <= 2 * rel(f64(plain), want)
 
 
 def _plain_bfloat16(case, inputs, params):

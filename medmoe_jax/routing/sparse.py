@@ -1,0 +1,153 @@
+"""Strategies in which an expert sees only the tokens that picked it.
+
+Axes: B batch, T tokens, K picks a token, D input width, O output width, F feed-forward, E experts,
+r rank, M rows sorted by expert, one for each pick; under a mesh, of this device.
+
+A dispatcher turns tokens into rows and back; in between stand the grouped products of
+`kernels.grouped`. Under a mesh every device works on its own tokens, and on the mesh axis `tensor`
+on its own part of the experts' wide dimension.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from medmoe_jax.base.decoder import Execution
+from medmoe_jax.kernels.grouped import grouped_lora, grouped_matmul
+from medmoe_jax.parallel.rules import row_parallel
+from medmoe_jax.routing.dense import stacked_lora
+from medmoe_jax.routing.dispatchers import Dispatcher
+from medmoe_jax.routing.routers import Gates
+from medmoe_jax.routing.terms import Term
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """Dispatch, grouped products, combine.
+
+    Attributes:
+      execution: the mesh and the chips.
+      dispatcher: how tokens reach their experts.
+      backend: of the kernels.
+      expert_axis: the mesh axis that experts are spread over; None where each device has all.
+    """
+
+    execution: Execution
+    dispatcher: Dispatcher
+    backend: str
+    expert_axis: str | None = None
+
+    def lora(self, terms: Mapping[str, Sequence[Term]]) -> dict[str, Any]:
+        """See `routing.dispatch.Strategy`; terms without gates move no tokens."""
+        always = {site: [t for t in some if t.gates is None] for site, some in terms.items()}
+        out = stacked_lora({site: some for site, some in always.items() if some})
+        for site, some in terms.items():
+            for term in some:
+                if term.gates is not None:
+                    delta = self._term(site, term)
+                    out[site] = out[site] + delta if site in out else delta
+        return out
+
+    def _term(self, site: str, term: Term):
+        b_ExrxO = term.lora_b_ExrxO
+        if term.scale_Exr is not None:
+            b_ExrxO = b_ExrxO * term.scale_Exr[..., None]
+        split_in = row_parallel(site)
+        wide = term.lora_a_DxExr.shape[0] if split_in else b_ExrxO.shape[2]
+        part = self._tensor(wide)
+        on_in, on_out = (part, None) if split_in else (None, part)
+        run = self._sharded(
+            functools.partial(self._local_lora, on_in),
+            (self._tokens(on_in), (on_in, self.expert_axis), (self.expert_axis, None, on_out)),
+            on_out,
+        )
+        weights_BxTxK = term.s * term.gates.weights_BxTxK
+        return run(term.gates.picks_BxTxK, weights_BxTxK, term.x_BxTxD, term.lora_a_DxExr, b_ExrxO)
+
+    def _local_lora(self, summed, picks_BxTxK, weights_BxTxK, x_BxTxD, a_DxExr, b_ExrxO):
+        """One device's share; `summed` is the mesh axis over which D is cut, if any."""
+        rows, plan = self._dispatch(picks_BxTxK, weights_BxTxK, x_BxTxD, a_DxExr.shape[1])
+        if summed is None:
+            y_MxO = grouped_lora(
+                rows.x_MxD,
+                jnp.moveaxis(a_DxExr, 0, 2),
+                b_ExrxO,
+                rows.weight_M,
+                rows.sizes_E,
+                backend=self.backend,
+            )
+        else:
+            a_ExDxr = jnp.moveaxis(a_DxExr, 0, 1)
+            h_Mxr = grouped_matmul(rows.x_MxD, a_ExDxr, rows.sizes_E, backend=self.backend)
+            h_Mxr = jax.lax.psum(h_Mxr.astype(jnp.float32), summed) * rows.weight_M[:, None]
+            y_MxO = grouped_matmul(
+                h_Mxr.astype(x_BxTxD.dtype), b_ExrxO, rows.sizes_E, backend=self.backend
+            )
+        return self._combine(plan, y_MxO, x_BxTxD)
+
+    def ffn(self, x_BxTxD, gates: Gates, params: Mapping[str, Any], activation: Callable):
+        """See `routing.dispatch.Strategy`."""
+        part = self._tensor(params["gate"].shape[2])
+        on = self.expert_axis
+        run = self._sharded(
+            functools.partial(self._local_ffn, activation, part),
+            (self._tokens(None), (on, None, part), (on, None, part), (on, part)),
+            None,
+        )
+        # Cast before they are gathered: whole experts in float32 would take twice the room.
+        experts = (params[name].astype(x_BxTxD.dtype) for name in ("gate", "up", "down"))
+        return run(gates.picks_BxTxK, gates.weights_BxTxK, x_BxTxD, *experts)
+
+    def _local_ffn(
+        self, activation, summed, picks_BxTxK, weights_BxTxK, x_BxTxD, gate_ExDxF, up_ExDxF,
+        down_ExFxD,
+    ):  # fmt: skip
+        rows, plan = self._dispatch(picks_BxTxK, weights_BxTxK, x_BxTxD, gate_ExDxF.shape[0])
+        product = functools.partial(grouped_matmul, sizes_E=rows.sizes_E, backend=self.backend)
+        h_MxF = activation(product(rows.x_MxD, gate_ExDxF)) * product(rows.x_MxD, up_ExDxF)
+        h_MxF = (h_MxF.astype(jnp.float32) * rows.weight_M[:, None]).astype(h_MxF.dtype)
+        y_BxTxD = self._combine(plan, product(h_MxF, down_ExFxD), x_BxTxD)
+        return y_BxTxD if summed is None else jax.lax.psum(y_BxTxD, summed)
+
+    def _dispatch(self, picks_BxTxK, weights_BxTxK, x_BxTxD, local_experts: int):
+        mesh = self.execution.mesh
+        devices = mesh.shape[self.expert_axis] if self.expert_axis else 1
+        flat = (v.reshape(-1, v.shape[-1]) for v in (x_BxTxD, picks_BxTxK, weights_BxTxK))
+        return self.dispatcher.dispatch(*flat, local_experts * devices)
+
+    def _combine(self, plan, y_MxO, x_BxTxD):
+        return self.dispatcher.combine(plan, y_MxO).reshape(*x_BxTxD.shape[:2], -1)
+
+    def _tensor(self, wide: int) -> str | None:
+        """The mesh axis that a wide dimension is cut over, as the sharding rules have it."""
+        mesh = self.execution.mesh
+        size = mesh.shape.get("tensor", 1) if mesh else 1
+        return "tensor" if size > 1 and wide % size == 0 else None
+
+    def _tokens(self, width: str | None) -> tuple:
+        """The axes of a `[B, T, width]` array."""
+        rows = self.execution.activations.spec[0] if self.execution.mesh else None
+        return (rows, None, width)
+
+    def _sharded(self, function: Callable, axes: Sequence[tuple], out_width: str | None):
+        """`function(picks, weights, *arrays)` on every device's share of the arrays.
+
+        The kernels cannot be cut up by the compiler, and plain sorting would be, across devices.
+        """
+        if self.execution.mesh is None:
+            return function
+        tokens = PartitionSpec(*self._tokens(None))
+        return jax.shard_map(
+            function,
+            mesh=self.execution.mesh,
+            in_specs=(tokens, tokens, *(PartitionSpec(*one) for one in axes)),
+            out_specs=PartitionSpec(*self._tokens(out_width)),
+            check_vma=False,
+        )

@@ -1,0 +1,77 @@
+"""The strategies that move tokens, on meshes of eight devices: the values and gradients of one."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from medmoe_jax.base.decoder import Execution
+from medmoe_jax.errors import UserError
+from medmoe_jax.parallel.mesh import AXES, batch_sharding, make_mesh
+from medmoe_jax.routing.dispatch import strategy
+from tests.naive import rel
+from tests.routing import loads
+
+pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (simulated) devices")
+
+TOP_K = 2
+# Every way to cut eight devices into four axes.
+SHAPES = [s for s in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(s) == 8]
+QUICK = {("all_to_all", (1, 1, 4, 2)), ("grouped", (2, 2, 1, 2))}
+# Without an expert axis `all_to_all` is `grouped`.
+CASES = [
+    pytest.param(
+        name,
+        shape,
+        id=f"{name}-{'x'.join(map(str, shape))}",
+        marks=() if (name, shape) in QUICK else pytest.mark.slow,
+    )
+    for shape in SHAPES
+    for name in (["all_to_all"] if shape[2] > 1 else ["grouped"])
+]
+
+
+@pytest.fixture(autouse=True)
+def quick():
+    """Tiny programs: compiling well takes longer than running badly."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def on_mesh(name, shape):
+    """The strategy on a mesh of that shape."""
+    mesh = make_mesh(dict(zip(AXES, shape, strict=True)), jax.devices()[:8])
+    return strategy(name, Execution(activations=batch_sharding(mesh, 3)))
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES)
+def test_eight_devices_agree_with_one(name, shape):
+    run = jax.jit(loads.loss_of(on_mesh(name, shape), TOP_K))
+    for load in ("uneven", "one_takes_all", "padding"):
+        tree, valid = loads.arrays(load)
+        grads, out = run(tree, valid)
+        want_grads, want = loads.compiled("reference", TOP_K)(tree, valid)
+        for key in want:
+            assert rel(out[key], want[key]) < 1e-5, (load, key)
+        for key in want_grads:
+            assert rel(grads[key], want_grads[key]) < 1e-4, (load, key)
+
+
+def test_every_pick_travels_to_few_experts():
+    """Two experts a device and four picks a token: a parcel holds at most two rows a token."""
+    run = jax.jit(loads.loss_of(on_mesh("all_to_all", (2, 1, 4, 1)), 4))
+    tree, valid = loads.arrays("one_takes_all")
+    grads, out = run(tree, valid)
+    want_grads, want = loads.compiled("reference", 4)(tree, valid)
+    assert max(rel(out[key], want[key]) for key in want) < 1e-5
+    assert max(rel(grads[key], want_grads[key]) for key in want_grads) < 1e-4
+
+
+def test_an_axis_that_does_not_divide_the_experts_is_refused():
+    run = on_mesh("all_to_all", (1, 2, 4, 1))
+    run.check("bank 'noise'", 8)
+    with pytest.raises(UserError, match=r"bank 'noise': 6 experts do not divide .*expert 4"):
+        run.check("bank 'noise'", 6)
+    on_mesh("grouped", (1, 2, 4, 1)).check("bank 'noise'", 6)
