@@ -19,7 +19,8 @@ import numpy as np
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.errors import UserError
 
-_FACTORS = ("lora_a", "lora_b", "scale")
+# Factors of a bank: the axis of r, and what broadcasts `[N, E, r]` to its axes.
+_FACTORS = {"lora_a": (3, np.s_[:, None]), "lora_b": (2, np.s_[..., None]), "scale": (2, np.s_[:])}
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def ranks(spec: BankSpec, params) -> dict[str, list[list[int]]]:
 
 
 def prune(spec: BankSpec, params) -> tuple[BankSpec, Any]:
-    """The same function at the largest rank that any matrix kept (at least 1).
+    """The same function at the largest rank that any matrix kept (at least 1), on the host.
 
     Every matrix's kept triplets come first; where it kept fewer, the rest is zero. s is unchanged.
     """
@@ -218,13 +219,8 @@ def prune(spec: BankSpec, params) -> tuple[BankSpec, Any]:
     for site, mask in masks.items():
         order_NxExr = np.argsort(~mask, axis=-1, kind="stable")[..., :rank]
         stays_NxExr = np.take_along_axis(mask, order_NxExr, axis=-1)
-        p = params[site]
-        a_order = jnp.asarray(order_NxExr)[:, None]
-        b_order = jnp.asarray(order_NxExr)[..., None]
-        out[site] = {
-            **p,
-            "lora_a": jnp.take_along_axis(p["lora_a"], a_order, axis=3) * stays_NxExr[:, None],
-            "lora_b": jnp.take_along_axis(p["lora_b"], b_order, axis=2) * stays_NxExr[..., None],
-            "scale": jnp.take_along_axis(p["scale"], a_order[:, 0], axis=2) * stays_NxExr,
-        }
+        out[site] = dict(params[site])
+        for name, (axis, widen) in _FACTORS.items():
+            leaf = np.take_along_axis(np.asarray(params[site][name]), order_NxExr[widen], axis)
+            out[site][name] = np.where(stays_NxExr[widen], leaf, np.float32(0))
     return spec.replace(rank=rank, alpha=spec.s * rank, rank_stabilised=False), out
