@@ -232,6 +232,21 @@ def init(spec: BankSpec, config: DecoderConfig, key: jax.Array, base=None):
     return jax.tree_util.tree_map_with_path(leaf, abstract(spec, config))
 
 
+def split_gate(params) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`(gate, rest)` of a bank's parameters: its routers and mixing weights, and all else."""
+    gate = {key: value for key, value in params.items() if key == "mix"}
+    rest = {}
+    for site, leaves in params.items():
+        if site == "mix":
+            continue
+        if "router" in leaves:
+            gate[site] = {"router": leaves["router"]}
+        others = {key: value for key, value in leaves.items() if key != "router"}
+        if others:
+            rest[site] = others
+    return gate, rest
+
+
 def count(params) -> int:
     """Number of parameters in a nested dict; a quantised kernel counts its weights."""
     return sum(math.prod(leaf.shape) for _, leaf in trees.flatten(params))

@@ -2,13 +2,13 @@
 
 Axes: N layers, D input width, E experts, r rank, O output width.
 `roster` is `{bank: (BankSpec, state)}` in order, `banks` is `{bank: parameters}`. States:
-`train`, `frozen`, `off` (kept, absent from the forward), `merged` (inside the base's weights;
-kept so that a load can replay the merge).
+`train`, `gate` (only its routers or mixing weights train), `frozen`, `off` (kept, absent from the
+forward), `merged` (inside the base's weights; kept so that a load can replay the merge).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,12 +22,13 @@ from medmoe_jax.base.quantised import Quantised
 from medmoe_jax.errors import UserError
 
 Roster = Mapping[str, tuple[BankSpec, str]]
-STATES = ("train", "frozen", "off", "merged")
+STATES = ("train", "gate", "frozen", "off", "merged")
+ACTIVE = ("train", "gate", "frozen")
 
 
 def active_banks(roster: Roster) -> tuple[BankSpec, ...]:
     """The banks that take part in the forward pass, in order."""
-    return tuple(spec for spec, state in roster.values() if state in ("train", "frozen"))
+    return tuple(spec for spec, state in roster.values() if state in ACTIVE)
 
 
 def add(roster: Roster, banks, spec: BankSpec, config: DecoderConfig, key, base=None):
@@ -102,23 +103,18 @@ def fold(roster: Roster, banks, base, *, donate: bool = False):
     Raises:
       UserError: a bank's gate depends on the token.
     """
-    active = [
-        (s, banks[name]) for name, (s, state) in roster.items() if state in ("train", "frozen")
-    ]
+    active = [(s, banks[name]) for name, (s, state) in roster.items() if state in ACTIVE]
     return merge_into(quantised.dequantise(base, jnp.float32), active, donate=donate)
 
 
-def stack(name: str, members: list[tuple[BankSpec, Any]]) -> tuple[BankSpec, Any]:
-    """E banks of one `always` expert as one bank of E experts, computing the same sum.
-
-    Ranks are padded with zeros to the largest; each member's s goes into Λ, so that the stacked
-    bank has s = 1.
+def stacked_spec(name: str, specs: Sequence[BankSpec], **gate: Any) -> BankSpec:
+    """The bank that `stack` makes of these; `gate` are fields of its gate, by default `always`.
 
     Raises:
-      UserError: members differ in sites, layers or dropout, or are gated or not single.
+      UserError: they differ in sites, layers or dropout, or are gated or not single.
     """
-    first = members[0][0]
-    for spec, _ in members:
+    first = specs[0]
+    for spec in specs:
         if spec.experts != 1 or spec.gate != "always":
             raise UserError(f"stack '{name}': bank '{spec.name}' is not one always-on expert")
         same = (spec.sites, spec.start, spec.stop, spec.dropout)
@@ -127,16 +123,37 @@ def stack(name: str, members: list[tuple[BankSpec, Any]]) -> tuple[BankSpec, Any
                 f"stack '{name}': '{spec.name}' differs from '{first.name}' in sites, layers or "
                 "dropout"
             )
-    rank = max(spec.rank for spec, _ in members)
+    rank = max(spec.rank for spec in specs)
+    return first.replace(
+        name=name,
+        experts=len(specs),
+        rank=rank,
+        alpha=float(rank),
+        rank_stabilised=False,
+        learned_scale=True,
+        **gate,
+    )
+
+
+def stack(name: str, members: Sequence[tuple[BankSpec, Any]]) -> tuple[BankSpec, Any]:
+    """E banks of one `always` expert as one bank of E experts, computing the same sum.
+
+    Ranks are padded with zeros to the largest; each member's s goes into Λ, so that the stacked
+    bank has s = 1.
+
+    Raises:
+      UserError: see `stacked_spec`.
+    """
+    spec = stacked_spec(name, [member for member, _ in members])
 
     def widen(leaf, r_axis: int):
         pad = [(0, 0)] * leaf.ndim
-        pad[r_axis] = (0, rank - leaf.shape[r_axis])
+        pad[r_axis] = (0, spec.rank - leaf.shape[r_axis])
         return jnp.pad(leaf, pad)
 
     params = {}
-    for site in first.sites:
-        parts = [(spec, p[site]) for spec, p in members]
+    for site in spec.sites:
+        parts = [(member, p[site]) for member, p in members]
         scales = [
             s.s * (p["scale"] if "scale" in p else jnp.ones((s.layers, 1, s.rank)))
             for s, p in parts
@@ -146,14 +163,6 @@ def stack(name: str, members: list[tuple[BankSpec, Any]]) -> tuple[BankSpec, Any
             "lora_b": jnp.concatenate([widen(p["lora_b"], 2) for _, p in parts], axis=1),
             "scale": jnp.concatenate([widen(x, 2) for x in scales], axis=1),
         }
-    spec = first.replace(
-        name=name,
-        experts=len(members),
-        rank=rank,
-        alpha=float(rank),
-        rank_stabilised=False,
-        learned_scale=True,
-    )
     return spec, params
 
 

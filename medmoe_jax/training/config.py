@@ -76,10 +76,11 @@ def stage(**fields: Any) -> ConfigDict:
             "after": "",  # stage whose result it starts from; empty = the base
             "merge": (),  # banks merged into the base first
             "drop": (),  # banks dropped first
+            "stack": ConfigDict(),  # {new bank: stacked(...)}: banks that become one
             "banks": ConfigDict(),  # {name: bank(...)} added, in state `train`
-            "states": ConfigDict(),  # {name: train | frozen | off} of banks that are there
+            "states": ConfigDict(),  # {name: train | gate | frozen | off} of banks that are there
             "train_base": (),  # globs of base leaves trained in this stage
-            "losses": ConfigDict(),  # {name: orthogonality(...) | orthonormality(...)}
+            "losses": ConfigDict(),  # {name: orthogonality(...) or another term}
             "allocators": ConfigDict(),  # {name: allocator(...)}
             "mixture": ConfigDict(),  # {source: weight}
             "steps": 0,  # 0 = by epochs
@@ -125,6 +126,17 @@ def bank(**fields: Any) -> ConfigDict:
     )
 
 
+def stacked(of: tuple[str, ...], gate: str = "skill", **fields: Any) -> ConfigDict:
+    """Banks of one expert that become one bank with a gate; it enters in state `gate`.
+
+    The fields are those of the gate in `bank`.
+    """
+    gates = ("top_k", "renormalise", "router_bias", "router_noise", "balance_loss", "z_loss")
+    gates += ("mix_per_layer", "mix_softmax")
+    defaults = {key: value for key, value in bank().items() if key in gates}
+    return _filled({"of": of, "gate": gate, **defaults}, fields)
+
+
 def source(path: str = "", reader: str = "rows", split: str = "train") -> ConfigDict:
     """Rows of conversations: a built data set, a JSON/JSONL file, or a named reader's split."""
     return ConfigDict({"path": path, "reader": reader, "split": split})
@@ -166,3 +178,8 @@ def allocator(bank: str, target_rank: int, **fields: Any) -> ConfigDict:
         },
         fields,
     )
+
+
+def sparsity(bank: str, **fields: Any) -> ConfigDict:
+    """The term of `adapters.sparsity` on one bank's mixing weights."""
+    return _filled({"kind": "sparsity", "bank": bank, "weight": 0.05}, fields)

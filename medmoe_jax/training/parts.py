@@ -11,7 +11,9 @@ import optax
 
 from medmoe_jax.adapters import lifecycle
 from medmoe_jax.adapters.adalora import Plan
+from medmoe_jax.adapters.bank import split_gate
 from medmoe_jax.adapters.lifecycle import Roster
+from medmoe_jax.base import trees
 from medmoe_jax.parallel.mesh import replicated
 from medmoe_jax.parallel.rules import shardings, state_shardings
 from medmoe_jax.training import allocation
@@ -43,11 +45,17 @@ def make_objective(setup: Setup, stage: Stage, roster: Roster) -> Objective:
 
 
 def split(stage: Stage, roster: Roster, banks, base) -> tuple[dict, dict]:
-    """`(frozen, trainable)` trees of a stage."""
-    frozen_base, trained = split_base(base, stage.train_base)
-    trains = {name for name, (_, state) in roster.items() if state == "train"}
-    frozen = {"base": frozen_base, "banks": {k: v for k, v in banks.items() if k not in trains}}
-    return frozen, {"banks": {k: v for k, v in banks.items() if k in trains}, "base": trained}
+    """`(frozen, trainable)` trees of a stage; a bank may lie in both, its gate in the second."""
+    frozen_base, trained_base = split_base(base, stage.train_base)
+    frozen: dict = {"base": frozen_base, "banks": {}}
+    trainable: dict = {"base": trained_base, "banks": {}}
+    for name, params in banks.items():
+        state = roster[name][1]
+        gate, rest = split_gate(params) if state == "gate" else ({}, params)
+        (trainable if state == "train" else frozen)["banks"][name] = rest
+        if gate:
+            trainable["banks"][name] = gate
+    return frozen, trainable
 
 
 def place(setup: Setup, optimiser, trainable, frozen) -> tuple[TrainState, dict]:
@@ -70,7 +78,7 @@ def make_probe(
 
     @jax.jit
     def measure(trainable, frozen_banks):
-        banks = {**frozen_banks, **trainable["banks"]}
+        banks = trees.overlay(frozen_banks, trainable["banks"])
         return [term.measure(specs, banks) for term in objective.terms]
 
     def probe(state: TrainState) -> dict[str, float]:

@@ -14,21 +14,25 @@ from ml_collections import ConfigDict
 
 from medmoe_jax.adapters import lifecycle
 from medmoe_jax.adapters.adalora import Allocator, Plan
-from medmoe_jax.adapters.bank import BankSpec, abstract, match_layers, match_sites
+from medmoe_jax.adapters.bank import BankSpec, abstract, init, match_layers, match_sites
 from medmoe_jax.adapters.lifecycle import Roster
+from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.adapters.orthogonality import Orthogonality
 from medmoe_jax.adapters.orthonormality import Orthonormality
+from medmoe_jax.adapters.sparsity import Sparsity
 from medmoe_jax.base import decoder as base_decoder
 from medmoe_jax.base import trees
 from medmoe_jax.base.config import DecoderConfig
+from medmoe_jax.base.quantised import KERNELS
 from medmoe_jax.errors import UserError
 from medmoe_jax.training.step import Term, match_leaves
 
-_STATES = ("train", "frozen", "off")  # `merged` comes from `merge` only
+_STATES = ("train", "gate", "frozen", "off")  # `merged` comes from `merge` only
 # What `kind` of an entry of `losses` makes.
 TERMS: Mapping[str, Callable[..., Term]] = {
     "orthogonality": Orthogonality,
     "orthonormality": Orthonormality,
+    "sparsity": Sparsity,
 }
 
 
@@ -39,6 +43,7 @@ class Stage:
     Attributes:
       name, after: its name and the stage it starts from ("" = the base).
       merge, drop: banks merged or dropped before it.
+      stack: `{new bank: (banks that become it, fields of its gate)}`.
       added: banks it adds.
       states: `{bank: state}` it sets.
       train_base: globs of base leaves it trains.
@@ -52,6 +57,7 @@ class Stage:
     after: str
     merge: tuple[str, ...]
     drop: tuple[str, ...]
+    stack: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any]]]
     added: tuple[BankSpec, ...]
     states: Mapping[str, str]
     train_base: tuple[str, ...]
@@ -118,12 +124,16 @@ def _parse_stage(name: str, config: ConfigDict, decoder: DecoderConfig) -> Stage
                 f"stages.{name}.states.{bank}: '{state}' is none of {', '.join(_STATES)}"
             )
     with _within(f"stages.{name}."):
-        match_leaves(base_decoder.shapes(decoder), tuple(section.train_base))
+        _check_train_base(tuple(section.train_base), config.base.quantise, decoder)
     return Stage(
         name=name,
         after=section.after,
         merge=tuple(section.merge),
         drop=tuple(section.drop),
+        stack={
+            key: (tuple(fields.of), {k: v for k, v in fields.items() if k != "of"})
+            for key, fields in section.stack.items()
+        },
         added=tuple(bank_spec(key, b, decoder) for key, b in section.banks.items()),
         states=dict(section.states),
         train_base=tuple(section.train_base),
@@ -135,6 +145,15 @@ def _parse_stage(name: str, config: ConfigDict, decoder: DecoderConfig) -> Stage
         mixture=mixture,
         config=section,
     )
+
+
+def _check_train_base(patterns: tuple[str, ...], quantise: str, decoder: DecoderConfig) -> None:
+    codes = match_leaves(base_decoder.shapes(decoder), patterns) & (KERNELS if quantise else set())
+    if codes:
+        raise UserError(
+            f"train_base: {', '.join(sorted(codes))} cannot be trained, because base.quantise is "
+            f"'{quantise}'; name other leaves, or leave base.quantise empty"
+        )
 
 
 def _term(where: str, fields: Mapping[str, Any]) -> Term:
@@ -161,7 +180,7 @@ def _within(where: str) -> Iterator[None]:
 
 
 def next_roster(stage: Stage, roster: Roster) -> Roster:
-    """The roster of a stage, from that of the one it starts from: merge, drop, states, add."""
+    """A stage's roster, from the one it starts from: merge, drop, stack, states, add."""
     for name in stage.merge:
         spec, state = lifecycle.find(roster, name)
         lifecycle.check_mergeable(spec)
@@ -170,6 +189,8 @@ def next_roster(stage: Stage, roster: Roster) -> Roster:
         roster = {**roster, name: (spec, "merged")}
     for name in stage.drop:
         roster, _ = lifecycle.drop(roster, {}, name)
+    for name, (of, gate) in stage.stack.items():
+        roster = _stacked(roster, name, of, gate)
     for name, state in stage.states.items():
         roster = lifecycle.set_state(roster, name, state)
     for spec in stage.added:
@@ -179,16 +200,33 @@ def next_roster(stage: Stage, roster: Roster) -> Roster:
     return roster
 
 
+def _stacked(roster: Roster, name: str, of, gate: Mapping[str, Any]) -> Roster:
+    """The roster with the banks `of` become one."""
+    specs = [lifecycle.find(roster, member)[0] for member in of]
+    if not specs:
+        raise UserError(f"stack '{name}': `of` names no bank")
+    left = {key: entry for key, entry in roster.items() if key not in of}
+    if name in left:
+        raise UserError(f"bank '{name}' is there already; names are unique in a recipe")
+    return {**left, name: (lifecycle.stacked_spec(name, specs, **gate), "gate")}
+
+
 def _check(stage: Stage, before: Roster, decoder: DecoderConfig) -> Roster:
     with _within(f"stages.{stage.name}: "):
         roster = next_roster(stage, before)
     trained = [name for name, (_, state) in roster.items() if state == "train"]
-    if not trained and not stage.train_base:
+    gated = [spec for spec, state in roster.values() if state == "gate"]
+    for spec in gated:
+        if spec.gate == "always":
+            raise UserError(f"stages.{stage.name}: bank '{spec.name}' has no gate to train")
+    if not (trained or gated or stage.train_base):
         raise UserError(
             f"stages.{stage.name} trains nothing: add a bank, set one to 'train', or name base "
             "leaves in train_base"
         )
     active = {spec.name: spec for spec in lifecycle.active_banks(roster)}
+    with _within(f"stages.{stage.name}: "):
+        AdaptedConfig(decoder, tuple(active.values()))
     for term in stage.terms:
         _check_term(stage.name, term, active, decoder)
     _check_allocators(stage, trained, active)
@@ -258,12 +296,21 @@ def start(stage: Stage, roster: Roster, banks, base, decoder: DecoderConfig):
         roster, base = lifecycle.merge(roster, banks, base, name, donate=True)
     for name in stage.drop:
         roster, banks = lifecycle.drop(roster, banks, name)
+    key = jax.random.key(stage.config.seed)
+
+    def key_of(name: str):
+        return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+    for name, (of, gate) in stage.stack.items():
+        _, experts = lifecycle.stack(name, [(roster[m][0], banks[m]) for m in of])
+        roster = _stacked(roster, name, of, gate)
+        fresh = init(roster[name][0], decoder, key_of(name))
+        banks = {key: params for key, params in banks.items() if key not in of}
+        banks[name] = trees.overlay(fresh, experts)
     for name, state in stage.states.items():
         roster = lifecycle.set_state(roster, name, state)
-    key = jax.random.key(stage.config.seed)
     for spec in stage.added:
-        name_key = jax.random.fold_in(key, zlib.crc32(spec.name.encode()))
-        roster, banks = lifecycle.add(roster, banks, spec, decoder, name_key)
+        roster, banks = lifecycle.add(roster, banks, spec, decoder, key_of(spec.name), base)
     return roster, banks, base
 
 

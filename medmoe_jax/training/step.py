@@ -90,7 +90,7 @@ def nll(config: AdaptedConfig, trainable, frozen, batch: Mapping[str, jax.Array]
     Returns:
       `(Σ nll, (Σ weight, {"bank/site": RouterStats}))`.
     """
-    banks = {**frozen["banks"], **trainable["banks"]}
+    banks = trees.overlay(frozen["banks"], trainable["banks"])
     targets_BxT, weights_BxT = next_token_targets(
         batch["tokens"], batch["loss_mask"], batch["segment_ids"]
     )
@@ -144,7 +144,7 @@ def _micro_loss(config: AdaptedConfig, trainable, frozen, batch, key):
 
 def _weighted_term(objective: Objective, term: Term, trainable, frozen):
     """λ · term, and the term's value."""
-    banks = {**frozen["banks"], **trainable["banks"]}
+    banks = trees.overlay(frozen["banks"], trainable["banks"])
     value = term.value({spec.name: spec for spec in objective.specs}, banks)
     return term.weight * value, value
 

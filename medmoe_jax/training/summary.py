@@ -9,8 +9,8 @@ from rich.table import Table
 
 from medmoe_jax.adapters.bank import count
 from medmoe_jax.adapters.lifecycle import Roster
+from medmoe_jax.base import trees
 from medmoe_jax.base.config import DecoderConfig
-from medmoe_jax.base.trees import flatten
 from medmoe_jax.training.recipe import Stage
 
 console = Console(stderr=True)
@@ -28,9 +28,9 @@ def print_stage(
     table = Table(title=f"stage '{stage.name}': {steps} steps", title_justify="left")
     for column in ("bank", "state", "sites", "layers", "experts x rank", "gate", "parameters"):
         table.add_column(column, justify="right" if column == "parameters" else "left")
-    banks = {**frozen["banks"], **trainable["banks"]}
+    banks = trees.overlay(frozen["banks"], trainable["banks"])
     for name, (spec, state) in roster.items():
-        gate = f"{spec.gate}, top {spec.top_k}" if spec.gate == "token" else spec.gate
+        gate = f"{spec.gate}, top {spec.top_k}" if spec.routed else spec.gate
         table.add_row(
             name,
             state,
@@ -40,7 +40,7 @@ def print_stage(
             gate,
             f"{count(banks[name]):,}",
         )
-    for path, leaf in flatten(trainable["base"]):
+    for path, leaf in trees.flatten(trainable["base"]):
         table.add_row("(base)", "train", path, "", "", "", f"{leaf.size:,}")
     console.print(table)
     trains = count(trainable)

@@ -1,0 +1,59 @@
+"""Keeping few of a bank's mixing weights away from zero.
+
+Axes: N layers (or 1), E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from medmoe_jax.adapters.bank import BankSpec, mixing
+from medmoe_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """The term `weight · mean |a|` on the mixing weights a of a `skill` gate.
+
+    Attributes:
+      bank: whose mixing weights.
+      weight: on the mean.
+    """
+
+    bank: str
+    weight: float = 0.05
+
+    @property
+    def name(self) -> str:
+        """Of its metrics."""
+        return f"sparsity/{self.bank}"
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """The banks that it reads."""
+        return (self.bank,)
+
+    def value(self, specs: Mapping[str, BankSpec], banks) -> jax.Array:
+        """The unweighted term, float32 scalar."""
+        return jnp.mean(jnp.abs(self.measure(specs, banks)))
+
+    def measure(self, specs: Mapping[str, BankSpec], banks) -> jax.Array:
+        """The mixing weights, float32 `[N, E]`.
+
+        Raises:
+          UserError: the bank has none.
+        """
+        spec = specs[self.bank]
+        if spec.gate != "skill":
+            raise UserError(f"sparsity: bank '{self.bank}' has gate '{spec.gate}', not 'skill'")
+        return mixing(spec, banks[self.bank]["mix"]["weight"])
+
+    def figures(self, measured) -> dict[str, float]:
+        """Each expert's mixing weight, averaged over the layers."""
+        means = np.asarray(measured).mean(0)
+        return {f"mix/{self.bank}/{e}": float(value) for e, value in enumerate(means)}
