@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from medmoe_jax.checkpoints import stages as store
-from medmoe_jax.training.identity import stage_dir
-from medmoe_jax.training.setup import Setup
 
 
 def random_leaf(path, struct, size: float):
@@ -25,11 +23,10 @@ def random_leaf(path, struct, size: float):
     return jnp.asarray(x)
 
 
-def randomise(setup: Setup, workdir: Path, target: Path, size: float) -> Path:
-    """A copy of a work directory in which the banks of every finished stage are random."""
-    shutil.copytree(workdir, target)
-    for stage in setup.stages:
-        directory = stage_dir(target, stage.name)
+def randomise(workdir: Path, target: Path, size: float) -> Path:
+    """A copy of a work directory in which the banks of every stage, all finished, are random."""
+    shutil.copytree(workdir, target, ignore=shutil.ignore_patterns("steps"))
+    for directory in sorted((target / "stages").iterdir()):
         final, manifest = store.load_final(directory)
         banks = jax.tree_util.tree_map_with_path(
             lambda path, leaf: random_leaf(path, leaf, size), final["banks"]

@@ -16,12 +16,10 @@ from medmoe_jax.base.loss import logits
 from medmoe_jax.checkpoints import huggingface
 from medmoe_jax.checkpoints.peft import read_peft, save_peft
 from tests import naive, tiny
+from tests.torch_side import load_adapter, load_model, peft, torch, transformers
+from tests.torch_side import logits as theirs
 
 pytestmark = pytest.mark.parity
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
-
 TOLERANCE = 2e-5  # max|a - b| / max|b|, float32
 SIZES = dict(vocab_size=53, hidden_size=48, intermediate_size=37, num_hidden_layers=3)
 GQA = dict(num_attention_heads=6, num_key_value_heads=2)
@@ -69,23 +67,6 @@ def build(family, seed=0):
 
 def tokens(vocabulary=SIZES["vocab_size"]):
     return np.random.default_rng(7).integers(3, vocabulary, (2, 17))
-
-
-def theirs(model, ids_BxT):
-    with torch.no_grad():
-        return model.eval()(torch.tensor(ids_BxT)).logits.float().numpy()
-
-
-def load_model(folder, dtype=torch.float32):
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="eager", output_loading_info=True, dtype=dtype
-    )
-    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    return model
-
-
-def load_adapter(base_folder, folder, dtype=torch.float32):
-    return peft.PeftModel.from_pretrained(load_model(base_folder, dtype), folder)
 
 
 @functools.partial(jax.jit, static_argnums=0)

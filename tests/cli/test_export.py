@@ -45,8 +45,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    setup, trained = tiny.trained()
-    return randomise(setup, trained, tmp_path_factory.mktemp("run") / "w", size=0.5)
+    return randomise(tiny.trained()[1], tmp_path_factory.mktemp("run") / "w", size=0.5)
 
 
 @pytest.fixture(scope="module")

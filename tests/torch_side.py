@@ -1,0 +1,27 @@
+"""How transformers and PEFT load a folder, for parity tests; skips them where torch is absent."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+
+def load_model(folder, dtype=torch.float32):
+    """The model in a folder, with every tensor found."""
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", output_loading_info=True, dtype=dtype
+    )
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return model
+
+
+def load_adapter(base_folder, folder, dtype=torch.float32):
+    """The model in a folder under the adapter in another."""
+    return peft.PeftModel.from_pretrained(load_model(base_folder, dtype), folder)
+
+
+def logits(model, ids_BxT):
+    """A model's logits as float32 numpy."""
+    with torch.no_grad():
+        return model.eval()(torch.tensor(ids_BxT)).logits.float().numpy()
