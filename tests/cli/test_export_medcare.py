@@ -140,13 +140,12 @@ def folder(tmp_path):
 def test_medcare_and_back(folder, record_property):
     base = build_base(folder / "base")
     arguments = recipe_arguments(base)
-    medmoe("train", *arguments, f"--workdir={tmp_path / 'trained'}")
-    workdir = randomise(tmp_path / "trained", tmp_path / "random", size=0.1)
-    exports = {kind: tmp_path / kind for kind in ("hf", "peft")}
-    for kind, folder in exports.items():
-        medmoe(
-            "export", *arguments, f"--workdir={workdir}", f"--format={kind}", f"--output={folder}"
-        )
+    medmoe("train", *arguments, f"--workdir={folder / 'trained'}")
+    workdir = randomise(folder / "trained", folder / "random", size=0.1)
+    exports = {kind: folder / kind for kind in ("hf", "peft")}
+    for kind, output in exports.items():
+        options = (f"--workdir={workdir}", f"--format={kind}", f"--output={output}")
+        medmoe("export", *arguments, *options)
 
     ids_BxT = np.random.default_rng(3).integers(3, 400, (2, 16))
     ours = reference(base, arguments, workdir, ids_BxT)
@@ -167,12 +166,9 @@ def test_medcare_and_back(folder, record_property):
         for what, other in wrong.items():
             assert naive.rel(got, other) >= 100 * TOLERANCE, f"{kind}: {what} is not seen"
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(exports["hf"])
+    before, tokenizer = map(transformers.AutoTokenizer.from_pretrained, (base, exports["hf"]))
     text = "<|im_start|>user\nWhat is codeine for?<|im_end|>"
-    assert (
-        tokenizer(text).input_ids
-        == transformers.AutoTokenizer.from_pretrained(base)(text).input_ids
-    )
+    assert tokenizer(text).input_ids == before(text).input_ids
     # The base ends a text with one token, and MedCare's answers with another.
     generation = transformers.GenerationConfig.from_pretrained(exports["hf"])
     assert generation.eos_token_id == [0, tokenizer.convert_tokens_to_ids("<|im_end|>")]
