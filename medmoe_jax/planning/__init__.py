@@ -1,0 +1,1 @@
+"""What a compiled program costs before it runs: FLOPs, bytes, collectives, memory."""

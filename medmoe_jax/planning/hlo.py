@@ -1,0 +1,368 @@
+"""FLOPs, bytes and collectives of a compiled program, counted from its optimised HLO text.
+
+XLA's own `cost_analysis()` counts the body of a loop once, charges a fusion that reads one slice
+of an array for the whole array, and knows nothing of a Pallas kernel. The rules here:
+
+- A loop's body is multiplied by its trips; of a conditional the dearest branch counts.
+- FLOPs are those of products (`dot`, `convolution`: 2 an element pair, padding left out) and of
+  Pallas kernels. Elementwise work is not counted.
+- Bytes are what instructions outside fusions read from and write to the device's main memory:
+  operands and results, except those in on-chip memory (`S(1)` in a layout). A slice, gather or
+  dynamic slice counts by what it reads, an update in place by what it writes, also inside a
+  fusion; tuples, bitcasts and the ends of asynchronous pairs are free.
+- A Pallas kernel counts as `kernels` says (see `planning.pallas`), else by its own
+  `cost_estimate`, else by its operands and results once; the last are listed in `unknown`.
+- A collective's bytes are its larger side, its operands or its results, on one device.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from medmoe_jax.planning.hlo_text import Array, Computation, Instruction, parse
+from medmoe_jax.planning.trips import trip_count
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-permute",
+    "ragged-all-to-all",
+    "reduce-scatter",
+)
+_FREE = {
+    "after-all",
+    "bitcast",
+    "constant",
+    "get-tuple-element",
+    "opt-barrier",
+    "parameter",
+    "partition-id",
+    "replica-id",
+    "tuple",
+}
+_SLICES = {"dynamic-slice", "gather", "slice", "slice-start"}
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # the operand that is written
+
+
+class Cost(NamedTuple):
+    """Of one run of a kernel."""
+
+    flops: float
+    bytes: float
+
+
+class Traffic(NamedTuple):
+    """Of one kind of collective, over the whole program."""
+
+    count: float
+    bytes: float
+
+
+class Buffer(NamedTuple):
+    """An array that the program holds, beside its arguments."""
+
+    bytes: int
+    shape: tuple[int, ...]
+    name: str
+
+
+@dataclass
+class Counts:
+    """What one run of a program costs on one device.
+
+    Attributes:
+      flops: of products and kernels.
+      bytes: to and from main memory.
+      collectives: by kind.
+      largest: the largest array that an instruction outside fusions makes.
+      unknown: loops counted once and kernels counted without FLOPs, for want of knowledge.
+    """
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    collectives: dict[str, Traffic] = field(default_factory=dict)
+    largest: Buffer = field(default_factory=lambda: Buffer(0, (), ""))
+    unknown: tuple[str, ...] = ()
+
+
+def count(text: str, kernels: Mapping[str, Cost] | None = None) -> Counts:
+    """The costs of a compiled program.
+
+    Args:
+      text: `compiled.as_text()`.
+      kernels: the cost of a run of a Pallas kernel, by its name.
+    """
+    entry, computations = parse(text)
+    counter = _Counter(computations, kernels or {})
+    counter.run(computations[entry], 1)
+    return counter.counts()
+
+
+class _Counter:
+    """One walk over the computations that are run, with how often each is."""
+
+    def __init__(self, computations: Mapping[str, Computation], kernels: Mapping[str, Cost]):
+        self.computations = computations
+        self.kernels = kernels
+        self.cost = Cost(0.0, 0.0)
+        self.largest = Buffer(0, (), "")
+        self.unknown: dict[str, None] = {}
+        # (kind, key) -> (times, bytes on the wire, bytes in memory)
+        self.collectives: dict[tuple[str, str], tuple[float, int, int]] = {}
+
+    def counts(self) -> Counts:
+        traffic: dict[str, Traffic] = defaultdict(lambda: Traffic(0, 0))
+        in_memory = 0.0
+        for (kind, _), (times, wire, memory) in self.collectives.items():
+            old = traffic[kind]
+            traffic[kind] = Traffic(old.count + times, old.bytes + times * wire)
+            in_memory += times * memory
+        return Counts(
+            self.cost.flops,
+            self.cost.bytes + in_memory,
+            dict(traffic),
+            self.largest,
+            tuple(self.unknown),
+        )
+
+    def run(self, here: Computation, times: float) -> None:
+        """Count a computation outside fusions."""
+        for one in here.instructions.values():
+            self._see(one)
+            if one.opcode == "while":
+                self._loop(here, one, times)
+            elif one.opcode == "conditional":
+                self._branches(one, times)
+            elif one.opcode in ("call", "async-start"):
+                self.run(self._inner(one), times)
+            elif _kind(one):
+                self._collective(here, one, times)
+            elif one.opcode == "fusion":
+                self._fusion(here, one, times)
+            elif one.opcode not in _FREE and not one.opcode.endswith(("-done", "-update")):
+                self._add(*self._plain(here, one), times)
+
+    def _inner(self, one: Instruction) -> Computation:
+        return self.computations[one.called("calls") or one.called("to_apply")]
+
+    def _add(self, flops: float, bytes_: float, times: float) -> None:
+        self.cost = Cost(self.cost.flops + times * flops, self.cost.bytes + times * bytes_)
+
+    def _see(self, one: Instruction) -> None:
+        if one.opcode in _FREE or one.opcode in ("while", "conditional"):
+            return
+        for array in one.arrays:
+            if array.bytes > self.largest.bytes:
+                self.largest = Buffer(array.bytes, array.shape, one.name)
+
+    def _loop(self, here: Computation, one: Instruction, times: float) -> None:
+        trips = trip_count(self.computations, here, one)
+        if trips is None:
+            self.unknown[one.name] = None
+        self.run(self.computations[one.called("body")], times * (1 if trips is None else trips))
+
+    def _branches(self, one: Instruction, times: float) -> None:
+        named = re.search(r"branch_computations=\{([^}]*)\}", one.attributes)
+        names = re.findall(r"[\w.\-]+", named[1]) if named else []
+        names = names or [one.called("true_computation"), one.called("false_computation")]
+        tried = []
+        for name in names:
+            branch = _Counter(self.computations, self.kernels)
+            branch.run(self.computations[name], 1)
+            tried.append((branch.counts().flops, branch.counts().bytes, name))
+        self.run(self.computations[max(tried)[2]], times)
+
+    def _collective(self, here: Computation, one: Instruction, times: float) -> None:
+        """A collective; the pieces of one that runs beside products share a channel.
+
+        Such a piece may lie in a loop inside the layer's, so that the least run place decides.
+        """
+        results = _results(here, one)
+        operands = [a for operand in here.operands(one) for a in operand.arrays]
+        wire = max(sum(a.bytes for a in results), sum(a.bytes for a in operands))
+        memory = _main(results) + _main(operands)
+        channel = re.search(r"channel_id=(\d+)", one.attributes)
+        key = (_kind(one), channel[1] if channel else one.name)
+        if key in self.collectives:
+            pieces = "async_collective_fusion" in here.name
+            old = self.collectives[key][0]
+            times = min(times, old) if pieces else times + old
+        self.collectives[key] = (times, wire, memory)
+
+    def _fusion(self, here: Computation, one: Instruction, times: float) -> None:
+        inner = self._inner(one)
+        self._inside(inner, times)
+        read = sum(
+            self._reads(inner, parameter, operand.arrays)
+            for parameter, operand in zip(inner.parameters(), here.operands(one), strict=True)
+        )
+        self._add(0, read + self._writes(inner, inner.instructions[inner.root]), times)
+
+    def _inside(self, inner: Computation, times: float) -> None:
+        """The products, kernels and collectives of a fusion."""
+        for one in inner.instructions.values():
+            if one.opcode == "fusion":
+                self._inside(self._inner(one), times)
+            elif _kind(one):
+                self._collective(inner, one, times)
+            else:
+                self._add(_product_flops(inner, one), 0, times)
+
+    def _reads(self, inner: Computation, source: Instruction, arrays) -> int:
+        """Bytes that a fusion reads of one parameter."""
+        whole, total = _main(arrays), 0
+        for name in set(inner.users.get(source.name, ())):
+            user = inner.instructions[name]
+            first = user.operands[0] == source.name and source.name not in user.operands[1:]
+            if user.opcode == "fusion":
+                nested = self._inner(user)
+                total += sum(
+                    self._reads(nested, parameter, arrays)
+                    for parameter, operand in zip(nested.parameters(), user.operands, strict=True)
+                    if operand == source.name
+                )
+            elif user.opcode == "bitcast":
+                total += self._reads(inner, user, arrays)
+            elif user.opcode in _SLICES and first:
+                total += sum(a.bytes for a in user.arrays)
+            elif not (user.opcode in _UPDATES and first) and user.opcode != "tuple":
+                total += 0 if _kind(user) else whole
+        return min(whole, total)
+
+    def _writes(self, inner: Computation, root: Instruction) -> int:
+        """Bytes that a fusion writes for one result."""
+        if root.opcode == "tuple":
+            return sum(self._writes(inner, one) for one in inner.operands(root))
+        if root.opcode == "parameter" or _kind(root):
+            return 0
+        if root.opcode == "bitcast":
+            return min(_main(root.arrays), self._writes(inner, inner.operands(root)[0]))
+        if root.opcode in _UPDATES:
+            return min(_main(root.arrays), _updated(inner, root))
+        return _main(root.arrays)
+
+    def _plain(self, here: Computation, one: Instruction) -> Cost:
+        """An instruction outside fusions that calls nothing."""
+        operands, results = here.operands(one), _results(here, one)
+        if one.opcode == "custom-call":
+            return self._kernel(here, one)
+        if one.opcode in _SLICES:
+            on_chip = not _main(operands[0].arrays)
+            read = 0 if on_chip else sum(a.bytes for a in results)
+            rest = sum(_main(o.arrays) for o in operands[1:])
+            return Cost(0, read + rest + _main(results))
+        if one.opcode in _UPDATES:
+            rest = sum(_main(o.arrays) for o in operands[1:])
+            return Cost(0, rest + min(_main(results), _updated(here, one)))
+        read = sum(_main(operand.arrays) for operand in operands)
+        return Cost(_product_flops(here, one), read + _main(results))
+
+    def _kernel(self, here: Computation, one: Instruction) -> Cost:
+        name = re.sub(r"(\.(\d+|clone|remat\d*))+$", "", one.name)
+        if name in self.kernels:
+            return self.kernels[name]
+        if "AllocateBuffer" in one.attributes:
+            return Cost(0, 0)
+        estimate = re.search(r'"cost_estimate":\{([^}]*)\}', one.attributes)
+        if estimate:
+            fields = {k: float(v) for k, v in re.findall(r'"(\w+)":"?([\d.e+]+)', estimate[1])}
+            return Cost(fields.get("flops", 0.0), fields.get("bytes_accessed", 0.0))
+        if "tpu_custom_call" in one.attributes:
+            self.unknown[name] = None
+        read = sum(_main(operand.arrays) for operand in here.operands(one))
+        return Cost(0, read + _main(one.arrays))
+
+
+def _kind(one: Instruction) -> str:
+    """The kind of a collective, or ""; its asynchronous end is none."""
+    kind = one.opcode.removesuffix("-start")
+    return kind if kind in COLLECTIVES else ""
+
+
+def _main(arrays) -> int:
+    """Bytes in main memory."""
+    return sum(a.bytes for a in arrays if not a.on_chip)
+
+
+def _results(here: Computation, one: Instruction) -> list[Array]:
+    """What an instruction makes; the start of an asynchronous pair repeats its operands."""
+    made = list(one.arrays)
+    if one.opcode.endswith("-start"):
+        for operand in here.operands(one):
+            for array in operand.arrays:
+                if array in made:
+                    made.remove(array)
+        made = [a for a in made if a.size > 1]
+    return made
+
+
+def _updated(here: Computation, one: Instruction) -> int:
+    """Bytes of the update that an instruction writes into its first operand."""
+    update = here.operands(one)[_UPDATES[one.opcode]]
+    return sum(a.bytes for a in update.arrays)
+
+
+def _product_flops(here: Computation, one: Instruction) -> int:
+    if one.opcode == "dot":
+        (left,) = here.operands(one)[0].arrays
+        summed = math.prod(left.shape[d] for d in one.numbers("lhs_contracting_dims"))
+        return 2 * one.arrays[0].size * summed
+    if one.opcode == "convolution":
+        return _convolution_flops(here, one)
+    return 0
+
+
+def _window(attributes: str, key: str, rank: int, default: str) -> list[str]:
+    found = re.search(rf"window=\{{[^}}]*\b{key}=([\dx_\-]+)", attributes)
+    return found[1].split("x") if found else [default] * rank
+
+
+def _convolution_flops(here: Computation, one: Instruction) -> int:
+    """2 · batch · outputs · inputs of a group · the pairs of positions that meet data.
+
+    TPU programs write a product as a convolution, a batch of them as one with holes.
+    """
+    (source,), (kernel,) = (operand.arrays for operand in here.operands(one)[:2])
+    (result,) = one.arrays
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
+    left, right, out = labels.groups()
+    groups = int((re.search(r"batch_group_count=(\d+)", one.attributes) or [0, 1])[1])
+    rank = len(left) - 2
+    pads, strides, holes, spread = (
+        _window(one.attributes, key, rank, default)
+        for key, default in (
+            ("pad", "0_0"),
+            ("stride", "1"),
+            ("lhs_dilate", "1"),
+            ("rhs_dilate", "1"),
+        )
+    )
+    pairs = 1
+    for d in range(rank):
+        size = source.shape[left.index(str(d))]
+        pairs *= _pairs(
+            size,
+            kernel.shape[right.index(str(d))],
+            result.shape[out.index(str(d))],
+            int(pads[d].split("_")[0]),
+            int(strides[d]),
+            int(holes[d]),
+            int(spread[d]),
+        )
+    outputs = result.shape[out.index("b")] * result.shape[out.index("f")]
+    return 2 * outputs * kernel.shape[right.index("i")] * pairs // groups
+
+
+def _pairs(size, window, outputs, pad, stride, hole, spread) -> int:
+    """Pairs of an output and a kernel position, of one dimension, that meet an input element."""
+    total = 0
+    for k in range(window):
+        at = (o * stride + k * spread - pad for o in range(outputs))
+        total += sum(1 for i in at if i % hole == 0 and 0 <= i // hole < size)
+    return total

@@ -1,0 +1,211 @@
+"""The counter against products counted by hand, and against XLA where that has no loop to miss."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from medmoe_jax.planning import hlo
+from medmoe_jax.planning.hlo_text import arrays_of
+
+N, D, F = 48, 64, 96
+
+
+def _text(fn, *shapes, **jit):
+    args = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
+    return jax.jit(fn, **jit).lower(*args).compile().as_text()
+
+
+def _count(fn, *shapes, **jit):
+    return hlo.count(_text(fn, *shapes, **jit))
+
+
+def _product(n, d, f):
+    return 2 * n * d * f
+
+
+def test_types():
+    a, b, c = arrays_of("(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, /*index=1*/pred[], s4[5]{0:S(2)})")
+    assert (a.shape, a.bytes, a.on_chip) == ((2, 3), 12, True)
+    assert (b.shape, b.bytes, b.on_chip) == ((), 1, False)
+    assert (c.shape, c.bytes, c.on_chip) == ((5,), 3, True)
+
+
+def test_product():
+    counts = _count(jnp.matmul, (N, D), (D, F))
+    assert counts.flops == _product(N, D, F)
+    assert counts.bytes == 4 * (N * D + D * F + N * F)
+    assert counts.largest.shape == (N, F) and counts.largest.bytes == 4 * N * F
+    assert counts.unknown == () and counts.collectives == {}
+
+
+def test_batched_product():
+    counts = _count(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (5, N, D), (5, D, F))
+    assert counts.flops == 5 * _product(N, D, F)
+
+
+@pytest.mark.parametrize("strides, padding", [((1, 1), "SAME"), ((2, 1), "VALID")])
+def test_convolution_leaves_its_padding_out(strides, padding):
+    def fn(x, k):
+        dims = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, k, strides, padding, dimension_numbers=dims)
+
+    text = _text(fn, (2, 9, 8, 3), (3, 2, 3, 5))
+    if " convolution(" not in text:
+        pytest.skip("compiled to something else")
+    rows = {"SAME": 3 * 9 - 2, "VALID": 3 * 4}[padding]
+    columns = {"SAME": 2 * 8 - 1, "VALID": 2 * 7}[padding]
+    assert hlo.count(text).flops == 2 * 2 * 5 * 3 * rows * columns
+
+
+def _stack(x, w_LxDxD):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w_LxDxD)[0]
+
+
+def test_loop_counts_its_trips_and_reads_a_slice_a_turn():
+    L = 20
+    counts = _count(_stack, (N, D), (L, D, D))
+    assert counts.flops == L * _product(N, D, D)
+    once = hlo.count(_text(lambda x, w: jnp.tanh(x @ w), (N, D), (D, D))).bytes
+    assert counts.bytes < 3 * L * once
+    assert counts.bytes < 0.5 * L * (4 * L * D * D)  # the whole stack a turn would be more
+
+
+def test_nested_loops():
+    def outer(x, w):
+        return jax.lax.scan(lambda x, _: (_stack(x, w), None), x, None, length=5)[0]
+
+    assert _count(outer, (N, D), (3, D, D)).flops == 15 * _product(N, D, D)
+
+
+def test_loop_whose_trips_the_compiler_does_not_say():
+    text = _text(_stack, (N, D), (6, D, D)).replace("known_trip_count", "nothing")
+    counts = hlo.count(text)
+    assert counts.flops == 6 * _product(N, D, D) and counts.unknown == ()
+
+
+def test_loop_that_depends_on_data_is_named():
+    def fn(x, w):
+        return jax.lax.while_loop(lambda x: x[0, 0] < 3.0, lambda x: x @ w, x)
+
+    counts = _count(fn, (N, D), (D, D))
+    assert counts.flops == _product(N, D, D) and len(counts.unknown) == 1
+
+
+def test_remat_counts_the_work_done_twice():
+    def loss(remat, x, w):
+        layer = jax.checkpoint(lambda x, w: jnp.tanh(x @ w)) if remat else _plain
+        return jnp.sum(jax.lax.scan(lambda x, w: (layer(x, w), None), x, w)[0])
+
+    def _plain(x, w):
+        return jnp.tanh(x @ w)
+
+    shapes = ((N, D), (4, D, D))
+    plain, again = (
+        _count(jax.grad(functools.partial(loss, remat), argnums=(0, 1)), *shapes).flops
+        for remat in (False, True)
+    )
+    assert plain == 4 * 3 * _product(N, D, D)
+    assert again == 4 * 4 * _product(N, D, D)
+
+
+def test_dearest_branch():
+    def fn(p, x, w):
+        return jax.lax.cond(p[0] > 0, lambda: x @ w @ w, lambda: x @ w)
+
+    assert _count(fn, (1,), (N, D), (D, D)).flops == 2 * _product(N, D, D)
+
+
+def test_gather_and_update_count_what_they_touch():
+    table, rows = (10_000, D), (8, D)
+    gathered = _count(lambda t, i: t[i.astype(jnp.int32)], table, (8,))
+    assert gathered.bytes < 20 * 4 * 8 * D
+    updated = _count(
+        lambda t, u: jax.lax.dynamic_update_slice(t, u, (5, 0)), table, rows, donate_argnums=0
+    )
+    assert updated.bytes < 20 * 4 * 8 * D
+
+
+@pytest.mark.parametrize("case", ["mlp", "attention", "norm"])
+def test_as_xla_counts_a_program_without_loops(case):
+    """FLOPs up to elementwise work, bytes up to what is read more than once."""
+
+    def mlp(x, w, v):
+        return (jax.nn.silu(x @ w) * (x @ w)) @ v
+
+    def attention(q, k, v):
+        return jax.nn.softmax(q @ k.T) @ v
+
+    def norm(x, w, v):
+        return (x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True))) @ w @ v
+
+    n = 256
+    fn = {"mlp": mlp, "attention": attention, "norm": norm}[case]
+    args = [jax.ShapeDtypeStruct((n, n), jnp.float32)] * 3
+    compiled = jax.jit(jax.grad(lambda *a: jnp.sum(fn(*a) ** 2), argnums=(0, 1, 2)))
+    compiled = compiled.lower(*args).compile()
+    ours, theirs = hlo.count(compiled.as_text()), compiled.cost_analysis()
+    assert ours.flops == pytest.approx(theirs["flops"], rel=0.03)
+    assert ours.bytes == pytest.approx(theirs["bytes accessed"], rel=0.15)
+
+
+def _sharded(fn, spec_in, spec_out, n):
+    mesh = Mesh(jax.devices()[:8], ("x",))
+    placed = jax.ShapeDtypeStruct((n,), jnp.float32, sharding=NamedSharding(mesh, spec_in))
+    mapped = jax.shard_map(fn, mesh=mesh, in_specs=spec_in, out_specs=spec_out, check_vma=False)
+    return hlo.count(jax.jit(mapped).lower(placed).compile().as_text()).collectives
+
+
+ROWS, WHOLE = PartitionSpec("x"), PartitionSpec()
+COLLECTIVES = {
+    "all-gather": (lambda v: jax.lax.all_gather(v, "x", tiled=True), ROWS, WHOLE, 1),
+    "all-reduce": (lambda v: jax.lax.psum(v, "x"), ROWS, WHOLE, 1 / 8),
+    "reduce-scatter": (lambda v: jax.lax.psum_scatter(v, "x", tiled=True), WHOLE, ROWS, 1),
+    "all-to-all": (lambda v: jax.lax.all_to_all(v, "x", 0, 0, tiled=True), ROWS, ROWS, 1 / 8),
+    "collective-permute": (
+        lambda v: jax.lax.ppermute(v, "x", [(i, (i + 1) % 8) for i in range(8)]),
+        ROWS,
+        ROWS,
+        1 / 8,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", COLLECTIVES)
+def test_collectives(kind):
+    fn, spec_in, spec_out, share = COLLECTIVES[kind]
+    n = 1024
+    assert _sharded(fn, spec_in, spec_out, n) == {kind: hlo.Traffic(1, 4 * n * share)}
+
+
+def test_collectives_in_a_loop():
+    def fn(v):
+        return jax.lax.scan(lambda v, _: (jax.lax.psum(v, "x") * 0.1, None), v, None, length=6)[0]
+
+    assert _sharded(fn, ROWS, ROWS, 1024)["all-reduce"] == hlo.Traffic(6, 6 * 4 * 128)
+
+
+KERNEL = """HloModule jit_f
+
+ENTRY %main (x: f32[8,128]) -> f32[8,128] {
+  %x = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %c = f32[8,128]{1,0:T(8,128)S(1)} copy(%x)
+  ROOT %ours.3 = f32[8,128]{1,0:T(8,128)} custom-call(%x, %c), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"a": "b"
+}}, backend_config={"custom_call_config":{"body":"TUz"COST}}
+}
+"""  # noqa: E501
+
+
+def test_kernels():
+    size = 4 * 8 * 128
+    bare = hlo.count(KERNEL.replace("COST", ""))
+    assert bare.unknown == ("ours",) and bare.flops == 0
+    assert bare.bytes == size + 2 * size  # the copy's read; the kernel's, but for on-chip memory
+    claim = ',"cost_estimate":{"flops":"500","transcendentals":"0","bytes_accessed":"70"}'
+    claimed = hlo.count(KERNEL.replace("COST", claim))
+    assert (claimed.flops, claimed.bytes, claimed.unknown) == (500, size + 70, ())
+    told = hlo.count(KERNEL.replace("COST", claim), {"ours": hlo.Cost(9, 3)})
+    assert (told.flops, told.bytes) == (9, size + 3)
