@@ -8,12 +8,13 @@ import sys
 from collections.abc import Sequence
 
 import medmoe_jax
-from medmoe_jax.cli import data, demo, evaluate, export, generate, score, tokenizer, train
+from medmoe_jax.cli import data, demo, evaluate, export, generate, import_, score, tokenizer, train
 from medmoe_jax.errors import UserError
 
 COMMANDS = {
     "demo": demo,
     "train": train,
+    "import": import_,
     "eval": evaluate,
     "generate": generate,
     "score": score,

@@ -10,7 +10,7 @@ W/stages/<stage>/manifest.json  written last: the stage is finished
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from medmoe_jax.training import summary
 from medmoe_jax.training.identity import (
     check_stage,
     claim,
+    is_imported,
     operations,
     parent_fingerprint,
     stage_dir,
@@ -68,7 +69,7 @@ def open_trained(setup: Setup, workdir: str | Path, name: str) -> Trained:
       UserError: the stage is not finished, or the work directory is of another base, tokenizer or
         other banks.
     """
-    final_of = functools.partial(_load_final, setup, workdir)
+    final_of = functools.partial(load_final, setup, workdir)
     for stage in recipe_lib.chain(setup.stages, name):
         check_stage(setup, workdir, stage)
     base = setup.load_base()
@@ -97,12 +98,17 @@ def train(
     Raises:
       UserError: the work directory belongs to another recipe or base, or an input is bad.
     """
-    for stage in setup.stages:
+    imported = {stage.name for stage in setup.stages if is_imported(workdir, stage)}
+    for stage in (stage for stage in setup.stages if stage.name not in imported):
         for name in (name for name, weight in stage.mixture.items() if weight):
             source = setup.config.data.sources[name]
             check_source(name, source.path, source.reader)
     for stage in setup.stages:
         directory = stage_dir(workdir, stage.name)
+        if stage.name in imported:
+            check_stage(setup, workdir, stage)
+            summary.note(f"stage '{stage.name}' was imported: skipped")
+            continue
         stream, digests = open_data(setup, stage)
         fingerprint = claim(setup, workdir, stage, digests)
         if store.is_finished(directory):
@@ -141,7 +147,12 @@ def open_data(setup: Setup, stage: Stage) -> tuple[BatchStream, dict[str, str]]:
     return stream, {name: digest for name, (_, digest) in opened.items()}
 
 
-def _load_final(setup: Setup, workdir, name: str) -> dict[str, Any]:
+def load_final(setup: Setup, workdir, name: str) -> dict[str, Any]:
+    """`{"banks", "base"}` at the end of a finished stage, on the mesh; one that is empty is absent.
+
+    Raises:
+      CheckpointError: the stage's files are damaged.
+    """
     directory = stage_dir(workdir, name)
     tree = store.abstract_final(directory)
     placed = _abstract_with(tree, shardings(tree, setup.mesh, setup.rules))
@@ -211,7 +222,7 @@ def _run_stage(setup, workdir, stage, stream, fingerprint, evaluate) -> None:
 def _finish(setup, workdir, stage, roster, state, frozen, steps, counts, fingerprint, evaluate):
     """Evaluate the stage's end, then save it with its manifest."""
     directory = stage_dir(workdir, stage.name)
-    banks = {**frozen["banks"], **state.trainable["banks"]}
+    banks = trees.overlay(frozen["banks"], state.trainable["banks"])
     final = {"banks": banks, "base": state.trainable["base"]}
     trained = jax.tree.map(lambda leaf: leaf.astype(setup.dtype), state.trainable["base"])
     base = trees.overlay(frozen["base"], trained)
@@ -221,18 +232,51 @@ def _finish(setup, workdir, stage, roster, state, frozen, steps, counts, fingerp
     }
     summary.print_ranks(stage, ranks)
     last = {k: v for k, v in read_metrics(directory / "metrics.jsonl")[-1].items() if k != "router"}
+    metrics = {"train": last, "ranks": ranks, "rows": counts, "evaluation": figures}
+    save_end(setup, workdir, stage, roster, final, fingerprint, steps=steps, metrics=metrics)
+
+
+def save_end(
+    setup: Setup,
+    workdir: str | Path,
+    stage: Stage,
+    roster: Roster,
+    final: Mapping[str, Any],
+    fingerprint: str,
+    *,
+    steps: int,
+    metrics: dict[str, Any],
+    more: Sequence[dict[str, Any]] = (),
+) -> None:
+    """Save the end of a stage, which is finished then.
+
+    Args:
+      setup, workdir, stage: whose folder.
+      roster: the stage's banks.
+      final: `{"banks", "base"}`: their parameters, and the base leaves it has trained.
+      fingerprint: of its recipe, from `identity.claim`.
+      steps, metrics: for the manifest.
+      more: operations for the manifest besides those of the recipe.
+
+    Raises:
+      CheckpointError: it cannot be written.
+    """
     manifest = Manifest(
         stage=stage.name,
         after=stage.after,
         recipe_fingerprint=fingerprint,
         base_fingerprint=setup.base_fingerprint,
         parent_fingerprint=parent_fingerprint(workdir, stage),
-        operations=operations(stage),
-        banks={name: BankEntry(roster[name][1], _shapes(params)) for name, params in banks.items()},
+        operations=[*operations(stage), *more],
+        banks={
+            name: BankEntry(roster[name][1], _shapes(params))
+            for name, params in final["banks"].items()
+        },
         steps=steps,
-        metrics={"train": last, "ranks": ranks, "rows": counts, "evaluation": figures},
+        metrics=metrics,
         versions=library_versions(),
     )
+    directory = stage_dir(workdir, stage.name)
     store.save_final(directory, {k: v for k, v in final.items() if v}, manifest)
 
 

@@ -4,24 +4,22 @@ The names and the layout of the tensors are spelt out here once more, by themsel
 """
 
 import itertools
-import json
 import math
 
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.base.config import site_shapes
 from medmoe_jax.checkpoints import released
 from medmoe_jax.errors import UserError
-from tests import torch_zip
 from tests.naive import TINY
+from tests.released import R, module, write
 
 ATTENTION = ("attn.q", "attn.k", "attn.v", "attn.o")
 MLP = ("mlp.gate", "mlp.up", "mlp.down")
-L, E, R = TINY.n_layers, 4, 2
+L, E = TINY.n_layers, 4
 ATTN_BANK = BankSpec("attention", ATTENTION, 0, L, rank=R, alpha=4.0)
 NOISE = BankSpec("noise", MLP, 0, L, experts=E, rank=R, alpha=4.0, gate="token")
 KNOWLEDGE = BankSpec("knowledge", MLP, 0, L, rank=2 * R, alpha=8.0)
@@ -32,11 +30,6 @@ STAGE_2 = {
     "knowledge": (KNOWLEDGE, "frozen"),
     "alignment": (ALIGNMENT, "train"),
 }
-
-
-def module(layer, site):
-    part, name = site.split(".")
-    return f"model.layers.{layer}.{'self_attn' if part == 'attn' else 'mlp'}.{name}_proj"
 
 
 def random(rng, *shape):
@@ -71,22 +64,6 @@ def block_tensors(rng, block, prefix="base_model.model."):
         out[f"{prefix}{module(i, site)}.{block}.lora_A.weight"] = random(rng, 2 * R, D)
         out[f"{prefix}{module(i, site)}.{block}.lora_B.weight"] = random(rng, O, 2 * R)
     return out
-
-
-def write(folder, lora=None, pickled=None, tensors=None, top_k=2, **options):
-    """A directory: PEFT's adapter, the pickled rest, a second stage's file."""
-    folder.mkdir(exist_ok=True)
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    fields = {"peft_type": "LORA", "r": R, "lora_alpha": 4, "target_modules": targets, **options}
-    (folder / "adapter_config.json").write_text(json.dumps(fields))
-    (folder / "config.json").write_text(json.dumps({"num_experts_per_token": top_k}))
-    if lora is not None:
-        save_file(lora, folder / "adapter_model.safetensors")
-    if pickled is not None:
-        torch_zip.save(folder / "non_lora_trainables.bin", pickled)
-    if tensors is not None:
-        save_file(tensors, folder / "model.safetensors")
-    return folder
 
 
 def read(folder, roster, family="llama"):

@@ -1,0 +1,30 @@
+"""Take a stage from another tool's adapter directory instead of training it.
+
+  medmoe import --config=configs/medcare.py:qwen1.5-1.8b --workdir=runs/released \\
+      --adapter=stage1 --stage=aggregate
+
+The directory is one that PEFT wrote (LoRA, AdaLoRA), or one with LoRA experts in
+non_lora_trainables.bin or model.safetensors as the authors of mixtures of LoRA experts release
+them; what it is shows in its files and tensor names. It must fit the stage's banks. After it,
+eval, generate, score, export and train go on as if the stage had been trained.
+"""
+
+from __future__ import annotations
+
+from medmoe_jax.cli.configs import load_config
+from medmoe_jax.training.imports import import_stage
+from medmoe_jax.training.setup import open_setup
+
+
+def add_arguments(parser) -> None:
+    """Declare the command's own arguments."""
+    parser.add_argument("--workdir", required=True, help="where the stage is put")
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter directory")
+    parser.add_argument("--stage", default="", help="its name (default: the first not finished)")
+
+
+def run(arguments, rest) -> None:
+    """Run the command."""
+    setup = open_setup(load_config(rest))
+    name = import_stage(setup, arguments.workdir, arguments.adapter, arguments.stage)
+    print(f"stage '{name}' imported into {arguments.workdir}")
