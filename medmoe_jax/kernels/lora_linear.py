@@ -1,0 +1,261 @@
+"""A frozen linear layer with its low-rank adapters, in one reading of the input.
+
+Axes: T tokens, D input width, O output width, R rank columns of all banks on the site; K is the
+contracted and N the output width of the kernel: D and O forward, O and D in the input gradient.
+
+    y = x·W + ((x·A) ∘ gate)·B
+
+As separate products, the adapter reads x again, writes an output-sized term, and reads both terms
+to add them. Here each block of x that is in VMEM for W is multiplied by A too, and the low-rank
+term joins the accumulator of x·W before that is written. The input gradient has the same form,
+
+    dx = dy·Wᵀ + ((dy·Bᵀ) ∘ gate)·Aᵀ
+
+and runs in the same kernel. The sites of a projection group have each its own A: one call a site
+computes nothing twice and reads x no more often than the base products alone, whereas h = x·A made
+for the group beforehand would cost one more reading of x. W is frozen: it gets no gradient, and no
+buffer of its size is made for one.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from medmoe_jax.errors import UserError
+from medmoe_jax.kernels.tiles import (
+    Tiles,
+    ceil_div,
+    cheapest,
+    check_backend,
+    check_floats,
+    keep,
+    options,
+    tile_of,
+)
+
+
+class Shape(NamedTuple):
+    """What block sizes depend on: tokens, widths, rank columns, bytes of a value and of a gate."""
+
+    T: int
+    K: int
+    N: int
+    R: int
+    itemsize: int
+    gate_itemsize: int
+
+    def grid(self, t: Tiles) -> tuple[int, int, int]:
+        """Blocks of rows, of outputs and of the contracted width."""
+        return ceil_div(self.T, t.m), ceil_div(self.N, t.n), ceil_div(self.K, t.k)
+
+    def vmem(self, t: Tiles) -> int:
+        """Bytes of all blocks and accumulators."""
+        moving = t.m * (t.k + t.n + self.R) + t.k * (t.n + self.R) + self.R * t.n
+        kept = t.m * (4 * t.n + 4 * self.R + self.itemsize * self.R)
+        return 2 * self.itemsize * moving + 2 * self.gate_itemsize * t.m * self.R + kept
+
+    def traffic(self, t: Tiles) -> int:
+        """HBM bytes: a block that does not change between two steps is not fetched again."""
+        nm, nn, nk = self.grid(t)
+        rows, k, n = nm * t.m, nk * t.k, nn * t.n
+        x = rows * k * (1 if nk == 1 else nn)
+        w = k * n * (1 if nk == nn == 1 else nm)
+        a = k * self.R * (1 if nk == 1 else nm)
+        b = self.R * n * (1 if nn == 1 else nm)
+        moved = x + w + a + b + rows * (n + self.R)
+        return moved * self.itemsize + rows * self.R * self.gate_itemsize
+
+
+def plan(shape: Shape) -> tuple[Tiles, pl.CostEstimate]:
+    """Blocks of the kernel, and its cost.
+
+    Where all of K fits, x is fetched once and W once for each block of rows. There are at least two
+    of these where there are rows enough: v5p has two cores a chip.
+    """
+    rows = ceil_div(shape.T, 32) * 16
+    candidates = [
+        Tiles(min(rows, m), tile_of(shape.K, k), tile_of(shape.N, n))
+        for m in (2048, 1024, 512, 256, 128)
+        for k in (shape.K, 1024, 512, 256)
+        for n in (2048, 1024, 512, 256)
+    ]
+    what = f"a [{shape.K}, {shape.N}] weight beside {shape.R} rank columns"
+    t = cheapest(what, candidates, shape.vmem, shape.traffic)
+    nm, nn, nk = shape.grid(t)
+    rows, k, n = nm * t.m, nk * t.k, nn * t.n
+    flops = 2 * rows * (k * n + k * shape.R + n * shape.R)
+    return t, pl.CostEstimate(flops, 0, shape.traffic(t))
+
+
+def _dot(x, w, transposed: bool):
+    dims = (((1,), (1 if transposed else 0,)), ((), ()))
+    return jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
+
+
+def _kernel(x_ref, w_ref, a_ref, b_ref, *refs, K: int, transposed: bool):
+    *gate_ref, y_ref, h_ref, y_sum, h_sum, gated = refs
+    n, k = pl.program_id(1), pl.program_id(2)
+    first, last = k == 0, k == pl.num_programs(2) - 1
+    tk, contracted = x_ref.shape[1], 1 if transposed else 0
+    x, w, a = x_ref[...], w_ref[...], a_ref[...]
+    if K % tk:
+        x = keep(x, 1, 0, K - k * tk)
+        w, a = (keep(block, contracted, 0, K - k * tk) for block in (w, a))
+
+    @pl.when(first)
+    def _():
+        y_sum[...] = jnp.zeros_like(y_sum)
+
+    y_sum[...] += _dot(x, w, transposed)
+
+    # h is made with the first block of outputs and serves the others of the same rows.
+    @pl.when(n == 0)
+    def _():
+        @pl.when(first)
+        def _():
+            h_sum[...] = jnp.zeros_like(h_sum)
+
+        h_sum[...] += _dot(x, a, transposed)
+
+        @pl.when(last)
+        def _():
+            h = h_sum[...]
+            h_ref[...] = h.astype(h_ref.dtype)
+            for gate in gate_ref:
+                h = h * gate[...].astype(jnp.float32)
+            gated[...] = h.astype(gated.dtype)
+
+    @pl.when(last)
+    def _():
+        y = y_sum[...] + _dot(gated[...], b_ref[...], transposed)
+        y_ref[...] = y.astype(y_ref.dtype)
+
+
+def _pallas(x_TxK, w_KxN, a_KxR, gate_TxR, b_RxN, transposed: bool, backend: str):
+    """`(y, h)`; where `transposed`, W, A and B are given as `[N, K]`, `[R, K]` and `[N, R]`."""
+    T, K = x_TxK.shape
+    R, N = a_KxR.shape[0 if transposed else 1], w_KxN.shape[0 if transposed else 1]
+    gates = () if gate_TxR is None else (gate_TxR,)
+    gate_itemsize = sum(gate.dtype.itemsize for gate in gates)
+    shape = Shape(T, K, N, R, x_TxK.dtype.itemsize, gate_itemsize)
+    t, cost = plan(shape)
+    grid = shape.grid(t)
+    last_k = grid[2] - 1
+
+    def oriented(shape, index):
+        """A block of a matrix, as it lies in memory."""
+        if transposed:
+            return pl.BlockSpec(shape[::-1], lambda m, n, k: index(m, n, k)[::-1])
+        return pl.BlockSpec(shape, index)
+
+    per_row = pl.BlockSpec((t.m, R), lambda m, n, k: (m, 0))
+    y_TxN, h_TxR = pl.pallas_call(
+        functools.partial(_kernel, K=K, transposed=transposed),
+        out_shape=(
+            jax.ShapeDtypeStruct((T, N), x_TxK.dtype),
+            jax.ShapeDtypeStruct((T, R), x_TxK.dtype),
+        ),
+        grid=grid,
+        in_specs=[
+            pl.BlockSpec((t.m, t.k), lambda m, n, k: (m, k)),
+            oriented((t.k, t.n), lambda m, n, k: (k, n)),
+            # Only the first block of outputs needs A: then the last one stays, and none is fetched.
+            oriented((t.k, R), lambda m, n, k: (jnp.where(n == 0, k, last_k), 0)),
+            oriented((R, t.n), lambda m, n, k: (0, n)),
+            *(per_row for _ in gates),
+        ],
+        out_specs=(pl.BlockSpec((t.m, t.n), lambda m, n, k: (m, n)), per_row),
+        scratch_shapes=[
+            pltpu.VMEM((t.m, t.n), jnp.float32),
+            pltpu.VMEM((t.m, R), jnp.float32),
+            pltpu.VMEM((t.m, R), x_TxK.dtype),
+        ],
+        cost_estimate=cost,
+        **options(backend, ("parallel", "arbitrary", "arbitrary")),
+        name="lora_linear",
+    )(x_TxK, w_KxN, a_KxR, b_RxN, *gates)
+    return y_TxN, h_TxR
+
+
+def _gate(h_TxR, gate_TxR):
+    """`h ∘ gate`, multiplied in float32; h where there is no gate."""
+    if gate_TxR is None:
+        return h_TxR
+    return (h_TxR.astype(jnp.float32) * gate_TxR.astype(jnp.float32)).astype(h_TxR.dtype)
+
+
+def _xla(x_TxK, w_KxN, a_KxR, gate_TxR, b_RxN, transposed: bool):
+    h_TxR = _dot(x_TxK, a_KxR, transposed).astype(x_TxK.dtype)
+    low_rank_TxN = _dot(_gate(h_TxR, gate_TxR), b_RxN, transposed)
+    return (_dot(x_TxK, w_KxN, transposed) + low_rank_TxN).astype(x_TxK.dtype), h_TxR
+
+
+def _forward(x, w, a, gate, b, transposed, backend):
+    operands = (x, w.astype(x.dtype), a.astype(x.dtype), gate, b.astype(x.dtype), transposed)
+    return _xla(*operands) if backend == "xla" else _pallas(*operands, backend)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _lora_linear(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, backend: str):
+    return _forward(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, False, backend)[0]
+
+
+def _lora_linear_fwd(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, backend):
+    y_TxO, h_TxR = _forward(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, False, backend)
+    return y_TxO, (x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, h_TxR)
+
+
+def _lora_linear_bwd(backend, saved, dy_TxO):
+    x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, h_TxR = saved
+    dx_TxD, dh_TxR = _forward(dy_TxO, w_DxO, b_RxO, gate_TxR, a_DxR, True, backend)
+
+    def over_tokens(left, right, dtype):
+        dims = (((0,), (0,)), ((), ()))
+        sums = jax.lax.dot_general(left, right, dims, preferred_element_type=jnp.float32)
+        return sums.astype(dtype)
+
+    da_DxR = over_tokens(x_TxD, _gate(dh_TxR, gate_TxR), a_DxR.dtype)
+    db_RxO = over_tokens(_gate(h_TxR, gate_TxR), dy_TxO, b_RxO.dtype)
+    dgate = None if gate_TxR is None else _gate(h_TxR, dh_TxR).astype(gate_TxR.dtype)
+    return dx_TxD, None, da_DxR, dgate, db_RxO
+
+
+_lora_linear.defvjp(_lora_linear_fwd, _lora_linear_bwd)
+
+
+def lora_linear(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, *, backend: str):
+    """`y = x·W + ((x·A) ∘ gate)·B`: a frozen linear layer and all banks of its site.
+
+    Args:
+      x_TxD: float32 or bfloat16.
+      w_DxO: the frozen weight; its gradient is zero, by not being computed.
+      a_DxR, b_RxO: the experts of all banks side by side, R = Σ E·r; cast to x's dtype for the
+        product, while their gradients are accumulated in float32 and rounded once, to their dtype.
+      gate_TxR: weights in rank space, s and Λ folded in (or into B); None for ones.
+      backend: see `medmoe_jax.kernels`.
+
+    Returns:
+      `y_TxO` in x's dtype, accumulated in float32.
+
+    Raises:
+      UserError: shapes or dtypes that do not fit together; on "pallas" and "interpret" also more
+        rank columns than fit VMEM (about 1,500 in bfloat16).
+    """
+    check_backend(backend)
+    gate = {} if gate_TxR is None else {"gate_TxR": gate_TxR}
+    check_floats(x_TxD=x_TxD, w_DxO=w_DxO, a_DxR=a_DxR, b_RxO=b_RxO, **gate)
+    (T, D), (R, O) = x_TxD.shape, b_RxO.shape
+    expected = {"w_DxO": (D, O), "a_DxR": (D, R), "gate_TxR": (T, R)}
+    for name, array in {"w_DxO": w_DxO, "a_DxR": a_DxR, **gate}.items():
+        if array.shape != expected[name]:
+            raise UserError(
+                f"{name} has shape {array.shape}; with x {x_TxD.shape} and b {b_RxO.shape} it "
+                f"must have {expected[name]}"
+            )
+    return _lora_linear(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, backend)

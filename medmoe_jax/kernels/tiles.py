@@ -1,0 +1,102 @@
+"""How the matrix kernels cut arrays into blocks, and what they tell the TPU compiler.
+
+A kernel holds two copies of every block (one computes, one travels) and its accumulators, all at
+once, in VMEM: 64 MiB on a v5p core, 128 MiB on v5e and v6e.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+from medmoe_jax.errors import UserError
+
+LANES = 128
+# What a kernel may take of the smallest chip's 64 MiB, and the part of it for blocks and
+# accumulators; the rest holds the values that it computes with.
+VMEM_LIMIT = 48 * 2**20
+BLOCKS_BYTES = 28 * 2**20
+BACKENDS = ("xla", "pallas", "interpret")
+
+
+class Tiles(NamedTuple):
+    """Block sizes of rows, contracted width and output width."""
+
+    m: int
+    k: int
+    n: int
+
+
+def check_backend(backend: str) -> None:
+    """Raise UserError unless `backend` is one of `BACKENDS`."""
+    if backend not in BACKENDS:
+        raise UserError(f"kernel backend '{backend}' is none of {', '.join(BACKENDS)}")
+
+
+def check_floats(**arrays) -> None:
+    """Raise UserError, naming the array, unless each is float32 or bfloat16 and not empty."""
+    for name, array in arrays.items():
+        if array.dtype not in (jnp.float32, jnp.bfloat16):
+            raise UserError(f"{name} is {array.dtype}; kernels take float32 and bfloat16")
+        if 0 in array.shape:
+            raise UserError(f"{name} has shape {array.shape}; every dimension must be at least 1")
+
+
+def tile_of(width: int, limit: int) -> int:
+    """The block of a dimension: all of it, or about equal multiples of 128, none over `limit`."""
+    limit = max(limit // LANES * LANES, LANES)
+    if width <= limit:
+        return width
+    share = -(-width // -(-width // limit))
+    return -(-share // LANES) * LANES
+
+
+def ceil_div(dividend: int, divisor: int) -> int:
+    """Quotient rounded up: how many blocks cover a dimension."""
+    return -(-dividend // divisor)
+
+
+def cheapest(what: str, candidates, vmem, traffic):
+    """The candidate of least HBM traffic among those whose blocks fit VMEM; of equals, the first.
+
+    Args:
+      what: the kernel and its shapes, for the error.
+      candidates: block sizes.
+      vmem, traffic: functions of a candidate, in bytes.
+
+    Raises:
+      UserError: none fits.
+    """
+    fitting = [tiles for tiles in candidates if vmem(tiles) <= BLOCKS_BYTES]
+    if not fitting:
+        raise UserError(
+            f"no blocks of {what} fit {BLOCKS_BYTES // 2**20} MiB of VMEM; use the backend 'xla'"
+        )
+    return min(fitting, key=traffic)
+
+
+def keep(block, axis: int, low, high):
+    """Zero a block outside `low <= index < high` along `axis`.
+
+    By selection, not by a product with 0: what lies outside an array may be NaN.
+    """
+    index = jax.lax.broadcasted_iota(jnp.int32, block.shape, axis)
+    return jnp.where((index >= low) & (index < high), block, jnp.zeros_like(block))
+
+
+def options(backend: str, semantics: tuple[str, ...]) -> dict:
+    """Arguments of `pallas_call` that every matrix kernel shares.
+
+    Args:
+      backend: "pallas" or "interpret".
+      semantics: "parallel" or "arbitrary" for each grid dimension.
+    """
+    return {
+        "compiler_params": pltpu.CompilerParams(
+            dimension_semantics=semantics, vmem_limit_bytes=VMEM_LIMIT
+        ),
+        "interpret": pltpu.InterpretParams() if backend == "interpret" else False,
+    }

@@ -1,0 +1,184 @@
+"""The linear layer with its low-rank epilogue against float64, forward and gradients."""
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from medmoe_jax.errors import UserError
+from medmoe_jax.kernels import lora_linear as kernel
+from medmoe_jax.kernels import tiles
+
+BACKENDS = ("xla", "interpret")
+
+
+def problem(T=19, D=24, O=40, R=6, gated=True):
+    """`x, w, a, gate, b, dy` in float64."""
+    rng = np.random.default_rng(0)
+    shapes = (T, D), (D, O), (D, R), (T, R), (R, O), (T, O)
+    x, w, a, gate, b, dy = (rng.normal(size=shape) for shape in shapes)
+    return x, w, a, gate if gated else None, b, dy
+
+
+def naive(x, w, a, gate, b, dy):
+    h, gate_or_1 = x @ a, 1.0 if gate is None else gate
+    dh = dy @ b.T
+    result = {
+        "y": x @ w + (h * gate_or_1) @ b,
+        "dx": dy @ w.T + (dh * gate_or_1) @ a.T,
+        "da": x.T @ (dh * gate_or_1),
+        "db": (h * gate_or_1).T @ dy,
+    }
+    return result if gate is None else {**result, "dgate": h * dh}
+
+
+def run(x, w, a, gate, b, dy, backend, dtype=jnp.float32, plain=None):
+    """What `naive` gives, by the kernel or by `plain`; x, w and dy in `dtype`, else float32."""
+    x, w, dy = (jnp.asarray(v, dtype) for v in (x, w, dy))
+    a, b = jnp.float32(a), jnp.float32(b)
+    gate = None if gate is None else jnp.float32(gate)
+
+    @jax.jit
+    def step(x, w, a, gate, b, dy):
+        def f(x, a, gate, b):
+            if plain is not None:
+                return plain(x, w, a, gate, b)
+            return kernel.lora_linear(x, w, a, gate, b, backend=backend)
+
+        y, vjp = jax.vjp(f, x, a, gate, b)
+        dx, da, dgate, db = vjp(dy)
+        result = {"y": y, "dx": dx, "da": da, "db": db}
+        return result if gate is None else {**result, "dgate": dgate}
+
+    return step(x, w, a, gate, b, dy)
+
+
+def error(actual, expected) -> float:
+    """max |a − b| / max |b|."""
+    actual = np.asarray(actual, np.float64)
+    assert actual.shape == expected.shape and np.isfinite(actual).all()
+    return np.abs(actual - expected).max() / np.abs(expected).max()
+
+
+def assert_equal(actual, expected):
+    assert set(actual) == set(expected)
+    for name, value in expected.items():
+        assert error(actual[name], value) <= (1e-5 if name == "y" else 1e-4), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gated", [True, False])
+def test_values_and_gradients_equal_the_equations(gated, backend):
+    arrays = problem(gated=gated)
+    expected = naive(*arrays)
+    bare = arrays[0] @ arrays[1]
+    assert np.abs(expected["y"] - bare).max() > 0.1
+    assert_equal(run(*arrays, backend), expected)
+
+
+def test_blocks_in_every_dimension_with_tails(monkeypatch):
+    arrays = problem(T=150, D=300, O=270)
+    # Too little for all of the contracted width, in either direction.
+    monkeypatch.setattr(tiles, "BLOCKS_BYTES", 990_000)
+    for K, N in ((300, 270), (270, 300)):
+        shape = kernel.Shape(T=150, K=K, N=N, R=6, itemsize=4, gate_itemsize=4)
+        chosen, _ = kernel.plan(shape)
+        assert shape.grid(chosen) == (2, 2, 2) and K % chosen.k and N % chosen.n
+    assert_equal(run(*arrays, "interpret"), naive(*arrays))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_errs_at_most_twice_as_much_as_plain_bfloat16(backend):
+    arrays = [np.asarray(jnp.bfloat16(v), np.float64) for v in problem(T=40, D=96)]
+
+    def plain(x, w, a, gate, b):
+        a, gate, b = (v.astype(x.dtype) for v in (a, gate, b))
+        return x @ w + ((x @ a) * gate) @ b
+
+    expected = naive(*arrays)
+    ours = run(*arrays, backend, jnp.bfloat16)
+    theirs = run(*arrays, backend, jnp.bfloat16, plain)
+    for name, value in expected.items():
+        assert error(ours[name], value) <= 2 * error(theirs[name], value), name
+    assert ours["y"].dtype == ours["dx"].dtype == jnp.bfloat16
+    # Sums over tokens are rounded once, to the banks' own float32.
+    for name in ("da", "db"):
+        assert ours[name].dtype == jnp.float32
+        assert (ours[name] != ours[name].astype(jnp.bfloat16)).any()
+
+
+@pytest.mark.parametrize("backend", ["xla", "pallas"])
+def test_the_frozen_weight_gets_no_gradient_and_no_buffer_for_one(backend):
+    x, w, a, gate, b, dy = (jnp.float32(v) for v in problem())
+
+    def step(x, w, a, gate, b, dy):
+        def f(x, w, a, gate, b):
+            return kernel.lora_linear(x, w, a, gate, b, backend=backend)
+
+        return jax.vjp(lambda *trained: f(trained[0], w, *trained[1:]), x, a, gate, b)[1](dy)
+
+    def shapes(jaxpr):
+        for equation in jaxpr.eqns:
+            yield from (v.aval.shape for v in equation.outvars)
+            if equation.primitive.name == "pallas_call":
+                continue  # Inside are blocks, in VMEM.
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+                yield from shapes(inner)
+
+    made = set(shapes(jax.make_jaxpr(step)(x, w, a, gate, b, dy).jaxpr))
+    assert (24, 6) in made and (6, 40) in made and (19, 24) in made
+    assert (24, 40) not in made
+
+
+def test_a_derivative_by_the_frozen_weight_is_zero():
+    x, w, a, gate, b, _ = (jnp.float32(v) for v in problem())
+    dw = jax.grad(lambda w: kernel.lora_linear(x, w, a, gate, b, backend="xla").sum())(w)
+    assert dw.shape == w.shape and not dw.any()
+
+
+def test_the_cost_of_one_block_and_of_many_by_hand():
+    shape = kernel.Shape(T=512, K=128, N=256, R=16, itemsize=2, gate_itemsize=4)
+    chosen, cost = kernel.plan(shape)
+    assert chosen == (256, 128, 256)  # Two blocks of rows, the rest whole.
+    assert cost.flops == 2 * 512 * (128 * 256 + 128 * 16 + 16 * 256)
+    operands = 512 * 128 + 128 * 256 + 128 * 16 + 16 * 256
+    assert cost.bytes_accessed == 2 * (operands + 512 * 256 + 512 * 16) + 4 * 512 * 16
+    # Two blocks in every dimension: x once a block of outputs, W and B once a block of rows.
+    many = tiles.Tiles(256, 64, 128)
+    x, w, b = 2 * 512 * 128, 2 * 128 * 256, 2 * 16 * 256
+    a = 2 * 128 * 16
+    expected = 2 * (x + w + a + b + 512 * 256 + 512 * 16) + 4 * 512 * 16
+    assert shape.traffic(many) == expected
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"backend": "tpu"}, "backend 'tpu' is none of xla, pallas, interpret"),
+        ({"w": ((24, 40), jnp.int8)}, "w_DxO is int8; kernels take float32 and bfloat16"),
+        ({"w": ((25, 40), jnp.float32)}, r"w_DxO has shape \(25, 40\); .* \(24, 40\)"),
+        ({"a": ((24, 7), jnp.float32)}, r"a_DxR has shape \(24, 7\); .* \(24, 6\)"),
+        ({"gate": ((19, 1), jnp.float32)}, r"gate_TxR has shape \(19, 1\); .* \(19, 6\)"),
+    ],
+)
+def test_what_does_not_fit_together_is_an_error_that_names_it(change, message):
+    shapes = {"x": (19, 24), "w": (24, 40), "a": (24, 6), "gate": (19, 6), "b": (6, 40)}
+    arguments = {name: (shape, jnp.float32) for name, shape in shapes.items()}
+    arguments = {**arguments, "backend": "pallas"} | change
+    backend = arguments.pop("backend")
+    with pytest.raises(UserError, match=message):
+        jax.eval_shape(
+            lambda *operands: kernel.lora_linear(*operands, backend=backend),
+            *(jax.ShapeDtypeStruct(*shape) for shape in arguments.values()),
+        )
+
+
+def test_more_rank_columns_than_fit_vmem_are_an_error():
+    shapes = (4096, 2048), (2048, 5504), (2048, 9000), (9000, 5504)
+    x, w, a, b = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+    message = r"no blocks of a \[2048, 5504\] weight beside 9000 rank columns fit .* backend 'xla'"
+    with pytest.raises(UserError, match=message):
+        jax.eval_shape(
+            lambda x, w, a, b: kernel.lora_linear(x, w, a, None, b, backend="pallas"), x, w, a, b
+        )
