@@ -3,7 +3,7 @@
   medmoe export --config=FILE --workdir=DIR --format=hf --output=merged
   medmoe export --config=FILE --workdir=DIR --format=peft --output=adapter
 
-hf: every bank folded into the weights; transformers, vLLM and others load the folder.
+hf: every bank folded into the weights, as a folder that transformers loads.
 peft: every bank, merged ones too, as one LoRA adapter of summed rank over the base as it was.
 A bank whose gate depends on the token fits neither; --off=BANK leaves it out.
 """

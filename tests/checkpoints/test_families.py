@@ -4,6 +4,7 @@ import pytest
 
 from medmoe_jax.base.config import DecoderConfig, RopeScaling
 from medmoe_jax.base.presets import PRESETS
+from medmoe_jax.checkpoints import families
 from medmoe_jax.checkpoints.families import config_from_hf, config_to_hf
 from medmoe_jax.errors import UserError
 
@@ -253,3 +254,13 @@ def test_a_family_that_cannot_express_a_decoder_says_why(family, change, message
     config = DecoderConfig(32, 16, 2, 2, 2, 8, 24, **change)
     with pytest.raises(UserError, match=f"a '{family}' model cannot express .*{message}"):
         config_to_hf(config, family)
+
+
+def test_the_first_family_that_can_express_a_decoder():
+    config = DecoderConfig(32, 16, 2, 2, 2, 8, 24)
+    changes = {"llama": {}, "mistral": {"windows": (4, 4)}, "qwen2": {"qkv_bias": True}}
+    for family, change in changes.items():
+        assert families.expressing(config.replace(**change)) == family
+    with pytest.raises(UserError, match="no Hugging Face family can express this decoder") as error:
+        families.expressing(config.replace(qkv_bias=True, qk_norm=True))
+    assert all(f"a '{family}' model cannot" in str(error.value) for family in families.FAMILIES)
