@@ -48,7 +48,9 @@ def generation_config(
         settings |= {key: config[key] for key in _IDS if config.get(key) is not None}
         if (folder / GENERATION).is_file():
             settings |= read_json(folder / GENERATION)
-    ends = settings.get("eos_token_id", [])
-    ends = dict.fromkeys([*(ends if isinstance(ends, list) else [ends]), *stop_ids])
-    settings["eos_token_id"] = next(iter(ends)) if len(ends) == 1 else list(ends)
+    own = settings.pop("eos_token_id", None)
+    own = own if isinstance(own, list) else [own]
+    ends = [i for i in dict.fromkeys([*own, *stop_ids]) if i is not None]
+    if ends:
+        settings["eos_token_id"] = ends[0] if len(ends) == 1 else ends
     return settings

@@ -1,0 +1,44 @@
+"""Which ids end an answer, and which files are the tokenizer's."""
+
+import json
+
+import pytest
+
+from medmoe_jax.checkpoints import companions
+
+IDS = companions.token_ids(1, None, 0)
+
+
+@pytest.mark.parametrize(
+    "config, generation, stop_ids, wanted",
+    [
+        (None, None, [7, 8], {"bos_token_id": 1, "pad_token_id": 0, "eos_token_id": [7, 8]}),
+        (None, None, [], {"bos_token_id": 1, "pad_token_id": 0}),
+        ({"eos_token_id": 0}, None, [0], {**IDS, "eos_token_id": 0}),
+        ({"eos_token_id": 5, "bos_token_id": None}, None, [7], {**IDS, "eos_token_id": [5, 7]}),
+        (
+            {"eos_token_id": 5, "pad_token_id": 3},
+            {"eos_token_id": [9, 7], "pad_token_id": 2, "top_p": 0.8},
+            [7, 8],
+            {"bos_token_id": 1, "pad_token_id": 2, "eos_token_id": [9, 7, 8], "top_p": 0.8},
+        ),
+        ({}, {"eos_token_id": None}, [7], {**IDS, "eos_token_id": 7}),
+    ],
+)
+def test_every_id_that_ends_an_answer_is_named(tmp_path, config, generation, stop_ids, wanted):
+    assert IDS == {"bos_token_id": 1, "pad_token_id": 0}
+    for name, content in {"config.json": config, "generation_config.json": generation}.items():
+        if content is not None:
+            (tmp_path / name).write_text(json.dumps(content))
+    folder = None if config is None else tmp_path
+    assert companions.generation_config(folder, IDS, stop_ids) == wanted
+
+
+def test_the_files_of_a_tokenizer(tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json", "chat_template.jinja"):
+        (tmp_path / name).touch()
+    found = companions.tokenizer_files(tmp_path / "tokenizer.json")
+    wanted = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    assert found == {name: tmp_path / name for name in wanted}
+    alone = tmp_path / "deep" / "tok260k.model"
+    assert companions.tokenizer_files(alone) == {"tokenizer.model": alone}
