@@ -1,15 +1,20 @@
 """The strategies that move tokens, on meshes of eight devices: the values and gradients of one."""
 
 import itertools
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from medmoe_jax.base.decoder import Execution
 from medmoe_jax.errors import UserError
+from medmoe_jax.parallel import topology as topologies
 from medmoe_jax.parallel.mesh import AXES, batch_sharding, make_mesh
-from medmoe_jax.routing.dispatch import strategy
+from medmoe_jax.routing.dispatch import Term, strategy
+from medmoe_jax.routing.routers import Gates
 from tests.naive import rel
 from tests.routing import loads
 
@@ -75,3 +80,39 @@ def test_an_axis_that_does_not_divide_the_experts_is_refused():
     with pytest.raises(UserError, match=r"bank 'noise': 6 experts do not divide .*expert 4"):
         run.check("bank 'noise'", 6)
     on_mesh("grouped", (1, 2, 4, 1)).check("bank 'noise'", 6)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("name", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4"])
+def test_tokens_travel_by_ragged_exchange_on_tpu(name):
+    """Both directions of both mixtures, forward and backward, with the kernels beside them."""
+    topology = topologies.describe(name)
+    mesh = make_mesh({"data": 1, "fsdp": 1, "expert": 4, "tensor": 2}, topology.devices)
+    run = strategy("all_to_all", Execution(activations=batch_sharding(mesh, 3)))
+    B, T, E, D, O = 8, 64, 8, 256, 512
+
+    def loss(tree, picks):
+        gates = Gates(None, picks, tree["weights"])
+        term = Term(tree["x"], tree["a"], tree["b"], gates, None, 1.0)
+        y = run.lora({"mlp.up": [term]})["mlp.up"]
+        experts = {site: tree[site] for site in ("gate", "up", "down")}
+        return jnp.sum(y) + jnp.sum(run.ffn(tree["x"], gates, experts, jax.nn.silu))
+
+    def shape(dims, axes, dtype=jnp.float32):
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
+
+    rows = (("data", "fsdp", "expert"),)
+    tree = {
+        "x": shape((B, T, D), rows),
+        "weights": shape((B, T, TOP_K), rows),
+        "a": shape((D, E, 16), (None, "expert")),
+        "b": shape((E, 16, O), ("expert", None, "tensor")),
+        "gate": shape((E, D, O), ("expert", None, "tensor")),
+        "up": shape((E, D, O), ("expert", None, "tensor")),
+        "down": shape((E, O, D), ("expert", "tensor")),
+    }
+    picks = shape((B, T, TOP_K), rows, jnp.int32)
+    text = topologies.compile_for(topology, jax.grad(loss), tree, picks).as_text()
+    assert len(re.findall(r" ragged-all-to-all(-start)?\(", text)) >= 6
+    assert "tpu_custom_call" in text
