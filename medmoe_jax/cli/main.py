@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 for bad input, 130 after Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("medmoe_jax").setLevel(logging.INFO)
     arguments, rest = parser().parse_known_args(argv)
     try:
         arguments.run(arguments, rest)

@@ -54,7 +54,7 @@ def recipe() -> ConfigDict:
                 "remat": "full",
                 "unroll": 1,
                 "attention": "auto",
-                "dispatch": "stacked",
+                "dispatch": "auto",
                 "log_every": 10,  # steps
                 "save_every": 200,  # steps
                 "keep": 2,  # checkpoints of a stage

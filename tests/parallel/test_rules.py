@@ -18,6 +18,8 @@ from medmoe_jax.parallel.rules import (
     RULES,
     describe,
     path_name,
+    row_parallel,
+    rules_for,
     shardings,
     spec_for,
     state_shardings,
@@ -51,6 +53,9 @@ def mesh():
         ("layers.attn.k.bias", (2, 8), P(None, ("tensor",))),
         ("layers.mlp.up.kernel", (2, 16, 24), P(None, SHARD, ("tensor",))),
         ("layers.attn.o.kernel", (2, 16, 16), P(None, ("tensor",), SHARD)),
+        ("layers.mlp.up.kernel.codes", (2, 32, 24), P(None, SHARD, ("tensor",))),
+        ("layers.mlp.up.kernel.scale", (2, 1, 24), P(None, None, ("tensor",))),
+        ("layers.mlp.down.kernel.scale", (2, 2, 16), P(None, ("tensor",), SHARD)),
         ("layers.mlp.down.kernel", (2, 24, 16), P(None, ("tensor",), SHARD)),
         ("banks.b.attn.q.lora_a", (2, 16, 4, 2), P(None, SHARD, None, None)),
         ("banks.b.mlp.gate.lora_b", (2, 4, 2, 24), P(None, None, None, ("tensor",))),
@@ -65,6 +70,32 @@ def mesh():
 )
 def test_specs(name, shape, want, mesh):
     assert spec_for(name, shape, mesh, RULES) == want
+
+
+@pytest.mark.parametrize(
+    ("site", "a", "b"),
+    [
+        ("attn.q", ("fsdp", "expert", None), ("expert", None, "tensor")),
+        ("mlp.gate", ("fsdp", "expert", None), ("expert", None, "tensor")),
+        ("attn.o", ("tensor", "expert", None), ("expert", None, "fsdp")),
+        ("mlp.down", ("tensor", "expert", None), ("expert", None, "fsdp")),
+    ],
+)
+def test_experts_that_tokens_travel_to_lie_on_the_expert_axis(site, a, b):
+    mesh = make_mesh({"data": 1, "fsdp": 2, "expert": 2, "tensor": 2})
+    wrapped = [P(None, *((axis,) if axis else None for axis in axes)) for axes in (a, b)]
+    shapes = {"lora_a": (2, 16, 4, 2), "lora_b": (2, 4, 2, 16)}
+    for (leaf, shape), want in zip(shapes.items(), wrapped, strict=True):
+        name = f"banks.b.{site}.{leaf}"
+        assert spec_for(name, shape, mesh, rules_for("all_to_all")) == want
+        for other in ("stacked", "grouped", "auto"):
+            assert spec_for(name, shape, mesh, rules_for(other)) == spec_for(
+                name, shape, mesh, RULES
+            )
+    assert row_parallel(site) == (a[0] == "tensor")
+    kernel = f"layers.{site}.kernel"
+    rules = rules_for("all_to_all")
+    assert spec_for(kernel, (2, 16, 16), mesh, rules) == spec_for(kernel, (2, 16, 16), mesh, RULES)
 
 
 def test_trailing_axes_are_left_off_first():
