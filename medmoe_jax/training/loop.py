@@ -36,6 +36,7 @@ class Loop:
       board: a `tensorboardX.SummaryWriter`, or None.
       probe: figures of the state computed every `log_every` steps.
       rate: learning rate of a step.
+      first_layer: where each bank's layers begin.
       steps, log_every, save_every: counts.
     """
 
@@ -48,6 +49,7 @@ class Loop:
     board: Any
     probe: Callable[[Any], dict[str, float]]
     rate: Callable[[int], float]
+    first_layer: Mapping[str, int]
     steps: int
     log_every: int
     save_every: int
@@ -57,7 +59,8 @@ def run(loop: Loop, state, frozen, first: int):
     """Steps `first .. loop.steps - 1`; returns the final state.
 
     Raises:
-      UserError: the loss or the gradient is not finite, or the first batch holds no target.
+      UserError: the loss, the gradient or a router's logits are not finite, or the first batch
+        holds no target.
     """
     bar = tqdm(total=loop.steps, initial=first, desc=loop.name, unit="step", dynamic_ncols=True)
     pending: tuple[int, Any] | None = None
@@ -102,6 +105,11 @@ def _record(loop: Loop, bar: tqdm, step: int, metrics: dict[str, Any]) -> None:
     router = metrics.pop("router")
     waited, seconds = metrics.pop("input_seconds"), max(metrics.pop("seconds"), 1e-9)
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    if values.pop("non_finite", 0.0):
+        raise UserError(
+            f"stage '{loop.name}', step {step + 1}: {_non_finite(loop, router)}; lower "
+            "learning_rate, or look at the rows of this step. The last checkpoint is intact."
+        )
     for name in ("loss", "gradient_norm"):
         if not math.isfinite(values[name]):
             raise UserError(
@@ -133,6 +141,18 @@ def _record(loop: Loop, bar: tqdm, step: int, metrics: dict[str, Any]) -> None:
     bar.set_postfix_str(
         f"loss {values['loss']:.4f}, {values['tokens'] / seconds:,.0f} tok/s", refresh=False
     )
+
+
+def _non_finite(loop: Loop, router) -> str:
+    """The first router, by depth, whose logits are not finite."""
+    found = [
+        (loop.first_layer[key.split("/")[0]] + int(layer), key)
+        for key, stats in _router_stats(router)
+        for layer in np.flatnonzero(stats.non_finite)
+    ]
+    layer, key = min(found)
+    bank, site = key.split("/")
+    return f"layer {layer}, {site}: the logits of bank '{bank}''s router are not finite"
 
 
 def _router_stats(router) -> Iterator[tuple[str, RouterStats]]:

@@ -209,6 +209,7 @@ def _run_stage(setup, workdir, stage, stream, fingerprint, evaluate) -> None:
                 board=board,
                 probe=make_probe(objective, plans, frozen),
                 rate=rate,
+                first_layer={name: spec.start for name, (spec, _) in roster.items()},
                 steps=steps,
                 log_every=config.run.log_every,
                 save_every=config.run.save_every,

@@ -187,6 +187,8 @@ def gradients(objective: Objective, trainable, frozen, batch, step):
     scale = 1.0 / jnp.maximum(weight, 1.0)
     grads = jax.tree.map(lambda g: g * scale, grads)
     metrics = {"loss": loss * scale, "target_tokens": weight, "router": stats}
+    if stats:
+        metrics["non_finite"] = sum(jnp.sum(s.non_finite) for s in stats.values())
     if any(bank.balance_loss or bank.z_loss for bank in objective.model.banks):
         metrics["router_loss"] = extra * scale
     for term in objective.terms:

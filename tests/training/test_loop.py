@@ -8,6 +8,7 @@ import pytest
 
 from medmoe_jax.checkpoints.files import MetricsLog, read_metrics
 from medmoe_jax.errors import UserError
+from medmoe_jax.routing.routers import RouterStats
 from medmoe_jax.training import loop as loop_lib
 from medmoe_jax.training.loop import Loop
 
@@ -43,7 +44,7 @@ def make_loop(tmp_path, first=0, poison=None, **fields):
     def step_fn(state, frozen, batch):
         assert frozen == "frozen" and batch["tokens"][0] == state + 1
         metrics = {"loss": 1.0 / (state + 1), "gradient_norm": 1.0, "tokens": 5.0}
-        metrics |= {"target_tokens": 3.0, "router": {}}
+        metrics |= {"target_tokens": 3.0, "router": {}, "non_finite": 0.0}
         if poison and state == poison[1]:
             metrics[poison[0]] = poison[2]
         return state + 1, metrics
@@ -58,6 +59,7 @@ def make_loop(tmp_path, first=0, poison=None, **fields):
         board=Board(),
         probe=lambda state: {"overlap": float(state)},
         rate=lambda step: 0.1 * step,
+        first_layer={"noise": 4},
         **{"steps": 7, "log_every": 2, "save_every": 3, **fields},
     )
     return loop, saves
@@ -108,6 +110,25 @@ def test_what_is_not_finite_stops_the_run_before_a_save(tmp_path, name, value):
     assert [n for n, _ in saves] == [3]
     lines = (tmp_path / "m.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
+
+
+def test_logits_that_are_not_finite_name_their_router(tmp_path):
+    """The loss may still be finite: the router's flag alone stops the run."""
+    loop, saves = make_loop(tmp_path, poison=("non_finite", 5, 3.0))
+    step_fn = loop.step_fn
+
+    def with_stats(state, frozen, batch):
+        state, metrics = step_fn(state, frozen, batch)
+        ones = np.ones(2)
+        stats = RouterStats(ones, ones[:, None], ones[:, None], ones, ones, ones, np.array([0, 3]))
+        fine = stats._replace(non_finite=np.zeros(2))
+        return state, metrics | {"router": {"noise/mlp.up": stats, "noise/mlp.down": fine}}
+
+    loop.step_fn = with_stats
+    message = "stage 's', step 6: layer 5, mlp.up: the logits of bank 'noise'"
+    with pytest.raises(UserError, match=message):
+        loop_lib.run(loop, 0, "frozen", 0)
+    assert [n for n, _ in saves] == [3]
 
 
 def test_a_first_batch_without_target_is_an_error(tmp_path):
