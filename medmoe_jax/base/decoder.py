@@ -25,8 +25,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from medmoe_jax.base import attention, rope, trees
+from medmoe_jax.base import attention, quantised, rope, trees
 from medmoe_jax.base.config import GROUPS, DecoderConfig, site_shapes
+from medmoe_jax.base.quantised import Quantised
 from medmoe_jax.errors import UserError
 
 Params = Mapping[str, Any]
@@ -96,7 +97,11 @@ def base_linear(group, x_BxTxD, weights, extra, context):
 
 def project(x_BxTxD, weight: Params):
     """`x W (+ b)` in the dtype of x."""
-    y = x_BxTxD @ weight["kernel"].astype(x_BxTxD.dtype)
+    kernel = weight["kernel"]
+    if isinstance(kernel, Quantised):
+        y = quantised.matmul(x_BxTxD, kernel)
+    else:
+        y = x_BxTxD @ kernel.astype(x_BxTxD.dtype)
     return y + weight["bias"].astype(y.dtype)[None, None] if "bias" in weight else y
 
 
@@ -297,7 +302,7 @@ def hidden(
 
     Args:
       config: shapes of the decoder.
-      params: the base (see `init`), in any float dtype.
+      params: the base (see `init`), in any float dtype, its kernels floats or `quantised`.
       tokens_BxT, segment_ids_BxT, positions_BxT: int32; segment 0 is padding, positions start
         again at 0 in every segment.
       execution: dtype, rematerialisation, attention.

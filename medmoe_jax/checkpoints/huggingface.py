@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
+import math
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,17 @@ import ml_dtypes  # noqa: F401  gives numpy the bfloat16 of safetensors
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from medmoe_jax.base import decoder, trees
+from medmoe_jax.adapters import lifecycle
+from medmoe_jax.adapters.bank import BankSpec
+from medmoe_jax.base import decoder, quantised, trees
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.checkpoints import families
 from medmoe_jax.checkpoints.families import FAMILIES, config_from_hf, config_to_hf, family_of
-from medmoe_jax.checkpoints.files import read_json, write_json
+from medmoe_jax.checkpoints.files import Write, new_folder, read_json, save_tensors, write_json
+from medmoe_jax.checkpoints.processes import to_host
 from medmoe_jax.errors import UserError
+from medmoe_jax.parallel.rules import fitted
 
 __all__ = ["FAMILIES", "config_from_hf", "load", "locate", "read_config", "save_hf"]
 
@@ -39,6 +42,7 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _FLOATS = ("F32", "F16", "BF16")
 _HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
+_PIECE_BYTES = 2**25  # of a tensor without layers, read at once
 _IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")  # a table that old releases saved
 _DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
 
@@ -74,7 +78,10 @@ def read_config(source: str | Path) -> DecoderConfig:
 
 
 def load(
-    source: str | Path, dtype=jnp.bfloat16, shardings: Mapping[str, Any] | None = None
+    source: str | Path,
+    dtype=jnp.bfloat16,
+    shardings: Mapping[str, Any] | None = None,
+    quantise: str = "",
 ) -> tuple[DecoderConfig, dict[str, Any]]:
     """Read a model.
 
@@ -83,6 +90,8 @@ def load(
       dtype: of the parameters returned, float32 or bfloat16.
       shardings: a tree like the parameters, of `NamedSharding`s or `SingleDeviceSharding`s; None
         puts everything on the first device.
+      quantise: a key of `base.quantised.KINDS` for the kernels, each layer's as it is read; ""
+        leaves them in `dtype`.
 
     Returns:
       The configuration and the parameter tree of `base.decoder`.
@@ -102,10 +111,11 @@ def load(
                 reader = functools.partial(_read_rows, files[tensor.name], tensor.name, part)
                 pieces[part.path].append(reader)
         leaves = []
-        for path, shape in decoder.shapes(config).items():
-            default = SingleDeviceSharding(jax.local_devices()[0])
-            sharding = trees.get(shardings, path) if shardings is not None else default
-            leaves.append((path, _place(path, shape, np.dtype(dtype), sharding, pieces[path])))
+        for path, leaf in trees.flatten(decoder.abstract(config, np.dtype(dtype))):
+            encode = quantised.encoder(quantise, path)
+            here = SingleDeviceSharding(jax.local_devices()[0])
+            sharding = trees.get(shardings, path) if shardings is not None else here
+            leaves.append((path, _place(path, leaf, encode, sharding, pieces[path])))
     return config, trees.unflatten(leaves)
 
 
@@ -115,44 +125,49 @@ def save_hf(
     params: Mapping[str, Any],
     family: str,
     *,
+    members: Sequence[tuple[BankSpec, Any]] = (),
+    dtype=None,
+    source: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
+    companions: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 2 * 2**30,
 ) -> Path:
-    """Write a model that transformers loads, in the parameters' own dtypes.
+    """Write a model that transformers loads.
 
-    The folder appears whole or not at all. The host holds one shard at a time.
+    The folder appears whole or not at all. The host holds one file's tensors at a time. Several
+    processes call this alike, and the first one writes.
 
     Args:
       directory: a path at which there is nothing yet, or an empty folder.
-      config, params: as `load` returns them; every leaf is addressable by this process.
+      config, params: as `load` returns them, under any sharding, kernels quantised or not.
       family: a key of `FAMILIES`.
-      extra: more fields of config.json, such as `bos_token_id` and `eos_token_id`; transformers
+      members: banks with their parameters, added to the kernels in float32 on the way.
+      dtype: float32 or bfloat16, of what is written: one rounding from float32. None = the
+        embedding's.
+      source: the config.json to write; None makes one from `config`.
+      extra: fields of config.json to add to it or to change, such as `eos_token_id`; transformers
         uses the family's own defaults for those left out.
+      companions: more files by name: a path to copy, or a value to write as JSON.
       max_shard_bytes: largest safetensors file, unless one tensor is larger.
 
     Returns:
       The folder.
 
     Raises:
-      UserError: the folder is not empty, or the family cannot express the decoder.
+      UserError: the folder is not empty or cannot be written, the family cannot express the
+        decoder, or a member's gate depends on the token.
     """
-    directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory}: is there already; give the path of a new folder")
-    hf = config_to_hf(config, family)
-    hf["torch_dtype"] = str(np.dtype(params["embed"].dtype))
-    shards = _shards(list(families.tensors(config, family)), params, max_shard_bytes)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        write_json(partial / _CONFIG, {**hf, **(extra or {})})
-        _write_shards(partial, shards, params)
-        os.replace(partial, directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return directory
+    for spec, _ in members:
+        lifecycle.check_mergeable(spec)
+    dtype = np.dtype(dtype or params["embed"].dtype)
+    hf = {**(source or config_to_hf(config, family)), **(extra or {}), "torch_dtype": str(dtype)}
+    hf.pop("dtype", None)  # the newer name of the same field, which older releases do not know
+    files = {_CONFIG: hf, **(companions or {})}
+    shards = _shards(list(families.tensors(config, family)), dtype, max_shard_bytes)
+    with new_folder(directory) as write:
+        write(functools.partial(_write_companions, files))
+        _write_shards(write, shards, _Weights(jax.tree.map(jnp.asarray, params), members, dtype))
+    return Path(directory)
 
 
 def _read_config(folder: Path) -> tuple[str, DecoderConfig]:
@@ -229,40 +244,86 @@ def _read_rows(file, name: str, part, index: tuple[slice, ...]) -> np.ndarray:
     return file.get_slice(name)[(rows, *index[1:])]
 
 
-def _place(path: str, shape, dtype, sharding: Sharding, readers: list[Callable]) -> jax.Array:
-    """A leaf on the devices, filled layer by layer in one donated buffer."""
+def _place(path: str, leaf, encode: Callable, sharding, readers: list[Callable]):
+    """A leaf on the devices, filled piece by piece in donated buffers.
+
+    Args:
+      path, leaf: its name, and its shape and dtype as floats.
+      encode: what a layer's values are stored as (`base.quantised.encoder`).
+      sharding: of what is stored: one, or one an array.
+      readers: one a layer.
+    """
     if not path.startswith("layers."):
-        return _to_devices(shape, dtype, sharding, readers[0])
+        return _by_rows(leaf, sharding, readers[0])
     flip = families.transposed(path)
-    stored = shape[:0:-1] if flip else shape[1:]
-    slice_sharding = _slice_sharding(sharding, len(shape), flip)
-    zeros = jax.jit(_zeros, static_argnums=(0, 1), out_shardings=sharding)
-    write = jax.jit(_write_layer, static_argnums=3, donate_argnums=0, out_shardings=sharding)
-    stack = zeros(shape, dtype)
-    for layer, reader in enumerate(readers):
-        x = _to_devices(stored, dtype, slice_sharding, reader)
-        # Waiting keeps the host from queueing a whole model of slices ahead of the devices.
-        stack = write(stack, x, np.int32(layer), flip).block_until_ready()
-    return stack
+
+    def write(stack, x, layer):
+        new = encode(x.T if flip else x)
+        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=layer, axis=0)
+        return jax.tree.map(put, stack, new)
+
+    shape = leaf.shape[:0:-1] if flip else leaf.shape[1:]
+    slice_sharding = _slice_sharding(jax.tree.leaves(sharding)[0], shape, flip)
+    pieces = (
+        (_to_devices(shape, leaf.dtype, slice_sharding, reader), np.int32(layer))
+        for layer, reader in enumerate(readers)
+    )
+    return _filled(jax.eval_shape(encode, leaf), sharding, write, pieces)
 
 
-def _zeros(shape, dtype):
-    return jnp.zeros(shape, dtype)
+def _by_rows(leaf, sharding: Sharding, read: Callable):
+    """A leaf without layers: a piece is some rows of every shard, so that no shard moves.
+
+    Axes: S shards of the rows, R rows of a shard.
+    """
+    R = sharding.shard_shape(leaf.shape)[0]
+    S, rest = leaf.shape[0] // R, leaf.shape[1:]
+    step = max(1, _PIECE_BYTES * R // (math.prod(leaf.shape) * leaf.dtype.itemsize))
+    spread = sharding
+    if isinstance(sharding, NamedSharding):
+        axes = (*sharding.spec, None)
+        spec = PartitionSpec(axes[0], None, *axes[1 : len(leaf.shape)])
+        spread = NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+
+    def piece(start: int):
+        def rows(index):
+            shards, within, *columns = index
+            first = (shards.start or 0) * R + start + (within.start or 0)
+            return read((slice(first, first + size), *columns))[None]
+
+        size = min(step, R - start)
+        return _to_devices((S, size, *rest), leaf.dtype, spread, rows), np.int32(start)
+
+    def write(out, x, start):
+        out = jax.lax.dynamic_update_slice_in_dim(out.reshape(S, R, *rest), x, start, axis=1)
+        return out.reshape(leaf.shape)
+
+    return _filled(leaf, sharding, write, map(piece, range(0, R, step)))
 
 
-def _write_layer(stack, x, layer, flip: bool):
-    return jax.lax.dynamic_update_index_in_dim(stack, x.T if flip else x, layer, 0)
+def _filled(stored, sharding, write: Callable, pieces):
+    """Zeros like `stored`, with `write(buffers, *piece)` of every piece."""
+
+    def zeros():
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stored)
+
+    buffers = jax.jit(zeros, out_shardings=sharding)()
+    write = jax.jit(write, donate_argnums=0, out_shardings=sharding)
+    for piece in pieces:
+        # Waiting keeps the host from queueing a whole model of pieces ahead of the devices.
+        buffers = jax.block_until_ready(write(buffers, *piece))
+    return buffers
 
 
-def _slice_sharding(sharding: Sharding, rank: int, flip: bool) -> Sharding:
+def _slice_sharding(sharding: Sharding, shape, flip: bool) -> Sharding:
     """The sharding of one layer as it lies on disk, such that writing it moves nothing."""
     if isinstance(sharding, SingleDeviceSharding):
         return sharding
     if not isinstance(sharding, NamedSharding):
         raise TypeError(f"shardings: {type(sharding).__name__} is not a NamedSharding")
-    axes = (*sharding.spec, *(None,) * (rank - len(sharding.spec)))[1:]
+    axes = (*sharding.spec, *(None,) * (len(shape) + 1 - len(sharding.spec)))[1:]
     spec = PartitionSpec(*(axes[::-1] if flip else axes))
-    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+    return fitted(NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind), shape)
 
 
 def _to_devices(shape, dtype, sharding: Sharding, read: Callable) -> jax.Array:
@@ -281,11 +342,19 @@ def _to_devices(shape, dtype, sharding: Sharding, read: Callable) -> jax.Array:
 # Writing --------------------------------------------------------------------------------------
 
 
-def _shards(plan, params, max_bytes: int) -> list[list]:
+def _write_companions(files: Mapping[str, Any], folder: Path) -> None:
+    for name, content in files.items():
+        if isinstance(content, Path):
+            shutil.copyfile(content, folder / name)
+        else:
+            write_json(folder / name, content)
+
+
+def _shards(plan, dtype: np.dtype, max_bytes: int) -> list[list]:
     """Consecutive tensors, as many a shard as fit."""
     shards, room = [], 0
     for tensor in plan:
-        size = _bytes(tensor, params)
+        size = _bytes(tensor, dtype)
         if not shards or size > room:
             shards.append([])
             room = max_bytes
@@ -294,39 +363,49 @@ def _shards(plan, params, max_bytes: int) -> list[list]:
     return shards
 
 
-def _bytes(tensor, params) -> int:
-    dtype = np.dtype(trees.get(params, tensor.parts[0].path).dtype)
-    return int(np.prod(tensor.shape)) * dtype.itemsize
+def _bytes(tensor, dtype: np.dtype) -> int:
+    return math.prod(tensor.shape) * dtype.itemsize
 
 
-def _write_shards(folder: Path, shards: list[list], params) -> None:
+def _write_shards(write: Write, shards: list[list], weights: _Weights) -> None:
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         name = name if len(shards) > 1 else _SINGLE
-        arrays = {tensor.name: _fetch(tensor, params) for tensor in shard}
-        save_file(arrays, folder / name, metadata={"format": "pt"})
-        with open(folder / name, "rb+") as file:
-            os.fsync(file.fileno())
+        arrays = {tensor.name: weights.tensor(tensor) for tensor in shard}
+        write(lambda folder, name=name, arrays=arrays: save_tensors(folder / name, arrays))
         weight_map |= dict.fromkeys(arrays, name)
     if len(shards) > 1:
-        total = sum(_bytes(tensor, params) for shard in shards for tensor in shard)
+        total = sum(_bytes(tensor, weights.dtype) for shard in shards for tensor in shard)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / _INDEX, index)
+        write(functools.partial(_write_companions, {_INDEX: index}))
 
 
-def _fetch(tensor, params) -> np.ndarray:
-    """One HF tensor from its leaves."""
-    rows = []
-    for part in tensor.parts:
-        x = _layer(trees.get(params, part.path), part.layer)
-        rows.append(x.T if families.transposed(part.path) else x)
-    return np.ascontiguousarray(np.concatenate(rows) if len(rows) > 1 else rows[0])
+class _Weights:
+    """The tensors of a checkpoint, each made when it is asked for."""
+
+    def __init__(self, params, members: Sequence[tuple[BankSpec, Any]], dtype: np.dtype):
+        sites = dict.fromkeys(site for spec, _ in members for site in spec.sites)
+        self.dtype = dtype
+        self._params = params
+        self._members = {
+            f"layers.{site}.kernel": lifecycle.members_at(members, site) for site in sites
+        }
+
+    def tensor(self, tensor: families.Tensor) -> np.ndarray:
+        """One HF tensor from its leaves."""
+        rows = []
+        for part in tensor.parts:
+            specs, banks = self._members.get(part.path, ((), []))
+            leaf = trees.get(self._params, part.path)
+            if part.layer is None:
+                x = to_host(leaf).astype(self.dtype)
+            else:
+                x = to_host(_read_layer(specs, self.dtype, leaf, banks, np.int32(part.layer)))
+            rows.append(x.T if families.transposed(part.path) else x)
+        return np.ascontiguousarray(np.concatenate(rows) if len(rows) > 1 else rows[0])
 
 
-def _layer(leaf, layer: int | None) -> np.ndarray:
-    if layer is None:
-        return np.asarray(leaf)
-    if isinstance(leaf, np.ndarray):
-        return leaf[layer]
-    return np.asarray(jax.lax.dynamic_index_in_dim(leaf, np.int32(layer), keepdims=False))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _read_layer(specs: tuple[BankSpec, ...], dtype, leaf, banks, layer):
+    return lifecycle.kernel_with(specs, leaf, banks, layer).astype(dtype)

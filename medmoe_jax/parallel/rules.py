@@ -42,7 +42,7 @@ BANK_RULES: tuple[Rule, ...] = (
     # Whole feed-forward experts live on the expert axis.
     (rf"{_COLUMN}\.experts$", (None, "expert", "fsdp", "tensor")),
     (rf"{_ROW}\.experts$", (None, "expert", "tensor", "fsdp")),
-    (r"\.(scale|router\.(kernel|bias)|mix\.weight)$", ()),
+    (r"(?<!\.kernel)\.(scale|router\.(kernel|bias)|mix\.weight)$", ()),
 )
 
 # Banks whose experts stay on their device while the tokens travel.

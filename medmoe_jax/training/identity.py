@@ -47,7 +47,11 @@ def claim(
     if isinstance(setup.template, Jinja):
         data["template"] = json_fingerprint(setup.template.source)
     content = {
-        "base": {"content": setup.base_fingerprint, "dtype": config.base.dtype},
+        "base": {
+            "content": setup.base_fingerprint,
+            "dtype": config.base.dtype,
+            "quantise": config.base.quantise,
+        },
         "data": {**data, "tokenizer": setup.tokenizer.digest, "sources": dict(digests)},
         "stage": stage.config.to_dict(),
     }
@@ -104,7 +108,7 @@ def check_stage(setup: Setup, workdir, stage: Stage) -> None:
         raise UserError(
             f"{directory} was trained on another base (content "
             f"{manifest.base_fingerprint[:12]}, this one is {setup.base_fingerprint[:12]}); set "
-            "base.path to the weights it was trained on"
+            "base.path, base.dtype and base.quantise to what it was trained with"
         )
     recipe = read_json(directory / "recipe.json")["recipe"]
     then = {name: recipe["stage"].get(name) for name in _MODEL_FIELDS}

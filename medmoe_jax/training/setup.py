@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.model import AdaptedConfig
-from medmoe_jax.base import decoder
 from medmoe_jax.base.decoder import Execution
 from medmoe_jax.checkpoints.bases import Base, open_base
 from medmoe_jax.checkpoints.fingerprint import tree_fingerprint
@@ -63,7 +62,7 @@ class Setup:
         return self._spare.pop() if self._spare else self._load()
 
     def _load(self):
-        tree = decoder.abstract(self.base.config, self.dtype)
+        tree = self.base.abstract(self.dtype)
         return self.base.load(self.dtype, shardings(tree, self.mesh, BASE_RULES))
 
     @functools.cached_property
@@ -97,7 +96,9 @@ def open_setup(config: ConfigDict) -> Setup:
         raise UserError(f"base.dtype: '{section.dtype}' is none of {', '.join(_DTYPES)}")
     _check_run(config.run)
     mesh = make_mesh(config.run.mesh.to_dict())
-    base = open_base(section.path, section.preset, section.decoder.to_dict(), section.seed)
+    base = open_base(
+        section.path, section.preset, section.decoder.to_dict(), section.seed, section.quantise
+    )
     path = section.tokenizer or base.tokenizer
     if not path:
         raise UserError(

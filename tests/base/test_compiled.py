@@ -10,7 +10,7 @@ import pytest
 from medmoe_jax.adapters import bank, model
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.model import AdaptedConfig
-from medmoe_jax.base import decoder, loss
+from medmoe_jax.base import decoder, loss, quantised
 from medmoe_jax.base.config import DecoderConfig, site_shapes
 from medmoe_jax.base.decoder import Execution
 
@@ -27,8 +27,9 @@ def _step(config: AdaptedConfig, banks, base, tokens, segments, positions):
     return loss.cross_entropy(config.decoder, False, head, x, targets, weights)
 
 
-def _compile(config, specs, execution, shape):
-    base = decoder.abstract(config)
+def _compile(config, specs, execution, shape, quantise=""):
+    encode = functools.partial(quantised.quantise, kind=quantise)
+    base = jax.eval_shape(encode, decoder.abstract(config))
     banks = {s.name: bank.abstract(s, config) for s in specs}
     ids = [jax.ShapeDtypeStruct(shape, jnp.int32)] * 3
     step = functools.partial(_step, AdaptedConfig(config, specs, execution))
@@ -45,6 +46,16 @@ def test_no_copy_of_the_base(remat):
     compiled = _compile(WIDE, specs, Execution(remat=remat), (1, 8))
     base_bytes = sum(leaf.size * 4 for leaf in jax.tree.leaves(decoder.abstract(WIDE)))
     assert compiled.memory_analysis().temp_size_in_bytes < 0.3 * base_bytes
+
+
+@pytest.mark.parametrize("kind", sorted(quantised.KINDS))
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_no_float_copy_of_a_quantised_base(kind, remat):
+    """A step holds the float values of a layer or two, not of all twelve."""
+    specs = (BankSpec("b", ("attn.q", "mlp.down"), 0, 12, rank=2),)
+    compiled = _compile(WIDE, specs, Execution(remat=remat), (1, 8), kind)
+    floats = sum(leaf.size * 4 for leaf in jax.tree.leaves(decoder.abstract(WIDE)))
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.3 * floats
 
 
 def test_no_large_logits(monkeypatch):

@@ -1,5 +1,6 @@
 """Hugging Face checkpoints written by hand: every tensor's place, sharding, memory and errors."""
 
+import functools
 import json
 import os
 import tracemalloc
@@ -12,9 +13,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
-from medmoe_jax.base import decoder, trees
+from medmoe_jax.base import decoder, quantised, trees
 from medmoe_jax.base.config import DecoderConfig
-from medmoe_jax.checkpoints import huggingface
+from medmoe_jax.checkpoints import bases, files, huggingface
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel.mesh import make_mesh
 from medmoe_jax.parallel.rules import BASE_RULES, shardings
@@ -160,6 +161,66 @@ def test_a_sharding_over_layers_works_too(tmp_path, tensors):
     down = params["layers"]["mlp"]["down"]["kernel"]
     assert down.addressable_shards[0].data.shape == (1, F, D)
     np.testing.assert_array_equal(down, leaf_by_hand(tensors, "layers.mlp.down.kernel")[:2])
+
+
+MESHES = {
+    "one": None,
+    "fsdp": {"data": 1, "fsdp": 8, "expert": 1, "tensor": 1},
+    "both": {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh"), [("int8", "one"), ("nf4", "one"), ("int8", "fsdp"), ("nf4", "both")]
+)
+def test_kernels_are_quantised_as_they_stream(tmp_path, monkeypatch, kind, mesh):
+    """The same bits as quantising the float base, in the shardings asked for."""
+    inner = 150  # no multiple of the 64 rows of a block
+    tensors = qwen2_tensors(np.random.default_rng(0), inner=inner)
+    write(tmp_path, {**QWEN2, "intermediate_size": inner}, tensors)
+    base = bases.open_base(str(tmp_path), "", {}, 0, kind)
+    floats = huggingface.load(tmp_path, jnp.float32)[1]
+    want = jax.jit(functools.partial(quantised.quantise, kind=kind))(floats)
+    wanted = None
+    if MESHES[mesh]:
+        wanted = shardings(base.abstract(jnp.float32), make_mesh(MESHES[mesh]), BASE_RULES)
+    seen = []
+    to_devices = huggingface._to_devices
+    monkeypatch.setattr(
+        huggingface, "_to_devices", lambda *args: seen.append(args[0]) or to_devices(*args)
+    )
+    params = base.load(jnp.float32, wanted)
+    assert jax.tree.structure(params) == jax.tree.structure(want)
+    jax.tree.map(np.testing.assert_array_equal, params, want)
+    # One layer at a time: no stack of floats was ever there.
+    assert seen.count((inner, D)) == 2 * L and not any(s[:1] == (L,) for s in seen if len(s) > 2)
+    if wanted is not None:
+        jax.tree.map(lambda x, s: x.sharding == s or pytest.fail(f"{x.sharding}"), params, wanted)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_large_tensors_come_in_pieces_of_rows(tmp_path, monkeypatch, mesh):
+    tensors = qwen2_tensors(np.random.default_rng(0), vocab=44)
+    write(tmp_path, {**QWEN2, "vocab_size": 44}, tensors)
+    wanted = None
+    if MESHES[mesh]:
+        abstract = decoder.abstract(huggingface.read_config(tmp_path))
+        wanted = shardings(abstract, make_mesh(MESHES[mesh]), BASE_RULES)
+    monkeypatch.setattr(huggingface, "_PIECE_BYTES", 10 * D * 4)
+    sizes = {"embed": [], "head": []}
+    read = huggingface._read_rows
+
+    def watched(file, name, part, index):
+        rows = read(file, name, part, index)
+        sizes.get(part.path, []).append(rows.nbytes)
+        return rows
+
+    monkeypatch.setattr(huggingface, "_read_rows", watched)
+    _, params = huggingface.load(tmp_path, jnp.float32, wanted)
+    for name in sizes:
+        np.testing.assert_array_equal(params[name], leaf_by_hand(tensors, name))
+        # 44 rows in pieces of ten and a rest, or of five in each half.
+        assert len(sizes[name]) >= 5 and max(sizes[name]) <= 10 * D * 4
 
 
 def qwen2_tensors_of(tensors, layers):
@@ -315,8 +376,8 @@ def test_a_failed_save_leaves_nothing(tmp_path, model, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(huggingface, "save_file", full)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(UserError, match=r"out: cannot be written, .*No space left on device"):
         huggingface.save_hf(tmp_path / "out", *model, "qwen2")
     assert not list(tmp_path.iterdir())
 

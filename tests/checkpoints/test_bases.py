@@ -1,0 +1,78 @@
+"""Bases of every kind, in floats and quantised, on eight devices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from medmoe_jax.base import quantised
+from medmoe_jax.base.quantised import Quantised
+from medmoe_jax.checkpoints.bases import open_base
+from medmoe_jax.checkpoints.fingerprint import tree_fingerprint
+from medmoe_jax.errors import UserError
+from medmoe_jax.parallel.mesh import make_mesh
+from medmoe_jax.parallel.rules import RULES, shardings
+from tests import tiny
+from tests.checkpoints.test_llama2c import write
+
+RANDOM = dict(vocab_size=32, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=150)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    """See `tiny.quick_compiles`."""
+    with tiny.quick_compiles():
+        yield
+
+
+@pytest.fixture(params=["llama2c", "random"])
+def source(request, tmp_path):
+    """The first arguments of `open_base`; Hugging Face folders have a test file of their own."""
+    if request.param == "random":
+        return "", "", RANDOM
+    write(tmp_path / "m.bin")
+    return str(tmp_path / "m.bin"), "", {}
+
+
+def load(source, kind):
+    base = open_base(*source, 0, kind)
+    mesh = make_mesh({"data": 1, "fsdp": 4, "expert": 1, "tensor": 2})
+    abstract = base.abstract(jnp.float32)
+    wanted = shardings(abstract, mesh, RULES)
+    params = base.load(jnp.float32, wanted)
+    jax.tree.map(lambda x, s: x.sharding == s or pytest.fail(f"{x.sharding}"), params, wanted)
+    described = functools.partial(jax.tree.map, lambda x: (x.shape, x.dtype))
+    assert described(params) == described(abstract)
+    return params
+
+
+@pytest.mark.parametrize("kind", sorted(quantised.KINDS))
+def test_every_base_can_be_quantised(source, kind):
+    params = load(source, kind)
+    want = jax.jit(functools.partial(quantised.quantise, kind=kind))(load(source, ""))
+    jax.tree.map(np.testing.assert_array_equal, params, want)
+    assert isinstance(params["layers"]["mlp"]["down"]["kernel"], Quantised)
+
+
+def test_an_unknown_kind_is_refused(source):
+    with pytest.raises(UserError, match=r"base\.quantise: 'fp8' is none of int8, nf4"):
+        open_base(*source, 0, "fp8")
+
+
+def test_a_fingerprint_covers_codes_and_scales(tmp_path):
+    write(tmp_path / "m.bin")
+    bases = {kind: load((str(tmp_path / "m.bin"), "", {}), kind) for kind in ("", "int8", "nf4")}
+    prints = {kind: tree_fingerprint(params) for kind, params in bases.items()}
+    assert len(set(prints.values())) == 3
+    for kind in ("int8", "nf4"):
+        here = jax.tree.map(np.array, jax.device_get(bases[kind]))
+        assert tree_fingerprint(here) == prints[kind]
+        for part in ("codes", "scale"):
+            array = getattr(here["layers"]["attn"]["o"]["kernel"], part)
+            old = array[0, 0, 0]
+            array[0, 0, 0] += 1
+            assert tree_fingerprint(here) != prints[kind]
+            array[0, 0, 0] = old
+        assert tree_fingerprint(here) == prints[kind]
