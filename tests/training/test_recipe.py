@@ -9,7 +9,13 @@ from medmoe_jax.adapters.lifecycle import active_banks
 from medmoe_jax.base import decoder
 from medmoe_jax.errors import UserError
 from medmoe_jax.training import recipe as recipe_lib
-from medmoe_jax.training.config import bank, orthogonality, recipe, stage
+from medmoe_jax.training.config import (
+    allocator,
+    bank,
+    orthogonality,
+    recipe,
+    stage,
+)
 from medmoe_jax.training.setup import open_setup
 from tests import naive, tiny
 
@@ -31,6 +37,7 @@ def add(name="x", sites=("mlp.up",), **fields):
     return {name: bank(sites=sites, **fields)}
 
 
+SCALED = add("x", learned_scale=True)
 FIRST = {"banks": add("x") | add("y") | add("routed", gate="token", experts=4)}
 
 
@@ -92,6 +99,52 @@ REFUSED = {
     "loss_reduction": (
         second(losses={"o": orthogonality("x", "y", reduction="max")}),
         "stages.second.losses.o.reduction: 'max' is none of mean, sum",
+    ),
+    "loss_kind": (
+        second(losses={"o": ConfigDict({"kind": "least_squares"})}),
+        "stages.second.losses.o.kind: 'least_squares' is none of orthogonality, orthonormality",
+    ),
+    "allocator_unknown": (
+        {"s": {"banks": SCALED, "allocators": {"r": allocator("z", 1)}}},
+        "stages.s.allocators.r.bank: this stage trains no bank 'z'",
+    ),
+    "allocator_frozen": (
+        {
+            "first": {"banks": SCALED},
+            "second": {
+                "after": "first",
+                "states": {"x": "frozen"},
+                "banks": add("y"),
+                "allocators": {"r": allocator("x", 1)},
+            },
+        },
+        "stages.second.allocators.r.bank: this stage trains no bank 'x'",
+    ),
+    "allocator_twice": (
+        {"s": {"banks": SCALED, "allocators": {"r": allocator("x", 1), "t": allocator("x", 1)}}},
+        "stages.s.allocators.t.bank: 'x' has an allocator already",
+    ),
+    "allocator_plain": (
+        {"s": {"banks": add(), "allocators": {"r": allocator("x", 1)}}},
+        "stages.s.allocators.r.bank: 'x' has no Λ; give it low-rank experts with learned_scale",
+    ),
+    "allocator_below": (
+        {"s": {"banks": SCALED, "allocators": {"r": allocator("x", 0)}}},
+        "stages.s.allocators.r.target_rank: 0 is below one rank a matrix",
+    ),
+    "allocator_above": (
+        {"s": {"banks": SCALED, "allocators": {"r": allocator("x", 17)}}},
+        "stages.s.allocators.r.target_rank: 17 is above the rank 16 that bank 'x' starts with",
+    ),
+    "allocator_too_long": (
+        {
+            "s": {
+                "banks": SCALED,
+                "allocators": {"r": allocator("x", 1, t_init=3, t_final=2)},
+                "steps": 5,
+            }
+        },
+        "stages.s.allocators.r.t_init: 3 + t_final 2 leave none of the run's 5 steps",
     ),
     "trains_nothing": (
         second(states={"x": "frozen", "y": "frozen", "routed": "off"}),
