@@ -219,7 +219,8 @@ def init(spec: BankSpec, config: DecoderConfig, key: jax.Array, base=None):
         k = jax.random.fold_in(key, zlib.crc32(f"{spec.name}{name}".encode()))
         if path[-1].key == "experts":
             kernel_LxDxO = trees.get(base, f"layers.{path[0].key}.kernel")
-            kernel_NxDxO = kernel_LxDxO[spec.start : spec.stop].astype(struct.dtype)
+            own = slice(spec.start, spec.stop)
+            kernel_NxDxO = jax.tree.map(lambda x: x[own], kernel_LxDxO).astype(struct.dtype)
             return jnp.broadcast_to(kernel_NxDxO[:, None], struct.shape)
         zero = ("['weight']", "['scale']") + (() if spec.learned_scale else ("['lora_b']",))
         if name.endswith(zero):

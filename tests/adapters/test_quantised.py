@@ -134,3 +134,13 @@ def test_parameters_are_counted_as_weights():
         == bank.count(values)
         == sum(leaf.size for leaf in jax.tree.leaves(values))
     )
+
+
+def test_whole_experts_start_from_the_values():
+    base, values = base_of("nf4")
+    spec = bank.BankSpec(
+        "whole", ("mlp.gate", "mlp.up", "mlp.down"), 1, 2, form="ffn", experts=3, gate="token"
+    )
+    got = bank.init(spec, CONFIG, jax.random.key(0), base)
+    want = bank.init(spec, CONFIG, jax.random.key(0), values)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
