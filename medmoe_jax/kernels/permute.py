@@ -139,5 +139,7 @@ def scatter_add(y_MxD, order: Order, weight_M=None, *, backend: str):
     """
     _check("y_MxD", y_MxD, order.source_M.size, backend)
     if weight_M is not None:
+        if weight_M.shape != order.source_M.shape:
+            raise UserError(f"weight_M has shape {weight_M.shape}; y_MxD has {y_MxD.shape[0]} rows")
         y_MxD = (y_MxD.astype(jnp.float32) * weight_M[:, None]).astype(y_MxD.dtype)
     return _scatter_add(y_MxD, order, backend)

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from medmoe_jax.errors import UserError
 from medmoe_jax.kernels.tiles import LANES, ceil_div, options
 
-MAX_EXPERTS = 2048
+MAX_EXPERTS = 1024
 MAX_PAIRS = 2**24  # a count is exact in float32 up to here
 _COUNT_BLOCK = 512
 _ROW_BYTES = 16 * 2**20  # for the blocks of one step of `sum_rows`, both copies of each
