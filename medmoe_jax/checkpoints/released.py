@@ -40,6 +40,7 @@ from medmoe_jax.checkpoints.torch_files import StoredTensor, open_torch
 from medmoe_jax.errors import UserError
 
 _PICKLED, _TENSORS, _MODEL = "non_lora_trainables.bin", "model.safetensors", "config.json"
+_TRAINED = ("train", "gate")  # states in which a stage changes a bank
 _FILES = (peft.CONFIG, peft.WEIGHTS, _PICKLED, _TENSORS, _MODEL)
 
 
@@ -340,14 +341,14 @@ def _assign(groups: list[_Group], roster: Roster) -> tuple[dict[str, dict[str, _
             if state != "merged"
         ]
         if len(here) < len(fits):
-            fits = [(name, state) for name, state in fits if state == "train"]
+            fits = [(name, state) for name, state in fits if state in _TRAINED]
         for (name, _), group in zip(fits, here, strict=False):
             places.setdefault(name, {})[site] = group
         for group in here[len(fits) :]:
             problems.append(f"group '{group.name}': no bank of the stage takes it on {site}")
     for name, (spec, state) in roster.items():
         absent = [site for site in spec.sites if site not in places.get(name, {})]
-        if absent and (name in places or state == "train"):
+        if absent and (name in places or state in _TRAINED):
             problems.append(f"bank '{name}': nothing in the directory for {', '.join(absent)}")
     return places, problems
 

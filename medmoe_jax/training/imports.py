@@ -71,11 +71,12 @@ def _choose(setup: Setup, workdir: str | Path, name: str) -> Stage:
         what = f"stage '{name}'" if name else "every stage"
         raise UserError(f"{what} is finished in {workdir}; import into another work directory")
     stage = by_name[name or open_ones[0]]
-    if stage.train_base:
-        raise UserError(
-            f"stage '{stage.name}' trains leaves of the base, which no adapter directory holds: "
-            f"{', '.join(stage.train_base)}"
-        )
+    for what, names in (("trains leaves of the base", stage.train_base), ("stacks", stage.stack)):
+        if names:
+            raise UserError(
+                f"stage '{stage.name}' {what} ({', '.join(names)}): no adapter directory holds "
+                "what comes of that; train it here"
+            )
     return stage
 
 

@@ -142,7 +142,7 @@ def test_a_shared_block_beside_the_experts(tmp_path, rng):
 def test_a_second_stage(tmp_path, rng, pickled):
     base, orth = block_tensors(rng, "base", ""), block_tensors(rng, "orth", "")
     form = {"pickled": base | orth} if pickled else {"pickled": {}, "tensors": base | orth}
-    for state in ("frozen", "train"):
+    for state in ("frozen", "gate", "train"):
         roster = {**STAGE_2, "knowledge": (KNOWLEDGE, state)}
         given = read(write(tmp_path / "a", **form), roster)
         assert set(given.banks) == {"knowledge", "alignment"}
@@ -151,9 +151,10 @@ def test_a_second_stage(tmp_path, rng, pickled):
     given = read(write(tmp_path / "b", tensors=orth), STAGE_2)
     assert set(given.banks) == {"alignment"}
     check(given.banks, "alignment", orth, ".orth", "")
-    trained = {**STAGE_2, "knowledge": (KNOWLEDGE, "train")}
-    with pytest.raises(UserError, match="bank 'alignment': nothing in the directory for mlp"):
-        read(tmp_path / "b", trained)
+    for state in ("gate", "train"):
+        trained = {**STAGE_2, "knowledge": (KNOWLEDGE, state)}
+        with pytest.raises(UserError, match="bank 'alignment': nothing in the directory for mlp"):
+            read(tmp_path / "b", trained)
 
 
 def test_half_precision_tensors(tmp_path, rng):

@@ -12,7 +12,11 @@ from medmoe_jax.checkpoints.files import read_json
 from medmoe_jax.checkpoints.fingerprint import file_fingerprint
 from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.cli.main import main
+from medmoe_jax.errors import UserError
+from medmoe_jax.training.config import stacked
+from medmoe_jax.training.imports import import_stage
 from medmoe_jax.training.run import open_trained, stage_dir
+from medmoe_jax.training.setup import open_setup
 from tests import tiny
 from tests.released import module, write
 
@@ -176,6 +180,15 @@ def test_an_import_is_not_taken_for_training(config, released, tmp_path, capsys)
     assert not (folder / "manifest.json").exists()
 
 
+def test_a_stacked_bank_is_trained_here(released, tmp_path):
+    recipe = tiny.medcare_config()
+    recipe.stages.align.update(stack={"mixed": stacked(("knowledge",))}, losses={})
+    del recipe.stages.align.states["knowledge"]
+    with pytest.raises(UserError, match=r"stage 'align' stacks \(mixed\): .* train it here"):
+        import_stage(open_setup(recipe), tmp_path / "w", released[1], "align")
+    assert not (tmp_path / "w").exists()
+
+
 def test_what_is_refused_leaves_nothing(config, released, tmp_path, capsys):
     workdir = tmp_path / "w"
     command = ("import", config, f"--workdir={workdir}")
@@ -187,7 +200,7 @@ def test_what_is_refused_leaves_nothing(config, released, tmp_path, capsys):
         ([f"--adapter={released[0]}", "--config.stages.aggregate.banks.noise.rank=4"],
          "asks for (4, 16)"),
         ([f"--adapter={released[0]}", "--config.stages.aggregate.train_base=('final_norm',)"],
-         "trains leaves of the base, which no adapter directory holds: final_norm"),
+         "stage 'aggregate' trains leaves of the base (final_norm): no adapter directory holds"),
         ([f"--adapter={released[0]}", "--wat"], "unknown argument '--wat'"),
     ):  # fmt: skip
         assert words in fails(capsys, *command, *more)
