@@ -104,10 +104,10 @@ def save_peft(
 ) -> Path:
     """Write banks as one LoRA adapter that PEFT loads over their base.
 
-    A module's rank is the sum of its banks' E·r; s, Λ and mixing weights are inside B, and
-    PEFT's own scaling is 1. A fused module has the A of its sites above each other and a
-    block-diagonal B. The folder appears whole or not at all; several processes call this alike,
-    and the first one writes.
+    A module's rank is the sum of its banks' E·r, less what an allocator cleared; s, Λ and mixing
+    weights are inside B, and PEFT's own scaling is 1. A fused module has the A of its sites above
+    each other and a block-diagonal B. The folder appears whole or not at all; several processes
+    call this alike, and the first one writes.
 
     Args:
       directory: a path at which there is nothing yet, or an empty folder.
@@ -120,8 +120,8 @@ def save_peft(
       The folder.
 
     Raises:
-      UserError: the folder is not empty or cannot be written, there is no bank, or one's gate
-        depends on the token.
+      UserError: the folder is not empty or cannot be written, there is no bank or nothing in
+        them, or one's gate depends on the token.
     """
     for spec, _ in members:
         lifecycle.check_mergeable(spec)
@@ -135,6 +135,8 @@ def save_peft(
             ranks[module] = len(a_RxD)
             names = (f"{_PREFIX}{module}.{leaf}" for leaf in _LAYOUTS["LORA"])
             arrays |= zip(names, (a_RxD, b_OxR), strict=True)
+    if not ranks:
+        raise UserError("every Λ of the banks to write is 0: there is nothing to write")
     options = _options(ranks, base)
     with new_folder(directory) as write:
         write(lambda folder: write_json(folder / CONFIG, options))
@@ -351,9 +353,15 @@ def _stacked(weight: families.Tensor, at, dtype) -> tuple[np.ndarray, np.ndarray
     for part in weight.parts:
         for spec, p in zip(*at[site_of(part)], strict=True):
             if spec.start <= part.layer < spec.stop:
-                a_DxR, b_RxO = _factors(spec, dtype, p, np.int32(part.layer - spec.start))
-                a.append(to_host(a_DxR).T)
-                blocks.append((slice(part.start, part.stop), to_host(b_RxO).T))
+                a_DxR, b_RxO = map(
+                    to_host, _factors(spec, dtype, p, np.int32(part.layer - spec.start))
+                )
+                if spec.learned_scale:
+                    # What an allocator cleared adds nothing: Λ, inside B, is 0 there.
+                    stays_R = b_RxO.any(axis=1)
+                    a_DxR, b_RxO = a_DxR[:, stays_R], b_RxO[stays_R]
+                a.append(a_DxR.T)
+                blocks.append((slice(part.start, part.stop), b_RxO.T))
     b_OxR = np.zeros((O, sum(b.shape[1] for _, b in blocks)), dtype)
     start = 0
     for rows, b in blocks:

@@ -146,6 +146,33 @@ def test_only_the_modules_of_the_banks_are_named(tmp_path):
     assert {x.dtype for x in tensors.values()} == {np.dtype(ml_dtypes.bfloat16)}
 
 
+def test_cleared_triplets_are_left_out(tmp_path):
+    """Each module gets the rank that its matrix kept, and a module without any is not named."""
+    spec = BankSpec("pruned", ("attn.o", "mlp.down"), 0, 3, rank=4, alpha=3.0, learned_scale=True)
+    params = random_bank(spec)
+    for (site, layer), cleared in {
+        ("attn.o", 0): [0, 2],
+        ("attn.o", 1): [0, 1, 2, 3],
+        ("mlp.down", 2): [3],
+    }.items():
+        scale = np.array(params[site]["scale"])
+        scale[layer, 0, cleared] = 0.0
+        params[site] = {**params[site], "scale": scale}
+    folder = peft.save_peft(tmp_path / "out", TINY, "llama", [(spec, params)])
+    check_folder(folder, [(spec, params)], "llama")
+    options = json.loads((folder / "adapter_config.json").read_text())
+    assert options["r"] == 4 and options["rank_pattern"] == {
+        "model.layers.0.self_attn.o_proj": 2,
+        "model.layers.2.mlp.down_proj": 3,
+    }
+    assert "model.layers.1.self_attn.o_proj" not in options["target_modules"]
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert tensors["base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight"].shape[0] == 2
+    nothing = {site: {**p, "scale": np.zeros_like(p["scale"])} for site, p in params.items()}
+    with pytest.raises(UserError, match="every Λ of the banks to write is 0"):
+        peft.save_peft(tmp_path / "none", TINY, "llama", [(spec, nothing)])
+
+
 def test_banks_may_be_sharded(tmp_path):
     mesh = make_mesh({"data": 1, "fsdp": 2, "expert": 2, "tensor": 2})
     members = [(s, p) for s, p in MEMBERS if s.gate == "always"]
