@@ -180,12 +180,12 @@ def test_an_import_is_not_taken_for_training(config, released, tmp_path, capsys)
     assert not (folder / "manifest.json").exists()
 
 
-def test_a_stacked_bank_is_trained_here(released, tmp_path):
+def test_a_stacked_bank_is_trained_here(tmp_path):
     recipe = tiny.medcare_config()
-    recipe.stages.align.update(stack={"mixed": stacked(("knowledge",))}, losses={})
-    del recipe.stages.align.states["knowledge"]
+    align = recipe.stages.align
+    align.stack, align.losses, align.states = {"mixed": stacked(("knowledge",))}, {}, {}
     with pytest.raises(UserError, match=r"stage 'align' stacks \(mixed\): .* train it here"):
-        import_stage(open_setup(recipe), tmp_path / "w", released[1], "align")
+        import_stage(open_setup(recipe), tmp_path / "w", tmp_path / "released", "align")
     assert not (tmp_path / "w").exists()
 
 
