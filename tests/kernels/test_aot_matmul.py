@@ -1,0 +1,105 @@
+"""The matrix kernels, forward and backward, compiled for TPU at the sizes of real models."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from medmoe_jax.kernels.grouped import grouped_lora, grouped_matmul
+from medmoe_jax.kernels.lora_linear import lora_linear
+from medmoe_jax.parallel import topology
+
+SLICES = ("v5e:1x1", "v5p:1x1x1", "v6e:1x1")
+bf16, f32 = jnp.bfloat16, jnp.float32
+
+
+def shaped(*shapes):
+    """A `ShapeDtypeStruct` for each `(dtype, dimension, …)`."""
+    return [jax.ShapeDtypeStruct(dimensions, dtype) for dtype, *dimensions in shapes]
+
+
+def kernels(program) -> int:
+    """Pallas calls in the program."""
+    return program.as_text().count('custom_call_target="tpu_custom_call"')
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("slice_name", SLICES)
+@pytest.mark.parametrize(
+    "M, D, O, E, r, dtype",
+    [
+        (32768, 4096, 11008, 512, 16, bf16),  # Qwen1.5-7B, gate and up.
+        (32768, 18944, 3584, 8, 16, bf16),  # Qwen2-7B, down.
+        (32768, 5120, 13696, 64, 32, bf16),  # Qwen1.5-14B, gate and up.
+        (16384, 5504, 2048, 8, 64, f32),  # Qwen1.5-1.8B, down.
+        (16384, 28672, 8192, 64, 128, bf16),  # The widest.
+        (16384, 4096, 4096, 512, 128, bf16),  # The shortest tiles of rows: 8.
+    ],
+)
+def test_grouped_lora(slice_name, M, D, O, E, r, dtype):
+    operands = shaped((dtype, M, D), (f32, E, r, D), (f32, E, r, O), (f32, M))
+    (sizes, dy) = shaped((jnp.int32, E), (dtype, M, O))
+
+    def step(operands, sizes, dy):
+        y, vjp = jax.vjp(lambda *v: grouped_lora(*v, sizes, backend="pallas"), *operands)
+        return y, vjp(dy)
+
+    program = topology.compile_for(topology.describe(slice_name), step, operands, sizes, dy)
+    assert kernels(program) == 6
+    # Beside the banks in x's dtype: rank columns and numbers of rows, nothing as wide as x.
+    banks = 2 * E * r * (D + O) * jnp.dtype(dtype).itemsize
+    assert program.memory_analysis().temp_size_in_bytes < banks + 4 * M * 4 * 128
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("slice_name", SLICES)
+@pytest.mark.parametrize(
+    "M, D, O, E, dtype",
+    [
+        (16384, 3584, 18944, 7, bf16),  # Qwen2-7B, gate and up.
+        (8192, 4864, 896, 64, f32),  # Qwen2-0.5B, down.
+        (16384, 28672, 8192, 4, bf16),  # The widest.
+    ],
+)
+def test_grouped_matmul(slice_name, M, D, O, E, dtype):
+    operands = shaped((dtype, M, D), (dtype, E, D, O))
+    (sizes, dy) = shaped((jnp.int32, E), (dtype, M, O))
+
+    def step(operands, sizes, dy):
+        y, vjp = jax.vjp(lambda *v: grouped_matmul(*v, sizes, backend="pallas"), *operands)
+        return y, vjp(dy)
+
+    program = topology.compile_for(topology.describe(slice_name), step, operands, sizes, dy)
+    assert kernels(program) == 3
+    assert program.memory_analysis().temp_size_in_bytes < 2**20
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("slice_name", SLICES)
+@pytest.mark.parametrize(
+    "T, D, O, R, gated, dtype",
+    [
+        (4096, 4096, 11008, 160, True, bf16),  # Qwen1.5-7B, gate and up, MedCare's banks.
+        (4096, 13696, 5120, 640, True, bf16),  # Qwen1.5-14B, down, five such banks.
+        (4096, 3584, 512, 16, False, bf16),  # Qwen2-7B, k and v, plain LoRA.
+        (4000, 2048, 5504, 128, True, f32),  # Qwen1.5-1.8B; tails in every dimension.
+        (4096, 28672, 8192, 160, True, bf16),  # The widest.
+    ],
+)
+def test_lora_linear(slice_name, T, D, O, R, gated, dtype):
+    x, w, a, gate, b, dy = shaped(
+        (dtype, T, D), (dtype, D, O), (f32, D, R), (f32, T, R), (f32, R, O), (dtype, T, O)
+    )
+
+    def step(x, w, a, gate, b, dy):
+        def f(x, a, gate, b):
+            return lora_linear(x, w, a, gate, b, backend="pallas")
+
+        y, vjp = jax.vjp(f, x, a, gate, b)
+        return y, vjp(dy)
+
+    slice_ = topology.describe(slice_name)
+    program = topology.compile_for(slice_, step, x, w, a, gate if gated else None, b, dy)
+    assert kernels(program) == 2
+    # A and B in x's dtype and rank columns, 128 at a time: nothing as large as W.
+    rank_columns = 4 * (D + O) * R + 4 * 4 * T * -(-R // 128) * 128
+    assert program.memory_analysis().temp_size_in_bytes < rank_columns
