@@ -81,7 +81,9 @@ def describe(name: str) -> Topology:
         )
     for variable, value in _NO_HOST.items():
         os.environ.setdefault(variable, value)
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    # A host has 2x2 chips, unless it is told to have one.
+    host = {} if set(layout) - {"1", "x"} else {"chips_per_host_bounds": [1, 1, 1]}
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **host).devices
     return Topology(name, CHIPS[chip], tuple(devices))
 
 
