@@ -6,10 +6,11 @@ import platform
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+from medmoe_jax.adapters.lifecycle import STATES
 from medmoe_jax.checkpoints.files import read_json, write_json
 from medmoe_jax.errors import UserError
 
-BANK_STATES = ("train", "frozen", "off", "merged", "dropped")
+BANK_STATES = (*STATES, "dropped")
 LIBRARIES = ("medmoe_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 

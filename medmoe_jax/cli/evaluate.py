@@ -13,7 +13,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from medmoe_jax.cli.configs import load_config
-from medmoe_jax.cli.session import add_model_arguments, no_rest, open_model, run_tasks
+from medmoe_jax.cli.session import (
+    add_language_argument,
+    add_model_arguments,
+    no_rest,
+    open_model,
+    run_tasks,
+)
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation.tasks import list_tasks
 from medmoe_jax.training.setup import open_setup
@@ -23,6 +29,7 @@ from medmoe_jax.training.summary import console
 def add_arguments(parser) -> None:
     """Declare the command's own arguments."""
     add_model_arguments(parser)
+    add_language_argument(parser)
     parser.add_argument("--list", action="store_true", help="print the known tasks, one a line")
     parser.add_argument("--tasks", default="", help="names or files, comma-separated")
     parser.add_argument("--limit", type=int, help="items a task, a seeded sample (default: all)")
@@ -44,7 +51,7 @@ def run(arguments, rest) -> None:
     if not output:
         raise UserError("give --output (or --workdir) for report.json")
     setup = open_setup(load_config(rest))
-    model = open_model(setup, arguments.workdir, arguments.stage, arguments.off)
+    model = open_model(setup, arguments.workdir, arguments.stage, arguments.off, arguments.language)
     Path(output).mkdir(parents=True, exist_ok=True)
     report = run_tasks(
         setup,

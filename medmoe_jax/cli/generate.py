@@ -12,7 +12,7 @@ import json
 
 from medmoe_jax.checkpoints.files import write_text
 from medmoe_jax.cli.configs import load_config
-from medmoe_jax.cli.session import add_model_arguments, open_model, read_rows
+from medmoe_jax.cli.session import add_language_argument, add_model_arguments, open_model, read_rows
 from medmoe_jax.errors import UserError
 from medmoe_jax.inference.engine import Sampling
 from medmoe_jax.training.setup import open_setup
@@ -21,6 +21,7 @@ from medmoe_jax.training.setup import open_setup
 def add_arguments(parser) -> None:
     """Declare the command's own arguments."""
     add_model_arguments(parser)
+    add_language_argument(parser)
     parser.add_argument("prompt", nargs="?", help="one prompt; its answer is printed")
     parser.add_argument("--input", help="JSONL of prompts")
     parser.add_argument("--output", help="JSONL to write")
@@ -41,7 +42,7 @@ def run(arguments, rest) -> None:
     if arguments.input is not None:
         rows = read_rows(arguments.input, ("prompt",))
     setup = open_setup(load_config(rest))
-    model = open_model(setup, arguments.workdir, arguments.stage, arguments.off)
+    model = open_model(setup, arguments.workdir, arguments.stage, arguments.off, arguments.language)
     answers = model.generate([r["prompt"] for r in rows], arguments.max_tokens, sampling)
     if arguments.input is None:
         print(answers[0])

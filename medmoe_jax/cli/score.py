@@ -13,13 +13,14 @@ import json
 
 from medmoe_jax.checkpoints.files import write_text
 from medmoe_jax.cli.configs import load_config
-from medmoe_jax.cli.session import add_model_arguments, open_model, read_rows
+from medmoe_jax.cli.session import add_language_argument, add_model_arguments, open_model, read_rows
 from medmoe_jax.training.setup import open_setup
 
 
 def add_arguments(parser) -> None:
     """Declare the command's own arguments."""
     add_model_arguments(parser)
+    add_language_argument(parser)
     parser.add_argument("--input", required=True, help="JSONL of prompt and completion")
     parser.add_argument("--output", required=True, help="JSONL to write")
 
@@ -28,7 +29,7 @@ def run(arguments, rest) -> None:
     """Run the command."""
     rows = read_rows(arguments.input, ("prompt", "completion"))
     setup = open_setup(load_config(rest))
-    model = open_model(setup, arguments.workdir, arguments.stage, arguments.off)
+    model = open_model(setup, arguments.workdir, arguments.stage, arguments.off, arguments.language)
     scores = model.score([r["prompt"] for r in rows], [r["completion"] for r in rows])
     scored = [
         {**row, "logprob": logprob, "tokens": tokens}

@@ -19,26 +19,33 @@ from medmoe_jax.training.setup import Setup
 from medmoe_jax.training.summary import console, note
 
 
-def language_model(setup: Setup, trained: Trained, off: Sequence[str] = ()) -> LanguageModel:
+def language_model(
+    setup: Setup, trained: Trained, off: Sequence[str] = (), language: str = ""
+) -> LanguageModel:
     """A model that answers, with some of its banks left out.
 
     Raises:
-      UserError: `off` names a bank that is not there.
+      UserError: `off` names a bank that is not there, or the recipe's table has no such language.
     """
     roster = trained.roster
     for name in off:
         roster = lifecycle.set_state(roster, name, "off")
     config = setup.model(lifecycle.active_banks(roster))
     batch = setup.config.run.score_batch
-    engine = Engine(config, trained.base, trained.banks, {}, setup.mesh, batch)
+    expert = setup.language_expert(language) if language else -1
+    engine = Engine(config, trained.base, trained.banks, {}, setup.mesh, batch, expert)
     return LanguageModel(engine, setup.tokenizer, setup.template)
 
 
 def open_model(
-    setup: Setup, workdir: str, stage: str | None = None, off: Sequence[str] = ()
+    setup: Setup,
+    workdir: str,
+    stage: str | None = None,
+    off: Sequence[str] = (),
+    language: str = "",
 ) -> LanguageModel:
-    """What `open_stage` gives, as a model that answers, with the banks in `off` left out."""
-    return language_model(setup, open_stage(setup, workdir, stage), off)
+    """What `open_stage` gives, as a model that answers; see `language_model`."""
+    return language_model(setup, open_stage(setup, workdir, stage), off, language)
 
 
 def open_stage(setup: Setup, workdir: str, stage: str | None = None) -> Trained:
@@ -109,6 +116,16 @@ def add_model_arguments(parser) -> None:
     parser.add_argument("--stage", help="whose end is used; 'base' = no bank (default: the last)")
     parser.add_argument(
         "--off", action="append", default=[], metavar="BANK", help="leave out a bank; repeatable"
+    )
+
+
+def add_language_argument(parser) -> None:
+    """The argument of every command that answers."""
+    parser.add_argument(
+        "--language",
+        default="",
+        metavar="CODE",
+        help="of the texts, for routers that always force its expert",
     )
 
 

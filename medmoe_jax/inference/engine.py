@@ -51,9 +51,17 @@ def _slots(length: int) -> int:
 
 
 def _run(config: AdaptedConfig, weights, tokens, segments, positions, cache):
-    base, banks, trained = weights
+    base, banks, trained, language = weights
     x, cache, _ = adapted.hidden(
-        config, base, banks, tokens, segments, positions, trained=trained, cache=cache
+        config,
+        base,
+        banks,
+        tokens,
+        segments,
+        positions,
+        trained=trained,
+        context={"language_ids": jnp.where(segments > 0, language, -1)},
+        cache=cache,
     )
     return decoder.head(base, trained), x, cache
 
@@ -148,16 +156,19 @@ class Engine:
       truncated: prompts shortened from the left so far, because they did not fit the context.
     """
 
-    def __init__(self, config: AdaptedConfig, base, banks, trained, mesh, batch: int):
+    def __init__(
+        self, config: AdaptedConfig, base, banks, trained, mesh, batch: int, language: int = -1
+    ):
         """
         Args:
           config: decoder and active banks.
           base, banks, trained: their parameters.
           mesh: where they live.
           batch: rows run at once; rounded up to what the mesh needs.
+          language: the expert of the texts' language, for gates that always force it; -1 = unknown.
         """
         self.config = config
-        self.weights = (base, banks, trained)
+        self.weights = (base, banks, trained, np.int32(language))
         self.mesh = mesh
         shards = batch_shards(mesh)
         self.batch = -(-batch // shards) * shards

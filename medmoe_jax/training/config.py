@@ -38,6 +38,7 @@ def recipe() -> ConfigDict:
                 "sources": {},  # {name: source(...)}
                 "template": "chatml",
                 "mask": "completion",
+                "languages": "",  # table of language experts: a published one's name, or a file
                 "length": 1024,  # tokens a row of a batch
                 "global_batch": 8,  # rows a step
                 "shards": 8,  # virtual shards; divides global_batch
@@ -105,6 +106,7 @@ def bank(**fields: Any) -> ConfigDict:
         {
             "sites": (),
             "layers": (None, None),  # a slice of the layers
+            "form": "lora",
             "experts": 1,
             "rank": 16,
             "alpha": 32.0,

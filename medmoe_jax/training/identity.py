@@ -16,7 +16,7 @@ from medmoe_jax.training.recipe import Stage
 from medmoe_jax.training.setup import Setup
 
 # Of a stage's section: what decides which function its banks compute.
-_MODEL_FIELDS = ("after", "merge", "drop", "banks", "states", "train_base")
+_MODEL_FIELDS = ("after", "merge", "drop", "stack", "banks", "states", "train_base")
 
 
 def stage_dir(workdir: str | Path, name: str) -> Path:
@@ -44,6 +44,7 @@ def claim(
     config = setup.config
     data = config.data.to_dict()
     data.pop("sources")
+    data["languages"] = dict(setup.languages.ids) if setup.languages else {}
     if isinstance(setup.template, Jinja):
         data["template"] = json_fingerprint(setup.template.source)
     content = {

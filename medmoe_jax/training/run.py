@@ -143,6 +143,7 @@ def open_data(setup: Setup, stage: Stage) -> tuple[BatchStream, dict[str, str]]:
         data.shards,
         data.seed,
         pack=data.pack,
+        languages=setup.languages.ids if setup.languages else None,
     )
     return stream, {name: digest for name, (_, digest) in opened.items()}
 

@@ -21,6 +21,7 @@ from medmoe_jax.errors import UserError
 from medmoe_jax.parallel.mesh import batch_sharding, make_mesh
 from medmoe_jax.parallel.rules import BASE_RULES, Rule, rules_for, shardings
 from medmoe_jax.routing.dispatch import strategy
+from medmoe_jax.routing.languages import Languages, read_languages
 from medmoe_jax.training.recipe import Stage, parse
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -37,6 +38,7 @@ class Setup:
       base: the frozen decoder, not loaded yet.
       stages: the recipe.
       tokenizer, template: how text becomes ids.
+      languages: which expert a language belongs to, where the recipe has a table.
     """
 
     config: ConfigDict
@@ -45,6 +47,7 @@ class Setup:
     stages: tuple[Stage, ...]
     tokenizer: Tokenizer
     template: Template
+    languages: Languages | None = None
     _spare: list = field(default_factory=list, repr=False, compare=False)
 
     @property
@@ -71,6 +74,19 @@ class Setup:
         base = self._load()
         self._spare.append(base)
         return tree_fingerprint(base)
+
+    def language_expert(self, code: str) -> int:
+        """The number of a language's expert.
+
+        Raises:
+          UserError: the recipe has no table of languages, or the language is not in it.
+        """
+        if self.languages is None:
+            raise UserError("--language: the recipe has no table of languages (data.languages)")
+        if code not in self.languages.ids:
+            known = ", ".join(self.languages.ids)
+            raise UserError(f"--language: '{code}' is not in the table; known: {known}")
+        return self.languages.ids[code]
 
     def model(self, banks: tuple[BankSpec, ...]) -> AdaptedConfig:
         """The decoder with these banks active, run as `config.run` says."""
@@ -115,13 +131,28 @@ def open_setup(config: ConfigDict) -> Setup:
     # Rows of the embedding beyond the tokenizer's ids are padding: never sampled, never a target.
     base = dataclasses.replace(base, config=base.config.replace(vocab_used=used))
     template = load_template(config.data.template, tokenizer)
-    setup = Setup(config, mesh, base, parse(config, base.config), tokenizer, template)
+    languages = read_languages(config.data.languages) if config.data.languages else None
+    stages = parse(config, base.config)
+    setup = Setup(config, mesh, base, stages, tokenizer, template, languages)
     # Checks how it is to be run.
     setup.model(())
     for stage in setup.stages:
         for spec in stage.added:
             setup.model((spec,))
+            _check_languages(f"stages.{stage.name}.banks.{spec.name}", spec, languages)
     return setup
+
+
+def _check_languages(where: str, spec: BankSpec, languages: Languages | None) -> None:
+    if spec.gate != "language" or spec.forcing == "off":
+        return
+    if languages is None:
+        raise UserError(f"{where}: gate 'language' needs a table of languages: data.languages")
+    if spec.experts != len(languages.experts):
+        raise UserError(
+            f"{where}.experts: {spec.experts}, but data.languages has {len(languages.experts)} "
+            f"({', '.join(languages.experts)})"
+        )
 
 
 def _check_run(run: ConfigDict) -> None:

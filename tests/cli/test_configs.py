@@ -7,12 +7,14 @@ import pytest
 from medmoe_jax.base.presets import preset
 from medmoe_jax.cli.configs import load_config
 from medmoe_jax.errors import UserError
+from medmoe_jax.routing.languages import read_languages
 from medmoe_jax.training.recipe import parse
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").glob("*.py"))
 MEDCARE = f"--config={ROOT / 'configs' / 'medcare.py'}"
 BASES = ("qwen1.5-1.8b", "qwen1.5-4b", "qwen1.5-7b", "qwen1.5-14b")
+MAJOR = ("post_moe", "hybrid")
 BASES += ("qwen2-0.5b", "qwen2-1.5b", "qwen2-7b")
 
 
@@ -135,3 +137,18 @@ def test_no_file():
         load_config(["--config=nowhere.py:arg"])
     with pytest.raises(UserError, match="give BASE or BASE,paper with BASE one of qwen1"):
         load_config([f"{MEDCARE}:gpt-5"])
+
+
+@pytest.mark.parametrize("variant", ["", ",post_moe", ",hybrid", ",lora"])
+def test_apollo_moe_puts_language_experts_into_the_last_layers(variant):
+    config = load_config([f"--config={ROOT / 'configs' / 'apollo_moe.py'}:qwen2-0.5b{variant}"])
+    decoder = preset("qwen2-0.5b")
+    (stage,) = parse(config, decoder)
+    (bank,) = stage.added
+    languages = read_languages(config.data.languages)
+    assert bank.experts == len(languages.experts) == (12 if variant[1:] in MAJOR else 7)
+    assert (bank.start, bank.stop) == (0 if variant == ",hybrid" else 22, 24)
+    assert (bank.gate, bank.top_k, bank.renormalise, bank.router_bias) == ("language", 2, 0, 0)
+    assert (bank.form, stage.train_base) == (
+        ("ffn_lora", ()) if variant == ",lora" else ("ffn", ("*",))
+    )

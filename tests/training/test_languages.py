@@ -1,0 +1,74 @@
+"""Languages from the table to the router, in training and in answers."""
+
+import pytest
+
+from configs import apollo_moe
+from medmoe_jax.checkpoints.files import read_metrics
+from medmoe_jax.cli.session import open_model
+from medmoe_jax.errors import UserError
+from medmoe_jax.training.config import source
+from medmoe_jax.training.run import train
+from medmoe_jax.training.setup import open_setup
+from tests import tiny
+
+TABLE = "code,expert\nen,west\nde,west\nzh,east\n"
+STEPS = 2
+
+
+def config_of(tmp_path, **bank):
+    """Two experts inside the networks of the last layer, on rows of three known languages."""
+    (tmp_path / "table.csv").write_text(TABLE)
+    codes = ["zh", "en", "de", "xx"]
+    rows = [
+        {"prompt": f"{word}?", "response": "yes" if n % 2 else "no", "language": codes[n % 4]}
+        for n, word in enumerate((tiny.DRUGS + tiny.USES) * 2)
+    ]
+    config = tiny.medcare_config()
+    config.data.languages = str(tmp_path / "table.csv")
+    config.data.sources.rows = source(str(tiny.write_rows(tmp_path / "rows.jsonl", rows)))
+    config.stages.order = ("mixture",)
+    config.stages.mixture = apollo_moe.mixture(
+        2, (-1, None), "ffn_lora", mixture={"rows": 1.0}, steps=STEPS, epochs=0.0
+    )
+    config.stages.mixture.banks.experts.update({"rank": 2, "top_k": 1, **bank})
+    return config
+
+
+def test_the_language_of_a_row_reaches_its_router(tmp_path):
+    setup = open_setup(config_of(tmp_path, forcing="always"))
+    with tiny.quick_compiles():
+        train(setup, tmp_path / "work")
+        forced = read_metrics(tmp_path / "work/stages/mixture/metrics.jsonl")[-1]["router"]
+        assert forced["experts/mlp"]["forced"][0] > 0.1
+        # With one pick a token, an answer in a language uses that language's expert only.
+        logs = {
+            code: open_model(setup, tmp_path / "work", language=code).score(["Is it?"], [" yes"])
+            for code in ("en", "de", "zh")
+        }
+    assert logs["en"] == logs["de"] != logs["zh"]
+
+
+REFUSED = {
+    "no_table": ({"languages": ""}, {}, r"gate 'language' needs a table.*data\.languages"),
+    "experts": ({}, {"experts": 3}, r"mixture\.banks\.experts\.experts: 3, but.*has 2 \(west"),
+    "unknown": ({"languages": "none"}, {}, r"data\.languages: 'none' is neither a file"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name, tmp_path):
+    data, bank, message = REFUSED[name]
+    config = config_of(tmp_path, **bank)
+    config.data.update(data)
+    with pytest.raises(UserError, match=message):
+        open_setup(config)
+
+
+def test_an_unknown_language_on_the_command_line(tmp_path):
+    config = config_of(tmp_path)
+    with pytest.raises(UserError, match="--language: 'sw' is not in the table; known: en, de, zh"):
+        open_setup(config).language_expert("sw")
+    config.data.languages = ""
+    config.stages.mixture.banks.experts.forcing = "off"
+    with pytest.raises(UserError, match="the recipe has no table of languages"):
+        open_setup(config).language_expert("en")
