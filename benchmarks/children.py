@@ -1,0 +1,52 @@
+"""Parts of the benchmark that need a process of their own: PyTorch, and peak memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# PyTorch's oneMKL picks its AVX-512 code by the processor's maker; this answers for every maker.
+_MAKER = "int mkl_serv_intel_cpu_true(void) { return 1; }\n"
+
+
+def _run(module: str, *arguments: str, env: dict[str, str] | None = None) -> str:
+    """The last line that a module of this folder prints; its errors go to the terminal."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return done.stdout.splitlines()[-1]
+
+
+def peak_gib(variant: str) -> float:
+    """Peak resident memory of two steps of a variant, weights included."""
+    return float(_run("peak", variant))
+
+
+def torch_steps(rounds: int, tuned: bool) -> dict:
+    """Seconds of PyTorch's steps, as installed or tuned (see README.md)."""
+    if not tuned:
+        return {**json.loads(_run("torch_peers", str(rounds))), "tuning": "as installed"}
+    # Temporaries come from a heap that keeps its pages, instead of being mapped each time.
+    env = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+    tuning = "heap"
+    with tempfile.TemporaryDirectory() as folder:
+        compiler = shutil.which("cc")
+        if compiler:
+            source, library = Path(folder, "maker.c"), Path(folder, "maker.so")
+            source.write_text(_MAKER)
+            command = [compiler, "-shared", "-fPIC", str(source), "-o", str(library)]
+            subprocess.run(command, check=True)
+            env["LD_PRELOAD"], tuning = str(library), "heap, oneMKL's processor check"
+        out = json.loads(_run("torch_peers", str(rounds), env=env))
+    return {**out, "tuning": tuning}

@@ -1,0 +1,178 @@
+"""What adapters cost over the frozen base: time, memory, and counted FLOPs and bytes.
+
+  python benchmarks/routing.py [--quick] [--only step,torch,memory,sweep,compiled]
+
+Prints tables and writes benchmarks/results/routing.json; benchmarks/README.md says how to read
+them. `--quick` takes at most ten minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import children, dense_gather, steps, sweeps
+from benchmarks.timing import interleaved
+from benchmarks.variants import BATCH, TOKENS, medcare_stage_1, plain_lora
+from medmoe_jax.base.presets import preset
+
+ROOT = Path(__file__).parents[1]
+BATCH_TOKENS = BATCH * TOKENS
+console = Console(width=120)
+
+
+def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def step_times(rounds: int, quick: bool) -> dict:
+    """Seconds of every variant in this process, interleaved."""
+    del quick
+    calls = {name: steps.make(name) for name in steps.VARIANTS}
+    seconds = interleaved(calls, rounds)
+    frozen = seconds["frozen"]
+    rows = [
+        [name, f"{s:.3f}", f"{BATCH_TOKENS / s:.0f}", f"{s / frozen:.2f}"]
+        for name, s in seconds.items()
+    ]
+    show("Training step, JAX", ["variant", "s", "tokens/s", "over frozen"], rows)
+    if "tunix_frozen" not in seconds:
+        console.print("tunix: not installed (pip install google-tunix)")
+    return seconds
+
+
+def torch_times(rounds: int, quick: bool) -> dict | None:
+    """Seconds of PyTorch's steps in processes of their own, as installed and tuned."""
+    del quick
+    if not (importlib.util.find_spec("torch") and importlib.util.find_spec("peft")):
+        console.print("torch, peft: not installed (pip install -e '.[parity]')")
+        return None
+    out = {name: children.torch_steps(rounds, name == "tuned") for name in ("installed", "tuned")}
+    for name, result in out.items():
+        seconds = result["seconds"]
+        rows = [
+            [variant, f"{s:.3f}", f"{BATCH_TOKENS / s:.0f}", f"{s / seconds['frozen']:.2f}"]
+            for variant, s in seconds.items()
+        ]
+        title = f"Training step, PyTorch {result['torch']}, {name} ({result['tuning']})"
+        show(title, ["variant", "s", "tokens/s", "over frozen"], rows)
+    return out
+
+
+def memory(rounds: int, quick: bool) -> dict:
+    """Peak resident memory of a variant's process."""
+    del rounds
+    names = ("medcare",) if quick else ("frozen", "plain_lora", "medcare", "dense_gather_remat")
+    peaks = {name: children.peak_gib(name) for name in names}
+    show("Peak resident memory", ["variant", "GiB"], [[n, f"{g:.2f}"] for n, g in peaks.items()])
+    return peaks
+
+
+def sweep(rounds: int, quick: bool) -> list[dict]:
+    """One site's mixture over experts and tokens, by strategy."""
+    dense_gather.register()
+    lines = [sweeps.measure(e, t, rounds) for e, t in sweeps.sizes(quick)]
+    names = sorted({name for line in lines for name in line.seconds})
+    for what, unit in (("seconds", 1e-3), ("bytes", 1e9), ("temporaries", 2**20)):
+        rows = [
+            [f"{line.experts} x {line.tokens}"]
+            + [f"{line._asdict()[what].get(n, float('nan')) / unit:.2f}" for n in names]
+            for line in lines
+        ]
+        label = {"seconds": "ms", "bytes": "counted GB", "temporaries": "temporaries, MiB"}[what]
+        show(f"One site, forward and backward: {label}", ["experts x tokens", *names], rows)
+    return [line._asdict() for line in lines]
+
+
+def compiled(rounds: int, quick: bool) -> dict | None:
+    """Counted costs of the steps compiled for TPU slices, over the frozen step's."""
+    del rounds
+    if importlib.util.find_spec("libtpu") is None:
+        console.print("libtpu: not installed (pip install -e '.[aot]')")
+        return None
+    from benchmarks import compiled as aot
+
+    config = preset("qwen1.5-7b")
+    banks = {"frozen": (), "plain_lora": plain_lora(config), "medcare": medcare_stage_1(config)}
+    out = {}
+    for topology in ("v5e:2x4",) if quick else ("v5e:2x4", "v5p:2x2x2"):
+        figures = {
+            name: aot.figures(aot.compile_step(topology, config, specs))
+            for name, specs in banks.items()
+        }
+        frozen = figures["frozen"]
+
+        def cells(row, frozen=frozen):
+            return [f"{value / 1e9:.1f} ({value / frozen[key]:.3f})" for key, value in row.items()]
+
+        rows = [[name, *cells(row)] for name, row in figures.items()]
+        columns = ["variant", *(f"{key}, 1e9" for key in frozen)]
+        show(f"qwen1.5-7b on {topology}, a chip's step (over frozen)", columns, rows)
+        out[topology] = figures
+    return out
+
+
+SECTIONS = {
+    "step": step_times,
+    "torch": torch_times,
+    "memory": memory,
+    "sweep": sweep,
+    "compiled": compiled,
+}
+
+
+def machine() -> dict:
+    """What the figures were taken on."""
+    names = ("jax", "jaxlib", "torch", "peft", "transformers", "google-tunix", "libtpu")
+    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "versions": {name: installed[name] for name in names if name in installed},
+    }
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((x.split(":")[1].strip() for x in lines if "model name" in x), platform.machine())
+
+
+def main() -> None:
+    """Run the sections asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and sizes")
+    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, by comma")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/routing.json")
+    args = parser.parse_args()
+    unknown = set(args.only.split(",")) - set(SECTIONS)
+    if unknown:
+        parser.error(f"--only: no section {', '.join(unknown)}; known: {', '.join(SECTIONS)}")
+    results = {"machine": machine(), "quick": args.quick}
+    for name in args.only.split(","):
+        results[name] = SECTIONS[name](7 if args.quick else 15, args.quick)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(results, indent=1) + "\n")
+    console.print(f"written to {args.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Timing of variants side by side: interleaved rounds, medians."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+
+def interleaved(calls: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Median seconds of each call; every round runs all of them, in alternating order.
+
+    Args:
+      calls: run to completion when called; each is called once before the clock starts.
+      rounds: how often.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for i in range(rounds):
+        for name in list(calls)[:: 1 if i % 2 == 0 else -1]:
+            start = time.perf_counter()
+            calls[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: float(np.median(values)) for name, values in seconds.items()}
