@@ -491,12 +491,18 @@ def _normal_form(config: DecoderConfig) -> DecoderConfig:
     return config.replace(vocab_used=0, query_scale=config.scale, windows=windows)
 
 
+def differences(a: DecoderConfig, b: DecoderConfig) -> Iterator[tuple[str, Any, Any]]:
+    """`(field, a's, b's)` of every field in which two decoders differ, however they are written."""
+    a, b = _normal_form(a), _normal_form(b)
+    for name in DecoderConfig.__dataclass_fields__:
+        if getattr(a, name) != getattr(b, name):
+            yield name, getattr(a, name), getattr(b, name)
+
+
 def _check_expressible(config: DecoderConfig, read_back: DecoderConfig, family: str) -> None:
-    want, got = _normal_form(config), _normal_form(read_back)
     lost = [
-        f"{name}: {getattr(want, name)!r} would be read as {getattr(got, name)!r}"
-        for name in type(want).__dataclass_fields__
-        if getattr(want, name) != getattr(got, name)
+        f"{name}: {want!r} would be read as {got!r}"
+        for name, want, got in differences(config, read_back)
     ]
     if lost:
         raise UserError(f"a '{family}' model cannot express this decoder: " + "; ".join(lost))

@@ -12,7 +12,7 @@ import functools
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,24 @@ from medmoe_jax.checkpoints.processes import to_host
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel.rules import fitted
 
-__all__ = ["FAMILIES", "config_from_hf", "load", "locate", "read_config", "save_hf"]
+__all__ = [
+    "CONFIG",
+    "FAMILIES",
+    "INDEX",
+    "config_from_hf",
+    "listed",
+    "load",
+    "locate",
+    "open_tensors",
+    "place",
+    "read_config",
+    "read_rows",
+    "save_hf",
+]
 
 HUB = "hf://"
-_CONFIG = "config.json"
-_INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _FLOATS = ("F32", "F16", "BF16")
 _HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
@@ -104,18 +117,18 @@ def load(
     family, config = _read_config(folder)
     plan = list(families.tensors(config, family))
     with contextlib.ExitStack() as stack:
-        files = _check(folder, config, plan, stack)
+        files = open_tensors(folder, config.tied, plan, stack)
         pieces = {part.path: [] for tensor in plan for part in tensor.parts}
         for tensor in plan:
             for part in tensor.parts:
-                reader = functools.partial(_read_rows, files[tensor.name], tensor.name, part)
-                pieces[part.path].append(reader)
+                reader = functools.partial(read_rows, files[tensor.name], tensor.name, part)
+                pieces[part.path].append(((part.layer,), reader))
         leaves = []
         for path, leaf in trees.flatten(decoder.abstract(config, np.dtype(dtype))):
             encode = quantised.encoder(quantise, path)
             here = SingleDeviceSharding(jax.local_devices()[0])
             sharding = trees.get(shardings, path) if shardings is not None else here
-            leaves.append((path, _place(path, leaf, encode, sharding, pieces[path])))
+            leaves.append((path, place(path, leaf, sharding, pieces[path], encode)))
     return config, trees.unflatten(leaves)
 
 
@@ -162,7 +175,7 @@ def save_hf(
     dtype = np.dtype(dtype or params["embed"].dtype)
     hf = {**(source or config_to_hf(config, family)), **(extra or {}), "torch_dtype": str(dtype)}
     hf.pop("dtype", None)  # the newer name of the same field, which older releases do not know
-    files = {_CONFIG: hf, **(companions or {})}
+    files = {CONFIG: hf, **(companions or {})}
     shards = _shards(list(families.tensors(config, family)), dtype, max_shard_bytes)
     with new_folder(directory) as write:
         write(functools.partial(_write_companions, files))
@@ -171,34 +184,53 @@ def save_hf(
 
 
 def _read_config(folder: Path) -> tuple[str, DecoderConfig]:
-    hf = read_json(folder / _CONFIG)
+    hf = read_json(folder / CONFIG)
     try:
         return family_of(hf), config_from_hf(hf)
     except UserError as error:
-        raise UserError(f"{folder / _CONFIG}: {error}") from None
+        raise UserError(f"{folder / CONFIG}: {error}") from None
 
 
 # Reading --------------------------------------------------------------------------------------
 
 
-def _listed(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """`(tensor to file as the index says, files)`; without an index only the files."""
-    if (folder / _INDEX).is_file():
-        weight_map = read_json(folder / _INDEX).get("weight_map")
+def listed(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """`(tensor to file as the index says, files)`; without an index only the files.
+
+    Raises:
+      UserError: there is no such file, or it cannot be said which files belong together.
+    """
+    if (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{folder / _INDEX}: has no 'weight_map'")
+            raise UserError(f"{folder / INDEX}: has no 'weight_map'")
         return weight_map, sorted(set(weight_map.values()))
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     if _SINGLE in files or len(files) == 1:
         return {}, [_SINGLE] if _SINGLE in files else files
     if files:
-        raise UserError(f"{folder}: {len(files)} safetensors files but no {_INDEX}")
+        raise UserError(f"{folder}: {len(files)} safetensors files but no {INDEX}")
     raise UserError(f"{folder}: no safetensors file (other formats must be converted first)")
 
 
-def _check(folder, config, plan, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Open every file and compare it with the plan; returns `{tensor: open file}`."""
-    weight_map, names = _listed(folder)
+def open_tensors(
+    folder: Path, tied: bool, plan: Sequence[families.Tensor], stack: contextlib.ExitStack
+) -> dict[str, Any]:
+    """Open every safetensors file of a folder and compare them with a plan.
+
+    Args:
+      folder: a local one.
+      tied: whether the head may be there although it is the embedding.
+      plan: the tensors that must be there; no other may.
+      stack: closes the files.
+
+    Returns:
+      `{tensor: open file}`.
+
+    Raises:
+      UserError: files or tensors are missing, damaged, unknown or of another shape: all of them.
+    """
+    weight_map, names = listed(folder)
     problems, lost, found = [], set(), {}
     for name in names:
         try:
@@ -219,11 +251,11 @@ def _check(folder, config, plan, stack: contextlib.ExitStack) -> dict[str, Any]:
         view = found[tensor.name].get_slice(tensor.name)
         shape, dtype = tuple(view.get_shape()), view.get_dtype()
         if shape != tensor.shape:
-            problems.append(f"{tensor.name}: shape {shape}, {_CONFIG} asks for {tensor.shape}")
+            problems.append(f"{tensor.name}: shape {shape}, {CONFIG} asks for {tensor.shape}")
         if dtype not in _FLOATS:
             problems.append(f"{tensor.name}: dtype {dtype} is none of {', '.join(_FLOATS)}")
     for name in sorted(set(found) - {tensor.name for tensor in plan}):
-        if config.tied and name == _HEAD and _EMBED in found:
+        if tied and name == _HEAD and _EMBED in found:
             if not _same(found, _HEAD, _EMBED):
                 problems.append(f"{name}: differs from {_EMBED}, but tie_word_embeddings is true")
         elif not _IGNORED.search(name):
@@ -237,38 +269,56 @@ def _same(files: Mapping[str, Any], a: str, b: str) -> bool:
     return np.array_equal(files[a].get_tensor(a), files[b].get_tensor(b))
 
 
-def _read_rows(file, name: str, part, index: tuple[slice, ...]) -> np.ndarray:
-    """Rows and columns `index` of one part of a tensor."""
+def read_rows(file, name: str, part: families.Part, index: tuple[slice, ...]) -> np.ndarray:
+    """Rows and columns `index` of one part of a tensor in an open file."""
     rows = slice(*index[0].indices(part.stop - part.start))
     rows = slice(part.start + rows.start, part.start + rows.stop)
     return file.get_slice(name)[(rows, *index[1:])]
 
 
-def _place(path: str, leaf, encode: Callable, sharding, readers: list[Callable]):
+def place(
+    path: str,
+    leaf,
+    sharding,
+    readers: Iterable[tuple[tuple, Callable]],
+    encode: Callable = lambda x: x,
+    start=None,
+):
     """A leaf on the devices, filled piece by piece in donated buffers.
 
     Args:
       path, leaf: its name, and its shape and dtype as floats.
-      encode: what a layer's values are stored as (`base.quantised.encoder`).
       sharding: of what is stored: one, or one an array.
-      readers: one a layer.
+      readers: `(index, read)` of every piece: `index` is its place on the leading axes, such as its
+        layer, and `read` gives rows and columns of it as they lie on disk. A leaf without layers
+        has one, whose index is not looked at.
+      encode: what a piece's values are stored as (`base.quantised.encoder`).
+      start: an array whose values stay where no piece goes; None = zeros.
     """
+    readers = list(readers)
     if not path.startswith("layers."):
-        return _by_rows(leaf, sharding, readers[0])
+        return _by_rows(leaf, sharding, readers[0][1])
     flip = families.transposed(path)
+    leading = len(readers[0][0]) if readers else 1
 
-    def write(stack, x, layer):
+    def write(stack, x, index):
         new = encode(x.T if flip else x)
-        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=layer, axis=0)
+
+        def put(stack, piece):
+            at = (*index, *(0,) * piece.ndim)
+            return jax.lax.dynamic_update_slice(
+                stack, piece.reshape((1,) * leading + piece.shape), at
+            )
+
         return jax.tree.map(put, stack, new)
 
-    shape = leaf.shape[:0:-1] if flip else leaf.shape[1:]
-    slice_sharding = _slice_sharding(jax.tree.leaves(sharding)[0], shape, flip)
+    shape = leaf.shape[: leading - 1 : -1] if flip else leaf.shape[leading:]
+    slice_sharding = _slice_sharding(jax.tree.leaves(sharding)[0], leading, shape, flip)
     pieces = (
-        (_to_devices(shape, leaf.dtype, slice_sharding, reader), np.int32(layer))
-        for layer, reader in enumerate(readers)
+        (_to_devices(shape, leaf.dtype, slice_sharding, read), tuple(map(np.int32, index)))
+        for index, read in readers
     )
-    return _filled(jax.eval_shape(encode, leaf), sharding, write, pieces)
+    return _filled(jax.eval_shape(encode, leaf), sharding, write, pieces, start)
 
 
 def _by_rows(leaf, sharding: Sharding, read: Callable):
@@ -301,13 +351,16 @@ def _by_rows(leaf, sharding: Sharding, read: Callable):
     return _filled(leaf, sharding, write, map(piece, range(0, R, step)))
 
 
-def _filled(stored, sharding, write: Callable, pieces):
-    """Zeros like `stored`, with `write(buffers, *piece)` of every piece."""
+def _filled(stored, sharding, write: Callable, pieces, start=None):
+    """An array like `stored`: zeros or `start`, with `write(buffers, *piece)` of every piece."""
 
-    def zeros():
+    def buffer(*start):
+        if start:
+            return start[0].astype(stored.dtype)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stored)
 
-    buffers = jax.jit(zeros, out_shardings=sharding)()
+    given = () if start is None else (start,)
+    buffers = jax.jit(buffer, out_shardings=sharding)(*given)
     write = jax.jit(write, donate_argnums=0, out_shardings=sharding)
     for piece in pieces:
         # Waiting keeps the host from queueing a whole model of pieces ahead of the devices.
@@ -315,13 +368,13 @@ def _filled(stored, sharding, write: Callable, pieces):
     return buffers
 
 
-def _slice_sharding(sharding: Sharding, shape, flip: bool) -> Sharding:
-    """The sharding of one layer as it lies on disk, such that writing it moves nothing."""
+def _slice_sharding(sharding: Sharding, leading: int, shape, flip: bool) -> Sharding:
+    """The sharding of one piece as it lies on disk, such that writing it moves nothing."""
     if isinstance(sharding, SingleDeviceSharding):
         return sharding
     if not isinstance(sharding, NamedSharding):
         raise TypeError(f"shardings: {type(sharding).__name__} is not a NamedSharding")
-    axes = (*sharding.spec, *(None,) * (len(shape) + 1 - len(sharding.spec)))[1:]
+    axes = (*sharding.spec, *(None,) * (leading + len(shape) - len(sharding.spec)))[leading:]
     spec = PartitionSpec(*(axes[::-1] if flip else axes))
     return fitted(NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind), shape)
 
@@ -378,7 +431,7 @@ def _write_shards(write: Write, shards: list[list], weights: _Weights) -> None:
     if len(shards) > 1:
         total = sum(_bytes(tensor, weights.dtype) for shard in shards for tensor in shard)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write(functools.partial(_write_companions, {_INDEX: index}))
+        write(functools.partial(_write_companions, {INDEX: index}))
 
 
 class _Weights:

@@ -40,7 +40,7 @@ from medmoe_jax.checkpoints.torch_files import StoredTensor, open_torch
 from medmoe_jax.errors import UserError
 
 _PICKLED, _TENSORS, _MODEL = "non_lora_trainables.bin", "model.safetensors", "config.json"
-_TRAINED = ("train", "gate")  # states in which a stage changes a bank
+TRAINED = ("train", "gate")  # states in which a stage changes a bank
 _FILES = (peft.CONFIG, peft.WEIGHTS, _PICKLED, _TENSORS, _MODEL)
 
 
@@ -132,14 +132,25 @@ class Imported:
 
     Attributes:
       banks: `{bank: parameters}`, float32 numpy arrays as `adapters.bank.shapes`.
-      groups: `{group: {"banks": names, "s": its scaling}}`. Where that is not the bank's own s, the
-        quotient has been multiplied into B (in float32: exact where it is a power of two).
+      groups: `{group: {"banks": names, "s"?: its scaling}}`. Where that is not the bank's own s,
+        the quotient has been multiplied into B (in float32: exact where it is a power of two).
       files: `{file: fingerprint}` of all that was read.
+      notes: what became of it, line by line.
+      base: base leaves, where the directory holds a whole model.
     """
 
     banks: dict[str, Any]
     groups: dict[str, dict[str, Any]]
     files: dict[str, str]
+    notes: tuple[str, ...]
+    base: dict[str, Any] = field(default_factory=dict)
+
+
+def check_fit(folder: Path, problems: list[str]) -> None:
+    """Raise UserError with all the problems, if there are any."""
+    if problems:
+        lines = "\n  ".join(dict.fromkeys(problems))
+        raise UserError(f"{folder}: does not fit this stage; nothing was imported\n  {lines}")
 
 
 def read_adapter(
@@ -170,9 +181,7 @@ def read_adapter(
         for name, at in places.items():
             banks[name], wrong = _fill(roster[name][0], at, config)
             problems += wrong
-    if problems:
-        lines = "\n  ".join(dict.fromkeys(problems))
-        raise UserError(f"{folder}: does not fit this stage; nothing was imported\n  {lines}")
+    check_fit(folder, problems)
     taken = {
         group.name: {
             "banks": [name for name, at in places.items() if group in at.values()],
@@ -180,7 +189,19 @@ def read_adapter(
         }
         for group in groups
     }
-    return Imported(banks, taken, {name: file_fingerprint(folder / name) for name in files})
+    fingerprints = {name: file_fingerprint(folder / name) for name in files}
+    return Imported(banks, taken, fingerprints, tuple(_notes(taken, roster)))
+
+
+def _notes(groups: Mapping[str, Mapping[str, Any]], roster: Roster) -> Iterator[str]:
+    for group, entry in groups.items():
+        for bank in entry["banks"]:
+            spec = roster[bank][0]
+            line = f"group '{group}' is bank '{bank}': {' '.join(spec.sites)}, "
+            line += f"{spec.experts} x {spec.rank}, s {entry['s']:g}"
+            if entry["s"] != spec.s:
+                line += f"; the bank's s is {spec.s:g}, so B is multiplied by their quotient"
+            yield line
 
 
 # Reading --------------------------------------------------------------------------------------
@@ -341,14 +362,14 @@ def _assign(groups: list[_Group], roster: Roster) -> tuple[dict[str, dict[str, _
             if state != "merged"
         ]
         if len(here) < len(fits):
-            fits = [(name, state) for name, state in fits if state in _TRAINED]
+            fits = [(name, state) for name, state in fits if state in TRAINED]
         for (name, _), group in zip(fits, here, strict=False):
             places.setdefault(name, {})[site] = group
         for group in here[len(fits) :]:
             problems.append(f"group '{group.name}': no bank of the stage takes it on {site}")
     for name, (spec, state) in roster.items():
         absent = [site for site in spec.sites if site not in places.get(name, {})]
-        if absent and (name in places or state in _TRAINED):
+        if absent and (name in places or state in TRAINED):
             problems.append(f"bank '{name}': nothing in the directory for {', '.join(absent)}")
     return places, problems
 

@@ -1,12 +1,13 @@
-"""Take a stage from another tool's adapter directory instead of training it.
+"""Take a stage from a directory that another tool made instead of training it.
 
   medmoe import --config=configs/medcare.py:qwen1.5-1.8b --workdir=runs/released \\
       --adapter=stage1 --stage=aggregate
 
 The directory is one that PEFT wrote (LoRA, AdaLoRA), or one with LoRA experts in
 non_lora_trainables.bin or model.safetensors as the authors of mixtures of LoRA experts release
-them; what it is shows in its files and tensor names. It must fit the stage's banks. After it,
-eval, generate, score, export and train go on as if the stage had been trained.
+them, or a whole model some of whose feed-forward networks are mixtures of experts, for a stage that
+trains all of the base; what it is shows in its files and tensor names. It must fit the stage's
+banks. After it, eval, generate, score, export and train go on as if the stage had been trained.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from medmoe_jax.training.setup import open_setup
 def add_arguments(parser) -> None:
     """Declare the command's own arguments."""
     parser.add_argument("--workdir", required=True, help="where the stage is put")
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter directory")
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="the directory")
     parser.add_argument("--stage", default="", help="its name (default: the first not finished)")
 
 

@@ -208,14 +208,14 @@ def test_large_tensors_come_in_pieces_of_rows(tmp_path, monkeypatch, mesh):
         wanted = shardings(abstract, make_mesh(MESHES[mesh]), BASE_RULES)
     monkeypatch.setattr(huggingface, "_PIECE_BYTES", 10 * D * 4)
     sizes = {"embed": [], "head": []}
-    read = huggingface._read_rows
+    read = huggingface.read_rows
 
     def watched(file, name, part, index):
         rows = read(file, name, part, index)
         sizes.get(part.path, []).append(rows.nbytes)
         return rows
 
-    monkeypatch.setattr(huggingface, "_read_rows", watched)
+    monkeypatch.setattr(huggingface, "read_rows", watched)
     _, params = huggingface.load(tmp_path, jnp.float32, wanted)
     for name in sizes:
         np.testing.assert_array_equal(params[name], leaf_by_hand(tensors, name))
@@ -278,7 +278,7 @@ def test_all_problems_are_listed_at_once(tmp_path, tensors):
 
 def test_nothing_is_loaded_from_a_broken_checkpoint(tmp_path, tensors, monkeypatch):
     write(tmp_path, QWEN2, {k: v for k, v in tensors.items() if k != "model.norm.weight"})
-    monkeypatch.setattr(huggingface, "_place", lambda *args: pytest.fail("something was loaded"))
+    monkeypatch.setattr(huggingface, "place", lambda *_, **__: pytest.fail("something was loaded"))
     broken(tmp_path, r"model\.norm\.weight: missing")
 
 

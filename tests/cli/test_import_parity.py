@@ -7,13 +7,14 @@ at a time; what it saves is imported, and the logits of both are compared.
 import copy
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import medcare, ming_moe
+from configs import apollo_moe, medcare, ming_moe
 from medmoe_jax.adapters import model as adapted
 from medmoe_jax.adapters.lifecycle import active_banks, set_state
 from medmoe_jax.base import decoder
@@ -91,6 +92,29 @@ class Two(torch.nn.Module):
         return x @ self.weight.T + self.s * (self.base(x) + self.orth(x))
 
 
+class Mixture(torch.nn.Module):
+    """`Σ_j p_j FFN_{I_j}(x)`, p the softmax over all experts, over its K largest made 1 or not."""
+
+    def __init__(self, network, experts, renormalise):
+        super().__init__()
+        self.experts = torch.nn.ModuleList([copy.deepcopy(network) for _ in range(experts)])
+        self.gate = linear(network.gate_proj.in_features, experts)
+        self.renormalise = renormalise
+        for p in self.experts.parameters():
+            torch.nn.init.normal_(p, std=2 * p.shape[1] ** -0.5)
+
+    def forward(self, x):
+        flat = x.reshape(-1, x.shape[-1])
+        out = torch.zeros_like(flat)
+        probability = (flat @ self.gate.weight.T).float().softmax(-1)
+        for t in range(len(flat)):
+            kept, which = probability[t].topk(K)
+            kept = kept / kept.sum() if self.renormalise else kept
+            for w, e in zip(kept, which.tolist(), strict=True):
+                out[t] += w * self.experts[e](flat[t])
+        return out.reshape(x.shape)
+
+
 @functools.cache
 def base():
     """A random Qwen2 on disk, and the model."""
@@ -149,6 +173,24 @@ def second_stage(folder, first):
     blocks = {k: v for k, v in model.state_dict().items() if ".base." in k or ".orth." in k}
     peft.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=list(ATTENTION)).save_pretrained(folder)
     save_file(blocks, folder / "model.safetensors")
+    return model.eval()
+
+
+@torch.no_grad()
+def upcycled(folder, experts, renormalise):
+    """A whole model, all of it trained, whose last two layers are mixtures; saved in shards."""
+    torch.manual_seed(3)
+    model = copy.deepcopy(base()[1])
+    for p in model.parameters():
+        p.mul_(1 + 0.3 * torch.randn_like(p))
+    for layer in model.model.layers[1:]:
+        layer.mlp = Mixture(layer.mlp, experts, renormalise)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "upcycling-qwen2-moe", "num_experts": experts, "mlp_only_layers": [0]}
+    config |= {"num_experts_per_tok": K, "norm_topk_prob": renormalise}
+    (folder / "config.json").write_text(json.dumps(config))
     return model.eval()
 
 
@@ -221,3 +263,27 @@ def test_two_stages(tmp_path):
     second = second_stage(tmp_path / "two", first)
     import_stage(setup, tmp_path / "w", tmp_path / "two", "align")
     compare(setup, tmp_path / "w", "align", want(second))
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_upcycled_experts(tmp_path, renormalise):
+    """No expert, and no router, to spare either."""
+    config = tiny.medcare_config()
+    config.base.path, config.data.languages = str(base()[0]), "families"
+    section = apollo_moe.mixture(7, (-2, None), "ffn", mixture={"knowledge": 1.0})
+    section.banks.experts.renormalise = renormalise
+    config.stages = stages(mixture=section)
+    setup, workdir = open_setup(config), tmp_path / "w"
+    model = upcycled(tmp_path / "a", 7, renormalise)
+    assert import_stage(setup, workdir, tmp_path / "a") == "mixture"
+    wanted = want(model)
+    compare(setup, workdir, "mixture", wanted)
+    trained = open_trained(setup, workdir, "mixture")
+    bank = trained.banks["experts"]
+    lacking = [
+        {"mlp.down": {"experts": bank["mlp.down"]["experts"].at[:, e].set(0)}} for e in range(7)
+    ]
+    lacking.append({"mlp": jax.tree.map(jnp.zeros_like, bank["mlp"])})
+    for change in lacking:
+        changed = dataclasses.replace(trained, banks={"experts": bank | change})
+        assert naive.rel(got(setup, changed), wanted[..., :300]) > VISIBLE
