@@ -26,20 +26,79 @@ def visible(q_segments_BxT, q_positions_BxT, k_segments_BxS, k_positions_BxS, wi
     return same_BxTxS & (distance_BxTxS >= 0) & near_BxTxS
 
 
-def einsum_attention(q_BxTxHxh, k_BxSxKxh, v_BxSxKxh, mask_BxTxS, *, scale, softcap):
-    """Attention by two einsums with a float32 softmax and an optional soft-cap on the scores."""
+def _by_head(q_BxTxHxh, K: int):
+    """`[B, K, X, h]` with X = T·G: the queries that share a key/value head, token by token."""
     B, T, H, h = q_BxTxHxh.shape
-    K = k_BxSxKxh.shape[2]
     q_BxTxKxGxh = q_BxTxHxh.reshape(B, T, K, H // K, h)
-    score_BxKxGxTxS = jnp.einsum(
-        "BTKGh,BSKh->BKGTS", q_BxTxKxGxh, k_BxSxKxh, preferred_element_type=jnp.float32
-    )
-    score_BxKxGxTxS *= scale
+    return jnp.moveaxis(q_BxTxKxGxh, 2, 1).reshape(B, K, T * (H // K), h)
+
+
+def _by_token(x_BxKxXxh, T: int):
+    """The inverse of `_by_head`: `[B, T, H, h]`."""
+    B, K, X, h = x_BxKxXxh.shape
+    x_BxTxKxGxh = jnp.moveaxis(x_BxKxXxh.reshape(B, K, T, X // T, h), 1, 2)
+    return x_BxTxKxGxh.reshape(B, T, -1, h)
+
+
+def _product(x, y, over: tuple[int, int]):
+    """A product a row and head over one axis of each, in float32."""
+    dims = (((over[0],), (over[1],)), ((0, 1), (0, 1)))
+    return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
+
+
+def _weights(scale: float, softcap: float, q_BxKxXxh, k_BxKxSxh, mask_BxTxS):
+    """Float32 softmax `[B, K, X, S]` and d(capped score)/d(score), 1 without a soft-cap."""
+    score_BxKxXxS = _product(q_BxKxXxh, k_BxKxSxh, (3, 3)) * scale
+    slope_BxKxXxS = 1.0
     if softcap:
-        score_BxKxGxTxS = softcap * jnp.tanh(score_BxKxGxTxS / softcap)
-    score_BxKxGxTxS = jnp.where(mask_BxTxS[:, None, None], score_BxKxGxTxS, -1e30)
-    weight_BxKxGxTxS = jax.nn.softmax(score_BxKxGxTxS, axis=-1).astype(v_BxSxKxh.dtype)
-    return jnp.einsum("BKGTS,BSKh->BTKGh", weight_BxKxGxTxS, v_BxSxKxh).reshape(B, T, H, h)
+        tanh_BxKxXxS = jnp.tanh(score_BxKxXxS / softcap)
+        score_BxKxXxS, slope_BxKxXxS = softcap * tanh_BxKxXxS, 1.0 - tanh_BxKxXxS**2
+    B, K, X, S = score_BxKxXxS.shape
+    score_BxKxTxGxS = score_BxKxXxS.reshape(B, K, mask_BxTxS.shape[1], -1, S)
+    score_BxKxTxGxS = jnp.where(mask_BxTxS[:, None, :, None], score_BxKxTxGxS, -1e30)
+    return jax.nn.softmax(score_BxKxTxGxS.reshape(B, K, X, S), axis=-1), slope_BxKxXxS
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def einsum_attention(scale: float, softcap: float, q_BxTxHxh, k_BxSxKxh, v_BxSxKxh, mask_BxTxS):
+    """Attention with a float32 softmax and, unless it is 0, a soft-cap on the scores.
+
+    The backward pass makes the scores anew, and keeps them where they lie: of two factors it has
+    the compiler transpose the narrow one, not the scores.
+    """
+    q_BxKxXxh = _by_head(q_BxTxHxh, k_BxSxKxh.shape[2])
+    k_BxKxSxh, v_BxKxSxh = (jnp.moveaxis(x, 2, 1) for x in (k_BxSxKxh, v_BxSxKxh))
+    weight_BxKxXxS, _ = _weights(scale, softcap, q_BxKxXxh, k_BxKxSxh, mask_BxTxS)
+    out_BxKxXxh = _product(weight_BxKxXxS.astype(v_BxSxKxh.dtype), v_BxKxSxh, (3, 2))
+    return _by_token(out_BxKxXxh.astype(q_BxTxHxh.dtype), q_BxTxHxh.shape[1])
+
+
+def _attention_forward(scale, softcap, q, k, v, mask):
+    return einsum_attention(scale, softcap, q, k, v, mask), (q, k, v, mask)
+
+
+def _attention_backward(scale, softcap, residuals, d_out_BxTxHxh):
+    """With P the weights: dV = Pᵀ dO, dS = P ∘ (dO Vᵀ − Σ P ∘ dO Vᵀ), dQ = dS K, dK = dSᵀ Q."""
+    q_BxTxHxh, k_BxSxKxh, v_BxSxKxh, mask_BxTxS = residuals
+    dtype, T, K = q_BxTxHxh.dtype, q_BxTxHxh.shape[1], k_BxSxKxh.shape[2]
+    q_BxKxXxh, d_out_BxKxXxh = _by_head(q_BxTxHxh, K), _by_head(d_out_BxTxHxh, K)
+    k_BxKxSxh, v_BxKxSxh = (jnp.moveaxis(x, 2, 1) for x in (k_BxSxKxh, v_BxSxKxh))
+    weight_BxKxXxS, slope = _weights(scale, softcap, q_BxKxXxh, k_BxKxSxh, mask_BxTxS)
+    dv_BxKxhxS = _product(d_out_BxKxXxh, weight_BxKxXxS.astype(dtype), (2, 2))
+    d_weight_BxKxXxS = _product(d_out_BxKxXxh, v_BxKxSxh, (3, 3)) * weight_BxKxXxS
+    mean_BxKxXx1 = jnp.sum(d_weight_BxKxXxS, axis=-1, keepdims=True)
+    d_score_BxKxXxS = (d_weight_BxKxXxS - weight_BxKxXxS * mean_BxKxXx1) * slope * scale
+    d_score_BxKxXxS = d_score_BxKxXxS.astype(dtype)
+    dq_BxKxXxh = _product(d_score_BxKxXxS, k_BxKxSxh, (3, 2))
+    dk_BxKxhxS = _product(q_BxKxXxh, d_score_BxKxXxS, (2, 2))
+    dk_BxSxKxh, dv_BxSxKxh = (
+        jnp.moveaxis(jax.lax.optimization_barrier(x), 3, 1).astype(dtype)
+        for x in (dk_BxKxhxS, dv_BxKxhxS)
+    )
+    return _by_token(dq_BxKxXxh.astype(dtype), T), dk_BxSxKxh, dv_BxSxKxh, None
+
+
+einsum_attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _splash_kernel(heads: int, tokens: int, window: int, softcap: float):
@@ -119,21 +178,6 @@ def _divisor(n: int, most: int) -> int:
     return max(d for d in range(1, n + 1) if n % d == 0 and d <= max(most, 1))
 
 
-def _whole(config: DecoderConfig, q_BxTxHxh, k_BxSxKxh, v_BxSxKxh, mask_BxTxS):
-    if config.attn_softcap:
-        return einsum_attention(
-            q_BxTxHxh,
-            k_BxSxKxh,
-            v_BxSxKxh,
-            mask_BxTxS,
-            scale=config.scale,
-            softcap=config.attn_softcap,
-        )
-    return jax.nn.dot_product_attention(
-        q_BxTxHxh, k_BxSxKxh, v_BxSxKxh, mask=mask_BxTxS[:, None], scale=config.scale
-    )
-
-
 def attend(config: DecoderConfig, q_BxTxHxh, k_BxSxKxh, v_BxSxKxh, mask_BxTxS, shards: int = 1):
     """Masked attention off TPU and in cached decoding: `[B, T, H, h]` in q's dtype.
 
@@ -150,7 +194,7 @@ def attend(config: DecoderConfig, q_BxTxHxh, k_BxSxKxh, v_BxSxKxh, mask_BxTxS, s
     rows = B // shards
     row_scores = H * T * mask_BxTxS.shape[-1]
     chunk = _divisor(rows, _CHUNK_SCORES // row_scores)
-    one = functools.partial(_whole, config)
+    one = functools.partial(einsum_attention, config.scale, config.attn_softcap)
     arrays = (q_BxTxHxh, k_BxSxKxh, v_BxSxKxh, mask_BxTxS)
     if chunk == rows:
         return one(*arrays)
@@ -160,6 +204,6 @@ def attend(config: DecoderConfig, q_BxTxHxh, k_BxSxKxh, v_BxSxKxh, mask_BxTxS, s
         x = x.reshape(shards, rows // chunk, chunk, *x.shape[1:])
         return jnp.moveaxis(x, 1, 0).reshape(rows // chunk, shards * chunk, *x.shape[3:])
 
-    out = jax.lax.map(lambda chunked: jax.checkpoint(one)(*chunked), tuple(map(split, arrays)))
+    out = jax.lax.map(lambda chunked: one(*chunked), tuple(map(split, arrays)))
     out = out.reshape(rows // chunk, shards, chunk, *out.shape[2:])
     return jnp.moveaxis(out, 0, 1).reshape(q_BxTxHxh.shape)

@@ -139,14 +139,44 @@ def test_attention(heads, window, softcap):
         assert rel(got[b][real], want[real]) < 1e-5
 
 
-def test_both_attentions_agree():
+def _plain_attention(config, q, k, v, mask):
+    """From the formula, with the compiler's own derivative."""
+    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    scores = config.scale * jnp.einsum("bthd,bshd->bhts", q, k)
+    if config.attn_softcap:
+        scores = config.attn_softcap * jnp.tanh(scores / config.attn_softcap)
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bhts,bshd->bthd", weights, v)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 1.3])
+@pytest.mark.parametrize("chunk", [1, 2**20])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_gradient_of_attention(monkeypatch, heads, chunk, softcap):
+    """Of queries, keys and values; a row at a time and all at once."""
+    monkeypatch.setattr(attention, "_CHUNK_SCORES", chunk)
+    config = TINY.replace(head_dim=8, attn_softcap=softcap)
+    rng = np.random.default_rng(0)
+    H, K = heads
+    qkv = [jnp.asarray(rng.standard_normal((3, 7, n, 8)), jnp.float32) for n in (H, K, K)]
+    mix = jnp.asarray(rng.standard_normal(qkv[0].shape), jnp.float32)
+    ones, t = jnp.ones((3, 7), jnp.int32), jnp.tile(jnp.arange(7)[None], (3, 1))
+    mask = attention.visible(ones, t, ones, t, 4)
+
+    def gradients(fn):
+        return jax.jit(jax.grad(lambda x: jnp.sum(fn(config, *x, mask) * mix)))(qkv)
+
+    got, want = gradients(attention.attend), gradients(_plain_attention)
+    assert all(rel(a, b) < 1e-5 for a, b in zip(got, want, strict=True))
+
+
+def test_attention_as_jax_has_it():
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((2, 7, n, 8)), jnp.float32) for n in (4, 2, 2))
     ones, t = jnp.ones((2, 7), jnp.int32), jnp.tile(jnp.arange(7)[None], (2, 1))
     mask = attention.visible(ones, t, ones, t, 4)
-    config = TINY.replace(head_dim=8)
-    einsum = attention.einsum_attention(q, k, v, mask, scale=config.scale, softcap=0.0)
-    assert rel(attention.attend(config, q, k, v, mask), einsum) < 1e-5
+    want = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=0.3)
+    assert rel(attention.einsum_attention(0.3, 0.0, q, k, v, mask), want) < 1e-5
 
 
 @settings(max_examples=25, deadline=None)
@@ -228,7 +258,7 @@ def test_splash_is_attention(monkeypatch, spread, softcap):
     @jax.jit
     def plain(q, k, v, window):
         mask = attention.visible(segments, positions, segments, positions, window)
-        out = attention.einsum_attention(q, k, v, mask, scale=config.scale, softcap=softcap)
+        out = attention.einsum_attention(config.scale, softcap, q, k, v, mask)
         return jnp.sum(jnp.where(real, out * mix, 0.0))
 
     grads = []
