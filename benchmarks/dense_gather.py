@@ -8,13 +8,15 @@ same idea with one batched product for all experts, which XLA runs faster.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
+from medmoe_jax.base.decoder import Execution
 from medmoe_jax.routing import dense
-from medmoe_jax.routing.dispatch import STRATEGIES, Strategy
+from medmoe_jax.routing.dispatch import STRATEGIES
 from medmoe_jax.routing.terms import Term
 
 
@@ -58,5 +60,7 @@ BASELINES = {"dense_gather": dense_gather, "dense_gather_batched": dense_gather_
 def register() -> None:
     """Let `run.dispatch` name them, in this process only."""
     for name, lora in BASELINES.items():
-        made = Strategy(lora, dense.reference_ffn, lambda where, experts: None)
+        made = STRATEGIES["reference"](Execution())._replace(
+            linear=functools.partial(dense.linear, lora), lora=lora
+        )
         STRATEGIES[name] = lambda execution, made=made: made
