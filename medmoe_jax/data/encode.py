@@ -77,10 +77,11 @@ class Encoder:
         return [(p, ids, self._is_target(p)) for p, ids in self._pieces(rendered)]
 
     def _pieces(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, list[int]]]:
-        start = True
+        start, strip = True, False
         for piece in pieces:
-            ids = self._ids(piece, start)
-            start = (start and not ids) or piece.kind == "bos"
+            ids = self._ids(piece._replace(text=piece.text.lstrip()) if strip else piece, start)
+            start = piece.kind == "bos" or self.tokenizer.begins_after(ids, start)
+            strip = self.tokenizer.strips_after(ids, strip)
             yield piece, ids
 
     def _ids(self, piece: Piece, start: bool) -> list[int]:

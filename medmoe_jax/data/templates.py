@@ -202,7 +202,14 @@ class Jinja:
 
     def __init__(self, source: str, bos_text: str = "", eos_text: str = ""):
         self.source = source
-        self._texts = {"bos_token": bos_text, "eos_token": eos_text}
+        # Templates ask for these by name. A template that knows a date function takes today's:
+        # without one it writes a fixed date, and a resumed run reads the same rows.
+        self._values = {
+            "bos_token": bos_text,
+            "eos_token": eos_text,
+            "tools": None,
+            "documents": None,
+        }
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -245,7 +252,7 @@ class Jinja:
     def _text(self, turns: Sequence[dict], add_generation_prompt: bool) -> str:
         try:
             return self._template.render(
-                messages=list(turns), add_generation_prompt=add_generation_prompt, **self._texts
+                messages=list(turns), add_generation_prompt=add_generation_prompt, **self._values
             )
         except jinja2.TemplateError as error:
             raise UserError(f"the chat template refuses this conversation: {error}") from error
@@ -326,7 +333,9 @@ def get_mask(name: str) -> Callable[[Piece], bool]:
 def markers(template: Template, tokenizer: Tokenizer) -> frozenset[str]:
     """The tokenizer's special tokens that the template writes: they may not come from content."""
     texts = [piece.text for piece in _probe(template) if piece.kind == "markup"]
-    return frozenset(s for s in tokenizer.specials if any(s in text for text in texts))
+    # White space is a token of some vocabularies, but marks nothing.
+    named = (s for s in tokenizer.specials if s.strip())
+    return frozenset(s for s in named if any(s in text for text in texts))
 
 
 def stops(template: Template, tokenizer: Tokenizer) -> Stops:

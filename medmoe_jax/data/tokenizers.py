@@ -3,16 +3,18 @@
 Training texts are encoded piece by piece (a marker, a question, a marker, an answer) and the ids
 are concatenated. So `encode` by default *continues* a text: it never adds the dummy space that many
 vocabularies put before a text. `start=True` encodes the beginning of a text as the vocabulary's
-own tools do, with the dummy space if the model has one.
+own tools do, with the dummy space if the model has one. Some vocabularies put it after every
+special token as well: they are said to restart there.
 """
 
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import sentencepiece
 import tokenizers as hf
@@ -34,6 +36,7 @@ class Tokenizer(Protocol):
     eos_id: int | None
     pad_id: int
     specials: dict[str, int]
+    restarts: bool
     digest: str
     chat_template: str | None
 
@@ -41,7 +44,16 @@ class Tokenizer(Protocol):
         """The ids of ordinary text; no bos, no eos. `start` begins a text (module docstring)."""
 
     def encode_markup(self, text: str, start: bool = False) -> list[int]:
-        """Like `encode`, but the special tokens written in `text` become their own ids."""
+        """Like `encode`, but the special tokens written in `text` become their own ids.
+
+        White space beside a token that takes it in (`lstrip`, `rstrip`) vanishes.
+        """
+
+    def begins_after(self, ids: Sequence[int], start: bool = False) -> bool:
+        """Whether what follows `ids` is encoded as the beginning of a text; `start` if none are."""
+
+    def strips_after(self, ids: Sequence[int], strip: bool = False) -> bool:
+        """Whether white space that follows `ids` vanishes; `strip` if there are none."""
 
     def decode(self, ids: Sequence[int], start: bool = False) -> str:
         """The inverse of `encode`; control tokens vanish. `start` drops the dummy space."""
@@ -53,27 +65,85 @@ class Tokenizer(Protocol):
         """How a token is written in the vocabulary, "" for None."""
 
 
-class _Markup:
-    """What both kinds share: special tokens found in markup, and pickling without the processors.
+class _Added(NamedTuple):
+    """A token beside the merges; `special` ones vanish when decoding."""
 
-    A subclass has `specials: dict[str, int]` and `encode`.
+    id: int
+    lstrip: bool = False
+    rstrip: bool = False
+    special: bool = True
+
+
+class _Markup:
+    """What both kinds share: special tokens, the files beside the vocabulary, pickling without
+    the processors.
+
+    A subclass has `encode`, `restarts` and `_added: dict[str, _Added]`.
     """
+
+    def __init__(self, path: str | Path, chat_template: str | None = None):
+        self.path = Path(path)
+        self.chat_template = chat_template
 
     def encode_markup(self, text: str, start: bool = False) -> list[int]:
         ids: list[int] = []
         for number, part in enumerate(self._special_pattern.split(text)):
-            if part:
-                known = self.specials.get(part) if number % 2 else None
-                ids += self.encode(part, start and not ids) if known is None else [known]
+            if number % 2:
+                ids.append(self.specials.get(part, self.specials.get(part.strip())))
+            elif part:
+                ids += self.encode(part, self.begins_after(ids, start))
         return ids
+
+    def begins_after(self, ids: Sequence[int], start: bool = False) -> bool:
+        return self.restarts and ids[-1] in self._special_ids if ids else start
+
+    def strips_after(self, ids: Sequence[int], strip: bool = False) -> bool:
+        return ids[-1] in self._stripping_ids if ids else strip
 
     def special(self, text: str) -> int | None:
         return self.specials.get(text)
 
     @functools.cached_property
+    def specials(self) -> dict[str, int]:
+        """Ids of the tokens that markup may write."""
+        return {text: token.id for text, token in self._added.items()}
+
+    @functools.cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(self.specials.values())
+
+    @functools.cached_property
+    def _stripping_ids(self) -> frozenset[int]:
+        return frozenset(token.id for token in self._added.values() if token.rstrip)
+
+    @functools.cached_property
     def _special_pattern(self) -> re.Pattern:
-        longest_first = sorted(self.specials, key=len, reverse=True)
-        return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+        longest_first = sorted(self._added.items(), key=lambda item: len(item[0]), reverse=True)
+        tokens = [
+            r"\s*" * token.lstrip + re.escape(text) + r"\s*" * token.rstrip
+            for text, token in longest_first
+        ]
+        return re.compile(f"({'|'.join(tokens) or '(?!)'})")
+
+    def _named(self, name: str) -> str | None:
+        """A token's text in tokenizer_config.json."""
+        value = self._config.get(name)
+        return value["content"] if isinstance(value, dict) else value
+
+    @functools.cached_property
+    def _config(self) -> dict:
+        return _read_config(self.path.parent)
+
+    @functools.cached_property
+    def _content(self) -> bytes:
+        return self.path.read_bytes()
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A hash of all that decides the ids and the text of a conversation."""
+        beside = [self._named("bos_token"), self._named("eos_token"), self._config.get("legacy")]
+        tokens = sorted(self._added.items())
+        return _digest(self._content, self.chat_template, json.dumps([beside, tokens]))
 
     def __getstate__(self) -> dict:
         return {"path": self.path, "chat_template": self.chat_template}
@@ -83,52 +153,73 @@ class _Markup:
 
 
 class SentencePiece(_Markup):
-    """A sentencepiece `.model` file, loaded at first use. Implements `Tokenizer`."""
-
-    def __init__(self, path: str | Path, chat_template: str | None = None):
-        self.path = Path(path)
-        self.chat_template = chat_template
+    """A sentencepiece `.model` file, with the `tokenizer_config.json` beside it: that may name bos
+    and eos and add tokens behind the model's. Loaded at first use. Implements `Tokenizer`.
+    """
 
     def encode(self, text: str, start: bool = False) -> list[int]:
         return (self._starting if start else self._continuing).encode(text)
 
     def decode(self, ids: Sequence[int], start: bool = False) -> str:
-        text = self._continuing.decode([int(i) for i in ids])
+        hidden = {token.id for token in self._added.values() if token.special}
+        shown = (int(i) for i in ids if int(i) not in hidden)
+        text = "".join(
+            self._continuing.decode(list(run)) if own else "".join(map(self.text_of, run))
+            for own, run in itertools.groupby(shown, lambda i: i < self._pieces)
+        )
         return text[1:] if start and self._dummy_prefix and text.startswith(" ") else text
 
     def text_of(self, token_id: int | None) -> str:
-        return "" if token_id is None else self._starting.id_to_piece(token_id)
-
-    @functools.cached_property
-    def digest(self) -> str:
-        return _digest(self._content, self.chat_template)
+        if token_id is None:
+            return ""
+        if token_id < self._pieces:
+            return self._starting.id_to_piece(token_id)
+        return next(text for text, token in self._added.items() if token.id == token_id)
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        return self._starting.get_piece_size()
+        return max([self._pieces, *(token.id + 1 for token in self._added.values())])
 
     @functools.cached_property
     def bos_id(self) -> int | None:
-        return _id_or_none(self._starting.bos_id())
+        return self._find("bos_token", self._starting.bos_id())
 
     @functools.cached_property
     def eos_id(self) -> int | None:
-        return _id_or_none(self._starting.eos_id())
+        return self._find("eos_token", self._starting.eos_id())
 
     @functools.cached_property
     def pad_id(self) -> int:
-        return _first_id(_id_or_none(self._starting.pad_id()), self.eos_id)
+        return _first_id(self._find("pad_token", self._starting.pad_id()), self.eos_id)
 
     @functools.cached_property
-    def specials(self) -> dict[str, int]:
-        """Control and user-defined pieces."""
+    def restarts(self) -> bool:
+        """As the tools of this format do by the field `legacy`."""
+        return self._dummy_prefix and bool(self._config.get("legacy"))
+
+    def _find(self, name: str, own: int) -> int | None:
+        text = self._named(name)
+        return self.specials.get(text, _id_or_none(own)) if text else _id_or_none(own)
+
+    @functools.cached_property
+    def _added(self) -> dict[str, _Added]:
+        """Control and user-defined pieces, and what the config adds."""
         piece = model_pb2.ModelProto.SentencePiece
-        kinds = (piece.CONTROL, piece.USER_DEFINED)
-        return {p.piece: i for i, p in enumerate(self._model.pieces) if p.type in kinds}
+        kinds = {piece.CONTROL: True, piece.USER_DEFINED: False}
+        found = {
+            p.piece: _Added(i, special=kinds[p.type])
+            for i, p in enumerate(self._model.pieces)
+            if p.type in kinds
+        }
+        for index, token in self._config.get("added_tokens_decoder", {}).items():
+            if int(index) >= self._pieces or token["content"] in found:
+                flags = (token.get(name, False) for name in _Added._fields[1:])
+                found[token["content"]] = _Added(int(index), *flags)
+        return found
 
     @functools.cached_property
-    def _content(self) -> bytes:
-        return self.path.read_bytes()
+    def _pieces(self) -> int:
+        return self._starting.get_piece_size()
 
     @functools.cached_property
     def _model(self) -> model_pb2.ModelProto:
@@ -161,10 +252,6 @@ class HuggingFace(_Markup):
     Special tokens written in ordinary text are text to it, never their ids.
     """
 
-    def __init__(self, path: str | Path, chat_template: str | None = None):
-        self.path = Path(path)
-        self.chat_template = chat_template
-
     def encode(self, text: str, start: bool = False) -> list[int]:
         tokenizer = self._starting if start else self._continuing
         return tokenizer.encode(text, add_special_tokens=False).ids
@@ -175,11 +262,6 @@ class HuggingFace(_Markup):
 
     def text_of(self, token_id: int | None) -> str:
         return "" if token_id is None else self._starting.id_to_token(token_id)
-
-    @functools.cached_property
-    def digest(self) -> str:
-        names = json.dumps([self._named("bos_token"), self._named("eos_token")])
-        return _digest(self._content, self.chat_template, names)
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -198,27 +280,24 @@ class HuggingFace(_Markup):
         return _first_id(self._find("pad_token", ()), self.eos_id)
 
     @functools.cached_property
-    def specials(self) -> dict[str, int]:
+    def restarts(self) -> bool:
+        """As the file says, unless the config's field `legacy` does."""
+        own = _restarts([self._parsed.get(part) for part in ("normalizer", "pre_tokenizer")])
+        return bool(self._config.get("legacy", own))
+
+    @functools.cached_property
+    def _added(self) -> dict[str, _Added]:
         added = self._starting.get_added_tokens_decoder()
-        return {token.content: index for index, token in added.items()}
+        return {
+            token.content: _Added(index, token.lstrip, token.rstrip, token.special)
+            for index, token in added.items()
+        }
 
     def _find(self, name: str, guesses: Sequence[str]) -> int | None:
         text = self._named(name)
         candidates = [text] if text or self._config else guesses
         ids = (self._starting.token_to_id(c) for c in candidates if c)
         return next((i for i in ids if i is not None), None)
-
-    def _named(self, name: str) -> str | None:
-        value = self._config.get(name)
-        return value["content"] if isinstance(value, dict) else value
-
-    @functools.cached_property
-    def _config(self) -> dict:
-        return _read_config(self.path.parent)
-
-    @functools.cached_property
-    def _content(self) -> bytes:
-        return self.path.read_bytes()
 
     @functools.cached_property
     def _starting(self) -> hf.Tokenizer:
@@ -352,6 +431,19 @@ def _without_dummy_prefix(node):
     elif kind == "Strip" and "start" in node:
         node["start"] = 0
     return node
+
+
+def _restarts(node) -> bool:
+    """Whether parts of a tokenizer.json put a dummy space before every run of ordinary text."""
+    if isinstance(node, list):
+        return any(map(_restarts, node))
+    if not isinstance(node, dict):
+        return False
+    kind = node.get("type")
+    if kind in ("Metaspace", "ByteLevel"):
+        spaced = node.get("add_prefix_space", True)
+        return node.get("prepend_scheme", "always" if spaced else "never") == "always"
+    return kind == "Prepend" or any(map(_restarts, node.values()))
 
 
 def _read_config(folder: Path) -> dict:

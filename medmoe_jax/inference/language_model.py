@@ -51,7 +51,11 @@ class LanguageModel:
         # A template that ends a turn by plain text has no stop id; -1 is never generated.
         stop_ids = self.stops.ids or (-1,)
         answers = self.engine.generate(prompt_ids, max_tokens, stop_ids, sampling)
-        return [self._cut(self.encoder.tokenizer.decode(ids)) for ids in answers]
+        tokenizer = self.encoder.tokenizer
+        return [
+            self._cut(tokenizer.decode(ids, start=tokenizer.begins_after(prompt)))
+            for prompt, ids in zip(prompt_ids, answers, strict=True)
+        ]
 
     def _cut(self, text: str) -> str:
         ends = [text.find(stop) for stop in self.stops.texts if stop in text]

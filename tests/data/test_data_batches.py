@@ -30,6 +30,12 @@ class Characters:
 
     encode_markup = encode
 
+    def begins_after(self, ids, start=False):
+        return start and not ids
+
+    def strips_after(self, ids, strip=False):
+        return False
+
     def special(self, text):
         return None
 
