@@ -75,7 +75,7 @@ def test_permutation(chip, width, experts):
     assert kernels_in(compiled) == 5
     # Sorted rows, their gradients and what the kernels fetch from: whatever the number of experts.
     rows = 2 * TOKENS * width * 2
-    assert compiled.memory_analysis().temp_size_in_bytes < 6 * rows
+    assert compiled.memory_analysis().temp_size_in_bytes < 7 * rows
 
 
 def test_the_permutation_in_float32_and_with_uneven_shapes(chip):
