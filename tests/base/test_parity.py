@@ -146,6 +146,11 @@ CASES = {
     "phi3": Case("phi3", dict(**GQA, sliding_window=7), (NO_WINDOWS,)),
     "phi3-longrope-within": Case("phi3", longrope(original=40), (NO_ROPE_SCALING,)),
     "phi3-longrope-beyond": Case("phi3", longrope(original=10), (NO_ROPE_SCALING,)),
+    "llama3": Case(
+        "llama",
+        dict(**GQA, rope_parameters={"rope_type": "default", "rope_theta": 50.0}),
+        ({"rope_theta": 10000.0},),
+    ),
 }
 
 FIRST_OF_FAMILY = list({case.family: name for name, case in reversed(CASES.items())}.values())
