@@ -9,7 +9,7 @@ One convention holds for the whole room. Every public function takes `backend`:
 | `"interpret"` | the Pallas kernel in the TPU interpreter | CPU, in tests |
 
 The caller chooses; no kernel looks at the machine it runs on, and none falls back. A shape that a
-kernel cannot tile is a UserError when the function is traced. Blocks and values fit 48 MiB of the 64
-that VMEM has on the smallest chip, a core of v5p. Kernels see one device: under a mesh, call them
-inside `jax.shard_map`.
+kernel cannot tile is a UserError when the function is traced. Blocks and values fit 48 MiB of the
+64 that VMEM has on the smallest chip, a core of v5p. Kernels see one device: under a mesh, call
+them inside `jax.shard_map`.
 """
