@@ -106,12 +106,12 @@ def _packed(matrix_ExrxN, P: int):
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(3, 4))
 def _weighted(h_MxR, weight_M, sizes_E, P: int, r: int):
     """Each row's weight on the rank columns of its own expert, zero elsewhere and on padding."""
-    end_E = jnp.cumsum(sizes_E)
-    row_M = jnp.arange(h_MxR.shape[0], dtype=jnp.int32)
-    expert_M = jnp.searchsorted(end_E, row_M, side="right", method="compare_all")
-    column_R = jnp.arange(P * r) // r
-    mine_MxR = (expert_M % P)[:, None] == column_R[None]
-    mine_MxR &= (row_M < end_E[-1])[:, None]
+    M = h_MxR.shape[0]
+    mine_MxR = (jnp.arange(M) < jnp.sum(sizes_E))[:, None]
+    # Where a pack is one expert, whose columns they are is known.
+    if P > 1:
+        place_M = jnp.repeat(jnp.arange(sizes_E.shape[0]) % P, sizes_E, total_repeat_length=M)
+        mine_MxR &= place_M[:, None] == (jnp.arange(P * r) // r)[None]
     weight_MxR = jnp.where(mine_MxR, weight_M.astype(jnp.float32)[:, None], 0.0)
     return (h_MxR.astype(jnp.float32) * weight_MxR).astype(h_MxR.dtype)
 
