@@ -13,8 +13,8 @@ term joins the accumulator of x·W before that is written. The input gradient ha
 
 and runs in the same kernel. The sites of a projection group have each its own A: one call a site
 computes nothing twice and reads x no more often than the base products alone, whereas h = x·A made
-for the group beforehand would cost one more reading of x. W is frozen: it gets no gradient, and no
-buffer of its size is made for one.
+for the group beforehand would cost one more reading of x. Where W is frozen, as it mostly is, no
+gradient of it is computed and no buffer of its size is made for one.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -34,6 +35,7 @@ from medmoe_jax.kernels.tiles import (
     cheapest,
     check_backend,
     check_floats,
+    fitting,
     keep,
     options,
     tile_of,
@@ -72,21 +74,33 @@ class Shape(NamedTuple):
         return moved * self.itemsize + rows * self.R * self.gate_itemsize
 
 
-def plan(shape: Shape) -> tuple[Tiles, pl.CostEstimate]:
-    """Blocks of the kernel, and its cost.
+def _candidates(shape: Shape) -> list[Tiles]:
+    """Block sizes to choose from.
 
-    Where all of K fits, x is fetched once and W once for each block of rows. There are at least two
-    of these where there are rows enough: v5p has two cores a chip.
+    There are at least two blocks of rows where there are rows enough: v5p has two cores a chip.
     """
     rows = ceil_div(shape.T, 32) * 16
-    candidates = [
+    return [
         Tiles(min(rows, m), tile_of(shape.K, k), tile_of(shape.N, n))
         for m in (2048, 1024, 512, 256, 128)
         for k in (shape.K, 1024, 512, 256)
         for n in (2048, 1024, 512, 256)
     ]
+
+
+def fits(T: int, D: int, O: int, R: int, itemsize: int) -> bool:
+    """Whether the kernel can tile these shapes, forward and backward, with a float32 gate."""
+    both = (Shape(T, D, O, R, itemsize, 4), Shape(T, O, D, R, itemsize, 4))
+    return all(fitting(_candidates(shape), shape.vmem) for shape in both)
+
+
+def plan(shape: Shape) -> tuple[Tiles, pl.CostEstimate]:
+    """Blocks of the kernel, and its cost.
+
+    Where all of K fits, x is fetched once and W once for each block of rows.
+    """
     what = f"a [{shape.K}, {shape.N}] weight beside {shape.R} rank columns"
-    t = cheapest(what, candidates, shape.vmem, shape.traffic)
+    t = cheapest(what, _candidates(shape), shape.vmem, shape.traffic)
     nm, nn, nk = shape.grid(t)
     rows, k, n = nm * t.m, nk * t.k, nn * t.n
     flops = 2 * rows * (k * n + k * shape.R + n * shape.R)
@@ -206,13 +220,19 @@ def _lora_linear(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, backend: str):
     return _forward(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, False, backend)[0]
 
 
-def _lora_linear_fwd(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, backend):
+def _lora_linear_fwd(x, w, a, gate, b, backend):
+    """Each argument comes as its value and whether its derivative is asked for."""
+    x_TxD, a_DxR, b_RxO, w_DxO = x.value, a.value, b.value, w.value
+    gate_TxR = None if gate is None else gate.value
     y_TxO, h_TxR = _forward(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, False, backend)
-    return y_TxO, (x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, h_TxR)
+    # Products, for the policies of `jax.checkpoint` that keep these.
+    y_TxO, h_TxR = (checkpoint_name(product, "product") for product in (y_TxO, h_TxR))
+    trained = w_DxO if w.perturbed else None
+    return y_TxO, (x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, h_TxR, trained)
 
 
 def _lora_linear_bwd(backend, saved, dy_TxO):
-    x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, h_TxR = saved
+    x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, h_TxR, trained = saved
     dx_TxD, dh_TxR = _forward(dy_TxO, w_DxO, b_RxO, gate_TxR, a_DxR, True, backend)
 
     def over_tokens(left, right, dtype):
@@ -222,11 +242,12 @@ def _lora_linear_bwd(backend, saved, dy_TxO):
 
     da_DxR = over_tokens(x_TxD, _gate(dh_TxR, gate_TxR), a_DxR.dtype)
     db_RxO = over_tokens(_gate(h_TxR, gate_TxR), dy_TxO, b_RxO.dtype)
+    dw_DxO = None if trained is None else over_tokens(x_TxD, dy_TxO, w_DxO.dtype)
     dgate = None if gate_TxR is None else _gate(h_TxR, dh_TxR).astype(gate_TxR.dtype)
-    return dx_TxD, None, da_DxR, dgate, db_RxO
+    return dx_TxD, dw_DxO, da_DxR, dgate, db_RxO
 
 
-_lora_linear.defvjp(_lora_linear_fwd, _lora_linear_bwd)
+_lora_linear.defvjp(_lora_linear_fwd, _lora_linear_bwd, symbolic_zeros=True)
 
 
 def lora_linear(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, *, backend: str):
@@ -234,7 +255,7 @@ def lora_linear(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, *, backend: str):
 
     Args:
       x_TxD: float32 or bfloat16.
-      w_DxO: the frozen weight; its gradient is zero, by not being computed.
+      w_DxO: the weight; its gradient is computed only where it is asked for.
       a_DxR, b_RxO: the experts of all banks side by side, R = Σ E·r; cast to x's dtype for the
         product, while their gradients are accumulated in float32 and rounded once, to their dtype.
       gate_TxR: weights in rank space, s and Λ folded in (or into B); None for ones.

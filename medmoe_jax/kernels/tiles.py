@@ -59,6 +59,11 @@ def ceil_div(dividend: int, divisor: int) -> int:
     return -(-dividend // divisor)
 
 
+def fitting(candidates, vmem) -> list:
+    """The candidates whose blocks, of `vmem(candidate)` bytes, fit VMEM."""
+    return [tiles for tiles in candidates if vmem(tiles) <= BLOCKS_BYTES]
+
+
 def cheapest(what: str, candidates, vmem, traffic):
     """The candidate of least HBM traffic among those whose blocks fit VMEM; of equals, the first.
 
@@ -70,12 +75,12 @@ def cheapest(what: str, candidates, vmem, traffic):
     Raises:
       UserError: none fits.
     """
-    fitting = [tiles for tiles in candidates if vmem(tiles) <= BLOCKS_BYTES]
-    if not fitting:
+    possible = fitting(candidates, vmem)
+    if not possible:
         raise UserError(
             f"no blocks of {what} fit {BLOCKS_BYTES // 2**20} MiB of VMEM; use the backend 'xla'"
         )
-    return min(fitting, key=traffic)
+    return min(possible, key=traffic)
 
 
 def keep(block, axis: int, low, high):
