@@ -14,7 +14,7 @@ from medmoe_jax.adapters.bank import BankSpec, site_params
 from medmoe_jax.adapters.site import decide, dropped_inputs
 from medmoe_jax.base.config import GROUPS
 from medmoe_jax.routing.dispatch import Strategy
-from medmoe_jax.routing.routers import Gates, router_logits
+from medmoe_jax.routing.routers import Gates
 from medmoe_jax.routing.terms import Term
 
 _IN, _OUT = "mlp.in", "mlp.out"
@@ -37,9 +37,9 @@ def expert_mlp(
     """
     params = extra[bank.name]
     router = params["mlp"]["router"]
-    z_BxTxE = router_logits(x_BxTxD, router["kernel"], router.get("bias"))
-    gates, stats = decide(bank, f"{bank.name}/mlp", z_BxTxE, context)
-    aux = {f"{bank.name}/mlp": stats}
+    name = f"{bank.name}/mlp"
+    ((gates, stats),) = decide(strategy, [(bank, name, router)], x_BxTxD, context)
+    aux = {name: stats}
     if bank.form == "ffn":
         experts = {site.split(".")[1]: params[site]["experts"] for site in bank.sites}
         return strategy.ffn(x_BxTxD, gates, experts, activation), aux

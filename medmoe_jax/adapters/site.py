@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from medmoe_jax.adapters.bank import BankSpec, site_params
-from medmoe_jax.base.decoder import base_linear
 from medmoe_jax.routing.dispatch import Strategy, Term
-from medmoe_jax.routing.routers import route, router_logits, router_stats, without_padding
+from medmoe_jax.routing.gating import Decision, Router
 
 
 def dropped_inputs(banks, group: str, x_BxTxD, context: Mapping[str, Any]) -> dict[float, Any]:
@@ -35,49 +34,43 @@ def dropped_inputs(banks, group: str, x_BxTxD, context: Mapping[str, Any]) -> di
     return inputs if key is not None else {bank.dropout: x_BxTxD for bank in banks}
 
 
-def _routers(present, extra, group: str, x_BxTxD, context) -> tuple[dict, dict]:
-    """Gates and statistics of every routed (bank, site), from one product."""
-    routed = [(bank, site) for bank, site in present if bank.routed]
-    if not routed:
-        return {}, {}
-    params = [extra[bank.name][site]["router"] for bank, site in routed]
-    kernel = jnp.concatenate([p["kernel"] for p in params], axis=1)
-    z = router_logits(x_BxTxD, kernel)
-    gates, stats, start = {}, {}, 0
-    for (bank, site), p in zip(routed, params, strict=True):
-        z_BxTxE = z[..., start : start + bank.experts]
-        start += bank.experts
-        if "bias" in p:
-            z_BxTxE = z_BxTxE + p["bias"].astype(jnp.float32)[None, None]
-        key = f"{bank.name}/{site}"
-        gates[bank.name, site], stats[key] = decide(bank, f"{group}/{key}", z_BxTxE, context)
-    return gates, stats
+def decide(dispatch: Strategy, routed, x_BxTxD, context: Mapping[str, Any]) -> list[Decision]:
+    """Gates and statistics of every router that reads x; padding picks no expert.
 
-
-def decide(bank: BankSpec, name: str, z_BxTxE, context: Mapping[str, Any]):
-    """`(Gates, RouterStats)` of one router from its logits; `name` sets its noise apart.
-
-    Padding picks no expert.
+    Args:
+      dispatch: a strategy of `routing.dispatch`.
+      routed: `(bank, name, router's parameters)` of each; the name sets its noise apart.
+      x_BxTxD: their input.
+      context: see `adapted_linear`.
     """
-    key = context.get("dropout_key")
+    routers = [_router(*one, x_BxTxD.shape[:2], context) for one in routed]
+    out = []
+    decisions = dispatch.decide(x_BxTxD, context["segment_ids"] > 0, routers)
+    for (bank, *_), (gates, stats) in zip(routed, decisions, strict=True):
+        if not (bank.balance_loss or bank.z_loss):
+            stats = jax.lax.stop_gradient(stats)
+        out.append((gates, stats))
+    return out
+
+
+def _router(bank: BankSpec, name: str, params, tokens: tuple[int, int], context) -> Router:
+    key, noise_BxTxE = context.get("dropout_key"), None
     if bank.router_noise and key is not None:
         key = jax.random.fold_in(key, context["layer"])
         key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-        z_BxTxE = z_BxTxE + bank.router_noise * jax.random.normal(key, z_BxTxE.shape)
+        noise_BxTxE = bank.router_noise * jax.random.normal(key, (*tokens, bank.experts))
     forcing = bank.gate == "language" and (
         bank.forcing == "always" or (bank.forcing == "train" and context.get("training"))
     )
-    routed = route(
-        z_BxTxE,
+    forced_BxT = context.get("language_ids") if forcing else None
+    return Router(
+        params["kernel"],
+        params.get("bias"),
         bank.top_k,
-        renormalise=bank.renormalise,
-        forced_BxT=context.get("language_ids") if forcing else None,
+        bank.renormalise,
+        forced_BxT,
+        noise_BxTxE,
     )
-    valid_BxT = context["segment_ids"] > 0
-    stats = router_stats(z_BxTxE, routed, valid_BxT)
-    if not (bank.balance_loss or bank.z_loss):
-        stats = jax.lax.stop_gradient(stats)
-    return without_padding(routed.gates, valid_BxT), stats
 
 
 def adapted_linear(
@@ -102,11 +95,17 @@ def adapted_linear(
     Returns:
       `({site: y}, {"bank/site": RouterStats})`.
     """
-    y, _ = base_linear(group, x_BxTxD, weights, None, context)
     present = [(b, site) for site in weights for b in banks if site in extra[b.name]]
-    if not present:
-        return y, {}
-    gates, stats = _routers(present, extra, group, x_BxTxD, context)
+    routed = {f"{b.name}/{site}": (b, site) for b, site in present if b.routed}
+    decisions = decide(
+        dispatch,
+        [(b, f"{group}/{key}", extra[b.name][s]["router"]) for key, (b, s) in routed.items()],
+        x_BxTxD,
+        context,
+    )
+    gates, stats = {}, {}
+    for key, decision in zip(routed, decisions, strict=True):
+        gates[key], stats[key] = decision
     inputs = dropped_inputs([b for b, _ in present], group, x_BxTxD, context)
     terms: dict[str, list[Term]] = {}
     for bank, site in present:
@@ -115,11 +114,9 @@ def adapted_linear(
             inputs[bank.dropout],
             p["lora_a"],
             p["lora_b"],
-            gates.get((bank.name, site)),
+            gates.get(f"{bank.name}/{site}"),
             p.get("scale"),
             bank.s,
         )
         terms.setdefault(site, []).append(term)
-    for site, delta in dispatch.lora(terms).items():
-        y[site] += delta
-    return y, stats
+    return dispatch.linear(x_BxTxD, weights, terms), stats

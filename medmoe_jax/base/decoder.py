@@ -33,6 +33,7 @@ from medmoe_jax.errors import UserError
 Params = Mapping[str, Any]
 REMAT = ("none", "dots", "full")
 ATTENTION = ("auto", "xla", "splash")
+KERNELS = ("auto", "xla", "pallas", "interpret")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Execution:
       remat: what the backward pass recomputes: `none`, everything but `dots`, or the `full` layer.
       unroll: layers a loop iteration holds.
       attention: `splash` (TPU only), `xla`, or `auto`.
+      kernels: what runs routing and experts: `pallas` (TPU only), `xla`, `interpret` (the Pallas
+        kernels on a processor, for tests), or `auto`.
       activations: sharding of `[B, T, D]` arrays, or None to leave it to the compiler.
     """
 
@@ -51,6 +54,7 @@ class Execution:
     remat: str = "none"
     unroll: int = 1
     attention: str = "auto"
+    kernels: str = "auto"
     activations: jax.sharding.NamedSharding | None = None
 
     def __post_init__(self):
@@ -58,6 +62,12 @@ class Execution:
             raise UserError(f"run.remat: '{self.remat}' is none of {', '.join(REMAT)}")
         if self.attention not in ATTENTION:
             raise UserError(f"run.attention: '{self.attention}' is none of {', '.join(ATTENTION)}")
+        if self.kernels not in KERNELS:
+            raise UserError(f"run.kernels: '{self.kernels}' is none of {', '.join(KERNELS)}")
+        if self.kernels == "pallas" and self.platform != "tpu":
+            raise UserError(
+                f"run.kernels: 'pallas' needs TPUs, these devices are {self.platform}; use 'auto'"
+            )
 
     @property
     def mesh(self) -> jax.sharding.Mesh | None:
@@ -73,6 +83,13 @@ class Execution:
     def platform(self) -> str:
         """What is compiled for, such as `tpu` or `cpu`."""
         return self.device.platform
+
+    @property
+    def backend(self) -> str:
+        """Of the kernels: `xla`, `pallas` or `interpret`."""
+        if self.kernels != "auto":
+            return self.kernels
+        return "pallas" if self.platform == "tpu" else "xla"
 
     @property
     def row_shards(self) -> int:
@@ -102,7 +119,14 @@ def project(x_BxTxD, weight: Params):
         y = quantised.matmul(x_BxTxD, kernel)
     else:
         y = x_BxTxD @ kernel.astype(x_BxTxD.dtype)
-    return y + weight["bias"].astype(y.dtype)[None, None] if "bias" in weight else y
+    return add_bias(y, weight)
+
+
+def add_bias(y_BxTxO, weight: Params):
+    """`y (+ b)` in the dtype of y."""
+    if "bias" not in weight:
+        return y_BxTxO
+    return y_BxTxO + weight["bias"].astype(y_BxTxO.dtype)[None, None]
 
 
 def base_mlp(activation: Callable, x_BxTxD, weights, extra, context, linear):

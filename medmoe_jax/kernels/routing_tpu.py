@@ -212,6 +212,7 @@ def route(x_TxD, kernel_DxE, bias_E, valid_T, forced_T, top_k, renormalise, back
         ),
         scratch_shapes=[pltpu.VMEM((kernel.shape[0], block_t), jnp.float32)],
         **options(backend, ("parallel", "arbitrary")),
+        name="route",
     )(
         x_TxD,
         kernel,
@@ -268,5 +269,6 @@ def gradients(x_TxD, kernel_DxE, dz_ExT, backend: str):
         out_specs=[x_block, pl.BlockSpec((rows, block_d), lambda d, t: (0, d))],
         scratch_shapes=[pltpu.VMEM((summed, block_d), jnp.float32)],
         **options(backend, ("parallel", "arbitrary")),
+        name="route_gradients",
     )(x_TxD, dz, kernel)
     return dx_TxD, dkernel_ExD[:E].T

@@ -16,9 +16,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from medmoe_jax.base.decoder import project
 from medmoe_jax.routing.narrow import narrow, widen
 from medmoe_jax.routing.routers import Gates
 from medmoe_jax.routing.terms import Term
+
+
+def linear(
+    lora: Callable, x_BxTxD, weights: Mapping[str, Any], terms: Mapping[str, Sequence[Term]]
+) -> dict[str, Any]:
+    """`{site: x W (+ b) + its terms by lora}`, as products of their own."""
+    out = {site: project(x_BxTxD, weight) for site, weight in weights.items()}
+    for site, delta in lora(terms).items():
+        out[site] += delta
+    return out
 
 
 def reference_lora(terms: Mapping[str, Sequence[Term]]) -> dict[str, Any]:

@@ -13,12 +13,13 @@ Axes: B batch, T tokens, D model, F feed-forward, E experts, O output width.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from medmoe_jax.base.decoder import Execution
 from medmoe_jax.errors import UserError
-from medmoe_jax.routing import auto, dense
+from medmoe_jax.routing import auto, dense, fused, gating
 from medmoe_jax.routing.dispatchers import AllToAll, Local, padded_exchange, ragged_exchange
 from medmoe_jax.routing.sparse import Sparse
 from medmoe_jax.routing.terms import Term
@@ -30,15 +31,20 @@ class Strategy(NamedTuple):
     """One way to run mixtures.
 
     Attributes:
+      linear: `(x_BxTxD, weights, {site: terms})` to `{site: y_BxTxO}`, the sites of a projection
+        group with their terms; `weights` as in `base.decoder`.
       lora: `{site: terms}` to `{site: delta_BxTxO}`, the sum of the terms of each site of a
         projection group.
       ffn: `(x_BxTxD, gates, params, activation)` to `y_BxTxD`, the gated sum of whole feed-forward
         experts; `params` is `{"gate", "up": [E, D, F], "down": [E, F, D]}`.
+      decide: `(x_BxTxD, valid_BxT, routers)` to the gates and statistics of each `gating.Router`.
       check: `(where, experts)` raises UserError if that many experts cannot be run.
     """
 
+    linear: Callable[..., dict[str, Any]]
     lora: Callable[[Mapping[str, Sequence[Term]]], dict[str, Any]]
     ffn: Callable[..., Any]
+    decide: Callable[..., list[gating.Decision]]
     check: Callable[[str, int], None]
 
 
@@ -46,24 +52,32 @@ def _any_number(where: str, experts: int) -> None:
     """Every number of experts will do."""
 
 
+def _apart(lora: Callable, ffn: Callable, decide: Callable) -> Strategy:
+    """A strategy whose terms are products beside the base's, with any number of experts."""
+    return Strategy(functools.partial(dense.linear, lora), lora, ffn, decide, _any_number)
+
+
+def _routing(execution: Execution) -> Callable[..., list[gating.Decision]]:
+    if execution.backend == "xla":
+        return gating.decide
+    return functools.partial(gating.decide_by_kernel, execution)
+
+
 def _reference(execution: Execution) -> Strategy:
     del execution
-    return Strategy(dense.reference_lora, dense.reference_ffn, _any_number)
+    return _apart(dense.reference_lora, dense.reference_ffn, gating.decide)
 
 
 def _stacked(execution: Execution) -> Strategy:
-    del execution
-    return Strategy(dense.stacked_lora, dense.stacked_ffn, _any_number)
-
-
-def _backend(execution: Execution) -> str:
-    return "pallas" if execution.platform == "tpu" else "xla"
+    run = _apart(dense.stacked_lora, dense.stacked_ffn, _routing(execution))
+    if execution.backend == "xla":
+        return run
+    return run._replace(linear=functools.partial(fused.linear, execution))
 
 
 def _grouped(execution: Execution) -> Strategy:
-    backend = _backend(execution)
-    sparse = Sparse(execution, Local(backend), backend)
-    return Strategy(sparse.lora, sparse.ffn, _any_number)
+    sparse = Sparse(execution, Local(execution.backend), execution.backend)
+    return _apart(sparse.lora, sparse.ffn, _routing(execution))
 
 
 def _expert_devices(execution: Execution) -> int:
@@ -82,10 +96,10 @@ def _all_to_all(execution: Execution) -> Strategy:
                 "an axis that divides them, or run.dispatch 'grouped'"
             )
 
-    backend = _backend(execution)
+    backend = execution.backend
     exchange = ragged_exchange if execution.platform == "tpu" else padded_exchange
     sparse = Sparse(execution, AllToAll(AXIS, devices, exchange, backend), backend, AXIS)
-    return Strategy(sparse.lora, sparse.ffn, check)
+    return _apart(sparse.lora, sparse.ffn, _routing(execution))._replace(check=check)
 
 
 def _auto(execution: Execution) -> Strategy:
@@ -96,10 +110,10 @@ def _auto(execution: Execution) -> Strategy:
         tokens = x_BxTxD.shape[0] * x_BxTxD.shape[1] // execution.row_shards
         return made[auto.choose(what, chip, shapes, tokens, x_BxTxD.dtype.itemsize)]
 
-    def lora(terms: Mapping[str, Sequence[Term]]) -> dict[str, Any]:
+    def of(terms: Mapping[str, Sequence[Term]]) -> Strategy:
         gated = [t for some in terms.values() for t in some if t.gates is not None]
         if not gated:
-            return made["stacked"].lora(terms)
+            return made["stacked"]
         shapes = tuple(
             auto.Lora(
                 t.gates.picks_BxTxK.shape[-1],
@@ -109,7 +123,13 @@ def _auto(execution: Execution) -> Strategy:
             )
             for t in gated
         )
-        return chosen(", ".join(terms), shapes, gated[0].x_BxTxD).lora(terms)
+        return chosen(", ".join(terms), shapes, gated[0].x_BxTxD)
+
+    def linear(x_BxTxD, weights, terms) -> dict[str, Any]:
+        return of(terms).linear(x_BxTxD, weights, terms)
+
+    def lora(terms) -> dict[str, Any]:
+        return of(terms).lora(terms)
 
     def ffn(x_BxTxD, gates, params, activation):
         E, D, F = params["gate"].shape
@@ -117,7 +137,7 @@ def _auto(execution: Execution) -> Strategy:
         run = chosen("feed-forward experts", (shape,), x_BxTxD)
         return run.ffn(x_BxTxD, gates, params, activation)
 
-    return Strategy(lora, ffn, _any_number)
+    return Strategy(linear, lora, ffn, _routing(execution), _any_number)
 
 
 STRATEGIES: Mapping[str, Callable[[Execution], Strategy]] = {

@@ -17,11 +17,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from medmoe_jax.base.decoder import Execution
 from medmoe_jax.kernels.grouped import grouped_lora, grouped_matmul
 from medmoe_jax.parallel.rules import row_parallel
+from medmoe_jax.routing import shards
 from medmoe_jax.routing.dense import stacked_lora
 from medmoe_jax.routing.dispatchers import Dispatcher
 from medmoe_jax.routing.routers import Gates
@@ -61,7 +61,7 @@ class Sparse:
             b_ExrxO = b_ExrxO * term.scale_Exr[..., None]
         split_in = row_parallel(site)
         wide = term.lora_a_DxExr.shape[0] if split_in else b_ExrxO.shape[2]
-        part = self._tensor(wide)
+        part = shards.tensor(self.execution, wide)
         on_in, on_out = (part, None) if split_in else (None, part)
         run = self._sharded(
             functools.partial(self._local_lora, on_in),
@@ -94,7 +94,7 @@ class Sparse:
 
     def ffn(self, x_BxTxD, gates: Gates, params: Mapping[str, Any], activation: Callable):
         """See `routing.dispatch.Strategy`."""
-        part = self._tensor(params["gate"].shape[2])
+        part = shards.tensor(self.execution, params["gate"].shape[2])
         on = self.expert_axis
         run = self._sharded(
             functools.partial(self._local_ffn, activation, part),
@@ -125,29 +125,16 @@ class Sparse:
     def _combine(self, plan, y_MxO, x_BxTxD):
         return self.dispatcher.combine(plan, y_MxO).reshape(*x_BxTxD.shape[:2], -1)
 
-    def _tensor(self, wide: int) -> str | None:
-        """The mesh axis that a wide dimension is cut over, as the sharding rules have it."""
-        mesh = self.execution.mesh
-        size = mesh.shape.get("tensor", 1) if mesh else 1
-        return "tensor" if size > 1 and wide % size == 0 else None
-
     def _tokens(self, width: str | None) -> tuple:
         """The axes of a `[B, T, width]` array."""
-        rows = self.execution.activations.spec[0] if self.execution.mesh else None
-        return (rows, None, width)
+        return (shards.rows(self.execution), None, width)
 
     def _sharded(self, function: Callable, axes: Sequence[tuple], out_width: str | None):
-        """`function(picks, weights, *arrays)` on every device's share of the arrays.
-
-        The kernels cannot be cut up by the compiler, and plain sorting would be, across devices.
-        """
-        if self.execution.mesh is None:
-            return function
-        tokens = PartitionSpec(*self._tokens(None))
-        return jax.shard_map(
+        """`function(picks, weights, *arrays)` on every device's share of the arrays."""
+        inputs = (self._tokens(None), self._tokens(None), *axes)
+        return shards.local(
+            self.execution,
             function,
-            mesh=self.execution.mesh,
-            in_specs=(tokens, tokens, *(PartitionSpec(*one) for one in axes)),
-            out_specs=PartitionSpec(*self._tokens(out_width)),
-            check_vma=False,
+            tuple(shards.spec(*one) for one in inputs),
+            shards.spec(*self._tokens(out_width)),
         )

@@ -55,6 +55,7 @@ def recipe() -> ConfigDict:
                 "remat": "full",
                 "unroll": 1,
                 "attention": "auto",
+                "kernels": "auto",  # of routing and experts: pallas (TPU), xla, or the fitting one
                 "dispatch": "auto",
                 "log_every": 10,  # steps
                 "save_every": 200,  # steps

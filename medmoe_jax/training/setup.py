@@ -96,6 +96,7 @@ class Setup:
             remat=run.remat,
             unroll=run.unroll,
             attention=run.attention,
+            kernels=run.kernels,
             activations=batch_sharding(self.mesh, 3),
         )
         return AdaptedConfig(self.base.config, banks, execution, run.dispatch)

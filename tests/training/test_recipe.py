@@ -294,6 +294,8 @@ SETUP_REFUSED = {
     "mesh": ("run.mesh.data", 3, "run.mesh: {'data': 3"),
     "remat": ("run.remat", "some", "run.remat: 'some' is none of"),
     "attention": ("run.attention", "flash", "run.attention: 'flash' is none of"),
+    "kernels": ("run.kernels", "cuda", "run.kernels: 'cuda' is none of"),
+    "no_tpu": ("run.kernels", "pallas", "run.kernels: 'pallas' needs TPUs, these devices are cpu"),
     "dispatch": ("run.dispatch", "fastest", "run.dispatch: 'fastest' is none of"),
     "log_every": ("run.log_every", 0, "run.log_every: 0 is below 1"),
     "save_every": ("run.save_every", 0, "run.save_every: 0 is below 1"),

@@ -1,0 +1,194 @@
+"""Routing and sites by the Pallas kernels, interpreted: the values and gradients of plain JAX."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from medmoe_jax.adapters.bank import BankSpec
+from medmoe_jax.adapters.site import adapted_linear
+from medmoe_jax.base import quantised
+from medmoe_jax.base.decoder import Execution
+from medmoe_jax.errors import UserError
+from medmoe_jax.kernels import tiles
+from medmoe_jax.parallel.mesh import AXES, batch_sharding, make_mesh
+from medmoe_jax.routing import fused, gating
+from medmoe_jax.routing.dispatch import strategy
+from medmoe_jax.routing.routers import balance_loss, z_loss
+from tests.naive import rel, tree_rel
+
+B, T, D, O, E, r = 4, 6, 16, 24, 4, 2
+COLUMN = {"attn.q": O, "attn.k": O}
+ROW = {"attn.o": O}
+SITES = ("attn.q", "attn.o")
+TOKEN = BankSpec("token", SITES, 0, 1, experts=E, rank=r, gate="token", balance_loss=0.1)
+LANGUAGE = BankSpec("language", SITES, 0, 1, experts=3, rank=r, gate="language",
+                    forcing="always", renormalise=False, router_bias=False, z_loss=0.1)  # fmt: skip
+PLAIN = BankSpec("plain", (*COLUMN, *ROW), 0, 1, rank=3, learned_scale=True)
+SPECS = (TOKEN, LANGUAGE, PLAIN)
+
+
+@pytest.fixture(autouse=True)
+def quick():
+    """Tiny programs: compiling well takes longer than running badly."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def problem(specs=SPECS, seed=0):
+    """`(tree, context)`: everything that is differentiated, and what is known of the tokens."""
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    tree = {"x": draw(B, T, D), "weights": {}, "extra": {}}
+    for site in (*COLUMN, *ROW):
+        tree["weights"][site] = {"kernel": draw(D, O)}
+    tree["weights"]["attn.q"]["bias"] = draw(O)
+    for spec in specs:
+        mine = tree["extra"].setdefault(spec.name, {})
+        for site in spec.sites:
+            mine[site] = {"lora_a": draw(D, spec.experts, spec.rank)}
+            mine[site]["lora_b"] = draw(spec.experts, spec.rank, O)
+            if spec.learned_scale:
+                mine[site]["scale"] = draw(spec.experts, spec.rank)
+            if spec.routed:
+                mine[site]["router"] = {"kernel": draw(D, spec.experts)}
+                if spec.router_bias:
+                    mine[site]["router"]["bias"] = draw(spec.experts)
+    segments = np.ones((B, T), np.int32)
+    segments[0, 4:] = segments[2] = 0
+    languages = jnp.asarray(rng.integers(-1, 3, (B, T)), jnp.int32)
+    context = {"segment_ids": jnp.asarray(segments), "language_ids": languages}
+    return tree, {**context, "layer": jnp.int32(0)}
+
+
+def outputs(run, specs, tree, context):
+    """`({site: y}, statistics)` of a column-parallel group and of a row-parallel one."""
+    y, stats = {}, {}
+    for group, sites in (("attn.qkv", COLUMN), ("attn.out", ROW)):
+        weights = {site: tree["weights"][site] for site in sites}
+        some, more = adapted_linear(specs, run, group, tree["x"], weights, tree["extra"], context)
+        y, stats = {**y, **some}, {**stats, **more}
+    return y, stats
+
+
+def by_kernels(execution):
+    """The strategy that a TPU has, with the kernels or their twins."""
+    return strategy("stacked", execution)._replace(
+        linear=functools.partial(fused.linear, execution),
+        decide=functools.partial(gating.decide_by_kernel, execution),
+    )
+
+
+def gradient(run):
+    """`(tree, context) -> (gradients, (outputs, statistics))`, router losses included."""
+
+    def loss(tree, context):
+        y, stats = outputs(run, SPECS, tree, context)
+        mix = np.cos(np.arange(B * T * O)).reshape(B, T, O)
+        total = sum(jnp.sum(v * mix) for v in y.values())
+        for one in stats.values():
+            total += 5 * balance_loss(one) + 3 * z_loss(one)
+        return total, (y, stats)
+
+    return jax.jit(jax.grad(loss, has_aux=True))
+
+
+def on(kernels, **sizes):
+    """An execution on a mesh of that shape."""
+    devices = jax.devices()[: math.prod(sizes.values())]
+    mesh = make_mesh({**dict.fromkeys(AXES, 1), **sizes}, devices)
+    return Execution(kernels=kernels, activations=batch_sharding(mesh, 3))
+
+
+@functools.cache
+def expected():
+    return gradient(strategy("stacked"))(*problem())
+
+
+@pytest.mark.parametrize(
+    ("kernels", "sizes"),
+    [
+        ("interpret", {}),
+        ("interpret", {"fsdp": 2, "tensor": 2}),
+        # The twins: eight devices that interpret would wait for each other's threads.
+        ("xla", {"fsdp": 4, "tensor": 2}),
+        ("xla", {"data": 2, "expert": 2, "tensor": 2}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "x".join(value) or "one",
+)
+def test_values_statistics_and_gradients(kernels, sizes):
+    """Of inputs, base weights, banks, Λ and routers; the losses on the routers take part."""
+    if math.prod(sizes.values()) > jax.device_count():
+        pytest.skip("needs eight (simulated) devices")
+    execution = on(kernels, **sizes) if sizes else Execution(kernels=kernels)
+    grads, (y, stats) = gradient(by_kernels(execution))(*problem())
+    want_grads, (want, want_stats) = expected()
+    for site in want:
+        assert rel(y[site], want[site]) < 1e-5, site
+    assert stats["language/attn.q"].forced > 0
+    for name, one in want_stats.items():
+        for field, value in one._asdict().items():
+            size = max(np.abs(value).max(), 1e-6)
+            assert np.abs(getattr(stats[name], field) - value).max() < 1e-5 * size, (name, field)
+    assert min(np.abs(g).max() for g in jax.tree.leaves(want_grads)) > 1e-2
+    assert tree_rel(grads, want_grads) < 1e-4
+
+
+def kernels(execution, specs=SPECS, change=None, dispatch="stacked"):
+    """`(routers, sites)` by a kernel, of the program as traced."""
+    tree, context = problem(specs)
+    tree["weights"] = {s: (change or (lambda w: w))(w) for s, w in tree["weights"].items()}
+    context["dropout_key"] = jax.random.key(0)
+    run = strategy(dispatch, execution)
+    text = str(jax.make_jaxpr(lambda t, c: outputs(run, specs, t, c))(tree, context))
+    return text.count("name=route\n"), text.count("name=lora_linear\n")
+
+
+def test_what_runs_by_a_kernel(monkeypatch):
+    interpret = Execution(kernels="interpret")
+    assert kernels(interpret) == kernels(interpret, dispatch="auto") == (4, 3)
+    assert kernels(Execution()) == (0, 0)
+    assert kernels(interpret, dispatch="reference") == (0, 0)
+    # Noise on a router's logits; dropout; a base without floats; a site without banks.
+    assert kernels(interpret, (TOKEN.replace(router_noise=1.0), LANGUAGE, PLAIN)) == (2, 3)
+    assert kernels(interpret, (TOKEN, LANGUAGE, PLAIN.replace(dropout=0.1))) == (4, 0)
+    small = lambda w: {**w, "kernel": quantised.to_int8(w["kernel"])}  # noqa: E731
+    assert kernels(interpret, change=small) == (4, 0)
+    assert kernels(interpret, (TOKEN, LANGUAGE)) == (4, 2)
+    # Blocks that do not fit the kernel's memory.
+    monkeypatch.setattr(tiles, "BLOCKS_BYTES", 1000)
+    assert kernels(interpret) == (4, 0)
+
+
+def test_frozen_weights_get_no_gradient_where_sites_are_fused():
+    tree, context = problem()
+    run = by_kernels(on("xla", fsdp=1))
+
+    def loss(trained, weights):
+        y, _ = outputs(run, SPECS, {**trained, "weights": weights}, context)
+        return sum(jnp.sum(v**2) for v in y.values())
+
+    weights = tree.pop("weights")
+    text = str(jax.make_jaxpr(jax.grad(loss))(tree, weights))
+    whole = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(tree, weights))
+    made = f"f32[{D},{O}] = dot_general"
+    assert made not in text and whole.count(made) == 3
+
+
+@pytest.mark.parametrize(
+    ("kernels", "message"),
+    [
+        ("cuda", "run.kernels: 'cuda' is none of auto, xla, pallas, interpret"),
+        ("pallas", "run.kernels: 'pallas' needs TPUs, these devices are cpu; use 'auto'"),
+    ],
+)
+def test_kernels_that_cannot_run_are_refused(kernels, message):
+    with pytest.raises(UserError, match=message):
+        Execution(kernels=kernels)
