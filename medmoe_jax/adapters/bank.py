@@ -227,7 +227,7 @@ def init(spec: BankSpec, config: DecoderConfig, key: jax.Array, base=None):
             return jnp.zeros(struct.shape, struct.dtype)
         if spec.learned_scale and "lora" in name:
             return 0.02 * jax.random.normal(k, struct.shape, struct.dtype)
-        D = struct.shape[1]
+        D = site_shapes(config)[path[0].key][0] if path[0].key != "mlp" else config.d_model
         return jax.random.uniform(k, struct.shape, struct.dtype, -(D**-0.5), D**-0.5)
 
     return jax.tree_util.tree_map_with_path(leaf, abstract(spec, config))
