@@ -45,8 +45,8 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 def step_times(rounds: int, quick: bool) -> dict:
     """Seconds of every variant in this process, interleaved."""
-    del quick
-    calls = {name: steps.make(name) for name in steps.VARIANTS}
+    names = [n for n in steps.VARIANTS if not (quick and n.endswith("_remat"))]
+    calls = {name: steps.make(name) for name in names}
     seconds = interleaved(calls, rounds)
     frozen = seconds["frozen"]
     rows = [
@@ -80,7 +80,8 @@ def torch_times(rounds: int, quick: bool) -> dict | None:
 def memory(rounds: int, quick: bool) -> dict:
     """Peak resident memory of a variant's process."""
     del rounds
-    names = ("medcare",) if quick else ("frozen", "plain_lora", "medcare", "dense_gather_remat")
+    names = ("medcare", "medcare_scanned")
+    names += () if quick else ("frozen_scanned", "plain_lora", "dense_gather_batched_remat")
     peaks = {name: children.peak_gib(name) for name in names}
     show("Peak resident memory", ["variant", "GiB"], [[n, f"{g:.2f}"] for n, g in peaks.items()])
     return peaks

@@ -23,9 +23,11 @@ from benchmarks.variants import (
 from medmoe_jax.base import decoder
 from medmoe_jax.base.decoder import Execution
 
-# Every layer on its own, for all: a loop over layers copies what it keeps for the backward pass.
+# Unrolled, nothing that is kept for the backward pass is copied into a stack and out of it again; a
+# loop over layers needs less memory.
 PLAIN = Execution(unroll=DECODER.n_layers)
 AGAIN = Execution(unroll=DECODER.n_layers, remat="full")
+SCANNED = Execution()
 
 
 @functools.cache
@@ -48,6 +50,8 @@ VARIANTS: dict[str, Callable[[], Variant]] = {
     "frozen": lambda: frozen_variant(DECODER, PLAIN, base(), (BATCH, TOKENS)),
     "plain_lora": lambda: _adapted(plain_lora, PLAIN),
     "medcare": lambda: _adapted(medcare_stage_1, PLAIN),
+    "frozen_scanned": lambda: frozen_variant(DECODER, SCANNED, base(), (BATCH, TOKENS)),
+    "medcare_scanned": lambda: _adapted(medcare_stage_1, SCANNED),
     **{
         name + suffix: functools.partial(_adapted, medcare_stage_1, execution, name)
         for name in dense_gather.BASELINES
