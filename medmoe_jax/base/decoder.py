@@ -269,12 +269,16 @@ def _all_but_weights(primitive, *_, **__) -> bool:
 
 def _checkpointed(body: Callable, remat: str) -> Callable:
     """Rematerialise; in no policy are the sliced weights kept, which would copy the base."""
-    policies = {
+    policies = jax.checkpoint_policies
+    known = {
         "none": _all_but_weights,
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "full": jax.checkpoint_policies.nothing_saveable,
+        # Kernels name the products that they make.
+        "dots": policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("product")
+        ),
+        "full": policies.nothing_saveable,
     }
-    return jax.checkpoint(body, policy=policies[remat], prevent_cse=False)
+    return jax.checkpoint(body, policy=known[remat], prevent_cse=False)
 
 
 def _run_segment(config, execution, segment, layers, trained, x_BxTxD, ids, cache, context):

@@ -65,30 +65,25 @@ def _fits(execution: Execution, site, x_BxTxD, kernel_DxO, terms: Sequence[Term]
 
 def _product(execution: Execution, site: str, x_BxTxD, kernel_DxO, terms: Sequence[Term]):
     on_in, on_out = _cut(execution, site, kernel_DxO)
-    D, O = kernel_DxO.shape
-    a_DxR = jnp.concatenate([t.lora_a_DxExr.reshape(D, -1) for t in terms], axis=1)
-    b_RxO = jnp.concatenate([_scaled(t).reshape(-1, O) for t in terms], axis=0)
-    gates = _gates(x_BxTxD.shape[:2], terms)
     rows, spec = shards.rows(execution), shards.spec
+    per_out = spec(None, None, on_out)
     # Where the inputs are cut, every device has a part of the sum. They are added outside, where
     # the gradient of a sum costs no exchange.
     run = shards.local(
         execution,
         functools.partial(_local, execution.backend),
-        (spec(rows, None, on_in), spec(on_in, on_out), spec(on_in), spec(None, on_out))
-        + (spec(rows),) * len(gates),
+        (spec(rows, None, on_in), spec(on_in, on_out), spec(on_in), per_out, spec(rows)),
         spec(on_in, rows, None, on_out),
     )
-    # Cast before it is gathered; A and B are cast by the kernel, their gradients are float32.
-    y_PxBxTxO = run(x_BxTxD, kernel_DxO.astype(x_BxTxD.dtype), a_DxR, b_RxO, *gates)
+    y_PxBxTxO = run(
+        x_BxTxD,
+        # Cast before it is gathered; A and B are cast by the kernel, their gradients are float32.
+        kernel_DxO.astype(x_BxTxD.dtype),
+        [t.lora_a_DxExr for t in terms],
+        [_scaled(t) for t in terms],
+        [None if t.gates is None else t.gates.dense_BxTxE for t in terms],
+    )
     return jax.lax.reduce_sum(y_PxBxTxO, (0,))
-
-
-def _local(backend: str, x_BxTxD, w_DxO, a_DxR, b_RxO, *gates):
-    gate_TxR = gates[0].reshape(-1, a_DxR.shape[1]) if gates else None
-    x_TxD = x_BxTxD.reshape(-1, x_BxTxD.shape[-1])
-    y_TxO = kernel.lora_linear(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, backend=backend)
-    return y_TxO.reshape(1, *x_BxTxD.shape[:2], -1)
 
 
 def _scaled(term: Term):
@@ -97,15 +92,23 @@ def _scaled(term: Term):
     return b_ExrxO if term.scale_Exr is None else b_ExrxO * term.scale_Exr[..., None]
 
 
-def _gates(tokens: tuple[int, int], terms: Sequence[Term]) -> tuple:
-    """`(gate_BxTxR,)`, each expert's weight on its rank columns; () where there is no router."""
-    if all(t.gates is None for t in terms):
-        return ()
-    parts = []
-    for t in terms:
-        _, E, r = t.lora_a_DxExr.shape
-        if t.gates is None:
-            parts.append(jnp.ones((*tokens, E * r), jnp.float32))
-        else:
-            parts.append(jnp.repeat(t.gates.dense_BxTxE, r, axis=-1))
-    return (jnp.concatenate(parts, axis=-1),)
+def _local(backend: str, x_BxTxD, w_DxO, lora_a, lora_b, dense_gates):
+    """One device's `[1, B, T, O]`; A, B and gates are lists with an entry a term."""
+    D, O = w_DxO.shape
+    x_TxD = x_BxTxD.reshape(-1, D)
+    gate_TxR = None
+    if any(dense_BxTxE is not None for dense_BxTxE in dense_gates):
+        parts = zip(lora_a, dense_gates, strict=True)
+        gate_TxR = jnp.concatenate([_gate(x_TxD.shape[0], *part) for part in parts], axis=1)
+    a_DxR = jnp.concatenate([a_DxExr.reshape(D, -1) for a_DxExr in lora_a], axis=1)
+    b_RxO = jnp.concatenate([b_ExrxO.reshape(-1, O) for b_ExrxO in lora_b], axis=0)
+    y_TxO = kernel.lora_linear(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, backend=backend)
+    return y_TxO.reshape(1, *x_BxTxD.shape[:2], O)
+
+
+def _gate(tokens: int, a_DxExr, dense_BxTxE):
+    """Each expert's weight on its rank columns, float32 `[B·T, E·r]`; one without a router."""
+    _, E, r = a_DxExr.shape
+    if dense_BxTxE is None:
+        return jnp.ones((tokens, E * r), jnp.float32)
+    return jnp.repeat(dense_BxTxE.reshape(-1, E), r, axis=1)

@@ -1,0 +1,73 @@
+"""A whole training step compiled for a TPU slice: routing and the epilogue are Mosaic kernels."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from medmoe_jax.adapters import bank as bank_lib
+from medmoe_jax.adapters.bank import BankSpec
+from medmoe_jax.adapters.model import AdaptedConfig
+from medmoe_jax.base import decoder
+from medmoe_jax.base.config import DecoderConfig
+from medmoe_jax.base.decoder import Execution
+from medmoe_jax.parallel.mesh import batch_sharding, make_mesh, replicated
+from medmoe_jax.parallel.rules import RULES, shardings, state_shardings
+from medmoe_jax.parallel.topology import compile_for, describe
+from medmoe_jax.training.step import Objective, TrainState, train_step
+
+pytestmark = pytest.mark.aot
+
+CONFIG = DecoderConfig(
+    vocab_size=512, d_model=256, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=128, d_ff=512,
+    tied=True, qkv_bias=True,
+)  # fmt: skip
+ATTENTION = ("attn.q", "attn.k", "attn.v", "attn.o")
+MLP = ("mlp.gate", "mlp.up", "mlp.down")
+SPECS = (
+    BankSpec("attention", ATTENTION, 0, 2, rank=16),
+    BankSpec("noise", MLP, 0, 2, experts=8, rank=16, gate="token", balance_loss=0.01),
+    BankSpec("knowledge", MLP, 0, 2, rank=32),
+)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "remat", "products"),
+    [
+        # Forward, recomputed and backward, each once a site.
+        ({"fsdp": 8}, "full", 3 * 7),
+        # Kept as products are.
+        ({"fsdp": 4, "tensor": 2}, "dots", 2 * 7),
+    ],
+)
+def test_a_step_holds_the_kernels(sizes, remat, products):
+    slice_ = describe("v5e:2x4")
+    mesh = make_mesh({"data": 1, "fsdp": 1, "expert": 1, "tensor": 1, **sizes}, slice_.devices)
+    execution = Execution(dtype=jnp.bfloat16, remat=remat, activations=batch_sharding(mesh, 3))
+    objective = Objective(AdaptedConfig(CONFIG, SPECS, execution, "auto"), specs=SPECS)
+    adamw = optax.adamw(1e-4)
+
+    def placed(tree, spread):
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, spread
+        )
+
+    base = decoder.abstract(CONFIG, jnp.bfloat16)
+    trainable = {"banks": {s.name: bank_lib.abstract(s, CONFIG) for s in SPECS}, "base": {}}
+    moments = jax.eval_shape(adamw.init, trainable)
+    state = TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)),
+        placed(trainable, shardings(trainable, mesh, RULES)),
+        placed(moments, state_shardings(moments, mesh, RULES)),
+    )
+    frozen = {"base": placed(base, shardings(base, mesh, RULES)), "banks": {}}
+    ids = jax.ShapeDtypeStruct((8, 128), jnp.int32, sharding=batch_sharding(mesh))
+    batch = dict.fromkeys(("tokens", "loss_mask", "segment_ids", "positions"), ids)
+    step = jax.jit(functools.partial(train_step, objective, adamw), donate_argnums=0)
+    text = compile_for(slice_, step, state, frozen, batch).as_text()
+    calls = re.findall(r'%([a-z_]+)[.\d]* = .* custom_call_target="tpu_custom_call"', text)
+    assert calls.count("lora_linear") == products
+    assert calls.count("route") == 2 * 3 and calls.count("route_gradients") == 3
