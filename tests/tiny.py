@@ -42,7 +42,7 @@ def quick_compiles():
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
-    before = {name: getattr(jax.config, name) for name in settings}
+    before = {name: jax.config.values[name] for name in settings}
 
     def apply(values):
         for name, value in values.items():
