@@ -272,11 +272,13 @@ def _checkpointed(body: Callable, remat: str) -> Callable:
     policies = jax.checkpoint_policies
     known = {
         "none": _all_but_weights,
-        # Kernels name the products that they make.
+        # Kernels name what they make.
         "dots": policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("product")
+            policies.dots_with_no_batch_dims_saveable,
+            policies.save_only_these_names("product", "rank_columns"),
         ),
-        "full": policies.nothing_saveable,
+        # Few columns: without them a layer's last product would be made again for their sake.
+        "full": policies.save_only_these_names("rank_columns"),
     }
     return jax.checkpoint(body, policy=known[remat], prevent_cse=False)
 

@@ -194,7 +194,9 @@ def _pallas(x_TxK, w_KxN, a_KxR, gate_TxR, b_RxN, transposed: bool, backend: str
         **options(backend, ("parallel", "arbitrary", "arbitrary")),
         name="lora_linear",
     )(x_TxK, w_KxN, a_KxR, b_RxN, *gates)
-    return y_TxN, h_TxR
+    # A loop that stacks a result would take the kernel into its own fusion, where the VMEM that it
+    # asks for is not granted.
+    return jax.lax.optimization_barrier((y_TxN, h_TxR))
 
 
 def _gate(h_TxR, gate_TxR):
@@ -225,8 +227,8 @@ def _lora_linear_fwd(x, w, a, gate, b, backend):
     x_TxD, a_DxR, b_RxO, w_DxO = x.value, a.value, b.value, w.value
     gate_TxR = None if gate is None else gate.value
     y_TxO, h_TxR = _forward(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, False, backend)
-    # Products, for the policies of `jax.checkpoint` that keep these.
-    y_TxO, h_TxR = (checkpoint_name(product, "product") for product in (y_TxO, h_TxR))
+    # For the policies of `jax.checkpoint`: who keeps h need not run the kernel again for it.
+    y_TxO, h_TxR = checkpoint_name(y_TxO, "product"), checkpoint_name(h_TxR, "rank_columns")
     trained = w_DxO if w.perturbed else None
     return y_TxO, (x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, h_TxR, trained)
 

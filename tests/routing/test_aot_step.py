@@ -35,19 +35,21 @@ SPECS = (
 
 
 @pytest.mark.parametrize(
-    ("sizes", "remat", "products"),
+    ("sizes", "remat", "products", "wider"),
     [
-        # Forward, recomputed and backward, each once a site.
-        ({"fsdp": 8}, "full", 3 * 7),
+        # Forward, recomputed and backward, each once a site; the last output is not recomputed.
+        # So wide that the kernels ask for more VMEM than a program has unasked.
+        ({"fsdp": 8}, "full", 3 * 7 - 1, 8),
         # Kept as products are.
-        ({"fsdp": 4, "tensor": 2}, "dots", 2 * 7),
+        ({"fsdp": 4, "tensor": 2}, "dots", 2 * 7, 1),
     ],
 )
-def test_a_step_holds_the_kernels(sizes, remat, products):
+def test_a_step_holds_the_kernels(sizes, remat, products, wider):
+    config = CONFIG.replace(d_model=wider * CONFIG.d_model, d_ff=wider * CONFIG.d_ff)
     slice_ = describe("v5e:2x4")
     mesh = make_mesh({"data": 1, "fsdp": 1, "expert": 1, "tensor": 1, **sizes}, slice_.devices)
     execution = Execution(dtype=jnp.bfloat16, remat=remat, activations=batch_sharding(mesh, 3))
-    objective = Objective(AdaptedConfig(CONFIG, SPECS, execution, "auto"), specs=SPECS)
+    objective = Objective(AdaptedConfig(config, SPECS, execution, "auto"), specs=SPECS)
     adamw = optax.adamw(1e-4)
 
     def placed(tree, spread):
@@ -55,8 +57,8 @@ def test_a_step_holds_the_kernels(sizes, remat, products):
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, spread
         )
 
-    base = decoder.abstract(CONFIG, jnp.bfloat16)
-    trainable = {"banks": {s.name: bank_lib.abstract(s, CONFIG) for s in SPECS}, "base": {}}
+    base = decoder.abstract(config, jnp.bfloat16)
+    trainable = {"banks": {s.name: bank_lib.abstract(s, config) for s in SPECS}, "base": {}}
     moments = jax.eval_shape(adamw.init, trainable)
     state = TrainState(
         jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)),
@@ -64,7 +66,7 @@ def test_a_step_holds_the_kernels(sizes, remat, products):
         placed(moments, state_shardings(moments, mesh, RULES)),
     )
     frozen = {"base": placed(base, shardings(base, mesh, RULES)), "banks": {}}
-    ids = jax.ShapeDtypeStruct((8, 128), jnp.int32, sharding=batch_sharding(mesh))
+    ids = jax.ShapeDtypeStruct((8, 256 * wider), jnp.int32, sharding=batch_sharding(mesh))
     batch = dict.fromkeys(("tokens", "loss_mask", "segment_ids", "positions"), ids)
     step = jax.jit(functools.partial(train_step, objective, adamw), donate_argnums=0)
     text = compile_for(slice_, step, state, frozen, batch).as_text()
