@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +31,8 @@ GATES = ("always", "token", "language", "skill")
 FORCING = ("off", "train", "always")
 FORMS = ("lora", "ffn_lora", "ffn")
 _FFN = (*GROUPS["mlp.in"], *GROUPS["mlp.out"])
+# Shardings for a tree of shapes.
+Place = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -206,13 +210,29 @@ def abstract(spec: BankSpec, config: DecoderConfig):
     )
 
 
-def init(spec: BankSpec, config: DecoderConfig, key: jax.Array, base=None):
+def init(
+    spec: BankSpec, config: DecoderConfig, key: jax.Array, base=None, place: Place | None = None
+):
     """Fresh parameters: A and router U(±1/sqrt(D)), B, Λ and mixing weights zero.
 
     Without a learned scale B = 0 (LoRA); with one, Λ = 0 and A, B ~ N(0, 0.02) (AdaLoRA). Whole
     feed-forward experts are copies of `base`'s. The bank's name enters every draw: two banks made
     from one key look in different directions.
+
+    Args:
+      spec, config: of the bank and of the decoder.
+      key: of the draws.
+      base: the decoder's weights; needed by whole feed-forward experts only.
+      place: shardings for a tree of shapes, in which the parameters are made; None: one device.
     """
+    shardings = None if place is None else place(abstract(spec, config))
+    leaves, treedef = jax.tree.flatten(shardings)
+    given = base if spec.form == "ffn" else None
+    return _init(spec, config, treedef, tuple(leaves), key, given)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _init(spec: BankSpec, config: DecoderConfig, treedef, shardings, key: jax.Array, base):
 
     def leaf(path, struct):
         name = jax.tree_util.keystr(path)
@@ -230,7 +250,9 @@ def init(spec: BankSpec, config: DecoderConfig, key: jax.Array, base=None):
         D = site_shapes(config)[path[0].key][0] if path[0].key != "mlp" else config.d_model
         return jax.random.uniform(k, struct.shape, struct.dtype, -(D**-0.5), D**-0.5)
 
-    return jax.tree_util.tree_map_with_path(leaf, abstract(spec, config))
+    params = jax.tree_util.tree_map_with_path(leaf, abstract(spec, config))
+    wanted = jax.tree.unflatten(treedef, shardings)
+    return params if wanted is None else jax.lax.with_sharding_constraint(params, wanted)
 
 
 def split_gate(params) -> tuple[dict[str, Any], dict[str, Any]]:

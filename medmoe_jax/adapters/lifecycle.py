@@ -31,17 +31,18 @@ def active_banks(roster: Roster) -> tuple[BankSpec, ...]:
     return tuple(spec for spec, state in roster.values() if state in ACTIVE)
 
 
-def add(roster: Roster, banks, spec: BankSpec, config: DecoderConfig, key, base=None):
+def add(roster: Roster, banks, spec: BankSpec, config: DecoderConfig, key, base=None, place=None):
     """The roster and banks with one more bank, in state `train`.
 
-    Its output is zero at first; whole feed-forward experts start as copies of `base`'s.
+    Its output is zero at first; whole feed-forward experts start as copies of `base`'s. `base` and
+    `place` are those of `bank.init`.
 
     Raises:
       UserError: a bank of that name is there already.
     """
     if spec.name in roster:
         raise UserError(f"bank '{spec.name}' is added twice; names are unique within a recipe")
-    params = bank_lib.init(spec, config, key, base)
+    params = bank_lib.init(spec, config, key, base, place)
     return {**roster, spec.name: (spec, "train")}, {**banks, spec.name: params}
 
 

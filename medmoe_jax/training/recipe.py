@@ -280,7 +280,7 @@ def chain(stages: tuple[Stage, ...], name: str) -> tuple[Stage, ...]:
     return tuple(reversed(out))
 
 
-def start(stage: Stage, roster: Roster, banks, base, decoder: DecoderConfig):
+def start(stage: Stage, roster: Roster, banks, base, decoder: DecoderConfig, place=None):
     """What a stage starts from, with the merge really made and new banks initialised.
 
     The old base's merged kernels are given up.
@@ -288,6 +288,7 @@ def start(stage: Stage, roster: Roster, banks, base, decoder: DecoderConfig):
     Args:
       stage: the stage about to run (or to be replayed).
       roster, banks, base: what the stage before ended with.
+      place: shardings for a tree of shapes, for the new banks (`bank.init`).
 
     Returns:
       `(roster, banks, base)`.
@@ -304,13 +305,14 @@ def start(stage: Stage, roster: Roster, banks, base, decoder: DecoderConfig):
     for name, (of, gate) in stage.stack.items():
         _, experts = lifecycle.stack(name, [(roster[m][0], banks[m]) for m in of])
         roster = _stacked(roster, name, of, gate)
-        fresh = init(roster[name][0], decoder, key_of(name))
+        fresh = init(roster[name][0], decoder, key_of(name), place=place)
         banks = {key: params for key, params in banks.items() if key not in of}
         banks[name] = trees.overlay(fresh, experts)
     for name, state in stage.states.items():
         roster = lifecycle.set_state(roster, name, state)
     for spec in stage.added:
-        roster, banks = lifecycle.add(roster, banks, spec, decoder, key_of(spec.name), base)
+        own = key_of(spec.name)
+        roster, banks = lifecycle.add(roster, banks, spec, decoder, own, base, place)
     return roster, banks, base
 
 
@@ -323,7 +325,9 @@ def finish(final: Mapping[str, Any], base):
     return final.get("banks", {}), trees.overlay(base, trees.unflatten(trained))
 
 
-def replay(stages, name: str, base, decoder: DecoderConfig, final_of: Callable[[str], Any]):
+def replay(
+    stages, name: str, base, decoder: DecoderConfig, final_of: Callable[[str], Any], place=None
+):
     """Roster, banks and base at the end of a finished stage.
 
     Args:
@@ -331,11 +335,12 @@ def replay(stages, name: str, base, decoder: DecoderConfig, final_of: Callable[[
       name: the stage, or "" for the bare base.
       base: the base as loaded; its merged kernels are given up.
       final_of: `{"banks", "base"}` of a finished stage, by name.
+      place: as in `start`.
     """
     roster: Roster = {}
     banks: dict[str, Any] = {}
     for stage in chain(stages, name):
-        roster, banks, base = start(stage, roster, banks, base, decoder)
+        roster, banks, base = start(stage, roster, banks, base, decoder, place)
         banks, base = finish(final_of(stage.name), base)
     return roster, banks, base
 

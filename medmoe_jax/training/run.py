@@ -13,7 +13,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -25,6 +25,7 @@ from medmoe_jax.checkpoints.files import MetricsLog, read_metrics
 from medmoe_jax.checkpoints.manifest import BankEntry, Manifest, library_versions
 from medmoe_jax.data.batches import BatchStream, make_stream
 from medmoe_jax.data.encode import Encoder
+from medmoe_jax.data.languages import detector, name_languages
 from medmoe_jax.data.sources import RowFitter, check_source, open_source
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel.mesh import batch_sharding, batch_shards
@@ -61,6 +62,21 @@ class Trained:
     base: Any
 
 
+class StageData(NamedTuple):
+    """What a stage reads.
+
+    Attributes:
+      stream: its batches.
+      digests: content of each of its sources.
+      languages: of each source, how many rows named their language, had it detected, or are of
+        unknown language; empty without a table of languages.
+    """
+
+    stream: BatchStream
+    digests: dict[str, str]
+    languages: dict[str, dict[str, int]]
+
+
 def open_trained(setup: Setup, workdir: str | Path, name: str) -> Trained:
     """The model at the end of a finished stage; "" is the bare base.
 
@@ -73,7 +89,9 @@ def open_trained(setup: Setup, workdir: str | Path, name: str) -> Trained:
     for stage in recipe_lib.chain(setup.stages, name):
         check_stage(setup, workdir, stage)
     base = setup.load_base()
-    roster, banks, base = recipe_lib.replay(setup.stages, name, base, setup.base.config, final_of)
+    roster, banks, base = recipe_lib.replay(
+        setup.stages, name, base, setup.base.config, final_of, setup.place
+    )
     return Trained(name, roster, banks, base)
 
 
@@ -109,17 +127,22 @@ def train(
             check_stage(setup, workdir, stage)
             summary.note(f"stage '{stage.name}' was imported: skipped")
             continue
-        stream, digests = open_data(setup, stage)
-        fingerprint = claim(setup, workdir, stage, digests)
+        data = open_data(setup, stage)
+        fingerprint = claim(setup, workdir, stage, data.digests)
         if store.is_finished(directory):
             summary.note(f"stage '{stage.name}' is finished: skipped")
         else:
-            _run_stage(setup, workdir, stage, stream, fingerprint, evaluate)
-        stream.close()
+            _run_stage(setup, workdir, stage, data, fingerprint, evaluate)
+        data.stream.close()
 
 
-def open_data(setup: Setup, stage: Stage) -> tuple[BatchStream, dict[str, str]]:
-    """A stage's batches, and the content digest of each of its sources."""
+def open_data(setup: Setup, stage: Stage) -> StageData:
+    """A stage's batches, and what is known of its sources.
+
+    Raises:
+      UserError: a source cannot be read, a row is of a language that the table lacks, or the batch
+        does not divide over the devices.
+    """
     data = setup.config.data
     used = {name: weight for name, weight in stage.mixture.items() if weight}
     fit = RowFitter(Encoder(setup.tokenizer, setup.template), data.length)
@@ -132,8 +155,17 @@ def open_data(setup: Setup, stage: Stage) -> tuple[BatchStream, dict[str, str]]:
             f"data.global_batch: {data.global_batch} rows do not divide over "
             f"{batch_shards(setup.mesh)} devices x run.accumulation {setup.config.run.accumulation}"
         )
+    datasets = {name: rows for name, (rows, _) in opened.items()}
+    languages: dict[str, dict[str, int]] = {}
+    if setup.languages:
+        detect = detector(data.detect_language)
+        for name in used:
+            where = data.sources[name].path or data.sources[name].reader
+            datasets[name], languages[name] = name_languages(
+                f"data.sources.{name}: {where}", datasets[name], setup.languages.ids, detect
+            )
     stream = make_stream(
-        {name: rows for name, (rows, _) in opened.items()},
+        datasets,
         used,
         setup.tokenizer,
         setup.template,
@@ -145,7 +177,8 @@ def open_data(setup: Setup, stage: Stage) -> tuple[BatchStream, dict[str, str]]:
         pack=data.pack,
         languages=setup.languages.ids if setup.languages else None,
     )
-    return stream, {name: digest for name, (_, digest) in opened.items()}
+    digests = {name: digest for name, (_, digest) in opened.items()}
+    return StageData(stream, digests, languages)
 
 
 def load_final(setup: Setup, workdir, name: str) -> dict[str, Any]:
@@ -168,11 +201,12 @@ def _abstract_with(tree, sharding_tree):
     )
 
 
-def _run_stage(setup, workdir, stage, stream, fingerprint, evaluate) -> None:
+def _run_stage(setup, workdir, stage, data: StageData, fingerprint, evaluate) -> None:
     config, directory = setup.config, stage_dir(workdir, stage.name)
+    stream = data.stream
     before = open_trained(setup, workdir, stage.after)
     roster, banks, base = recipe_lib.start(
-        stage, before.roster, before.banks, before.base, setup.base.config
+        stage, before.roster, before.banks, before.base, setup.base.config, setup.place
     )
     steps = stage.config.steps or max(1, round(stage.config.epochs * stream.steps_per_epoch()))
     rate = recipe_lib.schedule(stage.config, steps)
@@ -182,6 +216,7 @@ def _run_stage(setup, workdir, stage, stream, fingerprint, evaluate) -> None:
     frozen, trainable = split(stage, roster, banks, base)
     del base, banks, before
     summary.print_stage(stage, roster, trainable, frozen, setup.base.config, steps)
+    summary.print_languages(data.languages)
     state, frozen = place(setup, optimiser, trainable, frozen)
     with store.StageCheckpoints(directory, keep=config.run.keep) as checkpoints:
         restored = checkpoints.restore(
@@ -218,10 +253,11 @@ def _run_stage(setup, workdir, stage, stream, fingerprint, evaluate) -> None:
             state = loop_lib.run(loop, state, frozen, first)
         counts = stream.counters()
     summary.print_counts(stage, counts)
-    _finish(setup, workdir, stage, roster, state, frozen, steps, counts, fingerprint, evaluate)
+    read = {"rows": counts, "languages": data.languages}
+    _finish(setup, workdir, stage, roster, state, frozen, steps, read, fingerprint, evaluate)
 
 
-def _finish(setup, workdir, stage, roster, state, frozen, steps, counts, fingerprint, evaluate):
+def _finish(setup, workdir, stage, roster, state, frozen, steps, read, fingerprint, evaluate):
     """Evaluate the stage's end, then save it with its manifest."""
     directory = stage_dir(workdir, stage.name)
     banks = trees.overlay(frozen["banks"], state.trainable["banks"])
@@ -234,7 +270,7 @@ def _finish(setup, workdir, stage, roster, state, frozen, steps, counts, fingerp
     }
     summary.print_ranks(stage, ranks)
     last = {k: v for k, v in read_metrics(directory / "metrics.jsonl")[-1].items() if k != "router"}
-    metrics = {"train": last, "ranks": ranks, "rows": counts, "evaluation": figures}
+    metrics = {"train": last, "ranks": ranks, **read, "evaluation": figures}
     save_end(setup, workdir, stage, roster, final, fingerprint, steps=steps, metrics=metrics)
 
 

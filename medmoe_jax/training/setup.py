@@ -60,6 +60,10 @@ class Setup:
         """How parameters and optimiser states are spread over the mesh."""
         return rules_for(self.config.run.dispatch)
 
+    def place(self, tree):
+        """Shardings for a tree of parameters or of their shapes."""
+        return shardings(tree, self.mesh, self.rules)
+
     def load_base(self):
         """The base's parameters, each straight into its shards; the caller may give them up."""
         return self._spare.pop() if self._spare else self._load()

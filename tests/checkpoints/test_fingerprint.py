@@ -37,9 +37,9 @@ def reference(array: np.ndarray) -> list[int]:
 def small_slices(monkeypatch):
     """Slices of 50 elements, so that arrays of the tests have many and a rest."""
     monkeypatch.setattr(fingerprint, "SLICE_ELEMENTS", 50)
-    jax.clear_caches()
+    fingerprint._hash_rows.clear_cache()
     yield
-    jax.clear_caches()
+    fingerprint._hash_rows.clear_cache()
 
 
 def test_the_hash_is_that_of_a_loop_over_the_elements():
