@@ -27,6 +27,7 @@ REQUIRES = [
     "numpy>=2.1,<3",
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
+    "py3langid>=0.4,<0.5",
     "rich>=14,<16",
     "rouge-score>=0.1.2,<0.2",
     "sacrebleu>=2.5,<3",

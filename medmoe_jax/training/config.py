@@ -39,6 +39,9 @@ def recipe() -> ConfigDict:
                 "template": "chatml",
                 "mask": "completion",
                 "languages": "",  # table of language experts: a published one's name, or a file
+                # Rows that name no language get the detected one, if it is at least this probable;
+                # 0 = none is detected.
+                "detect_language": 0.5,
                 "length": 1024,  # tokens a row of a batch
                 "global_batch": 8,  # rows a step
                 "shards": 8,  # virtual shards; divides global_batch
@@ -140,9 +143,14 @@ def stacked(of: tuple[str, ...], gate: str = "skill", **fields: Any) -> ConfigDi
     return _filled({"of": of, "gate": gate, **defaults}, fields)
 
 
-def source(path: str = "", reader: str = "rows", split: str = "train") -> ConfigDict:
-    """Rows of conversations: a built data set, a JSON/JSONL file, or a named reader's split."""
-    return ConfigDict({"path": path, "reader": reader, "split": split})
+def source(
+    path: str = "", reader: str = "rows", split: str = "train", prompt: str = "{text}"
+) -> ConfigDict:
+    """Rows of conversations: a built data set, a JSON/JSONL file, or a named reader's split.
+
+    `prompt` is what the first user turn of every row is put into, at `{text}`.
+    """
+    return ConfigDict({"path": path, "reader": reader, "split": split, "prompt": prompt})
 
 
 def orthogonality(of: str, against: str, **fields: Any) -> ConfigDict:

@@ -48,6 +48,13 @@ def print_stage(
     note(f"trainable {trains:,} of {total:,} parameters ({100 * trains / total:.2f}%)")
 
 
+def print_languages(languages: Mapping[str, Mapping[str, int]]) -> None:
+    """By source: rows that name their language, had it detected, or force no expert."""
+    for source, counts in languages.items():
+        parts = ", ".join(f"{number:,} {what}" for what, number in counts.items())
+        note(f"source '{source}': language of its rows: {parts}")
+
+
 def print_ranks(stage: Stage, ranks: Mapping[str, Mapping[str, list[list[int]]]]) -> None:
     """What the allocators left: `{bank: {site: ranks [layers][experts]}}`."""
     for bank, sites in ranks.items():

@@ -4,6 +4,7 @@ import pytest
 
 from configs import apollo_moe
 from medmoe_jax.checkpoints.files import read_metrics
+from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.cli.session import open_model
 from medmoe_jax.errors import UserError
 from medmoe_jax.training.config import source
@@ -16,9 +17,9 @@ STEPS = 2
 
 
 def config_of(tmp_path, **bank):
-    """Two experts inside the networks of the last layer, on rows of three known languages."""
+    """Two experts inside the networks of the last layer; a fourth of the rows name no language."""
     (tmp_path / "table.csv").write_text(TABLE)
-    codes = ["zh", "en", "de", "xx"]
+    codes = ["zh", "en", "de", ""]
     rows = [
         {"prompt": f"{word}?", "response": "yes" if n % 2 else "no", "language": codes[n % 4]}
         for n, word in enumerate((tiny.DRUGS + tiny.USES) * 2)
@@ -38,8 +39,12 @@ def test_the_language_of_a_row_reaches_its_router(tmp_path):
     setup = open_setup(config_of(tmp_path, forcing="always"))
     with tiny.quick_compiles():
         train(setup, tmp_path / "work")
-        forced = read_metrics(tmp_path / "work/stages/mixture/metrics.jsonl")[-1]["router"]
+        stage = tmp_path / "work/stages/mixture"
+        forced = read_metrics(stage / "metrics.jsonl")[-1]["router"]
         assert forced["experts/mlp"]["forced"][0] > 0.1
+        # "quinine? no" is too little to tell a language by.
+        counts = {"named": 24, "detected": 0, "unknown": 8}
+        assert Manifest.read(stage / "manifest.json").metrics["languages"] == {"rows": counts}
         # With one pick a token, an answer in a language uses that language's expert only.
         logs = {
             code: open_model(setup, tmp_path / "work", language=code).score(["Is it?"], [" yes"])
@@ -62,6 +67,15 @@ def test_refused(name, tmp_path):
     config.data.update(data)
     with pytest.raises(UserError, match=message):
         open_setup(config)
+
+
+def test_a_row_in_a_language_without_an_expert(tmp_path):
+    config = config_of(tmp_path)
+    rows = [{"prompt": "a", "response": "b", "language": code} for code in ("en", "xx")]
+    config.data.sources.rows.path = str(tiny.write_rows(tmp_path / "bad.jsonl", rows))
+    with pytest.raises(UserError, match=r"data\.sources\.rows: .*bad\.jsonl: row 1 .*'xx'"):
+        train(open_setup(config), tmp_path / "work")
+    assert not (tmp_path / "work").exists()
 
 
 def test_an_unknown_language_on_the_command_line(tmp_path):

@@ -1,0 +1,96 @@
+"""The language of rows: the one a row names, or one that a detector is sure of.
+
+The detector is py3langid (140 languages; probabilities are calibrated over the length of a text).
+It reads what users and assistants say. A text in two languages is unsure, as it should be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Sequence
+
+from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+from medmoe_jax.errors import UserError
+
+UNKNOWN = ""
+# What the detector says of text that is no language, and where it is unsure.
+_NONE = ("zxx", "und")
+_READ = 2000  # characters of a row; more make no text surer
+
+Detect = Callable[[str], str]
+
+
+def detector(least: float) -> Detect:
+    """The language code of a text, or UNKNOWN where its probability is below `least`.
+
+    With `least` 0 nothing is detected: every text is UNKNOWN.
+
+    Raises:
+      UserError: `least` is no probability.
+    """
+    if not 0.0 <= least <= 1.0:
+        raise UserError(f"data.detect_language: {least} is no probability between 0 and 1")
+    if not least:
+        return lambda text: UNKNOWN
+    model = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True, min_confidence=least)
+
+    def detect(text: str) -> str:
+        code, _ = model.classify(text)
+        return UNKNOWN if code in _NONE else code
+
+    return detect
+
+
+def row_languages(rows: Sequence[dict], detect: Detect) -> Iterator[tuple[str, bool]]:
+    """Each row's language code, and whether the row itself names it."""
+    for row in rows:
+        if row["language"]:
+            yield row["language"], True
+        else:
+            turns = (t["content"] for t in row["conversations"] if t["role"] != "system")
+            yield detect("\n".join(turns)[:_READ]), False
+
+
+class Named(Sequence):
+    """Rows with these languages in the place of their own."""
+
+    def __init__(self, rows: Sequence[dict], codes: Sequence[str]):
+        self._rows = rows
+        self._codes = codes
+
+    def __len__(self) -> int:
+        return len(self._codes)
+
+    def __getitem__(self, index: int) -> dict:
+        return {**self._rows[index], "language": self._codes[index]}
+
+    def __repr__(self) -> str:
+        return f"Named({self._rows!r})"
+
+
+def name_languages(
+    where: str, rows: Sequence[dict], known: Container[str], detect: Detect
+) -> tuple[Named, dict[str, int]]:
+    """The rows with their languages, and how many `named` theirs, were `detected` or are `unknown`.
+
+    Args:
+      where: the rows come from, for the message.
+      rows: conversation rows.
+      known: the codes that a row may name; a text detected as another language stays unknown.
+      detect: see `detector`.
+
+    Raises:
+      UserError: a row names a language that is not known; `rows` count from 0.
+    """
+    codes = []
+    counts = {"named": 0, "detected": 0, "unknown": 0}
+    for number, (code, named) in enumerate(row_languages(rows, detect)):
+        if named and code not in known:
+            raise UserError(
+                f"{where}: row {number} (the first is 0) is in '{code}', a language that the table "
+                "of data.languages does not have; add it there, or correct the row"
+            )
+        code = code if code in known else UNKNOWN
+        codes.append(code)
+        counts["named" if named else "detected" if code else "unknown"] += 1
+    return Named(rows, codes), counts
