@@ -21,7 +21,12 @@ from medmoe_jax.errors import UserError
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Replace `path` by `text`: a crash leaves the old content or the new, never a mixture.
+    """Replace `path` by `text`, in UTF-8; see `write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Replace `path` by `content`: a crash leaves the old content or the new, never a mixture.
 
     Raises:
       OSError: the disk is full or the folder cannot be written; the old content is intact.
@@ -30,8 +35,8 @@ def write_text(path: str | Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(partial, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -1,4 +1,7 @@
-"""One self-contained HTML page of tables, line plots and heat maps, for light and dark screens."""
+"""One self-contained HTML page of tables, line plots and heat maps, for light and dark screens.
+
+Its figures can be had as PNG files as well.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,16 @@ import html
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from medmoe_jax.checkpoints.files import write_text
+from medmoe_jax.checkpoints.files import write_bytes, write_text
 from medmoe_jax.evaluation.report import COLUMNS, Report
 
 INK = "#010203"  # stands for the page's text colour in figures
@@ -66,7 +70,7 @@ class LinesSection:
     y: str = "loss"
     note: str = ""
 
-    def body(self) -> str:
+    def figure(self) -> Figure:
         figure = Figure(figsize=(8.4, 3.6))
         axes = figure.add_subplot()
         for i, (name, steps, values) in enumerate(self.series):
@@ -75,11 +79,18 @@ class LinesSection:
             axes.plot(steps, values, style, color=colour, linewidth=1.6, label=name)
         axes.set_xlabel(self.x)
         axes.set_ylabel(self.y)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         if self.series:
-            axes.legend(frameon=False, fontsize=9)
-        return _svg(figure)
+            many = len(self.series) > _LEGEND
+            place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {}
+            columns = -(-len(self.series) // 16)
+            axes.legend(frameon=False, fontsize=7 if many else 9, ncols=columns, **place)
+        return figure
+
+    def body(self) -> str:
+        return _svg(self.figure())
 
 
 @dataclass(frozen=True)
@@ -98,7 +109,7 @@ class HeatMapSection:
     note: str = ""
     span: tuple[float, float] | None = None
 
-    def body(self) -> str:
+    def figure(self) -> Figure:
         values = np.asarray(self.matrix, np.float64)
         if values.shape != (len(self.rows), len(self.columns)):
             raise ValueError(
@@ -125,7 +136,48 @@ class HeatMapSection:
         bar = figure.colorbar(mesh, ax=axes, fraction=0.05, pad=0.02)
         bar.outline.set_visible(False)
         bar.ax.tick_params(length=0)
-        return _svg(figure)
+        return figure
+
+    def body(self) -> str:
+        return _svg(self.figure())
+
+
+@dataclass(frozen=True)
+class HeatMapsSection:
+    """Matrices `[rows, columns]` by name, side by side, in one scale of colours from 0 up."""
+
+    title: str
+    matrices: Mapping[str, Sequence[Sequence[float]]]
+    rows: Sequence[str]
+    columns: Sequence[str]
+    note: str = ""
+
+    def figure(self) -> Figure:
+        height, width = len(self.rows), len(self.columns)
+        panel = (min(4.2, 0.9 + 0.22 * width), min(5.0, 0.8 + 0.2 * height))
+        across = min(len(self.matrices), max(1, int(9.6 / panel[0])))
+        down = -(-len(self.matrices) // across)
+        figure = Figure(figsize=(across * panel[0], down * panel[1]), layout="constrained")
+        grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).ravel()
+        most = max(np.max(matrix) for matrix in self.matrices.values())
+        for i, (axes, (name, matrix)) in enumerate(zip(grid, self.matrices.items(), strict=False)):
+            mesh = axes.pcolormesh(np.asarray(matrix), cmap="viridis", vmin=0, vmax=most)
+            axes.set_title(name, fontsize=9, color=INK)
+            axes.set_xticks(np.arange(width) + 0.5, self.columns, rotation=90, fontsize=6)
+            axes.set_yticks(np.arange(height) + 0.5, self.rows, fontsize=6)
+            axes.tick_params(length=0, labelbottom=i >= len(self.matrices) - across)
+            axes.spines[:].set_visible(False)
+        axes.set_ylim(height, 0)  # the first row above; the axes are shared
+        for empty in grid[len(self.matrices) :]:
+            empty.remove()
+        bar = figure.colorbar(mesh, ax=list(grid[: len(self.matrices)]), fraction=0.05, aspect=30)
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(length=0, labelsize=6)
+        figure.draw_without_rendering()  # settles the layout, before a box is drawn around it
+        return figure
+
+    def body(self) -> str:
+        return _svg(self.figure())
 
 
 @dataclass(frozen=True)
@@ -158,8 +210,20 @@ class ResultsSection:
         return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
-Section = TableSection | LinesSection | HeatMapSection | TextSection | ResultsSection
+Picture = LinesSection | HeatMapSection | HeatMapsSection
+Section = TableSection | TextSection | ResultsSection | Picture
 _CENTRED = {"ha": "center", "va": "center", "fontsize": 7}
+_LEGEND = 8  # lines with more names have them beside the plot
+
+
+def save_png(path: str | os.PathLike, picture: Picture) -> Path:
+    """Writes a section's figure, with its title, as a PNG on white; whole or absent."""
+    figure = picture.figure()
+    figure.suptitle(picture.title, fontsize=10)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+    write_bytes(path, image.getvalue())
+    return Path(path)
 
 
 def report_html(

@@ -1,0 +1,97 @@
+"""Look into a trained model.
+
+  medmoe analyze routing --config=FILE --workdir=DIR --data=rows.jsonl --out=DIR
+
+`routing` runs rows through the model and shows which experts each language uses, by layer and site:
+routing.json, routing.html, and the page's pictures as PNG files. Rows are of the language they
+name, or of a detected one (data.detect_language).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from medmoe_jax.cli.configs import load_config
+from medmoe_jax.cli.session import add_model_arguments, open_model
+from medmoe_jax.data.encode import Encoder
+from medmoe_jax.data.languages import detector, row_languages
+from medmoe_jax.data.sources import RowFitter, open_source
+from medmoe_jax.errors import UserError
+from medmoe_jax.evaluation import routing, routing_report
+from medmoe_jax.training.config import source
+from medmoe_jax.training.setup import Setup, open_setup
+from medmoe_jax.training.summary import console
+
+
+def add_arguments(parser) -> None:
+    """Declare the command's own arguments."""
+    actions = parser.add_subparsers(dest="action", required=True)
+    one = actions.add_parser("routing", help="experts by language, layer and site")
+    add_model_arguments(one)
+    one.add_argument(
+        "--data",
+        action="append",
+        required=True,
+        metavar="SOURCE",
+        help="a source of the config, or a file or built data set of rows; repeatable",
+    )
+    one.add_argument("--limit", type=int, help="rows a language, the first ones (default: all)")
+    one.add_argument("--out", required=True, help="folder to write into")
+
+
+def run(arguments, rest) -> None:
+    """Run the command."""
+    if arguments.limit is not None and arguments.limit < 1:
+        raise UserError(f"--limit: {arguments.limit} is below 1")
+    setup = open_setup(load_config(rest))
+    rows = list(_rows(setup, arguments.data))
+    texts = routing.by_language(rows, setup.languages, arguments.limit)
+    engine = open_model(setup, arguments.workdir, arguments.stage, arguments.off).engine
+    base, banks, *_ = engine.weights
+    ids = setup.languages.ids if setup.languages else None
+    encoder = Encoder(
+        setup.tokenizer, setup.template, length=setup.config.data.length, languages=ids
+    )
+    gates = routing.measure(
+        engine.config, base, banks, setup.mesh, texts, encoder, engine.batch, setup.languages
+    )
+    written = routing_report.save(arguments.out, texts, gates, "Routing by language")
+    for gate in gates:
+        console.print(_table(gate, texts))
+    print(f"written to {written['html']} and {written['json']}")
+
+
+def _rows(setup: Setup, names: Sequence[str]) -> Iterator[tuple[dict, str]]:
+    """Rows of sources of the config, or of paths, with their languages."""
+    data = setup.config.data
+    detect = detector(data.detect_language)
+    fit = RowFitter(Encoder(setup.tokenizer, setup.template), data.length)
+    for name in names:
+        if name not in data.sources and not Path(name).exists():
+            known = ", ".join(data.sources) or "none"
+            raise UserError(f"--data: '{name}' is no file and no source of the config ({known})")
+        fields = data.sources[name] if name in data.sources else source(name)
+        rows, _ = open_source(name, **fields.to_dict(), fit=fit)
+        found = row_languages(rows, detect)
+        yield from ((row, code) for row, (code, _) in zip(rows, found, strict=True))
+
+
+def _table(gate: routing.Gate, texts: Sequence[routing.Texts]) -> Table:
+    """A gate's figures in its first and its last layer."""
+    stop = gate.first_layer + gate.use_GxNxE.shape[1]
+    ends = f"layer {gate.first_layer} → {stop - 1}"
+    table = Table(title=gate.name, title_justify="left")
+    for column in ("language", "tokens", f"effective experts, {ends}", f"own expert, {ends}"):
+        table.add_column(column, justify="left" if column == "language" else "right")
+    for g, one in enumerate(texts):
+        effective, own = gate.effective_GxN[g], gate.own_GxN[g]
+        table.add_row(
+            one.name,
+            f"{int(gate.tokens_G[g]):,}",
+            f"{effective[0]:.2f} → {effective[-1]:.2f}",
+            f"{own[0]:.0%} → {own[-1]:.0%}" if gate.own_G[g] >= 0 else "–",
+        )
+    return table
