@@ -11,6 +11,7 @@ from medmoe_jax.data import builder, medical, rows
 from medmoe_jax.data.demo import corpus
 from medmoe_jax.data.encode import Encoder
 from medmoe_jax.data.medical.row import Row, shorten
+from medmoe_jax.data.prompts import Prompt, Prompted
 from medmoe_jax.errors import UserError
 
 _DEMO = {
@@ -46,7 +47,7 @@ class RowFitter:
 
 
 def open_source(
-    name: str, path: str, reader: str, split: str, fit: Callable[[Row], Row]
+    name: str, path: str, reader: str, split: str, prompt: str, fit: Callable[[Row], Row]
 ) -> tuple[Sequence[dict], str]:
     """Rows of a source with random access, and a digest of their content.
 
@@ -55,19 +56,21 @@ def open_source(
       path: of the reader `rows`: a JSON/JSONL file (optionally .gz) or a built data set.
       reader: `rows`, a collection of `data.medical`, or a part of the demo corpus.
       split: of a collection.
+      prompt: the form of each row's first user turn (`data.prompts`).
       fit: applied to each row of a collection.
 
     Raises:
-      UserError: an unknown reader, a path with a reader that takes none, or bad rows.
+      UserError: an unknown reader, a path with a reader that takes none, a prompt without a place
+        for the row's own text, or bad rows.
     """
     check_source(name, path, reader)
-    if reader == "rows":
-        if Path(path).is_dir():
-            return builder.open_dataset(path), builder.content_digest(path)
-        return _in_memory(list(rows.read_file(path)))
-    if reader in _DEMO:
-        return _in_memory(list(_DEMO[reader]()))
-    return _in_memory([fit(row).conversation() for row in medical.rows(reader, split)])
+    form = Prompt(f"data.sources.{name}.prompt", prompt)
+    if reader == "rows" and Path(path).is_dir():
+        return Prompted(builder.open_dataset(path), form), form.digest(builder.content_digest(path))
+    if reader == "rows" or reader in _DEMO:
+        found = rows.read_file(path) if reader == "rows" else _DEMO[reader]()
+        return _in_memory([form.conversation(row) for row in found])
+    return _in_memory([fit(form.row(row)).conversation() for row in medical.rows(reader, split)])
 
 
 def check_source(name: str, path: str, reader: str) -> None:
