@@ -19,8 +19,7 @@ import numpy as np
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.errors import UserError
 
-# Factors of a bank: the axis of r, and what broadcasts `[N, E, r]` to its axes.
-_FACTORS = {"lora_a": (3, np.s_[:, None]), "lora_b": (2, np.s_[..., None]), "scale": (2, np.s_[:])}
+_FACTORS = ("lora_a", "lora_b", "scale")
 
 
 @dataclass(frozen=True)
@@ -198,29 +197,7 @@ def advance(plan: Plan, t, params, gradients, state: Allocation):
     return {site: clears & ~k for site, k in kept.items()}, state._replace(kept=kept)
 
 
-def kept(spec: BankSpec, params) -> dict[str, np.ndarray]:
-    """The triplets with Λ ≠ 0, `{site: bool [N, E, r]}`; the others change nothing."""
-    return {site: np.asarray(params[site]["scale"]) != 0 for site in spec.sites}
-
-
 def ranks(spec: BankSpec, params) -> dict[str, list[list[int]]]:
-    """How many triplets each matrix kept, `{site: [N][E]}`."""
-    return {site: mask.sum(-1).tolist() for site, mask in kept(spec, params).items()}
-
-
-def prune(spec: BankSpec, params) -> tuple[BankSpec, Any]:
-    """The same function at the largest rank that any matrix kept (at least 1), on the host.
-
-    Every matrix's kept triplets come first; where it kept fewer, the rest is zero. s is unchanged.
-    """
-    masks = kept(spec, params)
-    rank = max(1, max(int(mask.sum(-1).max()) for mask in masks.values()))
-    out = dict(params)
-    for site, mask in masks.items():
-        order_NxExr = np.argsort(~mask, axis=-1, kind="stable")[..., :rank]
-        stays_NxExr = np.take_along_axis(mask, order_NxExr, axis=-1)
-        out[site] = dict(params[site])
-        for name, (axis, widen) in _FACTORS.items():
-            leaf = np.take_along_axis(np.asarray(params[site][name]), order_NxExr[widen], axis)
-            out[site][name] = np.where(stays_NxExr[widen], leaf, np.float32(0))
-    return spec.replace(rank=rank, alpha=spec.s * rank, rank_stabilised=False), out
+    """How many triplets with Λ ≠ 0 each matrix has, `{site: [N][E]}`; the others change nothing."""
+    scales = {site: np.asarray(params[site]["scale"]) for site in spec.sites}
+    return {site: (scale != 0).sum(-1).tolist() for site, scale in scales.items()}
