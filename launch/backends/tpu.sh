@@ -1,0 +1,151 @@
+# Cloud TPU slices, through gcloud: a TPU VM of their own, or a queued resource of the same name.
+# shellcheck shell=bash disable=SC2034
+
+backend_prepare() {
+  local number chips
+  [[ -n $FLAG_ZONE ]] || fail "--backend=tpu needs --zone=ZONE, such as us-west4-a"
+  chips=${FLAG_ACCELERATOR_TYPE##*-}
+  [[ $chips =~ ^[1-9][0-9]*$ ]] ||
+    fail "--accelerator-type=$FLAG_ACCELERATOR_TYPE: a name such as v5litepod-16 is needed"
+  case $FLAG_ACCELERATOR_TYPE in
+    v5litepod-*) slice v2-alpha-tpuv5-lite $((chips <= 8 ? 1 : chips / 4)) ;;
+    v6e-*) slice v2-alpha-tpuv6e $((chips <= 8 ? 1 : chips / 4)) ;;
+    v5p-*) slice v2-alpha-tpuv5 $((chips / 8)) ;; # named by cores: 8 of them, 4 chips, a host
+    v4-*) slice tpu-ubuntu2204-base $((chips / 8)) ;;
+    *) slice '' '' ;;
+  esac
+  [[ -n $FLAG_RUNTIME_VERSION && $FLAG_HOSTS =~ ^[1-9][0-9]*$ ]] ||
+    fail "--accelerator-type=$FLAG_ACCELERATOR_TYPE is not one that this launcher knows" \
+      "(v4, v5litepod, v5p, v6e): give --runtime-version=VERSION and --hosts=NUMBER"
+  for ((number = 0; number < FLAG_HOSTS; number++)); do WORKERS+=("$FLAG_NAME-w-$number"); done
+  check_shared_workdir
+  WORKER_SCRIPT=$FLAG_DIR/worker.sh
+  WORKER_DIR=$FLAG_DIR
+  FLAG_COORDINATOR=${FLAG_COORDINATOR:-auto}
+  read -ra CREATE_FLAGS <<<"$FLAG_CREATE_FLAGS"
+  read -ra SSH_FLAGS <<<"$FLAG_SSH_FLAGS"
+}
+
+slice() { # RUNTIME HOSTS: what holds where no flag says otherwise
+  FLAG_RUNTIME_VERSION=${FLAG_RUNTIME_VERSION:-$1}
+  FLAG_HOSTS=${FLAG_HOSTS:-$2}
+}
+
+cloud() {
+  perform gcloud compute tpus "$@" --zone="$FLAG_ZONE" ${FLAG_PROJECT:+--project="$FLAG_PROJECT"}
+}
+
+# gcloud itself tries again, up to ten times, when a connection breaks.
+backend_on() {
+  cloud tpu-vm ssh "$FLAG_NAME" --worker="$1" --ssh-flag=-oConnectTimeout=20 \
+    --ssh-flag=-oServerAliveInterval=15 --ssh-flag=-oServerAliveCountMax=4 "${SSH_FLAGS[@]}" \
+    --command="$(quote "${@:2}")"
+}
+
+backend_environment() { echo "MEDMOE_COORDINATOR=$FLAG_COORDINATOR"; }
+
+backend_copy() { cloud tpu-vm scp "$@" "$FLAG_NAME:$WORKER_DIR/" --worker=all "${SSH_FLAGS[@]}"; }
+
+backend_ship() { ship_to_workers; }
+
+backend_create() {
+  local spot=()
+  if [[ $FLAG_SPOT == yes ]]; then spot=(--spot); fi
+  if [[ $FLAG_QUEUED == yes ]]; then
+    cloud queued-resources create "$FLAG_NAME" --node-id="$FLAG_NAME" "${spot[@]}" \
+      --accelerator-type="$FLAG_ACCELERATOR_TYPE" --runtime-version="$FLAG_RUNTIME_VERSION" \
+      "${CREATE_FLAGS[@]}"
+  else
+    cloud tpu-vm create "$FLAG_NAME" "${spot[@]}" \
+      --accelerator-type="$FLAG_ACCELERATOR_TYPE" --version="$FLAG_RUNTIME_VERSION" \
+      "${CREATE_FLAGS[@]}"
+  fi
+  note "every $FLAG_POLL s, until the TPU is READY:"
+  wait_until_ready || fail "$FLAG_NAME was not made ready; delete it before another try"
+}
+
+# State and hosts of the TPU, and the state of its queued resource; nothing for what is not there.
+list_node() {
+  cloud tpu-vm list --filter="name~\"(^|/)$FLAG_NAME\$\"" \
+    --format='value(state,networkEndpoints.len())'
+}
+
+list_request() {
+  if [[ $FLAG_QUEUED == yes ]]; then
+    cloud queued-resources list --filter="name~\"(^|/)$FLAG_NAME\$\"" --format='value(state.state)'
+  fi
+}
+
+# Sets node, hosts and request of its caller. A question without an answer ends the launcher: it
+# must not pass for a TPU that is gone.
+look() {
+  local found
+  found=$(list_node) || fail "gcloud does not say how $FLAG_NAME is"
+  request=$(list_request) || fail "gcloud does not say how the queued resource $FLAG_NAME is"
+  read -r node hosts <<<"$found"
+}
+
+# Waits while the TPU is being made (or undone); fails when it will not come by itself.
+wait_until_ready() {
+  local node hosts request last=''
+  if dry; then
+    list_node
+    list_request
+    return
+  fi
+  while true; do
+    look
+    if [[ $node/$request != "$last" ]]; then
+      last=$node/$request
+      say "$FLAG_NAME: TPU ${node:-not there}, queued resource ${request:-not there}"
+    fi
+    case $node/$request in
+      READY/*)
+        ((hosts == FLAG_HOSTS)) ||
+          fail "$FLAG_NAME has $hosts hosts and $FLAG_HOSTS were expected: give --hosts=$hosts"
+        return
+        ;;
+      STOPPED/* | HIDDEN/*) fail "$FLAG_NAME is $node: start it with gcloud, or delete it" ;;
+      *ING/* | */*ING | */ACCEPTED | */WAITING_FOR_RESOURCES | /ACTIVE) sleep "$FLAG_POLL" ;;
+      *) return 1 ;;
+    esac
+  done
+}
+
+# The machines, made again where they were taken away.
+backend_ensure() {
+  local node hosts request
+  if dry; then
+    list_node
+    list_request
+    note "where they are gone, as after a preemption:"
+    backend_delete
+    backend_create
+    return
+  fi
+  wait_until_ready && return
+  look
+  if [[ -n $node$request ]]; then backend_delete; fi
+  backend_create
+}
+
+# Ends the launcher where there are no workers to ask.
+backend_status() {
+  local node hosts request
+  if dry; then
+    list_node
+    list_request
+    return
+  fi
+  look
+  echo "$FLAG_NAME: TPU ${node:-not there}, queued resource ${request:-not there}"
+  [[ $node == READY ]] || exit 0
+}
+
+backend_delete() {
+  if [[ $FLAG_QUEUED == yes ]]; then
+    cloud queued-resources delete "$FLAG_NAME" --force --quiet
+  else
+    cloud tpu-vm delete "$FLAG_NAME" --quiet
+  fi
+}

@@ -1,0 +1,133 @@
+# What the verbs and the back ends share. A back end sets, in backend_prepare,
+#
+#   WORKERS         the name of every worker, in the order of their numbers
+#   WORKER_SCRIPT   launch/worker.sh, where the workers see it
+#   WORKER_DIR      the folder in which it works
+#
+# and defines backend_on NUMBER COMMAND... (run on a worker), backend_environment NUMBER (variables
+# of medmoe there, one a line), backend_create, backend_ensure (the machines are there, or are made
+# again), backend_ship, backend_status and backend_delete.
+# shellcheck shell=bash
+
+say() { printf '%s\n' "tpu_run.sh: $*" >&2; }
+
+fail() {
+  say "error: $*"
+  exit 1
+}
+
+dry() { [[ $FLAG_DRY_RUN == yes ]]; }
+
+# A line of the printed plan that is not a command.
+note() { if dry; then printf '# %s\n' "$*"; fi; }
+
+# The words as a shell would read them; plain ones as they are.
+quote() {
+  local word words=()
+  for word; do
+    if [[ $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]]; then words+=("$word"); else words+=("${word@Q}"); fi
+  done
+  printf '%s' "${words[*]}"
+}
+
+# Run a command, or print it.
+perform() {
+  if dry; then
+    quote "$@"
+    echo
+  else
+    "$@" </dev/null
+  fi
+}
+
+# A verb of worker.sh on one worker.
+worker() { backend_on "$1" bash "$WORKER_SCRIPT" "$2" "$WORKER_DIR" "$1" "${@:3}"; }
+
+# COMMAND NUMBER ARGUMENTS... for all workers at once; fails when it fails for one.
+each() {
+  local number code failed=0 processes=()
+  for number in "${!WORKERS[@]}"; do
+    if dry; then
+      "$1" "$number" "${@:2}"
+    else
+      "$1" "$number" "${@:2}" &
+      processes[number]=$!
+    fi
+  done
+  for number in "${!processes[@]}"; do
+    code=0
+    wait "${processes[number]}" || code=$?
+    if ((code)); then
+      say "worker $number (${WORKERS[number]}): failed with status $code"
+      failed=1
+    fi
+  done
+  return "$failed"
+}
+
+# The tracked files as they are now, uncommitted changes too, as FILE ('' for none); sets CODE to
+# the hash of their content. Git's objects are made beside the repository, which stays as it was.
+pack_code() {
+  local scratch changes
+  git -C "$ROOT" rev-parse HEAD >/dev/null ||
+    fail "$ROOT must be a git checkout: its tracked files are sent"
+  scratch=$(mktemp -d)
+  CODE=$(
+    cd "$ROOT" || exit
+    GIT_ALTERNATE_OBJECT_DIRECTORIES=$(git rev-parse --path-format=absolute --git-path objects)
+    cp "$(git rev-parse --git-path index)" "$scratch/index"
+    mkdir "$scratch/objects"
+    export GIT_ALTERNATE_OBJECT_DIRECTORIES
+    export GIT_INDEX_FILE=$scratch/index GIT_OBJECT_DIRECTORY=$scratch/objects
+    git add --update
+    tree=$(git write-tree)
+    if [[ -n $1 ]]; then git archive --format=tar.gz --output="$scratch/code.tar.gz" "$tree"; fi
+    echo "${tree:0:12}"
+  )
+  if [[ -n $1 ]]; then mv "$scratch/code.tar.gz" "$1"; fi
+  rm -rf "$scratch"
+  changes=$(git -C "$ROOT" status --short)
+  if [[ -n $changes ]]; then
+    say "code $CODE, with these changes (files marked ?? are not sent):"$'\n'"$changes"
+  fi
+}
+
+# Code and worker.sh on every worker, by backend_copy FILE..., and installed there.
+ship_to_workers() {
+  local files=("$FLAG_LOGS/ship/code.tar.gz" "$LAUNCH/worker.sh")
+  if dry; then
+    pack_code ''
+    note "pack the tracked files of $ROOT into ${files[0]}: code $CODE"
+  else
+    mkdir -p "$FLAG_LOGS/ship"
+    pack_code "$FLAG_LOGS/ship/code.tar.gz"
+  fi
+  if [[ -n $FLAG_ENV_FILE ]]; then
+    # Under the name that worker.sh reads; scp follows the link.
+    files+=("$FLAG_LOGS/ship/env")
+    perform ln -sfn "$(realpath "$FLAG_ENV_FILE")" "$FLAG_LOGS/ship/env"
+  fi
+  each backend_on mkdir -p -m 700 "$WORKER_DIR"
+  backend_copy "${files[@]}"
+  each worker install "$CODE" "$FLAG_PYTHON" "$FLAG_PACKAGES" "$FLAG_SETUP"
+}
+
+# The value of --workdir among the arguments of medmoe, '' where there is none.
+workdir() {
+  local number
+  for number in "${!ARGUMENTS[@]}"; do
+    case ${ARGUMENTS[number]} in
+      --workdir=*) echo "${ARGUMENTS[number]#*=}" && return ;;
+      --workdir) echo "${ARGUMENTS[number + 1]-}" && return ;;
+    esac
+  done
+}
+
+# For machines of their own: they share no current folder, and new code replaces the old one's.
+check_shared_workdir() {
+  local path
+  path=$(workdir)
+  [[ -z $path || $path == /* ]] ||
+    fail "--workdir=$path: --backend=$FLAG_BACKEND needs an absolute path, on storage that all" \
+      "workers share and that outlives them"
+}

@@ -1,0 +1,161 @@
+#!/usr/bin/env bash
+# One entry point for pods: create machines, start one medmoe command on all of them, follow it, and
+# start it again until it is done. See launch/README.md, or launch/tpu_run.sh --help.
+set -euo pipefail
+shopt -s inherit_errexit
+
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 501)); then
+  echo "tpu_run.sh: error: bash $BASH_VERSION is too old: 5.1 or later is needed" >&2
+  exit 1
+fi
+
+LAUNCH=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+ROOT=$(dirname "$LAUNCH")
+
+# shellcheck source=common.sh
+source "$LAUNCH/common.sh"
+# shellcheck source=watch.sh
+source "$LAUNCH/watch.sh"
+
+VERBS='create  rent the machines and wait until they are ready
+ship    send the code and install it, with its own environment, once per version of the code
+run     ship where needed, start medmoe on all workers, follow it; ends with its exit status
+resume  run again, on new machines where the old ones are gone, until the job is done
+status  the machines and the job of every worker
+logs    the last lines of every worker, or of one; go on with --follow
+stop    ask medmoe to save and end on all workers; end it after --grace seconds
+delete  give the machines back; ssh, local: stop, and remove what was installed'
+
+# flag|default|meaning. yes or no as default makes a switch: --spot is --spot=yes.
+FLAGS='backend|tpu|tpu (Cloud TPU through gcloud), ssh (hosts you have) or local (this machine)
+name|medmoe|the name of the TPU and of its queued resource
+zone||tpu: zone, such as us-west4-a; always needed
+project||tpu: project; empty: the one gcloud is set to
+accelerator-type|v5litepod-16|tpu: slice as gcloud calls it
+runtime-version||tpu: software of the machines; empty: the usual one of the slice
+spot|no|tpu: cheaper machines that can be taken away at any time
+queued|yes|tpu: wait in the queue for machines; no: take them now or fail
+create-flags||tpu: more flags for the gcloud command that creates, such as --network=N
+ssh-flags||tpu: more flags for gcloud tpu-vm ssh and scp, such as --internal-ip
+hosts||ssh: host,host,...; local: how many processes (2); tpu: how many, if the slice is unknown
+devices|4|local: simulated CPU devices of each process
+coordinator||where processes meet; empty: tpu auto, ssh port 8476 of the first host, local any
+dir|medmoe-run|tpu, ssh: folder on the workers, from the home folder, for code and logs
+setup||tpu, ssh: shell command on every worker before each start, such as a mount
+python|3.12|tpu, ssh: Python of the environment; uv fetches it where it is missing
+packages|-e .[tpu]|tpu, ssh: what is installed in it, as pip takes it
+env-file||tpu, ssh: file of VAR=value lines for medmoe, such as tokens; sent by scp, never printed
+logs|runs/launch|folder on this machine; worker-N.log holds what this launcher saw
+worker|all|logs: number of one worker, or all
+lines|50|logs: how many lines back
+follow|no|logs: go on as lines are written
+grace|60|seconds between asking medmoe to end and ending it
+max-restarts|3|resume: give up after so many starts in a row that saved nothing new
+poll|20|tpu: seconds between two looks at machines that are being made ready
+dry-run|no|print the commands, one a line and quoted for a shell, and do nothing'
+
+usage() {
+  local verb flag default meaning
+  echo "usage: launch/tpu_run.sh VERB [--FLAG=VALUE ...] [-- ARGUMENTS OF medmoe, UNTOUCHED]"
+  printf '\nverbs:\n'
+  while read -r verb meaning; do printf '  %-8s %s\n' "$verb" "$meaning"; done <<<"$VERBS"
+  printf '\nflags, the variables that set their defaults, and the defaults:\n'
+  while IFS='|' read -r flag default meaning; do
+    printf '  --%-17s %-26s %-13s %s\n' "$flag" "$(environment_name "$flag")" "$default" "$meaning"
+  done <<<"$FLAGS"
+  printf '\n%s\n' 'exit status of run and resume: 0 done, 1 bad input, 75 saved after a preemption' \
+    'notice, 130 stopped, 255 a worker was lost, otherwise that of the worker that ended first.'
+}
+
+environment_name() {
+  local name=${1//-/_}
+  echo "TPU_RUN_${name^^}"
+}
+
+# Each flag becomes the variable FLAG_NAME; SWITCHES holds the names of those that are yes or no.
+read_defaults() {
+  local flag default variable
+  while IFS='|' read -r flag default _; do
+    variable=$(environment_name "$flag")
+    if [[ $default == yes || $default == no ]]; then SWITCHES+=" $flag "; fi
+    set_flag "$flag" "${!variable-$default}"
+  done <<<"$FLAGS"
+}
+
+set_flag() {
+  local name=${1//-/_}
+  if [[ $SWITCHES == *" $1 "* && $2 != yes && $2 != no ]]; then
+    fail "--$1=$2: yes or no is needed"
+  fi
+  printf -v "FLAG_${name^^}" '%s' "$2"
+}
+
+read_command_line() {
+  local flag
+  while (($#)); do
+    flag=${1%%=*}
+    flag=${flag#--}
+    case $1 in
+      --) ARGUMENTS=("${@:2}") && return ;;
+      -h | --help) usage && exit ;;
+      --*)
+        [[ $FLAGS == "$flag|"* || $FLAGS == *$'\n'"$flag|"* ]] ||
+          fail "unknown flag --$flag; --help lists them (arguments of medmoe come after --)"
+        [[ $1 == *=* || $SWITCHES == *" $flag "* ]] || fail "--$flag needs a value: --$flag=VALUE"
+        if [[ $1 == *=* ]]; then set_flag "$flag" "${1#*=}"; else set_flag "$flag" yes; fi
+        ;;
+      *)
+        [[ -z $VERB ]] || fail "'$1' after the verb '$VERB': arguments of medmoe come after --"
+        VERB=$1
+        ;;
+    esac
+    shift
+  done
+}
+
+check_flags() {
+  local name
+  for name in DEVICES LINES GRACE MAX_RESTARTS POLL; do
+    local variable=FLAG_$name
+    [[ ${!variable} =~ ^[1-9][0-9]*$ ]] ||
+      fail "--${name,,}=${!variable}: a whole number of at least 1 is needed"
+  done
+  [[ $FLAG_BACKEND =~ ^(tpu|ssh|local)$ ]] || fail "--backend=$FLAG_BACKEND: tpu, ssh or local"
+  [[ $FLAG_NAME =~ ^[a-z][a-z0-9-]*$ ]] ||
+    fail "--name=$FLAG_NAME: lower-case letters, digits and hyphens, a letter first"
+  [[ $FLAG_DIR =~ ^[A-Za-z0-9_.][A-Za-z0-9_./-]*$ ]] ||
+    fail "--dir=$FLAG_DIR: a folder below the home folder, of letters, digits and any of _ . / -"
+  [[ -z $FLAG_ENV_FILE || -r $FLAG_ENV_FILE ]] || fail "--env-file=$FLAG_ENV_FILE cannot be read"
+  if [[ $VERB == run || $VERB == resume ]]; then
+    ((${#ARGUMENTS[@]})) ||
+      fail "$VERB needs the arguments of medmoe: $VERB ... -- train --config=..."
+  fi
+}
+
+VERB='' SWITCHES='' ARGUMENTS=()
+read_defaults
+read_command_line "$@"
+[[ -n $VERB ]] || { usage >&2 && exit 1; }
+grep -q "^$VERB " <<<"$VERBS" || fail "unknown verb '$VERB'; --help lists them"
+check_flags
+
+# shellcheck source=backends/tpu.sh
+source "$LAUNCH/backends/$FLAG_BACKEND.sh"
+backend_prepare
+
+case $VERB in
+  create) backend_create ;;
+  ship) backend_ship ;;
+  run)
+    backend_ship
+    attempt
+    ;;
+  resume) resume ;;
+  status)
+    backend_status
+    each worker status | sort --version-sort
+    ;;
+  logs) show_logs ;;
+  stop) each worker stop "$FLAG_GRACE" ;;
+  delete) backend_delete ;;
+esac

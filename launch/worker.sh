@@ -1,0 +1,192 @@
+#!/usr/bin/env bash
+# Works on each worker for tpu_run.sh: installs the code that was sent, and keeps one job, detached
+# from whoever started it.
+#
+#   worker.sh VERB DIR NUMBER ...
+#
+#   DIR/code/HASH/       the code and its .venv; DIR/current points at the one in use
+#   DIR/env              variables for medmoe, where there are any
+#   DIR/worker-NUMBER/   the job: command, log, pid (medmoe), group (all its processes), lock (held
+#                        while one of them lives), stopped (it was asked to end), status (its end)
+#
+# TPU_RUN_DEVICE_FILES holds the patterns of device files that only one job may have open.
+# shellcheck disable=SC2329  # main calls the verbs by their names
+set -euo pipefail
+
+say() { printf 'worker %s (%s): %s\n' "$number" "$(hostname)" "$*"; }
+
+fail() {
+  say "error: $*" >&2
+  exit 1
+}
+
+# The lock goes when the last process of the job is gone, however it went.
+running() { [[ -e $job/lock ]] && ! flock --nonblock "$job/lock" true; }
+
+install() { # HASH PYTHON PACKAGES SETUP
+  local code=$dir/code/$1 uv=$dir/uv/bin/uv packages
+  [[ -z $4 ]] || bash -c "$4" || fail "--setup ended with status $?"
+  exec 8>"$dir/install.lock"
+  flock 8 # workers may share their home folder
+  if [[ ! -e $code/.installed ]]; then
+    ! running || fail "a job of other code is running here: stop it first"
+    rm -rf "$dir/code" # an environment takes gigabytes: only one is kept
+    mkdir -p "$code"
+    tar --extract --gzip --file="$dir/code.tar.gz" --directory="$code"
+    [[ -x $uv ]] || python3 -m pip install --quiet --target="$dir/uv" uv
+    uv=$(realpath "$uv")
+    read -ra packages <<<"$3"
+    (
+      cd "$code"
+      "$uv" venv --quiet --python "$2" .venv
+      "$uv" pip install --quiet --python .venv "${packages[@]}"
+    )
+    touch "$code/.installed"
+    say "installed code $1"
+  fi
+  ln -sfn "code/$1" "$dir/current"
+}
+
+# A TPU serves one process; where one of an earlier job still has it, libtpu's error hides that.
+check_devices() {
+  local pattern find=(find) tests=() link process
+  for pattern in ${TPU_RUN_DEVICE_FILES:-/dev/accel* /dev/vfio/*}; do
+    tests+=(-o -lname "$pattern")
+  done
+  if sudo -n true 2>/dev/null; then find=(sudo -n find); fi # processes of other users, too
+  # find complains of processes that end while it looks.
+  link=$("${find[@]}" /proc/[0-9]*/fd "${tests[@]:1}" 2>/dev/null | head -n 1) || true
+  [[ -n $link ]] || return 0
+  process=$(cut -d / -f 3 <<<"$link")
+  fail "the TPU is held by process $process ($(tr '\0' ' ' <"/proc/$process/cmdline")), which is no" \
+    "job of this launcher's: end it on this host (kill $process), then run again"
+}
+
+start() { # VARIABLE=VALUE ... -- ARGUMENTS
+  local environment=()
+  while [[ $1 != -- ]]; do
+    environment+=("$1")
+    shift
+  done
+  shift
+  mkdir -p "$job"
+  if running; then
+    [[ $(cat "$job/command") == "${*@Q}" ]] ||
+      fail "another job is running here: medmoe $(cat "$job/command"); stop it first"
+    exit 10
+  fi
+  [[ " ${environment[*]} " == *" JAX_PLATFORMS=cpu "* ]] || check_devices
+  rm -f "$job"/{pid,group,stopped,status}
+  printf '%s' "${*@Q}" >"$job/command"
+  setsid bash "$0" keep "$dir" "$number" "${environment[@]}" -- "$@" </dev/null >"$job/log" 2>&1 &
+  for _ in {1..100}; do
+    if [[ -s $job/pid ]]; then return; fi
+    sleep 0.1
+  done
+  fail "the job did not start within 10 s: $(cat "$job/log")"
+}
+
+# The detached parent of medmoe: notes how it ended.
+keep() { # VARIABLE=VALUE ... -- ARGUMENTS
+  local environment=() code=0
+  while [[ $1 != -- ]]; do
+    environment+=("$1")
+    shift
+  done
+  exec 9>"$job/lock"
+  flock --nonblock 9
+  echo "$$" >"$job/group"
+  (run_medmoe "${@:2}") >"$job/log" 2>&1 || code=$?
+  if [[ -e $job/stopped ]]; then code=130; fi
+  echo "$code" >"$job/status.new"
+  mv "$job/status.new" "$job/status"
+}
+
+# Becomes medmoe, in the code where it was sent, here otherwise; knows `environment` of keep.
+run_medmoe() {
+  echo "$BASHPID" >"$job/pid"
+  if [[ -e $dir/env ]]; then
+    set -a
+    # shellcheck source=/dev/null
+    . "$dir/env" || exit
+    set +a
+  fi
+  if [[ -e $dir/current ]]; then
+    cd "$dir/current" || exit
+    PATH=$PWD/.venv/bin:$PATH
+  fi
+  exec env "${environment[@]}" medmoe "$@"
+}
+
+# The log so far and from now on; ends with the job, and with its status.
+attach() {
+  [[ -s $job/pid ]] || fail "no job was started here"
+  tail --lines=+1 --sleep-interval=0.2 --follow --pid="$(cat "$job/pid")" "$job/log"
+  while [[ ! -e $job/status ]] && kill -0 "$(cat "$job/group")" 2>/dev/null; do sleep 0.1; done
+  [[ -e $job/status ]] || exit 137 # not even its parent lived to note it
+  exit "$(cat "$job/status")"
+}
+
+status() {
+  local state
+  if [[ ! -s $job/pid ]]; then
+    say "no job was started here"
+    return
+  elif running; then
+    state="running since $(date -r "$job/pid" '+%F %T'), process $(cat "$job/pid")"
+  elif [[ -e $job/status ]]; then
+    state="ended with status $(cat "$job/status") at $(date -r "$job/status" '+%F %T')"
+  else
+    state="killed, with no time to note a status"
+  fi
+  say "$state: medmoe $(cat "$job/command"); last line: $(tail --lines=1 "$job/log")"
+}
+
+log() { # LINES FOLLOW
+  [[ -e $job/log ]] || fail "no job was started here"
+  if [[ $2 == yes ]]; then
+    tail --lines="$1" --sleep-interval=0.2 --follow --pid="$(cat "$job/pid")" "$job/log"
+  else
+    tail --lines="$1" "$job/log"
+  fi
+}
+
+stop() { # GRACE
+  running || return 0
+  touch "$job/stopped"
+  kill -TERM "$(cat "$job/pid")" 2>/dev/null || true # its children are medmoe's own to end
+  for ((tenths = 0; tenths < $1 * 10; tenths++)); do
+    running || return 0
+    sleep 0.1
+  done
+  say "the job did not end within $1 s: killed"
+  kill -KILL -- "-$(cat "$job/group")"
+  while running; do sleep 0.1; done
+}
+
+# One line that changes with every checkpoint and every finished stage of a work directory.
+saved() { # WORKDIR
+  if [[ -d $1/stages ]]; then
+    cd "$1/stages"
+    find . -maxdepth 4 '(' -name SEAL.json -o -name manifest.json ')' | sort | cksum
+  fi
+}
+
+remove() {
+  ! running || fail "the job is still running"
+  rm -rf "$job"
+  # What `install` and the copies before it left; nothing on a machine where nothing was installed.
+  if [[ -L $dir/current ]]; then
+    rm -rf "${dir:?}"/{code,uv,current,env,code.tar.gz,install.lock,worker.sh}
+  fi
+  rmdir --ignore-fail-on-non-empty "$dir"
+}
+
+main() {
+  local verb=$1
+  dir=$2 number=$3 job=$2/worker-$3
+  "$verb" "${@:4}"
+}
+
+# On one line, which bash reads whole: this file may be replaced while a job runs.
+main "$@"; exit
