@@ -3,19 +3,32 @@
   medmoe train --config=configs/apollo_moe.py:qwen2-0.5b --workdir=runs/apollo_moe \\
       --config.data.sources.medical.path=medical.jsonl
 
-The argument is BASE or BASE,VARIANT; BASE is a key of HUB in medmoe_jax/base/presets.py, VARIANT
-one of VARIANTS below. The default, `language_family`, is the released form: in the last two layers
-every feed-forward network becomes seven, one a language family, each at first a copy of the dense
-one. A router picks two a token, in training always with the family of the token's language among
-them; at inference it needs no language. Everything trains. `lora` is this project's own: the base
-stays frozen, and the experts are low-rank factors inside its networks.
+The argument is BASE, then in any order and each after a comma: a VARIANT, `lora`,
+`function_preserving`. BASE is a key of HUB in medmoe_jax/base/presets.py.
 
-The published weights of the two picks do not sum to one, so the copies do not keep the dense
-model's function at first; --config.stages.mixture.banks.experts.renormalise=True makes them do so.
+| variant | experts | layers | a token's network |
+|---|---|---|---|
+| `language_family` (default; the released form) | 7 families | last 2 | two of the experts |
+| `post_moe` | 12 major languages | last 2 | two of the experts |
+| `hybrid` | 12 major languages | all | two of the experts |
+| `language_specific` | 12 major languages | last 2 | the dense one and one expert |
 
-Rows carry their "language"; the table of languages and experts is data that a user may replace:
---config.data.languages=FILE. The experts depend on the token, so they do not fold into a dense
-checkpoint.
+Every expert is at first a copy of the dense feed-forward network, and everything trains. A router
+picks the experts. In training the expert of the token's language is always among the picks; at
+inference it is left to the router. --config.stages.mixture.banks.experts.forcing=off never forces,
+`always` forces at inference too, where --language names the language.
+
+The published weights of two picks do not sum to one, so the copies do not keep the dense model's
+function at first; with `function_preserving` they do. In `language_specific` the expert stands
+beside the dense network, which all languages share, and adds nothing at first; that, and its weight
+being the router's probability (so that the router learns), is our reconstruction.
+
+`lora` is this project's own: the base stays frozen, and the experts are low-rank factors inside its
+networks, whose weights sum to one (in `language_specific`, factors beside each linear layer).
+
+Rows carry their "language", or it is detected; the table of languages and experts is data that a
+user may replace: --config.data.languages=FILE (docs/languages.md). The experts depend on the token,
+so they do not fold into a dense checkpoint.
 
 Hardware: meant for TPU slices; the 0.5B base with all weights trained in float32 asks for a v5e-8.
 """
@@ -25,24 +38,42 @@ from ml_collections import ConfigDict
 from medmoe_jax.base.presets import HUB
 from medmoe_jax.training.config import bank, recipe, source, stage
 
-# Variant: the table of languages, its experts, the layers with experts, the form of an expert.
+LAST = (-2, None)
+EVERY = (None, None)
+# Variant: the table of languages, its experts, the layers with experts, the forms of an expert in
+# full and low-rank, a token's picks.
 VARIANTS = {
-    "language_family": ("families", 7, (-2, None), "ffn"),
-    "post_moe": ("major", 12, (-2, None), "ffn"),
-    "hybrid": ("major", 12, (None, None), "ffn"),
-    "lora": ("families", 7, (-2, None), "ffn_lora"),
+    "language_family": ("families", 7, LAST, ("ffn", "ffn_lora"), 2),
+    "post_moe": ("major", 12, LAST, ("ffn", "ffn_lora"), 2),
+    "hybrid": ("major", 12, EVERY, ("ffn", "ffn_lora"), 2),
+    "language_specific": ("major", 12, LAST, ("ffn_beside", "lora"), 1),
 }
+WORDS = ("lora", "function_preserving")
 
 
-def mixture(experts: int, layers: tuple, form: str, **fields) -> ConfigDict:
-    """The only stage: language experts, and all of the base unless they are low-rank."""
+def mixture(
+    experts: int,
+    layers: tuple,
+    form: str,
+    *,
+    top_k: int = 2,
+    renormalise: bool | None = None,
+    **fields,
+) -> ConfigDict:
+    """The only stage: language experts, and all of the base unless they are low-rank.
+
+    A frozen base cannot make up for weights that do not sum to one: low-rank experts inside its
+    networks have theirs renormalised, whole ones do not, unless `renormalise` says otherwise.
+    """
+    if renormalise is None:
+        renormalise = form == "ffn_lora"
     banks = {
         "experts": bank(
-            sites=("mlp.*",), layers=layers, form=form, experts=experts, gate="language", top_k=2,
-            renormalise=False, router_bias=False, forcing="train",
+            sites=("mlp.*",), layers=layers, form=form, experts=experts, gate="language",
+            top_k=top_k, renormalise=renormalise, router_bias=False, forcing="train",
         )
     }  # fmt: skip
-    full = form == "ffn"
+    full = form in ("ffn", "ffn_beside")
     defaults = {
         "banks": banks,
         "train_base": ("*",) if full else (),
@@ -53,15 +84,21 @@ def mixture(experts: int, layers: tuple, form: str, **fields) -> ConfigDict:
 
 
 def get_config(arg: str = "qwen2-0.5b") -> ConfigDict:
-    """The recipe for a base and a variant."""
-    base, _, variant = arg.partition(",")
-    variant = variant or "language_family"
-    if base not in HUB or variant not in VARIANTS:
+    """The recipe for a base, a variant and its form."""
+    base, *words = arg.split(",")
+    variants = [word for word in words if word in VARIANTS] or ["language_family"]
+    known = {*VARIANTS, *WORDS}
+    if base not in HUB or len(variants) > 1 or not known.issuperset(words):
         raise ValueError(
-            f"'{arg}': give BASE or BASE,VARIANT with BASE one of {', '.join(HUB)} and VARIANT one "
-            f"of {', '.join(VARIANTS)}"
+            f"'{arg}': give BASE[,VARIANT][,lora][,function_preserving] with BASE one of "
+            f"{', '.join(HUB)} and VARIANT one of {', '.join(VARIANTS)}"
         )
-    table, experts, layers, form = VARIANTS[variant]
+    table, experts, layers, (full, low_rank), top_k = VARIANTS[variants[0]]
+    if "function_preserving" in words and top_k == 1:
+        raise ValueError(
+            f"'{arg}': {variants[0]} keeps the dense model's function as it is; leave out "
+            "function_preserving"
+        )
     config = recipe()
     config.base.path = HUB[base]
     config.base.dtype = "bfloat16"
@@ -72,5 +109,13 @@ def get_config(arg: str = "qwen2-0.5b") -> ConfigDict:
     config.data.shards = 32
     config.data.sources.medical = source("medical.jsonl")
     config.stages.order = ("mixture",)
-    config.stages.mixture = mixture(experts, layers, form, mixture={"medical": 1.0}, epochs=1.0)
+    config.stages.mixture = mixture(
+        experts,
+        layers,
+        low_rank if "lora" in words else full,
+        top_k=top_k,
+        renormalise=True if "function_preserving" in words else None,
+        mixture={"medical": 1.0},
+        epochs=1.0,
+    )
     return config

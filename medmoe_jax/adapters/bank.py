@@ -29,7 +29,7 @@ from medmoe_jax.routing.routers import check_top_k
 
 GATES = ("always", "token", "language", "skill")
 FORCING = ("off", "train", "always")
-FORMS = ("lora", "ffn_lora", "ffn")
+FORMS = ("lora", "ffn_lora", "ffn", "ffn_beside")
 _FFN = (*GROUPS["mlp.in"], *GROUPS["mlp.out"])
 # Shardings for a tree of shapes.
 Place = Callable[[Any], Any]
@@ -46,7 +46,8 @@ class BankSpec:
       form: what an expert is: `lora`, low-rank factors on one site, each site with its own gate;
         `ffn_lora`, the base's feed-forward network with low-rank factors on its sites, one router a
         network; `ffn`, a whole network of its own, at first a copy of the base's (upcycling), in
-        whose place the mixture stands.
+        whose place the mixture stands; `ffn_beside`, the same with the base's network beside the
+        mixture (a shared expert), and the last product of the copies zero at first.
       experts, rank: E and r.
       alpha: `s = alpha / r`, or `alpha / sqrt(r)` if `rank_stabilised`.
       gate: `always` (weight 1), `token` (learned router, top-k), `language` (the same, with the
@@ -115,6 +116,11 @@ class BankSpec:
         return self.gate in ("token", "language")
 
     @property
+    def whole(self) -> bool:
+        """Whether an expert is a whole network, not low-rank factors."""
+        return self.form in ("ffn", "ffn_beside")
+
+    @property
     def s(self) -> float:
         """The factor on the bank's output."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
@@ -160,7 +166,7 @@ def shapes(spec: BankSpec, config: DecoderConfig) -> dict[str, dict[str, Any]]:
     out: dict[str, dict[str, Any]] = {}
     for site in spec.sites:
         D, O = site_shapes(config)[site]
-        if spec.form == "ffn":
+        if spec.whole:
             out[site] = {"experts": (N, E, D, O)}
             continue
         out[site] = {"lora_a": (N, D, E, r), "lora_b": (N, E, r, O)}
@@ -216,8 +222,8 @@ def init(
     """Fresh parameters: A and router U(±1/sqrt(D)), B, Λ and mixing weights zero.
 
     Without a learned scale B = 0 (LoRA); with one, Λ = 0 and A, B ~ N(0, 0.02) (AdaLoRA). Whole
-    feed-forward experts are copies of `base`'s. The bank's name enters every draw: two banks made
-    from one key look in different directions.
+    feed-forward experts are copies of `base`'s, as their form says. The bank's name enters every
+    draw: two banks made from one key look in different directions.
 
     Args:
       spec, config: of the bank and of the decoder.
@@ -227,7 +233,7 @@ def init(
     """
     shardings = None if place is None else place(abstract(spec, config))
     leaves, treedef = jax.tree.flatten(shardings)
-    given = base if spec.form == "ffn" else None
+    given = base if spec.whole else None
     return _init(spec, config, treedef, tuple(leaves), key, given)
 
 
@@ -237,6 +243,8 @@ def _init(spec: BankSpec, config: DecoderConfig, treedef, shardings, key: jax.Ar
     def leaf(path, struct):
         name = jax.tree_util.keystr(path)
         k = jax.random.fold_in(key, zlib.crc32(f"{spec.name}{name}".encode()))
+        if spec.form == "ffn_beside" and path[0].key == "mlp.down":
+            return jnp.zeros(struct.shape, struct.dtype)
         if path[-1].key == "experts":
             kernel_LxDxO = trees.get(base, f"layers.{path[0].key}.kernel")
             own = slice(spec.start, spec.stop)

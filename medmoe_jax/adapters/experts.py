@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from medmoe_jax.adapters.bank import BankSpec, site_params
 from medmoe_jax.adapters.site import decide, dropped_inputs
 from medmoe_jax.base.config import GROUPS
+from medmoe_jax.base.decoder import base_mlp
 from medmoe_jax.routing.dispatch import Strategy
 from medmoe_jax.routing.routers import Gates
 from medmoe_jax.routing.terms import Term
@@ -30,7 +31,9 @@ def expert_mlp(
     context: Mapping[str, Any],
     linear: Callable,
 ):
-    """`Σ_k w_k FFN_{e_k}(x)` with the bank's experts; see `base.decoder` for the arguments.
+    """`Σ_k w_k FFN_{e_k}(x)` with the bank's experts, and the base's network if it stands beside.
+
+    See `base.decoder` for the arguments.
 
     Returns:
       `(y_BxTxD, {"bank/mlp": RouterStats, ...})`.
@@ -40,9 +43,13 @@ def expert_mlp(
     name = f"{bank.name}/mlp"
     ((gates, stats),) = decide(strategy, [(bank, name, router)], x_BxTxD, context)
     aux = {name: stats}
-    if bank.form == "ffn":
+    if bank.whole:
         experts = {site.split(".")[1]: params[site]["experts"] for site in bank.sites}
-        return strategy.ffn(x_BxTxD, gates, experts, activation), aux
+        y_BxTxD = strategy.ffn(x_BxTxD, gates, experts, activation)
+        if bank.form == "ffn":
+            return y_BxTxD, aux
+        shared_BxTxD, more = base_mlp(activation, x_BxTxD, weights, extra, context, linear)
+        return shared_BxTxD + y_BxTxD, aux | more
     y_BxTxD, more = _shared_ffn(
         bank, strategy, activation, gates, x_BxTxD, weights, extra, context, linear
     )

@@ -53,7 +53,7 @@ class Orthonormality:
           UserError: the bank's experts have no low-rank factors.
         """
         spec = specs[self.bank]
-        if spec.form == "ffn":
+        if spec.whole:
             raise UserError(f"orthonormality: bank '{self.bank}' has no low-rank factors")
         sites = [banks[self.bank][site] for site in spec.sites]
         a = [_from_identity("NDEr,NDEq->NErq", p["lora_a"]) for p in sites]

@@ -6,7 +6,7 @@ It reads what users and assistants say. A text in two languages is unsure, as it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
@@ -29,7 +29,10 @@ def detector(least: float) -> Detect:
       UserError: `least` is no probability.
     """
     if not 0.0 <= least <= 1.0:
-        raise UserError(f"data.detect_language: {least} is no probability between 0 and 1")
+        raise UserError(
+            f"the least probability of a detected language is {least}; give 0 to 1 "
+            "(data.detect_language, --detect)"
+        )
     if not least:
         return lambda text: UNKNOWN
     model = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True, min_confidence=least)
@@ -41,7 +44,7 @@ def detector(least: float) -> Detect:
     return detect
 
 
-def row_languages(rows: Sequence[dict], detect: Detect) -> Iterator[tuple[str, bool]]:
+def row_languages(rows: Iterable[dict], detect: Detect) -> Iterator[tuple[str, bool]]:
     """Each row's language code, and whether the row itself names it."""
     for row in rows:
         if row["language"]:
@@ -49,6 +52,15 @@ def row_languages(rows: Sequence[dict], detect: Detect) -> Iterator[tuple[str, b
         else:
             turns = (t["content"] for t in row["conversations"] if t["role"] != "system")
             yield detect("\n".join(turns)[:_READ]), False
+
+
+def census(rows: Iterable[dict], detect: Detect) -> dict[str, tuple[int, int]]:
+    """`{language code: (rows that name it, rows it was detected in)}`, most rows first."""
+    counts: dict[str, list[int]] = {}
+    for code, named in row_languages(rows, detect):
+        counts.setdefault(code, [0, 0])[not named] += 1
+    order = sorted(counts, key=lambda code: (-sum(counts[code]), code))
+    return {code: (counts[code][0], counts[code][1]) for code in order}
 
 
 class Named(Sequence):

@@ -23,6 +23,7 @@ WHOLE = BankSpec(
     "family", SITES, 1, 3, form="ffn", experts=E, top_k=K, gate="language", renormalise=False,
     router_bias=False,
 )  # fmt: skip
+NEXT_TO = WHOLE.replace(form="ffn_beside")
 INSIDE = WHOLE.replace(form="ffn_lora", rank=2, alpha=3.0, gate="token", learned_scale=True)
 BESIDE = BankSpec("lora", ("mlp.up", "mlp.down"), 0, 3, rank=2)
 
@@ -53,27 +54,31 @@ def weights_of(x, router, forced=None):
 
 
 def naive(spec, x, p, w, beside=None, forced=None):
-    """`Σ_k w_k FFN_k(x)`, one token and one expert at a time."""
+    """`Σ_k w_k FFN_k(x)`, one token and one expert at a time; the base's as well, if beside."""
     y = np.zeros(x.shape)
+
+    def shared(site, v):
+        out = v @ w[site]["kernel"]
+        if beside is not None and site in beside:
+            out = out + BESIDE.s * (v @ beside[site]["lora_a"][:, 0]) @ beside[site]["lora_b"][0]
+        return out
+
+    def product(site, v, e):
+        if spec.whole:
+            return v @ p[site]["experts"][e]
+        a, lora_b = p[site]["lora_a"][:, e], p[site]["lora_b"][e]
+        return shared(site, v) + spec.s * ((v @ a) * p[site]["scale"][e]) @ lora_b
+
+    def network(v, product):
+        return product("mlp.down", silu(product("mlp.gate", v)) * product("mlp.up", v))
+
     for b, t in np.ndindex(x.shape[:2]):
         token = x[b, t]
         chosen = weights_of(token, p["mlp"]["router"], forced and forced[b][t])
-
-        def product(site, v, e):
-            if spec.form == "ffn":
-                return v @ p[site]["experts"][e]
-            low = p[site]
-            a, lora_b = low["lora_a"][:, e], low["lora_b"][e]
-            out = v @ w[site]["kernel"] + spec.s * ((v @ a) * low["scale"][e]) @ lora_b
-            if beside is not None and site in beside:
-                out = (
-                    out + BESIDE.s * (v @ beside[site]["lora_a"][:, 0]) @ beside[site]["lora_b"][0]
-                )
-            return out
-
         for e, weight in chosen.items():
-            h = silu(product("mlp.gate", token, e)) * product("mlp.up", token, e)
-            y[b, t] += weight * product("mlp.down", h, e)
+            y[b, t] += weight * network(token, functools.partial(product, e=e))
+        if spec.form == "ffn_beside":
+            y[b, t] += network(token, shared)
     return y
 
 
@@ -104,11 +109,17 @@ def run(name, spec, tree, context):
     return experts.expert_mlp(spec, how, act, tree["x"], tree["w"], extra, context, linear)
 
 
-CASES = {"ffn": (WHOLE, "bank", False), "ffn_lora": (INSIDE, "inside", True)}
+CASES = {
+    "ffn": (WHOLE, "bank", False),
+    "ffn_lora": (INSIDE, "inside", True),
+    "ffn_beside": (NEXT_TO, "bank", True),
+}
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", STRATEGIES)
+RUNS = [(name, case) for case in ("ffn", "ffn_lora") for name in STRATEGIES]
+
+
+@pytest.mark.parametrize(("name", "case"), [*RUNS, ("stacked", "ffn_beside")])
 def test_value_and_gradient(name, case, setting):
     spec, bank, with_lora = CASES[case]
     tree = {"x": setting["x"], "w": setting["w"], "bank": setting[bank]}
@@ -165,6 +176,29 @@ def test_upcycling_keeps_the_function_when_weights_sum_to_one():
     copies = banks["family"]["mlp.up"]["experts"]
     assert copies.shape == (2, E, TINY.d_model, TINY.d_ff)
     assert np.array_equal(copies[1, 3], base["layers"]["mlp"]["up"]["kernel"][2])
+
+
+def test_experts_beside_the_network_keep_the_function():
+    """Whatever the weights; and the first step can move all that their last product needs."""
+    base = random_params(TINY)
+    tokens = jnp.arange(6, dtype=jnp.int32).reshape(2, 3)
+    ids = jnp.ones_like(tokens), jnp.tile(jnp.arange(3, dtype=jnp.int32)[None], (2, 1))
+    want, _, _ = decoder.hidden(TINY, base, tokens, *ids)
+    roster, banks = lifecycle.add({}, {}, NEXT_TO, TINY, jax.random.key(0), base)
+    config = AdaptedConfig(TINY, lifecycle.active_banks(roster))
+
+    def loss(banks):
+        got, _, _ = hidden(config, base, banks, tokens, *ids)
+        return jnp.sum(got**2), got
+
+    gradient, got = jax.grad(loss, has_aux=True)(banks)
+    assert rel(got, want) < 1e-5
+    mixture = banks["family"]
+    assert np.array_equal(
+        mixture["mlp.gate"]["experts"][0, 2], base["layers"]["mlp"]["gate"]["kernel"][1]
+    )
+    assert not mixture["mlp.down"]["experts"].any()
+    assert np.abs(gradient["family"]["mlp.down"]["experts"]).max() > 0
 
 
 def test_bad_banks():

@@ -55,7 +55,8 @@ def fails(capsys, *arguments):
 
 
 @pytest.mark.parametrize(
-    "command", ["", *COMMANDS, "data build", "data inspect", "tokenizer train"]
+    "command",
+    ["", *COMMANDS, "data build", "data inspect", "data languages", "tokenizer train"],
 )
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as caught:

@@ -13,8 +13,8 @@ from medmoe_jax.training.recipe import parse
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").glob("*.py"))
 MEDCARE = f"--config={ROOT / 'configs' / 'medcare.py'}"
+APOLLO_MOE = f"--config={ROOT / 'configs' / 'apollo_moe.py'}"
 BASES = ("qwen1.5-1.8b", "qwen1.5-4b", "qwen1.5-7b", "qwen1.5-14b")
-MAJOR = ("post_moe", "hybrid")
 BASES += ("qwen2-0.5b", "qwen2-1.5b", "qwen2-7b")
 
 
@@ -139,16 +139,38 @@ def test_no_file():
         load_config([f"{MEDCARE}:gpt-5"])
 
 
-@pytest.mark.parametrize("variant", ["", ",post_moe", ",hybrid", ",lora"])
-def test_apollo_moe_puts_language_experts_into_the_last_layers(variant):
-    config = load_config([f"--config={ROOT / 'configs' / 'apollo_moe.py'}:qwen2-0.5b{variant}"])
-    decoder = preset("qwen2-0.5b")
-    (stage,) = parse(config, decoder)
+# Variant: experts, first of the 24 layers, picks, its forms in full and low-rank.
+APOLLO = {
+    "": (7, 22, 2, "ffn", "ffn_lora"),
+    ",language_family": (7, 22, 2, "ffn", "ffn_lora"),
+    ",post_moe": (12, 22, 2, "ffn", "ffn_lora"),
+    ",hybrid": (12, 0, 2, "ffn", "ffn_lora"),
+    ",language_specific": (12, 22, 1, "ffn_beside", "lora"),
+}
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+@pytest.mark.parametrize("variant", APOLLO)
+def test_apollo_moe_puts_language_experts_into_the_last_layers(variant, low_rank):
+    config = load_config([f"{APOLLO_MOE}:qwen2-0.5b{variant}{',lora' * low_rank}"])
+    (stage,) = parse(config, preset("qwen2-0.5b"))
     (bank,) = stage.added
-    languages = read_languages(config.data.languages)
-    assert bank.experts == len(languages.experts) == (12 if variant[1:] in MAJOR else 7)
-    assert (bank.start, bank.stop) == (0 if variant == ",hybrid" else 22, 24)
-    assert (bank.gate, bank.top_k, bank.renormalise, bank.router_bias) == ("language", 2, 0, 0)
-    assert (bank.form, stage.train_base) == (
-        ("ffn_lora", ()) if variant == ",lora" else ("ffn", ("*",))
-    )
+    experts, start, top_k, *forms = APOLLO[variant]
+    assert bank.experts == len(read_languages(config.data.languages).experts) == experts
+    assert (bank.start, bank.stop, bank.top_k, bank.form) == (start, 24, top_k, forms[low_rank])
+    assert (bank.gate, bank.forcing, bank.router_bias) == ("language", "train", False)
+    assert bank.renormalise == (bank.form == "ffn_lora")
+    assert stage.train_base == (() if low_rank else ("*",))
+
+
+def test_apollo_moe_keeps_the_function_or_not():
+    for words, kept in (("", False), (",hybrid,function_preserving", True)):
+        config = load_config([f"{APOLLO_MOE}:qwen2-0.5b{words}"])
+        assert config.stages.mixture.banks.experts.renormalise is kept
+    for words, message in (
+        (",hybrid,post_moe", r"give BASE\[,VARIANT\]\[,lora\]"),
+        (",hibrid", "VARIANT one of language_family, post_moe"),
+        (",language_specific,function_preserving", "leave out function_preserving"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_config([f"{APOLLO_MOE}:qwen2-0.5b{words}"])

@@ -36,7 +36,7 @@ def test_an_unsure_detector_names_no_language():
 
 @pytest.mark.parametrize("least", [-0.1, 1.5])
 def test_a_threshold_is_a_probability(least):
-    with pytest.raises(UserError, match=r"data\.detect_language: .* is no probability"):
+    with pytest.raises(UserError, match=r"language is .*; give 0 to 1 \(data\.detect_language"):
         languages.detector(least)
 
 

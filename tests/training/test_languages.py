@@ -3,6 +3,7 @@
 import pytest
 
 from configs import apollo_moe
+from medmoe_jax.adapters.bank import abstract
 from medmoe_jax.checkpoints.files import read_metrics
 from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.cli.session import open_model
@@ -66,6 +67,24 @@ def test_refused(name, tmp_path):
     config = config_of(tmp_path, **bank)
     config.data.update(data)
     with pytest.raises(UserError, match=message):
+        open_setup(config)
+
+
+def test_a_language_joins_a_family_without_a_new_parameter(tmp_path):
+    def shapes(config):
+        setup = open_setup(config)
+        (stage,) = setup.stages
+        return setup, [abstract(spec, setup.base.config) for spec in stage.added]
+
+    config = config_of(tmp_path)
+    before, small = shapes(config)
+    (tmp_path / "table.csv").write_text(TABLE + "yo,west\n")
+    after, grown = shapes(config)
+    assert small == grown and after.language_expert("yo") == after.language_expert("en") == 0
+    with pytest.raises(UserError, match="'yo' is not in the table"):
+        before.language_expert("yo")
+    (tmp_path / "table.csv").write_text(TABLE + "yo,south\n")
+    with pytest.raises(UserError, match=r"experts: 2, but data\.languages has 3"):
         open_setup(config)
 
 
