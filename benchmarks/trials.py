@@ -1,0 +1,174 @@
+"""Trials on real medical text: arms of a recipe, several seeds, and the loss on held-out rows.
+
+  python benchmarks/trials.py rows mixture --seeds 0            # what a config reads
+  python benchmarks/trials.py run mixture --seeds 0 1 2         # every arm that is not finished
+  python benchmarks/trials.py run mixture --seeds 0 --arms lora # one arm and what it builds on
+  python benchmarks/trials.py table mixture                     # of all that is finished
+
+An arm is a stage of configs/trial_NAME.py. `--workdir` (default runs/trials) holds a run a seed;
+`run` and `table` write benchmarks/results/trial_NAME.json, print the tables made of it and put them
+into docs/trials.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
+
+import jax
+from ml_collections import ConfigDict
+
+from benchmarks import trial_rows, trial_tables
+from medmoe_jax.adapters import lifecycle
+from medmoe_jax.adapters.bank import count, split_gate
+from medmoe_jax.checkpoints.files import read_json, write_json
+from medmoe_jax.checkpoints.manifest import Manifest
+from medmoe_jax.checkpoints.stages import MANIFEST, is_finished
+from medmoe_jax.data.batches import epoch_batches
+from medmoe_jax.data.rows import read_file
+from medmoe_jax.training.run import Trained, stage_dir, train
+from medmoe_jax.training.setup import Setup, open_setup
+from medmoe_jax.training.step import nll
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "trials.md"
+BATCH = 32  # rows scored at once
+BASE = "base.json"
+
+
+def losses(setup: Setup, trained: Trained, rows: Mapping[str, Sequence[dict]]) -> dict[str, float]:
+    """Nats a target token, by name of the rows; a router chooses without being told a language."""
+    model = setup.model(lifecycle.active_banks(trained.roster))
+    trainable = {"banks": trained.banks, "base": {}}
+    frozen = {"base": trained.base, "banks": {}}
+    out = {}
+    for name, some in rows.items():
+        batches = epoch_batches(
+            some, setup.tokenizer, setup.template, setup.config.data.mask,
+            setup.config.data.length, BATCH,
+        )  # fmt: skip
+        parts = [jax.device_get(_sums(model, trainable, frozen, batch)) for batch in batches]
+        total, weight = (float(sum(column)) for column in zip(*parts, strict=True))
+        out[name] = total / weight
+    return out
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sums(model, trainable, frozen, batch):
+    """Σ −log p and the number of targets."""
+    total, (weight, _) = nll(model, trainable, frozen, batch)
+    return total, weight
+
+
+def trained_parameters(trained: Trained) -> int:
+    """How many parameters of its banks a stage has trained."""
+    states = {name: state for name, (_, state) in trained.roster.items()}
+    whole = sum(count(p) for name, p in trained.banks.items() if states[name] == "train")
+    gates = (split_gate(p)[0] for name, p in trained.banks.items() if states[name] == "gate")
+    return whole + sum(count(gate) for gate in gates)
+
+
+def scored_rows(folder: Path) -> dict[str, list[dict]]:
+    """What the models of a run are scored on, by name."""
+    return {path.stem: list(read_file(path)) for path in sorted(folder.glob("scored/*.jsonl"))}
+
+
+def seeded(config: ConfigDict, seed: int, arms: Sequence[str]) -> ConfigDict:
+    """The recipe with a seed, cut down to some arms and the stages that they build on."""
+    needed: set[str] = set()
+    for arm in arms or config.stages.order:
+        while arm and arm not in needed:
+            needed.add(arm)
+            arm = config.stages[arm].after
+    config.stages.order = tuple(name for name in config.stages.order if name in needed)
+    config.data.seed = seed
+    for name in config.stages.order:
+        config.stages[name].seed = seed
+    return config
+
+
+def run(config: ConfigDict, workdir: Path, rows: Mapping[str, Sequence[dict]]) -> None:
+    """Train what is not finished, and score the base and every stage's end."""
+    setup = open_setup(config)
+    if not (workdir / BASE).exists():
+        base = Trained("", {}, {}, setup.load_base())
+        write_json(workdir / BASE, losses(setup, base, rows))
+    clock = [time.monotonic()]
+
+    def evaluate(trained: Trained) -> dict[str, Any]:
+        seconds = time.monotonic() - clock[0]
+        figures = {
+            "loss": losses(setup, trained, rows),
+            "parameters": trained_parameters(trained),
+            "seconds": seconds,
+        }
+        clock[0] = time.monotonic()
+        return figures
+
+    train(setup, workdir, evaluate)
+
+
+def collect(name: str, workdir: Path) -> dict[str, Any]:
+    """What the finished arms of a trial have reached: `{"base", "arms", "versions"}` by seed."""
+    out: dict[str, Any] = {"base": {}, "arms": {}, "versions": {}}
+    for folder in sorted(workdir.glob("seed*")):
+        seed = folder.name.removeprefix("seed")
+        if (folder / BASE).exists():
+            out["base"][seed] = {"loss": read_json(folder / BASE)}
+        for arm in trial_rows.TRIALS[name].config.get_config().stages.order:
+            if is_finished(stage_dir(folder, arm)):
+                manifest = Manifest.read(stage_dir(folder, arm) / MANIFEST)
+                figures = {**manifest.metrics["evaluation"], "steps": manifest.steps}
+                mixed = {k: v for k, v in manifest.metrics["train"].items() if k.startswith("mix/")}
+                if mixed:
+                    figures["mix"] = list(mixed.values())
+                out["arms"].setdefault(arm, {})[seed] = figures
+                out["versions"] = manifest.versions
+    return out
+
+
+def show(name: str, workdir: Path) -> None:
+    """Write what is finished as JSON, print its tables, and put them into the page."""
+    path = RESULTS / f"trial_{name}.json"
+    write_json(path, collect(name, workdir))
+    text = trial_tables.TABLES[name](read_json(path))
+    print(text)
+    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, rest = PAGE.read_text(encoding="utf-8").split(start)
+    after = rest.split(end)[1]
+    PAGE.write_text(f"{before}{start}\n\n{text}\n\n{end}{after}", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; `arguments` are the process's own if not given."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("rows", "run", "table"))
+    parser.add_argument("trial", choices=trial_rows.TRIALS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", default=[], help="stages (default: all)")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/trials"))
+    args = parser.parse_args(arguments)
+    workdir = args.workdir / args.trial
+    for seed in args.seeds if args.what != "table" else ():
+        folder = workdir / f"seed{seed}"
+        if not (folder / "rows").exists():
+            trial_rows.write(args.trial, folder / "rows", seed)
+        if args.what == "run":
+            config = trial_rows.TRIALS[args.trial].config.get_config(str(folder / "rows"))
+            run(seeded(config, seed, args.arms), folder, scored_rows(folder / "rows"))
+    if args.what != "rows":
+        show(args.trial, workdir)
+
+
+if __name__ == "__main__":
+    main()
