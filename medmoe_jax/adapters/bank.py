@@ -231,7 +231,8 @@ def init(
       base: the decoder's weights; needed by whole feed-forward experts only.
       place: shardings for a tree of shapes, in which the parameters are made; None: one device.
     """
-    shardings = None if place is None else place(abstract(spec, config))
+    # Under its name, as in every tree that holds it: the rules read whole paths.
+    shardings = None if place is None else place({spec.name: abstract(spec, config)})[spec.name]
     leaves, treedef = jax.tree.flatten(shardings)
     given = base if spec.whole else None
     return _init(spec, config, treedef, tuple(leaves), key, given)
