@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medmoe_jax.adapters.bank import BankSpec, mixing
+from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.errors import UserError
 
 
@@ -46,12 +46,17 @@ class Sparsity:
         """The mixing weights, float32 `[N, E]`.
 
         Raises:
-          UserError: the bank has none.
+          UserError: the bank has none, or they always sum to one.
         """
         spec = specs[self.bank]
         if spec.gate != "skill":
             raise UserError(f"sparsity: bank '{self.bank}' has gate '{spec.gate}', not 'skill'")
-        return mixing(spec, banks[self.bank]["mix"]["weight"])
+        if spec.mix_softmax:
+            raise UserError(
+                f"sparsity: the mixing weights of bank '{self.bank}' pass through a softmax and "
+                "always sum to one; leave the term out, or set mix_softmax=False"
+            )
+        return banks[self.bank]["mix"]["weight"]
 
     def figures(self, measured) -> dict[str, float]:
         """Each expert's mixing weight, averaged over the layers."""

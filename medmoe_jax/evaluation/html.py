@@ -121,7 +121,9 @@ class HeatMapSection:
         axes = figure.add_subplot()
         low, high = self.span or (np.nanmin(values), np.nanmax(values))
         mesh = axes.pcolormesh(values, cmap="viridis", vmin=low, vmax=high, linewidth=0)
-        axes.set_xticks(np.arange(width) + 0.5, self.columns, rotation=45 * (width > 12))
+        slanted = width > 12 or max(map(len, self.columns)) > 10
+        turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
+        axes.set_xticks(np.arange(width) + 0.5, self.columns, **turned)
         axes.set_yticks(np.arange(height) + 0.5, self.rows)
         axes.invert_yaxis()
         axes.tick_params(length=0)

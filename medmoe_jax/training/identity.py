@@ -29,14 +29,15 @@ def claim(
     workdir,
     stage: Stage,
     digests: Mapping[str, str],
-    imported: Mapping[str, str] | None = None,
+    imported: Mapping[str, Any] | None = None,
 ) -> str:
     """Write what the stage is run with, or compare it with what it was; returns its fingerprint.
 
     Args:
       setup, workdir, stage: whose folder.
       digests: content of the sources it reads.
-      imported: content of the files its banks come from, where it is not trained.
+      imported: what its banks come from where it is not trained: the content of files, or that of
+        a task's rows and how it was fitted on them.
 
     Raises:
       UserError: the directory was made by another recipe; the message lists the fields.
@@ -74,6 +75,11 @@ def claim(
             "or remove that folder to run the stage anew"
         )
     return fingerprint
+
+
+def is_claimed(workdir, stage: Stage) -> bool:
+    """Whether the stage's folder belongs to a recipe already."""
+    return (stage_dir(workdir, stage.name) / "recipe.json").exists()
 
 
 def is_imported(workdir, stage: Stage) -> bool:
@@ -132,6 +138,7 @@ def operations(stage: Stage) -> list[dict[str, Any]]:
     return [
         *({"op": "merge", "bank": name} for name in stage.merge),
         *({"op": "drop", "bank": name} for name in stage.drop),
+        *({"op": "stack", "bank": name, "of": list(of)} for name, (of, _) in stage.stack.items()),
         *({"op": "state", "bank": name, "state": s} for name, s in stage.states.items()),
         *({"op": "add", "bank": spec.name} for spec in stage.added),
     ]

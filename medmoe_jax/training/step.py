@@ -149,7 +149,7 @@ def _weighted_term(objective: Objective, term: Term, trainable, frozen):
     return term.weight * value, value
 
 
-def _micro_batches(batch, count: int):
+def micro_batches(batch, count: int):
     """`[B, T]` to `[A, B/A, T]`, row i in micro-batch i mod A, so that every device has a share."""
     return jax.tree.map(
         lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), batch
@@ -177,7 +177,7 @@ def gradients(objective: Objective, trainable, frozen, batch, step):
     A = objective.accumulation
     zeros = jax.tree.map(jnp.zeros_like, trainable)
     carry = (zeros, jnp.float32(0), jnp.float32(0), jnp.float32(0))
-    xs = (jnp.arange(A), _micro_batches(batch, A))
+    xs = (jnp.arange(A), micro_batches(batch, A))
     if A == 1:
         carry, stats = micro(carry, jax.tree.map(lambda x: x[0], xs))
     else:

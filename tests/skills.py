@@ -1,0 +1,61 @@
+"""SA-MDKIF's recipe with three skills on the tiny base, and runs of it made once."""
+
+import functools
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from configs import sa_mdkif
+from medmoe_jax.training.config import source
+from medmoe_jax.training.run import train
+from medmoe_jax.training.setup import open_setup
+from tests import tiny
+from tests.randomised import randomise
+
+TASKS = ("one", "two")
+
+
+def table() -> dict:
+    """Three skills, one of them with two sources."""
+    knowledge, alignment = (str(tiny.data(name)) for name in ("knowledge", "alignment"))
+    return {
+        "facts": ((knowledge,), "Tell me. {text}"),
+        "verdict": ((alignment,), "{text}"),
+        "both": ((alignment, knowledge), "{text} Say it."),
+    }
+
+
+def config(gate="global", tasks=TASKS) -> ConfigDict:
+    """The skills, and a stage for each task that mixes them."""
+    config = tiny.medcare_config()
+    del config.stages["aggregate"], config.stages["align"]
+    config.stages.order = ()
+    sa_mdkif.add_skills(config, table())
+    for skill in table():
+        stage = config.stages[skill]
+        stage.steps, stage.learning_rate = 6, 3e-2
+        stage.banks[skill].rank, stage.banks[skill].alpha = 3, 6.0
+        stage.allocators.ranks.update({"target_rank": 2, "t_init": 1, "t_final": 2, "every": 1})
+    for task in tasks:
+        config.data.sources[task] = source(str(tiny.data("alignment")))
+        config.stages[task] = sa_mdkif.route(
+            tuple(table()), sa_mdkif.GATES[gate], mixture={task: 1.0}
+        )
+        config.stages[task].steps, config.stages[task].learning_rate = 6, 0.1
+        config.stages.order = (*config.stages.order, task)
+    return config
+
+
+@functools.cache
+def trained() -> Path:
+    """A work directory in which the skills are finished and no task is."""
+    workdir = tiny.folder() / "skills"
+    with tiny.quick_compiles():
+        train(open_setup(config(tasks=())), workdir)
+    return workdir
+
+
+@functools.cache
+def randomised() -> Path:
+    """The same with skills so large that every one of them matters."""
+    return randomise(trained(), tiny.folder() / "random-skills", size=0.5)
