@@ -1,4 +1,8 @@
-"""The device mesh: axes `data`, `fsdp`, `expert`, `tensor`."""
+"""The device mesh: axes `data`, `fsdp`, `expert`, `tensor`.
+
+Several TPU slices make one mesh: `data` goes over them first, because what it exchanges, the
+gradients of the trainable tree, is little enough for the network between slices.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from medmoe_jax.errors import UserError
@@ -36,13 +41,55 @@ def resolve(sizes: Mapping[str, int], n_devices: int) -> dict[str, int]:
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over all devices (or those given); see `resolve` for the sizes."""
+    """The mesh over all devices (or those given).
+
+    Raises:
+      UserError: the sizes do not fit the devices (see `resolve`) or their slices.
+    """
     devices = list(devices if devices is not None else jax.devices())
     shape = tuple(resolve(sizes, len(devices)).values())
-    types = (AxisType.Auto,) * len(AXES)
-    if devices[0].platform == "tpu":
-        return jax.make_mesh(shape, AXES, devices=devices, axis_types=types)
-    return Mesh(np.array(devices).reshape(shape), AXES, axis_types=types)
+    arrange = _along_links if devices[0].platform == "tpu" else _in_order
+    return Mesh(arrange(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def slice_of(device: jax.Device) -> int:
+    """The number of a device's slice; one that knows of no slices is in slice 0."""
+    return getattr(device, "slice_index", 0)
+
+
+def _in_order(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    return np.array(devices).reshape(shape)
+
+
+def _along_links(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """TPUs in a shape whose axes follow the links between chips; only its first leaves a slice."""
+    slices = len(set(map(slice_of, devices)))
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if shape[0] % slices:
+        raise UserError(
+            f"run.mesh.data: {shape[0]} is no multiple of the {slices} slices; every other axis "
+            f"stays within a slice, so give data {slices} or a multiple of it"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (shape[0] // slices, *shape[1:]),
+        (slices, *(1,) * (len(shape) - 1)),
+        devices,
+        allow_split_physical_axes=True,
+    )
+
+
+def check_divides(mesh: Mesh | None, axis: str, number: int, what: str) -> None:
+    """Raise UserError unless a mesh axis divides a number of things that it cuts.
+
+    Args:
+      mesh: None, or one without the axis, cuts nothing.
+      axis: its name.
+      number, what: for the message, such as 40 and "attention heads".
+    """
+    size = mesh.shape.get(axis, 1) if mesh else 1
+    if number % size:
+        raise UserError(f"run.mesh.{axis}: {size} does not divide the {number} {what}")
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

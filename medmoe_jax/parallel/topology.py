@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from typing import NamedTuple
 
 import jax
@@ -28,6 +29,7 @@ class Chip(NamedTuple):
       bf16_tflops: peak, 1e12 bf16 operations a second.
       hbm_gb_s: 1e9 bytes a second.
       ici_gb_s: over all links of the chip, both directions added, 1e9 bytes a second.
+      dcn_gb_s: over the network between slices, a chip's share of its host's, 1e9 bytes a second.
     """
 
     kind: str
@@ -36,12 +38,13 @@ class Chip(NamedTuple):
     bf16_tflops: int
     hbm_gb_s: int
     ici_gb_s: int
+    dcn_gb_s: float
 
 
 CHIPS = {
-    "v5e": Chip("TPU v5 lite", 128, 16, 197, 819, 400),
-    "v5p": Chip("TPU v5", 64, 95, 459, 2765, 1200),
-    "v6e": Chip("TPU v6 lite", 128, 32, 918, 1638, 800),
+    "v5e": Chip("TPU v5 lite", 128, 16, 197, 819, 400, 3.125),
+    "v5p": Chip("TPU v5", 64, 95, 459, 2765, 1200, 6.25),
+    "v6e": Chip("TPU v6 lite", 128, 32, 918, 1638, 800, 12.5),
 }
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -58,7 +61,7 @@ _NO_HOST = {
 
 
 class Topology(NamedTuple):
-    """A slice: its name, its kind of chip and its devices, for `mesh.make_mesh`."""
+    """One or more slices: the name, the kind of chip and the devices, for `mesh.make_mesh`."""
 
     name: str
     chip: Chip
@@ -66,15 +69,17 @@ class Topology(NamedTuple):
 
 
 def describe(name: str) -> Topology:
-    """The slice called `CHIP:LAYOUT`, such as `v5e:4x4`, `v5p:2x2x1` or `v6e:2x2`.
+    """The slice called `CHIP:LAYOUT`, such as `v5e:4x4` or `v5p:2x2x1`; two of them: `2xv5e:4x4`.
 
     Raises:
       UserError: an unknown name (the message lists the known ones), or no `libtpu` wheel.
     """
-    chip, _, layout = name.partition(":")
+    several, chip, layout = re.fullmatch(r"(?:([1-9]\d*)x)?([^:]*):?(.*)", name).groups()
     if layout not in LAYOUTS.get(chip, ()):
         known = "; ".join(f"{chip}:{{{','.join(names)}}}" for chip, names in LAYOUTS.items())
-        raise UserError(f"topology '{name}' is not known; give one of {known}")
+        raise UserError(
+            f"topology '{name}' is not known; give one of {known}, with Nx before it for N slices"
+        )
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"compiling for {name} needs the libtpu wheel: pip install 'medmoe_jax[aot]'"
@@ -82,9 +87,13 @@ def describe(name: str) -> Topology:
     for variable, value in _NO_HOST.items():
         os.environ.setdefault(variable, value)
     # A host has 2x2 chips, unless it is told to have one.
-    host = {} if set(layout) - {"1", "x"} else {"chips_per_host_bounds": [1, 1, 1]}
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **host).devices
-    return Topology(name, CHIPS[chip], tuple(devices))
+    options = {} if set(layout) - {"1", "x"} else {"chips_per_host_bounds": [1, 1, 1]}
+    if several:
+        options["num_slices"] = int(several)
+    described = topologies.get_topology_desc(
+        platform="tpu", topology_name=f"{chip}:{layout}", **options
+    )
+    return Topology(name, CHIPS[chip], tuple(described.devices))
 
 
 def compile_for(topology: Topology, function, *args, **kwargs) -> jax.stages.Compiled:

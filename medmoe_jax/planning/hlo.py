@@ -10,9 +10,10 @@ of an array for the whole array, and knows nothing of a Pallas kernel. The rules
   operands and results, except those in on-chip memory (`S(1)` in a layout). A slice, gather or
   dynamic slice counts by what it reads, an update in place by what it writes, also inside a
   fusion; tuples, bitcasts and the ends of asynchronous pairs are free.
-- A Pallas kernel counts as `kernels` says (see `planning.pallas`), else by its own
+- A Pallas kernel counts as `kernels` says (see `planning.attention`), else by its own
   `cost_estimate`, else by its operands and results once; the last are listed in `unknown`.
-- A collective's bytes are its larger side, its operands or its results, on one device.
+- A collective's bytes are its larger side, its operands or its results, on one device; those that
+  cross links are `planning.collectives`'.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from medmoe_jax.planning import collectives
 from medmoe_jax.planning.hlo_text import Array, Computation, Instruction, parse
 from medmoe_jax.planning.trips import trip_count
 
@@ -58,10 +60,18 @@ class Cost(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """Of one kind of collective, over the whole program."""
+    """Of one kind of collective, over the whole program, on one device.
+
+    Attributes:
+      count: how often it runs.
+      bytes: of its larger side.
+      ici, dcn: bytes received over links within a slice, and over the network between slices.
+    """
 
     count: float
     bytes: float
+    ici: float
+    dcn: float
 
 
 class Buffer(NamedTuple):
@@ -81,7 +91,7 @@ class Counts:
       bytes: to and from main memory.
       collectives: by kind.
       largest: the largest array that an instruction outside fusions makes.
-      unknown: loops counted once and kernels counted without FLOPs, for want of knowledge.
+      unknown: loops whose trips depend on data and kernels counted without FLOPs.
     """
 
     flops: float = 0.0
@@ -91,15 +101,24 @@ class Counts:
     unknown: tuple[str, ...] = ()
 
 
-def count(text: str, kernels: Mapping[str, Cost] | None = None) -> Counts:
+def count(
+    text: str,
+    kernels: Mapping[str, Cost] | None = None,
+    slices: Sequence[int] = (),
+    turns: int = 1,
+) -> Counts:
     """The costs of a compiled program.
 
     Args:
       text: `compiled.as_text()`.
       kernels: the cost of a run of a Pallas kernel, by its name.
+      slices: the slice of each device, in the program's order; empty = they share one.
+      turns: of a loop whose trips depend on the program's data.
     """
     entry, computations = parse(text)
-    counter = _Counter(computations, kernels or {})
+    devices = re.search(r"\bnum_partitions=(\d+)", text)
+    slices = slices or [0] * int(devices[1] if devices else 1)
+    counter = _Counter(computations, kernels or {}, slices, turns)
     counter.run(computations[entry], 1)
     return counter.counts()
 
@@ -107,21 +126,29 @@ def count(text: str, kernels: Mapping[str, Cost] | None = None) -> Counts:
 class _Counter:
     """One walk over the computations that are run, with how often each is."""
 
-    def __init__(self, computations: Mapping[str, Computation], kernels: Mapping[str, Cost]):
+    def __init__(
+        self,
+        computations: Mapping[str, Computation],
+        kernels: Mapping[str, Cost],
+        slices: Sequence[int],
+        turns: int,
+    ):
         self.computations = computations
         self.kernels = kernels
+        self.slices = slices
+        self.turns = turns
         self.cost = Cost(0.0, 0.0)
         self.largest = Buffer(0, (), "")
         self.unknown: dict[str, None] = {}
-        # (kind, key) -> (times, bytes on the wire, bytes in memory)
-        self.collectives: dict[tuple[str, str], tuple[float, int, int]] = {}
+        # (kind, key) -> (times, once: its traffic, bytes in memory)
+        self.collectives: dict[tuple[str, str], tuple[float, Traffic, int]] = {}
 
     def counts(self) -> Counts:
-        traffic: dict[str, Traffic] = defaultdict(lambda: Traffic(0, 0))
+        traffic: dict[str, Traffic] = defaultdict(lambda: Traffic(0, 0, 0, 0))
         in_memory = 0.0
-        for (kind, _), (times, wire, memory) in self.collectives.items():
-            old = traffic[kind]
-            traffic[kind] = Traffic(old.count + times, old.bytes + times * wire)
+        for (kind, _), (times, once, memory) in self.collectives.items():
+            pairs = zip(traffic[kind], once, strict=True)
+            traffic[kind] = Traffic(*(old + times * one for old, one in pairs))
             in_memory += times * memory
         return Counts(
             self.cost.flops,
@@ -165,7 +192,8 @@ class _Counter:
         trips = trip_count(self.computations, here, one)
         if trips is None:
             self.unknown[one.name] = None
-        self.run(self.computations[one.called("body")], times * (1 if trips is None else trips))
+        trips = self.turns if trips is None else trips
+        self.run(self.computations[one.called("body")], times * trips)
 
     def _branches(self, one: Instruction, times: float) -> None:
         named = re.search(r"branch_computations=\{([^}]*)\}", one.attributes)
@@ -173,7 +201,7 @@ class _Counter:
         names = names or [one.called("true_computation"), one.called("false_computation")]
         tried = []
         for name in names:
-            branch = _Counter(self.computations, self.kernels)
+            branch = _Counter(self.computations, self.kernels, self.slices, self.turns)
             branch.run(self.computations[name], 1)
             tried.append((branch.counts().flops, branch.counts().bytes, name))
         self.run(self.computations[max(tried)[2]], times)
@@ -185,7 +213,8 @@ class _Counter:
         """
         results = _results(here, one)
         operands = [a for operand in here.operands(one) for a in operand.arrays]
-        wire = max(sum(a.bytes for a in results), sum(a.bytes for a in operands))
+        larger = max(sum(a.bytes for a in results), sum(a.bytes for a in operands))
+        links = collectives.received(_kind(one), larger, one.attributes, self.slices)
         memory = _main(results) + _main(operands)
         channel = re.search(r"channel_id=(\d+)", one.attributes)
         key = (_kind(one), channel[1] if channel else one.name)
@@ -193,7 +222,7 @@ class _Counter:
             pieces = "async_collective_fusion" in here.name
             old = self.collectives[key][0]
             times = min(times, old) if pieces else times + old
-        self.collectives[key] = (times, wire, memory)
+        self.collectives[key] = (times, Traffic(1, larger, *links), memory)
 
     def _fusion(self, here: Computation, one: Instruction, times: float) -> None:
         inner = self._inner(one)

@@ -4,8 +4,19 @@ import jax
 import numpy as np
 import pytest
 
+from medmoe_jax.adapters.model import AdaptedConfig
+from medmoe_jax.base.config import DecoderConfig
+from medmoe_jax.base.decoder import Execution
 from medmoe_jax.errors import UserError
-from medmoe_jax.parallel.mesh import AXES, batch_sharding, batch_shards, make_mesh, resolve
+from medmoe_jax.parallel import topology
+from medmoe_jax.parallel.mesh import (
+    AXES,
+    batch_sharding,
+    batch_shards,
+    make_mesh,
+    resolve,
+    slice_of,
+)
 
 ONES = dict.fromkeys(AXES, 1)
 
@@ -57,3 +68,37 @@ def test_batches_go_over_every_axis_but_tensor():
 def test_some_devices():
     mesh = make_mesh({**ONES, "fsdp": -1}, jax.devices()[:2])
     assert mesh.devices.size == 2 and mesh.shape["fsdp"] == 2
+
+
+def test_an_axis_that_does_not_divide_the_heads_is_refused():
+    decoder = DecoderConfig(
+        vocab_size=32, d_model=24, n_layers=1, n_heads=6, n_kv_heads=3, head_dim=4, d_ff=32
+    )
+
+    def on(**sizes):
+        mesh = make_mesh({**ONES, **sizes})
+        return AdaptedConfig(decoder, execution=Execution(activations=batch_sharding(mesh, 3)))
+
+    on(fsdp=4, tensor=2)
+    with pytest.raises(UserError, match=r"run\.mesh\.tensor: 4 does not divide the 6 attention"):
+        on(fsdp=2, tensor=4)
+
+
+@pytest.mark.aot
+def test_only_the_axis_data_leaves_a_slice():
+    slices = topology.describe("2xv5e:2x2").devices
+    mesh = make_mesh({**ONES, "data": 4, "fsdp": -1}, slices)
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "expert": 1, "tensor": 1}
+    of = np.vectorize(slice_of)(mesh.devices)
+    assert (of == np.array([0, 0, 1, 1])[:, None, None, None]).all()
+    with pytest.raises(UserError, match=r"run\.mesh\.data: 1 is no multiple of the 2 slices"):
+        make_mesh({**ONES, "fsdp": -1}, slices)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("sizes", [{"fsdp": 8, "tensor": 2}, {"data": 2, "fsdp": 4, "tensor": 2}])
+def test_axes_that_share_a_row_of_chips(sizes):
+    """A 4x4 slice has no row of 8 or 2 chips: axes split its rows."""
+    mesh = make_mesh({**ONES, **sizes}, topology.describe("v6e:4x4").devices)
+    assert {axis: mesh.shape[axis] for axis in sizes} == sizes
+    assert len(set(mesh.devices.flat)) == 16

@@ -12,7 +12,7 @@ from medmoe_jax.parallel import mesh as meshes
 from medmoe_jax.parallel import topology
 
 
-@pytest.mark.parametrize("name", ["v5e:3x3", "v5e", "v9:2x2", "2x2", "", "v5p:2x2"])
+@pytest.mark.parametrize("name", ["v5e:3x3", "v5e", "v9:2x2", "2x2", "", "v5p:2x2", "0xv5e:2x2"])
 def test_an_unknown_slice_is_an_error_that_lists_the_known_ones(name):
     with pytest.raises(UserError, match=r"'.*' is not known; .*v5e:\{1x1,2x2.*v5p:\{.*v6e:\{"):
         topology.describe(name)
@@ -34,6 +34,13 @@ def test_every_slice_that_is_offered_exists(name):
     assert len(slice_.devices) == math.prod(sizes)
     assert {device.device_kind for device in slice_.devices} == {slice_.chip.kind}
     assert topology.CHIPS[name.partition(":")[0]] is slice_.chip
+
+
+@pytest.mark.aot
+def test_several_slices():
+    slices = topology.describe("2xv5e:2x2")
+    assert [device.slice_index for device in slices.devices] == [0] * 4 + [1] * 4
+    assert slices.chip is topology.CHIPS["v5e"]
 
 
 @pytest.mark.aot

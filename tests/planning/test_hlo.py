@@ -92,6 +92,7 @@ def test_loop_that_depends_on_data_is_named():
 
     counts = _count(fn, (N, D), (D, D))
     assert counts.flops == _product(N, D, D) and len(counts.unknown) == 1
+    assert hlo.count(_text(fn, (N, D), (D, D)), turns=7).flops == 7 * _product(N, D, D)
 
 
 def test_remat_counts_the_work_done_twice():
@@ -159,15 +160,23 @@ def _sharded(fn, spec_in, spec_out, n):
 
 
 ROWS, WHOLE = PartitionSpec("x"), PartitionSpec()
+# Function, specs, the larger side and what a device receives, both as shares of the whole.
 COLLECTIVES = {
-    "all-gather": (lambda v: jax.lax.all_gather(v, "x", tiled=True), ROWS, WHOLE, 1),
-    "all-reduce": (lambda v: jax.lax.psum(v, "x"), ROWS, WHOLE, 1 / 8),
-    "reduce-scatter": (lambda v: jax.lax.psum_scatter(v, "x", tiled=True), WHOLE, ROWS, 1),
-    "all-to-all": (lambda v: jax.lax.all_to_all(v, "x", 0, 0, tiled=True), ROWS, ROWS, 1 / 8),
+    "all-gather": (lambda v: jax.lax.all_gather(v, "x", tiled=True), ROWS, WHOLE, 1, 7 / 8),
+    "all-reduce": (lambda v: jax.lax.psum(v, "x"), ROWS, WHOLE, 1 / 8, 2 * 7 / 64),
+    "reduce-scatter": (lambda v: jax.lax.psum_scatter(v, "x", tiled=True), WHOLE, ROWS, 1, 7 / 8),
+    "all-to-all": (
+        lambda v: jax.lax.all_to_all(v, "x", 0, 0, tiled=True),
+        ROWS,
+        ROWS,
+        1 / 8,
+        7 / 64,
+    ),
     "collective-permute": (
         lambda v: jax.lax.ppermute(v, "x", [(i, (i + 1) % 8) for i in range(8)]),
         ROWS,
         ROWS,
+        1 / 8,
         1 / 8,
     ),
 }
@@ -175,16 +184,19 @@ COLLECTIVES = {
 
 @pytest.mark.parametrize("kind", COLLECTIVES)
 def test_collectives(kind):
-    fn, spec_in, spec_out, share = COLLECTIVES[kind]
-    n = 1024
-    assert _sharded(fn, spec_in, spec_out, n) == {kind: hlo.Traffic(1, 4 * n * share)}
+    fn, spec_in, spec_out, share, received = COLLECTIVES[kind]
+    size = 4 * 1024
+    want = {kind: hlo.Traffic(1, size * share, size * received, 0)}
+    assert _sharded(fn, spec_in, spec_out, 1024) == want
 
 
 def test_collectives_in_a_loop():
     def fn(v):
         return jax.lax.scan(lambda v, _: (jax.lax.psum(v, "x") * 0.1, None), v, None, length=6)[0]
 
-    assert _sharded(fn, ROWS, ROWS, 1024)["all-reduce"] == hlo.Traffic(6, 6 * 4 * 128)
+    assert _sharded(fn, ROWS, ROWS, 1024)["all-reduce"] == hlo.Traffic(
+        6, 6 * 4 * 128, 6 * 2 * 4 * 128 * 7 / 8, 0
+    )
 
 
 KERNEL = """HloModule jit_f

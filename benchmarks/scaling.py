@@ -1,0 +1,199 @@
+"""What the published recipes take on TPU slices: `medmoe plan` over sizes, slices and experts.
+
+  python benchmarks/scaling.py                       # what benchmarks/results/scaling.json lacks
+  python benchmarks/scaling.py --only=weak --seconds=500
+  python benchmarks/scaling.py --tables              # Markdown of docs/scaling.md, nothing compiled
+
+A case takes a minute or two on two cores. Nothing is measured here: every figure is counted in a
+program compiled for a slice that is not there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "scaling.json"
+CHIPS = {"v5e:1x1": 1, "v5e:2x2": 4, "v5e:2x4": 8, "v5e:4x4": 16, "v5e:8x8": 64}
+CHIPS |= {"v5e:16x16": 256, "v5p:4x4x4": 64, "v6e:16x16": 256, "2xv5e:4x4": 32}
+SLICES = ("v5e:4x4", "v5p:4x4x4", "v6e:16x16")
+EXPERTS = (8, 64, 512, 4096)
+
+
+class Case(NamedTuple):
+    """One run of `medmoe plan`.
+
+    Attributes:
+      section: the table it belongs to.
+      config: file and argument, under configs/.
+      topology: the slice.
+      fields: of the configuration, set.
+    """
+
+    section: str
+    config: str
+    topology: str
+    fields: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Its name in the results."""
+        return " ".join((self.config, self.topology, *self.fields))
+
+    def arguments(self) -> list[str]:
+        """The command's arguments: a row of 2,048 tokens a chip, and the fields."""
+        fields = {"data.length": "2048", "data.global_batch": str(CHIPS[self.topology])}
+        fields |= {"run.accumulation": "1"} | dict(f.split("=", 1) for f in self.fields)
+        config = [f"--config.{name}={value}" for name, value in fields.items()]
+        return [f"--config=configs/{self.config}", f"--topology={self.topology}", *config]
+
+
+def _medcare(size: str, topology: str, *fields: str, section: str = "medcare") -> Case:
+    return Case(section, f"medcare.py:qwen1.5-{size}", topology, fields)
+
+
+def _experts(number: int) -> Case:
+    fields = (f"stages.mixture.banks.experts.experts={number}", "run.dispatch=all_to_all")
+    mesh = ("run.mesh.fsdp=2", "run.mesh.expert=8")
+    return Case("experts", "ming_moe.py:qwen1.5-1.8b", "v5e:4x4", (*fields, *mesh))
+
+
+CASES = (
+    _medcare("14b", "v5e:4x4"),
+    _medcare("7b", "v5e:2x4", section="small"),
+    _medcare("1.8b", "v5e:1x1", section="small"),
+    _medcare("7b", "v5e:1x1", "base.quantise=int8", section="small"),
+    *(_medcare(size, "v5e:4x4") for size in ("1.8b", "4b", "7b")),
+    *(Case("apollo", f"apollo_moe.py:qwen2-{s}", "v5e:4x4") for s in ("0.5b", "1.5b", "7b")),
+    *(_experts(number) for number in EXPERTS),
+    *(_medcare("1.8b", t, section="weak") for t in ("v5e:2x2", "v5e:8x8", "v5e:16x16")),
+    _medcare("1.8b", "2xv5e:4x4", "run.mesh.data=2", section="weak"),
+    *(_medcare(size, t) for t in SLICES[1:] for size in ("14b", "1.8b", "7b", "4b")),
+    *(
+        Case("apollo", f"apollo_moe.py:qwen2-{s}", t)
+        for t in SLICES[1:]
+        for s in ("7b", "0.5b", "1.5b")
+    ),
+)
+
+
+def compile_case(case: Case, limit: float) -> dict | None:
+    """The figures of a case, or what the command said; None if it took too long."""
+    out = RESULTS.with_suffix(".one.json")
+    command = [sys.executable, "-m", "medmoe_jax.cli.main", "plan", f"--json={out}"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    try:
+        done = subprocess.run(
+            command + case.arguments(),
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=limit,
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    figures = json.loads(out.read_text())
+    out.unlink()
+    return figures
+
+
+def compile_missing(sections: set[str], seconds: float) -> None:
+    """Compile the cases of some sections that are not in the results, while there is time."""
+    end = time.monotonic() + seconds
+    for case in CASES:
+        results = load()
+        if case.section not in sections or case.key in results or time.monotonic() > end:
+            continue
+        print(case.key, flush=True)
+        figures = compile_case(case, end - time.monotonic() + 60)
+        if figures is None:
+            print("  stopped: no time left", flush=True)
+            continue
+        print(
+            "  " + json.dumps({k: figures.get(k) for k in ("fits", "hbm_gib", "error")}), flush=True
+        )
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps({**results, case.key: figures}, indent=1) + "\n")
+
+
+def load() -> dict[str, dict]:
+    """The results so far."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def tables() -> str:
+    """Markdown of all sections."""
+    results = load()
+    out = []
+    for section in dict.fromkeys(case.section for case in CASES):
+        columns = ["recipe", "slice", "GiB a chip", "of them arguments", "TFLOPs", "over the floor"]
+        columns += ["HBM GB", "ICI GB", "DCN GB", "bound, ms", "set by", "MFU bound", "tokens/s"]
+        lines = [f"### {section}", "", _row(columns), _row(["---"] * len(columns))]
+        for case in CASES:
+            if case.section == section:
+                lines.append(_row([_name(case), case.topology, *_cells(results.get(case.key))]))
+        out += [*lines, ""]
+    return "\n".join(out)
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _name(case: Case) -> str:
+    recipe = case.config.removesuffix(".py").replace(".py:", " ")
+    shown = [field.rpartition(".")[2] for field in case.fields if "mesh" not in field]
+    return ", ".join([recipe, *shown])
+
+
+def _cells(figures: dict | None) -> list[str]:
+    if figures is None:
+        return ["not compiled"] + [""] * 10
+    if "error" in figures:
+        return [figures["error"]] + [""] * 10
+    cells = [f"{figures['hbm_gib']:.2f}", f"{figures['arguments_gib']:.2f}"]
+    if not figures["fits"]:
+        return [f"**{cells[0]}**: too large", cells[1]] + [""] * 9
+    links = figures["collectives"].values()
+    return [
+        *cells,
+        f"{figures['flops_per_chip'] / 1e12:.2f}",
+        f"{figures['flops_over_floor']:.3f}",
+        f"{figures['bytes_per_chip'] / 1e9:.1f}",
+        f"{sum(c['ici_bytes'] for c in links) / 1e9:.2f}",
+        f"{sum(c['dcn_bytes'] for c in links) / 1e9:.2f}",
+        f"{1e3 * figures['step_seconds_bound']:.1f}",
+        figures["bound_by"],
+        f"{100 * figures['mfu_bound']:.0f}%",
+        f"{figures['tokens_per_second_bound']:,.0f}",
+    ]
+
+
+def main() -> None:
+    """Compile what is missing, then print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    sections = sorted({case.section for case in CASES})
+    parser.add_argument("--only", default=",".join(sections), help="sections, by comma")
+    parser.add_argument("--seconds", type=float, default=7200, help="start no case after these")
+    parser.add_argument("--tables", action="store_true", help="only print the tables")
+    args = parser.parse_args()
+    unknown = set(args.only.split(",")) - set(sections)
+    if unknown:
+        parser.error(f"--only: no section {', '.join(unknown)}; known: {', '.join(sections)}")
+    if not args.tables:
+        compile_missing(set(args.only.split(",")), args.seconds)
+    print(tables())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What a stage takes on a TPU slice that is not there: memory, work, traffic, time.
+
+  medmoe plan --config=configs/medcare.py:qwen1.5-14b --topology=v5e:4x4
+  medmoe plan --config=FILE --topology=2xv5p:2x2x2 --config.run.mesh.data=2 --all --json=plan.json
+  medmoe plan --config=FILE --topology=v6e:2x4 --search
+
+Compiles the real training step for the slice with the libtpu wheel (pip install 'medmoe_jax[aot]')
+and counts the compiled program. No weights, tokenizer or data need exist: shapes come from the
+configuration and, for a published base, its preset. A topology is CHIP:LAYOUT, or NxCHIP:LAYOUT for
+N slices; a wrong one lists all. Times are bounds: the chip's busiest resource at its full speed.
+"""
+
+from __future__ import annotations
+
+import json
+
+import jax
+
+from medmoe_jax.checkpoints.files import write_text
+from medmoe_jax.cli.configs import load_config
+from medmoe_jax.parallel.topology import describe
+from medmoe_jax.planning import plan as plans
+from medmoe_jax.planning import search as searches
+from medmoe_jax.planning.programs import open_abstract, start
+from medmoe_jax.training.summary import console, note
+
+
+def add_arguments(parser) -> None:
+    """Declare the command's own arguments."""
+    parser.add_argument("--topology", required=True, metavar="NAME", help="such as v5e:4x4")
+    parser.add_argument("--stage", default="", help="whose step it is (default: the first)")
+    parser.add_argument(
+        "--all", action="store_true", help="the frozen base's step, scoring and generation too"
+    )
+    parser.add_argument(
+        "--search",
+        nargs="?",
+        type=int,
+        const=8,
+        default=0,
+        metavar="N",
+        help="instead: compile the N most promising meshes, micro-batches and remats (%(const)s)",
+    )
+    parser.add_argument(
+        "--print-shardings", action="store_true", help="how every array is spread over the mesh"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the figures too")
+
+
+def run(arguments, rest) -> None:
+    """Run the command."""
+    # Nothing runs here: a TPU of this machine stays free for others.
+    jax.config.update("jax_platforms", "cpu")
+    topology = describe(arguments.topology)
+    config = load_config(rest)
+    setup = open_abstract(config, topology)
+    stage = arguments.stage or setup.stages[0].name
+    at = start(setup, stage)
+    if arguments.print_shardings:
+        console.print(plans.shardings_table(setup, at))
+    if arguments.search:
+        tokens = config.data.global_batch * config.data.length
+        result = searches.search(config, topology, stage, arguments.search, note)
+        figures = searches.as_json(result, tokens)
+        console.print(searches.table(result, topology, tokens))
+    else:
+        plan = plans.make_plan(setup, topology, at, arguments.all)
+        figures = plans.as_json(plan)
+        console.print(plans.table(plan))
+    if arguments.json:
+        write_text(arguments.json, json.dumps(figures, indent=2) + "\n")

@@ -1,0 +1,235 @@
+"""The programs of a recipe on a slice, by their shapes alone: nothing is loaded, nothing runs.
+
+Axes: B rows, T tokens, N completions, P prompt slots, C completion slots.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from medmoe_jax.adapters import lifecycle
+from medmoe_jax.adapters.lifecycle import Roster
+from medmoe_jax.base.presets import HUB
+from medmoe_jax.checkpoints.bases import Base, open_base
+from medmoe_jax.errors import UserError
+from medmoe_jax.inference import engine
+from medmoe_jax.inference.engine import Sampling
+from medmoe_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, replicated
+from medmoe_jax.parallel.rules import state_shardings
+from medmoe_jax.parallel.topology import Topology
+from medmoe_jax.planning.frozen import frozen_step
+from medmoe_jax.routing.languages import read_languages
+from medmoe_jax.training import recipe
+from medmoe_jax.training.parts import make_objective, make_optimiser, split
+from medmoe_jax.training.recipe import Stage
+from medmoe_jax.training.setup import Setup, check_settings
+from medmoe_jax.training.step import TrainState, train_step
+
+# Of a stage that runs by epochs: a constant in the compiled step, which costs the same with any.
+SOME_STEPS = 100_000
+COMPLETIONS = 4  # choices of a prompt that is scored
+NEW_TOKENS = 256  # of a prompt that is answered; at most half a row
+
+
+class Program(NamedTuple):
+    """A function and the shapes it is compiled for.
+
+    Attributes:
+      name: for tables.
+      function: jitted, or its arguments static.
+      arguments: trees of `ShapeDtypeStruct` with shardings.
+      rows: of a batch that run at once, over all devices.
+      length: tokens of a row.
+      times: how often it runs in a step.
+      turns: of a loop that ends when the data say so, at most.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple
+    rows: int
+    length: int
+    times: int = 1
+    turns: int = 1
+
+
+class Start(NamedTuple):
+    """What a stage starts from, as shapes.
+
+    Attributes:
+      stage, roster: the stage, and its banks.
+      frozen, trainable: see `training.step`.
+      base: the base at its end, frozen leaves and trained ones.
+      banks: all of them.
+    """
+
+    stage: Stage
+    roster: Roster
+    frozen: Any
+    trainable: Any
+    base: Any
+    banks: Any
+
+
+def open_abstract(config: ConfigDict, topology: Topology) -> Setup:
+    """What a configuration stands for on a slice, without weights, tokenizer or data.
+
+    The base's shapes are those of its files or, for a published path of `base.presets.HUB`, of the
+    preset.
+
+    Raises:
+      UserError: naming the field that does not fit.
+    """
+    check_settings(config)
+    base = open_shapes(config.base)
+    if not config.stages.order:
+        raise UserError("stages.order is empty: the recipe trains nothing that could be planned")
+    if not 0 < config.data.length <= base.config.max_positions:
+        raise UserError(
+            f"data.length: {config.data.length} is not between 1 and the base's "
+            f"{base.config.max_positions} positions"
+        )
+    mesh = make_mesh(config.run.mesh.to_dict(), topology.devices)
+    languages = read_languages(config.data.languages) if config.data.languages else None
+    stages = recipe.parse(config, base.config)
+    # No text is read for a plan.
+    setup = Setup(config, mesh, base, stages, tokenizer=None, template=None, languages=languages)
+    setup.model(())  # checks how it is to be run
+    shards = batch_shards(mesh) * config.run.accumulation
+    if config.data.global_batch % shards:
+        raise UserError(
+            f"data.global_batch: {config.data.global_batch} rows do not divide over "
+            f"{batch_shards(mesh)} devices x run.accumulation {config.run.accumulation}"
+        )
+    return setup
+
+
+def open_shapes(section: ConfigDict) -> Base:
+    """The base of a configuration's section, for its shapes; see `open_abstract`."""
+    published = {path: name for name, path in HUB.items()}
+    overrides = section.decoder.to_dict()
+    if section.path in published and not (section.preset or overrides):
+        return open_base("", published[section.path], {}, section.seed, section.quantise)
+    return open_base(section.path, section.preset, overrides, section.seed, section.quantise)
+
+
+def placed(tree, tree_shardings):
+    """A tree of shapes with its shardings."""
+    return jax.tree.map(lambda leaf, s: leaf.update(sharding=s), tree, tree_shardings)
+
+
+def start(setup: Setup, name: str) -> Start:
+    """What the stage of that name starts from, its arrays in their shards.
+
+    Raises:
+      UserError: the recipe has no such stage.
+    """
+    known = [stage.name for stage in setup.stages]
+    if name not in known:
+        raise UserError(f"--stage: '{name}' is none of {', '.join(known)}")
+    stages = recipe.chain(setup.stages, name)
+    roster: Roster = {}
+
+    def run(base):
+        nonlocal roster
+        banks: dict[str, Any] = {}
+        for stage in stages:
+            roster, banks, base = recipe.start(stage, roster, banks, base, setup.base.config)
+        return (*split(stages[-1], roster, banks, base), base, banks)
+
+    trees = jax.eval_shape(run, setup.base.abstract(setup.dtype))
+    trees = (placed(tree, setup.place(tree)) for tree in trees)
+    return Start(stages[-1], roster, *trees)
+
+
+def training(setup: Setup, at: Start) -> Program:
+    """The training step that `training.run` jits."""
+    config, mesh = setup.config, setup.mesh
+    steps = at.stage.config.steps or SOME_STEPS
+    plans = recipe.plans(at.stage, at.roster, steps)
+    optimiser = make_optimiser(at.stage, recipe.schedule(at.stage.config, steps), plans)
+    moments = jax.eval_shape(optimiser.init, at.trainable)
+    state = TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)),
+        at.trainable,
+        placed(moments, state_shardings(moments, mesh, setup.rules)),
+    )
+    step = functools.partial(train_step, make_objective(setup, at.stage, at.roster), optimiser)
+    rows = config.data.global_batch
+    return Program(
+        "train",
+        jax.jit(step, donate_argnums=0),
+        (state, at.frozen, _batch(setup, rows)),
+        rows // config.run.accumulation,
+        config.data.length,
+    )
+
+
+def _batch(setup: Setup, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    ids = jax.ShapeDtypeStruct(
+        (rows, setup.config.data.length), jnp.int32, sharding=batch_sharding(setup.mesh)
+    )
+    names = ["tokens", "loss_mask", "segment_ids", "positions"]
+    return dict.fromkeys(names + (["language_ids"] if setup.languages else []), ids)
+
+
+def frozen(setup: Setup, at: Start) -> Program:
+    """The bare base's step on one micro-batch, run once for each of a training step's."""
+    config = setup.config
+    rows = config.data.global_batch // config.run.accumulation
+    model = setup.model(())
+    step = jax.jit(functools.partial(frozen_step, model.decoder, model.execution))
+    arguments = (at.base, _batch(setup, rows))
+    return Program("frozen", step, arguments, rows, config.data.length, config.run.accumulation)
+
+
+def _answering(setup: Setup, at: Start):
+    """`(model, its weights, rows at once, a function that makes arrays of ids)`."""
+    rows = setup.config.run.score_batch
+    rows += -rows % batch_shards(setup.mesh)
+
+    def ids(*shape: int, axis: int = 0):
+        spec: list = [None] * len(shape)
+        spec[axis] = batch_sharding(setup.mesh, 1).spec[0]
+        sharding = NamedSharding(setup.mesh, PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+
+    model = setup.model(lifecycle.active_banks(at.roster))
+    language = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(setup.mesh))
+    return model, (at.base, at.banks, {}, language), rows, ids
+
+
+def scoring(setup: Setup, at: Start) -> Program:
+    """Scoring COMPLETIONS, an eighth of a row each, of `run.score_batch` prompts."""
+    model, weights, B, ids = _answering(setup, at)
+    N, C = COMPLETIONS, max(setup.config.data.length // 8, 1)
+    P = setup.config.data.length - C
+    completions = (ids(N, B, C, axis=1), ids(N, B, C, axis=1), ids(N, B, axis=1))
+    arguments = (weights, ids(B, P), ids(B, P), ids(B, P), *completions)
+    return Program("score", functools.partial(engine._score, model), arguments, B, P + N * C)
+
+
+def decoding(setup: Setup, at: Start) -> Program:
+    """Reading `run.score_batch` prompts and writing NEW_TOKENS to each."""
+    model, weights, B, ids = _answering(setup, at)
+    new = min(NEW_TOKENS, setup.config.data.length // 2)
+    P = setup.config.data.length - new
+    generate = functools.partial(engine._generate, model, Sampling(), (0,), new)
+    arguments = (weights, ids(B, P), ids(B, P), ids(B, P), ids(B))
+    return Program("generate", generate, arguments, B, P + new, turns=new)
+
+
+def bytes_of(tree) -> int:
+    """What one device holds of a tree of shapes with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

@@ -1,0 +1,238 @@
+"""The fastest way to run a training step on a slice: micro-batch, rematerialisation, mesh shape.
+
+The global batch is the recipe's; what is tried is how many of its rows run at once. A candidate is
+not compiled where its arguments and the activations that it must keep exceed the memory, nor where
+its least work takes longer than the best so far. The others are compiled in the order of a rough
+estimate that adds what the mesh makes chips exchange.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+from rich.table import Table
+
+from medmoe_jax.base.config import site_shapes
+from medmoe_jax.base.decoder import REMAT
+from medmoe_jax.parallel.mesh import AXES, batch_shards, slice_of
+from medmoe_jax.parallel.topology import Topology
+from medmoe_jax.planning import programs
+from medmoe_jax.planning.figures import GIB, Figures, measure
+from medmoe_jax.planning.plan import floor
+from medmoe_jax.planning.programs import Start, bytes_of
+from medmoe_jax.planning.roofline import bound, layer_weights, lowest_layer
+from medmoe_jax.training.setup import Setup
+
+
+class Candidate(NamedTuple):
+    """One way to run the step.
+
+    Attributes:
+      mesh: sizes of the axes, in the order of AXES.
+      accumulation: micro-batches.
+      remat: see `base.decoder.Execution`.
+    """
+
+    mesh: tuple[int, ...]
+    accumulation: int
+    remat: str
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{axis} {n}" for axis, n in zip(AXES, self.mesh, strict=True) if n > 1)
+        return f"{sizes or 'one chip'}; {self.accumulation} micro-batches; remat {self.remat}"
+
+
+class Estimate(NamedTuple):
+    """What is known of a candidate before it is compiled.
+
+    Attributes:
+      gib: memory that it needs at least.
+      least: seconds that its products and the reading of its weights take at least.
+      seconds: the same with what its chips exchange, roughly.
+    """
+
+    gib: float
+    least: float
+    seconds: float
+
+
+class Found(NamedTuple):
+    """A candidate that was compiled."""
+
+    candidate: Candidate
+    figures: Figures
+
+
+class Result(NamedTuple):
+    """What a search came to.
+
+    Attributes:
+      found: compiled candidates, those that fit first, the fastest on top.
+      too_large, too_slow, left: how many were not compiled: they cannot fit, cannot be faster than
+        the best, or came after the last that was allowed.
+    """
+
+    found: tuple[Found, ...]
+    too_large: int
+    too_slow: int
+    left: int
+
+
+def search(
+    config: ConfigDict,
+    topology: Topology,
+    stage: str,
+    most: int,
+    report: Callable[[str], None] = lambda _: None,
+) -> Result:
+    """Compile the most promising candidates.
+
+    Args:
+      config: the recipe; its mesh's `expert` axis stays.
+      topology: the slice.
+      stage: whose step it is.
+      most: candidates to compile.
+      report: told of the number of candidates, and of each before it is compiled.
+    """
+    starts: dict[tuple[int, ...], Start] = {}  # by mesh, on which alone they depend
+
+    def opened(candidate: Candidate) -> tuple[Setup, Start]:
+        setup = programs.open_abstract(_with(config, candidate), topology)
+        if candidate.mesh not in starts:
+            starts[candidate.mesh] = programs.start(setup, stage)
+        return setup, starts[candidate.mesh]
+
+    limit = topology.chip.hbm_gib
+    known = {c: estimate(*opened(c), topology) for c in candidates(config, topology)}
+    possible = sorted((c for c in known if known[c].gib < limit), key=lambda c: known[c].seconds)
+    report(f"{len(known)} candidates; {len(known) - len(possible)} need more than {limit} GiB")
+    found: list[Found] = []
+    waiting, best = possible, float("inf")
+    while waiting and len(found) < most:
+        candidate, *waiting = waiting
+        report(f"compiling {len(found) + 1} of at most {most}: {candidate}")
+        setup, at = opened(candidate)
+        figures = measure(setup, topology, programs.training(setup, at))
+        found.append(Found(candidate, figures))
+        if figures.fits:
+            best = min(best, figures.bound.seconds)
+        waiting = [c for c in waiting if known[c].least < best]
+    return Result(
+        tuple(sorted(found, key=lambda f: (not f.figures.fits, f.figures.bound.seconds))),
+        too_large=len(known) - len(possible),
+        too_slow=len(possible) - len(found) - len(waiting),
+        left=len(waiting),
+    )
+
+
+def _with(config: ConfigDict, candidate: Candidate) -> ConfigDict:
+    """The recipe run in the candidate's way."""
+    config = config.copy_and_resolve_references()
+    config.run.mesh.update(zip(AXES, candidate.mesh, strict=True))
+    config.run.accumulation = candidate.accumulation
+    config.run.remat = candidate.remat
+    return config
+
+
+def candidates(config: ConfigDict, topology: Topology) -> Iterator[Candidate]:
+    """Every mesh, number of micro-batches and rematerialisation that the recipe can be run with.
+
+    A mesh divides the chips, the slices, the attention heads and the global batch.
+    """
+    decoder = programs.open_shapes(config.base).config
+    chips, rows = len(topology.devices), config.data.global_batch
+    slices = len(set(map(slice_of, topology.devices)))
+    expert = max(config.run.mesh.expert, 1)
+    for tensor in _divisors(chips // expert):
+        if decoder.n_heads % tensor or decoder.n_kv_heads % tensor:
+            continue
+        for data in _divisors(chips // expert // tensor):
+            mesh = (data, chips // expert // tensor // data, expert, tensor)
+            shards = chips // tensor
+            if data % slices or rows % shards:
+                continue
+            for accumulation in _divisors(rows // shards):
+                for remat in REMAT:
+                    yield Candidate(mesh, accumulation, remat)
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def estimate(setup: Setup, at: Start, topology: Topology) -> Estimate:
+    """What is known of an opened candidate without compiling it.
+
+    A layer's input is kept for the backward pass, and unless `remat` is `full` what its products
+    make, the last excepted. `full` makes all of that again. The base is read forward and backward
+    of every micro-batch, and gathered over `fsdp` and `expert` each time; over `tensor`, a layer's
+    outputs are added up twice forward and twice backward.
+    """
+    decoder, run, mesh = setup.base.config, setup.config.run, setup.mesh.shape
+    itemsize = jnp.dtype(setup.dtype).itemsize
+    program = programs.training(setup, at)
+    tokens = program.rows // batch_shards(setup.mesh) * program.length  # of a chip, at once
+    above = decoder.n_layers - lowest_layer(at.roster, at.trainable["base"], decoder.n_layers)
+    wide = sum(o for site, (_, o) in site_shapes(decoder).items() if site != "mlp.down")
+    kept = decoder.d_model + (0 if run.remat == "full" else wide / mesh["tensor"])
+    gib = (bytes_of(program.arguments) + above * tokens * kept * itemsize) / GIB
+
+    flops = floor(setup, at)
+    if run.remat == "full":
+        again = above * (layer_weights(decoder) - decoder.d_ff * decoder.d_model)
+        flops += 2 * again * tokens * run.accumulation / mesh["tensor"]
+    spread = mesh["fsdp"] * mesh["expert"]
+    weights = bytes_of(at.base["layers"]) * spread
+    passes = run.accumulation * (1 + above / decoder.n_layers)
+    gathered = weights * (1 - 1 / spread)
+    added = 4 * decoder.n_layers * tokens * decoder.d_model * itemsize * (1 - 1 / mesh["tensor"])
+    chip = topology.chip
+    return Estimate(
+        gib,
+        bound(chip, flops, passes * weights).seconds,
+        bound(chip, flops, passes * weights, passes * gathered + run.accumulation * added).seconds,
+    )
+
+
+def table(result: Result, topology: Topology, tokens: int) -> Table:
+    """The compiled candidates, the fastest that fits on top.
+
+    Args:
+      result: of a search.
+      topology: the slice.
+      tokens: of a step.
+    """
+    out = Table(
+        title=f"fastest on {topology.name}, by bound",
+        title_justify="left",
+        caption=f"not compiled: {result.too_large} too large, {result.too_slow} too slow, "
+        f"{result.left} left",
+        caption_justify="left",
+    )
+    for column in (*AXES, "micro-batches", "remat", "GiB", "ms", "set by", "tokens/s"):
+        out.add_column(column, justify="right")
+    for (mesh, accumulation, remat), figures in result.found:
+        cells = [f"{figures.hbm:.2f}", "does not fit", "", ""]
+        if figures.fits:
+            seconds = figures.bound.seconds
+            cells = [f"{figures.hbm:.2f}", f"{1e3 * seconds:.2f}", figures.bound.resource]
+            cells.append(f"{tokens / seconds:,.0f}")
+        out.add_row(*map(str, mesh), str(accumulation), remat, *cells)
+    return out
+
+
+def as_json(result: Result, tokens: int) -> dict[str, Any]:
+    """The result's figures; seconds and tokens a second only of what fits."""
+    rows = []
+    for (mesh, accumulation, remat), figures in result.found:
+        row = {"mesh": dict(zip(AXES, mesh, strict=True)), "accumulation": accumulation}
+        row |= {"remat": remat, "fits": figures.fits, "hbm_gib": figures.hbm}
+        if figures.fits:
+            seconds = figures.bound.seconds
+            row |= {"step_seconds_bound": seconds, "tokens_per_second_bound": tokens / seconds}
+        rows.append(row)
+    counts = {"too_large": result.too_large, "too_slow": result.too_slow, "left": result.left}
+    return {"candidates": rows, "not_compiled": counts}

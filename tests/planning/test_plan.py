@@ -1,0 +1,146 @@
+"""`medmoe plan` from the command line to its figures, on slices that are not there."""
+
+import json
+
+import pytest
+
+from medmoe_jax.cli.main import main
+from medmoe_jax.parallel.topology import CHIPS, Topology
+from medmoe_jax.planning.figures import Figures, needed_gib
+from medmoe_jax.planning.hlo import Traffic
+from medmoe_jax.planning.plan import Plan, as_json
+from medmoe_jax.planning.roofline import bound
+
+RECIPE = """
+from configs import medcare
+from medmoe_jax.training.config import recipe, source
+
+def get_config():
+    config = recipe()
+    config.base.decoder = dict(
+        vocab_size=512, d_model=256, n_layers=4, n_heads=2, n_kv_heads=2, head_dim=128, d_ff=512,
+        max_positions=32768,
+    )
+    config.base.dtype = "bfloat16"
+    config.data.length = 256
+    config.data.global_batch = 16
+    config.data.sources.knowledge = source("absent.jsonl")
+    config.data.sources.alignment = source("absent.jsonl")
+    config.stages.order = ("aggregate", "align")
+    config.stages.aggregate = medcare.aggregate(mixture={"knowledge": 1.0}, steps=3600)
+    config.stages.align = medcare.align(mixture={"alignment": 1.0})
+    config.run.accumulation = 2
+    return config
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.py"
+    path.write_text(RECIPE)
+    return path
+
+
+def run(recipe, tmp_path, *arguments):
+    """The command's JSON."""
+    out = tmp_path / "plan.json"
+    assert main(["plan", f"--config={recipe}", f"--json={out}", *arguments]) == 0
+    return json.loads(out.read_text())
+
+
+@pytest.mark.aot
+def test_a_training_step_and_all_the_rest(recipe, tmp_path, capsys):
+    figures = run(recipe, tmp_path, "--topology=v5e:2x2", "--all")
+    assert figures["fits"] and 0 < figures["arguments_gib"] < figures["hbm_gib"] < 1
+    assert figures["hbm_limit_gib"] == 16 and figures["chips"] == 4
+    assert figures["mesh"] == {"data": 1, "fsdp": 4, "expert": 1, "tensor": 1}
+    assert {"all-gather"} <= set(figures["collectives"])
+    assert all(c["dcn_bytes"] == 0 < c["ici_bytes"] for c in figures["collectives"].values())
+    assert figures["step_seconds_bound"] == max(figures["seconds"].values()) > 0
+    assert figures["chip_hours"] == pytest.approx(4 * figures["step_seconds_bound"])
+    others = figures["others"]
+    assert set(others) == {"frozen", "score", "generate"} and all(
+        o["fits"] for o in others.values()
+    )
+    assert not figures["unknown_kernels"]
+    # The frozen step computes the floor, the layers again and attention by blocks; adapters more.
+    assert 1 < others["frozen"]["flops_per_chip"] / figures["floor_flops_per_chip"] < 1.6
+    assert 1 < figures["flops_per_chip"] / others["frozen"]["flops_per_chip"] < 2.5
+    assert others["generate"]["flops_per_chip"] > 0
+
+
+@pytest.mark.aot
+def test_slices_joined_by_a_network(recipe, tmp_path, capsys):
+    arguments = ("--topology=2xv5e:2x2", "--stage=align", "--config.run.mesh.data=2")
+    figures = run(recipe, tmp_path, *arguments)
+    crossing = {k: c["dcn_bytes"] for k, c in figures["collectives"].items() if c["dcn_bytes"]}
+    assert crossing
+    # The gradients of the trained bank, float32, a quarter on each chip of a slice, and scalars.
+    bank = 4 * 4 * 32 * (3 * 256 + 3 * 512)
+    assert 2 * bank / 2 / 4 * 0.9 < sum(crossing.values()) < 2 * bank * 1.5
+    assert figures["steps"] is None and figures["chip_hours"] is None
+
+
+@pytest.mark.aot
+def test_a_step_that_does_not_fit_is_said_to(recipe, tmp_path, capsys):
+    fields = ("--config.data.length=32768", "--config.data.global_batch=1024")
+    fields += ("--config.run.remat=none",)
+    figures = run(recipe, tmp_path, "--topology=v5e:2x2", *fields)
+    assert not figures["fits"] and figures["hbm_gib"] > 16
+    assert "step_seconds_bound" not in figures
+
+
+@pytest.mark.aot
+def test_the_search_compiles_the_most_promising(recipe, tmp_path, capsys):
+    figures = run(recipe, tmp_path, "--topology=v5e:2x2", "--search=2")
+    first, second = figures["candidates"]
+    assert first["step_seconds_bound"] <= second["step_seconds_bound"]
+    assert sum(figures["not_compiled"].values()) > 10
+    assert "of at most" not in capsys.readouterr().out
+
+
+@pytest.mark.aot
+def test_shardings_are_printed(recipe, tmp_path, capsys):
+    assert main(["plan", f"--config={recipe}", "--topology=v5e:9x9"]) == 1
+    assert "topology 'v5e:9x9' is not known" in capsys.readouterr().err
+
+
+def plan_of(**fields):
+    """A plan of one second a step, bound by products."""
+    chip = CHIPS["v5e"]
+    work = dict(flops=197e12, bytes=819e9 / 2, collectives={"all-reduce": Traffic(3, 9, 4e9, 5e9)})
+    train = Figures(
+        "train", True, 9.0, 4.0, 30.0, 5.0, **work, bound=bound(chip, 197e12, 819e9 / 2)
+    )
+    given = dict(stage="one", mesh={"data": 2}, rows=4, length=100, accumulation=1, steps=7200)
+    topology = Topology("v5e:2x1", chip, (0, 1))
+    return Plan(**{"topology": topology, "floor": 98.5e12, "train": train, **given, **fields})
+
+
+def test_figures_of_a_plan():
+    figures = as_json(plan_of())
+    assert figures["step_seconds_bound"] == pytest.approx(1.0)
+    assert (figures["mfu_bound"], figures["chip_hours"]) == pytest.approx((0.5, 4.0))
+    assert figures["flops_over_floor"] == pytest.approx(2.0)
+    assert figures["tokens_per_second_bound"] == pytest.approx(400.0)
+    assert figures["collectives"] == {
+        "all-reduce": {"count": 3, "ici_bytes": 4e9, "dcn_bytes": 5e9}
+    }
+
+
+def test_a_plan_that_does_not_fit_knows_its_memory_only():
+    figures = as_json(plan_of(train=Figures("train", False, 20.0, 4.0, 30.0)))
+    assert (figures["fits"], figures["hbm_gib"], figures["hbm_limit_gib"]) == (False, 20.0, 16)
+    assert figures["mfu_bound"] is figures["chip_hours"] is figures["flops_over_floor"] is None
+
+
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        ("RESOURCE_EXHAUSTED: ... Used 20.50G of 15.75G hbm. Exceeded", 20.5),
+        ("Used 512.00M of 15.75G hbm.", 0.5),
+        ("INTERNAL: something else", None),
+    ],
+)
+def test_what_a_refusal_says(message, gib):
+    assert needed_gib(message) == gib

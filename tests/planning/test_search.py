@@ -1,0 +1,125 @@
+"""What the search tries, and what it can tell of a candidate without compiling it."""
+
+import jax
+import pytest
+
+from configs import medcare
+from medmoe_jax.base.config import site_shapes
+from medmoe_jax.base.presets import preset
+from medmoe_jax.parallel.topology import CHIPS, Topology
+from medmoe_jax.planning import search
+from medmoe_jax.planning.figures import Figures
+from medmoe_jax.planning.programs import bytes_of, open_abstract, start, training
+from medmoe_jax.planning.roofline import bound
+from medmoe_jax.planning.search import Candidate, Found, Result, candidates, estimate
+
+HERE = Topology("here", CHIPS["v5e"], tuple(jax.devices()))
+CHIP, BASE = HERE.chip, "qwen1.5-0.5b"
+
+
+def config_of(rows=16, accumulation=1):
+    config = medcare.get_config("qwen1.5-1.8b")
+    config.base.path, config.base.preset = "", BASE
+    config.data.length, config.data.global_batch = 1024, rows
+    config.run.accumulation = accumulation
+    return config
+
+
+def test_candidates():
+    found = list(candidates(config_of(), HERE))
+    assert len(found) == len(set(found))
+    meshes = {c.mesh for c in found}
+    # Eight chips and sixteen heads: every way to cut eight in three.
+    assert meshes == {
+        (d, 8 // t // d, 1, t) for t in (1, 2, 4, 8) for d in (1, 2, 4, 8) if 8 % (t * d) == 0
+    }
+    assert {c.accumulation for c in found if c.mesh == (1, 8, 1, 1)} == {1, 2}
+    assert {c.accumulation for c in found if c.mesh == (1, 1, 1, 8)} == {1, 2, 4, 8, 16}
+    assert {c.remat for c in found} == {"none", "dots", "full"}
+    assert {c.mesh for c in candidates(config_of(rows=4), HERE)} == {
+        m for m in meshes if 8 // m[3] <= 4
+    }
+
+
+def test_the_expert_axis_stays_and_heads_limit_tensor():
+    config = config_of()
+    config.run.mesh.expert = 2
+    config.base.preset = "qwen2-0.5b"  # fourteen heads, two of keys and values
+    assert {c.mesh for c in candidates(config, HERE)} == {
+        (1, 4, 2, 1), (2, 2, 2, 1), (4, 1, 2, 1), (1, 2, 2, 2), (2, 1, 2, 2),
+    }  # fmt: skip
+
+
+def estimated(mesh, accumulation, remat):
+    config = search._with(config_of(), Candidate(mesh, accumulation, remat))
+    setup = open_abstract(config, HERE)
+    at = start(setup, "aggregate")
+    return estimate(setup, at, HERE), bytes_of(training(setup, at).arguments)
+
+
+def test_estimates_against_sums_by_hand():
+    decoder = preset(BASE)
+    layer = sum(i * o for i, o in site_shapes(decoder).values())
+    tokens, L, D, F = 2 * 1024, 24, 1024, 2816
+    head = decoder.vocab_size * D
+    floor = tokens * (4 * (L * layer + head) + 6 * L * D * 1024)
+
+    full, held = estimated((1, 8, 1, 1), 1, "full")
+    assert full.gib * 2**30 == held + L * tokens * D * 2
+    again = 2 * tokens * L * (layer - D * F)
+    assert full.least == pytest.approx((floor + again) / 197e12)
+    # Every chip receives 7/8 of the layers, forward and backward.
+    gathered = 2 * L * layer * 2 * 7 / 8
+    assert full.seconds == pytest.approx(max(full.least, gathered / 200e9), rel=1e-2)
+
+    dots, _ = estimated((1, 8, 1, 1), 1, "dots")
+    assert dots.gib * 2**30 == held + L * tokens * (D + 4 * D + 2 * F) * 2
+    assert dots.least == pytest.approx(floor / 197e12)
+
+    halves, _ = estimated((1, 8, 1, 1), 2, "dots")
+    assert halves.least == pytest.approx(dots.least)
+    assert halves.gib < dots.gib
+    assert halves.seconds >= dots.seconds
+
+    tensor, _ = estimated((1, 4, 1, 2), 1, "dots")
+    assert tensor.least == pytest.approx(dots.least)
+
+
+def test_a_search_compiles_what_may_win(monkeypatch):
+    """The compiler replaced by the estimate: the first is the best, slower ones are left out."""
+    compiled = []
+
+    def measured(setup, topology, program):
+        run = setup.config.run
+        mesh = tuple(setup.mesh.shape.values())
+        compiled.append((mesh, run.accumulation, run.remat))
+        at = start(setup, "aggregate")
+        seconds = estimate(setup, at, HERE).seconds
+        fits = len(compiled) > 1
+        return Figures("train", fits, 9.0, 1.0, 1.0, bound=bound(CHIP, 197e12 * seconds, 0))
+
+    monkeypatch.setattr(search, "measure", measured)
+    lines = []
+    result = search.search(config_of(rows=8), HERE, "aggregate", 3, lines.append)
+    assert len(compiled) == len(result.found) <= 3
+    assert not result.found[-1].figures.fits and result.found[0].figures.fits
+    assert len(lines) == 1 + len(compiled)
+    total = len(list(candidates(config_of(rows=8), HERE)))
+    assert len(compiled) + result.too_large + result.too_slow + result.left == total
+    assert result.too_slow > 0
+
+
+def test_the_table_and_the_json_say_the_same():
+    fits = Figures("train", True, 9.0, 1.0, 1.0, bound=bound(CHIP, 197e12, 0))
+    not_ = Figures("train", False, 20.0, 1.0, 1.0)
+    one = Candidate((1, 8, 1, 1), 2, "dots")
+    result = Result((Found(one, fits), Found(one._replace(remat="none"), not_)), 5, 6, 7)
+    figures = search.as_json(result, 4000)
+    assert figures["candidates"][0]["tokens_per_second_bound"] == pytest.approx(4000)
+    assert figures["candidates"][1] == {
+        "mesh": {"data": 1, "fsdp": 8, "expert": 1, "tensor": 1},
+        "accumulation": 2, "remat": "none", "fits": False, "hbm_gib": 20.0,
+    }  # fmt: skip
+    assert figures["not_compiled"] == {"too_large": 5, "too_slow": 6, "left": 7}
+    table = search.table(result, HERE, 4000)
+    assert table.row_count == 2 and "5 too large" in table.caption
