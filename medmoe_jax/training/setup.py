@@ -113,9 +113,7 @@ def open_setup(config: ConfigDict) -> Setup:
       UserError: naming the field that does not fit.
     """
     section = config.base
-    if section.dtype not in _DTYPES:
-        raise UserError(f"base.dtype: '{section.dtype}' is none of {', '.join(_DTYPES)}")
-    _check_run(config.run)
+    check_settings(config)
     mesh = make_mesh(config.run.mesh.to_dict())
     base = open_base(
         section.path, section.preset, section.decoder.to_dict(), section.seed, section.quantise
@@ -160,8 +158,11 @@ def _check_languages(where: str, spec: BankSpec, languages: Languages | None) ->
         )
 
 
-def _check_run(run: ConfigDict) -> None:
+def check_settings(config: ConfigDict) -> None:
+    """Raise UserError for a dtype, a count or a strategy that there cannot be."""
+    if config.base.dtype not in _DTYPES:
+        raise UserError(f"base.dtype: '{config.base.dtype}' is none of {', '.join(_DTYPES)}")
     for name in _COUNTS:
-        if run[name] < 1:
-            raise UserError(f"run.{name}: {run[name]} is below 1")
-    strategy(run.dispatch)
+        if config.run[name] < 1:
+            raise UserError(f"run.{name}: {config.run[name]} is below 1")
+    strategy(config.run.dispatch)
