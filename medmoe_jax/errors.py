@@ -1,4 +1,4 @@
-"""The one exception whose text is written for the user."""
+"""The exceptions whose text is written for the user."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints the message without a traceback and exits with status 1.
     """
+
+
+class Stopped(Exception):
+    """The machine asked the run to stop: all that was done is saved, the same command continues."""

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from medmoe_jax.checkpoints.processes import from_first_process
 from medmoe_jax.errors import UserError
+from medmoe_jax.parallel import processes
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -28,9 +28,13 @@ def write_text(path: str | Path, text: str) -> None:
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Replace `path` by `content`: a crash leaves the old content or the new, never a mixture.
 
+    Of several processes the first one writes.
+
     Raises:
       OSError: the disk is full or the folder cannot be written; the old content is intact.
     """
+    if processes.index():
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -124,7 +128,7 @@ def new_folder(directory: str | Path) -> Iterator[Write]:
         yield write
         write(lambda folder: os.replace(folder, directory))
     finally:
-        if jax.process_index() == 0:
+        if processes.index() == 0:
             shutil.rmtree(partial, ignore_errors=True)
 
 

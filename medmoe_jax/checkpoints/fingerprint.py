@@ -17,7 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+
+import medmoe_jax
+from medmoe_jax.parallel.processes import gather
 
 LANES_Nx3 = ((0x9E3779B1, 0x85EBCA77, 0x165667B1), (0xC2B2AE3D, 0x27D4EB2F, 0xD3A2646C))
 SLICE_ELEMENTS = 2**21
@@ -35,6 +37,13 @@ def file_fingerprint(path: str | Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
+def code_fingerprint() -> str:
+    """32 hex digits for the Python files of this package."""
+    root = Path(medmoe_jax.__file__).parent
+    files = {str(path.relative_to(root)): path for path in root.rglob("*.py")}
+    return json_fingerprint({name: file_fingerprint(path) for name, path in files.items()})
+
+
 def tree_fingerprint(tree: Any) -> str:
     """32 hex digits for a pytree of arrays: paths, dtypes, shapes and every bit of the values.
 
@@ -47,8 +56,7 @@ def tree_fingerprint(tree: Any) -> str:
         rows.append([name, str(leaf.dtype), list(leaf.shape)])
         parts.append(_leaf_sums(leaf))  # dispatched leaf after leaf; the results are read once
     sums = np.stack([_add(part) for part in jax.device_get(parts)] or [_add([])])
-    if jax.process_count() > 1:
-        sums = np.sum(multihost_utils.process_allgather(sums), axis=0, dtype=np.uint32)
+    sums = np.sum(np.array(gather(sums.tolist()), np.uint32), axis=0, dtype=np.uint32)
     return json_fingerprint(
         sorted([*row, total] for row, total in zip(rows, sums.tolist(), strict=False))
     )

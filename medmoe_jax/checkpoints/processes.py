@@ -1,23 +1,46 @@
 """Several processes with one disk: the first one judges and writes, the others follow it."""
 
-import json
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from medmoe_jax.errors import UserError
+from medmoe_jax.parallel import processes
+
+_VISIBLE = 20  # seconds until a file shows on every machine of a shared disk
+
 
 def from_first_process(decide: Callable[[], Any]) -> Any:
-    """What `decide` returns on the first process, a JSON-able value, on all of them."""
-    if jax.process_count() == 1:
+    """What `decide` returns on the first process, a JSON-able value, on all of them.
+
+    Raises:
+      UserError: on all of them, where `decide` raises it or OSError on the first.
+    """
+    if processes.count() == 1:
         return decide()
-    text = json.dumps(decide()).encode() if jax.process_index() == 0 else b""
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    buffer = np.zeros(length, np.uint8)
-    buffer[: len(text)] = np.frombuffer(text, np.uint8)
-    return json.loads(multihost_utils.broadcast_one_to_all(buffer).tobytes())
+    if processes.index():
+        answer = processes.gather(None)[0]
+        if "error" in answer:
+            raise UserError(answer["error"])
+        return answer["value"]
+    try:
+        value = decide()
+    except (UserError, OSError) as error:
+        processes.gather({"error": str(error)})
+        raise
+    processes.gather({"value": value})
+    return value
+
+
+def union(by_name: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of all processes' mappings of JSON-able values; they agree where they overlap."""
+    return {name: value for part in processes.gather(dict(by_name)) for name, value in part.items()}
 
 
 def to_host(x: jax.Array) -> np.ndarray:
@@ -25,3 +48,55 @@ def to_host(x: jax.Array) -> np.ndarray:
     if x.is_fully_addressable:
         return np.asarray(x)
     return multihost_utils.process_allgather(x, tiled=True)
+
+
+def check_alike(what: Mapping[str, Any]) -> None:
+    """Raise UserError, on all processes, unless they all give the same nested JSON-able value."""
+    first, *others = (_flat(each, "") for each in processes.gather(what))
+    for process, other in enumerate(others, 1):
+        names = sorted(n for n in first.keys() | other.keys() if first.get(n) != other.get(n))
+        if names:
+            fields = ", ".join(f"{n} ({first.get(n)!r} and {other.get(n)!r})" for n in names)
+            raise UserError(
+                f"process {process} differs from process 0 in {fields}; start all of them with the "
+                "same command, code and libraries"
+            )
+
+
+def _flat(value: Any, path: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {path: value}
+    parts = (_flat(item, f"{path}.{key}" if path else key) for key, item in value.items())
+    return {name: leaf for part in parts for name, leaf in part.items()}
+
+
+def check_shared(directory: str | Path) -> None:
+    """Raise UserError, on all processes, unless they all see the same folder, made if absent."""
+    if processes.count() == 1:
+        return
+    directory = Path(directory)
+
+    def leave() -> str:
+        directory.mkdir(parents=True, exist_ok=True)
+        name = f".seen-{uuid.uuid4().hex}"
+        (directory / name).touch()
+        return name
+
+    token = directory / from_first_process(leave)
+    seen = processes.gather(_appears(token))
+    from_first_process(token.unlink)
+    blind = [str(process) for process, sees in enumerate(seen) if not sees]
+    if blind:
+        raise UserError(
+            f"{directory} of process {', '.join(blind)} is not that of process 0; a work directory "
+            "must lie on a disk that all processes see"
+        )
+
+
+def _appears(path: Path) -> bool:
+    until = monotonic() + _VISIBLE
+    while not path.exists():
+        if monotonic() > until:
+            return False
+        sleep(0.1)
+    return True

@@ -12,6 +12,7 @@ disk is judged by the first one, and the others follow it.
 
 import concurrent.futures
 import contextlib
+import functools
 import json
 import logging
 from collections.abc import Sequence
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from medmoe_jax.checkpoints.files import read_json, write_json
@@ -27,6 +27,7 @@ from medmoe_jax.checkpoints.fingerprint import file_fingerprint
 from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.checkpoints.processes import from_first_process
 from medmoe_jax.errors import UserError
+from medmoe_jax.parallel import processes
 
 SEAL = "SEAL.json"
 MANIFEST = "manifest.json"
@@ -152,7 +153,7 @@ class StageCheckpoints:
     def _finish(self, step: int, saved: ocp.AsyncResponse[bool]) -> None:
         try:
             saved.result()
-            if jax.process_index() == 0:
+            if processes.index() == 0:
                 _seal(self._steps / str(step))
         except WRITE_ERRORS as error:
             raise self._failed(step, error) from error
@@ -255,16 +256,17 @@ def save_final(directory: str | Path, banks: Any, manifest: Manifest) -> None:
             ocp.save_checkpointables(
                 final, {"banks": banks, "extra": {"leaves": _describe(banks)}}, overwrite=True
             )
-        if jax.process_index() == 0:
-            _seal(final)
-            manifest.write(directory / MANIFEST)
+        from_first_process(functools.partial(_close, directory, manifest))
     except WRITE_ERRORS as error:
         raise CheckpointError(
             f"the stage's end could not be written to {final}: {error}. Free space on the disk or "
             "mend its permissions, and start again: the stage's checkpoints are intact."
         ) from error
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"finished {directory}")
+
+
+def _close(directory: Path, manifest: Manifest) -> None:
+    _seal(directory / "final")
+    manifest.write(directory / MANIFEST)
 
 
 def is_finished(directory: str | Path) -> bool:
@@ -343,6 +345,8 @@ def _check_fit(folder: Path, saved: dict[str, str], abstract: Any) -> None:
 def _seal(folder: Path) -> None:
     """Write the seal of a folder: each file's size and hash."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+    if not files:
+        raise FileNotFoundError(f"{folder} is gone")  # an empty seal would vouch for nothing
     write_json(
         folder / SEAL,
         {

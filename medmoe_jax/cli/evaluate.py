@@ -12,17 +12,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from medmoe_jax.cli.configs import load_config
 from medmoe_jax.cli.session import (
     add_language_argument,
     add_model_arguments,
     no_rest,
     open_model,
+    open_run,
     run_tasks,
 )
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation.tasks import list_tasks
-from medmoe_jax.training.setup import open_setup
 from medmoe_jax.training.summary import console
 
 
@@ -50,7 +49,7 @@ def run(arguments, rest) -> None:
     output = arguments.output or arguments.workdir
     if not output:
         raise UserError("give --output (or --workdir) for report.json")
-    setup = open_setup(load_config(rest))
+    setup = open_run(rest, arguments.workdir)
     model = open_model(setup, arguments.workdir, arguments.stage, arguments.off, arguments.language)
     Path(output).mkdir(parents=True, exist_ok=True)
     report = run_tasks(

@@ -20,13 +20,12 @@ from medmoe_jax.checkpoints import companions
 from medmoe_jax.checkpoints.files import check_new, read_json
 from medmoe_jax.checkpoints.huggingface import HUB, save_hf
 from medmoe_jax.checkpoints.peft import save_peft
-from medmoe_jax.cli.configs import load_config
-from medmoe_jax.cli.session import add_model_arguments, open_stage
+from medmoe_jax.cli.session import add_model_arguments, open_run, open_stage
 from medmoe_jax.data.templates import stops
 from medmoe_jax.errors import UserError
 from medmoe_jax.training.recipe import chain
 from medmoe_jax.training.run import Trained
-from medmoe_jax.training.setup import Setup, open_setup
+from medmoe_jax.training.setup import Setup
 from medmoe_jax.training.step import match_leaves
 
 
@@ -45,7 +44,7 @@ def add_arguments(parser) -> None:
 def run(arguments, rest) -> None:
     """Run the command."""
     check_new(arguments.output)
-    setup = open_setup(load_config(rest))
+    setup = open_run(rest, arguments.workdir)
     trained = open_stage(setup, arguments.workdir, arguments.stage)
     roster = trained.roster
     for name in arguments.off:
@@ -77,7 +76,7 @@ def _export_hf(setup: Setup, trained: Trained, output: str, dtype: str | None) -
         base.config,
         trained.base,
         base.family,
-        members=_members(trained, ("train", "frozen")),
+        members=_members(trained, lifecycle.ACTIVE),
         dtype=np.dtype(dtype or setup.dtype),
         source=read_json(base.folder / "config.json") if base.folder else None,
         extra=None if base.folder else ids,
@@ -104,7 +103,7 @@ def _export_peft(setup: Setup, trained: Trained, output: str, dtype: str | None)
         output,
         setup.base.config,
         setup.base.family,
-        _members(trained, ("train", "frozen", "merged")),
+        _members(trained, (*lifecycle.ACTIVE, "merged")),
         base=setup.config.base.path.removeprefix(HUB),
         dtype=np.dtype(dtype or "float32"),
     )

@@ -11,11 +11,15 @@ from __future__ import annotations
 import json
 
 from medmoe_jax.checkpoints.files import write_text
-from medmoe_jax.cli.configs import load_config
-from medmoe_jax.cli.session import add_language_argument, add_model_arguments, open_model, read_rows
+from medmoe_jax.cli.session import (
+    add_language_argument,
+    add_model_arguments,
+    open_model,
+    open_run,
+    read_rows,
+)
 from medmoe_jax.errors import UserError
 from medmoe_jax.inference.engine import Sampling
-from medmoe_jax.training.setup import open_setup
 
 
 def add_arguments(parser) -> None:
@@ -41,7 +45,7 @@ def run(arguments, rest) -> None:
     rows = [{"prompt": arguments.prompt}]
     if arguments.input is not None:
         rows = read_rows(arguments.input, ("prompt",))
-    setup = open_setup(load_config(rest))
+    setup = open_run(rest, arguments.workdir)
     model = open_model(setup, arguments.workdir, arguments.stage, arguments.off, arguments.language)
     answers = model.generate([r["prompt"] for r in rows], arguments.max_tokens, sampling)
     if arguments.input is None:

@@ -12,9 +12,8 @@ banks. After it, eval, generate, score, export and train go on as if the stage h
 
 from __future__ import annotations
 
-from medmoe_jax.cli.configs import load_config
+from medmoe_jax.cli.session import open_run
 from medmoe_jax.training.imports import import_stage
-from medmoe_jax.training.setup import open_setup
 
 
 def add_arguments(parser) -> None:
@@ -26,6 +25,6 @@ def add_arguments(parser) -> None:
 
 def run(arguments, rest) -> None:
     """Run the command."""
-    setup = open_setup(load_config(rest))
+    setup = open_run(rest, arguments.workdir)
     name = import_stage(setup, arguments.workdir, arguments.adapter, arguments.stage)
     print(f"stage '{name}' imported into {arguments.workdir}")

@@ -1,24 +1,51 @@
-"""The `medmoe` command."""
+"""The `medmoe` command.
+
+Exit status: 0 = done; 1 = bad input; 2 = wrong usage; 69 = another process of the run never came or
+is gone; 75 = asked to stop (SIGTERM) and saved, the same command continues; 130 = Ctrl-C. All else
+is a fault of the program.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+import jax
 
 import medmoe_jax
-from medmoe_jax.cli import data, demo, evaluate, export, generate, import_, score, tokenizer, train
-from medmoe_jax.errors import UserError
+from medmoe_jax.cli import (
+    analyze,
+    data,
+    demo,
+    evaluate,
+    export,
+    generate,
+    import_,
+    plan,
+    route,
+    score,
+    tokenizer,
+    train,
+)
+from medmoe_jax.errors import Stopped, UserError
+from medmoe_jax.parallel import processes
+from medmoe_jax.training.summary import console
 
 COMMANDS = {
     "demo": demo,
+    "plan": plan,
     "train": train,
+    "route": route,
     "import": import_,
     "eval": evaluate,
     "generate": generate,
     "score": score,
     "export": export,
+    "analyze": analyze,
     "data": data,
     "tokenizer": tokenizer,
 }
@@ -31,6 +58,27 @@ def parser() -> argparse.ArgumentParser:
         description="Adapt a frozen decoder LLM to medicine with mixtures of LoRA experts.",
     )
     top.add_argument("--version", action="version", version=medmoe_jax.__version__)
+    group = top.add_argument_group(
+        "several processes",
+        "the same command in each of them, before COMMAND or in the environment",
+    )
+    group.add_argument(
+        "--coordinator",
+        default=os.environ.get("MEDMOE_COORDINATOR", ""),
+        help="HOST:PORT of process 0, or auto on Cloud TPU ($MEDMOE_COORDINATOR)",
+    )
+    group.add_argument(
+        "--processes",
+        type=int,
+        default=os.environ.get("MEDMOE_PROCESSES", "1"),
+        help="how many ($MEDMOE_PROCESSES)",
+    )
+    group.add_argument(
+        "--process",
+        type=int,
+        default=os.environ.get("MEDMOE_PROCESS", "0"),
+        help="which one this is, from 0 on ($MEDMOE_PROCESS)",
+    )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
         text = module.__doc__ or ""
@@ -47,19 +95,49 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 for bad input, 130 after Ctrl-C."""
+    """Run a command; returns the exit status, see the module."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("medmoe_jax").setLevel(logging.INFO)
     arguments, rest = parser().parse_known_args(argv)
     try:
-        arguments.run(arguments, rest)
+        processes.start(arguments.coordinator, arguments.processes, arguments.process)
+        with _one_speaks():
+            arguments.run(arguments, rest)
     except (UserError, OSError) as error:
         print(f"medmoe {arguments.command}: error: {error}", file=sys.stderr)
         return 1
+    except Stopped as stop:
+        print(f"\nmedmoe {arguments.command}: {stop}; the same command continues", file=sys.stderr)
+        return 75
+    except (processes.ProcessError, jax.errors.JaxRuntimeError) as error:
+        print(f"medmoe {arguments.command}: error: {_lost(error)}", file=sys.stderr, flush=True)
+        os._exit(69)  # leaving in good order would wait for the one that is gone
     except KeyboardInterrupt:
         print("\nstopped; what was saved is intact, the same command continues", file=sys.stderr)
         return 130
     return 0
+
+
+@contextlib.contextmanager
+def _one_speaks() -> Iterator[None]:
+    """All processes but the first are silent, except for errors."""
+    if not processes.index():
+        yield
+        return
+    console.quiet = True
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def _lost(error: Exception) -> str:
+    """Which process is to blame for an error; raises it again where none is."""
+    if isinstance(error, processes.ProcessError):
+        return str(error)
+    gone = processes.missing() if processes.count() > 1 else []
+    if not gone:
+        raise error
+    names = ", ".join(map(str, gone))
+    return f"process {names} of {processes.count()} is gone; what was saved is intact"
 
 
 if __name__ == "__main__":

@@ -12,9 +12,13 @@ from __future__ import annotations
 import json
 
 from medmoe_jax.checkpoints.files import write_text
-from medmoe_jax.cli.configs import load_config
-from medmoe_jax.cli.session import add_language_argument, add_model_arguments, open_model, read_rows
-from medmoe_jax.training.setup import open_setup
+from medmoe_jax.cli.session import (
+    add_language_argument,
+    add_model_arguments,
+    open_model,
+    open_run,
+    read_rows,
+)
 
 
 def add_arguments(parser) -> None:
@@ -28,7 +32,7 @@ def add_arguments(parser) -> None:
 def run(arguments, rest) -> None:
     """Run the command."""
     rows = read_rows(arguments.input, ("prompt", "completion"))
-    setup = open_setup(load_config(rest))
+    setup = open_run(rest, arguments.workdir)
     model = open_model(setup, arguments.workdir, arguments.stage, arguments.off, arguments.language)
     scores = model.score([r["prompt"] for r in rows], [r["completion"] for r in rows])
     scored = [

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from medmoe_jax.adapters import lifecycle
+from medmoe_jax.adapters.bank import BankSpec
+from medmoe_jax.checkpoints.fingerprint import code_fingerprint
+from medmoe_jax.checkpoints.manifest import library_versions
+from medmoe_jax.checkpoints.processes import check_alike
+from medmoe_jax.cli.configs import load_config
+from medmoe_jax.data.languages import detector
 from medmoe_jax.data.sources import RowFitter
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation.report import Report
@@ -14,15 +20,43 @@ from medmoe_jax.evaluation.run import evaluate
 from medmoe_jax.evaluation.tasks import Task, load_task
 from medmoe_jax.inference.engine import Engine
 from medmoe_jax.inference.language_model import LanguageModel
+from medmoe_jax.training.compiling import keep_compiled
 from medmoe_jax.training.run import Trained, last_finished, open_trained, stage_dir
-from medmoe_jax.training.setup import Setup
+from medmoe_jax.training.setup import Setup, open_setup
 from medmoe_jax.training.summary import console, note
+
+
+def open_run(arguments: Sequence[str], workdir: str) -> Setup:
+    """The parts of the configuration that command-line arguments name, the same in every process.
+
+    Args:
+      arguments: about the configuration (`load_config`).
+      workdir: where compiled programs are kept, unless `run.compilation_cache` says; "" = nowhere.
+
+    Raises:
+      UserError: a bad configuration, or processes with different ones, other code or libraries.
+    """
+    config = load_config(arguments)
+    check_alike(
+        {
+            "config": config.to_dict(),
+            "code": code_fingerprint(),
+            "libraries": library_versions(),
+        }
+    )
+    keep_compiled(config.run.compilation_cache, workdir)
+    return open_setup(config)
 
 
 def language_model(
     setup: Setup, trained: Trained, off: Sequence[str] = (), language: str = ""
 ) -> LanguageModel:
     """A model that answers, with some of its banks left out.
+
+    Args:
+      setup, trained: the configuration's parts and its weights.
+      off: banks left out.
+      language: code of the texts' language; "" = it is detected, text by text, where a bank asks.
 
     Raises:
       UserError: `off` names a bank that is not there, or the recipe's table has no such language.
@@ -32,9 +66,20 @@ def language_model(
         roster = lifecycle.set_state(roster, name, "off")
     config = setup.model(lifecycle.active_banks(roster))
     batch = setup.config.run.score_batch
-    expert = setup.language_expert(language) if language else -1
-    engine = Engine(config, trained.base, trained.banks, {}, setup.mesh, batch, expert)
-    return LanguageModel(engine, setup.tokenizer, setup.template)
+    engine = Engine(config, trained.base, trained.banks, {}, setup.mesh, batch)
+    expert_of = _experts(setup, config.banks, language)
+    return LanguageModel(engine, setup.tokenizer, setup.template, expert_of)
+
+
+def _experts(setup: Setup, banks: Sequence[BankSpec], language: str) -> Callable[[str], int]:
+    """The expert of a text's language, or -1: of the given one, or of a detected one."""
+    if language:
+        expert = setup.language_expert(language)
+        return lambda text: expert
+    if not any(bank.gate == "language" and bank.forcing == "always" for bank in banks):
+        return lambda text: -1
+    detect = detector(setup.config.data.detect_language)
+    return lambda text: setup.languages.ids.get(detect(text), -1)
 
 
 def open_model(
@@ -125,7 +170,7 @@ def add_language_argument(parser) -> None:
         "--language",
         default="",
         metavar="CODE",
-        help="of the texts, for routers that always force its expert",
+        help="of the texts, for routers that always force its expert (default: detected)",
     )
 
 

@@ -3,15 +3,15 @@
   medmoe train --config=configs/medcare.py:qwen2-1.5b --workdir=runs/medcare
   medmoe train --config=configs/trial.py --workdir=runs/trial --config.run.save_every=50
 
+SIGTERM, as a machine sends it that is about to be taken away, saves and ends with status 75.
 Any field of the configuration can be set with --config.FIELD=VALUE.
 """
 
 from __future__ import annotations
 
-from medmoe_jax.cli.configs import load_config
-from medmoe_jax.cli.session import stage_evaluator
+from medmoe_jax.cli.session import open_run, stage_evaluator
+from medmoe_jax.parallel.processes import Notice
 from medmoe_jax.training.run import train
-from medmoe_jax.training.setup import open_setup
 
 
 def add_arguments(parser) -> None:
@@ -21,5 +21,7 @@ def add_arguments(parser) -> None:
 
 def run(arguments, rest) -> None:
     """Run the command."""
-    setup = open_setup(load_config(rest))
-    train(setup, arguments.workdir, stage_evaluator(setup, arguments.workdir))
+    setup = open_run(rest, arguments.workdir)
+    evaluate = stage_evaluator(setup, arguments.workdir)
+    with Notice() as notice:
+        train(setup, arguments.workdir, evaluate, notice)

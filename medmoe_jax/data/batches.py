@@ -11,7 +11,8 @@ Axis legend: B rows of this process's part of the global batch, T tokens of a ro
 import math
 import weakref
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -22,6 +23,7 @@ from medmoe_jax.data.templates import Template
 from medmoe_jax.data.tokenizers import Tokenizer
 from medmoe_jax.errors import UserError
 
+ARRAYS = ("tokens", "loss_mask", "segment_ids", "positions")
 COUNTS = ("rows", "tokens", "target_tokens", "truncated_rows", "rows_without_target")
 # Rows are packed into this many sequences at a time: more waste less, and mix epochs further.
 PACK_BINS = 32
@@ -30,6 +32,8 @@ ROW_OVERHEAD = 512  # bytes of Python objects around a remembered row
 AHEAD = 4
 
 Batch = dict[str, np.ndarray]
+# What this process knows by shard ("0", "1", ...) to what all processes know together.
+Merge = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 class EncodedRows(Sequence):
@@ -90,9 +94,14 @@ class BatchStream(Iterator[Batch]):
     def __next__(self) -> Batch:
         return next(self._batches)
 
-    def counters(self) -> dict[str, int]:
-        """What the batches given so far held in this process's shards, by the names in COUNTS."""
-        counts = [shard["counts"] for shard in self.get_state().values()]
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of a batch's arrays."""
+        return ARRAYS if self._encoder.languages is None else (*ARRAYS, "language_ids")
+
+    def counters(self, merge: Merge = dict) -> dict[str, int]:
+        """What the batches given so far held, by the names in COUNTS."""
+        counts = [shard["counts"] for shard in merge(self.get_state()).values()]
         return dict(zip(COUNTS, np.sum(counts, axis=0).tolist(), strict=True))
 
     def get_state(self) -> dict[str, dict]:
@@ -112,22 +121,23 @@ class BatchStream(Iterator[Batch]):
             )
         self._batches.set_state({str(shard): state[str(shard)] for shard in self.shard_ids})
 
-    def steps_per_epoch(self) -> int:
+    def steps_per_epoch(self, merge: Merge = dict) -> int:
         """Global batches in one epoch: as many rows as all used data sets hold together.
 
         Counted by packing that many rows of every shard, so it encodes the data once; what it
-        encodes is remembered for the stream. The same in every process.
+        encodes is remembered for the stream.
         """
-        sequences = 0
-        for shard in range(self._shards):
-            mixed = self._mixed(shard)
-            rows = sum(len(_shard_of(source, shard, self._shards)) for source in self._sources)
-            sequences += sum(1 for _ in self._packed(mixed.slice(slice(rows)), shard))
-        return math.ceil(sequences / self._global_batch)
+        sequences = {str(shard): self._sequences(shard) for shard in self.shard_ids}
+        return math.ceil(sum(merge(sequences).values()) / self._global_batch)
 
     def close(self) -> None:
         """Stops the background thread."""
         self._batches.close()
+
+    def _sequences(self, shard: int) -> int:
+        """How many an epoch of the shard packs into."""
+        rows = sum(len(_shard_of(source, shard, self._shards)) for source in self._sources)
+        return sum(1 for _ in self._packed(self._mixed(shard).slice(slice(rows)), shard))
 
     def _mixed(self, shard: int) -> grain.MapDataset:
         """The endless sequence of this shard's rows."""

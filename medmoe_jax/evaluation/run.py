@@ -16,6 +16,7 @@ from medmoe_jax.evaluation import answers, metrics
 from medmoe_jax.evaluation.intervals import interval
 from medmoe_jax.evaluation.report import Report, Result
 from medmoe_jax.evaluation.tasks import Item, Task, load_task
+from medmoe_jax.parallel import processes
 
 
 class LanguageModel(Protocol):
@@ -53,7 +54,8 @@ def evaluate(
     """
     loaded = [t if isinstance(t, Task) else load_task(t, limit, seed) for t in tasks]
     results, lines = [], []
-    with tqdm(total=sum(len(t.items) for t in loaded), disable=not progress) as bar:
+    quiet = not progress or processes.index() > 0
+    with tqdm(total=sum(len(t.items) for t in loaded), disable=quiet) as bar:
         for task in loaded:
             bar.set_description(task.name)
             predictions, rankings = [], []

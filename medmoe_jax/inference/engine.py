@@ -19,6 +19,7 @@ from medmoe_jax.adapters import model as adapted
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base import decoder
 from medmoe_jax.base.loss import logits, token_log_probs
+from medmoe_jax.checkpoints.processes import to_host
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel.mesh import batch_sharding, batch_shards
 
@@ -51,7 +52,7 @@ def _slots(length: int) -> int:
 
 
 def _run(config: AdaptedConfig, weights, tokens, segments, positions, cache):
-    base, banks, trained, language = weights
+    base, banks, trained, language_Bx1 = weights
     x, cache, _ = adapted.hidden(
         config,
         base,
@@ -60,7 +61,7 @@ def _run(config: AdaptedConfig, weights, tokens, segments, positions, cache):
         segments,
         positions,
         trained=trained,
-        context={"language_ids": jnp.where(segments > 0, language, -1)},
+        context={"language_ids": jnp.where(segments > 0, language_Bx1, -1)},
         cache=cache,
     )
     return decoder.head(base, trained), x, cache
@@ -156,28 +157,34 @@ class Engine:
       truncated: prompts shortened from the left so far, because they did not fit the context.
     """
 
-    def __init__(
-        self, config: AdaptedConfig, base, banks, trained, mesh, batch: int, language: int = -1
-    ):
+    def __init__(self, config: AdaptedConfig, base, banks, trained, mesh, batch: int):
         """
         Args:
           config: decoder and active banks.
           base, banks, trained: their parameters.
           mesh: where they live.
           batch: rows run at once; rounded up to what the mesh needs.
-          language: the expert of the texts' language, for gates that always force it; -1 = unknown.
         """
         self.config = config
-        self.weights = (base, banks, trained, np.int32(language))
+        self.weights = (base, banks, trained)
         self.mesh = mesh
         shards = batch_shards(mesh)
         self.batch = -(-batch // shards) * shards
         self.truncated = 0
 
     def score(
-        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[Sequence[int]]],
+        languages: Sequence[int] | None = None,
     ) -> list[list[float]]:
         """Summed log-probability of each completion of each prompt.
+
+        Args:
+          prompts: ids.
+          completions: ids of each prompt's completions.
+          languages: the expert of each prompt's language, for gates that always force it; -1 (or
+            None) = unknown.
 
         Raises:
           UserError: a prompt or completion is empty, or a completion does not fit the context.
@@ -188,12 +195,14 @@ class Engine:
         prompts = self._fit(prompts, room)
         out: list[list[float]] = [[] for _ in prompts]
         for rows in self._batches([len(p) + r for p, r in zip(prompts, room, strict=True)]):
-            sums = self._score_rows([prompts[i] for i in rows], [completions[i] for i in rows])
+            weights = self._with_languages(rows, languages)
+            chosen = [prompts[i] for i in rows], [completions[i] for i in rows]
+            sums = self._score_rows(weights, *chosen)
             for column, i in enumerate(rows):
                 out[i] = [float(s) for s in sums[: len(completions[i]), column]]
         return out
 
-    def _score_rows(self, prompts, completions) -> np.ndarray:
+    def _score_rows(self, weights, prompts, completions) -> np.ndarray:
         B = self.batch
         N = max(len(cs) for cs in completions)
         C = max(4, 1 << (max(len(c) for cs in completions for c in cs) - 1).bit_length())
@@ -206,7 +215,7 @@ class Engine:
                 given[n, b, : len(ids)] = [prompt[-1], *ids[:-1]]
         prompt_arrays = self._pad([p[:-1] for p in prompts])
         arrays = [self._put(a, 1) for a in (given, targets, lengths)]
-        return np.asarray(_score(self.config, self.weights, *prompt_arrays, *arrays))
+        return to_host(_score(self.config, weights, *prompt_arrays, *arrays))
 
     def generate(
         self,
@@ -214,8 +223,9 @@ class Engine:
         max_tokens: int,
         stop_ids: Sequence[int],
         sampling: Sampling = Sampling(),
+        languages: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """Continuations, without the stop id.
+        """Continuations, without the stop id; `languages` as in `score`.
 
         Raises:
           UserError: an empty prompt, or `max_tokens` leaves no room for a prompt.
@@ -228,13 +238,19 @@ class Engine:
         for rows in self._batches([len(p) for p in prompts]):
             arrays = self._pad([prompts[i] for i in rows])
             numbers = self._put(np.resize(np.asarray(rows, np.int32), self.batch), 0)
-            ids = _generate(
-                self.config, sampling, stops, max_tokens, self.weights, *arrays, numbers
-            )
-            for i, row in zip(rows, np.asarray(ids), strict=False):
+            weights = self._with_languages(rows, languages)
+            ids = _generate(self.config, sampling, stops, max_tokens, weights, *arrays, numbers)
+            for i, row in zip(rows, to_host(ids), strict=False):
                 end = next((n for n, t in enumerate(row) if t in stops), max_tokens)
                 out[i] = [int(t) for t in row[:end]]
         return out
+
+    def _with_languages(self, rows: Sequence[int], languages: Sequence[int] | None):
+        """The weights, and the expert of each row's language in a batch of these rows."""
+        language_Bx1 = np.full((self.batch, 1), -1, np.int32)
+        if languages is not None:
+            language_Bx1[: len(rows), 0] = [languages[i] for i in rows]
+        return (*self.weights, self._put(language_Bx1, 0))
 
     def _fit(self, prompts, room) -> list[list[int]]:
         limit = self.config.decoder.max_positions
@@ -265,6 +281,5 @@ class Engine:
     def _put(self, array: np.ndarray, batch_axis: int):
         spec = [None] * array.ndim
         spec[batch_axis] = batch_sharding(self.mesh, 1).spec[0]
-        return jax.device_put(
-            array, jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(*spec))
-        )
+        sharding = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(*spec))
+        return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])

@@ -60,6 +60,7 @@ def recipe() -> ConfigDict:
                 "attention": "auto",
                 "kernels": "auto",  # of routing and experts: pallas (TPU), xla, or the fitting one
                 "dispatch": "auto",
+                "compilation_cache": "",  # directory; empty = JAX's own, or one in the workdir
                 "log_every": 10,  # steps
                 "save_every": 200,  # steps
                 "keep": 2,  # checkpoints of a stage

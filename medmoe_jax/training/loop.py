@@ -1,7 +1,7 @@
 """The loop over steps: read, update, log, save.
 
 Step N−1's metrics are read after step N was dispatched, so that the device never waits for the
-host's bookkeeping.
+host's bookkeeping, and the next batch is made meanwhile by the stream's own thread.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from medmoe_jax.checkpoints.files import MetricsLog
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import Stopped, UserError
+from medmoe_jax.parallel import processes
 from medmoe_jax.routing import telemetry
 from medmoe_jax.routing.routers import RouterStats
 
@@ -29,10 +31,12 @@ class Loop:
     Attributes:
       name: of the stage, on the progress bar.
       step_fn: `(state, frozen, batch) -> (state, metrics)`, compiled.
-      stream: batches on the host, with `get_state` and `counters`.
+      stream: batches on the host, with `get_state`.
       place: puts a host batch on the devices.
       save: `save(state, extra)`, called every `save_every` steps and at the end.
-      log: JSONL of every step.
+      keep: `keep(batch)` writes the batch of a step that is not finite, and returns where.
+      stop: asked after every step, whether to save and end there.
+      log: JSONL of every step; None on all processes but the first.
       board: a `tensorboardX.SummaryWriter`, or None.
       probe: figures of the state computed every `log_every` steps.
       rate: learning rate of a step.
@@ -45,7 +49,9 @@ class Loop:
     stream: Any
     place: Callable[[Mapping[str, np.ndarray]], Any]
     save: Callable[[Any, dict], None]
-    log: MetricsLog
+    keep: Callable[[Any], Path]
+    stop: Callable[[], bool]
+    log: MetricsLog | None
     board: Any
     probe: Callable[[Any], dict[str, float]]
     rate: Callable[[int], float]
@@ -61,29 +67,41 @@ def run(loop: Loop, state, frozen, first: int):
     Raises:
       UserError: the loss, the gradient or a router's logits are not finite, or the first batch
         holds no target.
+      Stopped: `loop.stop` asked for it; the state is saved.
     """
-    bar = tqdm(total=loop.steps, initial=first, desc=loop.name, unit="step", dynamic_ncols=True)
-    pending: tuple[int, Any] | None = None
+    bar = tqdm(
+        total=loop.steps,
+        initial=first,
+        desc=loop.name,
+        unit="step",
+        dynamic_ncols=True,
+        disable=processes.index() > 0,
+    )
+    pending: tuple[int, Any, Any] | None = None
     clock = _Clock()
     with bar:
         for step in range(first, loop.steps):
             waited = time.monotonic()
-            batch = loop.place({name: array for name, array in next(loop.stream).items()})
+            batch = loop.place(next(loop.stream))
             waited = time.monotonic() - waited
             with jax.transfer_guard("disallow"):
                 state, metrics = loop.step_fn(state, frozen, batch)
-            metrics |= {"input_seconds": waited, "seconds": clock.lap()}
+            metrics |= {"data_wait": waited, "seconds": clock.lap()}
             if pending is not None:
                 _record(loop, bar, *pending)
-            pending = (step, metrics)
+            pending = (step, batch, metrics)
             done = step + 1
             if done % loop.log_every == 0 or done == loop.steps:
-                pending[1]["probe"] = loop.probe(state)
-            if done % loop.save_every == 0 or done == loop.steps:
+                metrics["probe"] = loop.probe(state)
+            stop = loop.stop()
+            if stop or done % loop.save_every == 0 or done == loop.steps:
                 _record(loop, bar, *pending)
                 pending = None
-                loop.log.sync()
+                if loop.log is not None:
+                    loop.log.sync()
                 loop.save(state, {"data": loop.stream.get_state()})
+            if stop:
+                raise Stopped(f"stage '{loop.name}' was asked to stop and is saved at step {done}")
     return state
 
 
@@ -99,28 +117,24 @@ class _Clock:
         return out
 
 
-def _record(loop: Loop, bar: tqdm, step: int, metrics: dict[str, Any]) -> None:
+def _record(loop: Loop, bar: tqdm, step: int, batch, metrics: dict[str, Any]) -> None:
     """Write one step's metrics to the bar, the log and TensorBoard."""
     probe = metrics.pop("probe", {})
     router = metrics.pop("router")
-    waited, seconds = metrics.pop("input_seconds"), max(metrics.pop("seconds"), 1e-9)
+    seconds = max(metrics.pop("seconds"), 1e-9)
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    if values.pop("non_finite", 0.0):
+    if fault := _fault(loop, values, router):
         raise UserError(
-            f"stage '{loop.name}', step {step + 1}: {_non_finite(loop, router)}; lower "
-            "learning_rate, or look at the rows of this step. The last checkpoint is intact."
+            f"stage '{loop.name}', step {step + 1}: {fault}; lower learning_rate, or look at the "
+            f"rows of this step, kept in {loop.keep(batch)}. The last checkpoint is intact."
         )
-    for name in ("loss", "gradient_norm"):
-        if not math.isfinite(values[name]):
-            raise UserError(
-                f"stage '{loop.name}', step {step + 1}: {name} is {values[name]}; lower "
-                "learning_rate, or look at the rows of this step. The last checkpoint is intact."
-            )
     if step == 0 and not values["target_tokens"]:
         raise UserError(
             f"stage '{loop.name}': no token of the first batch is a target, so there is nothing to "
             "learn; most likely data.length cuts the rows before their answers begin"
         )
+    if loop.log is None:
+        return
     values["learning_rate"] = float(loop.rate(step))
     row: dict[str, Any] = {**values, **probe}
     if (step + 1) % loop.log_every == 0 or step + 1 == loop.steps:
@@ -128,7 +142,7 @@ def _record(loop: Loop, bar: tqdm, step: int, metrics: dict[str, Any]) -> None:
         for key, figures in summaries.items():
             row[f"router/{key}/entropy"] = float(figures["entropy"].mean())
             row[f"router/{key}/imbalance"] = float(figures["imbalance"].max())
-        scalars = {**row, "tokens_per_second": values["tokens"] / seconds, "input_wait": waited}
+        scalars = {**row, "tokens_per_second": values["tokens"] / seconds}
         if loop.board is not None:
             for name, value in scalars.items():
                 loop.board.add_scalar(f"{loop.name}/{name}", value, step + 1)
@@ -141,6 +155,14 @@ def _record(loop: Loop, bar: tqdm, step: int, metrics: dict[str, Any]) -> None:
     bar.set_postfix_str(
         f"loss {values['loss']:.4f}, {values['tokens'] / seconds:,.0f} tok/s", refresh=False
     )
+
+
+def _fault(loop: Loop, values: dict[str, float], router) -> str:
+    """What is not finite in a step's metrics, "" if all is well; takes the routers' flag out."""
+    if values.pop("non_finite", 0.0):
+        return _non_finite(loop, router)
+    odd = [name for name in ("loss", "gradient_norm") if not math.isfinite(values[name])]
+    return f"{odd[0]} is {values[odd[0]]}" if odd else ""
 
 
 def _non_finite(loop: Loop, router) -> str:

@@ -19,7 +19,7 @@ from medmoe_jax.parallel.rules import shardings, state_shardings
 from medmoe_jax.training import allocation
 from medmoe_jax.training.recipe import Stage
 from medmoe_jax.training.setup import Setup
-from medmoe_jax.training.step import Objective, TrainState, split_base
+from medmoe_jax.training.step import Objective, TrainState, split_base, train_step
 
 
 def make_optimiser(
@@ -70,13 +70,27 @@ def place(setup: Setup, optimiser, trainable, frozen) -> tuple[TrainState, dict]
     return TrainState(step, trainable, opt_state), frozen
 
 
+def jit_step(setup: Setup, objective: Objective, optimiser, state: TrainState):
+    """`train_step` with the state given up and laid out again as it was, and the metrics whole.
+
+    Args:
+      state: the state, or its shapes with their shardings.
+    """
+    layout = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(
+        functools.partial(train_step, objective, optimiser),
+        donate_argnums=0,
+        out_shardings=(layout, replicated(setup.mesh)),
+    )
+
+
 def make_probe(
-    objective: Objective, plans: Mapping[str, Plan], frozen
+    setup: Setup, objective: Objective, plans: Mapping[str, Plan], frozen
 ) -> Callable[[TrainState], dict[str, float]]:
     """Figures of the terms on parameters and of the allocated banks."""
     specs = {spec.name: spec for spec in objective.specs}
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=replicated(setup.mesh))
     def measure(trainable, frozen_banks):
         banks = trees.overlay(frozen_banks, trainable["banks"])
         return [term.measure(specs, banks) for term in objective.terms]

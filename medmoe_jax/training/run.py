@@ -5,34 +5,43 @@ W/stages/<stage>/steps          checkpoints while it trains
 W/stages/<stage>/metrics.jsonl  one line a step
 W/stages/<stage>/final          its banks and trained base leaves
 W/stages/<stage>/manifest.json  written last: the stage is finished
+W/stages/<stage>/bad_batch.npz  the batch of a step that was not finite
+
+With several processes all of them call everything here alike.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from medmoe_jax.adapters import adalora
 from medmoe_jax.adapters.lifecycle import Roster
 from medmoe_jax.base import trees
 from medmoe_jax.checkpoints import stages as store
-from medmoe_jax.checkpoints.files import MetricsLog, read_metrics
+from medmoe_jax.checkpoints.files import MetricsLog, read_metrics, write_bytes
 from medmoe_jax.checkpoints.manifest import BankEntry, Manifest, library_versions
+from medmoe_jax.checkpoints.processes import check_shared, from_first_process, to_host, union
 from medmoe_jax.data.batches import BatchStream, make_stream
 from medmoe_jax.data.encode import Encoder
 from medmoe_jax.data.languages import detector, name_languages
 from medmoe_jax.data.sources import RowFitter, check_source, open_source
 from medmoe_jax.errors import UserError
-from medmoe_jax.parallel.mesh import batch_sharding, batch_shards
+from medmoe_jax.parallel import processes
+from medmoe_jax.parallel.mesh import batch_shards
 from medmoe_jax.parallel.rules import shardings
 from medmoe_jax.training import loop as loop_lib
 from medmoe_jax.training import recipe as recipe_lib
 from medmoe_jax.training import summary
+from medmoe_jax.training.compiling import compile_ahead
 from medmoe_jax.training.identity import (
     check_stage,
     claim,
@@ -41,10 +50,17 @@ from medmoe_jax.training.identity import (
     parent_fingerprint,
     stage_dir,
 )
-from medmoe_jax.training.parts import make_objective, make_optimiser, make_probe, place, split
+from medmoe_jax.training.parts import (
+    jit_step,
+    make_objective,
+    make_optimiser,
+    make_probe,
+    place,
+    split,
+)
+from medmoe_jax.training.placement import Placement
 from medmoe_jax.training.recipe import Stage
 from medmoe_jax.training.setup import Setup
-from medmoe_jax.training.step import train_step
 
 
 @dataclass(frozen=True)
@@ -66,13 +82,15 @@ class StageData(NamedTuple):
     """What a stage reads.
 
     Attributes:
-      stream: its batches.
+      stream: its batches, those of this process's data shards.
+      placement: puts them on the mesh.
       digests: content of each of its sources.
       languages: of each source, how many rows named their language, had it detected, or are of
         unknown language; empty without a table of languages.
     """
 
     stream: BatchStream
+    placement: Placement
     digests: dict[str, str]
     languages: dict[str, dict[str, int]]
 
@@ -105,6 +123,7 @@ def train(
     setup: Setup,
     workdir: str | Path,
     evaluate: Callable[[Trained], dict[str, Any]] = lambda _: {},
+    stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Run every stage that is not finished, in order.
 
@@ -112,10 +131,13 @@ def train(
       setup: the configuration's parts.
       workdir: where everything is kept; the same directory continues the same recipe.
       evaluate: figures of the model at the end of a stage, for its manifest.
+      stop: asked after every step, whether to save and end there.
 
     Raises:
       UserError: the work directory belongs to another recipe or base, or an input is bad.
+      Stopped: `stop` said so.
     """
+    check_shared(workdir)
     imported = {stage.name for stage in setup.stages if is_imported(workdir, stage)}
     for stage in (stage for stage in setup.stages if stage.name not in imported):
         for name in (name for name, weight in stage.mixture.items() if weight):
@@ -132,7 +154,7 @@ def train(
         if store.is_finished(directory):
             summary.note(f"stage '{stage.name}' is finished: skipped")
         else:
-            _run_stage(setup, workdir, stage, data, fingerprint, evaluate)
+            _run_stage(setup, workdir, stage, data, fingerprint, evaluate, stop)
         data.stream.close()
 
 
@@ -164,6 +186,7 @@ def open_data(setup: Setup, stage: Stage) -> StageData:
             datasets[name], languages[name] = name_languages(
                 f"data.sources.{name}: {where}", datasets[name], setup.languages.ids, detect
             )
+    placement = Placement(setup.mesh, data.global_batch, data.shards)
     stream = make_stream(
         datasets,
         used,
@@ -175,10 +198,11 @@ def open_data(setup: Setup, stage: Stage) -> StageData:
         data.shards,
         data.seed,
         pack=data.pack,
+        shard_ids=placement.shard_ids,
         languages=setup.languages.ids if setup.languages else None,
     )
     digests = {name: digest for name, (_, digest) in opened.items()}
-    return StageData(stream, digests, languages)
+    return StageData(stream, placement, digests, languages)
 
 
 def load_final(setup: Setup, workdir, name: str) -> dict[str, Any]:
@@ -201,14 +225,14 @@ def _abstract_with(tree, sharding_tree):
     )
 
 
-def _run_stage(setup, workdir, stage, data: StageData, fingerprint, evaluate) -> None:
-    config, directory = setup.config, stage_dir(workdir, stage.name)
-    stream = data.stream
+def _run_stage(setup, workdir, stage, data: StageData, fingerprint, evaluate, stop) -> None:
+    directory, stream = stage_dir(workdir, stage.name), data.stream
     before = open_trained(setup, workdir, stage.after)
     roster, banks, base = recipe_lib.start(
         stage, before.roster, before.banks, before.base, setup.base.config, setup.place
     )
-    steps = stage.config.steps or max(1, round(stage.config.epochs * stream.steps_per_epoch()))
+    steps = stage.config.steps
+    steps = steps or max(1, round(stage.config.epochs * stream.steps_per_epoch(union)))
     rate = recipe_lib.schedule(stage.config, steps)
     plans = recipe_lib.plans(stage, roster, steps)
     optimiser = make_optimiser(stage, rate, plans)
@@ -218,7 +242,7 @@ def _run_stage(setup, workdir, stage, data: StageData, fingerprint, evaluate) ->
     summary.print_stage(stage, roster, trainable, frozen, setup.base.config, steps)
     summary.print_languages(data.languages)
     state, frozen = place(setup, optimiser, trainable, frozen)
-    with store.StageCheckpoints(directory, keep=config.run.keep) as checkpoints:
+    with store.StageCheckpoints(directory, keep=setup.config.run.keep) as checkpoints:
         restored = checkpoints.restore(
             jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
@@ -229,32 +253,47 @@ def _run_stage(setup, workdir, stage, data: StageData, fingerprint, evaluate) ->
             state, first = restored.state, restored.step
             stream.set_state(restored.extra["data"])
             summary.note(f"stage '{stage.name}' continues after step {first} of {steps}")
-        with (
-            MetricsLog(directory / "metrics.jsonl", first) as metrics_log,
-            _open_board(workdir) as board,
-        ):
+        step_fn, how = compile_ahead(
+            jit_step(setup, objective, optimiser, state),
+            *(state, frozen, data.placement.abstract(stream.names, setup.config.data.length)),
+        )
+        summary.note(f"stage '{stage.name}': its step was {how}")
+        with _open_logs(workdir, directory, first) as (metrics_log, board):
             loop = loop_lib.Loop(
                 name=stage.name,
-                step_fn=jax.jit(
-                    functools.partial(train_step, objective, optimiser), donate_argnums=0
-                ),
+                step_fn=step_fn,
                 stream=stream,
-                place=functools.partial(_put_batch, setup),
-                save=lambda s, extra: checkpoints.save(int(jax.device_get(s.step)), s, extra),
+                place=data.placement,
+                save=functools.partial(_save, checkpoints),
+                keep=functools.partial(_keep_batch, directory),
+                stop=stop,
                 log=metrics_log,
                 board=board,
-                probe=make_probe(objective, plans, frozen),
+                probe=make_probe(setup, objective, plans, frozen),
                 rate=rate,
                 first_layer={name: spec.start for name, (spec, _) in roster.items()},
                 steps=steps,
-                log_every=config.run.log_every,
-                save_every=config.run.save_every,
+                log_every=setup.config.run.log_every,
+                save_every=setup.config.run.save_every,
             )
             state = loop_lib.run(loop, state, frozen, first)
-        counts = stream.counters()
+        counts = stream.counters(union)
     summary.print_counts(stage, counts)
     read = {"rows": counts, "languages": data.languages}
     _finish(setup, workdir, stage, roster, state, frozen, steps, read, fingerprint, evaluate)
+
+
+def _save(checkpoints: store.StageCheckpoints, state, extra: Mapping[str, Any]) -> None:
+    """A checkpoint with the data state of every process's shards."""
+    checkpoints.save(int(jax.device_get(state.step)), state, {"data": union(extra["data"])})
+
+
+def _keep_batch(directory: Path, batch: Mapping[str, jax.Array]) -> Path:
+    """Write a batch as it lay on the mesh, for a replay."""
+    content = io.BytesIO()
+    np.savez(content, **{name: to_host(array) for name, array in batch.items()})
+    write_bytes(directory / "bad_batch.npz", content.getvalue())
+    return directory / "bad_batch.npz"
 
 
 def _finish(setup, workdir, stage, roster, state, frozen, steps, read, fingerprint, evaluate):
@@ -269,7 +308,8 @@ def _finish(setup, workdir, stage, roster, state, frozen, steps, read, fingerpri
         a.bank: adalora.ranks(roster[a.bank][0], banks[a.bank]) for a in stage.allocators.values()
     }
     summary.print_ranks(stage, ranks)
-    last = {k: v for k, v in read_metrics(directory / "metrics.jsonl")[-1].items() if k != "router"}
+    last = from_first_process(lambda: read_metrics(directory / "metrics.jsonl")[-1])
+    last.pop("router", None)
     metrics = {"train": last, "ranks": ranks, **read, "evaluation": figures}
     save_end(setup, workdir, stage, roster, final, fingerprint, steps=steps, metrics=metrics)
 
@@ -325,16 +365,17 @@ def _shapes(params) -> dict[str, list[int]]:
     }
 
 
-def _open_board(workdir):
+@contextlib.contextmanager
+def _open_logs(workdir, directory: Path, first: int):
+    """The log of metrics from step `first` on and TensorBoard's; None where others write them."""
+    if processes.index():
+        yield None, None
+        return
     # Imported here: tensorboardX imports torch wherever that is installed.
     from tensorboardX import SummaryWriter
 
-    return SummaryWriter(str(Path(workdir) / "tensorboard"))
-
-
-def _put_batch(setup: Setup, batch):
-    sharding = batch_sharding(setup.mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, array)
-        for name, array in batch.items()
-    }
+    with (
+        MetricsLog(directory / "metrics.jsonl", first) as metrics_log,
+        SummaryWriter(str(Path(workdir) / "tensorboard")) as board,
+    ):
+        yield metrics_log, board

@@ -264,6 +264,10 @@ def test_resume_with_another_number_of_processes():
     resumed.set_state(merged)
     assert equal(take(resumed, 2), whole[7:])
     assert resumed.counters() == alone.counters()
+    for part in parts:
+        take(part, 2)
+    both = parts[0].counters(lambda states: states | parts[1].get_state())
+    assert both == alone.counters() != parts[0].counters()
     quarter = stream(shards=4, global_batch=8, shard_ids=[3])
     quarter.set_state(merged)
     assert equal(take(quarter, 2), [{k: v[[3, 7]] for k, v in b.items()} for b in whole[7:]])
@@ -313,7 +317,13 @@ def test_steps_per_epoch():
     sequences = len(rest) + sum(map(len, groups))
     one = stream(shards=1, global_batch=3)
     assert one.steps_per_epoch() == math.ceil(sequences / 3) < 14
-    assert stream(shards=2, shard_ids=[1]).steps_per_epoch() == stream().steps_per_epoch()
+    seen = []
+    for shard in (0, 1):
+        half = stream(shards=2, shard_ids=[shard])
+        half.steps_per_epoch(lambda counts: seen.append(counts) or counts)
+    assert [list(counts) for counts in seen] == [["0"], ["1"]]
+    half = stream(shards=2, shard_ids=[1])
+    assert half.steps_per_epoch(lambda counts: seen[0] | counts) == stream().steps_per_epoch()
     before = one.get_state()
     one.steps_per_epoch()
     assert one.get_state() == before

@@ -2,12 +2,13 @@
 
 import json
 import math
+import time
 
 import numpy as np
 import pytest
 
 from medmoe_jax.checkpoints.files import MetricsLog, read_metrics
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import Stopped, UserError
 from medmoe_jax.routing.routers import RouterStats
 from medmoe_jax.training import loop as loop_lib
 from medmoe_jax.training.loop import Loop
@@ -55,12 +56,13 @@ def make_loop(tmp_path, first=0, poison=None, **fields):
         stream=Stream(first),
         place=lambda batch: batch,
         save=lambda state, extra: saves.append((state, extra)),
+        keep=lambda batch: f"kept {batch['tokens'][0]}",
         log=MetricsLog(tmp_path / "m.jsonl", first),
         board=Board(),
         probe=lambda state: {"overlap": float(state)},
         rate=lambda step: 0.1 * step,
         first_layer={"noise": 4},
-        **{"steps": 7, "log_every": 2, "save_every": 3, **fields},
+        **{"steps": 7, "log_every": 2, "save_every": 3, "stop": lambda: False, **fields},
     )
     return loop, saves
 
@@ -105,7 +107,8 @@ def test_it_continues_after_the_first_steps(tmp_path):
 def test_what_is_not_finite_stops_the_run_before_a_save(tmp_path, name, value):
     """A gradient that is not finite spoils the weights although this step's loss is fine."""
     loop, saves = make_loop(tmp_path, poison=(name, 5, value))
-    with pytest.raises(UserError, match=f"stage 's', step 6: {name} is (nan|inf); lower learning"):
+    message = rf"stage 's', step 6: {name} is (nan|inf); lower learning.*kept in kept 6\."
+    with pytest.raises(UserError, match=message):
         loop_lib.run(loop, 0, "frozen", 0)
     assert [n for n, _ in saves] == [3]
     lines = (tmp_path / "m.jsonl").read_text().splitlines()
@@ -129,6 +132,31 @@ def test_logits_that_are_not_finite_name_their_router(tmp_path):
     with pytest.raises(UserError, match=message):
         loop_lib.run(loop, 0, "frozen", 0)
     assert [n for n, _ in saves] == [3]
+
+
+def test_a_stop_saves_after_that_step(tmp_path):
+    asked = iter([False] * 3 + [True])
+    loop, saves = make_loop(tmp_path, stop=lambda: next(asked))
+    with pytest.raises(Stopped, match="stage 's' was asked to stop and is saved at step 4"):
+        loop_lib.run(loop, 0, "frozen", 0)
+    assert saves == [(n, {"data": {"at": n}}) for n in (3, 4)]
+    assert [row["step"] for row in read_metrics(tmp_path / "m.jsonl")] == [1, 2, 3, 4]
+
+
+def test_the_time_that_a_step_waited_for_its_batch_is_logged(tmp_path):
+    loop, _ = make_loop(tmp_path)
+    real = loop.stream.__class__.__next__
+
+    class Slow(Stream):
+        def __next__(self):
+            if self.at == 4:
+                time.sleep(0.05)
+            return real(self)
+
+    loop.stream = Slow()
+    loop_lib.run(loop, 0, "frozen", 0)
+    waits = [row["data_wait"] for row in read_metrics(tmp_path / "m.jsonl")]
+    assert waits[4] >= 0.05 > max(waits[:4] + waits[5:])
 
 
 def test_a_first_batch_without_target_is_an_error(tmp_path):

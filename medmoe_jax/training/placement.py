@@ -1,0 +1,60 @@
+"""A global batch on the mesh, read by the processes whose devices hold its rows.
+
+Row i of a stream's global batch comes from data shard i mod S. On the mesh the rows lie shard by
+shard, so a process reads the few shards that its devices hold, and where a row lies, hence which
+dropout mask and micro-batch it gets, is the same for any number of processes.
+
+Axes: B rows of the global batch, R = B / S rows of each shard in it, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from medmoe_jax.errors import UserError
+from medmoe_jax.parallel.mesh import batch_sharding
+
+
+class Placement:
+    """Puts a process's part of a global batch on its devices.
+
+    Attributes:
+      sharding: of the `[B, T]` arrays.
+      shard_ids: the data shards that this process has to read.
+    """
+
+    def __init__(self, mesh: Mesh, rows: int, shards: int):
+        """For global batches of `rows` rows from `shards` data shards.
+
+        Raises:
+          UserError: the shards do not divide the rows.
+        """
+        if shards < 1 or rows % shards:
+            raise UserError(f"data.shards: {shards} does not divide data.global_batch ({rows})")
+        self.sharding = batch_sharding(mesh)
+        self._rows = rows
+        shard_B, turn_B = np.divmod(np.arange(rows), rows // shards)
+        held = self.sharding.addressable_devices_indices_map((rows, 1)).values()
+        own = np.unique(np.concatenate([shard_B[part[0]] for part in held]))
+        self.shard_ids = tuple(own.tolist())
+        # Of each row on the mesh, if it is this process's: its place in the stream's batch.
+        self._place_B = turn_B * len(own) + np.searchsorted(own, shard_B)
+
+    def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """The stream's next batch, int32 `[R · shard_ids, T]` each, as global arrays `[B, T]`."""
+        return {name: self._put(array) for name, array in batch.items()}
+
+    def abstract(self, names, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """What a batch of these arrays and `length` tokens is, for compiling."""
+        one = jax.ShapeDtypeStruct((self._rows, length), np.int32, sharding=self.sharding)
+        return dict.fromkeys(names, one)
+
+    def _put(self, array: np.ndarray) -> jax.Array:
+        shape = (self._rows, *array.shape[1:])
+        return jax.make_array_from_callback(
+            shape, self.sharding, lambda part: array[self._place_B[part[0]]]
+        )
