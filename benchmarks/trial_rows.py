@@ -38,8 +38,9 @@ def draw(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
 
 def mixture(seed: int, fit: RowFitter) -> tuple[Files, Files]:
     """Training and scored rows of configs/trial_mixture.py, by set."""
-    train = {name: draw(_rows(name, "train"), TRAIN, seed) for name in trial_mixture.SETS}
-    return train, {name: draw(_rows(name, "dev"), HELD, 0) for name in trial_mixture.SETS}
+    sets = trial_mixture.SETS
+    train = {name: _of_set(name, "train", TRAIN, seed, fit) for name in sets}
+    return train, {name: _of_set(name, "dev", HELD, 0, fit) for name in sets}
 
 
 def skills(seed: int, fit: RowFitter) -> tuple[Files, Files]:
@@ -47,12 +48,12 @@ def skills(seed: int, fit: RowFitter) -> tuple[Files, Files]:
 
     Beside a task's held-out rows, `pick_TASK_ROWS` are scored: those that its router learns from.
     """
-    train = {
-        name: draw(_rows(of, "train"), TRAIN, seed) for name, of in trial_skills.SKILLS.items()
-    }
-    scored = {task: draw(_rows(task, "dev"), HELD, 0) for task in trial_skills.TASKS}
+    sets = trial_skills.SKILLS.items()
+    train = {name: _of_set(of, "train", TRAIN, seed, fit) for name, of in sets}
+    scored = {}
     for task in trial_skills.TASKS:
-        rows = draw(_rows(task, "train"), TRAIN, seed)
+        rows = _of_set(task, "train", TRAIN, seed, fit)
+        scored[task] = _of_set(task, "dev", HELD, 0, fit)
         for count in trial_skills.ROWS:
             few = rows if count == "all" else rows[: int(count)]
             train[f"{task}_{count}"] = few
@@ -61,24 +62,21 @@ def skills(seed: int, fit: RowFitter) -> tuple[Files, Files]:
 
 
 def families(seed: int, fit: RowFitter) -> tuple[Files, Files]:
-    """Those of configs/trial_families.py; scored rows by family, and those of HELD_OUT.
-
-    Of TICO's sentences only those count whose whole row fits.
-    """
+    """Those of configs/trial_families.py; scored rows by family, and those of HELD_OUT."""
     languages = read_languages(str(trial_families.TABLE))
     family = {code: languages.experts[expert] for code, expert in languages.ids.items()}
     held_out = trial_families.HELD_OUT
-    train = {name: draw(_rows(name, "train"), TRAIN, seed) for name in trial_families.SETS}
+    train = {name: _of_set(name, "train", TRAIN, seed, fit) for name in trial_families.SETS}
     for code, rows in _by_language("tico19", "train").items():
         if code != held_out:
-            train[f"tico_{code}"] = _whole(rows, TICO_TRAIN, seed, fit)
+            train[f"tico_{code}"] = _sentences(rows, TICO_TRAIN, seed, fit)
     scored: Files = defaultdict(list)
     for code, rows in _by_language("tico19", "dev").items():
         name = code if code == held_out else family[code]
-        scored[name] += _whole(rows, TICO_HELD, 0, fit)
+        scored[name] += _sentences(rows, TICO_HELD, 0, fit)
     for name in trial_families.SETS:
         for code, rows in _by_language(name, "dev").items():
-            scored[family[code]] += draw(rows, OTHER_HELD, 0)
+            scored[family[code]] += map(fit, draw(rows, OTHER_HELD, 0))
     return train, scored
 
 
@@ -99,25 +97,25 @@ TRIALS = {
 def write(name: str, folder: Path, seed: int) -> None:
     """Make the rows of a trial; the folder appears whole or not at all."""
     trial = TRIALS[name]
-    config = trial.config.get_config()
-    tokenizer = load(config.base.tokenizer)
-    encoder = Encoder(tokenizer, load_template(config.data.template, tokenizer))
-    fit = RowFitter(encoder, config.data.length)
-    train, scored = trial.rows(seed, fit)
+    data = trial.config.get_config().data
+    tokenizer = load(medical.data_root() / "tiny_lm_stories260K" / "tok512.model")
+    encoder = Encoder(tokenizer, load_template(data.template, tokenizer))
+    train, scored = trial.rows(seed, RowFitter(encoder, data.length))
 
     def save(partial: Path) -> None:
         for part, files in (("train", train), ("scored", scored)):
             (partial / part).mkdir()
             for name, rows in files.items():
-                text = "".join(json.dumps(fit(row).conversation()) + "\n" for row in rows)
+                text = "".join(json.dumps(row.conversation()) + "\n" for row in rows)
                 (partial / part / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
     with new_folder(folder) as put:
         put(save)
 
 
-def _rows(name: str, split: str) -> list[Row]:
-    return list(medical.rows(name, split))
+def _of_set(name: str, split: str, count: int, seed: int, fit: RowFitter) -> list[Row]:
+    """A draw of a set, with what is too long for a row of a batch shortened in its body."""
+    return [fit(row) for row in draw(list(medical.rows(name, split)), count, seed)]
 
 
 def _by_language(name: str, split: str) -> dict[str, list[Row]]:
@@ -127,10 +125,11 @@ def _by_language(name: str, split: str) -> dict[str, list[Row]]:
     return out
 
 
-def _whole(rows: Sequence[Row], count: int, seed: int, fit: RowFitter) -> list[Row]:
-    """At most `count` rows that need no shortening and whose answer is not cut, in seeded order."""
+def _sentences(rows: Sequence[Row], count: int, seed: int, fit: RowFitter) -> list[Row]:
+    """A draw of those whose prompt leaves half of a row to the answer, which may be cut there."""
     out: list[Row] = []
     for row in draw(rows, len(rows), seed):
-        if len(out) < count and len(fit.encoder(row.conversation()).codes) <= fit.length:
+        prompt = fit.encoder.prompt([{"role": "user", "content": row.prompt}])
+        if len(out) < count and 2 * len(prompt) <= fit.length:
             out.append(row)
     return out

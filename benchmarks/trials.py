@@ -1,5 +1,6 @@
 """Trials on real medical text: arms of a recipe, several seeds, and the loss on held-out rows.
 
+  python benchmarks/trials.py base                              # what all trials stand on
   python benchmarks/trials.py rows mixture --seeds 0            # what a config reads
   python benchmarks/trials.py run mixture --seeds 0 1 2         # every arm that is not finished
   python benchmarks/trials.py run mixture --seeds 0 --arms lora # one arm and what it builds on
@@ -28,11 +29,13 @@ import jax
 from ml_collections import ConfigDict
 
 from benchmarks import trial_rows, trial_tables
+from configs import trial_base
 from medmoe_jax.adapters import lifecycle
 from medmoe_jax.adapters.bank import count, split_gate
 from medmoe_jax.checkpoints.files import read_json, write_json
 from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.checkpoints.stages import MANIFEST, is_finished
+from medmoe_jax.cli.main import main as medmoe
 from medmoe_jax.data.batches import epoch_batches
 from medmoe_jax.data.rows import read_file
 from medmoe_jax.training.run import Trained, stage_dir, train
@@ -44,6 +47,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "trials.md"
 BATCH = 32  # rows scored at once
 BASE = "base.json"
+BASE_SEED = 100  # of its rows; the trials draw theirs with their own
 
 
 def losses(setup: Setup, trained: Trained, rows: Mapping[str, Sequence[dict]]) -> dict[str, float]:
@@ -149,25 +153,45 @@ def show(name: str, workdir: Path) -> None:
     PAGE.write_text(f"{before}{start}\n\n{text}\n\n{end}{after}", encoding="utf-8")
 
 
+def make_base(workdir: Path) -> None:
+    """Train and export the base of all trials, unless it is there."""
+    if (workdir / "base").exists():
+        return
+    folder = workdir / "embedding"
+    make_rows("families", folder, BASE_SEED)
+    train(open_setup(trial_base.get_config(str(folder))), folder)
+    config = f"--config={ROOT / 'configs' / 'trial_base.py'}:{folder}"
+    export = ["export", config, f"--workdir={folder}", "--format=hf"]
+    medmoe([*export, f"--output={workdir / 'base'}"])
+
+
+def make_rows(name: str, folder: Path, seed: int) -> None:
+    """Draw the rows of a run, unless they are there."""
+    if not (folder / "rows").exists():
+        trial_rows.write(name, folder / "rows", seed)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; `arguments` are the process's own if not given."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("rows", "run", "table"))
-    parser.add_argument("trial", choices=trial_rows.TRIALS)
+    parser.add_argument("what", choices=("base", "rows", "run", "table"))
+    parser.add_argument("trial", nargs="?", choices=trial_rows.TRIALS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=[], help="stages (default: all)")
     parser.add_argument("--workdir", type=Path, default=Path("runs/trials"))
     args = parser.parse_args(arguments)
-    workdir = args.workdir / args.trial
+    if args.what == "base":
+        return make_base(args.workdir)
+    if args.trial is None:
+        parser.error(f"name a trial: {', '.join(trial_rows.TRIALS)}")
     for seed in args.seeds if args.what != "table" else ():
-        folder = workdir / f"seed{seed}"
-        if not (folder / "rows").exists():
-            trial_rows.write(args.trial, folder / "rows", seed)
+        folder = args.workdir / args.trial / f"seed{seed}"
+        make_rows(args.trial, folder, seed)
         if args.what == "run":
-            config = trial_rows.TRIALS[args.trial].config.get_config(str(folder / "rows"))
+            config = trial_rows.TRIALS[args.trial].config.get_config(str(folder))
             run(seeded(config, seed, args.arms), folder, scored_rows(folder / "rows"))
     if args.what != "rows":
-        show(args.trial, workdir)
+        show(args.trial, args.workdir / args.trial)
 
 
 if __name__ == "__main__":

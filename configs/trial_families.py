@@ -1,12 +1,13 @@
 """Language-family experts beside dense LoRA of as many trainable parameters, in 31 languages.
 
+  python benchmarks/trials.py base
   python benchmarks/trials.py rows families --seeds 0
   medmoe train --config=configs/trial_families.py --workdir=runs/trials/families/seed0
 
-The argument is the folder that the first command fills: TICO-19's sentences from English into
-eighteen languages, and six sets in further ones. HELD_OUT, Portuguese, is in no training row. The
-base is tiny_lm_stories260K under $MEDMOE_DATA (default ../shared/data), 260,032 parameters, whose
-vocabulary of 512 pieces spells other scripts in bytes.
+The argument is the folder of the run, where the second command puts its rows: TICO-19's sentences
+from English into eighteen languages, and six sets in further ones, under $MEDMOE_DATA (default
+../shared/data). HELD_OUT, Portuguese, is in no training row. The base, of 260,032 parameters, is
+that of configs/trial_base.py, two folders above; its 512 pieces spell other scripts in bytes.
 
 Four stages, each from the frozen base, on the same rows in the same order:
 
@@ -26,7 +27,6 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from medmoe_jax.data.medical import data_root
 from medmoe_jax.training.config import bank, recipe, source, stage
 
 TICO = (
@@ -44,7 +44,7 @@ MLP = ("mlp.*",)
 
 def arm(sources: tuple[str, ...], **banks) -> ConfigDict:
     """A stage that trains banks on all languages, each source weighing the same."""
-    return stage(banks=banks, mixture=dict.fromkeys(sources, 1.0), steps=400, learning_rate=3e-3)
+    return stage(banks=banks, mixture=dict.fromkeys(sources, 1.0), steps=250, learning_rate=3e-3)
 
 
 def families(layers: tuple, rank: int) -> ConfigDict:
@@ -55,19 +55,17 @@ def families(layers: tuple, rank: int) -> ConfigDict:
     )  # fmt: skip
 
 
-def get_config(arg: str = "runs/trials/families/seed0/rows") -> ConfigDict:
-    """The recipe; `arg` is the folder of the rows."""
+def get_config(arg: str = "runs/trials/families/seed0") -> ConfigDict:
+    """The recipe; `arg` is the folder of the run."""
     config = recipe()
-    folder = data_root() / "tiny_lm_stories260K"
-    config.base.path = str(folder / "stories260K.bin")
-    config.base.tokenizer = str(folder / "tok512.model")
+    config.base.path = str(Path(arg).parents[1] / "base")
     config.data.template = "user_assistant"
     config.data.languages = str(TABLE)
-    config.data.length = 192
+    config.data.length = 160
     config.data.global_batch = 16
     sources = (*(f"tico_{code}" for code in TICO if code != HELD_OUT), *SETS)
     for name in sources:
-        config.data.sources[name] = source(f"{arg}/train/{name}.jsonl")
+        config.data.sources[name] = source(f"{arg}/rows/train/{name}.jsonl")
     config.stages.order = ("last", "everywhere", "dense", "dense_last")
     config.stages.last = arm(sources, experts=families((-2, None), 10))
     config.stages.everywhere = arm(sources, experts=families((None, None), 4))

@@ -1,12 +1,14 @@
 """Twelve medical skills by AdaLoRA, then a router over them on tasks that none of them has seen.
 
+  python benchmarks/trials.py base
   python benchmarks/trials.py rows skills --seeds 0
   medmoe train --config=configs/trial_skills.py --workdir=runs/trials/skills/seed0
 
-The argument is the folder that the first command fills with rows of the public sets under
-$MEDMOE_DATA (default ../shared/data); the base is its tiny_lm_stories260K, of 260,032 parameters.
-SKILLS says which set stands for which skill. A stage trains one skill with the others off. For
-each of TASKS and each number of its rows there are two more stages:
+The argument is the folder of the run, where the second command puts rows of the public sets under
+$MEDMOE_DATA (default ../shared/data). The base, of 260,032 parameters, is that of
+configs/trial_base.py, two folders above. SKILLS says which set stands for which skill. A stage
+trains one skill with the others off. For each of TASKS and each number of its rows there are two
+more stages:
 
 - `route_TASK_ROWS`: the skills become one frozen bank, and twelve mixing weights are fitted;
 - `lora_TASK_ROWS`: a plain LoRA on the base, from the same rows.
@@ -16,9 +18,10 @@ seeds, compares the skills one by one as well, and scores held-out rows. The tab
 docs/trials.md.
 """
 
+from pathlib import Path
+
 from ml_collections import ConfigDict
 
-from medmoe_jax.data.medical import data_root
 from medmoe_jax.training.config import (
     allocator,
     bank,
@@ -51,7 +54,7 @@ TASKS = {
     "cmedic": "strength of the intent to seek care, in Chinese; near no skill",
 }
 # Rows of the task -> steps of plain LoRA; it overfits few rows sooner.
-ROWS = {"16": 25, "64": 50, "all": 200}
+ROWS = {"16": 25, "64": 50, "all": 150}
 
 
 def skill(name: str, before: str) -> ConfigDict:
@@ -63,7 +66,7 @@ def skill(name: str, before: str) -> ConfigDict:
         losses={"orthonormality": orthonormality(name)},
         allocators={"ranks": allocator(name, target_rank=4, t_init=20, t_final=40, every=5)},
         mixture={name: 1.0},
-        steps=120,
+        steps=100,
         learning_rate=5e-3,
     )
 
@@ -75,7 +78,7 @@ def route(rows: str) -> ConfigDict:
         stack={"skills": stacked(tuple(SKILLS))},
         losses={"sparsity": sparsity("skills", weight=0.01)},
         mixture={rows: 1.0},
-        steps=100,
+        steps=60,
         learning_rate=5e-2,
     )
 
@@ -90,18 +93,16 @@ def lora(rows: str, steps: int) -> ConfigDict:
     )
 
 
-def get_config(arg: str = "runs/trials/skills/seed0/rows") -> ConfigDict:
-    """The recipe; `arg` is the folder of the rows."""
+def get_config(arg: str = "runs/trials/skills/seed0") -> ConfigDict:
+    """The recipe; `arg` is the folder of the run."""
     config = recipe()
-    folder = data_root() / "tiny_lm_stories260K"
-    config.base.path = str(folder / "stories260K.bin")
-    config.base.tokenizer = str(folder / "tok512.model")
+    config.base.path = str(Path(arg).parents[1] / "base")
     config.data.template = "user_assistant"
-    config.data.length = 192
-    config.data.global_batch = 16
+    config.data.length = 160
+    config.data.global_batch = 8
     few = {f"{task}_{rows}": steps for task in TASKS for rows, steps in ROWS.items()}
     for name in (*SKILLS, *few):
-        config.data.sources[name] = source(f"{arg}/train/{name}.jsonl")
+        config.data.sources[name] = source(f"{arg}/rows/train/{name}.jsonl")
     before = ""
     for name in SKILLS:
         config.stages[name] = skill(name, before)

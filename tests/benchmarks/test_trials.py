@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import trial_rows, trial_tables, trials
-from configs import trial_families, trial_mixture, trial_skills
+from configs import trial_base, trial_families, trial_mixture, trial_skills
 from medmoe_jax.adapters.bank import abstract, count
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.cli.session import language_model
@@ -23,7 +23,6 @@ STORIES = DecoderConfig(
 )  # fmt: skip
 
 
-@pytest.mark.data
 @pytest.mark.parametrize(
     ("module", "counts"),
     [
@@ -35,8 +34,7 @@ STORIES = DecoderConfig(
     ],
     ids=["mixture", "families"],
 )
-def test_arms_train_as_many_parameters_as_the_config_says(module, counts, data_dir, monkeypatch):
-    monkeypatch.setenv("MEDMOE_DATA", str(data_dir))
+def test_arms_train_as_many_parameters_as_the_config_says(module, counts):
     found = {
         stage.name: sum(count(abstract(spec, STORIES)) for spec in stage.added)
         for stage in parse(module.get_config(), STORIES)
@@ -46,9 +44,7 @@ def test_arms_train_as_many_parameters_as_the_config_says(module, counts, data_d
     assert all(f"{number:,}" in module.__doc__ for number in counts.values())
 
 
-@pytest.mark.data
-def test_skills_are_stacked_whole_and_routed_by_their_gate_alone(data_dir, monkeypatch):
-    monkeypatch.setenv("MEDMOE_DATA", str(data_dir))
+def test_skills_are_stacked_whole_and_routed_by_their_gate_alone():
     stages = {stage.name: stage for stage in parse(trial_skills.get_config(), STORIES)}
     names = list(trial_skills.SKILLS)
     assert len(names) == 12
@@ -70,7 +66,7 @@ def test_the_table_of_families_has_every_language_of_the_trial():
 
 
 @pytest.mark.data
-def test_rows_of_the_families(data_dir, monkeypatch, tmp_path):
+def test_rows_of_the_families_and_of_the_base(data_dir, monkeypatch, tmp_path):
     """The held-out language is in no training row, no row stands on both sides, and all fit."""
     monkeypatch.setenv("MEDMOE_DATA", str(data_dir))
     for name in ("TRAIN", "TICO_TRAIN", "TICO_HELD", "OTHER_HELD"):
@@ -80,10 +76,11 @@ def test_rows_of_the_families(data_dir, monkeypatch, tmp_path):
         {file.stem: list(read_file(file)) for file in (tmp_path / "rows" / part).iterdir()}
         for part in ("train", "scored")
     )
-    config = trial_families.get_config(str(tmp_path / "rows"))
-    assert {source.path for source in config.data.sources.values()} == {
-        str(tmp_path / "rows" / "train" / f"{name}.jsonl") for name in train
-    }
+    for module in (trial_families, trial_base):
+        sources = module.get_config(str(tmp_path)).data.sources
+        assert {name: source.path for name, source in sources.items()} == {
+            name: str(tmp_path / "rows" / "train" / f"{name}.jsonl") for name in train
+        }
     families = read_languages(str(trial_families.TABLE))
     assert set(scored) == {*families.experts, trial_families.HELD_OUT}
     for name, rows in scored.items():
