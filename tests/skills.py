@@ -34,7 +34,7 @@ def config(gate="global", tasks=TASKS) -> ConfigDict:
     for skill in table():
         stage = config.stages[skill]
         stage.steps, stage.learning_rate = 6, 3e-2
-        stage.banks[skill].rank, stage.banks[skill].alpha = 3, 6.0
+        stage.banks[skill].update({"rank": 3, "alpha": 6.0, "sites": ("attn.o", "mlp.*")})
         stage.allocators.ranks.update({"target_rank": 2, "t_init": 1, "t_final": 2, "every": 1})
     for task in tasks:
         config.data.sources[task] = source(str(tiny.data("alignment")))
