@@ -6,6 +6,11 @@ ALREADY_RUNNING=10
 STOPPED=130
 LOST=255
 
+# The processes of this launcher that are starting a job, by worker, and the workers of those that
+# follow one.
+STARTING=()
+declare -A ATTACHED=()
+
 start_worker() {
   local environment
   mapfile -t environment < <(backend_environment "$1")
@@ -14,18 +19,18 @@ start_worker() {
 
 # The job on all workers; where all of them run it already, as after a lost connection, it stays.
 start() {
-  local number code bad=0 running=0 processes=()
+  local number code bad=0 running=0
   if dry; then
     each start_worker
     return
   fi
   for number in "${!WORKERS[@]}"; do
     start_worker "$number" &
-    processes[number]=$!
+    STARTING[number]=$!
   done
   for number in "${!WORKERS[@]}"; do
     code=0
-    wait "${processes[number]}" || code=$?
+    wait "${STARTING[number]}" || code=$?
     case $code in
       0) ;;
       "$ALREADY_RUNNING") running=$((running + 1)) ;;
@@ -35,6 +40,7 @@ start() {
         ;;
     esac
   done
+  STARTING=()
   if ((running == ${#WORKERS[@]})); then
     say "this job runs already: following it"
   elif ((running || bad)); then
@@ -69,13 +75,16 @@ in_words() {
 }
 
 report() {
-  say "worker $1 (${WORKERS[$1]}) $(in_words "$2"); its last lines, of $FLAG_LOGS/worker-$1.log:"
-  tail -n 20 "$FLAG_LOGS/worker-$1.log" | sed 's/^/    /' >&2
+  local copy=$FLAG_LOGS/worker-$1.log
+  say "worker $1 (${WORKERS[$1]}) $(in_words "$2"); its last lines, of $copy:"
+  tac "$copy" | sed '/^== worker/q' | head -n 20 | tac | sed 's/^/    /' >&2
 }
 
 interrupted() {
   trap - INT TERM
   say "stopping the job on all workers (again to leave it to itself)"
+  # What has not begun cannot be stopped.
+  if ((${#STARTING[@]})); then wait "${STARTING[@]}" || true; fi
   each worker stop "$FLAG_GRACE" || say "some workers could not be told; see: status"
   exit "$STOPPED"
 }
@@ -84,57 +93,69 @@ interrupted() {
 # status is the result; $LOST when one of the others cannot be reached any more.
 watch_job() {
   local number process code=0 title
-  declare -A attached=()
   if dry; then
     each attach
     return
   fi
   mkdir -p "$FLAG_LOGS"
-  trap interrupted INT TERM
   for number in "${!WORKERS[@]}"; do
     title="== worker $number, $(date '+%F %T'): medmoe $(quote "${ARGUMENTS[@]}")"
     echo "$title" >>"$FLAG_LOGS/worker-$number.log"
     set -m # a process group each, so that all of a lost connection can be ended
     attach "$number" </dev/null &
     set +m
-    attached[$!]=$number
+    ATTACHED[$!]=$number
   done
-  while ((${#attached[@]} && code == 0)); do
-    wait -n -p process "${!attached[@]}" || code=$?
-    number=${attached[$process]}
-    unset "attached[$process]"
+  while ((${#ATTACHED[@]} && code == 0)); do
+    wait -n -p process "${!ATTACHED[@]}" || code=$?
+    number=${ATTACHED[$process]}
+    unset "ATTACHED[$process]"
   done
   if ((code)); then
     report "$number" "$code"
     stop_others || code=$LOST
   fi
-  trap - INT TERM
   return "$code"
 }
 
-# Stop the workers in the caller's `attached`; fails when one of them cannot be reached.
+# Stop the workers that are still followed; fails when one of them cannot be reached.
 stop_others() {
-  local process reached=0
+  local process number lost=0
   declare -A stopping=()
-  for process in "${!attached[@]}"; do
-    worker "${attached[$process]}" stop "$FLAG_GRACE" &
+  for process in "${!ATTACHED[@]}"; do
+    worker "${ATTACHED[$process]}" stop "$FLAG_GRACE" &
     stopping[$process]=$!
   done
   for process in "${!stopping[@]}"; do
+    number=${ATTACHED[$process]}
     if wait "${stopping[$process]}"; then
       wait "$process" || true # its status is that of a stopped job
+      unset "ATTACHED[$process]"
     else
-      say "worker ${attached[$process]} (${WORKERS[${attached[$process]}]}) cannot be reached"
-      kill -- "-$process" || true # it may have ended just now
-      reached=1
+      say "worker $number (${WORKERS[number]}) cannot be reached"
+      lost=1
     fi
   done
-  return "$reached"
+  leave
+  return "$lost"
+}
+
+# End what follows the workers; their jobs go on.
+leave() {
+  local process
+  for process in "${!ATTACHED[@]}"; do kill -- "-$process" 2>/dev/null || true; done
+  ATTACHED=()
 }
 
 # One start of the job; returns its status.
 attempt() {
-  start && watch_job
+  local code=0
+  trap interrupted INT TERM
+  trap 'exit 129' HUP # the terminal is gone; the job stays
+  trap leave EXIT
+  if start; then watch_job || code=$?; else code=$?; fi
+  trap - INT TERM HUP
+  return "$code"
 }
 
 # What the work directory holds, as one line that changes with every save.
@@ -152,7 +173,7 @@ resume() {
     if dry; then
       saved
       attempt
-      note "and all of it again until the status is 0, 1 (bad input) or $STOPPED (stopped), or" \
+      note "and all of it again until the status is 0, 1 or 2 (bad input), or $STOPPED (stopped), or" \
         "$FLAG_MAX_RESTARTS starts in a row saved nothing new"
       return
     fi
@@ -168,7 +189,10 @@ resume() {
     attempt || code=$?
     case $code in
       0) say "done after $starts starts" && return ;;
-      1) say "giving up: status 1 means bad input, which another start does not mend" && return 1 ;;
+      1 | 2) # a message for a person, or of the parser of the command line
+        say "giving up: status $code means bad input, which another start does not mend"
+        return "$code"
+        ;;
       "$STOPPED") return "$STOPPED" ;;
     esac
   done

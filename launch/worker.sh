@@ -78,7 +78,7 @@ start() { # VARIABLE=VALUE ... -- ARGUMENTS
   [[ " ${environment[*]} " == *" JAX_PLATFORMS=cpu "* ]] || check_devices
   rm -f "$job"/{pid,group,stopped,status}
   printf '%s' "${*@Q}" >"$job/command"
-  setsid bash "$0" keep "$dir" "$number" "${environment[@]}" -- "$@" </dev/null >"$job/log" 2>&1 &
+  (setsid bash "$0" keep "$dir" "$number" "${environment[@]}" -- "$@" </dev/null >"$job/log" 2>&1 &)
   for _ in {1..100}; do
     if [[ -s $job/pid ]]; then return; fi
     sleep 0.1
@@ -86,7 +86,7 @@ start() { # VARIABLE=VALUE ... -- ARGUMENTS
   fail "the job did not start within 10 s: $(cat "$job/log")"
 }
 
-# The detached parent of medmoe: notes how it ended.
+# The detached parent of medmoe: notes how it ended, and ends what it left behind.
 keep() { # VARIABLE=VALUE ... -- ARGUMENTS
   local environment=() code=0
   while [[ $1 != -- ]]; do
@@ -100,6 +100,7 @@ keep() { # VARIABLE=VALUE ... -- ARGUMENTS
   if [[ -e $job/stopped ]]; then code=130; fi
   echo "$code" >"$job/status.new"
   mv "$job/status.new" "$job/status"
+  kill -KILL -- "-$$" # this process too
 }
 
 # Becomes medmoe, in the code where it was sent, here otherwise; knows `environment` of keep.

@@ -1,0 +1,194 @@
+"""The local back end: real processes, with a medmoe that does what a test says."""
+
+import os
+import signal
+import time
+
+import pytest
+
+# Saved as a run saves: one more sealed checkpoint.
+SAVE = 'mkdir -p "work/stages/a/steps/$1" && touch "work/stages/a/steps/$1/SEAL.json"'
+
+
+@pytest.fixture
+def local(launcher):
+    return launcher("--backend=local", "--coordinator=localhost:1")
+
+
+def wait_for(path, seconds=10):
+    until = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < until, f"{path} did not appear"
+        time.sleep(0.05)
+
+
+def alive(folder, worker):
+    """Whether any process of a worker's job is left, zombies aside."""
+    group = (folder / f"runs/launch/worker-{worker}/group").read_text().strip()
+    for stat in os.listdir("/proc"):
+        try:
+            fields = open(f"/proc/{stat}/stat").read().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if fields[2] == group and fields[0] != "Z":
+            return True
+    return False
+
+
+def test_arguments_and_environment_reach_every_process(local):
+    words = ["train", "--config=a b.py:x", "it's \"quoted\"", "$HOME", "two\nlines", "*", "", "--"]
+    local.behaves('echo "hello from $worker"')
+    ended = local("run", "--hosts=3", "--devices=2", "--", *words)
+    assert ended.returncode == 0, ended.stderr
+    assert "hello from 0" in ended.stdout and "hello from 1" not in ended.stdout
+    for worker in range(3):
+        assert local.arguments(worker) == words
+        seen = local.environment(worker)
+        assert seen["MEDMOE_COORDINATOR"] == "localhost:1"
+        assert (seen["MEDMOE_PROCESSES"], seen["MEDMOE_PROCESS"]) == ("3", str(worker))
+        assert seen["JAX_PLATFORMS"] == "cpu"
+        assert seen["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] == "gloo"
+        assert seen["XLA_FLAGS"] == "--xla_force_host_platform_device_count=2"
+        assert f"hello from {worker}" in (local.folder / f"runs/launch/worker-{worker}.log").read_text()
+
+
+def test_defaults_come_from_the_environment_and_flags_win(local):
+    local.behaves("true")
+    assert local("run", "--", "eval", TPU_RUN_HOSTS="1", TPU_RUN_DEVICES="8").returncode == 0
+    assert local.environment(0)["MEDMOE_PROCESSES"] == "1"
+    assert local.environment(0)["XLA_FLAGS"].endswith("count=8")
+    assert local("run", "--hosts=2", "--", "eval", TPU_RUN_HOSTS="1").returncode == 0
+    assert local.environment(1)["MEDMOE_PROCESSES"] == "2"
+
+
+def test_processes_meet_at_a_free_port(launcher):
+    local = launcher("--backend=local")
+    local.behaves("true")
+    assert local("run", "--", "eval").returncode == 0
+    places = {local.environment(worker)["MEDMOE_COORDINATOR"] for worker in (0, 1)}
+    assert len(places) == 1 and places.pop().startswith("localhost:2")
+
+
+def test_one_failure_stops_the_others_and_is_named(local):
+    """The other one does not listen to SIGTERM, and has a child: both are ended."""
+    local.behaves(
+        "if ((worker == 1)); then until [[ -e deaf ]]; do sleep 0.1; done; echo no disk; exit 3; fi\n"
+        "trap '' TERM; touch deaf; while true; do sleep 0.1; done"
+    )
+    began = time.monotonic()
+    ended = local("run", "--grace=1", "--", "train")
+    assert ended.returncode == 3
+    assert time.monotonic() - began < 15
+    assert "worker 1 (local-1) ended with status 3; its last lines" in ended.stderr
+    assert "    no disk\n" in ended.stderr
+    assert "did not end within 1 s: killed" in ended.stdout
+    assert not alive(local.folder, 0) and not alive(local.folder, 1)
+
+
+def test_a_killed_process_is_named_with_its_signal(local):
+    local.behaves("if ((worker == 0)); then kill -KILL $$; fi; sleep 60")
+    ended = local("run", "--", "train")
+    assert ended.returncode == 137
+    assert "worker 0 (local-0) was killed by signal 9" in ended.stderr
+    assert not alive(local.folder, 1)
+
+
+def test_resume_goes_on_until_the_job_is_done(local):
+    """A preemption notice, then a death, each after a save; then the end."""
+    local.behaves(
+        f"save() {{ {SAVE}; }}\n"
+        'case $(wc -l <"$FAKE/starts-$worker") in\n'
+        "  1) save 10; exit 75 ;;\n"
+        "  2) save 20; if ((worker == 1)); then kill -KILL $$; fi; sleep 60 ;;\n"
+        "esac"
+    )
+    ended = local("resume", "--max-restarts=1", "--", "train", "--workdir=work")
+    assert ended.returncode == 0, ended.stderr
+    assert "saved and ended after a preemption notice (status 75)" in ended.stderr
+    assert "worker 1 (local-1) was killed by signal 9" in ended.stderr
+    assert "done after 3 starts" in ended.stderr
+    assert local.starts(0) == local.starts(1) == 3
+
+
+@pytest.mark.parametrize("workdir", [["--workdir", "work"], []])
+def test_resume_gives_up_when_nothing_is_saved(local, workdir):
+    local.behaves("exit 75")
+    ended = local("resume", "--max-restarts=2", "--", "train", *workdir)
+    assert ended.returncode == 75
+    assert "giving up: 2 starts in a row saved nothing new" in ended.stderr
+    assert local.starts(0) == 2
+
+
+@pytest.mark.parametrize("status", [1, 2])
+def test_resume_does_not_repeat_bad_input(local, status):
+    local.behaves(f'echo "error: no such bank"; exit {status}')
+    ended = local("resume", "--", "train")
+    assert ended.returncode == status
+    assert "error: no such bank" in ended.stderr and "giving up" in ended.stderr
+    assert local.starts(0) == 1
+
+
+def test_ctrl_c_stops_all(local):
+    """medmoe hears of it by SIGTERM alone, and may save before it ends."""
+    local.behaves(
+        "trap 'touch saved-$worker; exit 75' TERM; trap 'touch broken' INT\n"
+        "touch ready-$worker; while true; do sleep 0.1; done"
+    )
+    begun = local.begin("run", "--", "train")
+    for worker in (0, 1):
+        wait_for(local.folder / f"ready-{worker}")
+    os.killpg(begun.pid, signal.SIGINT)
+    _, said = begun.communicate(timeout=20)
+    assert begun.returncode == 130, said
+    assert "stopping the job on all workers" in said
+    for worker in (0, 1):
+        assert (local.folder / f"saved-{worker}").exists() and not alive(local.folder, worker)
+    assert not (local.folder / "broken").exists()
+
+
+def test_a_job_outlives_its_launcher_and_is_found_again(local):
+    local.behaves("echo here; touch ready-$worker; until [[ -e go ]]; do sleep 0.1; done; echo gone")
+    begun = local.begin("run", "--", "train", "a b")
+    for worker in (0, 1):
+        wait_for(local.folder / f"ready-{worker}")
+    os.killpg(begun.pid, signal.SIGHUP)
+    begun.communicate(timeout=10)
+    assert begun.returncode != 0
+    status = local("status").stdout.splitlines()
+    assert [line.split(" ")[1] for line in status] == ["0", "1"]
+    assert all("running since" in line and "medmoe 'train' 'a b'" in line for line in status)
+    assert local("logs", "--worker=1").stdout == "here\n"
+    assert sorted(local("logs").stdout.splitlines()) == ["[0] here", "[1] here"]
+    other = local("run", "--", "train", "c")
+    assert other.returncode == 1 and "another job is running here" in other.stderr
+    again = local.begin("run", "--", "train", "a b")
+    assert "this job runs already: following it" in again.stderr.readline()
+    follow = local.begin("logs", "--worker=1", "--follow")
+    assert follow.stdout.readline() == "here\n"
+    (local.folder / "go").touch()
+    out, said = again.communicate(timeout=20)
+    assert again.returncode == 0, said
+    assert "here\ngone\n" in out and follow.communicate(timeout=20)[0] == "gone\n"
+    assert local.starts(0) == 1
+    assert "ended with status 0" in local("status").stdout
+
+
+def test_stop_ends_a_resume_for_good(local):
+    local.behaves("trap 'exit 75' TERM; touch ready-$worker; while true; do sleep 0.1; done")
+    begun = local.begin("resume", "--", "train")
+    for worker in (0, 1):
+        wait_for(local.folder / f"ready-{worker}")
+    assert local("stop").returncode == 0
+    _, said = begun.communicate(timeout=20)
+    assert begun.returncode == 130 and "was told to stop" in said
+    assert local.starts(0) == 1
+    assert local("delete").returncode == 0
+    assert not list((local.folder / "runs/launch").glob("worker-?"))
+
+
+def test_dry_run_prints_and_does_nothing(local):
+    ended = local("run", "--dry-run", "--", "train", "it's")
+    assert ended.returncode == 0
+    lines = ended.stdout.splitlines()
+    assert [line.split()[2] for line in lines] == ["start", "start", "attach", "attach"]
+    assert not (local.folder / "runs").exists()

@@ -1,0 +1,68 @@
+"""The scripts as text: they parse, shellcheck finds nothing, help and README name every flag."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+SCRIPTS = sorted(LAUNCH.rglob("*.sh"))
+
+
+def test_scripts_parse_and_shellcheck_finds_nothing():
+    assert len(SCRIPTS) >= 7
+    for script in SCRIPTS:
+        subprocess.run(["bash", "-n", script], check=True)
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    found = subprocess.run([shellcheck, *SCRIPTS], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+def test_readme_lists_every_flag_as_help_does():
+    shown = subprocess.run(
+        [LAUNCH / "tpu_run.sh", "--help"], capture_output=True, text=True, check=True, env={}
+    ).stdout
+    flags = re.findall(r"^  (--[a-z-]+) +(TPU_RUN_[A-Z_]+) ", shown, re.MULTILINE)
+    readme = (LAUNCH / "README.md").read_text()
+    rows = re.findall(r"^\| `(--[a-z-]+)` \| `(TPU_RUN_[A-Z_]+)` \|", readme, re.MULTILINE)
+    assert len(flags) > 20 and rows == flags
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fly"], "unknown verb 'fly'"),
+        (["run", "stop"], "'stop' after the verb 'run': arguments of medmoe come after --"),
+        (["run", "--zone=z"], "run needs the arguments of medmoe"),
+        (["create", "--zoen=z"], "unknown flag --zoen"),
+        (["create", "--zone"], "--zone needs a value"),
+        (["create", "--zone="], "needs --zone=ZONE"),
+        (["create", "--spot=maybe"], "--spot=maybe: yes or no is needed"),
+        (["create", "--backend=gpu"], "--backend=gpu: tpu, ssh or local"),
+        (["create", "--zone=z", "--accelerator-type=v9x-8"], "--runtime-version=VERSION and --hosts"),
+        (["stop", "--backend=local", "--hosts=a,b"], "--backend=local needs the number of processes"),
+        (["stop", "--backend=ssh"], "--backend=ssh needs --hosts=HOST,HOST,..."),
+        (["stop", "--backend=ssh", "--hosts=a,-oProxy"], "'-oProxy' is no name of a host"),
+        (["stop", "--backend=local", "--grace=soon"], "--grace=soon: a whole number"),
+        (["logs", "--backend=local", "--worker=2"], "--worker=2: all, or a number from 0 to 1"),
+        (["create", "--zone=z", "--name=My TPU"], "--name=My TPU: lower-case letters"),
+        (["stop", "--backend=ssh", "--hosts=a", "--dir=~/x"], "--dir=~/x: a folder below the home"),
+        (["ship", "--zone=z", "--env-file=missing"], "--env-file=missing cannot be read"),
+        (
+            ["run", "--zone=z", "--", "train", "--workdir", "runs/a"],
+            "--workdir=runs/a: --backend=tpu needs an absolute path",
+        ),
+    ],
+)
+def test_bad_input_is_one_message(launcher, words, message):
+    ended = launcher()(*words)
+    assert ended.returncode == 1
+    assert message in ended.stderr and ended.stderr.count("\n") == 1
+    assert not ended.stdout
+
+
+def test_a_verb_is_needed(launcher):
+    ended = launcher()()
+    assert ended.returncode == 1 and "usage: launch/tpu_run.sh VERB" in ended.stderr
