@@ -16,7 +16,7 @@ The argument is BASE, then in any order and each after a comma: a VARIANT, `lora
 Every expert is at first a copy of the dense feed-forward network, and everything trains. A router
 picks the experts. In training the expert of the token's language is always among the picks; at
 inference it is left to the router. --config.stages.mixture.banks.experts.forcing=off never forces,
-`always` forces at inference too, where --language names the language.
+`always` forces at inference too, by --language or the language detected.
 
 The published weights of two picks do not sum to one, so the copies do not keep the dense model's
 function at first; with `function_preserving` they do. In `language_specific` the expert stands

@@ -44,14 +44,18 @@ def detector(least: float) -> Detect:
     return detect
 
 
+def spoken(turns: Iterable[dict]) -> str:
+    """What users and assistants say in these turns, or enough of it to tell the language by."""
+    return "\n".join(turn["content"] for turn in turns if turn["role"] != "system")[:_READ]
+
+
 def row_languages(rows: Iterable[dict], detect: Detect) -> Iterator[tuple[str, bool]]:
     """Each row's language code, and whether the row itself names it."""
     for row in rows:
         if row["language"]:
             yield row["language"], True
         else:
-            turns = (t["content"] for t in row["conversations"] if t["role"] != "system")
-            yield detect("\n".join(turns)[:_READ]), False
+            yield detect(spoken(row["conversations"])), False
 
 
 def census(rows: Iterable[dict], detect: Detect) -> dict[str, tuple[int, int]]:

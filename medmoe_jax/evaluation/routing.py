@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from medmoe_jax.adapters import model as adapted
 from medmoe_jax.adapters.bank import BankSpec, mixing
 from medmoe_jax.adapters.model import AdaptedConfig
+from medmoe_jax.checkpoints.processes import to_host
 from medmoe_jax.data.batches import Batch, epoch_batches
 from medmoe_jax.data.encode import Encoder
 from medmoe_jax.errors import UserError
@@ -155,7 +156,7 @@ def measure(
     sums = [
         _total(model, base, banks, mesh, _batches(one.rows, encoder, length, rows)) for one in texts
     ]
-    tokens, stats = zip(*jax.device_get(sums), strict=True)
+    tokens, stats = zip(*jax.tree.map(to_host, sums), strict=True)
     out = []
     for bank in gated:
         named = languages if bank.gate == "language" and _fits(bank, languages) else None
@@ -164,8 +165,9 @@ def measure(
         common = {"first_layer": bank.start, "experts": experts, "own_G": np.asarray(own)}
         common["tokens_G"] = np.asarray(tokens, np.float64)
         if bank.routed:
-            names = [name for name in stats[0] if name.split("/")[0] == bank.name]
-            out += [_routed(name, [s[name] for s in stats], common) for name in names]
+            names = [f"{bank.name}/{site}" for site in (*bank.sites, "mlp")]
+            found = [name for name in names if name in stats[0]]
+            out += [_routed(name, [s[name] for s in stats], common) for name in found]
         else:
             out.append(_mixed(bank, banks[bank.name], len(texts), common))
     return out
@@ -205,9 +207,14 @@ def _stats(config: AdaptedConfig, base, banks, batch) -> tuple[Any, dict[str, Ro
 
 def _total(config: AdaptedConfig, base, banks, mesh: Mesh, batches: Iterable[Batch]):
     """`(tokens, {"bank/site": RouterStats})` over all batches, on the devices."""
+    sharding = batch_sharding(mesh)
+
+    def put(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+
     total = None
     for batch in batches:
-        found = _stats(config, base, banks, jax.device_put(batch, batch_sharding(mesh)))
+        found = _stats(config, base, banks, {name: put(a) for name, a in batch.items()})
         total = found if total is None else jax.tree.map(jnp.add, total, found)
     return total
 

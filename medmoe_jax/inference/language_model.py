@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from medmoe_jax.data.encode import Encoder
+from medmoe_jax.data.languages import spoken
 from medmoe_jax.data.templates import Template, stops
 from medmoe_jax.data.tokenizers import Tokenizer
 from medmoe_jax.errors import UserError
@@ -16,11 +17,19 @@ class LanguageModel:
 
     A prompt is the text of one user turn, or a list of turns `{"role", "content"}` that ends with
     a user's. A completion's tokens are those a training run would count as targets: the text and
-    the mark that ends the turn, if the template has one.
+    the mark that ends the turn, if the template has one. `expert_of` gives the expert of a text's
+    language, or -1, for gates that always force it.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, template: Template):
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        template: Template,
+        expert_of: Callable[[str], int] = lambda text: -1,
+    ):
         self.engine = engine
+        self.expert_of = expert_of
         self.encoder = Encoder(tokenizer, template)
         self.stops = stops(template, tokenizer)
 
@@ -37,7 +46,7 @@ class LanguageModel:
             [self._completion(prompt, ids, choice) for choice in options]
             for prompt, ids, options in zip(prompts, prompt_ids, choices, strict=True)
         ]
-        sums = self.engine.score(prompt_ids, choice_ids)
+        sums = self.engine.score(prompt_ids, choice_ids, self._experts(prompts))
         return [
             [(s, len(ids)) for s, ids in zip(row, options, strict=True)]
             for row, options in zip(sums, choice_ids, strict=True)
@@ -50,7 +59,8 @@ class LanguageModel:
         prompt_ids = [self._prompt(prompt) for prompt in prompts]
         # A template that ends a turn by plain text has no stop id; -1 is never generated.
         stop_ids = self.stops.ids or (-1,)
-        answers = self.engine.generate(prompt_ids, max_tokens, stop_ids, sampling)
+        experts = self._experts(prompts)
+        answers = self.engine.generate(prompt_ids, max_tokens, stop_ids, sampling, experts)
         tokenizer = self.encoder.tokenizer
         return [
             self._cut(tokenizer.decode(ids, start=tokenizer.begins_after(prompt)))
@@ -60,6 +70,9 @@ class LanguageModel:
     def _cut(self, text: str) -> str:
         ends = [text.find(stop) for stop in self.stops.texts if stop in text]
         return text[: min(ends, default=len(text))]
+
+    def _experts(self, prompts) -> list[int]:
+        return [self.expert_of(spoken(_turns(prompt))) for prompt in prompts]
 
     def _prompt(self, prompt) -> list[int]:
         ids = self.encoder.prompt(_turns(prompt))

@@ -37,7 +37,9 @@ def parameters():
     # Its weights are read, its factors add nothing: the loops need not know of it.
     banks["skills"]["attn.o"]["lora_b"] *= 0.0
     banks["skills"]["mix"]["weight"] = np.asarray([[0.5, -1.5, 0.0]], np.float32)
-    return naive.random_params(CONFIG), banks
+    base = naive.random_params(CONFIG)
+    # A token's own embedding outweighs what the layers add, so that tokens differ in every layer.
+    return {**base, "embed": base["embed"] * 8}, banks
 
 
 @pytest.fixture(scope="module")

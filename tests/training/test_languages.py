@@ -51,7 +51,20 @@ def test_the_language_of_a_row_reaches_its_router(tmp_path):
             code: open_model(setup, tmp_path / "work", language=code).score(["Is it?"], [" yes"])
             for code in ("en", "de", "zh")
         }
-    assert logs["en"] == logs["de"] != logs["zh"]
+        assert logs["en"] == logs["de"] != logs["zh"]
+        # Where none is given, each text's own is detected.
+        prompts = ["Wozu dient Aspirin? Gegen Schmerzen.", "阿司匹林有什么用？"]
+        given = {
+            code: open_model(setup, tmp_path / "work", language=code).score(prompts, [" yes"] * 2)
+            for code in ("de", "zh")
+        }
+        detected = open_model(setup, tmp_path / "work").score(prompts, [" yes"] * 2)
+        assert detected == [given["de"][0], given["zh"][1]] != given["de"]
+        assert detected != given["zh"]
+        # A language that joins a family later is answered by the banks as they are.
+        (tmp_path / "table.csv").write_text(TABLE + "yo,west\n")
+        grown = open_model(open_setup(setup.config), tmp_path / "work", language="yo")
+        assert grown.score(["Is it?"], [" yes"]) == logs["en"]
 
 
 REFUSED = {
