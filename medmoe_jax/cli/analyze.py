@@ -14,15 +14,14 @@ from pathlib import Path
 
 from rich.table import Table
 
-from medmoe_jax.cli.configs import load_config
-from medmoe_jax.cli.session import add_model_arguments, open_model
+from medmoe_jax.cli.session import add_model_arguments, open_model, open_run
 from medmoe_jax.data.encode import Encoder
 from medmoe_jax.data.languages import detector, row_languages
 from medmoe_jax.data.sources import RowFitter, open_source
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import routing, routing_report
 from medmoe_jax.training.config import source
-from medmoe_jax.training.setup import Setup, open_setup
+from medmoe_jax.training.setup import Setup
 from medmoe_jax.training.summary import console
 
 
@@ -46,7 +45,7 @@ def run(arguments, rest) -> None:
     """Run the command."""
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit: {arguments.limit} is below 1")
-    setup = open_setup(load_config(rest))
+    setup = open_run(rest, arguments.workdir)
     rows = list(_rows(setup, arguments.data))
     texts = routing.by_language(rows, setup.languages, arguments.limit)
     engine = open_model(setup, arguments.workdir, arguments.stage, arguments.off).engine
