@@ -27,7 +27,7 @@ from medmoe_jax.routing.languages import read_languages
 TRAIN, HELD = 1500, 100  # most rows of a set
 TICO_TRAIN, TICO_HELD = 400, 24  # most sentences of a language
 OTHER_HELD = 12  # most rows of another set in a language
-PICK = 256  # most rows by which the best single skill is picked
+PICK = 128  # most rows by which the best single skill is picked
 Files = dict[str, list[Row]]  # rows by name of file
 
 

@@ -43,6 +43,11 @@ def _losses(arm: Mapping[str, Any], names: Sequence[str]) -> Values:
     return {seed: float(np.mean([f["loss"][n] for n in names])) for seed, f in arm.items()}
 
 
+def _base(results: Results, names: Sequence[str]) -> str:
+    """The base's mean loss over these rows, which no seed changes."""
+    return f"{next(iter(_losses(results['base'], names).values())):.3f}"
+
+
 def _compared(
     results: Results,
     what: str,
@@ -51,14 +56,13 @@ def _compared(
     pairs: Sequence[tuple[str, str]],
 ) -> str:
     """A loss a row and arm, the differences of pairs of arms, and the arms' parameters."""
-    found = {"base": results["base"], **results["arms"]}
-    found = {arm: found.get(arm, {}) for arm in ("base", *arms)}
+    found = {arm: results["arms"].get(arm, {}) for arm in arms}
     header = [what, "base", *arms.values(), *(f"{arms[a]} − {arms[b]}" for a, b in pairs)]
     lines = []
     for label, names in rows.items():
         by_arm = {arm: _losses(figures, names) for arm, figures in found.items()}
         differences = (cell(minus(by_arm[a], by_arm[b]), signed=True) for a, b in pairs)
-        lines.append([label, *map(cell, by_arm.values()), *differences])
+        lines.append([label, _base(results, names), *map(cell, by_arm.values()), *differences])
     counts = [{f["parameters"] for f in found[arm].values()} for arm in arms]
     cells = [" ".join(f"{n:,}" for n in sorted(some)) or "–" for some in counts]
     lines.append(["trainable parameters", "0", *cells, *[""] * len(pairs)])
@@ -125,11 +129,11 @@ def _downstream(results: Results) -> str:
         for rows in trial_skills.ROWS:
             best = best_skill(results, task, rows)
             one = {seed: results["arms"][b][seed]["loss"][task] for seed, b in best.items()}
-            base = _losses(results["base"], [task])
             arms = (results["arms"].get(f"{a}_{task}_{rows}", {}) for a in ("route", "lora"))
             routed, plain = (_losses(arm, [task]) for arm in arms)
             differences = (cell(minus(routed, x), signed=True) for x in (one, plain))
-            lines.append([task, rows, *map(cell, (base, one, routed, plain)), *differences])
+            cells = [_base(results, [task]), *map(cell, (one, routed, plain))]
+            lines.append([task, rows, *cells, *differences])
     return markdown(header, lines)
 
 

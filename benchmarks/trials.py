@@ -29,7 +29,6 @@ import jax
 from ml_collections import ConfigDict
 
 from benchmarks import trial_rows, trial_tables
-from configs import trial_base
 from medmoe_jax.adapters import lifecycle
 from medmoe_jax.adapters.bank import count, split_gate
 from medmoe_jax.checkpoints.files import read_json, write_json
@@ -159,10 +158,10 @@ def make_base(workdir: Path) -> None:
         return
     folder = workdir / "embedding"
     make_rows("families", folder, BASE_SEED)
-    train(open_setup(trial_base.get_config(str(folder))), folder)
-    config = f"--config={ROOT / 'configs' / 'trial_base.py'}:{folder}"
-    export = ["export", config, f"--workdir={folder}", "--format=hf"]
-    medmoe([*export, f"--output={workdir / 'base'}"])
+    recipe = [f"--config={ROOT / 'configs' / 'trial_base.py'}:{folder}", f"--workdir={folder}"]
+    for command in (["train"], ["export", "--format=hf", f"--output={workdir / 'base'}"]):
+        if status := medmoe([*command, *recipe]):
+            raise SystemExit(status)
 
 
 def make_rows(name: str, folder: Path, seed: int) -> None:

@@ -44,7 +44,7 @@ MLP = ("mlp.*",)
 
 def arm(sources: tuple[str, ...], **banks) -> ConfigDict:
     """A stage that trains banks on all languages, each source weighing the same."""
-    return stage(banks=banks, mixture=dict.fromkeys(sources, 1.0), steps=250, learning_rate=3e-3)
+    return stage(banks=banks, mixture=dict.fromkeys(sources, 1.0), steps=150, learning_rate=3e-3)
 
 
 def families(layers: tuple, rank: int) -> ConfigDict:

@@ -18,6 +18,7 @@ seeds, compares the skills one by one as well, and scores held-out rows. The tab
 docs/trials.md.
 """
 
+import itertools
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -54,7 +55,7 @@ TASKS = {
     "cmedic": "strength of the intent to seek care, in Chinese; near no skill",
 }
 # Rows of the task -> steps of plain LoRA; it overfits few rows sooner.
-ROWS = {"16": 25, "64": 50, "all": 150}
+ROWS = {"16": 25, "64": 50, "all": 100}
 
 
 def skill(name: str, before: str) -> ConfigDict:
@@ -64,10 +65,10 @@ def skill(name: str, before: str) -> ConfigDict:
         states={before: "off"} if before else {},
         banks={name: bank(sites=("*",), rank=8, alpha=16.0, learned_scale=True)},
         losses={"orthonormality": orthonormality(name)},
-        allocators={"ranks": allocator(name, target_rank=4, t_init=20, t_final=40, every=5)},
+        allocators={"ranks": allocator(name, target_rank=4, t_init=10, t_final=20, every=2)},
         mixture={name: 1.0},
-        steps=100,
-        learning_rate=5e-3,
+        steps=60,
+        learning_rate=1e-2,
     )
 
 
@@ -89,7 +90,7 @@ def lora(rows: str, steps: int) -> ConfigDict:
         banks={"lora": bank(sites=("*",), rank=8, alpha=16.0)},
         mixture={rows: 1.0},
         steps=steps,
-        learning_rate=1e-3,
+        learning_rate=3e-3,
     )
 
 
@@ -103,13 +104,12 @@ def get_config(arg: str = "runs/trials/skills/seed0") -> ConfigDict:
     few = {f"{task}_{rows}": steps for task in TASKS for rows, steps in ROWS.items()}
     for name in (*SKILLS, *few):
         config.data.sources[name] = source(f"{arg}/rows/train/{name}.jsonl")
-    before = ""
-    for name in SKILLS:
+    for before, name in itertools.pairwise(("", *SKILLS)):
         config.stages[name] = skill(name, before)
-        before = name
+    config.stages.order = tuple(SKILLS)
     for name, steps in few.items():
         config.stages[f"route_{name}"] = route(name)
         config.stages[f"lora_{name}"] = lora(name, steps)
-    config.stages.order = tuple(name for name in config.stages if name != "order")
+        config.stages.order += (f"route_{name}", f"lora_{name}")
     config.run.remat = "none"
     return config
