@@ -98,7 +98,7 @@ def frozen_loss(config: DecoderConfig, execution: Execution, x_BxTxD, base, batc
     )
     targets, weights = next_token_targets(batch["tokens"], batch["loss_mask"], batch["segment_ids"])
     total = cross_entropy(
-        config, False, decoder.head(base), hidden_BxTxD, targets, weights, execution.row_shards
+        config, False, decoder.head(base), hidden_BxTxD, targets, weights, execution
     )
     return total / jnp.sum(weights)
 

@@ -17,6 +17,7 @@ index, and `aux` any pytree of statistics, which comes back stacked over layers.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -98,6 +99,20 @@ class Execution:
             return 1
         rows = self.activations.shard_shape((self.activations.num_devices,) * 3)[0]
         return self.activations.num_devices // rows
+
+    def logits(self, vocabulary: int) -> jax.sharding.NamedSharding | None:
+        """Of `[B, C, V]` logits: V over the mesh axes that the head lies on, if they divide it.
+
+        Tokens then travel to the head's parts, which weigh many times more than a chunk's tokens.
+        """
+        if self.activations is None:
+            return None
+        cut = [axis for axis in ("tensor", "fsdp", "expert") if axis in self.mesh.shape]
+        while vocabulary % math.prod(self.mesh.shape[axis] for axis in cut):
+            cut.pop()
+        rows = tuple(axis for axis in self.activations.spec[0] if axis not in cut)
+        spec = jax.sharding.PartitionSpec(rows, None, tuple(cut))
+        return jax.sharding.NamedSharding(self.mesh, spec)
 
     def constrain(self, x_BxTxD):
         """Pin an activation to its sharding."""

@@ -2,7 +2,8 @@
 
 Axes: B batch, T tokens, C tokens of a chunk, N chunks, D model, V vocabulary.
 Float32 logits exist for one chunk only, `[B, C, V]`. Every chunk reads the whole head, so a chunk
-is as large as a device's share of it allows: `shards` is the number of devices that share B.
+is as large as a device's share of it allows. In training, devices share the vocabulary rather than
+the rows (`Execution.logits`): a chunk's hidden states travel, not the head.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from medmoe_jax.base.config import DecoderConfig
+from medmoe_jax.base.decoder import Execution
 
 _CHUNK_ELEMENTS = 2**25  # float32 logits of a chunk on one device: 128 MiB
 
@@ -33,9 +36,16 @@ def logits(config: DecoderConfig, head_VxD, x_BxTxD):
     return z_BxTxV
 
 
-def _log_probs(config, head_VxD, x_BxCxD, targets_BxC):
+def _log_probs(config, head_VxD, x_BxCxD, targets_BxC, cut: NamedSharding | None = None):
+    if cut is not None:
+        rows = NamedSharding(cut.mesh, PartitionSpec(cut.spec[0]))
+        x_BxCxD = jax.lax.with_sharding_constraint(x_BxCxD, rows)
     z_BxCxV = logits(config, head_VxD, x_BxCxD)
-    picked_BxC = jnp.take_along_axis(z_BxCxV, targets_BxC[..., None], axis=-1)[..., 0]
+    if cut is not None:
+        z_BxCxV = jax.lax.with_sharding_constraint(z_BxCxV, cut)
+    # Not a lookup: a device that holds a part of V has nothing to look up elsewhere.
+    ids_1x1xV = jnp.arange(config.vocab_size, dtype=targets_BxC.dtype)[None, None]
+    picked_BxC = jnp.sum(jnp.where(targets_BxC[..., None] == ids_1x1xV, z_BxCxV, 0.0), axis=-1)
     return picked_BxC - jax.nn.logsumexp(z_BxCxV, axis=-1)
 
 
@@ -58,8 +68,19 @@ def token_log_probs(config: DecoderConfig, head_VxD, x_BxTxD, targets_BxT, shard
     return jnp.moveaxis(out_NxBxC, 0, 1).reshape(targets_BxT.shape)
 
 
-def _chunk_loss(config, head_VxD, x_BxCxD, targets_BxC, weights_BxC):
-    return -jnp.sum(_log_probs(config, head_VxD, x_BxCxD, targets_BxC) * weights_BxC)
+def _laid_out(config: DecoderConfig, execution: Execution, head_VxD):
+    """The head where the logits' vocabulary lies, once for all chunks."""
+    cut = execution.logits(config.vocab_size)
+    if cut is None:
+        return head_VxD
+    rows = NamedSharding(cut.mesh, PartitionSpec(cut.spec[2]))
+    return jax.lax.with_sharding_constraint(head_VxD, rows)
+
+
+def _chunk_loss(config, execution, head_VxD, x_BxCxD, targets_BxC, weights_BxC):
+    cut = execution.logits(config.vocab_size)
+    log_probs_BxC = _log_probs(config, head_VxD, execution.constrain(x_BxCxD), targets_BxC, cut)
+    return -jnp.sum(log_probs_BxC * weights_BxC)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 6))
@@ -70,7 +91,7 @@ def cross_entropy(
     x_BxTxD,
     targets_BxT,
     weights_BxT,
-    shards: int = 1,
+    execution: Execution = Execution(),
 ):
     """Σ weight · (−log p(target)), float32 scalar.
 
@@ -84,25 +105,31 @@ def cross_entropy(
       x_BxTxD: final hidden states.
       targets_BxT: int32 ids.
       weights_BxT: float32; 0 where there is no target. No gradient flows to it.
-      shards: devices that the rows are spread over (`Execution.row_shards`).
+      execution: where rows and vocabulary lie.
     """
     del train_head
+    shards = execution.row_shards
     chunks = _chunks(config, shards, targets_BxT.shape, x_BxTxD, targets_BxT, weights_BxT)
 
+    head_VxD = _laid_out(config, execution, head_VxD)
+
     def one(total, chunk):
-        return total + _chunk_loss(config, head_VxD, *chunk), None
+        return total + _chunk_loss(config, execution, head_VxD, *chunk), None
 
     return jax.lax.scan(one, jnp.float32(0), chunks)[0]
 
 
-def _forward(config, train_head, head_VxD, x_BxTxD, targets_BxT, weights_BxT, shards):
+def _forward(config, train_head, head_VxD, x_BxTxD, targets_BxT, weights_BxT, execution):
+    shards = execution.row_shards
     chunks = _chunks(config, shards, targets_BxT.shape, x_BxTxD, targets_BxT, weights_BxT)
     argnums = (0, 1) if train_head else (1,)
-    gradient = jax.value_and_grad(functools.partial(_chunk_loss, config), argnums=argnums)
+    loss = functools.partial(_chunk_loss, config, execution)
+    gradient = jax.value_and_grad(loss, argnums=argnums)
+    here_VxD = _laid_out(config, execution, head_VxD)
 
     def one(carry, chunk):
         total, head_grad = carry
-        loss, grads = gradient(head_VxD, *chunk)
+        loss, grads = gradient(here_VxD, *chunk)
         if train_head:
             head_grad += grads[0].astype(jnp.float32)
         return (total + loss, head_grad), grads[-1]
@@ -113,8 +140,8 @@ def _forward(config, train_head, head_VxD, x_BxTxD, targets_BxT, weights_BxT, sh
     return total, (dx_BxTxD, head_grad, head_VxD, weights_BxT)
 
 
-def _backward(config, train_head, shards, residuals, ct):
-    del config, shards
+def _backward(config, train_head, execution, residuals, ct):
+    del config, execution
     dx_BxTxD, head_grad, head_VxD, weights_BxT = residuals
     dx_BxTxD = (dx_BxTxD * ct).astype(dx_BxTxD.dtype)
     if train_head:

@@ -51,9 +51,7 @@ def frozen_step(
             batch["positions"],
             execution=execution,
         )
-        total = cross_entropy(
-            config, False, head_VxD, hidden_BxTxD, targets, weights, execution.row_shards
-        )
+        total = cross_entropy(config, False, head_VxD, hidden_BxTxD, targets, weights, execution)
         return total / jnp.sum(weights)
 
     x_BxTxD = base["embed"][batch["tokens"]].astype(execution.dtype)

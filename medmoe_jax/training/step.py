@@ -116,7 +116,7 @@ def nll(config: AdaptedConfig, trainable, frozen, batch: Mapping[str, jax.Array]
         x_BxTxD,
         targets_BxT,
         weights_BxT,
-        config.execution.row_shards,
+        config.execution,
     )
     return total, (jnp.sum(weights_BxT), telemetry.collect(aux))
 

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 
 from medmoe_jax.base import loss
+from medmoe_jax.base.decoder import Execution
+from medmoe_jax.parallel.mesh import AXES, batch_sharding, make_mesh
 from tests.naive import TINY, check_gradient, rel
 
 B, T, D, V = 2, 6, 5, 17
@@ -92,10 +95,42 @@ def test_chunks_are_sized_for_one_device(monkeypatch):
     monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", B * V)
     assert len(loss._chunks(config, 1, (B, T), i["x"])[0]) == T
     assert len(loss._chunks(config, 3, (B, T), i["x"])[0]) == T // 3
-    args = (config, True, i["head"], i["x"], i["targets"], i["weights"])
-    one, three = (jax.value_and_grad(loss.cross_entropy, argnums=(2, 3))(*args, n) for n in (1, 3))
-    assert abs(one[0] / three[0] - 1) < 1e-6
-    assert all(rel(a, b) < 1e-5 for a, b in zip(one[1], three[1], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "vocabulary"),
+    [
+        ({"data": 2, "fsdp": 2, "tensor": 2}, ("data",), ("tensor", "fsdp", "expert")),
+        # 36 divides by 4, not by 8: `expert` goes on cutting rows.
+        ({"fsdp": 4, "expert": 2}, ("data", "expert"), ("tensor", "fsdp")),
+        # 8 does not divide it at all.
+        ({"fsdp": 8}, ("data", "fsdp", "expert"), ("tensor",)),
+    ],
+)
+def test_devices_share_the_vocabulary(sizes, rows, vocabulary):
+    """The loss and the gradients of one device, by parts of logits on eight."""
+    config = TINY.replace(vocab_size=36, vocab_used=31, final_softcap=1.5)
+    mesh = make_mesh({**dict.fromkeys(AXES, 1), **sizes})
+    execution = Execution(activations=batch_sharding(mesh, 3))
+    assert execution.logits(36).spec == PartitionSpec(rows, None, vocabulary)
+    rng = np.random.default_rng(3)
+    head, x = rng.standard_normal((36, 16)), rng.standard_normal((8, 6, 16))
+    targets, weights = rng.integers(0, 31, (8, 6)), rng.choice([0, 1, 2], (8, 6))
+    arrays = [np.asarray(a, np.float32) for a in (head, x)]
+    arrays += [np.asarray(targets, np.int32), np.asarray(weights, np.float32)]
+
+    def run(execution, arrays):
+        of = functools.partial(loss.cross_entropy, config, True, execution=execution)
+        return jax.jit(jax.value_and_grad(lambda *a: of(*a), argnums=(0, 1)))(*arrays)
+
+    want = run(Execution(), arrays)
+    cut = NamedSharding(mesh, PartitionSpec(None, ("fsdp", "expert")))
+    placed = [jax.device_put(arrays[0], cut)]
+    placed += [jax.device_put(a, batch_sharding(mesh, a.ndim)) for a in arrays[1:]]
+    got = run(execution, placed)
+    assert abs(got[0] / want[0] - 1) < 1e-5
+    assert all(rel(a, b) < 1e-4 for a, b in zip(got[1], want[1], strict=True))
+    assert abs(want[0] / -(_naive_log_probs(config, head, x, targets) * weights).sum() - 1) < 1e-5
 
 
 def test_gradient_keeps_its_dtype():
