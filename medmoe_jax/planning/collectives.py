@@ -1,22 +1,22 @@
-"""What a collective sends over links: within a slice over ICI, between slices over the network.
+"""What collectives move over links within a slice, and over the network between slices.
 
-n devices of a group lie in s slices, m = n / s in each; B is the collective's larger side in bytes.
-A device receives, by the algorithms that move least (rings within a slice, and between slices the
-devices of one place in theirs):
+A group of n devices, of a slice or of the slices themselves, exchanges B bytes, the larger side of
+the collective on one device. Each of them receives, by the algorithms that move least (rings):
 
-| kind | within a slice | between slices |
-|---|---|---|
-| all-gather, reduce-scatter | B (m − 1) / m | B (s − 1) / n |
-| all-reduce | twice that | twice that |
-| all-to-all | B (m − 1) / n | B (n − m) / n |
-| collective-permute | B, if no pair crosses | B, if a pair crosses |
+| kind | bytes |
+|---|---|
+| all-gather, reduce-scatter, all-to-all | B (n − 1) / n |
+| all-reduce | twice that |
+| collective-permute | B |
+
+A program for several slices has collectives within each, and between them pairs of `send` and
+`recv` that name the kind; a device exchanges with those in its place in the other slices.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -78,25 +78,38 @@ def groups(attributes: str, devices: int) -> list[list[int]]:
     return [list(range(devices))]
 
 
-def received(kind: str, size: int, attributes: str, slices: Sequence[int]) -> tuple[float, float]:
-    """Bytes that a device receives over `(links within its slice, the network between slices)`.
+def received(kind: str, size: int, n: int) -> float:
+    """Bytes that a device receives in a collective.
 
     Args:
       kind: of the collective.
       size: bytes of its larger side on one device.
-      attributes: see `groups`.
-      slices: the slice of each device.
+      n: devices that take part.
     """
-    found = groups(attributes, len(slices))
     if kind == "collective-permute":
-        moving = [(a, b) for a, b in found if a != b]
-        if any(slices[a] != slices[b] for a, b in moving):
-            return 0.0, float(size)
-        return (float(size) if moving else 0.0), 0.0
-    n = max(map(len, found))
-    s = max(len({slices[i] for i in group}) for group in found)
-    m = n / s
-    if kind.endswith("all-to-all"):
-        return size * (m - 1) / n, size * (n - m) / n
-    times = 2 if kind == "all-reduce" else 1
-    return times * size * (m - 1) / m, times * size * (s - 1) / n
+        return float(size)
+    return (2 if kind == "all-reduce" else 1) * size * (n - 1) / n
+
+
+def within_slice(kind: str, size: int, attributes: str, devices: int) -> float:
+    """Bytes that a device receives from others of its slice.
+
+    Args:
+      kind, size: see `received`.
+      attributes: see `groups`.
+      devices: of the program.
+    """
+    found = groups(attributes, devices)
+    if kind == "collective-permute":
+        return received(kind, size, 2) if any(a != b for a, b in found) else 0.0
+    return received(kind, size, max(map(len, found)))
+
+
+def between_slices(opcode: str, attributes: str) -> str:
+    """The kind of collective that a `send` or `recv` stands for, "" if it is none or not the one.
+
+    Of the two, it is the one with the larger side.
+    """
+    named = re.search(r'_xla_megascale_transfer_type="(\w+)"', attributes)
+    kind = named[1].lower().replace("_", "-") if named else ""
+    return kind if opcode == ("send" if kind == "reduce-scatter" else "recv") else ""

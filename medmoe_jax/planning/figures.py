@@ -69,7 +69,7 @@ def measure(setup: Setup, topology: Topology, program: Program) -> Figures:
             raise
         return Figures(program.name, False, needed, arguments, time.monotonic() - start)
     seconds = time.monotonic() - start
-    slices = [slice_of(device) for device in setup.mesh.devices.flat]
+    slices = len(set(map(slice_of, topology.devices)))
     kernels = _splash(setup, program)
     counts = hlo.count(compiled.as_text(), kernels, slices, program.turns)
     links = {

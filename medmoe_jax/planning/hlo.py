@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -74,6 +74,13 @@ class Traffic(NamedTuple):
     dcn: float
 
 
+class Places(NamedTuple):
+    """What a program runs on: devices of a slice, and slices."""
+
+    devices: int
+    slices: int
+
+
 class Buffer(NamedTuple):
     """An array that the program holds, beside its arguments."""
 
@@ -104,7 +111,7 @@ class Counts:
 def count(
     text: str,
     kernels: Mapping[str, Cost] | None = None,
-    slices: Sequence[int] = (),
+    slices: int = 1,
     turns: int = 1,
 ) -> Counts:
     """The costs of a compiled program.
@@ -112,13 +119,13 @@ def count(
     Args:
       text: `compiled.as_text()`.
       kernels: the cost of a run of a Pallas kernel, by its name.
-      slices: the slice of each device, in the program's order; empty = they share one.
+      slices: that the program runs on.
       turns: of a loop whose trips depend on the program's data.
     """
     entry, computations = parse(text)
     devices = re.search(r"\bnum_partitions=(\d+)", text)
-    slices = slices or [0] * int(devices[1] if devices else 1)
-    counter = _Counter(computations, kernels or {}, slices, turns)
+    places = Places(int(devices[1]) if devices else 1, slices)
+    counter = _Counter(computations, kernels or {}, places, turns)
     counter.run(computations[entry], 1)
     return counter.counts()
 
@@ -130,12 +137,12 @@ class _Counter:
         self,
         computations: Mapping[str, Computation],
         kernels: Mapping[str, Cost],
-        slices: Sequence[int],
+        places: Places,
         turns: int,
     ):
         self.computations = computations
         self.kernels = kernels
-        self.slices = slices
+        self.places = places
         self.turns = turns
         self.cost = Cost(0.0, 0.0)
         self.largest = Buffer(0, (), "")
@@ -170,6 +177,8 @@ class _Counter:
                 self.run(self._inner(one), times)
             elif _kind(one):
                 self._collective(here, one, times)
+            elif one.opcode in ("send", "recv"):
+                self._transfer(one, times)
             elif one.opcode == "fusion":
                 self._fusion(here, one, times)
             elif one.opcode not in _FREE and not one.opcode.endswith(("-done", "-update")):
@@ -201,7 +210,7 @@ class _Counter:
         names = names or [one.called("true_computation"), one.called("false_computation")]
         tried = []
         for name in names:
-            branch = _Counter(self.computations, self.kernels, self.slices, self.turns)
+            branch = _Counter(self.computations, self.kernels, self.places, self.turns)
             branch.run(self.computations[name], 1)
             tried.append((branch.counts().flops, branch.counts().bytes, name))
         self.run(self.computations[max(tried)[2]], times)
@@ -214,7 +223,7 @@ class _Counter:
         results = _results(here, one)
         operands = [a for operand in here.operands(one) for a in operand.arrays]
         larger = max(sum(a.bytes for a in results), sum(a.bytes for a in operands))
-        links = collectives.received(_kind(one), larger, one.attributes, self.slices)
+        ici = collectives.within_slice(_kind(one), larger, one.attributes, self.places.devices)
         memory = _main(results) + _main(operands)
         channel = re.search(r"channel_id=(\d+)", one.attributes)
         key = (_kind(one), channel[1] if channel else one.name)
@@ -222,7 +231,15 @@ class _Counter:
             pieces = "async_collective_fusion" in here.name
             old = self.collectives[key][0]
             times = min(times, old) if pieces else times + old
-        self.collectives[key] = (times, Traffic(1, larger, *links), memory)
+        self.collectives[key] = (times, Traffic(1, larger, ici, 0), memory)
+
+    def _transfer(self, one: Instruction, times: float) -> None:
+        """One end of an exchange with the host; between slices, it is a collective's."""
+        size = one.arrays[0].bytes
+        self._add(0, _main(one.arrays[:1]), times)
+        if kind := collectives.between_slices(one.opcode, one.attributes):
+            dcn = collectives.received(kind, size, self.places.slices)
+            self.collectives[kind, one.name] = (times, Traffic(1, size, 0, dcn), 0)
 
     def _fusion(self, here: Computation, one: Instruction, times: float) -> None:
         inner = self._inner(one)

@@ -39,8 +39,9 @@ class Array:
     @property
     def bytes(self) -> int:
         """Size in bytes, without the layout's padding."""
-        bits = _BITS.get(self.dtype) or int(re.search(r"\d+", self.dtype)[0])
-        return 0 if self.dtype in ("token", "opaque") else (self.size * bits + 7) // 8
+        named = self.dtype in _BITS
+        bits = _BITS[self.dtype] if named else int(re.search(r"\d+", self.dtype)[0])
+        return (self.size * bits + 7) // 8
 
 
 @dataclass

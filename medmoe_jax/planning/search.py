@@ -131,7 +131,7 @@ def search(
 def _with(config: ConfigDict, candidate: Candidate) -> ConfigDict:
     """The recipe run in the candidate's way."""
     config = config.copy_and_resolve_references()
-    config.run.mesh.update(zip(AXES, candidate.mesh, strict=True))
+    config.run.mesh.update(dict(zip(AXES, candidate.mesh, strict=True)))
     config.run.accumulation = candidate.accumulation
     config.run.remat = candidate.remat
     return config

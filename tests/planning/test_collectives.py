@@ -1,11 +1,9 @@
-"""Bytes over links, against counts by hand."""
+"""Bytes over links and between slices, against counts by hand."""
 
 import pytest
 
-from medmoe_jax.planning.collectives import groups, received
+from medmoe_jax.planning.collectives import between_slices, groups, within_slice
 
-ONE, TWO = [0] * 8, [0] * 4 + [1] * 4
-ALL = "replica_groups={{0,1,2,3,4,5,6,7}}"
 B = 8 * 24
 
 
@@ -34,36 +32,38 @@ def test_groups(attributes, want):
 
 
 @pytest.mark.parametrize(
-    ("kind", "slices", "want"),
+    ("kind", "want"),
     [
-        # Seven other devices' eighths of the result.
-        ("all-gather", ONE, (7 * 24, 0)),
-        ("reduce-scatter", ONE, (7 * 24, 0)),
-        ("all-reduce", ONE, (2 * 7 * 24, 0)),
-        ("all-to-all", ONE, (7 * 24, 0)),
-        # The eighth of the device in its place in the other slice; then three quarters of all.
-        ("all-gather", TWO, (6 * 24, 24)),
-        ("reduce-scatter", TWO, (6 * 24, 24)),
-        ("all-reduce", TWO, (2 * 6 * 24, 2 * 24)),
-        # Three parts to devices of its slice, four to those of the other.
-        ("all-to-all", TWO, (3 * 24, 4 * 24)),
-        ("ragged-all-to-all", TWO, (3 * 24, 4 * 24)),
+        # Seven other devices' eighths; an all-reduce is a reduce-scatter and an all-gather.
+        ("all-gather", 7 * 24),
+        ("reduce-scatter", 7 * 24),
+        ("all-to-all", 7 * 24),
+        ("ragged-all-to-all", 7 * 24),
+        ("all-reduce", 2 * 7 * 24),
     ],
 )
-def test_a_group_of_eight(kind, slices, want):
-    assert received(kind, B, ALL, slices) == pytest.approx(want)
-
-
-def test_groups_within_and_across_slices():
-    within, across = "replica_groups=[2,4]<=[8]", "replica_groups=[4,2]<=[2,4]T(1,0)"
-    assert received("all-gather", B, within, TWO) == (B * 3 / 4, 0)
-    assert received("all-gather", B, across, TWO) == (0, B / 2)
-    assert received("all-reduce", B, across, TWO) == (0, B)
-    assert received("all-gather", B, "replica_groups={{0},{1}}", TWO) == (0, 0)
+def test_a_group_of_eight(kind, want):
+    assert within_slice(kind, B, "replica_groups={{0,1,2,3,4,5,6,7}}", 8) == want
+    assert within_slice(kind, B, "replica_groups=[8,1]<=[8]", 8) == 0
+    assert within_slice(kind, B, "replica_groups={}", 8) == want
 
 
 def test_a_permutation():
-    ring = "source_target_pairs={{0,1},{1,2},{2,3},{3,0}}"
-    assert received("collective-permute", B, ring, ONE) == (B, 0)
-    assert received("collective-permute", B, ring, [0, 0, 1, 1]) == (0, B)
-    assert received("collective-permute", B, "source_target_pairs={{0,0},{1,1}}", ONE) == (0, 0)
+    assert within_slice("collective-permute", B, "source_target_pairs={{0,1},{1,0}}", 8) == B
+    assert within_slice("collective-permute", B, "source_target_pairs={{0,0},{1,1}}", 8) == 0
+
+
+@pytest.mark.parametrize(
+    ("opcode", "name", "kind"),
+    [
+        ("recv", "ALL_REDUCE", "all-reduce"),
+        ("send", "ALL_REDUCE", ""),
+        ("recv", "ALL_GATHER", "all-gather"),
+        ("send", "REDUCE_SCATTER", "reduce-scatter"),
+        ("recv", "REDUCE_SCATTER", ""),
+    ],
+)
+def test_between_slices(opcode, name, kind):
+    named = f'channel_id=1, frontend_attributes={{_xla_megascale_transfer_type="{name}"}}'
+    assert between_slices(opcode, named) == kind
+    assert between_slices(opcode, "channel_id=1, is_host_transfer=true") == ""

@@ -27,10 +27,12 @@ def _product(n, d, f):
 
 
 def test_types():
-    a, b, c = arrays_of("(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, /*index=1*/pred[], s4[5]{0:S(2)})")
+    text = "(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, /*index=1*/pred[], s4[5]{0:S(2)}, token[])"
+    a, b, c, d = arrays_of(text)
     assert (a.shape, a.bytes, a.on_chip) == ((2, 3), 12, True)
     assert (b.shape, b.bytes, b.on_chip) == ((), 1, False)
     assert (c.shape, c.bytes, c.on_chip) == ((5,), 3, True)
+    assert d.bytes == 0
 
 
 def test_product():
@@ -221,3 +223,26 @@ def test_kernels():
     assert (claimed.flops, claimed.bytes, claimed.unknown) == (500, size + 70, ())
     told = hlo.count(KERNEL.replace("COST", claim), {"ours": hlo.Cost(9, 3)})
     assert (told.flops, told.bytes) == (9, size + 3)
+
+
+TWO_SLICES = """HloModule jit_f, num_partitions=4
+
+ENTRY %main (x: f32[8,128]) -> f32[8,128] {
+  %x = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %after-all.1 = token[] after-all()
+  %send.1 = (f32[8,128]{1,0:T(8,128)}, u32[], token[]) send(%x, %after-all.1), is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send-done.1 = token[] send-done(%send.1), is_host_transfer=true
+  %recv.1 = (f32[8,128]{1,0:T(8,128)}, u32[], token[]) recv(%after-all.1), is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv-done.1 = (f32[8,128]{1,0:T(8,128)}, token[]) recv-done(%recv.1), is_host_transfer=true
+  ROOT %y = f32[8,128]{1,0:T(8,128)} get-tuple-element(%recv-done.1), index=0
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize("slices", [2, 4])
+def test_what_slices_exchange(slices):
+    size = 4 * 8 * 128
+    counts = hlo.count(TWO_SLICES, slices=slices)
+    dcn = 2 * size * (slices - 1) / slices
+    assert counts.collectives == {"all-reduce": hlo.Traffic(1, size, 0, dcn)}
+    assert counts.bytes == 2 * size  # read to be sent, written when received

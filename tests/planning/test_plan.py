@@ -75,9 +75,9 @@ def test_slices_joined_by_a_network(recipe, tmp_path, capsys):
     figures = run(recipe, tmp_path, *arguments)
     crossing = {k: c["dcn_bytes"] for k, c in figures["collectives"].items() if c["dcn_bytes"]}
     assert crossing
-    # The gradients of the trained bank, float32, a quarter on each chip of a slice, and scalars.
+    # The gradients of the trained bank, float32, a quarter on each chip of a slice; a little more.
     bank = 4 * 4 * 32 * (3 * 256 + 3 * 512)
-    assert 2 * bank / 2 / 4 * 0.9 < sum(crossing.values()) < 2 * bank * 1.5
+    assert bank / 4 <= sum(crossing.values()) < 3 * bank / 4
     assert figures["steps"] is None and figures["chip_hours"] is None
 
 

@@ -14,7 +14,7 @@ from medmoe_jax.planning import programs
 from medmoe_jax.planning.programs import open_abstract, start
 from medmoe_jax.training import recipe
 from medmoe_jax.training.parts import make_optimiser, place, split
-from medmoe_jax.training.run import open_trained
+from medmoe_jax.training.setup import open_setup
 from tests import tiny
 
 HERE = Topology("here", CHIPS["v5e"], tuple(jax.devices()))
@@ -28,18 +28,18 @@ def kinds(tree):
     }
 
 
-@pytest.mark.parametrize("stage", [0, 1])
-def test_a_step_is_planned_in_the_shapes_that_a_run_has(stage):
-    setup, workdir = tiny.trained()
+@pytest.mark.parametrize("name", ["aggregate", "align"])
+def test_a_step_is_planned_in_the_shapes_that_a_run_has(name):
+    setup = open_setup(tiny.medcare_config())
     abstract = open_abstract(setup.config, HERE)
-    real = setup.stages[stage]
-    at = start(abstract, real.name)
+    at = start(abstract, name)
     state, frozen, batch = programs.training(abstract, at).arguments
 
-    before = open_trained(setup, workdir, real.after)
-    roster, banks, base = recipe.start(
-        real, before.roster, before.banks, before.base, setup.base.config
-    )
+    roster, banks, base = {}, {}, setup.load_base()
+    for real in recipe.chain(setup.stages, name):
+        roster, banks, base = recipe.start(
+            real, roster, banks, base, setup.base.config, setup.place
+        )
     assert at.roster == roster
     optimiser = make_optimiser(real, recipe.schedule(real.config, tiny.STEPS))
     frozen_now, trainable = split(real, roster, banks, base)
