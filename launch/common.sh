@@ -74,17 +74,14 @@ pack_code() {
   scratch=$(mktemp -d)
   CODE=$(
     cd "$ROOT" || exit
-    GIT_ALTERNATE_OBJECT_DIRECTORIES=$(git rev-parse --path-format=absolute --git-path objects)
-    cp "$(git rev-parse --git-path index)" "$scratch/index"
-    mkdir "$scratch/objects"
-    export GIT_ALTERNATE_OBJECT_DIRECTORIES
+    objects=$(git rev-parse --path-format=absolute --git-path objects)
+    cp "$(git rev-parse --git-path index)" "$scratch/index" && mkdir "$scratch/objects" || exit
     export GIT_INDEX_FILE=$scratch/index GIT_OBJECT_DIRECTORY=$scratch/objects
-    git add --update
-    tree=$(git write-tree)
-    if [[ -n $1 ]]; then git archive --format=tar.gz --output="$scratch/code.tar.gz" "$tree"; fi
-    echo "${tree:0:12}"
-  )
-  if [[ -n $1 ]]; then mv "$scratch/code.tar.gz" "$1"; fi
+    export GIT_ALTERNATE_OBJECT_DIRECTORIES=$objects
+    git add --update && tree=$(git write-tree) &&
+      git archive --format=tar.gz --output="$scratch/code.tar.gz" "$tree" && echo "${tree:0:12}"
+  ) || fail "the tracked files of $ROOT cannot be packed"
+  if [[ -n $1 ]]; then mv "$scratch/code.tar.gz" "$1" || fail "$1 cannot be written"; fi
   rm -rf "$scratch"
   changes=$(git -C "$ROOT" status --short)
   if [[ -n $changes ]]; then
@@ -92,14 +89,15 @@ pack_code() {
   fi
 }
 
-# Code and worker.sh on every worker, by backend_copy FILE..., and installed there.
+# Code and worker.sh on every worker, by backend_copy FILE..., and installed there; fails where a
+# worker could not do its part.
 ship_to_workers() {
   local files=("$FLAG_LOGS/ship/code.tar.gz" "$LAUNCH/worker.sh")
   if dry; then
     pack_code ''
     note "pack the tracked files of $ROOT into ${files[0]}: code $CODE"
   else
-    mkdir -p "$FLAG_LOGS/ship"
+    mkdir -p "$FLAG_LOGS/ship" || fail "--logs=$FLAG_LOGS cannot be made"
     pack_code "$FLAG_LOGS/ship/code.tar.gz"
   fi
   if [[ -n $FLAG_ENV_FILE ]]; then
@@ -107,9 +105,8 @@ ship_to_workers() {
     files+=("$FLAG_LOGS/ship/env")
     perform ln -sfn "$(realpath "$FLAG_ENV_FILE")" "$FLAG_LOGS/ship/env"
   fi
-  each backend_on mkdir -p -m 700 "$WORKER_DIR"
-  backend_copy "${files[@]}"
-  each worker install "$CODE" "$FLAG_PYTHON" "$FLAG_PACKAGES" "$FLAG_SETUP"
+  each backend_on mkdir -p -m 700 "$WORKER_DIR" && backend_copy "${files[@]}" &&
+    each worker install "$CODE" "$FLAG_PYTHON" "$FLAG_PACKAGES" "$FLAG_SETUP"
 }
 
 # The value of --workdir among the arguments of medmoe, '' where there is none.

@@ -1,8 +1,9 @@
 # Start the job, follow it, and start it again.
 # shellcheck shell=bash
 
-# worker.sh's status for a job that runs already, from the same command.
+# Of worker.sh: the same job runs already; it refused, and said why.
 ALREADY_RUNNING=10
+REFUSED=11
 STOPPED=130
 LOST=255
 
@@ -19,7 +20,7 @@ start_worker() {
 
 # The job on all workers; where all of them run it already, as after a lost connection, it stays.
 start() {
-  local number code bad=0 running=0
+  local number code bad=0 running=0 began=()
   if dry; then
     each start_worker
     return
@@ -32,36 +33,43 @@ start() {
     code=0
     wait "${STARTING[number]}" || code=$?
     case $code in
-      0) ;;
+      0) began+=("$number") ;;
       "$ALREADY_RUNNING") running=$((running + 1)) ;;
+      "$REFUSED") bad=1 ;;
       *)
-        say "worker $number (${WORKERS[number]}): could not start, status $code"
-        bad=$code
+        say "worker $number (${WORKERS[number]}) cannot be reached"
+        bad=$LOST
         ;;
     esac
   done
   STARTING=()
   if ((running == ${#WORKERS[@]})); then
     say "this job runs already: following it"
-  elif ((running || bad)); then
-    say "not all workers started together: stopping those that did"
+  elif ((bad)); then
+    for number in "${began[@]}"; do worker "$number" stop "$FLAG_GRACE"; done
+  elif ((running)); then
+    say "some workers still run an earlier start: stopping it, and starting all together"
     each worker stop "$FLAG_GRACE" || return "$LOST"
-    ((bad)) || each start_worker || bad=$LOST
+    each start_worker || bad=$LOST
   fi
   return "$bad"
 }
 
 # One worker's log into LOGS/worker-N.log, worker 0's on the terminal too, until its job ends; ends
-# with the job's status.
+# with the job's status. That is in the log's last line: gcloud and ssh end with 1 and 255 for
+# reasons of their own.
 attach() {
-  local copy=$FLAG_LOGS/worker-$1.log
+  local copy=$FLAG_LOGS/worker-$1.log status
   if dry; then
     worker "$1" attach
+    return
   elif (($1 == 0)); then
-    worker 0 attach 2>&1 | tee -a "$copy"
+    worker 0 attach 2>&1 | tee -a "$copy" || true
   else
-    worker "$1" attach >>"$copy" 2>&1
+    worker "$1" attach >>"$copy" 2>&1 || true
   fi
+  status=$(tac "$copy" | sed -n '/^== worker/q; s/^== ended with status //p' | head -n 1)
+  return "${status:-$LOST}"
 }
 
 in_words() {
@@ -166,27 +174,31 @@ saved() {
 }
 
 resume() {
-  local before='' now code fruitless=0 starts=0
+  local before='' now='' code fruitless=0 starts=0 ready
   while true; do
     backend_ensure
-    backend_ship
     if dry; then
+      backend_ship
       saved
       attempt
-      note "and all of it again until the status is 0, 1 or 2 (bad input), or $STOPPED (stopped), or" \
-        "$FLAG_MAX_RESTARTS starts in a row saved nothing new"
+      note "and all of it again until the status is 0, 1 or 2 (bad input), or $STOPPED (stopped)," \
+        "or $FLAG_MAX_RESTARTS starts in a row saved nothing new"
       return
     fi
-    now=$(saved)
+    ready=no
+    if backend_ship && now=$(saved); then ready=yes; fi
     fruitless=$((fruitless + 1))
     if ((starts == 0)) || [[ $now != "$before" ]]; then fruitless=0; fi
     if ((fruitless == FLAG_MAX_RESTARTS)); then
       say "giving up: $fruitless starts in a row saved nothing new; the last one had status $code"
       return "$code"
     fi
-    before=$now starts=$((starts + 1)) code=0
+    before=$now starts=$((starts + 1)) code=$LOST
     say "start $starts"
-    attempt || code=$?
+    if [[ $ready == yes ]]; then
+      code=0
+      attempt || code=$?
+    fi
     case $code in
       0) say "done after $starts starts" && return ;;
       1 | 2) # a message for a person, or of the parser of the command line

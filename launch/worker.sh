@@ -17,7 +17,7 @@ say() { printf 'worker %s (%s): %s\n' "$number" "$(hostname)" "$*"; }
 
 fail() {
   say "error: $*" >&2
-  exit 1
+  exit 11
 }
 
 # The lock goes when the last process of the job is gone, however it went.
@@ -58,8 +58,8 @@ check_devices() {
   link=$("${find[@]}" /proc/[0-9]*/fd "${tests[@]:1}" 2>/dev/null | head -n 1) || true
   [[ -n $link ]] || return 0
   process=$(cut -d / -f 3 <<<"$link")
-  fail "the TPU is held by process $process ($(tr '\0' ' ' <"/proc/$process/cmdline")), which is no" \
-    "job of this launcher's: end it on this host (kill $process), then run again"
+  fail "the TPU is held by process $process ($(tr '\0' ' ' <"/proc/$process/cmdline")), which" \
+    "is no job of this launcher's: end it on this host (kill $process), then run again"
 }
 
 start() { # VARIABLE=VALUE ... -- ARGUMENTS
@@ -119,13 +119,15 @@ run_medmoe() {
   exec env "${environment[@]}" medmoe "$@"
 }
 
-# The log so far and from now on; ends with the job, and with its status.
+# The log so far and from now on until the job ends, and then its status.
 attach() {
+  local status=137 # where not even its parent lived to note it
   [[ -s $job/pid ]] || fail "no job was started here"
   tail --lines=+1 --sleep-interval=0.2 --follow --pid="$(cat "$job/pid")" "$job/log"
   while [[ ! -e $job/status ]] && kill -0 "$(cat "$job/group")" 2>/dev/null; do sleep 0.1; done
-  [[ -e $job/status ]] || exit 137 # not even its parent lived to note it
-  exit "$(cat "$job/status")"
+  if [[ -e $job/status ]]; then status=$(cat "$job/status"); fi
+  if [[ -n $(tail --bytes=1 "$job/log") ]]; then echo; fi # its last line had no end
+  echo "== ended with status $status"
 }
 
 status() {

@@ -1,7 +1,7 @@
 """A launcher to call, and a `medmoe` that does what a test says.
 
-The fake `medmoe` comes first in PATH. It notes its arguments and its environment, and then does what
-the shell text in `behaviour` says; `$worker` is the number of the worker it runs on.
+The fake `medmoe` comes first in PATH. It notes its arguments and its environment, and then does
+what the shell text in `behaviour` says; `$worker` is the number of the worker it runs on.
 """
 
 import os
@@ -31,7 +31,9 @@ class Launcher:
         self.bin = folder / "bin"
         self.bin.mkdir()
         self.stub("medmoe", MEDMOE)
-        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("TPU_RUN_", "MEDMOE_"))}
+        self.env = {
+            k: v for k, v in os.environ.items() if not k.startswith(("TPU_RUN_", "MEDMOE_"))
+        }
         self.env |= {"PATH": f"{self.bin}:{os.environ['PATH']}", "FAKE": str(folder)}
         self.env |= {"HOME": str(folder)}
         self.env.pop("XLA_FLAGS", None)

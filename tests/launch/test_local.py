@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -27,7 +28,7 @@ def alive(folder, worker):
     group = (folder / f"runs/launch/worker-{worker}/group").read_text().strip()
     for stat in os.listdir("/proc"):
         try:
-            fields = open(f"/proc/{stat}/stat").read().rpartition(")")[2].split()
+            fields = Path(f"/proc/{stat}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
         if fields[2] == group and fields[0] != "Z":
@@ -36,7 +37,7 @@ def alive(folder, worker):
 
 
 def test_arguments_and_environment_reach_every_process(local):
-    words = ["train", "--config=a b.py:x", "it's \"quoted\"", "$HOME", "two\nlines", "*", "", "--"]
+    words = ["train", "--config=a b.py:x", 'it\'s "quoted"', "$HOME", "two\nlines", "*", "", "--"]
     local.behaves('echo "hello from $worker"')
     ended = local("run", "--hosts=3", "--devices=2", "--", *words)
     assert ended.returncode == 0, ended.stderr
@@ -49,7 +50,10 @@ def test_arguments_and_environment_reach_every_process(local):
         assert seen["JAX_PLATFORMS"] == "cpu"
         assert seen["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] == "gloo"
         assert seen["XLA_FLAGS"] == "--xla_force_host_platform_device_count=2"
-        assert f"hello from {worker}" in (local.folder / f"runs/launch/worker-{worker}.log").read_text()
+        assert (
+            f"hello from {worker}"
+            in (local.folder / f"runs/launch/worker-{worker}.log").read_text()
+        )
 
 
 def test_defaults_come_from_the_environment_and_flags_win(local):
@@ -72,7 +76,8 @@ def test_processes_meet_at_a_free_port(launcher):
 def test_one_failure_stops_the_others_and_is_named(local):
     """The other one does not listen to SIGTERM, and has a child: both are ended."""
     local.behaves(
-        "if ((worker == 1)); then until [[ -e deaf ]]; do sleep 0.1; done; echo no disk; exit 3; fi\n"
+        "wait_for() { until [[ -e $1 ]]; do sleep 0.1; done; }\n"
+        "if ((worker == 1)); then wait_for deaf; echo no disk; exit 3; fi\n"
         "trap '' TERM; touch deaf; while true; do sleep 0.1; done"
     )
     began = time.monotonic()
@@ -147,7 +152,9 @@ def test_ctrl_c_stops_all(local):
 
 
 def test_a_job_outlives_its_launcher_and_is_found_again(local):
-    local.behaves("echo here; touch ready-$worker; until [[ -e go ]]; do sleep 0.1; done; echo gone")
+    local.behaves(
+        "echo here; touch ready-$worker; until [[ -e go ]]; do sleep 0.1; done; echo gone"
+    )
     begun = local.begin("run", "--", "train", "a b")
     for worker in (0, 1):
         wait_for(local.folder / f"ready-{worker}")

@@ -41,8 +41,14 @@ def test_readme_lists_every_flag_as_help_does():
         (["create", "--zone="], "needs --zone=ZONE"),
         (["create", "--spot=maybe"], "--spot=maybe: yes or no is needed"),
         (["create", "--backend=gpu"], "--backend=gpu: tpu, ssh or local"),
-        (["create", "--zone=z", "--accelerator-type=v9x-8"], "--runtime-version=VERSION and --hosts"),
-        (["stop", "--backend=local", "--hosts=a,b"], "--backend=local needs the number of processes"),
+        (
+            ["create", "--zone=z", "--accelerator-type=v9x-8"],
+            "--runtime-version=VERSION and --hosts",
+        ),
+        (
+            ["stop", "--backend=local", "--hosts=a,b"],
+            "--backend=local needs the number of processes",
+        ),
         (["stop", "--backend=ssh"], "--backend=ssh needs --hosts=HOST,HOST,..."),
         (["stop", "--backend=ssh", "--hosts=a,-oProxy"], "'-oProxy' is no name of a host"),
         (["stop", "--backend=local", "--grace=soon"], "--grace=soon: a whole number"),

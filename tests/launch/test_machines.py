@@ -1,0 +1,264 @@
+"""The back ends tpu and ssh as they run, with stubs for gcloud, ssh and scp; worker.sh by itself.
+
+A stub machine is a folder that serves as its home: `home-0`, `home-1`.
+"""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).parents[2] / "launch" / "worker.sh"
+
+# Notes what it is asked. The TPU is what the files `node` and `request` say.
+GCLOUD = r"""#!/usr/bin/env bash
+words=("$@")
+printf '%s\n' "${*@Q}" >>"$FAKE/asked"
+value() {
+  for word in "${words[@]}"; do
+    if [[ $word == "$1="* ]]; then echo "${word#*=}"; fi
+  done
+}
+gone() {
+  for group in home-*/medmoe-run/worker-*/group; do
+    kill -KILL -- "-$(cat "$group")" 2>/dev/null
+  done
+  rm -rf home-*
+}
+here=$PWD
+cd "$FAKE" || exit
+case $3/$4 in
+  queued-resources/create) echo ACTIVE >request; echo READY >node; mkdir home-0 home-1 ;;
+  queued-resources/delete) gone; rm -f request node ;;
+  queued-resources/list) if [[ -e request ]]; then cat request; fi ;;
+  tpu-vm/list) if [[ -e node ]]; then printf '%s\t2\n' "$(cat node)"; fi ;;
+  tpu-vm/scp)
+    for home in home-*; do
+      for word in "${words[@]:4}"; do
+        if [[ $word == *:medmoe-run/ ]]; then break; fi
+        (cd "$here" && cp "$word" "$FAKE/$home/medmoe-run/")
+      done
+    done
+    ;;
+  tpu-vm/ssh)
+    [[ $(cat node) == READY ]] || exit 1
+    cd "home-$(value --worker)" && HOME=$PWD exec bash -c "$(value --command)"
+    ;;
+esac
+"""
+GCLOUD = GCLOUD.replace("case $3/$4 in", "case $3/$4 in").replace("${words[@]:4}", "${words[@]:4}")
+
+SSH = r"""#!/usr/bin/env bash
+while [[ $1 == -* ]]; do shift; done
+mkdir -p "$FAKE/${1#me@}" && cd "$FAKE/${1#me@}" && HOME=$PWD exec bash -c "$2"
+"""
+SCP = r"""#!/usr/bin/env bash
+while [[ $1 == -* ]]; do shift; done
+to=${*: -1}
+to=${to#me@}
+cp "${@:1:$#-1}" "$FAKE/${to/://}"
+"""
+
+# `python3 -m pip install --target=DIR uv` makes a uv; that makes an environment with the fake.
+PYTHON = r"""#!/usr/bin/env bash
+for word; do case $word in --target=*) target=${word#*=} ;; esac; done
+echo "$*" >>"$FAKE/pip"
+mkdir -p "$target/bin"
+cat >"$target/bin/uv" <<'UV'
+#!/usr/bin/env bash
+echo "$*" >>"$FAKE/uv"
+mkdir -p .venv/bin
+cp "$FAKE/bin/medmoe" .venv/bin/
+UV
+chmod +x "$target/bin/uv"
+"""
+
+
+def stubs(launcher):
+    for name, text in [("gcloud", GCLOUD), ("ssh", SSH), ("scp", SCP), ("python3", PYTHON)]:
+        launcher.stub(name, text)
+    return launcher
+
+
+@pytest.fixture
+def tpu(launcher):
+    return stubs(launcher("--zone=z", "--accelerator-type=v4-16", "--poll=1"))
+
+
+def verbs(launcher) -> list[str]:
+    """What gcloud was asked to do, states and connections aside, in order."""
+    lines = (launcher.folder / "asked").read_text().replace("'", "").splitlines()
+    words = [" ".join(line.split()[2:4]) for line in lines]
+    return [word for word in words if word.endswith(("create", "delete", "scp"))]
+
+
+def test_a_preempted_tpu_is_made_again_and_the_job_ends(tpu):
+    """From nothing: create, ship, run; the machines vanish under the job; all again; done."""
+    work = tpu.folder / "shared"
+    (tpu.folder / "tokens").write_text("HF_TOKEN='hunter 2'\n")
+    tpu.behaves(
+        'mkdir -p "$FAKE/shared/stages/a/steps/$(wc -l <"$FAKE/starts-0")"\n'
+        'pwd >"$FAKE/folder-$worker"\n'
+        'if (($(wc -l <"$FAKE/starts-$worker") == 1)); then\n'
+        "  if ((worker == 0)); then sleep 60; fi\n"
+        "  until [[ -e $FAKE/starts-0 && -s $FAKE/runs/launch/worker-1.log ]]; do sleep 0.1; done\n"
+        '  sleep 1; echo PREEMPTED >"$FAKE/node"; exit 143\n'
+        "fi\n"
+    )
+    job = ["train", f"--workdir={work}", "it's", "a  b"]
+    ended = tpu("resume", "--grace=1", "--env-file=tokens", "--", *job)
+    assert ended.returncode == 0, ended.stderr
+    once = ["queued-resources create", "tpu-vm scp"]
+    assert verbs(tpu) == [*once, "queued-resources delete", *once]
+    assert "worker 1 (medmoe-w-1) was killed by signal 15" in ended.stderr
+    assert "worker 0 (medmoe-w-0) cannot be reached" in ended.stderr
+    assert "done after 2 starts" in ended.stderr
+    for worker in (0, 1):
+        assert tpu.starts(worker) == 2 and tpu.arguments(worker) == job
+        seen = tpu.environment(worker)
+        assert seen["MEDMOE_COORDINATOR"] == "auto" and "MEDMOE_PROCESSES" not in seen
+        assert seen["HF_TOKEN"] == "hunter 2"
+        home = tpu.folder / f"home-{worker}" / "medmoe-run"
+        assert home.stat().st_mode & 0o077 == 0
+        assert (home / "current" / "configs" / "medcare.py").exists()
+        assert Path((tpu.folder / f"folder-{worker}").read_text().strip()) == (home / "current")
+    assert "hunter" not in (tpu.folder / "asked").read_text() + ended.stdout + ended.stderr
+
+
+def test_one_host_that_vanishes_is_no_bad_input(tpu):
+    """gcloud itself ends with 1 when the machine it asks for is gone."""
+    one = GCLOUD.replace(r"%s\t2\n", r"%s\t1\n").replace("home-0 home-1", "home-0")
+    lost = "if [[ $* == *attach* && ! -e lost ]]; then touch lost; echo PREEMPTED >node; exit 1; fi"
+    tpu.stub("gcloud", one.replace('    cd "home-', f'    {lost}\n    cd "home-'))
+    tpu.behaves('if (($(wc -l <"$FAKE/starts-0") == 1)); then sleep 60; fi')
+    ended = tpu("resume", "--accelerator-type=v5litepod-8", "--", "eval")
+    assert ended.returncode == 0, ended.stderr
+    assert "worker 0 (medmoe-w-0) was lost" in ended.stderr
+    assert "done after 2 starts" in ended.stderr
+
+
+def test_code_is_installed_once(tpu):
+    tpu.behaves("true")
+    assert tpu("create").returncode == 0
+    for verb in ("ship", "run", "run"):
+        assert tpu(verb, "--python=3.13", "--setup=echo >>mounted", "--", "eval").returncode == 0
+    assert (tpu.folder / "pip").read_text().splitlines() == [
+        "-m pip install --quiet --target=medmoe-run/uv uv"
+    ] * 2
+    assert sorted((tpu.folder / "uv").read_text().splitlines()) == [
+        *["pip install --quiet --python .venv -e .[tpu]"] * 2,
+        *["venv --quiet --python 3.13 .venv"] * 2,
+    ]
+    assert len((tpu.folder / "home-1" / "mounted").read_text().splitlines()) == 3
+    assert tpu("delete").returncode == 0
+    assert tpu("status").stdout == "medmoe: TPU not there, queued resource not there\n"
+
+
+def test_an_installation_that_fails_is_made_anew(tpu):
+    tpu.behaves("true")
+    tpu("create")
+    broken = PYTHON.replace("mkdir -p .venv/bin", "exit 9")
+    tpu.stub("python3", broken)
+    ended = tpu("run", "--", "eval")
+    assert ended.returncode == 1 and "worker 1 (medmoe-w-1): failed with status 9" in ended.stderr
+    for uv in tpu.folder.rglob("uv/bin/uv"):
+        uv.unlink()
+    tpu.stub("python3", PYTHON)
+    assert tpu("run", "--", "eval").returncode == 0
+    assert tpu.starts(0) == 1
+
+
+def test_a_silent_gcloud_does_not_pass_for_a_tpu_that_is_gone(tpu):
+    tpu("create")
+    tpu.stub("gcloud", GCLOUD.replace("tpu-vm/list)", "tpu-vm/list) exit 1"))
+    ended = tpu("resume", "--", "eval")
+    assert ended.returncode == 1 and "gcloud does not say how medmoe is" in ended.stderr
+    assert verbs(tpu) == ["queued-resources create"]
+
+
+@pytest.mark.parametrize(
+    ("node", "request_", "message"),
+    [
+        ("STOPPED", "ACTIVE", "medmoe is STOPPED: start it with gcloud, or delete it"),
+        (None, "FAILED", "medmoe was not made ready"),
+    ],
+)
+def test_a_tpu_that_does_not_come(tpu, node, request_, message):
+    lasting = f"echo {request_} >request; {f'echo {node} >node' if node else 'true'}"
+    tpu.stub("gcloud", GCLOUD.replace("echo ACTIVE >request; echo READY >node", lasting))
+    ended = tpu("create")
+    assert ended.returncode == 1 and message in ended.stderr
+
+
+def test_another_number_of_hosts_is_named(tpu):
+    ended = tpu("create", "--hosts=3")
+    assert ended.returncode == 1
+    assert "medmoe has 2 hosts and 3 were expected: give --hosts=2" in ended.stderr
+
+
+def test_waits_for_the_queue(tpu):
+    """Each look at the queue finds it one state further."""
+    slow = (
+        GCLOUD.replace(
+            "if [[ -e request ]]; then cat request; fi",
+            "if [[ -e request ]]; then read -r first rest <states; "
+            'echo "$first"; [[ $first == ACTIVE ]] || echo "$rest" >states; fi',
+        )
+        .replace("echo READY >node", "true")
+        .replace(
+            "if [[ -e node ]]",
+            "if grep -q ^ACTIVE states; then echo READY >node; fi; if [[ -e node ]]",
+        )
+    )
+    (tpu.folder / "states").write_text("WAITING_FOR_RESOURCES PROVISIONING ACTIVE\n")
+    tpu.stub("gcloud", slow)
+    ended = tpu("create")
+    assert ended.returncode == 0, ended.stderr
+    states = [line.rpartition(" ")[2] for line in ended.stderr.splitlines()]
+    assert states == ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
+
+
+def test_ssh_hosts(launcher):
+    """Two hosts: run, logs, and everything removed again."""
+    ssh = stubs(launcher("--backend=ssh", "--hosts=me@home-0,home-1"))
+    ssh.behaves('echo "hello from $worker"')
+    job = ["train", "--workdir=/shared", "it's", "two\nlines"]
+    ended = ssh("run", "--", *job)
+    assert ended.returncode == 0, ended.stderr
+    for worker in (0, 1):
+        seen = ssh.environment(worker)
+        assert ssh.arguments(worker) == job
+        assert seen["MEDMOE_COORDINATOR"] == "home-0:8476"
+        assert (seen["MEDMOE_PROCESSES"], seen["MEDMOE_PROCESS"]) == ("2", str(worker))
+    assert ssh("logs", "--worker=1").stdout == "hello from 1\n"
+    assert ssh("delete").returncode == 0
+    assert not list(ssh.folder.glob("home-*/*"))
+
+
+def test_a_tpu_that_another_process_holds(tmp_path):
+    """The holder is named; once it is gone the job starts."""
+    (tmp_path / "accel0").touch()
+    (tmp_path / "medmoe").write_text("#!/bin/sh\n")
+    (tmp_path / "medmoe").chmod(0o755)
+    env = os.environ | {
+        "TPU_RUN_DEVICE_FILES": f"{tmp_path}/accel*",
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }
+    start = ["bash", WORKER, "start", tmp_path / "run", "0", "A=b", "--", "train"]
+    holder = subprocess.Popen(["bash", "-c", f"exec 3<{tmp_path}/accel0 sleep 61"])
+    try:
+        while not any(
+            os.readlink(link).endswith("accel0")
+            for link in Path(f"/proc/{holder.pid}/fd").iterdir()
+        ):
+            pass
+        ended = subprocess.run(start, env=env, capture_output=True, text=True)
+        assert ended.returncode == 11
+        assert f"the TPU is held by process {holder.pid} (sleep 61 )" in ended.stderr
+        assert f"kill {holder.pid}" in ended.stderr
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    assert subprocess.run(start, env=env).returncode == 0
