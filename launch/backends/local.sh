@@ -14,15 +14,17 @@ backend_prepare() {
   [[ -n $FLAG_COORDINATOR ]] || FLAG_COORDINATOR=localhost:$(free_port)
 }
 
-# A port on which nobody listens.
+# A port on which nobody listens, nor on the next one, which medmoe also uses.
 free_port() {
   local port
   while true; do
     port=$((20000 + RANDOM % 10000))
-    (exec 3<>"/dev/tcp/localhost/$port") 2>/dev/null || break
+    listens "$port" || listens $((port + 1)) || break
   done
   echo "$port"
 }
+
+listens() { (exec 3<>"/dev/tcp/localhost/$1") 2>/dev/null; }
 
 backend_on() { perform "${@:2}"; }
 

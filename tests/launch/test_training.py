@@ -1,0 +1,54 @@
+"""The real medmoe under the launcher: two processes on this machine, one of which is killed."""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import pytest
+
+from medmoe_jax.checkpoints.files import read_metrics
+from medmoe_jax.training.run import stage_dir
+from tests import several, tiny
+
+MEDMOE = f"""#!/usr/bin/env bash
+exec {sys.executable} -m medmoe_jax.cli.main "$@"
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_and_the_end_of_the_run(launcher):
+    """`resume` starts both again, they go on from the last save, and all stages are finished."""
+    _, reference = tiny.trained()
+    local = launcher("--backend=local", "--hosts=2", "--devices=4", "--grace=5")
+    local.stub("medmoe", MEDMOE)
+    (local.folder / "recipe.py").write_text(several.CONFIG)
+    local.env |= {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(tiny.folder() / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "MEDMOE_TINY": str(tiny.folder()),
+        "PYTHONPATH": str(several.ROOT),
+    }
+    workdir = local.folder / "w"
+    begun = local.begin("resume", "--", "train", "--config=recipe.py", f"--workdir={workdir}")
+    metrics = stage_dir(workdir, "aggregate") / "metrics.jsonl"
+    until = time.monotonic() + 120
+    while several.lines(metrics) <= 4:
+        assert begun.poll() is None and time.monotonic() < until, begun.communicate()
+        time.sleep(0.01)
+    os.kill(int((local.folder / "runs/launch/worker-1/pid").read_text()), signal.SIGKILL)
+    printed, said = begun.communicate(timeout=150)
+    assert begun.returncode == 0, printed[-3000:] + said
+    assert "worker 1 (local-1) was killed by signal 9" in said and "done after 2 starts" in said
+    assert "continues after step" in printed
+    for stage in ("aggregate", "align"):
+        ended, wanted = (stage_dir(w, stage) for w in (workdir, reference))
+        manifests = [json.loads((d / "manifest.json").read_text()) for d in (ended, wanted)]
+        assert manifests[0]["metrics"]["rows"] == manifests[1]["metrics"]["rows"]
+        hashes = [
+            [row["rows_hash"] for row in read_metrics(d / "metrics.jsonl")] for d in (ended, wanted)
+        ]
+        assert hashes[0] == hashes[1]
