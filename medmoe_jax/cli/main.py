@@ -14,8 +14,6 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
-import jax
-
 import medmoe_jax
 from medmoe_jax.cli import (
     analyze,
@@ -33,6 +31,7 @@ from medmoe_jax.cli import (
 )
 from medmoe_jax.errors import Stopped, UserError
 from medmoe_jax.parallel import processes
+from medmoe_jax.parallel.rollcall import GONE, ProcessError
 from medmoe_jax.training.summary import console
 
 COMMANDS = {
@@ -65,7 +64,8 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--coordinator",
         default=os.environ.get("MEDMOE_COORDINATOR", ""),
-        help="HOST:PORT of process 0, or auto on Cloud TPU ($MEDMOE_COORDINATOR)",
+        help="HOST:PORT of process 0, which also listens on PORT + 1; auto on Cloud TPU "
+        "($MEDMOE_COORDINATOR)",
     )
     group.add_argument(
         "--processes",
@@ -100,21 +100,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("medmoe_jax").setLevel(logging.INFO)
     arguments, rest = parser().parse_known_args(argv)
     try:
-        processes.start(arguments.coordinator, arguments.processes, arguments.process)
-        with _one_speaks():
+        several = (arguments.coordinator, arguments.processes, arguments.process)
+        with processes.Run(*several), _one_speaks():
             arguments.run(arguments, rest)
     except (UserError, OSError) as error:
         print(f"medmoe {arguments.command}: error: {error}", file=sys.stderr)
-        return 1
+        return processes.end(1)
+    except ProcessError as error:
+        print(f"medmoe {arguments.command}: error: {error}", file=sys.stderr)
+        return processes.end(GONE)
     except Stopped as stop:
         print(f"\nmedmoe {arguments.command}: {stop}; the same command continues", file=sys.stderr)
         return 75
-    except (processes.ProcessError, jax.errors.JaxRuntimeError) as error:
-        print(f"medmoe {arguments.command}: error: {_lost(error)}", file=sys.stderr, flush=True)
-        os._exit(69)  # leaving in good order would wait for the one that is gone
     except KeyboardInterrupt:
         print("\nstopped; what was saved is intact, the same command continues", file=sys.stderr)
-        return 130
+        return processes.end(130)
     return 0
 
 
@@ -125,19 +125,9 @@ def _one_speaks() -> Iterator[None]:
         yield
         return
     console.quiet = True
+    logging.getLogger("medmoe_jax").setLevel(logging.WARNING)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
-
-
-def _lost(error: Exception) -> str:
-    """Which process is to blame for an error; raises it again where none is."""
-    if isinstance(error, processes.ProcessError):
-        return str(error)
-    gone = processes.missing() if processes.count() > 1 else []
-    if not gone:
-        raise error
-    names = ", ".join(map(str, gone))
-    return f"process {names} of {processes.count()} is gone; what was saved is intact"
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 """Several processes that run one program: how they meet, talk and part.
 
-What they tell each other here goes through JAX's coordination service, which process 0 hosts. It
-needs no device and waits for whoever is late; collectives between CPUs give up after 30 seconds.
+What they tell each other goes through JAX's coordination service, which process 0 hosts. It needs
+no device and waits for whoever is late; collectives between CPUs give up after 30 seconds.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import signal
+import socket
+import sys
 import time
 from typing import Any
 
@@ -16,64 +19,109 @@ import jax
 from jax._src import distributed  # its client has no public name
 from jax.experimental import multihost_utils
 
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import Stopped, UserError
+from medmoe_jax.parallel import rollcall
+from medmoe_jax.parallel.rollcall import ProcessError, RollCall
 
 AUTO = "auto"
-# Seconds. A process that never comes, or dies, ends the others within two minutes.
-_COMING, _SILENT, _LEAVING = 90, 60, 30
+# Seconds. JAX's own net below the roll call.
+_WAITS = {
+    "initialization_timeout": 60,
+    "heartbeat_timeout_seconds": 60,
+    "shutdown_timeout_seconds": 30,
+}
 _ANSWER = 3600  # what the others wait for while one hashes or writes a large model
-_ASKED = 40  # above the 30 of a collective that a death leaves hanging
-_FAILED = "medmoe/failed"
+_ECHO = 2  # until the roll call knows of a death whose echo is another error
 _calls = itertools.count()
 
 
-class ProcessError(RuntimeError):
-    """Another process of the run never came, died or does not answer; the message says which."""
+class Run:
+    """This process as one of a run's, from before JAX is asked for a device; a context manager."""
 
+    def __init__(self, coordinator: str, processes: int, process: int):
+        """Say who is who.
 
-def start(coordinator: str, processes: int, process: int) -> None:
-    """Join the other processes of a run, before anything else asks JAX for a device.
+        Args:
+          coordinator: HOST:PORT of process 0, which listens there and on the port after it; `auto`
+            where the machines tell it (Cloud TPU, Slurm, Open MPI); "" = this is the only process.
+          processes, process: how many there are, and which one this is; unused with `auto`.
 
-    Args:
-      coordinator: HOST:PORT on which process 0 listens; `auto` where the machines tell it (Cloud
-        TPU, Slurm, Open MPI); "" = there is only this process.
-      processes, process: how many there are, and which one this is; unused with `auto`.
-
-    Raises:
-      UserError: the arguments do not fit together, or `auto` finds nothing.
-      ProcessError: a process did not come.
-    """
-    if not coordinator:
-        if processes != 1:
-            raise UserError(f"--processes={processes} needs --coordinator=HOST:PORT, or auto")
-        return
-    waits = {
-        "initialization_timeout": _COMING,
-        "heartbeat_timeout_seconds": _SILENT,
-        "shutdown_timeout_seconds": _LEAVING,
-    }
-    try:
+        Raises:
+          UserError: these do not fit together.
+        """
+        self._coordinator, self._processes, self._process = coordinator, processes, process
+        self._roll: RollCall | None = None
         if coordinator == AUTO:
-            jax.distributed.initialize(**waits)
             return
-        _check(coordinator, processes, process)
+        host, _, port = coordinator.rpartition(":")
+        if coordinator and not (host and port.isdigit()):
+            raise UserError(f"--coordinator={coordinator}: give HOST:PORT, or auto")
+        if not coordinator and processes != 1:
+            raise UserError(f"--processes={processes} needs --coordinator=HOST:PORT, or auto")
+        if not 0 <= process < processes:
+            raise UserError(f"--process={process} is not among --processes={processes}, from 0 on")
+
+    def __enter__(self) -> Run:
+        """Meet the others.
+
+        Raises:
+          UserError: `auto` finds nothing.
+          ProcessError: a process did not come.
+        """
+        if self._coordinator == AUTO:
+            self._meet_in_cluster()
+        elif self._coordinator:
+            self._meet_at_address()
+        return self
+
+    def _meet_in_cluster(self) -> None:
+        try:
+            jax.distributed.initialize(**_WAITS)
+        except ValueError as error:
+            raise UserError(f"--coordinator=auto finds nothing here: {error}") from None
+        with socket.create_server(("", 0)) as listener:
+            here = socket.gethostbyname(socket.gethostname()), listener.getsockname()[1]
+            host, port = gather(here)[0]
+            if index():
+                self._roll = rollcall.answer((host, port), index(), count())
+            else:
+                self._roll = rollcall.host(listener, count())
+
+    def _meet_at_address(self) -> None:
+        host, _, port = self._coordinator.rpartition(":")
+        roll_port = int(port) + 1
+        if self._process:
+            self._roll = rollcall.answer((host, roll_port), self._process, self._processes)
+        else:
+            with socket.create_server(("", roll_port)) as listener:
+                self._roll = rollcall.host(listener, self._processes)
         jax.distributed.initialize(
-            coordinator, processes, process, cluster_detection_method="deactivate", **waits
+            self._coordinator,
+            self._processes,
+            self._process,
+            cluster_detection_method="deactivate",
+            **_WAITS,
         )
-    except ValueError as error:
-        raise UserError(f"--coordinator={coordinator}: {error}") from None
-    except jax.errors.JaxRuntimeError as error:
-        raise ProcessError(
-            f"not all processes came to {coordinator} within {_COMING} s: {error}"
-        ) from error
+
+    def __exit__(self, kind, error, trace) -> None:
+        """Part in good order; after an error, only once a death that may be its cause is known."""
+        if self._roll is None:
+            return
+        if kind is None or issubclass(kind, Stopped):
+            self._roll.leave()
+        else:
+            time.sleep(_ECHO)
 
 
-def _check(coordinator: str, processes: int, process: int) -> None:
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit():
-        raise ValueError("give HOST:PORT, or auto")
-    if not 0 <= process < processes:
-        raise ValueError(f"--process={process} is not among --processes={processes}, from 0 on")
+def end(status: int) -> int:
+    """A command's exit status; of several processes, one that failed ends here.
+
+    Leaving in good order, JAX would wait for the others, who wait for this one.
+    """
+    if status and count() > 1:
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def count() -> int:
@@ -106,23 +154,6 @@ def gather(value: Any) -> list[Any]:
     # Whoever has reached this call has read the one before.
     client.key_value_delete(f"medmoe/{call - 1}/{index()}")
     return values
-
-
-def missing() -> list[int]:
-    """After a failure that may be another's: the processes that are no longer there.
-
-    All that still are call this alike, each when it fails.
-    """
-    client, here = distributed.global_state.client, set()
-    until = time.monotonic() + _ASKED
-    try:
-        client.key_value_set(f"{_FAILED}/{index()}", "", allow_overwrite=True)
-        while len(here) < count() and time.monotonic() < until:
-            time.sleep(0.2)
-            here = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(_FAILED)}
-    except jax.errors.JaxRuntimeError:  # its host, process 0, is gone
-        return [0]
-    return sorted(set(range(count())) - here)
 
 
 class Notice:

@@ -16,6 +16,8 @@ import pytest
 from medmoe_jax.checkpoints import stages as store
 from medmoe_jax.checkpoints.files import read_metrics
 from medmoe_jax.data.batches import BatchStream
+from medmoe_jax.errors import Stopped
+from medmoe_jax.parallel.processes import Notice
 from medmoe_jax.training.run import open_trained, stage_dir, train
 from medmoe_jax.training.setup import open_setup
 from tests import tiny
@@ -125,6 +127,36 @@ def test_a_run_stopped_four_times(tmp_path, monkeypatch, capsys):
     assert steps_on_disk(tmp_path, "align") == [4]
     train(open_setup(tiny.medcare_config()), tmp_path)
     assert "stage 'align' continues after step 4 of 12" in capsys.readouterr().err
+    assert_same_run(tmp_path, reference)
+
+
+def test_a_notice_then_storage_that_is_slow_and_lost(tmp_path, monkeypatch):
+    """SIGTERM, every checkpoint taking longer than its steps; then the disk is gone for a while."""
+    _, reference = tiny.trained()
+    given, real = [], BatchStream.__next__
+
+    def noticed(stream):
+        given.append(0)
+        if len(given) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(stream)
+
+    with monkeypatch.context() as patch, Notice() as notice:
+        patch.setattr(BatchStream, "__next__", noticed)
+        disturb_save(patch, 4, lambda: time.sleep(0.5))
+        with pytest.raises(
+            Stopped, match="stage 'aggregate' was asked to stop and is saved at step 6"
+        ):
+            train(open_setup(tiny.medcare_config()), tmp_path, stop=notice)
+    assert steps_on_disk(tmp_path, "aggregate") == [4, 6]
+    steps, elsewhere = stage_dir(tmp_path, "aggregate") / "steps", tmp_path / "elsewhere"
+    with monkeypatch.context() as patch:
+        disturb_save(patch, 8, lambda: steps.rename(elsewhere))
+        with pytest.raises(store.CheckpointError, match=r"step 8 could not be written.*8 is gone"):
+            train(open_setup(tiny.medcare_config()), tmp_path)
+    shutil.rmtree(steps, ignore_errors=True)
+    elsewhere.rename(steps)
+    train(open_setup(tiny.medcare_config()), tmp_path)
     assert_same_run(tmp_path, reference)
 
 

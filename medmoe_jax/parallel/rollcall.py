@@ -1,0 +1,138 @@
+"""Who is there: a connection from every process to process 0, held while the run lasts.
+
+JAX itself ends the processes of a run that has lost one, but late and without saying which. Here a
+process that dies closes its connection, process 0 tells the others, and each says so and ends.
+
+Lines on a connection: to process 0 the number of the process, then LEFT when it leaves in good
+order; from process 0 the numbers that did not come, as JSON, then one that is gone, or LEFT.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import socket
+import threading
+import time
+
+LEFT = "left"
+GONE = 69  # exit status: EX_UNAVAILABLE
+_COMING = 90  # seconds within which every process comes
+_PATIENCE = 10  # seconds more for what process 0 then has to say
+# A machine that lost its power closes nothing: after 20 + 3 · 10 seconds of silence it is gone.
+_KEEPALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
+
+
+class ProcessError(RuntimeError):
+    """Another process of the run never came, died or does not answer; the message says which."""
+
+
+class RollCall:
+    """The connections of one process, watched by a thread of their own."""
+
+    def __init__(self, links: dict[int, socket.socket], count: int):
+        """Watch the links to these processes: to all others on process 0, to process 0 on them."""
+        self._links, self._count = links, count
+        for link in links.values():
+            link.settimeout(None)
+            link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in _KEEPALIVE.items():
+                if hasattr(socket, name):
+                    link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        threading.Thread(target=self._watch, name="rollcall", daemon=True).start()
+
+    def leave(self) -> None:
+        """Leave in good order: nobody will miss this process."""
+        self._tell(LEFT)
+
+    def _tell(self, word: str) -> None:
+        for link in self._links.values():
+            with contextlib.suppress(OSError):  # who is gone need not be told
+                link.sendall(f"{word}\n".encode())
+
+    def _watch(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for process, link in self._links.items():
+                selector.register(link, selectors.EVENT_READ, process)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    words = _read(key.fileobj).split()
+                    if words[:1] == [LEFT]:
+                        selector.unregister(key.fileobj)
+                    else:
+                        self._end(words[0] if words else str(key.data))
+
+    def _end(self, gone: str) -> None:
+        self._tell(gone)
+        line = (
+            f"medmoe: error: process {gone} of {self._count} is gone; what was saved is intact, "
+            "the same command continues\n"
+        )
+        os.write(2, line.encode())
+        os._exit(GONE)  # the main thread may wait for ever for the one that is gone
+
+
+def _read(link: socket.socket) -> str:
+    """What came on a connection, "" if it was closed or broke."""
+    try:
+        return link.recv(256).decode()
+    except OSError:
+        return ""
+
+
+def host(listener: socket.socket, count: int) -> RollCall:
+    """The roll call of process 0, once all others have come to `listener`.
+
+    Raises:
+      ProcessError: some did not come.
+    """
+    links: dict[int, socket.socket] = {}
+    until = time.monotonic() + _COMING
+    while len(links) < count - 1 and (left := until - time.monotonic()) > 0:
+        listener.settimeout(left)
+        with contextlib.suppress(TimeoutError):
+            link, _ = listener.accept()
+            link.settimeout(_PATIENCE)
+            number = _read(link).strip()
+            if number.isdigit():  # not some stranger's
+                links[int(number)] = link
+    missing = sorted(set(range(1, count)) - links.keys())
+    for link in links.values():
+        link.sendall(f"{json.dumps(missing)}\n".encode())
+    _all_came(missing, count)
+    return RollCall(links, count)
+
+
+def answer(address: tuple[str, int], index: int, count: int) -> RollCall:
+    """The roll call of another process, once process 0 at `address` says that all have come.
+
+    Raises:
+      ProcessError: process 0 or another did not come.
+    """
+    until = time.monotonic() + _COMING
+    while True:
+        try:
+            link = socket.create_connection(address, timeout=_PATIENCE)
+            break
+        except OSError as error:
+            if time.monotonic() > until:
+                raise ProcessError(
+                    f"process 0 did not come to {address[0]}:{address[1]} within {_COMING} s: "
+                    f"{error}"
+                ) from None
+            time.sleep(0.2)
+    link.sendall(f"{index}\n".encode())
+    link.settimeout(_COMING + _PATIENCE)
+    said = _read(link)
+    if not said:
+        raise ProcessError("process 0 went away while it waited for the others")
+    _all_came(json.loads(said), count)
+    return RollCall({0: link}, count)
+
+
+def _all_came(missing: list[int], count: int) -> None:
+    if missing:
+        names = ", ".join(map(str, missing))
+        raise ProcessError(f"process {names} of {count} did not come within {_COMING} s")

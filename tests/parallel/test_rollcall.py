@@ -1,0 +1,109 @@
+"""Who came and who is gone, with threads in the place of processes."""
+
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from medmoe_jax.parallel import rollcall
+from medmoe_jax.parallel.rollcall import ProcessError, RollCall
+
+# The thread that ends in the place of its process.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
+
+@pytest.fixture
+def ends(monkeypatch):
+    """`(links of the process, who is gone)` in the place of the end of a process."""
+    seen = []
+
+    def end(roll, gone):
+        seen.append((sorted(roll._links), gone))
+        roll._tell(gone)
+        raise SystemExit
+
+    monkeypatch.setattr(RollCall, "_end", end)
+    return seen
+
+
+def meet(count, present, stranger=b""):
+    """What each present process gets: its roll call, or the error."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = listener.getsockname()
+    if stranger:
+        socket.create_connection(address).sendall(stranger)
+
+    def come(index):
+        try:
+            if index:
+                return rollcall.answer(address, index, count)
+            with listener:
+                return rollcall.host(listener, count)
+        except ProcessError as error:
+            return str(error)
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(come, present))
+
+
+def settle(done):
+    until = time.monotonic() + 10
+    while not done() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert done()
+
+
+def watching():
+    return [t for t in threading.enumerate() if t.name == "rollcall"]
+
+
+def test_one_that_dies_is_named_by_all_others(ends):
+    *_, third = meet(3, (0, 1, 2))
+    time.sleep(0.1)
+    assert ends == []
+    third._links[0].shutdown(socket.SHUT_RDWR)
+    # Process 2 sees its own link to process 0 end as well; the others know better.
+    settle(lambda: len(ends) == 3)
+    assert sorted(ends) == [([0], "0"), ([0], "2"), ([1, 2], "2")]
+
+
+def test_process_0_is_named_too(ends):
+    first, _ = meet(2, (0, 1))
+    first._links[1].shutdown(socket.SHUT_RDWR)
+    settle(lambda: ([0], "0") in ends)
+
+
+def test_who_leaves_in_good_order_is_not_missed(ends):
+    calls = meet(3, (0, 1, 2))
+    for roll in calls:
+        roll.leave()
+    settle(lambda: not watching())
+    for roll in calls:
+        for link in roll._links.values():
+            link.close()
+    assert ends == []
+
+
+def test_those_that_never_come_are_named_by_all_that_did(monkeypatch):
+    monkeypatch.setattr(rollcall, "_COMING", 0.5)
+    expected = "process 1, 3 of 4 did not come within 0.5 s"
+    assert meet(4, (0, 2)) == [expected, expected]
+    (lonely,) = meet(2, (0,))
+    assert lonely == "process 1 of 2 did not come within 0.5 s"
+
+
+def test_process_0_that_never_comes(monkeypatch):
+    monkeypatch.setattr(rollcall, "_COMING", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = free.getsockname()
+    with pytest.raises(ProcessError, match=rf"process 0 did not come to 127.*:{address[1]} within"):
+        rollcall.answer(address, 1, 2)
+
+
+def test_a_stranger_is_not_counted(ends):
+    first, second = meet(2, (0, 1), stranger=b"GET / HTTP/1.1\r\n\r\n")
+    assert sorted(first._links) == [1]
+    for roll in (first, second):
+        roll.leave()

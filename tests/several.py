@@ -1,0 +1,87 @@
+"""The `medmoe` command in several processes of this machine that share eight simulated devices."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+CONFIG = """from tests import tiny
+
+def get_config():
+    return tiny.medcare_config()
+"""
+MAIN = ("-m", "medmoe_jax.cli.main")
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+class Several:
+    """Processes that run one command each, and what they print."""
+
+    def __init__(self, folder: Path, commands: Sequence[Sequence[str]], program=MAIN):
+        """Start them; what they compile is shared with this process (`tiny.quick_compiles`)."""
+        self.texts = [folder / f"{index}.{uuid.uuid4().hex}" for index in range(len(commands))]
+        env = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // len(commands)}",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(tiny.folder() / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            "MEDMOE_TINY": str(tiny.folder()),
+            "MEDMOE_COORDINATOR": f"127.0.0.1:{free_port()}",
+            "MEDMOE_PROCESSES": str(len(commands)),
+            "PYTHONPATH": str(ROOT),
+        }
+        self.running = [
+            subprocess.Popen(
+                [sys.executable, *program, *command],
+                env={**env, "MEDMOE_PROCESS": str(index)},
+                stdout=text.open("w"),
+                stderr=subprocess.STDOUT,
+            )
+            for index, (command, text) in enumerate(zip(commands, self.texts, strict=True))
+        ]
+
+    def __enter__(self) -> "Several":
+        return self
+
+    def __exit__(self, *error) -> None:
+        for process in self.running:
+            process.kill()
+            process.wait()
+
+    def printed(self, index: int) -> str:
+        """What a process has printed so far, on both of its outputs."""
+        return self.texts[index].read_text()
+
+    def statuses(self, timeout: float = 240) -> list[int]:
+        """The exit statuses, once all have ended."""
+        return [process.wait(timeout) for process in self.running]
+
+    def wait_for(self, what: Callable[[], bool]) -> None:
+        """Until `what()`; fails where a process ends before."""
+        deadline = time.monotonic() + 240
+        while not what():
+            for index, process in enumerate(self.running):
+                assert process.poll() is None, self.printed(index)[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+
+def lines(path: Path) -> int:
+    """How many lines a file has, 0 where there is none."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0

@@ -1,0 +1,49 @@
+"""Compiled programs are kept, and one that was is told from one that was not."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from medmoe_jax.training import compiling
+from medmoe_jax.training.compiling import compile_ahead, keep_compiled
+
+
+@pytest.fixture
+def settings():
+    """JAX's settings of its cache, none at first, as they were afterwards."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: jax.config.values[name] for name in names}
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield lambda: jax.config.jax_compilation_cache_dir
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_where_programs_are_kept(settings, tmp_path):
+    keep_compiled("", "")
+    assert settings() is None
+    keep_compiled("", tmp_path)
+    assert settings() == str(tmp_path / "compiled")
+    keep_compiled("", tmp_path / "other")  # JAX has been told
+    assert settings() == str(tmp_path / "compiled")
+    keep_compiled(str(tmp_path / "chosen"), tmp_path)
+    assert settings() == str(tmp_path / "chosen")
+
+
+def test_a_kept_program_is_read_by_the_next_start(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(compiling, "_WORTH", 0.0)
+    keep_compiled("", tmp_path)
+    shape = jax.ShapeDtypeStruct((4,), jnp.float32)
+    texts = []
+    for _ in range(2):
+        program, how = compile_ahead(jax.jit(lambda x: jnp.sin(x) + 2), shape)
+        texts.append(how)
+        assert program(jnp.zeros(4)).tolist() == [2.0] * 4
+        jax.clear_caches()
+    assert texts[0].startswith("compiled in ")
+    assert texts[1].startswith("read from the compilation cache in ")
+    _, how = compile_ahead(jax.jit(lambda x: jnp.sin(x) + 3), shape)
+    assert how.startswith("compiled in ")

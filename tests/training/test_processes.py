@@ -1,0 +1,176 @@
+"""Two processes of four devices each, beside one process of eight."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from medmoe_jax.checkpoints.files import read_metrics
+from medmoe_jax.cli.main import main
+from medmoe_jax.training.run import stage_dir, train
+from medmoe_jax.training.setup import open_setup
+from tests import several, tiny
+from tests.several import Several
+
+pytestmark = pytest.mark.slow
+STAGES = ("aggregate", "align")
+COUNTED = ("step", "rows_hash", "tokens", "target_tokens", "learning_rate")
+
+
+@pytest.fixture
+def config(tmp_path):
+    """`--config=` of the tiny recipe."""
+    (tmp_path / "recipe.py").write_text(several.CONFIG)
+    return f"--config={tmp_path / 'recipe.py'}"
+
+
+def assert_near(workdir, reference):
+    """The same rows and masks at every step, and losses that differ by rounding alone."""
+    for name in STAGES:
+        rows, wanted = (
+            read_metrics(stage_dir(w, name) / "metrics.jsonl") for w in (workdir, reference)
+        )
+        assert [[r[k] for k in COUNTED] for r in rows] == [[r[k] for k in COUNTED] for r in wanted]
+        losses, right = ([r["loss"] for r in rows] for rows in (rows, wanted))
+        np.testing.assert_allclose(losses[0], right[0], rtol=1e-5)
+        np.testing.assert_allclose(losses, right, rtol=1e-3)
+        counts = [
+            json.loads((stage_dir(w, name) / "manifest.json").read_text())["metrics"]["rows"]
+            for w in (workdir, reference)
+        ]
+        assert counts[0] == counts[1]
+
+
+def test_a_run_that_loses_a_process_and_is_asked_to_stop(tmp_path, config):
+    """One of two is killed; both start again and get a notice; one process alone ends the run."""
+    _, reference = tiny.trained()
+    workdir = tmp_path / "w"
+    command = ["train", config, f"--workdir={workdir}"]
+    metrics = stage_dir(workdir, "aggregate") / "metrics.jsonl"
+    with Several(tmp_path, [command] * 2) as both:
+        both.wait_for(lambda: several.lines(metrics) > 4)
+        both.running[1].kill()
+        assert both.statuses(timeout=120) == [69, -signal.SIGKILL]
+        assert "error: process 1 of 2 is gone; what was saved is intact" in both.printed(0)
+        assert "Traceback" not in both.printed(0)
+        assert "stage 'aggregate'" not in both.printed(1)
+    with Several(tmp_path, [command] * 2) as both:
+        both.wait_for(lambda: "continues after step 4 of 12" in both.printed(0))
+        both.running[1].send_signal(signal.SIGTERM)
+        assert both.statuses() == [75, 75]
+        assert "was asked to stop and is saved at step" in both.printed(0)
+    stopped = read_metrics(metrics)[-1]["step"]
+    assert (stage_dir(workdir, "aggregate") / "steps" / str(stopped) / "SEAL.json").exists()
+    assert not (stage_dir(workdir, "align") / "manifest.json").exists()
+    train(open_setup(tiny.medcare_config()), workdir)
+    assert_near(workdir, reference)
+
+
+COMMANDS = """
+import os, sys
+from medmoe_jax.cli.main import main
+config, workdir, rows, items, out = sys.argv[1:]
+model = [config, f"--workdir={workdir}"]
+status = main(["train", *model, "--config.run.save_every=5"])
+del os.environ["MEDMOE_COORDINATOR"], os.environ["MEDMOE_PROCESSES"], os.environ["MEDMOE_PROCESS"]
+status += main(["score", *model, f"--input={rows}", f"--output={out}/scored.jsonl"])
+status += main(["generate", *model, f"--input={rows}", f"--output={out}/answers.jsonl",
+                "--max-tokens=8"])
+status += main(["eval", *model, f"--tasks={items}", f"--output={out}"])
+status += main(["export", *model, "--format=hf", f"--output={out}/hf"])
+sys.exit(status)
+"""
+
+
+def test_training_and_every_command_after_it(tmp_path, config):
+    _, reference = tiny.trained()
+    rows = tiny.write_rows(
+        tmp_path / "rows.jsonl",
+        [
+            {"prompt": f"What is {drug} for?", "completion": f"It is for {use}."}
+            for drug, use in zip(tiny.DRUGS[:3], tiny.USES[:3], strict=True)
+        ],
+    )
+    items = tiny.write_rows(
+        tmp_path / "items.jsonl",
+        [{"prompt": "aspirin: yes or no, pain?", "answer": "yes", "choices": ["yes", "no"]}],
+    )
+    two, one = tmp_path / "two", tmp_path / "one"
+    arguments = [str(rows), str(items)]
+    with Several(
+        tmp_path, [[config, f"{tmp_path / 'w'}", *arguments, str(two)]] * 2, ("-c", COMMANDS)
+    ) as both:
+        assert both.statuses() == [0, 0], both.printed(0) + both.printed(1)
+        assert "3 rows scored" in both.printed(0) and "rows" not in both.printed(1)
+    assert_near(tmp_path / "w", reference)
+    model = [config, f"--workdir={tmp_path / 'w'}"]
+    assert main(["score", *model, f"--input={rows}", f"--output={one / 'scored.jsonl'}"]) == 0
+    generate = ["--max-tokens=8", f"--input={rows}", f"--output={one / 'answers.jsonl'}"]
+    assert main(["generate", *model, *generate]) == 0
+    assert main(["eval", *model, f"--tasks={items}", f"--output={one}"]) == 0
+    assert main(["export", *model, "--format=hf", f"--output={one / 'hf'}"]) == 0
+    texts = [(folder / "scored.jsonl").read_text() for folder in (two, one)]
+    scored = [[json.loads(line) for line in text.splitlines()] for text in texts]
+    np.testing.assert_allclose(*([row["logprob"] for row in s] for s in scored), rtol=1e-5)
+    for name in ("answers.jsonl", "report.json", "records.jsonl"):
+        assert (two / name).read_text() == (one / name).read_text()
+    a, b = (load_file(folder / "hf" / "model.safetensors") for folder in (two, one))
+    assert a.keys() == b.keys()
+    for name, x in a.items():
+        np.testing.assert_allclose(x, b[name], rtol=1e-5, atol=1e-6)
+
+
+AGREE = """
+import sys
+from medmoe_jax.checkpoints import processes as agreement
+from medmoe_jax.errors import UserError
+from medmoe_jax.parallel import processes
+agreement._VISIBLE = 0.5
+index, folder = int(sys.argv[1]), sys.argv[2]
+
+def told(check, *arguments):
+    try:
+        check(*arguments)
+        print("agreed")
+    except UserError as error:
+        print(error)
+
+def refuse():
+    raise OSError(28, "No space left on device")
+
+with processes.Run(sys.argv[3], 2, index):
+    told(agreement.check_alike, {"config": {"seed": 3, "x": [1]}})
+    told(agreement.check_alike, {"config": {"seed": 3 + index, "x": [1 + index]}, "code": "a"})
+    told(agreement.check_shared, f"{folder}/shared")
+    told(agreement.check_shared, f"{folder}/own{index}")
+    told(agreement.from_first_process, refuse)
+    print(agreement.from_first_process(lambda: ["of", 0]), agreement.union({str(index): index}))
+"""
+
+
+def test_processes_agree_or_say_what_differs(tmp_path):
+    address = f"127.0.0.1:{several.free_port()}"
+    commands = [[str(index), str(tmp_path), address] for index in range(2)]
+    with Several(tmp_path, commands, ("-c", AGREE)) as both:
+        assert both.statuses() == [0, 0], both.printed(0) + both.printed(1)
+        for index in range(2):
+            lines = both.printed(index).splitlines()
+            assert lines[0] == lines[2] == "agreed"
+            assert "process 1 differs from process 0 in config.seed (3 and 4), config.x" in lines[1]
+            assert f"{tmp_path}/own{index} of process 1 is not that of process 0" in lines[3]
+            assert "No space left on device" in lines[4]
+            assert lines[5] == "['of', 0] {'0': 0, '1': 1}"
+    assert not list((tmp_path / "shared").iterdir())
+
+
+def test_a_command_of_other_settings_is_refused(tmp_path, config):
+    command = ["train", config, f"--workdir={tmp_path / 'w'}"]
+    with Several(tmp_path, [command, [*command, "--config.data.seed=4"]]) as both:
+        assert both.statuses() == [1, 1]
+        for index in range(2):
+            assert "process 1 differs from process 0 in config.data.seed (0 and 4)" in both.printed(
+                index
+            )
+    assert not (tmp_path / "w").exists()
