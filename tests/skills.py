@@ -28,6 +28,7 @@ def table() -> dict:
 def config(gate="global", tasks=TASKS) -> ConfigDict:
     """The skills, and a stage for each task that mixes them."""
     config = tiny.medcare_config()
+    config.run.mesh.update({"data": -1, "fsdp": 1})  # what compiles soonest
     del config.stages["aggregate"], config.stages["align"]
     config.stages.order = ()
     sa_mdkif.add_skills(config, table())

@@ -19,11 +19,10 @@ import numpy as np
 from rich.table import Table
 
 from medmoe_jax.checkpoints.files import write_json
-from medmoe_jax.cli.configs import load_config
+from medmoe_jax.cli.session import open_run
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation.html import HeatMapSection, save_png
 from medmoe_jax.training.fit import METHODS, Fit, find, fit_stage
-from medmoe_jax.training.setup import open_setup
 from medmoe_jax.training.summary import console
 
 
@@ -55,7 +54,7 @@ def run(arguments, rest) -> None:
     files = _files(arguments.data)
     if arguments.steps < 1:
         raise UserError(f"--steps: {arguments.steps} is below 1")
-    setup = open_setup(load_config(rest))
+    setup = open_run(rest, arguments.workdir)
     for task in files:
         find(setup, task)
     fits = {

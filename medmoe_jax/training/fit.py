@@ -29,16 +29,23 @@ from medmoe_jax.data.batches import epoch_batches
 from medmoe_jax.data.encode import Encoder
 from medmoe_jax.data.sources import open_source
 from medmoe_jax.errors import UserError
-from medmoe_jax.parallel.mesh import batch_sharding, batch_shards
+from medmoe_jax.parallel import processes
+from medmoe_jax.parallel.mesh import batch_sharding, batch_shards, replicated
 from medmoe_jax.training import recipe as recipe_lib
 from medmoe_jax.training import summary
 from medmoe_jax.training.config import source
 from medmoe_jax.training.identity import check_stage, claim, is_claimed, stage_dir
-from medmoe_jax.training.parts import make_objective, make_optimiser, place, split
+from medmoe_jax.training.parts import (
+    jit_step,
+    make_objective,
+    make_optimiser,
+    place,
+    split,
+)
 from medmoe_jax.training.recipe import Stage, chain, next_roster
 from medmoe_jax.training.run import open_trained, save_end
 from medmoe_jax.training.setup import Setup
-from medmoe_jax.training.step import Objective, TrainState, micro_batches, nll, train_step
+from medmoe_jax.training.step import Objective, micro_batches, nll
 
 SPREAD = 0.5  # standard deviation of the first candidates of CMA-ES around the starting weights
 _LANES = 128  # rows are cut to a multiple of this, which every attention takes
@@ -110,10 +117,11 @@ def fit_stage(
     objective = _objective(setup, stage, roster, parts)
     optimiser = make_optimiser(stage, recipe_lib.schedule(stage.config, steps))
     state, frozen = place(setup, optimiser, trainable, frozen)
-    loss = jax.jit(functools.partial(mean_loss, objective))
+    loss = jax.jit(functools.partial(mean_loss, objective), out_shardings=replicated(setup.mesh))
     first = _finite(name, loss(state.trainable, frozen, batch))
-    search = METHODS[method](objective, optimiser, state, frozen, batch, steps, seed)
-    with tqdm(search, total=steps, desc=name, unit="step", dynamic_ncols=True) as bar:
+    search = METHODS[method](setup, objective, optimiser, state, frozen, batch, steps, seed)
+    quiet = processes.index() > 0
+    with tqdm(search, desc=name, total=steps, unit="step", disable=quiet) as bar:
         for values, best in bar:
             state = state._replace(trainable=best)
             lowest = min(_finite(name, value) for value in values)
@@ -190,29 +198,26 @@ def mean_loss(objective: Objective, trainable, frozen, batch: Mapping[str, jax.A
 Steps = Iterator[tuple[np.ndarray, Any]]
 
 
-def _by_gradient(objective, optimiser, state: TrainState, frozen, batch, steps, seed) -> Steps:
+def _by_gradient(setup, objective, optimiser, state, frozen, batch, steps, seed) -> Steps:
     """The stage's own optimiser and schedule; nothing is drawn."""
     del seed
-    update = jax.jit(functools.partial(train_step, objective, optimiser))
+    update = jit_step(setup, objective, optimiser, state)
     for _ in range(steps):
         state, metrics = update(state, frozen, batch)
         yield np.atleast_1d(metrics["loss"]), state.trainable
 
 
-def _by_evolution(objective, optimiser, state: TrainState, frozen, batch, steps, seed) -> Steps:
+def _by_evolution(setup, objective, optimiser, state, frozen, batch, steps, seed) -> Steps:
     """CMA-ES: a generation's losses from one compiled call, and no gradient."""
     del optimiser
     start_K, tree_of = ravel_pytree(state.trainable)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=replicated(setup.mesh))
     def losses(candidates_PxK, frozen, batch):
         one = functools.partial(mean_loss, objective)
         return jax.lax.map(lambda w_K: one(tree_of(w_K), frozen, batch), candidates_PxK)
 
-    def placed(weights_K):
-        tree = tree_of(jnp.asarray(weights_K, jnp.float32))
-        return jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), tree, state.trainable)
-
+    layout = jax.tree.map(lambda leaf: leaf.sharding, state.trainable)
     rng = np.random.default_rng(seed)
     options = {
         "maxiter": steps,
@@ -224,9 +229,10 @@ def _by_evolution(objective, optimiser, state: TrainState, frozen, batch, steps,
     search = cma.CMAEvolutionStrategy(np.asarray(start_K, np.float64), SPREAD, options)
     while not search.stop():
         candidates = search.ask()
-        values_P = np.asarray(losses(jnp.asarray(candidates, jnp.float32), frozen, batch))
+        values_P = np.asarray(losses(np.asarray(candidates, np.float32), frozen, batch))
         search.tell(candidates, values_P.tolist())
-        yield values_P, placed(search.result.xbest)
+        best = jax.device_get(tree_of(np.asarray(search.result.xbest, np.float32)))
+        yield values_P, jax.device_put(best, layout)
 
 
 METHODS: Mapping[str, Callable[..., Steps]] = {"gradient": _by_gradient, "cma": _by_evolution}

@@ -145,12 +145,12 @@ def naive_loss(setup, workdir, rows, weights, penalty):
     return total / count + penalty * np.abs(weights).mean()
 
 
-MESHES = {"fsdp8": {}, "fsdp4-tensor2": {"fsdp": 4, "tensor": 2}}
+MESHES = {"data8": {"data": 8}, "fsdp4-tensor2": {"fsdp": 4, "tensor": 2}}
 
 
 @pytest.mark.parametrize(
     ("method", "gate", "mesh"),
-    [("gradient", "per_layer", "fsdp4-tensor2"), ("cma", "global", "fsdp8")],
+    [("gradient", "per_layer", "fsdp4-tensor2"), ("cma", "global", "data8")],
 )
 def test_what_a_fit_reports_is_the_loss_of_the_weighted_skills(method, gate, mesh, workdir, rows):
     config = skills.config(gate)
