@@ -47,6 +47,7 @@ EXTRAS = {
     "aot": ["libtpu>=0.0.42,<0.0.43"],
     "test": [
         "hypothesis>=6.130,<7",
+        "nbformat>=5.10,<6",
         "pytest>=8.3,<10",
         "pytest-xdist>=3.6,<4",
         "ruff==0.17.5",  # the formatter's output changes between releases
