@@ -45,9 +45,9 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 def step_times(rounds: int, quick: bool) -> dict:
     """Seconds of every variant in this process, interleaved."""
-    names = [n for n in steps.VARIANTS if not (quick and n.endswith("_remat"))]
+    names = [n for n in steps.VARIANTS if not (quick and n in steps.NOT_QUICK)]
     calls = {name: steps.make(name) for name in names}
-    seconds = interleaved(calls, rounds)
+    seconds = interleaved(calls, rounds, rare=steps.SLOW)
     frozen = seconds["frozen"]
     rows = [
         [name, f"{s:.3f}", f"{BATCH_TOKENS / s:.0f}", f"{s / frozen:.2f}"]
@@ -98,8 +98,13 @@ def sweep(rounds: int, quick: bool) -> list[dict]:
             + [f"{line._asdict()[what].get(n, float('nan')) / unit:.2f}" for n in names]
             for line in lines
         ]
+        columns = ["experts x tokens", *names]
+        if what == "seconds":
+            columns.append("auto over best")
+            for row, line in zip(rows, lines, strict=True):
+                row.append(f"{line.seconds['auto'] / sweeps.best(line):.2f}")
         label = {"seconds": "ms", "bytes": "counted GB", "temporaries": "temporaries, MiB"}[what]
-        show(f"One site, forward and backward: {label}", ["experts x tokens", *names], rows)
+        show(f"One site, forward and backward: {label}", columns, rows)
     return [line._asdict() for line in lines]
 
 

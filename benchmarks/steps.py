@@ -58,6 +58,8 @@ VARIANTS: dict[str, Callable[[], Variant]] = {
         for suffix, execution in (("", PLAIN), ("_remat", AGAIN))
     },
 }
+SLOW = tuple(name for name in VARIANTS if name.startswith("dense_gather"))
+NOT_QUICK = (*SLOW[1:], "frozen_scanned", "medcare_scanned")
 if importlib.util.find_spec("tunix"):
     VARIANTS["tunix_frozen"] = _tunix
 

@@ -83,6 +83,12 @@ def measure(experts: int, tokens: int, rounds: int) -> Row:
     )
 
 
+def best(row: Row) -> float:
+    """Seconds of the fastest strategy that one may set."""
+    own = STRATEGIES.keys() - dense_gather.BASELINES.keys() - {"auto"}
+    return min(s for name, s in row.seconds.items() if name in own)
+
+
 def sizes(quick: bool) -> list[tuple[int, int]]:
     """`(E, T)` of every line: experts at 1,024 tokens, then tokens at 8 experts."""
     experts = (8, 32, 64, 512) if quick else (8, 16, 32, 64, 128, 256, 512)

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 
 
-def interleaved(calls: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+def interleaved(
+    calls: Mapping[str, Callable[[], None]], rounds: int, rare: Collection[str] = ()
+) -> dict[str, float]:
     """Median seconds of each call; every round runs all of them, in alternating order.
 
     Args:
       calls: run to completion when called; each is called once before the clock starts.
       rounds: how often.
+      rare: slow calls, which every third round runs.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
     for i in range(rounds):
         for name in list(calls)[:: 1 if i % 2 == 0 else -1]:
+            if name in rare and i % 3:
+                continue
             start = time.perf_counter()
             calls[name]()
             seconds[name].append(time.perf_counter() - start)

@@ -290,10 +290,10 @@ def _checkpointed(body: Callable, remat: str) -> Callable:
         # Kernels name what they make.
         "dots": policies.save_from_both_policies(
             policies.dots_with_no_batch_dims_saveable,
-            policies.save_only_these_names("product", "rank_columns"),
+            policies.save_only_these_names("product", "rank_columns", "last_rank_columns"),
         ),
         # Few columns: without them a layer's last product would be made again for their sake.
-        "full": policies.save_only_these_names("rank_columns"),
+        "full": policies.save_only_these_names("last_rank_columns"),
     }
     return jax.checkpoint(body, policy=known[remat], prevent_cse=False)
 

@@ -217,23 +217,24 @@ def _forward(x, w, a, gate, b, transposed, backend):
     return _xla(*operands) if backend == "xla" else _pallas(*operands, backend)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _lora_linear(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, backend: str):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _lora_linear(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, backend: str, columns: str):
     return _forward(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, False, backend)[0]
 
 
-def _lora_linear_fwd(x, w, a, gate, b, backend):
+def _lora_linear_fwd(x, w, a, gate, b, backend, columns):
     """Each argument comes as its value and whether its derivative is asked for."""
     x_TxD, a_DxR, b_RxO, w_DxO = x.value, a.value, b.value, w.value
     gate_TxR = None if gate is None else gate.value
     y_TxO, h_TxR = _forward(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, False, backend)
     # For the policies of `jax.checkpoint`: who keeps h need not run the kernel again for it.
-    y_TxO, h_TxR = checkpoint_name(y_TxO, "product"), checkpoint_name(h_TxR, "rank_columns")
+    y_TxO, h_TxR = checkpoint_name(y_TxO, "product"), checkpoint_name(h_TxR, columns)
     trained = w_DxO if w.perturbed else None
     return y_TxO, (x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, h_TxR, trained)
 
 
-def _lora_linear_bwd(backend, saved, dy_TxO):
+def _lora_linear_bwd(backend, columns, saved, dy_TxO):
+    del columns
     x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, h_TxR, trained = saved
     dx_TxD, dh_TxR = _forward(dy_TxO, w_DxO, b_RxO, gate_TxR, a_DxR, True, backend)
 
@@ -252,7 +253,9 @@ def _lora_linear_bwd(backend, saved, dy_TxO):
 _lora_linear.defvjp(_lora_linear_fwd, _lora_linear_bwd, symbolic_zeros=True)
 
 
-def lora_linear(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, *, backend: str):
+def lora_linear(
+    x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, *, backend: str, columns: str = "rank_columns"
+):
     """`y = x·W + ((x·A) ∘ gate)·B`: a frozen linear layer and all banks of its site.
 
     Args:
@@ -262,6 +265,7 @@ def lora_linear(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, *, backend: str):
         product, while their gradients are accumulated in float32 and rounded once, to their dtype.
       gate_TxR: weights in rank space, s and Λ folded in (or into B); None for ones.
       backend: see `medmoe_jax.kernels`.
+      columns: by which name a policy of `jax.checkpoint` may keep x·A; y is "product".
 
     Returns:
       `y_TxO` in x's dtype, accumulated in float32.
@@ -281,4 +285,4 @@ def lora_linear(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, *, backend: str):
                 f"{name} has shape {array.shape}; with x {x_TxD.shape} and b {b_RxO.shape} it "
                 f"must have {expected[name]}"
             )
-    return _lora_linear(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, backend)
+    return _lora_linear(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, backend, columns)

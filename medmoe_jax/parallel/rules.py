@@ -34,10 +34,11 @@ BASE_RULES: tuple[Rule, ...] = (
 
 # A column-parallel site keeps A whole on the tensor axis and splits B's outputs; a row-parallel one
 # splits A's inputs, so that the low-rank output joins the base's partial sum before its reduction.
+# Every factor is spread over the other axes too, as the base is: gradients and moments with it.
 BANK_RULES: tuple[Rule, ...] = (
     (rf"{_COLUMN}\.lora_a$", (None, _SHARD, None, None)),
-    (rf"{_COLUMN}\.lora_b$", (None, None, None, "tensor")),
-    (rf"{_ROW}\.lora_a$", (None, "tensor", None, None)),
+    (rf"{_COLUMN}\.lora_b$", (None, None, None, ("tensor", *_SHARD))),
+    (rf"{_ROW}\.lora_a$", (None, ("tensor", *_SHARD), None, None)),
     (rf"{_ROW}\.lora_b$", (None, None, None, _SHARD)),
     # Whole feed-forward experts live on the expert axis.
     (rf"{_COLUMN}\.experts$", (None, "expert", "fsdp", "tensor")),
@@ -48,8 +49,8 @@ BANK_RULES: tuple[Rule, ...] = (
 # Banks whose experts stay on their device while the tokens travel.
 TRAVEL_RULES: tuple[Rule, ...] = (
     (rf"{_COLUMN}\.lora_a$", (None, "fsdp", "expert", None)),
-    (rf"{_COLUMN}\.lora_b$", (None, "expert", None, "tensor")),
-    (rf"{_ROW}\.lora_a$", (None, "tensor", "expert", None)),
+    (rf"{_COLUMN}\.lora_b$", (None, "expert", None, ("tensor", "fsdp"))),
+    (rf"{_ROW}\.lora_a$", (None, ("tensor", "fsdp"), "expert", None)),
     (rf"{_ROW}\.lora_b$", (None, "expert", None, "fsdp")),
 )
 

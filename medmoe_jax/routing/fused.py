@@ -13,11 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from medmoe_jax.base.decoder import Execution, add_bias
 from medmoe_jax.base.quantised import Quantised
 from medmoe_jax.kernels import lora_linear as kernel
-from medmoe_jax.parallel.rules import row_parallel
+from medmoe_jax.parallel.rules import RULES, row_parallel, spec_for
 from medmoe_jax.routing import dense, shards
 from medmoe_jax.routing.terms import Term
 
@@ -66,49 +67,76 @@ def _fits(execution: Execution, site, x_BxTxD, kernel_DxO, terms: Sequence[Term]
 def _product(execution: Execution, site: str, x_BxTxD, kernel_DxO, terms: Sequence[Term]):
     on_in, on_out = _cut(execution, site, kernel_DxO)
     rows, spec = shards.rows(execution), shards.spec
-    per_out = spec(None, None, on_out)
     # Where the inputs are cut, every device has a part of the sum. They are added outside, where
     # the gradient of a sum costs no exchange.
     run = shards.local(
         execution,
-        functools.partial(_local, execution.backend),
-        (spec(rows, None, on_in), spec(on_in, on_out), spec(on_in), per_out, spec(rows)),
+        functools.partial(_local, execution.backend, row_parallel(site)),
+        (
+            spec(rows, None, on_in),
+            spec(on_in, on_out),
+            spec(on_in),
+            spec(None, on_out),
+            spec(rows),
+        ),
         spec(on_in, rows, None, on_out),
     )
     y_PxBxTxO = run(
         x_BxTxD,
         # Cast before it is gathered; A and B are cast by the kernel, their gradients are float32.
         kernel_DxO.astype(x_BxTxD.dtype),
-        [t.lora_a_DxExr for t in terms],
-        [_scaled(t) for t in terms],
+        *zip(*(_flat(execution, site, t) for t in terms), strict=True),
         [None if t.gates is None else t.gates.dense_BxTxE for t in terms],
     )
     return jax.lax.reduce_sum(y_PxBxTxO, (0,))
 
 
-def _scaled(term: Term):
-    """`s Λ B`, float32 `[E, r, O]`."""
+def _flat(execution: Execution, site: str, term: Term):
+    """`A [D, E·r]` and `s Λ B [E·r, O]` in their shards, and so their gradients.
+
+    Whole they are inside the kernel only. Flat, because a rank of its own dimension would be filled
+    up to a tile.
+    """
+    D, E, r = term.lora_a_DxExr.shape
     b_ExrxO = term.s * term.lora_b_ExrxO
-    return b_ExrxO if term.scale_Exr is None else b_ExrxO * term.scale_Exr[..., None]
+    if term.scale_Exr is not None:
+        b_ExrxO = b_ExrxO * term.scale_Exr[..., None]
+    a_DxR, b_RxO = term.lora_a_DxExr.reshape(D, E * r), b_ExrxO.reshape(E * r, -1)
+    if execution.mesh is None:
+        return a_DxR, b_RxO
+    shapes = (1, D, E, r), (1, E, r, b_RxO.shape[1])
+    names = (f".{site}.lora_a", f".{site}.lora_b")
+    on_a, on_b = (spec_for(n, s, execution.mesh, RULES) for n, s in zip(names, shapes, strict=True))
+    put = jax.lax.with_sharding_constraint
+    return (
+        put(a_DxR, NamedSharding(execution.mesh, shards.spec(on_a[1], None))),
+        put(b_RxO, NamedSharding(execution.mesh, shards.spec(None, on_b[3]))),
+    )
 
 
-def _local(backend: str, x_BxTxD, w_DxO, lora_a, lora_b, dense_gates):
-    """One device's `[1, B, T, O]`; A, B and gates are lists with an entry a term."""
+def _local(backend: str, last: bool, x_BxTxD, w_DxO, lora_a, lora_b, dense_gates):
+    """One device's `[1, B, T, O]`; A, B and gates have an entry a term.
+
+    `last`: nothing within the layer's part reads y but a residual sum, so it is not made again.
+    """
     D, O = w_DxO.shape
     x_TxD = x_BxTxD.reshape(-1, D)
     gate_TxR = None
     if any(dense_BxTxE is not None for dense_BxTxE in dense_gates):
         parts = zip(lora_a, dense_gates, strict=True)
         gate_TxR = jnp.concatenate([_gate(x_TxD.shape[0], *part) for part in parts], axis=1)
-    a_DxR = jnp.concatenate([a_DxExr.reshape(D, -1) for a_DxExr in lora_a], axis=1)
-    b_RxO = jnp.concatenate([b_ExrxO.reshape(-1, O) for b_ExrxO in lora_b], axis=0)
-    y_TxO = kernel.lora_linear(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, backend=backend)
+    a_DxR, b_RxO = jnp.concatenate(lora_a, axis=1), jnp.concatenate(lora_b, axis=0)
+    columns = "last_rank_columns" if last else "rank_columns"
+    y_TxO = kernel.lora_linear(
+        x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, backend=backend, columns=columns
+    )
     return y_TxO.reshape(1, *x_BxTxD.shape[:2], O)
 
 
-def _gate(tokens: int, a_DxExr, dense_BxTxE):
+def _gate(tokens: int, a_DxR, dense_BxTxE):
     """Each expert's weight on its rank columns, float32 `[B·T, E·r]`; one without a router."""
-    _, E, r = a_DxExr.shape
+    R = a_DxR.shape[1]
     if dense_BxTxE is None:
-        return jnp.ones((tokens, E * r), jnp.float32)
-    return jnp.repeat(dense_BxTxE.reshape(-1, E), r, axis=1)
+        return jnp.ones((tokens, R), jnp.float32)
+    E = dense_BxTxE.shape[-1]
+    return jnp.repeat(dense_BxTxE.reshape(-1, E), R // E, axis=1)

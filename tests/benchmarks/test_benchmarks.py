@@ -90,7 +90,8 @@ def test_every_strategy_gives_the_same_gradient_on_a_swept_site(monkeypatch):
     monkeypatch.setattr(sweeps, "DECODER", TINY)
     inputs = sweeps._inputs(8, 16)
     want = sweeps.site_step("reference", inputs)
-    for name in ("stacked", "grouped", "auto"):
+    dense_gather.register()
+    for name in ("stacked", "grouped", "auto", *dense_gather.BASELINES):
         assert tree_rel(jax.jit(functools.partial(sweeps.site_step, name))(inputs), want) < 1e-4
 
 
@@ -99,3 +100,6 @@ def test_rounds_interleave():
     calls = {name: functools.partial(order.append, name) for name in "ab"}
     assert set(timing.interleaved(calls, 3)) == {"a", "b"}
     assert order == ["a", "b", *"ab", *"ba", *"ab"]
+    order.clear()
+    timing.interleaved(calls, 4, rare=("a",))
+    assert order == ["a", "b", *"ab", "b", "b", *"ba"]

@@ -107,8 +107,8 @@ def test_experts_and_their_moments_are_spread():
         low, whole = bank["noise"], bank["whole"]
         for leaf, shape in (
             (low["attn.q"]["lora_a"], (2, 8, 2, 2)),
-            (low["attn.q"]["lora_b"], (2, 2, 2, 8)),
-            (low["attn.o"]["lora_a"], (2, 8, 2, 2)),
+            (low["attn.q"]["lora_b"], (2, 2, 2, 4)),
+            (low["attn.o"]["lora_a"], (2, 4, 2, 2)),
             (low["attn.o"]["lora_b"], (2, 2, 2, 8)),
             (low["attn.q"]["router"]["kernel"], (2, 16, 4)),
             (whole["mlp.up"]["experts"], (1, 2, 8, 8)),
