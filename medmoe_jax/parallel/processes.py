@@ -16,7 +16,7 @@ import time
 from typing import Any
 
 import jax
-from jax._src import distributed  # its client has no public name
+from jax._src import distributed  # its client and what it found have no public names
 from jax.experimental import multihost_utils
 
 from medmoe_jax.errors import Stopped, UserError
@@ -79,13 +79,15 @@ class Run:
             jax.distributed.initialize(**_WAITS)
         except ValueError as error:
             raise UserError(f"--coordinator=auto finds nothing here: {error}") from None
+        found = distributed.global_state
+        host = found.coordinator_address.rpartition(":")[0]
         with socket.create_server(("", 0)) as listener:
-            here = socket.gethostbyname(socket.gethostname()), listener.getsockname()[1]
-            host, port = gather(here)[0]
-            if index():
-                self._roll = rollcall.answer((host, port), index(), count())
+            ports = dict(gather((found.process_id, listener.getsockname()[1])))
+            if found.process_id:
+                address = (host, ports[0])
+                self._roll = rollcall.answer(address, found.process_id, found.num_processes)
             else:
-                self._roll = rollcall.host(listener, count())
+                self._roll = rollcall.host(listener, found.num_processes)
 
     def _meet_at_address(self) -> None:
         host, _, port = self._coordinator.rpartition(":")

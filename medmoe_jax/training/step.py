@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from medmoe_jax.adapters import model
@@ -206,9 +207,10 @@ def rows_hash(batch: Mapping[str, jax.Array]) -> jax.Array:
     Two runs of one recipe read the same where this is the same step by step.
     """
     total = jnp.uint32(0)
-    place_1xT = jnp.arange(batch["tokens"].shape[1], dtype=jnp.uint32)[None]
+    place_T = np.arange(batch["tokens"].shape[1], dtype=np.uint32)
+    factor_1xT = (2 * place_T + np.uint32(0x9E3779B1))[None]
     for name in ("tokens", "loss_mask", "segment_ids"):
-        mixed_BxT = (batch[name].astype(jnp.uint32) + 1) * (2 * place_1xT + 0x9E3779B1)
+        mixed_BxT = (batch[name].astype(jnp.uint32) + 1) * factor_1xT
         total = total * jnp.uint32(31) + jnp.sum(mixed_BxT ^ (mixed_BxT >> 15), dtype=jnp.uint32)
     return total
 

@@ -123,24 +123,27 @@ def test_training_and_every_command_after_it(tmp_path, config):
 
 
 AGREE = """
-import sys
+import os, sys
 from medmoe_jax.checkpoints import processes as agreement
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel import processes
 agreement._VISIBLE = 0.5
-index, folder = int(sys.argv[1]), sys.argv[2]
+index, folder, coordinator, port = int(sys.argv[1]), *sys.argv[2:]
+if coordinator == "auto":
+    os.environ |= {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2",
+                   "SLURM_PROCID": str(index), "SLURM_LOCALID": "0", "JAX_COORDINATOR_PORT": port}
 
 def told(check, *arguments):
     try:
         check(*arguments)
         print("agreed")
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(error)
 
 def refuse():
     raise OSError(28, "No space left on device")
 
-with processes.Run(sys.argv[3], 2, index):
+with processes.Run(coordinator, 2, index):
     told(agreement.check_alike, {"config": {"seed": 3, "x": [1]}})
     told(agreement.check_alike, {"config": {"seed": 3 + index, "x": [1 + index]}, "code": "a"})
     told(agreement.check_shared, f"{folder}/shared")
@@ -150,9 +153,12 @@ with processes.Run(sys.argv[3], 2, index):
 """
 
 
-def test_processes_agree_or_say_what_differs(tmp_path):
-    address = f"127.0.0.1:{several.free_port()}"
-    commands = [[str(index), str(tmp_path), address] for index in range(2)]
+@pytest.mark.parametrize("coordinator", ["127.0.0.1:{}", "auto"])
+def test_processes_agree_or_say_what_differs(tmp_path, coordinator):
+    """However they have met; `auto` as under Slurm."""
+    port = str(several.free_port())
+    rest = [str(tmp_path), coordinator.format(port), port]
+    commands = [[str(index), *rest] for index in range(2)]
     with Several(tmp_path, commands, ("-c", AGREE)) as both:
         assert both.statuses() == [0, 0], both.printed(0) + both.printed(1)
         for index in range(2):
