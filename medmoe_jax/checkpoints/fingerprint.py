@@ -142,7 +142,7 @@ def _sums(bits_RxC: jax.Array, rows_R: jax.Array, columns_C: jax.Array) -> jax.A
     sums = []
     for row, column, salt in LANES_Nx3:
         place_RxC = rows_R[:, None] * np.uint32(row) + columns_C[None, :] * np.uint32(column)
-        mixed_RxC = _mix(_mix(bits_RxC ^ np.uint32(salt)) + place_RxC)
+        mixed_RxC = mix(mix(bits_RxC ^ np.uint32(salt)) + place_RxC)
         sums.append(jnp.sum(mixed_RxC, dtype=jnp.uint32))
     return jnp.stack(sums)
 
@@ -154,7 +154,7 @@ def _bits(x: jax.Array) -> jax.Array:
     return x.astype(jnp.uint32)
 
 
-def _mix(x: jax.Array) -> jax.Array:
+def mix(x: jax.Array) -> jax.Array:
     """The 32-bit finaliser of MurmurHash3: every input bit changes every output bit."""
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)

@@ -23,6 +23,7 @@ from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base import decoder, trees
 from medmoe_jax.base.loss import cross_entropy, next_token_targets
+from medmoe_jax.checkpoints.fingerprint import mix
 from medmoe_jax.errors import UserError
 from medmoe_jax.routing import telemetry
 from medmoe_jax.routing.routers import RouterStats, balance_loss, z_loss
@@ -207,11 +208,10 @@ def rows_hash(batch: Mapping[str, jax.Array]) -> jax.Array:
     Two runs of one recipe read the same where this is the same step by step.
     """
     total = jnp.uint32(0)
-    place_T = np.arange(batch["tokens"].shape[1], dtype=np.uint32)
-    factor_1xT = (2 * place_T + np.uint32(0x9E3779B1))[None]
+    place_T = np.arange(batch["tokens"].shape[1], dtype=np.uint32) * np.uint32(0x9E3779B1)
     for name in ("tokens", "loss_mask", "segment_ids"):
-        mixed_BxT = (batch[name].astype(jnp.uint32) + 1) * factor_1xT
-        total = total * jnp.uint32(31) + jnp.sum(mixed_BxT ^ (mixed_BxT >> 15), dtype=jnp.uint32)
+        mixed_BxT = mix(batch[name].astype(jnp.uint32) + place_T[None])
+        total = total * jnp.uint32(31) + jnp.sum(mixed_BxT, dtype=jnp.uint32)
     return total
 
 

@@ -25,6 +25,7 @@ from medmoe_jax.training.step import (
     TrainState,
     gradients,
     nll,
+    rows_hash,
     split_base,
     train_step,
 )
@@ -350,3 +351,20 @@ def test_meshes_agree(sizes):
     assert losses[0] != losses[1]
     assert naive.tree_rel(other_grads, grads) < 1e-4
     assert naive.tree_rel(other_after, after) < 1e-4
+
+
+def test_the_hash_of_rows_sees_every_token_and_mask_but_not_the_rows_order():
+    draw = np.random.default_rng(0)
+    names = ("tokens", "loss_mask", "segment_ids")
+    batch = {name: draw.integers(0, 3, (4, 8)).astype(np.int32) for name in names}
+    value = jax.jit(rows_hash)
+    whole = int(value(batch))
+    assert int(value({name: array[[2, 0, 3, 1]] for name, array in batch.items()})) == whole
+    for name in names:
+        for row, column in np.ndindex(4, 8):
+            other = {key: array.copy() for key, array in batch.items()}
+            other[name][row, column] += 1
+            assert int(value(other)) != whole
+            other[name][row] = np.roll(batch[name][row], column)
+            moved = (other[name][row] != batch[name][row]).any()
+            assert (int(value(other)) != whole) == moved
