@@ -2,10 +2,11 @@
 
   python benchmarks/scaling.py                       # what benchmarks/results/scaling.json lacks
   python benchmarks/scaling.py --only=weak --seconds=500
-  python benchmarks/scaling.py --tables              # Markdown of docs/scaling.md, nothing compiled
+  python benchmarks/scaling.py --seconds=0           # nothing compiled: shapes only, and the tables
 
 A case takes a minute or two on two cores. Nothing is measured here: every figure is counted in a
-program compiled for a slice that is not there.
+program compiled for a slice that is not there. Of a case that is not compiled yet the tables show
+what its shapes say: arguments, the memory and the time that it needs at least.
 """
 
 from __future__ import annotations
@@ -18,6 +19,16 @@ import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
+
+from medmoe_jax.cli.configs import load_config
+from medmoe_jax.errors import UserError
+from medmoe_jax.parallel.topology import describe
+from medmoe_jax.planning.figures import GIB
+from medmoe_jax.planning.programs import bytes_of, open_abstract, start, training
+from medmoe_jax.planning.search import estimate
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "scaling.json"
@@ -47,12 +58,12 @@ class Case(NamedTuple):
         """Its name in the results."""
         return " ".join((self.config, self.topology, *self.fields))
 
-    def arguments(self) -> list[str]:
-        """The command's arguments: a row of 2,048 tokens a chip, and the fields."""
+    def configuration(self) -> list[str]:
+        """The configuration's arguments: a row of 2,048 tokens a chip, and the fields."""
         fields = {"data.length": "2048", "data.global_batch": str(CHIPS[self.topology])}
         fields |= {"run.accumulation": "1"} | dict(f.split("=", 1) for f in self.fields)
         config = [f"--config.{name}={value}" for name, value in fields.items()]
-        return [f"--config=configs/{self.config}", f"--topology={self.topology}", *config]
+        return [f"--config={ROOT / 'configs' / self.config}", *config]
 
 
 def _medcare(size: str, topology: str, *fields: str, section: str = "medcare") -> Case:
@@ -88,12 +99,11 @@ def compile_case(case: Case, limit: float) -> dict | None:
     """The figures of a case, or what the command said; None if it took too long."""
     out = RESULTS.with_suffix(".one.json")
     command = [sys.executable, "-m", "medmoe_jax.cli.main", "plan", f"--json={out}"]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command += [f"--topology={case.topology}", *case.configuration()]
     try:
         done = subprocess.run(
-            command + case.arguments(),
+            command,
             cwd=ROOT,
-            env=environment,
             capture_output=True,
             text=True,
             timeout=limit,
@@ -112,7 +122,7 @@ def compile_missing(sections: set[str], seconds: float) -> None:
     end = time.monotonic() + seconds
     for case in CASES:
         results = load()
-        if case.section not in sections or case.key in results or time.monotonic() > end:
+        if case.section not in sections or case.key in results or time.monotonic() >= end:
             continue
         print(case.key, flush=True)
         figures = compile_case(case, end - time.monotonic() + 60)
@@ -124,6 +134,22 @@ def compile_missing(sections: set[str], seconds: float) -> None:
         )
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text(json.dumps({**results, case.key: figures}, indent=1) + "\n")
+
+
+def by_shapes(case: Case) -> dict | None:
+    """What a case needs at least, from its shapes; None if its recipe refuses the mesh."""
+    topology = describe(case.topology)
+    try:
+        setup = open_abstract(load_config(case.configuration()), topology)
+    except UserError:
+        return None
+    at = start(setup, setup.stages[0].name)
+    known = estimate(setup, at, topology)
+    return {
+        "arguments_gib": bytes_of(training(setup, at).arguments) / GIB,
+        "hbm_gib": known.gib,
+        "step_seconds_bound": known.least,
+    }
 
 
 def load() -> dict[str, dict]:
@@ -141,7 +167,10 @@ def tables() -> str:
         lines = [f"### {section}", "", _row(columns), _row(["---"] * len(columns))]
         for case in CASES:
             if case.section == section:
-                lines.append(_row([_name(case), case.topology, *_cells(results.get(case.key))]))
+                cells = (
+                    _cells(results[case.key]) if case.key in results else _least(by_shapes(case))
+                )
+                lines.append(_row([_name(case), case.topology, *cells]))
         out += [*lines, ""]
     return "\n".join(out)
 
@@ -156,9 +185,14 @@ def _name(case: Case) -> str:
     return ", ".join([recipe, *shown])
 
 
-def _cells(figures: dict | None) -> list[str]:
+def _least(figures: dict | None) -> list[str]:
     if figures is None:
-        return ["not compiled"] + [""] * 10
+        return ["refused"] + [""] * 10
+    cells = [f"≥ {figures['hbm_gib']:.2f}", f"{figures['arguments_gib']:.2f}"]
+    return [*cells, *[""] * 5, f"≥ {1e3 * figures['step_seconds_bound']:.1f}", "", "", ""]
+
+
+def _cells(figures: dict) -> list[str]:
     if "error" in figures:
         return [figures["error"]] + [""] * 10
     cells = [f"{figures['hbm_gib']:.2f}", f"{figures['arguments_gib']:.2f}"]
@@ -185,13 +219,11 @@ def main() -> None:
     sections = sorted({case.section for case in CASES})
     parser.add_argument("--only", default=",".join(sections), help="sections, by comma")
     parser.add_argument("--seconds", type=float, default=7200, help="start no case after these")
-    parser.add_argument("--tables", action="store_true", help="only print the tables")
     args = parser.parse_args()
     unknown = set(args.only.split(",")) - set(sections)
     if unknown:
         parser.error(f"--only: no section {', '.join(unknown)}; known: {', '.join(sections)}")
-    if not args.tables:
-        compile_missing(set(args.only.split(",")), args.seconds)
+    compile_missing(set(args.only.split(",")), args.seconds)
     print(tables())
 
 
