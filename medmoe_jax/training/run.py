@@ -147,7 +147,7 @@ def train(
         directory = stage_dir(workdir, stage.name)
         if stage.name in imported:
             check_stage(setup, workdir, stage)
-            summary.note(f"stage '{stage.name}' was imported: skipped")
+            summary.note(f"stage '{stage.name}' was not trained here: skipped")
             continue
         data = open_data(setup, stage)
         fingerprint = claim(setup, workdir, stage, data.digests)

@@ -116,7 +116,7 @@ def test_training_goes_on_from_an_imported_stage(config, released, tmp_path, cap
     same(workdir, "aggregate")
     ghost = "--config.data.sources.knowledge.path=no_such_file.jsonl"
     run("train", config, workdir, ghost)
-    assert "stage 'aggregate' was imported: skipped" in capsys.readouterr().err
+    assert "stage 'aggregate' was not trained here: skipped" in capsys.readouterr().err
     same(workdir, "align")
     manifests = [Manifest.read(stage_dir(workdir, s) / "manifest.json") for s in
                  ("aggregate", "align")]  # fmt: skip

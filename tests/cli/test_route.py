@@ -90,7 +90,7 @@ def test_weights_are_printed_written_and_drawn(config, files, routed, tmp_path, 
 
 def test_the_other_commands_take_the_task_as_a_stage(config, routed, tmp_path, capsys):
     assert main(["train", config, f"--workdir={routed}"]) == 0
-    assert "stage 'two' was imported: skipped" in capsys.readouterr().err
+    assert "stage 'two' was not trained here: skipped" in capsys.readouterr().err
     rows = [{"prompt": "aspirin: yes or no, pain?", "completion": "yes"}]
     source = tiny.write_rows(tmp_path / "in.jsonl", rows)
     out = tmp_path / "out.jsonl"
