@@ -57,7 +57,7 @@ class Allocator:
 
     def check(self, spec: BankSpec) -> None:
         """Raise UserError unless the bank can be allocated as this says."""
-        if not spec.learned_scale or spec.form == "ffn":
+        if not spec.learned_scale or spec.whole:
             raise UserError(
                 f"bank: '{spec.name}' has no Λ; give it low-rank experts with learned_scale=True"
             )
