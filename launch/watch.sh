@@ -68,7 +68,7 @@ attach() {
   else
     worker "$1" attach >>"$copy" 2>&1 || true
   fi
-  status=$(tac "$copy" | sed -n '/^== worker/q; s/^== ended with status //p' | head -n 1)
+  status=$(awk '/^== worker /{s = ""} /^== ended with status /{s = $5} END{print s}' "$copy")
   return "${status:-$LOST}"
 }
 
@@ -86,7 +86,10 @@ in_words() {
 report() {
   local copy=$FLAG_LOGS/worker-$1.log
   say "worker $1 (${WORKERS[$1]}) $(in_words "$2"); its last lines, of $copy:"
-  tac "$copy" | sed '/^== worker/q' | head -n 20 | tac | sed 's/^/    /' >&2
+  awk -v most=20 '
+    /^== worker /{n = 0}
+    {lines[n++ % most] = $0}
+    END{for (i = n > most ? n - most : 0; i < n; i++) print "    " lines[i % most]}' "$copy" >&2
 }
 
 interrupted() {

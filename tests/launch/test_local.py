@@ -91,10 +91,17 @@ def test_one_failure_stops_the_others_and_is_named(local):
 
 
 def test_a_killed_process_is_named_with_its_signal(local):
-    local.behaves("if ((worker == 0)); then kill -KILL $$; fi; sleep 60")
+    local.behaves("if ((worker == 0)); then seq 1000; printf 'no end'; kill -KILL $$; fi; sleep 60")
+    # What earlier starts left is no part of this one, and more than a pipe holds.
+    (local.folder / "runs/launch").mkdir(parents=True)
+    copy = local.folder / "runs/launch/worker-0.log"
+    copy.write_text("== worker 0\n" + "earlier\n" * 50_000 + "== ended with status 0\n")
     ended = local("run", "--", "train")
     assert ended.returncode == 137
     assert "worker 0 (local-0) was killed by signal 9" in ended.stderr
+    shown = [line.strip() for line in ended.stderr.splitlines() if line.startswith("    ")]
+    assert len(shown) == 20 and "earlier" not in shown
+    assert {"1000", "== ended with status 137"} < set(shown)
     assert not alive(local.folder, 1)
 
 

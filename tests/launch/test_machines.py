@@ -247,13 +247,9 @@ def test_a_tpu_that_another_process_holds(tmp_path):
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
     }
     start = ["bash", WORKER, "start", tmp_path / "run", "0", "A=b", "--", "train"]
-    holder = subprocess.Popen(["bash", "-c", f"exec 3<{tmp_path}/accel0 sleep 61"])
+    with (tmp_path / "accel0").open() as device:
+        holder = subprocess.Popen(["sleep", "61"], stdin=device)
     try:
-        while not any(
-            os.readlink(link).endswith("accel0")
-            for link in Path(f"/proc/{holder.pid}/fd").iterdir()
-        ):
-            pass
         ended = subprocess.run(start, env=env, capture_output=True, text=True)
         assert ended.returncode == 11
         assert f"the TPU is held by process {holder.pid} (sleep 61 )" in ended.stderr
