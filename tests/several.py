@@ -46,15 +46,16 @@ class Several:
             "MEDMOE_PROCESSES": str(len(commands)),
             "PYTHONPATH": str(ROOT),
         }
-        self.running = [
-            subprocess.Popen(
-                [sys.executable, *program, *command],
-                env={**env, "MEDMOE_PROCESS": str(index)},
-                stdout=text.open("w"),
-                stderr=subprocess.STDOUT,
-            )
-            for index, (command, text) in enumerate(zip(commands, self.texts, strict=True))
-        ]
+        self.running = []
+        for index, (command, text) in enumerate(zip(commands, self.texts, strict=True)):
+            with text.open("w") as out:
+                started = subprocess.Popen(
+                    [sys.executable, *program, *command],
+                    env={**env, "MEDMOE_PROCESS": str(index)},
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                )
+            self.running.append(started)
 
     def __enter__(self) -> "Several":
         return self

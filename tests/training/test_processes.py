@@ -48,21 +48,21 @@ def test_a_run_that_loses_a_process_and_is_asked_to_stop(tmp_path, config):
     _, reference = tiny.trained()
     workdir = tmp_path / "w"
     command = ["train", config, f"--workdir={workdir}"]
-    metrics = stage_dir(workdir, "aggregate") / "metrics.jsonl"
+    steps, metrics = (stage_dir(workdir, "aggregate") / name for name in ("steps", "metrics.jsonl"))
     with Several(tmp_path, [command] * 2) as both:
-        both.wait_for(lambda: several.lines(metrics) > 4)
+        both.wait_for((steps / "4" / "SEAL.json").exists)
         both.running[1].kill()
         assert both.statuses(timeout=120) == [69, -signal.SIGKILL]
         assert "error: process 1 of 2 is gone; what was saved is intact" in both.printed(0)
         assert "Traceback" not in both.printed(0)
         assert "stage 'aggregate'" not in both.printed(1)
     with Several(tmp_path, [command] * 2) as both:
-        both.wait_for(lambda: "continues after step 4 of 12" in both.printed(0))
+        both.wait_for(lambda: "continues after step" in both.printed(0))
         both.running[1].send_signal(signal.SIGTERM)
         assert both.statuses() == [75, 75]
         assert "was asked to stop and is saved at step" in both.printed(0)
     stopped = read_metrics(metrics)[-1]["step"]
-    assert (stage_dir(workdir, "aggregate") / "steps" / str(stopped) / "SEAL.json").exists()
+    assert (steps / str(stopped) / "SEAL.json").exists()
     assert not (stage_dir(workdir, "align") / "manifest.json").exists()
     train(open_setup(tiny.medcare_config()), workdir)
     assert_near(workdir, reference)
