@@ -36,7 +36,8 @@ def at_tiny_size(config):
         source.path = str(tiny.data(("knowledge", "alignment")[i % 2]))
     for name in config.stages.order:
         stage = config.stages[name]
-        stage.steps, stage.epochs, stage.learning_rate = STEPS, 0.0, 1e-2
+        stage.steps, stage.epochs = STEPS, 0.0
+        stage.learning_rate = 1e-2 if stage.train_base else 0.2
         for one in stage.banks.values():
             one.rank, one.alpha = 2, 4.0
         for one in stage.allocators.values():
