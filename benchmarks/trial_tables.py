@@ -55,7 +55,7 @@ def _compared(
     arms: Mapping[str, str],
     pairs: Sequence[tuple[str, str]],
 ) -> str:
-    """A loss a row and arm, the differences of pairs of arms, and the arms' parameters."""
+    """A loss a row and arm, the differences of pairs of arms, their parameters and seeds."""
     found = {arm: results["arms"].get(arm, {}) for arm in arms}
     header = [what, "base", *arms.values(), *(f"{arms[a]} − {arms[b]}" for a, b in pairs)]
     lines = []
@@ -66,6 +66,7 @@ def _compared(
     counts = [{f["parameters"] for f in found[arm].values()} for arm in arms]
     cells = [" ".join(f"{n:,}" for n in sorted(some)) or "–" for some in counts]
     lines.append(["trainable parameters", "0", *cells, *[""] * len(pairs)])
+    lines.append(["seeds", "", *(str(len(found[arm])) for arm in arms), *[""] * len(pairs)])
     return markdown(header, lines)
 
 
@@ -93,9 +94,9 @@ def families(results: Results) -> str:
     }
     arms = {
         "dense": "dense",
-        "dense_last": "dense, last two",
-        "last": "families, last two",
-        "everywhere": "families, all layers",
+        "dense_last": "dense, last 2",
+        "last": "families, last 2",
+        "everywhere": "families, all",
     }
     pairs = [("last", "dense"), ("last", "dense_last"), ("last", "everywhere")]
     return _compared(results, "family", rows, arms, pairs)
@@ -123,7 +124,7 @@ def skills(results: Results) -> str:
 
 def _downstream(results: Results) -> str:
     header = ["task", "its rows", "base", "best single skill", "skills + router", "plain LoRA"]
-    header += ["router − best skill", "router − LoRA"]
+    header += ["router − best skill", "router − LoRA", "seeds"]
     lines = []
     for task in trial_skills.TASKS:
         for rows in trial_skills.ROWS:
@@ -133,7 +134,7 @@ def _downstream(results: Results) -> str:
             routed, plain = (_losses(arm, [task]) for arm in arms)
             differences = (cell(minus(routed, x), signed=True) for x in (one, plain))
             cells = [_base(results, [task]), *map(cell, (one, routed, plain))]
-            lines.append([task, rows, *cells, *differences])
+            lines.append([task, rows, *cells, *differences, str(len(routed))])
     return markdown(header, lines)
 
 

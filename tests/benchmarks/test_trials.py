@@ -105,8 +105,17 @@ def test_draws_are_seeded_and_without_repeats():
     assert len(trial_rows.draw(rows, 99, 0)) == 50
 
 
+def test_a_seed_reaches_every_stage_and_an_arm_brings_what_it_builds_on():
+    config = trials.seeded(trial_skills.get_config(), 5, ["conversation", "lora_cmedic_16"])
+    order = ("question_answering", "multiple_choice", "conversation", "lora_cmedic_16")
+    assert config.stages.order == order and config.data.seed == 5
+    assert {config.stages[name].seed for name in order} == {5}
+    whole = trials.seeded(trial_skills.get_config(), 0, [])
+    assert len(whole.stages.order) == 12 + 2 * 3 * len(trial_skills.TASKS)
+
+
 def _run(folder):
-    trials.main(["run", "tiny", "--seeds", "1", "--arms", "aggregate", "--workdir", str(folder)])
+    trials.main(["run", "tiny", "--seeds", "0", "--arms", "aggregate", "--workdir", str(folder)])
     return json.loads((folder / "results" / "trial_tiny.json").read_text())
 
 
@@ -119,27 +128,25 @@ def test_a_run_trains_scores_and_is_not_repeated(tmp_path, monkeypatch):
     monkeypatch.setattr(trials, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(trials, "PAGE", tmp_path / "page.md")
     (tmp_path / "page.md").write_text("before\n<!-- tiny -->\nold\n<!-- end of tiny -->\nafter\n")
-    scored = tmp_path / "tiny" / "seed1" / "rows" / "scored"
+    scored = tmp_path / "tiny" / "seed0" / "rows" / "scored"
     scored.mkdir(parents=True)
     for name, some in rows.items():
         tiny.write_rows(scored / f"{name}.jsonl", some)
     with tiny.quick_compiles():
         results = _run(tmp_path)
         assert _run(tmp_path) == results
-        setup = trials.open_setup(trials.seeded(tiny.medcare_config(), 1, ["aggregate"]))
-        assert [stage.name for stage in setup.stages] == ["aggregate"]
-        assert setup.config.data.seed == setup.config.stages.aggregate.seed == 1
+        setup = trials.open_setup(trials.seeded(tiny.medcare_config(), 0, ["aggregate"]))
         for stage, found in (("", results["base"]), ("aggregate", results["arms"]["aggregate"])):
-            trained = open_trained(setup, tmp_path / "tiny" / "seed1", stage)
+            trained = open_trained(setup, tmp_path / "tiny" / "seed0", stage)
             model = language_model(setup, trained)
             for name, some in rows.items():
                 pairs = model.score([r["prompt"] for r in some], [r["response"] for r in some])
                 want = -sum(total for total, _ in pairs) / sum(tokens for _, tokens in pairs)
-                assert found["1"]["loss"][name] == pytest.approx(want, rel=1e-4)
-    figures = results["arms"]["aggregate"]["1"]
+                assert found["0"]["loss"][name] == pytest.approx(want, rel=1e-4)
+    figures = results["arms"]["aggregate"]["0"]
     assert figures["parameters"] == sum(count(params) for params in trained.banks.values())
     assert figures["steps"] == tiny.STEPS
-    assert figures["loss"]["knowledge"] < 0.9 * results["base"]["1"]["loss"]["knowledge"]
+    assert figures["loss"]["knowledge"] < 0.9 * results["base"]["0"]["loss"]["knowledge"]
     page = (tmp_path / "page.md").read_text()
     assert page.startswith("before\n") and page.endswith("\nafter\n") and "old" not in page
 
@@ -167,6 +174,7 @@ def test_the_table_of_the_mixture():
         "| b | 7.000 | 2.000 ± 0.000 | 3.000 ± 0.000 | +1.000 ± 0.000 |",
         "| **mean** | 6.000 | 2.250 ± 0.500 | 2.500 ± 0.500 | +0.250 ± 0.000 |",
         "| trainable parameters | 0 | 1,100 | 10 |  |",
+        "| seeds |  | 3 | 3 |  |",
     ]
 
 
@@ -201,5 +209,5 @@ def test_the_best_skill_is_picked_on_the_rows_that_the_router_sees():
     results = {"base": {"0": loss(6.0, 6.0)}, "arms": arms}
     assert trial_tables.best_skill(results, task, few) == {"0": names[4]}
     text = trial_tables.skills(results)
-    assert f"| {task} | {few} | 6.000 | 2.500 | 1.250 | 1.500 | -1.250 | -0.250 |" in text
+    assert f"| {task} | {few} | 6.000 | 2.500 | 1.250 | 1.500 | -1.250 | -0.250 | 1 |" in text
     assert f"| {names[11]} | 2.000 | – | 2.000 | -0.250 |" in text
