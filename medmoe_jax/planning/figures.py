@@ -20,7 +20,8 @@ from medmoe_jax.training.setup import Setup
 
 GIB = 2**30
 _UNKNOWN = Bound(0.0, 0.0, 0.0, 0.0)
-_TOO_LARGE = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE)
+# What the compiler says of a program that does not fit, or of its temporaries alone.
+_TOO_LARGE = re.compile(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT]?)(?: of [\d.]+. hbm|\))")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 
 
@@ -94,7 +95,7 @@ def measure(setup: Setup, topology: Topology, program: Program) -> Figures:
 
 
 def needed_gib(message: str) -> float | None:
-    """The memory that a program needs, from the compiler's refusal; None if it is another one."""
+    """What a program needs at least, from the compiler's refusal; None if that is another one."""
     found = _TOO_LARGE.search(message)
     return float(found[1]) * _UNITS[found[2].upper()] / GIB if found else None
 

@@ -2,13 +2,17 @@
 
 import json
 
+import jax
 import pytest
 
+from medmoe_jax.base import trees
+from medmoe_jax.cli.configs import load_config
 from medmoe_jax.cli.main import main
 from medmoe_jax.parallel.topology import CHIPS, Topology
 from medmoe_jax.planning.figures import Figures, needed_gib
 from medmoe_jax.planning.hlo import Traffic
-from medmoe_jax.planning.plan import Plan, as_json
+from medmoe_jax.planning.plan import Plan, as_json, shardings_table
+from medmoe_jax.planning.programs import open_abstract, start, training
 from medmoe_jax.planning.roofline import bound
 
 RECIPE = """
@@ -62,7 +66,7 @@ def test_a_training_step_and_all_the_rest(recipe, tmp_path, capsys):
     assert set(others) == {"frozen", "score", "generate"} and all(
         o["fits"] for o in others.values()
     )
-    assert not figures["unknown_kernels"]
+    assert set(figures["unknown_kernels"]) == {"route", "route_gradients"}  # a router is small
     # The frozen step computes the floor, the layers again and attention by blocks; adapters more.
     assert 1 < others["frozen"]["flops_per_chip"] / figures["floor_flops_per_chip"] < 1.6
     assert 1 < figures["flops_per_chip"] / others["frozen"]["flops_per_chip"] < 2.5
@@ -75,9 +79,9 @@ def test_slices_joined_by_a_network(recipe, tmp_path, capsys):
     figures = run(recipe, tmp_path, *arguments)
     crossing = {k: c["dcn_bytes"] for k, c in figures["collectives"].items() if c["dcn_bytes"]}
     assert crossing
-    # The gradients of the trained bank, float32, a quarter on each chip of a slice; a little more.
+    # The gradients of the trained bank, float32: a quarter on each chip of a slice, or all of them.
     bank = 4 * 4 * 32 * (3 * 256 + 3 * 512)
-    assert bank / 4 <= sum(crossing.values()) < 3 * bank / 4
+    assert bank / 4 <= sum(crossing.values()) < 1.1 * bank
     assert figures["steps"] is None and figures["chip_hours"] is None
 
 
@@ -99,10 +103,28 @@ def test_the_search_compiles_the_most_promising(recipe, tmp_path, capsys):
     assert "of at most" not in capsys.readouterr().out
 
 
-@pytest.mark.aot
-def test_shardings_are_printed(recipe, tmp_path, capsys):
+def test_an_unknown_topology_is_refused(recipe, capsys):
     assert main(["plan", f"--config={recipe}", "--topology=v5e:9x9"]) == 1
     assert "topology 'v5e:9x9' is not known" in capsys.readouterr().err
+
+
+def test_shardings_of_every_array_of_the_step(recipe):
+    here = Topology("here", CHIPS["v5e"], tuple(jax.devices()))
+    setup = open_abstract(load_config([f"--config={recipe}"]), here)
+    at = start(setup, "aggregate")
+    table = shardings_table(setup, at)
+    paths, shapes, axes = ([*column.cells] for column in table.columns)
+    rows = dict(zip(paths, zip(shapes, axes, strict=True), strict=True))
+    state, frozen, batch = training(setup, at).arguments
+    leaves = (state.trainable, state.optimiser, frozen, batch)
+    assert len(rows) == sum(len(jax.tree.leaves(tree)) for tree in leaves)
+    kernel = "base.layers.mlp.up.kernel"
+    assert rows[f"frozen.{kernel}"] == (
+        "4 x 256 x 512",
+        str(trees.get(frozen, kernel).sharding.spec),
+    )
+    assert "fsdp" in rows["trainable.banks.noise.mlp.up.lora_a"][1]
+    assert any("mu" in path and "lora_a" in path and "fsdp" in rows[path][1] for path in rows)
 
 
 def plan_of(**fields):
@@ -139,6 +161,7 @@ def test_a_plan_that_does_not_fit_knows_its_memory_only():
     [
         ("RESOURCE_EXHAUSTED: ... Used 20.50G of 15.75G hbm. Exceeded", 20.5),
         ("Used 512.00M of 15.75G hbm.", 0.5),
+        ("memory required for HLO temporaries (294.73G) exceeds available HBM (15.75G).", 294.73),
         ("INTERNAL: something else", None),
     ],
 )
