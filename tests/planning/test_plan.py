@@ -89,18 +89,19 @@ def test_slices_joined_by_a_network(recipe, tmp_path, capsys):
 def test_a_step_that_does_not_fit_is_said_to(recipe, tmp_path, capsys):
     fields = ("--config.data.length=32768", "--config.data.global_batch=1024")
     fields += ("--config.run.remat=none",)
-    figures = run(recipe, tmp_path, "--topology=v5e:2x2", *fields)
+    figures = run(recipe, tmp_path, "--topology=v5e:1x1", *fields)
     assert not figures["fits"] and figures["hbm_gib"] > 16
     assert "step_seconds_bound" not in figures
 
 
 @pytest.mark.aot
 def test_the_search_compiles_the_most_promising(recipe, tmp_path, capsys):
-    figures = run(recipe, tmp_path, "--topology=v5e:2x2", "--search=2")
-    first, second = figures["candidates"]
-    assert first["step_seconds_bound"] <= second["step_seconds_bound"]
-    assert sum(figures["not_compiled"].values()) > 10
-    assert "of at most" not in capsys.readouterr().out
+    figures = run(recipe, tmp_path, "--topology=v5e:1x1", "--search=1")
+    (best,) = figures["candidates"]
+    assert best["fits"] and best["tokens_per_second_bound"] > 0
+    # One chip: as many micro-batches as divide sixteen rows, with three rematerialisations each.
+    assert sum(figures["not_compiled"].values()) == 5 * 3 - 1
+    assert "compiling 1 of at most 1" in capsys.readouterr().err
 
 
 def test_an_unknown_topology_is_refused(recipe, capsys):
