@@ -119,6 +119,7 @@ def _run(folder):
     return json.loads((folder / "results" / "trial_tiny.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_run_trains_scores_and_is_not_repeated(tmp_path, monkeypatch):
     """Its losses are the cached scorer's: −Σ log p over Σ tokens, of each group of rows."""
     rows = {"knowledge": tiny.knowledge_rows()[:7], "alignment": tiny.alignment_rows()}
