@@ -90,8 +90,7 @@ def test_every_strategy_gives_the_same_gradient_on_a_swept_site(monkeypatch):
     monkeypatch.setattr(sweeps, "DECODER", TINY)
     inputs = sweeps._inputs(8, 16)
     want = sweeps.site_step("reference", inputs)
-    dense_gather.register()
-    for name in ("stacked", "grouped", "auto", *dense_gather.BASELINES):
+    for name in ("stacked", "grouped", "auto"):
         assert tree_rel(jax.jit(functools.partial(sweeps.site_step, name))(inputs), want) < 1e-4
 
 
