@@ -17,18 +17,12 @@ from medmoe_jax.base import decoder
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.decoder import Execution
 from medmoe_jax.parallel.mesh import batch_sharding, make_mesh, replicated
-from medmoe_jax.parallel.rules import RULES, shardings, state_shardings
+from medmoe_jax.parallel.rules import RULES, placed, shardings, state_shardings
 from medmoe_jax.parallel.topology import compile_for, describe
 from medmoe_jax.planning import hlo
 from medmoe_jax.training.step import Objective
 
 ROWS, TOKENS = 8, 2048
-
-
-def _placed(tree, tree_shardings):
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, tree_shardings
-    )
 
 
 def compile_step(
@@ -46,7 +40,7 @@ def compile_step(
     mesh = make_mesh({"data": 1, "fsdp": -1, "expert": 1, "tensor": 1}, slice_.devices)
     execution = Execution(dtype=jnp.bfloat16, remat=remat, activations=batch_sharding(mesh, 3))
     abstract = decoder.abstract(config, jnp.bfloat16)
-    base = _placed(abstract, shardings(abstract, mesh, RULES))
+    base = placed(abstract, shardings(abstract, mesh, RULES))
     ids = jax.ShapeDtypeStruct((ROWS, TOKENS), jnp.int32, sharding=batch_sharding(mesh))
     batch = dict.fromkeys(("tokens", "loss_mask", "segment_ids", "positions"), ids)
     if not specs:
@@ -57,9 +51,9 @@ def compile_step(
     trainable = {"banks": {s.name: bank_lib.abstract(s, config) for s in specs}, "base": {}}
     state = jax.eval_shape(variants.start_state, trainable)
     state = state._replace(
-        step=_placed(state.step, replicated(mesh)),
-        trainable=_placed(trainable, shardings(trainable, mesh, RULES)),
-        optimiser=_placed(state.optimiser, state_shardings(state.optimiser, mesh, RULES)),
+        step=placed(state.step, replicated(mesh)),
+        trainable=placed(trainable, shardings(trainable, mesh, RULES)),
+        optimiser=placed(state.optimiser, state_shardings(state.optimiser, mesh, RULES)),
     )
     objective = Objective(AdaptedConfig(config, specs, execution, dispatch), specs=specs)
     run = jax.jit(functools.partial(variants.adapted_step, objective), donate_argnums=0)

@@ -120,6 +120,15 @@ def state_shardings(tree, mesh: Mesh, rules: Sequence[Rule]):
     return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
 
 
+def placed(tree, sharding_tree):
+    """The shapes of a tree's arrays, or of its `ShapeDtypeStruct`s, with these shardings."""
+    return jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+        tree,
+        sharding_tree,
+    )
+
+
 def describe(tree, sharding_tree) -> Iterator[tuple[str, tuple[int, ...], str]]:
     """Yield `(path, shape, spec)` of every leaf, for printing."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)

@@ -7,6 +7,7 @@ banks sit in every layer, and nothing of theirs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -29,6 +30,25 @@ class _Embedded:
         return self.x_BxTxD
 
 
+def frozen_loss(
+    config: DecoderConfig, execution: Execution, x_BxTxD, base, batch: Mapping[str, jax.Array]
+) -> jax.Array:
+    """Mean loss of the bare base as a function of its embedded tokens; see `frozen_step`."""
+    hidden_BxTxD, _, _ = decoder.hidden(
+        config,
+        {**base, "embed": _Embedded(x_BxTxD)},
+        batch["tokens"],
+        batch["segment_ids"],
+        batch["positions"],
+        execution=execution,
+    )
+    targets, weights = next_token_targets(batch["tokens"], batch["loss_mask"], batch["segment_ids"])
+    total = cross_entropy(
+        config, False, decoder.head(base), hidden_BxTxD, targets, weights, execution
+    )
+    return total / jnp.sum(weights)
+
+
 def frozen_step(
     config: DecoderConfig, execution: Execution, base, batch: Mapping[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
@@ -39,20 +59,6 @@ def frozen_step(
       base: its parameters.
       batch: `tokens`, `loss_mask`, `segment_ids`, `positions`, each `[B, T]`.
     """
-    head_VxD = decoder.head(base)
-    targets, weights = next_token_targets(batch["tokens"], batch["loss_mask"], batch["segment_ids"])
-
-    def loss(x_BxTxD):
-        hidden_BxTxD, _, _ = decoder.hidden(
-            config,
-            {**base, "embed": _Embedded(x_BxTxD)},
-            batch["tokens"],
-            batch["segment_ids"],
-            batch["positions"],
-            execution=execution,
-        )
-        total = cross_entropy(config, False, head_VxD, hidden_BxTxD, targets, weights, execution)
-        return total / jnp.sum(weights)
-
     x_BxTxD = base["embed"][batch["tokens"]].astype(execution.dtype)
-    return jax.value_and_grad(loss)(execution.constrain(x_BxTxD))
+    loss = functools.partial(frozen_loss, config, execution)
+    return jax.value_and_grad(loss)(execution.constrain(x_BxTxD), base, batch)

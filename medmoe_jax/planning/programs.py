@@ -23,15 +23,15 @@ from medmoe_jax.errors import UserError
 from medmoe_jax.inference import engine
 from medmoe_jax.inference.engine import Sampling
 from medmoe_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, replicated
-from medmoe_jax.parallel.rules import state_shardings
+from medmoe_jax.parallel.rules import placed, state_shardings
 from medmoe_jax.parallel.topology import Topology
 from medmoe_jax.planning.frozen import frozen_step
 from medmoe_jax.routing.languages import read_languages
 from medmoe_jax.training import recipe
-from medmoe_jax.training.parts import make_objective, make_optimiser, split
+from medmoe_jax.training.parts import jit_step, make_objective, make_optimiser, split
 from medmoe_jax.training.recipe import Stage
 from medmoe_jax.training.setup import Setup, check_settings
-from medmoe_jax.training.step import TrainState, train_step
+from medmoe_jax.training.step import TrainState
 
 # Of a stage that runs by epochs: a constant in the compiled step, which costs the same with any.
 SOME_STEPS = 100_000
@@ -121,11 +121,6 @@ def open_shapes(section: ConfigDict) -> Base:
     return open_base(section.path, section.preset, overrides, section.seed, section.quantise)
 
 
-def placed(tree, tree_shardings):
-    """A tree of shapes with its shardings."""
-    return jax.tree.map(lambda leaf, s: leaf.update(sharding=s), tree, tree_shardings)
-
-
 def start(setup: Setup, name: str) -> Start:
     """What the stage of that name starts from, its arrays in their shards.
 
@@ -162,11 +157,11 @@ def training(setup: Setup, at: Start) -> Program:
         at.trainable,
         placed(moments, state_shardings(moments, mesh, setup.rules)),
     )
-    step = functools.partial(train_step, make_objective(setup, at.stage, at.roster), optimiser)
+    objective = make_objective(setup, at.stage, at.roster)
     rows = config.data.global_batch
     return Program(
         "train",
-        jax.jit(step, donate_argnums=0),
+        jit_step(setup, objective, optimiser, state),
         (state, at.frozen, _batch(setup, rows)),
         rows // config.run.accumulation,
         config.data.length,

@@ -37,7 +37,7 @@ from medmoe_jax.data.sources import RowFitter, check_source, open_source
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel import processes
 from medmoe_jax.parallel.mesh import batch_shards
-from medmoe_jax.parallel.rules import shardings
+from medmoe_jax.parallel.rules import placed
 from medmoe_jax.training import loop as loop_lib
 from medmoe_jax.training import recipe as recipe_lib
 from medmoe_jax.training import summary
@@ -213,16 +213,7 @@ def load_final(setup: Setup, workdir, name: str) -> dict[str, Any]:
     """
     directory = stage_dir(workdir, name)
     tree = store.abstract_final(directory)
-    placed = _abstract_with(tree, shardings(tree, setup.mesh, setup.rules))
-    return store.load_final(directory, placed)[0]
-
-
-def _abstract_with(tree, sharding_tree):
-    return jax.tree.map(
-        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-        tree,
-        sharding_tree,
-    )
+    return store.load_final(directory, placed(tree, setup.place(tree)))[0]
 
 
 def _run_stage(setup, workdir, stage, data: StageData, fingerprint, evaluate, stop) -> None:

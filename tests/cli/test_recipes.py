@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from medmoe_jax.cli.main import main
-from medmoe_jax.data.batches import BatchStream
 from tests import tiny
+from tests.crash import Stop, crash_in_batch
 
 CONFIG = """from configs import {file}
 from tests.cli import test_recipes
@@ -52,10 +52,6 @@ def at_tiny_size(config):
     return config
 
 
-class Stop(Exception):
-    """Stands for a crash."""
-
-
 @pytest.fixture(params=list(RECIPES))
 def recipe(request, tmp_path):
     """`(--config=, stages, bank that does not fold)`."""
@@ -70,7 +66,7 @@ def recipe(request, tmp_path):
 def test_a_recipe_runs_from_end_to_end(recipe, tmp_path, capsys, monkeypatch):
     config, stages, routed = recipe
     here = [config, f"--workdir={tmp_path / 'w'}"]
-    stop_before_batch(monkeypatch, STEPS * (stages - 1) + 4)
+    crash_in_batch(monkeypatch, STEPS * (stages - 1) + 4)
     with pytest.raises(Stop):
         main(["train", *here])
     monkeypatch.undo()
@@ -111,19 +107,6 @@ def test_a_recipe_runs_from_end_to_end(recipe, tmp_path, capsys, monkeypatch):
         )
     )
     assert folded == pytest.approx(beside, rel=1e-4) and abs(bare - beside) > 1e-2
-
-
-def stop_before_batch(monkeypatch, number):
-    """The stream fails when the batch of this number, counted over all stages, is asked for."""
-    given, real = [], BatchStream.__next__
-
-    def fail(stream):
-        given.append(0)
-        if len(given) == number:
-            raise Stop
-        return real(stream)
-
-    monkeypatch.setattr(BatchStream, "__next__", fail)
 
 
 def score(rows: Path, out: Path, *arguments) -> float:

@@ -15,7 +15,7 @@ from medmoe_jax.base import decoder
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.decoder import Execution
 from medmoe_jax.parallel.mesh import batch_sharding, make_mesh, replicated
-from medmoe_jax.parallel.rules import RULES, shardings, state_shardings
+from medmoe_jax.parallel.rules import RULES, placed, shardings, state_shardings
 from medmoe_jax.parallel.topology import compile_for, describe
 from medmoe_jax.training.step import Objective, TrainState, train_step
 
@@ -51,11 +51,6 @@ def test_a_step_holds_the_kernels(sizes, remat, products, wider):
     execution = Execution(dtype=jnp.bfloat16, remat=remat, activations=batch_sharding(mesh, 3))
     objective = Objective(AdaptedConfig(config, SPECS, execution, "auto"), specs=SPECS)
     adamw = optax.adamw(1e-4)
-
-    def placed(tree, spread):
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, spread
-        )
 
     base = decoder.abstract(config, jnp.bfloat16)
     trainable = {"banks": {s.name: bank_lib.abstract(s, config) for s in SPECS}, "base": {}}

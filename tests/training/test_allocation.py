@@ -15,7 +15,6 @@ from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.adapters.orthonormality import Orthonormality
 from medmoe_jax.base.decoder import Execution
 from medmoe_jax.checkpoints.files import read_metrics
-from medmoe_jax.data.batches import BatchStream
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel.mesh import batch_sharding, make_mesh
 from medmoe_jax.parallel.rules import BANK_RULES, BASE_RULES, shardings, state_shardings
@@ -27,6 +26,7 @@ from medmoe_jax.training.run import open_trained, stage_dir, train
 from medmoe_jax.training.setup import open_setup
 from medmoe_jax.training.step import Objective, TrainState, gradients, train_step
 from tests import naive, tiny
+from tests.crash import Stop, crash_in_batch
 from tests.training.test_step import CONFIG, stage_with, uneven_batch
 
 SKILL = BankSpec("skill", ("attn.o", "mlp.up"), 0, 2, rank=3, alpha=6.0, learned_scale=True)
@@ -255,23 +255,11 @@ def test_what_a_stage_leaves(finished, capsys):
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
-class Stop(Exception):
-    """Stands for a crash."""
-
-
 def test_resume_bit_for_bit(finished, tmp_path, monkeypatch):
     """Stopped while ranks shrink (after update 5) and after the freeze (after update 10)."""
     for number in (8, 7):  # the first run dies at batch 8; the second, from 6 on, at batch 12
-        given, real = [], BatchStream.__next__
-
-        def fail(stream, given=given, real=real, number=number):
-            given.append(0)
-            if len(given) == number:
-                raise Stop
-            return real(stream)
-
         with monkeypatch.context() as patch, pytest.raises(Stop):
-            patch.setattr(BatchStream, "__next__", fail)
+            crash_in_batch(patch, number)
             train(open_setup(skill_config()), tmp_path)
     steps = stage_dir(tmp_path, "learn") / "steps"
     assert {int(p.name) for p in steps.iterdir() if p.name.isdigit()} == {5, 10}

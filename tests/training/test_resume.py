@@ -21,6 +21,7 @@ from medmoe_jax.parallel.processes import Notice
 from medmoe_jax.training.run import open_trained, stage_dir, train
 from medmoe_jax.training.setup import open_setup
 from tests import tiny
+from tests.crash import Stop, crash_in_batch
 
 STAGES = ("aggregate", "align")
 # Of a line of metrics: what the machine's clock does not enter.
@@ -45,23 +46,6 @@ def assert_same_run(workdir, reference):
         models = [open_trained(setup, w, name) for w in (workdir, reference)]
         for part in ("banks", "base"):
             jax.tree.map(np.testing.assert_array_equal, *(getattr(m, part) for m in models))
-
-
-class Stop(Exception):
-    """Stands for a crash."""
-
-
-def crash_in_batch(monkeypatch, number):
-    """The stream fails when the batch of this number is asked for."""
-    given, real = [], BatchStream.__next__
-
-    def fail(stream):
-        given.append(0)
-        if len(given) == number:
-            raise Stop
-        return real(stream)
-
-    monkeypatch.setattr(BatchStream, "__next__", fail)
 
 
 def disturb_save(monkeypatch, step, action):
