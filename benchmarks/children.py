@@ -28,18 +28,22 @@ def _run(module: str, *arguments: str, env: dict[str, str] | None = None) -> str
     return done.stdout.splitlines()[-1]
 
 
-def peak_gib(variant: str) -> float:
-    """Peak resident memory of two steps of a variant, weights included."""
-    return float(_run("peak", variant))
+def peak_gib(variant: str) -> dict[str, float]:
+    """Peak resident memory of two steps of a variant, weights included.
+
+    Returns:
+      GiB of a process that compiles its programs, and of one that finds them in the cache.
+    """
+    with tempfile.TemporaryDirectory() as cache:
+        env = {"JAX_COMPILATION_CACHE_DIR": cache}
+        return {name: float(_run("peak", variant, env=env)) for name in ("compiling", "cached")}
 
 
 def torch_steps(rounds: int, tuned: bool) -> dict:
     """Seconds of PyTorch's steps, as installed or tuned (see README.md)."""
     if not tuned:
         return {**json.loads(_run("torch_peers", str(rounds))), "tuning": "as installed"}
-    # Temporaries come from a heap that keeps its pages, instead of being mapped each time.
-    env = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-    tuning = "heap"
+    env, tuning = {}, "heap"
     with tempfile.TemporaryDirectory() as folder:
         compiler = shutil.which("cc")
         if compiler:
@@ -48,5 +52,5 @@ def torch_steps(rounds: int, tuned: bool) -> dict:
             command = [compiler, "-shared", "-fPIC", str(source), "-o", str(library)]
             subprocess.run(command, check=True)
             env["LD_PRELOAD"], tuning = str(library), "heap, oneMKL's processor check"
-        out = json.loads(_run("torch_peers", str(rounds), env=env))
+        out = json.loads(_run("torch_peers", str(rounds), "keep", env=env))
     return {**out, "tuning": tuning}

@@ -1,6 +1,6 @@
 """What adapters cost over the frozen base: time, memory, and counted FLOPs and bytes.
 
-  python benchmarks/routing.py [--quick] [--only step,torch,memory,sweep,compiled]
+  python benchmarks/routing.py [--quick] [--only torch,memory,step,sweep,compiled]
 
 Prints tables and writes benchmarks/results/routing.json; benchmarks/README.md says how to read
 them. `--quick` takes at most ten minutes on two cores.
@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import children, dense_gather, steps, sweeps
+from benchmarks.heap import keep_pages
 from benchmarks.timing import interleaved
 from benchmarks.variants import BATCH, TOKENS, medcare_stage_1, plain_lora
 from medmoe_jax.base.presets import preset
@@ -43,11 +44,11 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
     console.print(table)
 
 
-def step_times(rounds: int, quick: bool) -> dict:
+def step_times(quick: bool) -> dict:
     """Seconds of every variant in this process, interleaved."""
     names = [n for n in steps.VARIANTS if not (quick and n in steps.NOT_QUICK)]
     calls = {name: steps.make(name) for name in names}
-    seconds = interleaved(calls, rounds, rare=steps.SLOW)
+    seconds = interleaved(calls, 5 if quick else 15, rare=steps.SLOW)
     frozen = seconds["frozen"]
     rows = [
         [name, f"{s:.3f}", f"{BATCH_TOKENS / s:.0f}", f"{s / frozen:.2f}"]
@@ -55,16 +56,16 @@ def step_times(rounds: int, quick: bool) -> dict:
     ]
     show("Training step, JAX", ["variant", "s", "tokens/s", "over frozen"], rows)
     if "tunix_frozen" not in seconds:
-        console.print("tunix: not installed (pip install google-tunix)")
+        console.print("tunix: not installed (pip install -e '.[parity]')")
     return seconds
 
 
-def torch_times(rounds: int, quick: bool) -> dict | None:
+def torch_times(quick: bool) -> dict | None:
     """Seconds of PyTorch's steps in processes of their own, as installed and tuned."""
-    del quick
     if not (importlib.util.find_spec("torch") and importlib.util.find_spec("peft")):
         console.print("torch, peft: not installed (pip install -e '.[parity]')")
         return None
+    rounds = 4 if quick else 15
     out = {name: children.torch_steps(rounds, name == "tuned") for name in ("installed", "tuned")}
     for name, result in out.items():
         seconds = result["seconds"]
@@ -77,20 +78,21 @@ def torch_times(rounds: int, quick: bool) -> dict | None:
     return out
 
 
-def memory(rounds: int, quick: bool) -> dict:
+def memory(quick: bool) -> dict:
     """Peak resident memory of a variant's process."""
-    del rounds
-    names = ("medcare", "medcare_scanned")
-    names += () if quick else ("frozen_scanned", "plain_lora", "dense_gather_batched_remat")
+    names = ("medcare",)
+    if not quick:
+        names += ("medcare_scanned", "frozen", "plain_lora", "dense_gather_batched_remat")
     peaks = {name: children.peak_gib(name) for name in names}
-    show("Peak resident memory", ["variant", "GiB"], [[n, f"{g:.2f}"] for n, g in peaks.items()])
+    rows = [[name, *(f"{gib:.2f}" for gib in peak.values())] for name, peak in peaks.items()]
+    show("Peak resident memory, GiB", ["variant", "compiling", "cached"], rows)
     return peaks
 
 
-def sweep(rounds: int, quick: bool) -> list[dict]:
+def sweep(quick: bool) -> list[dict]:
     """One site's mixture over experts and tokens, by strategy."""
     dense_gather.register()
-    lines = [sweeps.measure(e, t, rounds) for e, t in sweeps.sizes(quick)]
+    lines = [sweeps.measure(e, t, 7 if quick else 15) for e, t in sweeps.sizes(quick)]
     names = sorted({name for line in lines for name in line.seconds})
     for what, unit in (("seconds", 1e-3), ("bytes", 1e9), ("temporaries", 2**20)):
         rows = [
@@ -108,16 +110,17 @@ def sweep(rounds: int, quick: bool) -> list[dict]:
     return [line._asdict() for line in lines]
 
 
-def compiled(rounds: int, quick: bool) -> dict | None:
+def compiled(quick: bool) -> dict | None:
     """Counted costs of the steps compiled for TPU slices, over the frozen step's."""
-    del rounds
     if importlib.util.find_spec("libtpu") is None:
         console.print("libtpu: not installed (pip install -e '.[aot]')")
         return None
     from benchmarks import compiled as aot
 
     config = preset("qwen1.5-7b")
-    banks = {"frozen": (), "plain_lora": plain_lora(config), "medcare": medcare_stage_1(config)}
+    banks = {"frozen": (), "medcare": medcare_stage_1(config)}
+    if not quick:
+        banks["plain_lora"] = plain_lora(config)
     out = {}
     for topology in ("v5e:2x4",) if quick else ("v5e:2x4", "v5p:2x2x2"):
         figures = {
@@ -137,9 +140,9 @@ def compiled(rounds: int, quick: bool) -> dict | None:
 
 
 SECTIONS = {
-    "step": step_times,
-    "torch": torch_times,
+    "torch": torch_times,  # children first, while this process holds nothing
     "memory": memory,
+    "step": step_times,
     "sweep": sweep,
     "compiled": compiled,
 }
@@ -172,9 +175,10 @@ def main() -> None:
     unknown = set(args.only.split(",")) - set(SECTIONS)
     if unknown:
         parser.error(f"--only: no section {', '.join(unknown)}; known: {', '.join(SECTIONS)}")
+    keep_pages()
     results = {"machine": machine(), "quick": args.quick}
     for name in args.only.split(","):
-        results[name] = SECTIONS[name](7 if args.quick else 15, args.quick)
+        results[name] = SECTIONS[name](args.quick)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(results, indent=1) + "\n")
     console.print(f"written to {args.output}")

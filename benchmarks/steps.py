@@ -43,7 +43,7 @@ def _adapted(specs: Callable, execution: Execution, dispatch: str = "stacked") -
 def _tunix() -> Variant:
     from benchmarks.tunix_peer import tunix_variant
 
-    return tunix_variant(DECODER, base())
+    return tunix_variant(DECODER, base(), (BATCH, TOKENS))
 
 
 VARIANTS: dict[str, Callable[[], Variant]] = {

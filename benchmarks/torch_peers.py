@@ -1,7 +1,8 @@
 """The same steps in PyTorch, run as a process of its own: prints one JSON object.
 
-  python -m benchmarks.torch_peers ROUNDS
+  python -m benchmarks.torch_peers ROUNDS [keep]
 
+With `keep`, in a heap that keeps its pages.
 `frozen`: transformers' Qwen2, forward, loss and backward to the input embeddings. `peft_lora`: PEFT
 at rank 16 on every linear layer, with AdamW. `naive_molora`: MedCare's stage 1 written plainly from
 its published equations: all experts for all tokens, stacked, then gathered.
@@ -13,7 +14,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import resource
 import sys
 
 import torch
@@ -21,6 +21,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks.heap import keep_pages
+from benchmarks.peak import peak_gib
 from benchmarks.timing import interleaved
 from benchmarks.variants import BATCH, DECODER, TOKENS
 
@@ -127,13 +129,14 @@ def main(rounds: int) -> None:
         trained = [p for p in model.parameters() if p.requires_grad]
         optimiser = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0)
         calls[name] = functools.partial(train_step, model, optimiser, ids)
-    out = {"seconds": interleaved(calls, rounds)}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    out["peak_gib"] = round(peak / 2**20, 2)
+    out = {"seconds": interleaved(calls, rounds, rare=("naive_molora",))}
+    out["peak_gib"] = peak_gib()
     out["torch"], out["threads"] = torch.__version__, torch.get_num_threads()
     assert all(math.isfinite(s) for s in out["seconds"].values())
     print(json.dumps(out))
 
 
 if __name__ == "__main__":
+    if "keep" in sys.argv[2:]:
+        keep_pages()
     main(int(sys.argv[1]))

@@ -48,8 +48,8 @@ def _model(config: DecoderConfig, base) -> Qwen2:
     return model
 
 
-def tunix_variant(config: DecoderConfig, base) -> Variant:
-    """As `variants.frozen_variant`; the carry is not used."""
+def tunix_variant(config: DecoderConfig, base, shape: tuple[int, int]) -> Variant:
+    """As `variants.frozen_variant`."""
     graph, params = nnx.split(_model(config, base))
 
     def loss(x_BxTxD, params, batch):
@@ -70,4 +70,4 @@ def tunix_variant(config: DecoderConfig, base) -> Variant:
         value, grad = jax.value_and_grad(loss)(x_BxTxD, params, batch)
         return carry.at[:].set(grad), value
 
-    return Variant(run, jnp.zeros((4, 256, config.d_model)), params)
+    return Variant(run, jnp.zeros((*shape, config.d_model)), params)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -19,10 +18,9 @@ from configs import medcare
 from medmoe_jax.adapters import bank as bank_lib
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.model import AdaptedConfig
-from medmoe_jax.base import decoder
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.decoder import Execution
-from medmoe_jax.base.loss import cross_entropy, next_token_targets
+from medmoe_jax.planning.frozen import frozen_loss
 from medmoe_jax.training import config as config_lib
 from medmoe_jax.training.recipe import bank_spec
 from medmoe_jax.training.step import Objective, TrainState, train_step
@@ -74,33 +72,6 @@ def make_batch(config: DecoderConfig, rows: int = BATCH, tokens: int = TOKENS):
     positions = jnp.broadcast_to(jnp.arange(tokens)[None], shape)
     ones = jnp.ones(shape, jnp.int32)
     return {"tokens": ids, "loss_mask": ones, "segment_ids": ones, "positions": positions}
-
-
-@dataclass(frozen=True)
-class _Embedded:
-    """Stands where the decoder looks tokens up, and gives their embeddings as they are."""
-
-    x_BxTxD: jax.Array
-
-    def __getitem__(self, tokens_BxT):
-        return self.x_BxTxD
-
-
-def frozen_loss(config: DecoderConfig, execution: Execution, x_BxTxD, base, batch):
-    """Mean loss of the bare base as a function of its embedded tokens."""
-    hidden_BxTxD, _, _ = decoder.hidden(
-        config,
-        {**base, "embed": _Embedded(x_BxTxD)},
-        batch["tokens"],
-        batch["segment_ids"],
-        batch["positions"],
-        execution=execution,
-    )
-    targets, weights = next_token_targets(batch["tokens"], batch["loss_mask"], batch["segment_ids"])
-    total = cross_entropy(
-        config, False, decoder.head(base), hidden_BxTxD, targets, weights, execution
-    )
-    return total / jnp.sum(weights)
 
 
 def frozen_step(config: DecoderConfig, execution: Execution, grad_BxTxD, base, batch):
