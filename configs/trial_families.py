@@ -51,7 +51,7 @@ def families(layers: tuple, rank: int) -> ConfigDict:
     """Low-rank experts, one a family."""
     return bank(
         sites=MLP, layers=layers, form="ffn_lora", experts=FAMILIES, rank=rank, alpha=2.0 * rank,
-        gate="language", top_k=2, renormalise=False, router_bias=False, forcing="train",
+        gate="language", top_k=2, renormalise=True, router_bias=False, forcing="train",
     )  # fmt: skip
 
 
