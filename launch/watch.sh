@@ -75,6 +75,7 @@ attach() {
 in_words() {
   case $1 in
     69) echo "ended because another worker never came or is gone (status 69)" ;;
+    74) echo "ended because its storage failed or could not be reached (status 74)" ;;
     75) echo "saved and ended after a preemption notice (status 75)" ;;
     "$STOPPED") echo "was told to stop (status $STOPPED)" ;;
     "$LOST") echo "was lost: the connection ended and could not be made again" ;;

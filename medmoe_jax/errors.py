@@ -1,4 +1,24 @@
-"""The exceptions whose text is written for the user."""
+"""The exceptions whose text is written for the user; which of the system's may pass by itself."""
+
+import errno
+
+# Of an OSError: storage or the way to it failed; the same command may succeed later.
+STORAGE_LOST = frozenset(
+    {
+        errno.EIO,
+        errno.ENXIO,
+        errno.ENOTCONN,
+        errno.ECONNABORTED,
+        errno.ECONNREFUSED,
+        errno.ECONNRESET,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+    }
+)
 
 
 class UserError(ValueError):
@@ -10,3 +30,7 @@ class UserError(ValueError):
 
 class Stopped(Exception):
     """The machine asked the run to stop: all that was done is saved, the same command continues."""
+
+
+class StorageError(UserError):
+    """What was to be kept could not be written: nothing in the input is wrong."""

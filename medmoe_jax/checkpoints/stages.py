@@ -26,7 +26,7 @@ from medmoe_jax.checkpoints.files import read_json, write_json
 from medmoe_jax.checkpoints.fingerprint import file_fingerprint
 from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.checkpoints.processes import from_first_process
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import StorageError, UserError
 from medmoe_jax.parallel import processes
 
 SEAL = "SEAL.json"
@@ -39,6 +39,10 @@ log = logging.getLogger(__name__)
 
 class CheckpointError(UserError):
     """A checkpoint cannot be written, or none can be read; the message names the folder."""
+
+
+class WriteError(CheckpointError, StorageError):
+    """A checkpoint cannot be written."""
 
 
 class Restored(NamedTuple):
@@ -129,7 +133,7 @@ class StageCheckpoints:
           extra: JSON-able and the same on every process: data iterator, counters, fingerprints.
 
         Raises:
-          CheckpointError: this or the last save failed (disk full, ...); older ones are intact.
+          WriteError: this or the last save failed (disk full, ...); older ones are intact.
           ValueError: `step` is saved already, or `extra` is not JSON-able.
         """
         self.wait()
@@ -159,16 +163,16 @@ class StageCheckpoints:
             raise self._failed(step, error) from error
         self._sealed.add(step)
 
-    def _failed(self, step: int, error: BaseException) -> CheckpointError:
+    def _failed(self, step: int, error: BaseException) -> WriteError:
         self._failed_save = True
-        return CheckpointError(
+        return WriteError(
             f"the checkpoint of step {step} could not be written to {self._steps}: {error}. "
             f"Earlier checkpoints are intact (steps {sorted(self._sealed)}); free space on the "
             "disk or mend its permissions, and start again to resume from the last one."
         )
 
     def wait(self) -> None:
-        """Wait until the last save is finished. Raises CheckpointError if it failed."""
+        """Wait until the last save is finished. Raises WriteError if it failed."""
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()
@@ -224,7 +228,7 @@ class StageCheckpoints:
         return {"step": None, "skipped": skipped}
 
     def close(self) -> None:
-        """Wait for the last save and release the folder. Raises CheckpointError if it failed."""
+        """Wait for the last save and release the folder. Raises WriteError if it failed."""
         try:
             self.wait()
         finally:
@@ -245,7 +249,7 @@ def save_final(directory: str | Path, banks: Any, manifest: Manifest) -> None:
 
     Raises:
       ValueError: the stage is finished already.
-      CheckpointError: the disk is full or cannot be written; there is no manifest then.
+      WriteError: the disk is full or cannot be written; there is no manifest then.
     """
     directory = Path(directory).absolute()
     if is_finished(directory):
@@ -258,7 +262,7 @@ def save_final(directory: str | Path, banks: Any, manifest: Manifest) -> None:
             )
         from_first_process(functools.partial(_close, directory, manifest))
     except WRITE_ERRORS as error:
-        raise CheckpointError(
+        raise WriteError(
             f"the stage's end could not be written to {final}: {error}. Free space on the disk or "
             "mend its permissions, and start again: the stage's checkpoints are intact."
         ) from error

@@ -1,8 +1,8 @@
 """The `medmoe` command.
 
 Exit status: 0 = done; 1 = bad input; 2 = wrong usage; 69 = another process of the run never came or
-is gone; 75 = asked to stop (SIGTERM) and saved, the same command continues; 130 = Ctrl-C. All else
-is a fault of the program.
+is gone; 74 = storage is full, failed or cannot be reached; 75 = asked to stop (SIGTERM) and saved,
+the same command continues; 130 = Ctrl-C. All else is a fault of the program.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from medmoe_jax.cli import (
     tokenizer,
     train,
 )
-from medmoe_jax.errors import Stopped, UserError
+from medmoe_jax.errors import STORAGE_LOST, Stopped, StorageError, UserError
 from medmoe_jax.parallel import processes
 from medmoe_jax.parallel.rollcall import GONE, ProcessError
 from medmoe_jax.training.summary import console
@@ -105,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.run(arguments, rest)
     except (UserError, OSError) as error:
         print(f"medmoe {arguments.command}: error: {error}", file=sys.stderr)
-        return processes.end(1)
+        lost = isinstance(error, StorageError) or getattr(error, "errno", None) in STORAGE_LOST
+        return processes.end(74 if lost else 1)
     except ProcessError as error:
         print(f"medmoe {arguments.command}: error: {error}", file=sys.stderr)
         return processes.end(GONE)

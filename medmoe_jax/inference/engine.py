@@ -68,10 +68,14 @@ def _run(config: AdaptedConfig, weights, tokens, segments, positions, cache):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _score(config: AdaptedConfig, weights, prompts, segments, positions, given, targets, lengths):
+def score_batch(
+    config: AdaptedConfig, weights, prompts, segments, positions, given, targets, lengths
+):
     """Log-probabilities of N completions a prompt, the prompt being read once.
 
     Args:
+      config: static.
+      weights: base, banks, trained base leaves, language ids `[B, 1]`.
       prompts, segments, positions: `[B, P]`, prompts without their last token.
       given, targets: `[N, B, C]`, inputs (from the last prompt token on) and what they predict.
       lengths: `[N, B]` tokens of each completion.
@@ -114,10 +118,19 @@ def _pick(sampling: Sampling, z_BxV, keys_B, step):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _generate(config, sampling, stop_ids, max_tokens, weights, prompts, segments, positions, rows):
-    """Continue every prompt until a stop id or `max_tokens`: ids `[B, max_tokens]`, stop-filled.
+def generate_batch(
+    config, sampling, stop_ids, max_tokens, weights, prompts, segments, positions, rows
+):
+    """Continue every prompt until a stop id or `max_tokens`.
 
-    `rows [B]` numbers the prompts: each draws from its own stream, whatever batch it is in.
+    Args:
+      config, sampling, stop_ids, max_tokens: static.
+      weights: base, banks, trained base leaves, language ids `[B, 1]`.
+      prompts, segments, positions: `[B, P]` int32, segment 0 = padding at the end of a prompt.
+      rows: `[B]` numbers of the prompts: each draws from its own stream, whatever batch it is in.
+
+    Returns:
+      ids `[B, max_tokens]`, filled up with the first stop id.
     """
     B, P = prompts.shape
     stops_1xK = jnp.asarray(stop_ids, jnp.int32)[None]
@@ -215,7 +228,7 @@ class Engine:
                 given[n, b, : len(ids)] = [prompt[-1], *ids[:-1]]
         prompt_arrays = self._pad([p[:-1] for p in prompts])
         arrays = [self._put(a, 1) for a in (given, targets, lengths)]
-        return to_host(_score(self.config, weights, *prompt_arrays, *arrays))
+        return to_host(score_batch(self.config, weights, *prompt_arrays, *arrays))
 
     def generate(
         self,
@@ -239,7 +252,9 @@ class Engine:
             arrays = self._pad([prompts[i] for i in rows])
             numbers = self._put(np.resize(np.asarray(rows, np.int32), self.batch), 0)
             weights = self._with_languages(rows, languages)
-            ids = _generate(self.config, sampling, stops, max_tokens, weights, *arrays, numbers)
+            ids = generate_batch(
+                self.config, sampling, stops, max_tokens, weights, *arrays, numbers
+            )
             for i, row in zip(rows, to_host(ids), strict=False):
                 end = next((n for n, t in enumerate(row) if t in stops), max_tokens)
                 out[i] = [int(t) for t in row[:end]]

@@ -209,7 +209,7 @@ def scoring(setup: Setup, at: Start) -> Program:
     P = setup.config.data.length - C
     completions = (ids(N, B, C, axis=1), ids(N, B, C, axis=1), ids(N, B, axis=1))
     arguments = (weights, ids(B, P), ids(B, P), ids(B, P), *completions)
-    return Program("score", functools.partial(engine._score, model), arguments, B, P + N * C)
+    return Program("score", functools.partial(engine.score_batch, model), arguments, B, P + N * C)
 
 
 def decoding(setup: Setup, at: Start) -> Program:
@@ -217,7 +217,7 @@ def decoding(setup: Setup, at: Start) -> Program:
     model, weights, B, ids = _answering(setup, at)
     new = min(NEW_TOKENS, setup.config.data.length // 2)
     P = setup.config.data.length - new
-    generate = functools.partial(engine._generate, model, Sampling(), (0,), new)
+    generate = functools.partial(engine.generate_batch, model, Sampling(), (0,), new)
     arguments = (weights, ids(B, P), ids(B, P), ids(B, P), ids(B))
     return Program("generate", generate, arguments, B, P + new, turns=new)
 

@@ -1,5 +1,6 @@
 """Every command through `main([...])`, in this process."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 import medmoe_jax
 from medmoe_jax.adapters.lifecycle import active_banks
+from medmoe_jax.checkpoints import stages
 from medmoe_jax.cli.main import COMMANDS, main
 from medmoe_jax.cli.session import read_rows
 from medmoe_jax.evaluation.tasks import list_tasks
@@ -313,3 +315,21 @@ def test_control_c(config, workdir, capsys, monkeypatch):
     monkeypatch.setattr("medmoe_jax.cli.train.train", stop)
     assert main(["train", config, f"--workdir={workdir}"]) == 130
     assert "the same command continues" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error, status",
+    [
+        (OSError(errno.EIO, "Input/output error"), 74),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "rows.jsonl"), 1),
+        (stages.WriteError("the checkpoint of step 4 could not be written"), 74),
+        (stages.CheckpointError("none of the checkpoints can be read"), 1),
+    ],
+)
+def test_lost_storage_is_not_bad_input(config, workdir, capsys, monkeypatch, error, status):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("medmoe_jax.cli.train.train", fail)
+    assert main(["train", config, f"--workdir={workdir}"]) == status
+    assert str(error) in capsys.readouterr().err
