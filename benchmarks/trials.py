@@ -121,6 +121,12 @@ def run(config: ConfigDict, workdir: Path, rows: Mapping[str, Sequence[dict]]) -
     train(setup, workdir, evaluate)
 
 
+def mixing_weights(metrics: Mapping[str, float]) -> list[float]:
+    """Weights `mix/BANK/NUMBER` by number, which is the skill's; a file holds them by their text."""
+    numbered = {int(k.rsplit("/", 1)[1]): v for k, v in metrics.items() if k.startswith("mix/")}
+    return [numbered[number] for number in sorted(numbered)]
+
+
 def collect(name: str, workdir: Path) -> dict[str, Any]:
     """What the finished arms of a trial have reached: `{"base", "arms", "versions"}` by seed."""
     out: dict[str, Any] = {"base": {}, "arms": {}, "versions": {}}
@@ -132,9 +138,9 @@ def collect(name: str, workdir: Path) -> dict[str, Any]:
             if is_finished(stage_dir(folder, arm)):
                 manifest = Manifest.read(stage_dir(folder, arm) / MANIFEST)
                 figures = {**manifest.metrics["evaluation"], "steps": manifest.steps}
-                mixed = {k: v for k, v in manifest.metrics["train"].items() if k.startswith("mix/")}
+                mixed = mixing_weights(manifest.metrics["train"])
                 if mixed:
-                    figures["mix"] = list(mixed.values())
+                    figures["mix"] = mixed
                 out["arms"].setdefault(arm, {})[seed] = figures
                 out["versions"] = manifest.versions
     return out

@@ -212,3 +212,9 @@ def test_the_best_skill_is_picked_on_the_rows_that_the_router_sees():
     text = trial_tables.skills(results)
     assert f"| {task} | {few} | 6.000 | 2.500 | 1.250 | 1.500 | -1.250 | -0.250 | 1 |" in text
     assert f"| {names[11]} | 2.000 | – | 2.000 | -0.250 |" in text
+
+
+def test_mixing_weights_stand_in_the_order_of_the_skills():
+    """A file holds `mix/skills/10` before `mix/skills/2`."""
+    by_text = dict(sorted((f"mix/skills/{n}", float(n)) for n in range(12)))
+    assert trials.mixing_weights({"loss": 1.0, **by_text}) == list(range(12))
