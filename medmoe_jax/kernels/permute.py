@@ -19,6 +19,8 @@ from medmoe_jax.errors import UserError
 from medmoe_jax.kernels import permute_tpu
 from medmoe_jax.kernels.tiles import check_backend, check_floats
 
+MAX_EXPERTS = permute_tpu.MAX_EXPERTS  # of the counting kernel; `"xla"` takes any number
+
 
 class Order(NamedTuple):
     """The pairs sorted by expert; all int32.

@@ -18,6 +18,8 @@ from medmoe_jax.errors import UserError
 from medmoe_jax.kernels import routing_tpu
 from medmoe_jax.kernels.tiles import check_backend, check_floats
 
+MAX_EXPERTS = routing_tpu.MAX_EXPERTS  # of the kernel; `"xla"` takes any number
+
 
 class Routed(NamedTuple):
     """A router's picks, and sums over the valid tokens, which add up over devices.

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from medmoe_jax.kernels.permute import Order, gather, scatter_add, sort_by_expert
+from medmoe_jax.kernels.permute import MAX_EXPERTS, Order, gather, scatter_add, sort_by_expert
 
 
 class Rows(NamedTuple):
@@ -53,7 +53,9 @@ class Dispatcher(Protocol):
 
 
 def _sorted(x_TxD, picks_TxK, weights_TxK, experts: int, backend: str) -> tuple[Rows, Order]:
-    order = sort_by_expert(picks_TxK, experts, backend=backend)
+    # The counting kernel has no room for more; XLA's sort has.
+    counting = backend if experts <= MAX_EXPERTS else "xla"
+    order = sort_by_expert(picks_TxK, experts, backend=counting)
     x_MxD = gather(x_TxD, order, backend=backend)
     return Rows(x_MxD, weights_TxK.reshape(-1)[order.source_M], order.sizes_E), order
 

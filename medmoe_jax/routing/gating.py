@@ -8,6 +8,7 @@ no probability leaves the chip.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -71,11 +72,17 @@ def decide(x_BxTxD, valid_BxT, routers: Sequence[Router]) -> list[Decision]:
 def decide_by_kernel(
     execution: Execution, x_BxTxD, valid_BxT, routers: Sequence[Router]
 ) -> list[Decision]:
-    """The same by the kernel that `execution` asks for; it adds no noise, so `decide` does that."""
-    noisy = iter(decide(x_BxTxD, valid_BxT, [r for r in routers if r.noise_BxTxE is not None]))
+    """The same by the kernel that `execution` asks for, but for routers that are not its own.
+
+    It adds no noise and has room for `MAX_EXPERTS`; `decide` takes what is beyond.
+    """
+    beyond = [
+        r.noise_BxTxE is not None or r.kernel_DxE.shape[1] > kernel.MAX_EXPERTS for r in routers
+    ]
+    plain = iter(decide(x_BxTxD, valid_BxT, list(itertools.compress(routers, beyond))))
     return [
-        _by_kernel(execution, x_BxTxD, valid_BxT, one) if one.noise_BxTxE is None else next(noisy)
-        for one in routers
+        next(plain) if out else _by_kernel(execution, x_BxTxD, valid_BxT, one)
+        for one, out in zip(routers, beyond, strict=True)
     ]
 
 

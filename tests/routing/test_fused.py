@@ -13,10 +13,11 @@ from medmoe_jax.adapters.site import adapted_linear
 from medmoe_jax.base import quantised
 from medmoe_jax.base.decoder import Execution
 from medmoe_jax.errors import UserError
-from medmoe_jax.kernels import tiles
+from medmoe_jax.kernels import permute, tiles
 from medmoe_jax.parallel.mesh import AXES, batch_sharding, make_mesh
 from medmoe_jax.routing import fused, gating
 from medmoe_jax.routing.dispatch import strategy
+from medmoe_jax.routing.dispatchers import Local
 from medmoe_jax.routing.routers import balance_loss, z_loss
 from tests.naive import rel, tree_rel
 
@@ -192,3 +193,28 @@ def test_frozen_weights_get_no_gradient_where_sites_are_fused():
 def test_kernels_that_cannot_run_are_refused(kernels, message):
     with pytest.raises(UserError, match=message):
         Execution(kernels=kernels)
+
+
+def test_more_experts_than_the_kernels_have_room_for():
+    """Plain JAX takes what is beyond, beside a router that the kernel takes."""
+    rng = np.random.default_rng(0)
+    many = permute.MAX_EXPERTS + 8
+    width = 128  # of a whole tile
+    x = jnp.asarray(rng.standard_normal((1, T, width)), jnp.float32)
+    valid = jnp.arange(T)[None] < T - 1
+    routers = [
+        gating.Router(jnp.asarray(rng.standard_normal((width, n)), jnp.float32), None, 2, True)
+        for n in (many, E)
+    ]
+    got = gating.decide_by_kernel(Execution(kernels="interpret"), x, valid, routers)
+    want = gating.decide(x, valid, routers)
+    for (gates, _), (plain, _) in zip(got, want, strict=True):
+        np.testing.assert_array_equal(gates.picks_BxTxK, plain.picks_BxTxK)
+        assert rel(gates.weights_BxTxK, plain.weights_BxTxK) < 1e-5
+    picks, weights = (v.reshape(T, -1) for v in (want[0][0].picks_BxTxK, want[0][0].weights_BxTxK))
+    rows = {}
+    for backend in ("interpret", "xla"):
+        rows[backend], plan = Local(backend).dispatch(x[0], picks, weights, many)
+        assert rel(Local(backend).combine(plan, rows[backend].x_MxD)[:-1], 2 * x[0, :-1]) < 1e-6
+    np.testing.assert_array_equal(rows["interpret"].sizes_E, rows["xla"].sizes_E)
+    assert int(jnp.sum(rows["xla"].sizes_E)) == 2 * (T - 1)
