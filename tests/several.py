@@ -32,6 +32,7 @@ class Several:
 
     def __init__(self, folder: Path, commands: Sequence[Sequence[str]], program=MAIN):
         """Start them; what they compile is shared with this process (`tiny.quick_compiles`)."""
+        tiny.medcare_config()  # its files: the processes would write them at the same time
         self.texts = [folder / f"{index}.{uuid.uuid4().hex}" for index in range(len(commands))]
         env = {
             **os.environ,

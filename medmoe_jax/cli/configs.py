@@ -34,6 +34,10 @@ def load_config(arguments: Sequence[str]) -> ConfigDict:
         *(TypeError, ValueError, flags.Error),
     ) as error:
         raise UserError(f"{file}: {_last_line(error)}") from error
+    try:  # an OSError of the file is kept until somebody touches the configuration
+        getattr(config, "lock", None)
+    except OSError as error:
+        raise UserError(f"{file}: {error.__cause__}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"{file}: get_config() must return an ml_collections.ConfigDict")
     strangers = [a for a in arguments if not a.startswith("--config")]

@@ -114,6 +114,7 @@ def test_bad_arguments(argument, words):
         ("def get_config():\n    return {'a': 1}\n", "must return an ml_collections.ConfigDict"),
         ("def get_config():\n    raise ValueError('choose one of a, b')\n", "choose one of a, b"),
         ("def get_config():\n    raise ValueError()\n", "ValueError"),
+        ("def get_config():\n    open('no_such_rows.jsonl')\n", "No such file"),
         (
             "from medmoe_jax.training.config import stage\n"
             "def get_config():\n    return stage(stps=3)\n",
