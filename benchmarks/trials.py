@@ -122,7 +122,7 @@ def run(config: ConfigDict, workdir: Path, rows: Mapping[str, Sequence[dict]]) -
 
 
 def mixing_weights(metrics: Mapping[str, float]) -> list[float]:
-    """Weights `mix/BANK/NUMBER` by number, which is the skill's; a file holds them by their text."""
+    """Weights `mix/BANK/NUMBER` by their number, the skill's; a file has them by their text."""
     numbered = {int(k.rsplit("/", 1)[1]): v for k, v in metrics.items() if k.startswith("mix/")}
     return [numbered[number] for number in sorted(numbered)]
 
