@@ -70,12 +70,17 @@ def locate(source: str | Path) -> Path:
         if not Path(source).is_dir():
             raise UserError(f"{source}: no such folder (a model on the Hub is {HUB}org/name)")
         return Path(source)
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import constants, errors, snapshot_download
 
     name, _, revision = str(source).removeprefix(HUB).partition("@")
     try:
         return Path(
-            snapshot_download(name, revision=revision or None, allow_patterns=list(_DOWNLOADED))
+            snapshot_download(
+                name,
+                revision=revision or None,
+                allow_patterns=list(_DOWNLOADED),
+                local_files_only=constants.HF_HUB_OFFLINE,  # else a revision's files are asked for
+            )
         )
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         raise UserError(f"{source}: {error}") from error
