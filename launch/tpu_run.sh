@@ -63,9 +63,10 @@ usage() {
   while IFS='|' read -r flag default meaning; do
     printf '  --%-17s %-26s %-13s %s\n' "$flag" "$(environment_name "$flag")" "$default" "$meaning"
   done <<<"$FLAGS"
-  printf '\n%s\n%s\n' \
-    'exit status of run and resume: 0 done, 1 or 2 bad input, 75 saved after a preemption notice,' \
-    '130 stopped, 255 a worker was lost, otherwise that of the worker that ended first.'
+  printf '\n%s\n%s\n%s\n' \
+    'exit status of run and resume: 0 done, 1 or 2 bad input, 74 storage failed, 75 saved after a' \
+    'preemption notice, 130 stopped, 255 a worker was lost, otherwise that of the worker that ended' \
+    'first.'
 }
 
 environment_name() {

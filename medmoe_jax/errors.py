@@ -1,4 +1,4 @@
-"""The exceptions whose text is written for the user; which of the system's may pass by itself."""
+"""Exceptions whose text is written for the user, and errors of the system that may pass."""
 
 import errno
 
