@@ -6,18 +6,11 @@ python -m benchmarks.peak medcare
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import jax
 
+from benchmarks.heap import peak_gib
 from benchmarks.steps import make
-
-
-def peak_gib() -> float:
-    """Peak resident memory of this process; `getrusage` would count what started it as well."""
-    status = Path("/proc/self/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return round(int(line.split()[1]) / 2**20, 2)
 
 
 def main(name: str) -> None:

@@ -21,8 +21,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from benchmarks.heap import keep_pages
-from benchmarks.peak import peak_gib
+from benchmarks.heap import keep_pages, peak_gib
 from benchmarks.timing import interleaved
 from benchmarks.variants import BATCH, DECODER, TOKENS
 
