@@ -21,8 +21,8 @@ from medmoe_jax.cli.configs import load_config
 from medmoe_jax.parallel.topology import describe
 from medmoe_jax.planning import plan as plans
 from medmoe_jax.planning import search as searches
-from medmoe_jax.planning.programs import open_abstract, start
-from medmoe_jax.training.summary import console, note
+from medmoe_jax.planning.programs import open_abstract, start, training
+from medmoe_jax.training.summary import console, note, print_undivided
 
 
 def add_arguments(parser) -> None:
@@ -67,5 +67,7 @@ def run(arguments, rest) -> None:
         plan = plans.make_plan(setup, topology, at, arguments.all)
         figures = plans.as_json(plan)
         console.print(plans.table(plan))
+        state, frozen, _ = training(setup, at).arguments
+        print_undivided({"state": state, "frozen": frozen}, setup.rules)
     if arguments.json:
         write_text(arguments.json, json.dumps(figures, indent=2) + "\n")

@@ -2,7 +2,7 @@
 
 A rule is `(regular expression, axes)`, `axes` one entry an array dimension: a mesh axis, a tuple of
 them, or None. Where a dimension does not divide by the product of its axes, trailing axes are left
-off until it does, and `describe` shows what came of it.
+off until it does: `describe` shows what came of it, `undivided` what it costs.
 """
 
 from __future__ import annotations
@@ -78,16 +78,24 @@ def spec_for(name: str, shape: Sequence[int], mesh: Mesh, rules: Sequence[Rule])
     Raises:
       UserError: no rule matches.
     """
-    for pattern, axes in rules:
-        if re.search(pattern, name):
-            return _fit(shape, mesh, axes)
-    raise UserError(f"no sharding rule matches parameter '{name}'")
+    axes = _axes_for(name, rules)
+    if axes is None:
+        raise UserError(f"no sharding rule matches parameter '{name}'")
+    return _fit(shape, mesh, axes)
+
+
+def _axes_for(name: str, rules: Sequence[Rule]) -> tuple | None:
+    return next((axes for pattern, axes in rules if re.search(pattern, name)), None)
+
+
+def _names(wanted: str | tuple | None) -> list[str]:
+    return list(wanted) if isinstance(wanted, tuple) else [wanted] if wanted else []
 
 
 def _fit(shape: Sequence[int], mesh: Mesh, axes: tuple) -> PartitionSpec:
     out: list[Any] = []
     for size, wanted in zip(shape, axes, strict=False):
-        names = list(wanted) if isinstance(wanted, tuple) else [wanted] if wanted else []
+        names = _names(wanted)
         while names and size % math.prod(mesh.shape[n] for n in names):
             names.pop()
         out.append(tuple(names) if names else None)
@@ -113,7 +121,7 @@ def state_shardings(tree, mesh: Mesh, rules: Sequence[Rule]):
 
     def leaf_sharding(path, leaf):
         name = path_name(path)
-        matches = leaf.ndim and any(re.search(pattern, name) for pattern, _ in rules)
+        matches = leaf.ndim and _axes_for(name, rules) is not None
         spec = spec_for(name, leaf.shape, mesh, rules) if matches else PartitionSpec()
         return NamedSharding(mesh, spec)
 
@@ -134,3 +142,22 @@ def describe(tree, sharding_tree) -> Iterator[tuple[str, tuple[int, ...], str]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     for (path, leaf), sharding in zip(leaves, jax.tree.leaves(sharding_tree), strict=True):
         yield path_name(path), tuple(leaf.shape), str(sharding.spec)
+
+
+def undivided(tree, rules: Sequence[Rule]) -> dict[str, int]:
+    """By path: bytes that one device holds only because axes of its rule were left off.
+
+    Args:
+      tree: arrays, or `ShapeDtypeStruct`s, with `NamedSharding`s of these rules.
+      rules: see above; a leaf that none matches is meant to be whole.
+    """
+    out = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = path_name(path)
+        sizes = leaf.sharding.mesh.shape
+        axes = (_axes_for(name, rules) or ())[: leaf.ndim]
+        held = math.prod(leaf.sharding.shard_shape(leaf.shape))
+        share = leaf.size / math.prod(sizes[n] for wanted in axes for n in _names(wanted))
+        if held > share:
+            out[name] = round((held - share) * leaf.dtype.itemsize)
+    return out

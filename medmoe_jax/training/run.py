@@ -233,6 +233,7 @@ def _run_stage(setup, workdir, stage, data: StageData, fingerprint, evaluate, st
     summary.print_stage(stage, roster, trainable, frozen, setup.base.config, steps)
     summary.print_languages(data.languages)
     state, frozen = place(setup, optimiser, trainable, frozen)
+    summary.print_undivided({"state": state, "frozen": frozen}, setup.rules)
     with store.StageCheckpoints(directory, keep=setup.config.run.keep) as checkpoints:
         restored = checkpoints.restore(
             jax.tree.map(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -11,8 +11,10 @@ from medmoe_jax.adapters.bank import count
 from medmoe_jax.adapters.lifecycle import Roster
 from medmoe_jax.base import trees
 from medmoe_jax.base.config import DecoderConfig
+from medmoe_jax.parallel.rules import Rule, undivided
 from medmoe_jax.training.recipe import Stage
 
+WORTH_TELLING = 64 * 2**20  # bytes of a device
 console = Console(stderr=True)
 
 
@@ -46,6 +48,19 @@ def print_stage(
     trains = count(trainable)
     total = trains + count(frozen)
     note(f"trainable {trains:,} of {total:,} parameters ({100 * trains / total:.2f}%)")
+
+
+def print_undivided(trees, rules: Sequence[Rule]) -> None:
+    """What devices hold whole because the mesh does not divide it, where it is worth a thought."""
+    held = undivided(trees, rules)
+    total = sum(held.values())
+    if total >= WORTH_TELLING:
+        name = max(held, key=held.__getitem__)
+        note(
+            f"run.mesh: {total / 2**30:.2f} GiB a device are widths that its axes do not divide "
+            f"and that are held whole, most of all {name}; a smaller `fsdp` beside a larger "
+            "`data` may divide them"
+        )
 
 
 def print_languages(languages: Mapping[str, Mapping[str, int]]) -> None:

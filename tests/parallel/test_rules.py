@@ -18,12 +18,15 @@ from medmoe_jax.parallel.rules import (
     RULES,
     describe,
     path_name,
+    placed,
     row_parallel,
     rules_for,
     shardings,
     spec_for,
     state_shardings,
+    undivided,
 )
+from medmoe_jax.training.summary import print_undivided
 
 CONFIG = DecoderConfig(
     vocab_size=32, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=24,
@@ -153,3 +156,34 @@ def test_optimiser_state_follows_its_parameter(mesh):
     assert seen == 2 * len(of_parameter)
     assert any(len(spec) for spec in of_parameter.values())
     assert set(mesh.axis_names) == set(AXES)
+
+
+def test_what_is_whole_for_want_of_a_divisor(mesh):
+    shapes = {
+        "embed": (31, 16),  # a vocabulary that tensor 2 does not divide: twice 31 x 16 / 8
+        "layers": {
+            "attn": {"q": {"kernel": (2, 16, 16)}},  # divides
+            "mlp": {"up": {"kernel": (2, 6, 5)}},  # neither does: all eight parts of 60
+            "attn_norm": (2, 16),  # meant to be whole
+        },
+    }
+    tree = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16),
+        shapes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+    tree = placed(tree, shardings(tree, mesh, RULES))
+    bf16 = 2
+    embed = bf16 * (31 * 16 // 4 - 31 * 16 // 8)
+    kernel = bf16 * (60 - 60 / 8)
+    assert undivided(tree, RULES) == {"embed": embed, "layers.mlp.up.kernel": kernel}
+
+
+@pytest.mark.parametrize(("rows", "told"), [(2**21, False), (2**22 + 2**20, True)])
+def test_a_large_one_is_told_of(rows, told, mesh, capsys):
+    tree = {"embed": jax.ShapeDtypeStruct((rows, 9), jnp.float32)}  # 4 does not divide 9
+    tree = placed(tree, shardings(tree, mesh, RULES))
+    print_undivided(tree, RULES)
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.startswith("run.mesh: 0.07 GiB a device are widths") == told
+    assert ("most of all embed" in said) == told
