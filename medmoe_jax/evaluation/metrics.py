@@ -6,14 +6,13 @@ alone), then the rows into one score (`reduce`), so that a resample of items is 
 
 from __future__ import annotations
 
+import functools
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import CHRF
-from sklearn.metrics import f1_score
 
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import answers as grammar
@@ -71,7 +70,15 @@ class _Tokenizer:
         return tokens(text)
 
 
-_ROUGE = RougeScorer(["rougeL"], tokenizer=_Tokenizer())
+# rouge_score and scikit-learn are imported where they are used: with what they bring along (nltk,
+# scipy, pandas) they would take more than a second of every start of every command.
+@functools.cache
+def _rouge():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], tokenizer=_Tokenizer())
+
+
 _CHRF = CHRF()
 
 
@@ -109,7 +116,7 @@ def _letter_set(text: str) -> frozenset[str]:
 
 
 def _rouge_l(prediction: str, answer: str) -> float:
-    return _ROUGE.score(answer, prediction)["rougeL"].fmeasure
+    return _rouge().score(answer, prediction)["rougeL"].fmeasure
 
 
 def _codes(predictions, answers) -> np.ndarray:
@@ -120,6 +127,8 @@ def _codes(predictions, answers) -> np.ndarray:
 
 def _f1(average: str):
     def reduce(rows_Nx2: np.ndarray) -> float:
+        from sklearn.metrics import f1_score
+
         predicted_N, right_N = rows_Nx2.T
         return float(f1_score(right_N, predicted_N, average=average, zero_division=0))
 

@@ -1,5 +1,6 @@
 """A run of two processes that is killed again and again ends like one that was left alone."""
 
+import math
 import os
 import random
 import signal
@@ -41,21 +42,29 @@ def test_killed_at_random_moments(tmp_path):
         command = ["train", f"--config={tmp_path / 'recipe.py'}", f"--workdir={tmp_path / name}"]
         return Several(tmp_path, [command] * 2)
 
+    def stage(name):
+        directory = stage_dir(tmp_path / name, "aggregate")
+        return directory, directory / "metrics.jsonl"
+
+    ended, metrics = stage("undisturbed")
     began = time.monotonic()
     with run("undisturbed") as both:
+        both.wait_for(lambda: several.lines(metrics))
+        start = time.monotonic() - began
         assert both.statuses() == [0, 0], both.printed(0)[-3000:] + both.printed(1)[-3000:]
-    alone = time.monotonic() - began
     draw = random.Random(0)
-    directory = stage_dir(tmp_path / "killed", "aggregate")
-    metrics = directory / "metrics.jsonl"
+    directory, metrics = stage("killed")
+
+    def due():  # after some steps, or a quarter of the times while they start at the latest
+        least = several.lines(metrics) + draw.randint(1, MOST)
+        latest = draw.uniform(0, start) if draw.random() < 0.25 else math.inf
+        began = time.monotonic()
+        return lambda: several.lines(metrics) >= least or time.monotonic() >= began + latest
+
     for _ in range(KILLS):
         with run("killed") as both:
-            if draw.random() < 0.25:
-                time.sleep(draw.uniform(0, alone / 2))
-            else:
-                least = several.lines(metrics) + draw.randint(1, MOST)
-                both.wait_for(lambda least=least: several.lines(metrics) >= least)
-                time.sleep(draw.uniform(0, 0.1))
+            both.wait_for(due())
+            time.sleep(draw.uniform(0, 0.1))
             victims = draw.choice(([0], [1], [0, 1]))
             for victim in victims:
                 both.running[victim].kill()
@@ -64,7 +73,7 @@ def test_killed_at_random_moments(tmp_path):
             assert not (directory / "manifest.json").exists()
     with run("killed") as both:
         assert both.statuses() == [0, 0], both.printed(0)[-3000:] + both.printed(1)[-3000:]
-    ends = [stage_dir(tmp_path / name, "aggregate") for name in ("killed", "undisturbed")]
+    ends = directory, ended
     curves = [[[row[k] for k in CURVE] for row in read_metrics(e / "metrics.jsonl")] for e in ends]
     assert curves[0] == curves[1] and len(curves[0]) == STEPS
     jax.tree.map(np.testing.assert_array_equal, *(store.load_final(end)[0] for end in ends))
