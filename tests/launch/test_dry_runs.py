@@ -1,7 +1,11 @@
 """What --dry-run prints, word for word: the commands that would run, one a line."""
 
+import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -154,6 +158,53 @@ def test_every_line_is_a_command_that_a_shell_reads_back(plan):
         command = command.removeprefix("--command=").replace("$'two\\nlines'", "'two\nlines'")
         inner = shlex.split(command)
         assert inner[inner.index("--") + 1 :] == words
+
+
+@pytest.fixture
+def gcloud(tmp_path):
+    """Runs a command of the real gcloud, as an account that it has no credentials for."""
+    if not shutil.which("gcloud"):
+        pytest.skip("gcloud is not installed")
+    env = {**os.environ, "CLOUDSDK_CONFIG": str(tmp_path / "gcloud")}
+    env |= {"CLOUDSDK_CORE_ACCOUNT": "nobody@example.invalid", "CLOUDSDK_CORE_PROJECT": "p"}
+
+    def run(line: str, text: str = ""):
+        words = shlex.split(line)
+        return subprocess.run(words, env=env, input=text, capture_output=True, text=True)
+
+    return run
+
+
+@pytest.mark.slow
+def test_the_real_gcloud_reads_every_command(plan, gcloud):
+    """It checks its flags first (status 2), and who asks then (status 1)."""
+    on_demand = ["--queued=no", "--spot=no"]
+    lines = [*plan("run", *TPU, *JOB), *plan("status", *TPU), *plan("delete", *TPU)]
+    lines += [*plan("create", *TPU), *plan("create", *TPU, *on_demand)]
+    lines += plan("delete", *TPU, *on_demand)
+    verbs = {tuple(shlex.split(one)[3:5]): one for one in lines if one.startswith("gcloud")}
+    assert len(verbs) == 8
+    for line in verbs.values():
+        ended = gcloud(line)
+        assert ended.returncode == 1 and "nobody@example.invalid" in ended.stderr, ended.stderr
+    assert gcloud(CREATE.replace("--node-id", "--node-name")).returncode == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("line", "found", "printed"),
+    [
+        (NODE, {"state": "READY", "networkEndpoints": [{"port": 1}, {"port": 2}]}, "READY\t2\n"),
+        (NODE, {"state": "CREATING"}, "CREATING\t0\n"),
+        (REQUEST, {"state": {"state": "SUSPENDED"}}, "SUSPENDED\n"),
+    ],
+)
+def test_the_real_gcloud_filters_and_prints_as_the_launcher_reads(gcloud, line, found, printed):
+    """Of what Cloud TPU answers, the machine of that name and no other."""
+    asked = " ".join(shlex.quote(w) for w in shlex.split(line) if re.match("--(filter|format)=", w))
+    names = ("projects/p/locations/z/nodes/med", "projects/p/locations/z/nodes/med2", "amed")
+    answer = json.dumps([{"name": name, **found} for name in names])
+    assert gcloud(f"gcloud meta list-from-json {asked}", answer).stdout == printed
 
 
 def test_secrets_stay_in_their_file(plan, tmp_path):
