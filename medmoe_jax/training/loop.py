@@ -86,16 +86,16 @@ def run(loop: Loop, state, frozen, first: int):
             waited = time.monotonic() - waited
             with jax.transfer_guard("disallow"):
                 state, metrics = loop.step_fn(state, frozen, batch)
-            metrics |= {"data_wait": waited, "seconds": clock.lap()}
+            metrics["data_wait"] = waited
             if pending is not None:
-                _record(loop, bar, *pending)
+                _record(loop, bar, clock, *pending)
             pending = (step, batch, metrics)
             done = step + 1
             if done % loop.log_every == 0 or done == loop.steps:
                 metrics["probe"] = loop.probe(state)
             stop = loop.stop()
             if stop or done % loop.save_every == 0 or done == loop.steps:
-                _record(loop, bar, *pending)
+                _record(loop, bar, clock, *pending)
                 pending = None
                 if loop.log is not None:
                     loop.log.sync()
@@ -117,12 +117,17 @@ class _Clock:
         return out
 
 
-def _record(loop: Loop, bar: tqdm, step: int, batch, metrics: dict[str, Any]) -> None:
-    """Write one step's metrics to the bar, the log and TensorBoard."""
+def _record(
+    loop: Loop, bar: tqdm, clock: _Clock, step: int, batch, metrics: dict[str, Any]
+) -> None:
+    """Write one step's metrics to the bar, the log and TensorBoard.
+
+    Its seconds are those from the end of the step before to its own, a save between them included.
+    """
     probe = metrics.pop("probe", {})
     router = metrics.pop("router")
-    seconds = max(metrics.pop("seconds"), 1e-9)
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    seconds = max(clock.lap(), 1e-9)
     if fault := _fault(loop, values, router):
         raise UserError(
             f"stage '{loop.name}', step {step + 1}: {fault}; lower learning_rate, or look at the "

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -50,12 +51,12 @@ def make_loop(tmp_path, first=0, poison=None, **fields):
             metrics[poison[0]] = poison[2]
         return state + 1, metrics
 
+    fields = {"save": lambda state, extra: saves.append((state, extra)), **fields}
     loop = Loop(
         name="s",
         step_fn=step_fn,
         stream=Stream(first),
         place=lambda batch: batch,
-        save=lambda state, extra: saves.append((state, extra)),
         keep=lambda batch: f"kept {batch['tokens'][0]}",
         log=MetricsLog(tmp_path / "m.jsonl", first),
         board=Board(),
@@ -157,6 +158,35 @@ def test_the_time_that_a_step_waited_for_its_batch_is_logged(tmp_path):
     loop_lib.run(loop, 0, "frozen", 0)
     waits = [row["data_wait"] for row in read_metrics(tmp_path / "m.jsonl")]
     assert waits[4] >= 0.05 > max(waits[:4] + waits[5:])
+
+
+def test_tokens_a_second_are_of_the_step_that_ends(tmp_path, monkeypatch):
+    """Not of the moment when it was handed to the device, which does one after the other."""
+    now = 0.0
+    monkeypatch.setattr(loop_lib, "time", SimpleNamespace(monotonic=lambda: now))
+
+    class OnDevice:
+        def __array__(self, *_, **__):  # waits for the step's end
+            nonlocal now
+            now += 2.0
+            return np.array(1.0)
+
+    def save(*_):
+        nonlocal now
+        now += 3.0
+
+    loop, _ = make_loop(tmp_path, save=save, log_every=1)
+    step_fn = loop.step_fn
+
+    def slow(*arguments):
+        state, metrics = step_fn(*arguments)
+        return state, metrics | {"loss": OnDevice()}
+
+    loop.step_fn = slow
+    loop_lib.run(loop, 0, "frozen", 0)
+    rates = [v for name, v, _ in loop.board.scalars if name == "s/tokens_per_second"]
+    # Five tokens in two seconds; steps 4 and 7 come after a save.
+    assert rates == [2.5, 2.5, 2.5, 1.0, 2.5, 2.5, 1.0]
 
 
 def test_a_first_batch_without_target_is_an_error(tmp_path):
