@@ -130,8 +130,13 @@ def run_tasks(setup: Setup, model: LanguageModel, names, limit=None, **options) 
     return report
 
 
-def stage_evaluator(setup: Setup, workdir: str):
-    """What `train` calls at the end of a stage: the scores of `run.tasks`, kept in report.json."""
+def stage_evaluator(setup: Setup, workdir: str, stop: Callable[[], bool]):
+    """What `train` calls at the end of a stage: the scores of `run.tasks`, kept in report.json.
+
+    Args:
+      setup, workdir: of the run.
+      stop: asked after every batch of items, whether to end there (`Stopped`).
+    """
     names = list(setup.config.run.tasks)
     limit = setup.config.run.task_limit or None
     for name in names:
@@ -141,7 +146,7 @@ def stage_evaluator(setup: Setup, workdir: str):
         if not names:
             return {}
         model = language_model(setup, trained)
-        report = run_tasks(setup, model, names, limit)
+        report = run_tasks(setup, model, names, limit, stop=stop)
         report.save(stage_dir(workdir, trained.stage) / "report.json")
         console.print(report.table())
         return {r.task: {"score": r.score, "low": r.low, "high": r.high} for r in report.results}

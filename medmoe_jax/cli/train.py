@@ -22,6 +22,6 @@ def add_arguments(parser) -> None:
 def run(arguments, rest) -> None:
     """Run the command."""
     setup = open_run(rest, arguments.workdir)
-    evaluate = stage_evaluator(setup, arguments.workdir)
     with Notice() as notice:
+        evaluate = stage_evaluator(setup, arguments.workdir, notice)
         train(setup, arguments.workdir, evaluate, notice)

@@ -6,12 +6,13 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from tqdm import tqdm
 
 from medmoe_jax.checkpoints.files import write_text
+from medmoe_jax.errors import Stopped
 from medmoe_jax.evaluation import answers, metrics
 from medmoe_jax.evaluation.intervals import interval
 from medmoe_jax.evaluation.report import Report, Result
@@ -43,6 +44,7 @@ def evaluate(
     records: str | os.PathLike | None = None,
     progress: bool = True,
     resamples: int = 1000,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Report:
     """Scores a model on tasks, given as such or by name (then `limit` and `seed` hold).
 
@@ -50,7 +52,8 @@ def evaluate(
     free: items with choices are answered in free text, and the choice is read out of it.
     records: a file that gets one JSON line an item: prompt hash, prediction, answer.
     resamples: bootstrap draws for the intervals of scores that are no plain share.
-    Raises ValueError where the model returns NaN.
+    stop: asked after every batch of items, whether to end there.
+    Raises ValueError where the model returns NaN, and Stopped where `stop` said so.
     """
     loaded = [t if isinstance(t, Task) else load_task(t, limit, seed) for t in tasks]
     results, lines = [], []
@@ -67,6 +70,8 @@ def evaluate(
                 else:
                     predictions += _write(model, task, items, free)
                 bar.update(len(items))
+                if stop():
+                    raise Stopped(f"evaluation was asked to stop, in task '{task.name}'")
             results.append(_score(task, predictions, rankings, seed, resamples))
             lines += _records(task, predictions)
     if records is not None:

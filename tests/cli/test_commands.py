@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -13,6 +15,7 @@ from medmoe_jax.adapters.lifecycle import active_banks
 from medmoe_jax.checkpoints import stages
 from medmoe_jax.cli.main import COMMANDS, main
 from medmoe_jax.cli.session import read_rows
+from medmoe_jax.evaluation import run as evaluation
 from medmoe_jax.evaluation.tasks import list_tasks
 from medmoe_jax.training.run import open_trained
 from tests import naive, tiny
@@ -68,6 +71,33 @@ def test_help(command, capsys):
     assert "usage: medmoe" in text
     if not command:
         assert all(name in text for name in COMMANDS)
+
+
+def test_a_notice_while_a_stage_is_evaluated(tmp_path, config, monkeypatch, capsys):
+    """The training is saved by then: the next start only evaluates."""
+    row = {"answer": "yes", "choices": ["yes", "no"]}
+    rows = [{"prompt": f"{n} mg: yes or no?", **row} for n in range(9)]
+    items = write_rows(tmp_path / "items.jsonl", rows)
+    command = ["train", config, f"--workdir={tmp_path / 'w'}", f"--config.run.tasks=('{items}',)"]
+    command += ["--config.stages.order=('aggregate',)", "--config.stages.aggregate.steps=2"]
+    command += ["--config.run.score_batch=1"]  # eight at a time
+    asked, real = [], evaluation._rank
+
+    def rank(*arguments):
+        asked.append(0)
+        if len(asked) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(evaluation, "_rank", rank)
+    assert main(command) == 75
+    said = capsys.readouterr().err
+    assert "evaluation was asked to stop, in task 'items'; the same command continues" in said
+    end = tmp_path / "w" / "stages" / "aggregate"
+    assert len(asked) == 1 and not (end / "manifest.json").exists()
+    assert main(command) == 0
+    assert "continues after step 2 of 2" in capsys.readouterr().err
+    assert json.loads((end / "report.json").read_text())["results"][0]["n"] == 9
 
 
 def test_usage_errors(capsys):

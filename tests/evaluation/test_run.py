@@ -8,7 +8,7 @@ import random
 import pytest
 
 from medmoe_jax.data import medical
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import Stopped, UserError
 from medmoe_jax.evaluation import Item, Report, Task, evaluate, html, list_tasks, load_task
 
 
@@ -98,6 +98,20 @@ def test_nan_is_an_error():
 
     with pytest.raises(ValueError, match=r"exam: .*NaN"):
         evaluate(Broken(), [exam(4)], progress=False)
+
+
+def test_a_stop_ends_after_a_batch(tmp_path):
+    """Nothing is written of an evaluation that was not finished."""
+    task, asked = exam(), []
+
+    def stop():
+        asked.append(oracle.asked)
+        return len(asked) == 3
+
+    oracle = Oracle(task)
+    with pytest.raises(Stopped, match="evaluation was asked to stop, in task 'exam'"):
+        evaluate(oracle, [task], batch=32, records=tmp_path / "records", stop=stop)
+    assert asked == [32, 64, 96] and not list(tmp_path.iterdir())
 
 
 def test_further_scores_and_rankings():
