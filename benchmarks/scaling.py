@@ -34,8 +34,11 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "scaling.json"
 CHIPS = {"v5e:1x1": 1, "v5e:2x2": 4, "v5e:2x4": 8, "v5e:4x4": 16, "v5e:8x8": 64}
 CHIPS |= {"v5e:16x16": 256, "v5p:4x4x4": 64, "v6e:16x16": 256, "2xv5e:4x4": 32}
-SLICES = ("v5e:4x4", "v5p:4x4x4", "v6e:16x16")
+# 64 divides the widths of all these models, 256 those of some.
+LARGE = {"v5p:4x4x4": (), "v6e:16x16": ("run.mesh.data=4", "run.mesh.fsdp=64")}
 EXPERTS = (8, 64, 512, 4096)
+MEDCARE = ("14b", "1.8b", "4b", "7b")
+APOLLO = ("0.5b", "1.5b", "7b")
 
 
 class Case(NamedTuple):
@@ -81,17 +84,18 @@ CASES = (
     _medcare("7b", "v5e:2x4", section="small"),
     _medcare("1.8b", "v5e:1x1", section="small"),
     _medcare("7b", "v5e:1x1", "base.quantise=int8", section="small"),
-    *(_medcare(size, "v5e:4x4") for size in ("1.8b", "4b", "7b")),
-    *(Case("apollo", f"apollo_moe.py:qwen2-{s}", "v5e:4x4") for s in ("0.5b", "1.5b", "7b")),
+    *(_medcare(size, "v5e:4x4") for size in MEDCARE[1:]),
+    *(Case("apollo", f"apollo_moe.py:qwen2-{size}", "v5e:4x4") for size in APOLLO),
     *(_experts(number) for number in EXPERTS),
     *(_medcare("1.8b", t, section="weak") for t in ("v5e:2x2", "v5e:8x8", "v5e:16x16")),
     _medcare("1.8b", "2xv5e:4x4", "run.mesh.data=2", section="weak"),
-    *(_medcare(size, t) for t in SLICES[1:] for size in ("14b", "1.8b", "7b", "4b")),
+    *(_medcare(size, t, *mesh) for t, mesh in LARGE.items() for size in MEDCARE),
     *(
-        Case("apollo", f"apollo_moe.py:qwen2-{s}", t)
-        for t in SLICES[1:]
-        for s in ("7b", "0.5b", "1.5b")
+        Case("apollo", f"apollo_moe.py:qwen2-{size}", t, mesh)
+        for t, mesh in LARGE.items()
+        for size in APOLLO
     ),
+    _medcare("14b", "v6e:16x16", section="undivided"),
 )
 
 
