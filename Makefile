@@ -59,7 +59,7 @@ test: $(VENV)/.installed-test $(VENV)/.installed-aot
 	@echo "== slow tests =="
 	@$(PYTEST) -m "slow and not parity and not aot" | tee $(STEPS)/2-slow.log
 	@echo "== parity tests =="
-	@$(PYTEST) -m parity | tee $(STEPS)/3-parity.log
+	@$(PYTEST) -n $(JOBS) --dist loadfile -m parity | tee $(STEPS)/3-parity.log
 	@echo "== ahead-of-time tests: compiling for TPU =="
 	@$(PYTEST) -n $(JOBS) -m aot | tee $(STEPS)/4-aot.log
 	@echo "== summary =="

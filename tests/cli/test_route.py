@@ -13,6 +13,7 @@ from medmoe_jax.training.run import open_trained, stage_dir
 from medmoe_jax.training.setup import open_setup
 from tests import naive, skills, tiny
 from tests.randomised import randomise
+from tests.several import Several
 
 NAMES = tuple(skills.table())
 CONFIG = """from tests import skills
@@ -86,6 +87,22 @@ def test_weights_are_printed_written_and_drawn(config, files, routed, tmp_path, 
     assert image.startswith(b"\x89PNG") and len(image) > 5000
     different = [np.ravel(found[task]["weights"]) for task in ("one", "two")]
     assert np.abs(different[0] - different[1]).max() > 0.01
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_same_weights(config, files, routed, tmp_path):
+    workdir = tmp_path / "w"
+    shutil.copytree(skills.randomised(), workdir)
+    command = ["route", config, f"--workdir={workdir}", "--method=cma", "--steps=4", *files]
+    with Several(tmp_path, [command] * 2) as both:
+        assert both.statuses() == [0, 0], both.printed(0)[-3000:] + both.printed(1)[-3000:]
+        assert "written to" in both.printed(0) and "written to" not in both.printed(1)
+    assert (workdir / "mixing.png").read_bytes().startswith(b"\x89PNG")
+    pairs = [json.loads((w / "mixing.json").read_text()) for w in (workdir, routed)]
+    for task in skills.TASKS:
+        two, one = (found[task] for found in pairs)
+        np.testing.assert_allclose(two["weights"], one["weights"], rtol=1e-3)
+        np.testing.assert_allclose(two["loss"], one["loss"], rtol=1e-4)
 
 
 def test_the_other_commands_take_the_task_as_a_stage(config, routed, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import json
 import signal
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -80,6 +81,8 @@ status += main(["generate", *model, f"--input={rows}", f"--output={out}/answers.
                 "--max-tokens=8"])
 status += main(["eval", *model, f"--tasks={items}", f"--output={out}"])
 status += main(["export", *model, "--format=hf", f"--output={out}/hf"])
+status += main(["analyze", "routing", *model, "--stage=aggregate", "--data=knowledge", "--limit=6",
+                f"--out={out}/routing"])
 sys.exit(status)
 """
 
@@ -111,11 +114,17 @@ def test_training_and_every_command_after_it(tmp_path, config):
     assert main(["generate", *model, *generate]) == 0
     assert main(["eval", *model, f"--tasks={items}", f"--output={one}"]) == 0
     assert main(["export", *model, "--format=hf", f"--output={one / 'hf'}"]) == 0
+    routing = ["--stage=aggregate", "--data=knowledge", "--limit=6", f"--out={one / 'routing'}"]
+    assert main(["analyze", "routing", *model, *routing]) == 0
     texts = [(folder / "scored.jsonl").read_text() for folder in (two, one)]
     scored = [[json.loads(line) for line in text.splitlines()] for text in texts]
     np.testing.assert_allclose(*([row["logprob"] for row in s] for s in scored), rtol=1e-5)
     for name in ("answers.jsonl", "report.json", "records.jsonl"):
         assert (two / name).read_text() == (one / name).read_text()
+    a, b = (json.loads((f / "routing" / "routing.json").read_text()) for f in (two, one))
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x == pytest.approx(y, rel=1e-3, abs=1e-4)
     a, b = (load_file(folder / "hf" / "model.safetensors") for folder in (two, one))
     assert a.keys() == b.keys()
     for name, x in a.items():
