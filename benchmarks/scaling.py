@@ -147,7 +147,7 @@ def by_shapes(case: Case) -> dict | None:
         setup = open_abstract(load_config(case.configuration()), topology)
     except UserError:
         return None
-    at = start(setup, setup.stages[0].name)
+    at = start(setup)
     known = estimate(setup, at, topology)
     return {
         "arguments_gib": bytes_of(training(setup, at).arguments) / GIB,

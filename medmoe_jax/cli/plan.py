@@ -53,14 +53,14 @@ def run(arguments, rest) -> None:
     jax.config.update("jax_platforms", "cpu")
     topology = describe(arguments.topology)
     config = load_config(rest)
-    setup = open_abstract(config, topology)
-    stage = arguments.stage or setup.stages[0].name
-    at = start(setup, stage)
+    if arguments.print_shardings or not arguments.search:
+        setup = open_abstract(config, topology)
+        at = start(setup, arguments.stage)
     if arguments.print_shardings:
         console.print(plans.shardings_table(setup, at))
     if arguments.search:
         tokens = config.data.global_batch * config.data.length
-        result = searches.search(config, topology, stage, arguments.search, note)
+        result = searches.search(config, topology, arguments.stage, arguments.search, note)
         figures = searches.as_json(result, tokens)
         console.print(searches.table(result, topology, tokens))
     else:

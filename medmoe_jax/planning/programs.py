@@ -121,13 +121,14 @@ def open_shapes(section: ConfigDict) -> Base:
     return open_base(section.path, section.preset, overrides, section.seed, section.quantise)
 
 
-def start(setup: Setup, name: str) -> Start:
-    """What the stage of that name starts from, its arrays in their shards.
+def start(setup: Setup, name: str = "") -> Start:
+    """What the stage of that name starts from, its arrays in their shards; "" = the first stage.
 
     Raises:
       UserError: the recipe has no such stage.
     """
     known = [stage.name for stage in setup.stages]
+    name = name or known[0]
     if name not in known:
         raise UserError(f"--stage: '{name}' is none of {', '.join(known)}")
     stages = recipe.chain(setup.stages, name)

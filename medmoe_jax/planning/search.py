@@ -17,6 +17,7 @@ from rich.table import Table
 
 from medmoe_jax.base.config import site_shapes
 from medmoe_jax.base.decoder import REMAT
+from medmoe_jax.errors import UserError
 from medmoe_jax.parallel.mesh import AXES, batch_shards, slice_of
 from medmoe_jax.parallel.topology import Topology
 from medmoe_jax.planning import programs
@@ -40,9 +41,14 @@ class Candidate(NamedTuple):
     accumulation: int
     remat: str
 
+    @property
+    def axes(self) -> str:
+        """The mesh in words, axes of size 1 left out."""
+        sizes = (f"{axis} {n}" for axis, n in zip(AXES, self.mesh, strict=True) if n > 1)
+        return ", ".join(sizes) or "one chip"
+
     def __str__(self) -> str:
-        sizes = ", ".join(f"{axis} {n}" for axis, n in zip(AXES, self.mesh, strict=True) if n > 1)
-        return f"{sizes or 'one chip'}; {self.accumulation} micro-batches; remat {self.remat}"
+        return f"{self.axes}; {self.accumulation} micro-batches; remat {self.remat}"
 
 
 class Estimate(NamedTuple):
@@ -93,9 +99,12 @@ def search(
     Args:
       config: the recipe; its mesh's `expert` axis stays.
       topology: the slice.
-      stage: whose step it is.
+      stage: whose step it is; "" = the first.
       most: candidates to compile.
       report: told of the number of candidates, and of each before it is compiled.
+
+    Raises:
+      UserError: a bad recipe, or one whose rows no mesh divides.
     """
     starts: dict[tuple[int, ...], Start] = {}  # by mesh, on which alone they depend
 
@@ -107,6 +116,11 @@ def search(
 
     limit = topology.chip.hbm_gib
     known = {c: estimate(*opened(c), topology) for c in candidates(config, topology)}
+    if not known:
+        raise UserError(
+            f"data.global_batch: {config.data.global_batch} rows divide over no mesh of "
+            f"{len(topology.devices)} chips with run.mesh.expert {config.run.mesh.expert}"
+        )
     possible = sorted((c for c in known if known[c].gib < limit), key=lambda c: known[c].seconds)
     report(f"{len(known)} candidates; {len(known) - len(possible)} need more than {limit} GiB")
     found: list[Found] = []
@@ -212,15 +226,16 @@ def table(result: Result, topology: Topology, tokens: int) -> Table:
         f"{result.left} left",
         caption_justify="left",
     )
-    for column in (*AXES, "micro-batches", "remat", "GiB", "ms", "set by", "tokens/s"):
+    out.add_column("mesh")
+    for column in ("micro-batches", "remat", "GiB", "ms", "set by", "tokens/s"):
         out.add_column(column, justify="right")
-    for (mesh, accumulation, remat), figures in result.found:
-        cells = [f"{figures.hbm:.2f}", "does not fit", "", ""]
+    for candidate, figures in result.found:
+        cells = ["", "does not fit", ""]
         if figures.fits:
             seconds = figures.bound.seconds
-            cells = [f"{figures.hbm:.2f}", f"{1e3 * seconds:.2f}", figures.bound.resource]
-            cells.append(f"{tokens / seconds:,.0f}")
-        out.add_row(*map(str, mesh), str(accumulation), remat, *cells)
+            cells = [f"{1e3 * seconds:.2f}", figures.bound.resource, f"{tokens / seconds:,.0f}"]
+        how = (candidate.axes, str(candidate.accumulation), candidate.remat)
+        out.add_row(*how, f"{figures.hbm:.2f}", *cells)
     return out
 
 

@@ -2,10 +2,12 @@
 
 import jax
 import pytest
+from rich.console import Console
 
 from configs import medcare
 from medmoe_jax.base.config import site_shapes
 from medmoe_jax.base.presets import preset
+from medmoe_jax.errors import UserError
 from medmoe_jax.parallel.topology import CHIPS, Topology
 from medmoe_jax.planning import search
 from medmoe_jax.planning.figures import Figures
@@ -100,13 +102,21 @@ def test_a_search_compiles_what_may_win(monkeypatch):
 
     monkeypatch.setattr(search, "measure", measured)
     lines = []
-    result = search.search(config_of(rows=8), HERE, "aggregate", 3, lines.append)
+    # Eight devices do not divide into the recipe's own micro-batches: the search has others.
+    result = search.search(config_of(rows=8, accumulation=8), HERE, "", 3, lines.append)
     assert len(compiled) == len(result.found) <= 3
     assert not result.found[-1].figures.fits and result.found[0].figures.fits
     assert len(lines) == 1 + len(compiled)
     total = len(list(candidates(config_of(rows=8), HERE)))
     assert len(compiled) + result.too_large + result.too_slow + result.left == total
     assert result.too_slow > 0
+
+
+def test_rows_that_no_mesh_divides():
+    config = config_of(rows=3)
+    config.run.mesh.expert = 2
+    with pytest.raises(UserError, match="3 rows divide over no mesh of 8 chips"):
+        search.search(config, HERE, "", 1)
 
 
 def test_the_table_and_the_json_say_the_same():
@@ -123,3 +133,8 @@ def test_the_table_and_the_json_say_the_same():
     assert figures["not_compiled"] == {"too_large": 5, "too_slow": 6, "left": 7}
     table = search.table(result, HERE, 4000)
     assert table.row_count == 2 and "5 too large" in table.caption
+    with (console := Console(width=80)).capture() as shown:
+        console.print(table)
+    printed = shown.get()
+    assert "│ fsdp 8 │" in printed and " 1000.00 " in printed and "does not fit" in printed
+    assert "…" not in printed
