@@ -63,6 +63,8 @@ test: $(VENV)/.installed-test $(VENV)/.installed-aot
 	@echo "== ahead-of-time tests: compiling for TPU =="
 	@$(PYTEST) -n $(JOBS) -m aot | tee $(STEPS)/4-aot.log
 	@echo "== summary =="
+	@# A worker of pytest-xdist that breaks takes its test along, and leaves the exit status at 0.
+	@! grep --with-filename INTERNALERROR $(STEPS)/*.log
 	@echo "tests skipped: $$(cat $(STEPS)/*.log | sed -n 's/^=.* \([0-9]*\) skipped.*/\1/p' | awk '{n += $$1} END {print n + 0}')"
 	@for log in $(STEPS)/*.log; do echo "$$(basename $$log .log): $$(tail -n 1 $$log)"; done
 
