@@ -120,10 +120,9 @@ def state_shardings(tree, mesh: Mesh, rules: Sequence[Rule]):
     """As `shardings`, for an optimiser's state: moments follow their parameter."""
 
     def leaf_sharding(path, leaf):
-        name = path_name(path)
-        matches = leaf.ndim and _axes_for(name, rules) is not None
-        spec = spec_for(name, leaf.shape, mesh, rules) if matches else PartitionSpec()
-        return NamedSharding(mesh, spec)
+        # Counts and what else is no parameter's match no rule, and are whole.
+        axes = _axes_for(path_name(path), rules) or ()
+        return NamedSharding(mesh, _fit(leaf.shape, mesh, axes))
 
     return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
 
