@@ -10,12 +10,12 @@ otherwise load as other numbers. Everything here is called by all processes alik
 disk is judged by the first one, and the others follow it.
 """
 
-import concurrent.futures
 import contextlib
 import functools
 import json
 import logging
 from collections.abc import Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,8 +78,8 @@ class StageCheckpoints:
         self._steps = self.directory / "steps"
         self._keep = keep
         self._current: int | None = None
-        self._saving: concurrent.futures.Future | None = None
-        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: futures.Future | None = None
+        self._pool = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._orbax = self._open()
         # A damaged step stays on the disk until a newer one is whole, but is not counted here.
         self._sealed = set(
@@ -148,14 +148,18 @@ class StageCheckpoints:
             self._orbax = self._open()
         self._current = step
         items = {"state": state, "extra": {"extra": extra, "leaves": _describe(state)}}
+        # In a thread of ours: Ctrl-C strikes the main one, and in the middle of Orbax it would
+        # leave threads that wait for each other for ever.
+        copied = futures.Future()
+        self._saving = self._pool.submit(self._write, step, items, copied)
+        futures.wait([copied, self._saving], return_when=futures.FIRST_COMPLETED)
+        if not copied.done():
+            self.wait()
+
+    def _write(self, step: int, items: dict[str, Any], copied: futures.Future) -> None:
         try:
             saved = self._orbax.save_checkpointables_async(step, items, force=True, overwrite=True)
-        except WRITE_ERRORS as error:
-            raise self._failed(step, error) from error
-        self._saving = self._pool.submit(self._finish, step, saved)
-
-    def _finish(self, step: int, saved: ocp.AsyncResponse[bool]) -> None:
-        try:
+            copied.set_result(None)
             saved.result()
             if processes.index() == 0:
                 _seal(self._steps / str(step))
