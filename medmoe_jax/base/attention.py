@@ -101,7 +101,7 @@ def _attention_backward(scale, softcap, residuals, d_out_BxTxHxh):
 einsum_attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _splash_kernel(heads: int, tokens: int, window: int, softcap: float):
+def _splash_kernel(heads: int, tokens: int, window: int, softcap: float, shards: int):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -110,7 +110,7 @@ def _splash_kernel(heads: int, tokens: int, window: int, softcap: float):
     return splash.make_splash_mha(
         masks.MultiHeadMask([one] * heads),
         head_shards=1,
-        q_seq_shards=1,
+        q_seq_shards=shards,
         attn_logits_soft_cap=softcap or None,
     )
 
@@ -123,53 +123,76 @@ def splash_attention(
     segments_BxT,
     window,
     activations: NamedSharding | None = None,
+    sequence: str | None = None,
 ):
     """TPU splash attention; layers of both kinds share one compiled loop through `lax.switch`.
 
     Within a packed row, segments are contiguous, so order in the row is order in the segment.
     The compiler cannot partition a kernel: with a sharding of the activations, each device runs
-    it on its own rows and, where they divide, on its own heads of the mesh axis `tensor`.
+    it on its own rows, on its own queries where a mesh axis `sequence` cuts them (keys and values
+    are those of the whole row), and, where they divide, on its own heads of the axis `tensor`.
     """
+    mesh = None if activations is None else activations.mesh
+    tensor = mesh.shape.get("tensor", 1) if mesh else 1
+    heads = "tensor" if tensor > 1 and k_BxTxKxh.shape[2] % tensor == 0 else None
+    H = q_BxTxHxh.shape[2] // (tensor if heads else 1)
+    shards = mesh.shape[sequence] if sequence else 1
+    kernels = [
+        _splash_kernel(H, q_BxTxHxh.shape[1], size, config.attn_softcap, shards)
+        for size in _windows(config)
+    ]
     run = functools.partial(_local_splash, config)
-    if activations is not None:
-        mesh, rows = activations.mesh, activations.spec[0]
-        tensor = mesh.shape.get("tensor", 1)
-        heads = "tensor" if tensor > 1 and k_BxTxKxh.shape[2] % tensor == 0 else None
-        spec = PartitionSpec(rows, None, heads, None)
+    if mesh is not None:
+        rows = activations.spec[0]
+        own, whole = (PartitionSpec(rows, part, heads, None) for part in (sequence, None))
+        masks = NamedSharding(mesh, PartitionSpec(None, sequence))
+        ids = PartitionSpec(rows, sequence), PartitionSpec(rows, None)
+        here = [kernel.manual_sharding_spec(masks) for kernel in kernels]
         run = jax.shard_map(
             run,
             mesh=mesh,
-            in_specs=(spec, spec, spec, PartitionSpec(rows, None), PartitionSpec()),
-            out_specs=spec,
+            in_specs=(here, own, whole, whole, *ids, PartitionSpec()),
+            out_specs=own,
             check_vma=False,
         )
-    return run(q_BxTxHxh, k_BxTxKxh, v_BxTxKxh, segments_BxT, window)
+    return run(kernels, q_BxTxHxh, k_BxTxKxh, v_BxTxKxh, segments_BxT, segments_BxT, window)
 
 
-def _local_splash(config: DecoderConfig, q_BxTxHxh, k_BxTxKxh, v_BxTxKxh, segments_BxT, window):
+def _windows(config: DecoderConfig) -> list[int]:
+    """The layers' different windows, 0 = unlimited."""
+    return sorted(set(config.windows)) or [0]
+
+
+def _local_splash(
+    config: DecoderConfig,
+    kernels,
+    q_BxTxHxh,
+    k_BxSxKxh,
+    v_BxSxKxh,
+    q_segments_BxT,
+    k_segments_BxS,
+    window,
+):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
-    T, H = q_BxTxHxh.shape[1:3]
-    repeat = H // k_BxTxKxh.shape[2]
+    repeat = q_BxTxHxh.shape[2] // k_BxSxKxh.shape[2]
     q, k, v = (
         jnp.swapaxes(x, 1, 2)
         for x in (
             q_BxTxHxh * jnp.asarray(config.scale, q_BxTxHxh.dtype),
-            jnp.repeat(k_BxTxKxh, repeat, axis=2),
-            jnp.repeat(v_BxTxKxh, repeat, axis=2),
+            jnp.repeat(k_BxSxKxh, repeat, axis=2),
+            jnp.repeat(v_BxSxKxh, repeat, axis=2),
         )
     )
-    ids = splash.SegmentIds(segments_BxT, segments_BxT)
+    ids = splash.SegmentIds(q_segments_BxT, k_segments_BxS)
 
-    def run(size: int):
-        kernel = _splash_kernel(H, T, size, config.attn_softcap)
+    def run(kernel):
         return jax.vmap(kernel)(q, k, v, segment_ids=ids)
 
-    sizes = sorted(set(config.windows)) or [0]
-    if len(sizes) == 1:
-        return jnp.swapaxes(run(sizes[0]), 1, 2)
-    branches = [functools.partial(run, size) for size in sizes]
-    which = jnp.searchsorted(jnp.asarray(sizes), window)
+    if len(kernels) == 1:
+        return jnp.swapaxes(run(kernels[0]), 1, 2)
+    branches = [functools.partial(run, kernel) for kernel in kernels]
+    which = jnp.searchsorted(jnp.asarray(_windows(config)), window)
     return jnp.swapaxes(jax.lax.switch(which, branches), 1, 2)
 
 

@@ -100,25 +100,51 @@ class Execution:
         rows = self.activations.shard_shape((self.activations.num_devices,) * 3)[0]
         return self.activations.num_devices // rows
 
-    def logits(self, vocabulary: int) -> jax.sharding.NamedSharding | None:
+    def sequence(self, tokens: int) -> str | None:
+        """The mesh axis that the tokens of a row are cut over, where it divides them."""
+        axis = None if self.activations is None else self.activations.spec[1]
+        return axis if axis and tokens % self.mesh.shape[axis] == 0 else None
+
+    def tokens(self, rows: int, tokens: int) -> int:
+        """How many of so many rows of so many tokens are on one device."""
+        axis = self.sequence(tokens)
+        return rows * tokens // self.row_shards // (self.mesh.shape[axis] if axis else 1)
+
+    def logits(self, vocabulary: int, tokens: int = 1) -> jax.sharding.NamedSharding | None:
         """Of `[B, C, V]` logits: V over the mesh axes that the head lies on, if they divide it.
 
         Tokens then travel to the head's parts, which weigh many times more than a chunk's tokens.
         """
         if self.activations is None:
             return None
-        cut = [axis for axis in ("tensor", "fsdp", "expert") if axis in self.mesh.shape]
+        wanted = ("tensor", "fsdp", "expert", "sequence")
+        cut = [axis for axis in wanted if axis in self.mesh.shape]
         while vocabulary % math.prod(self.mesh.shape[axis] for axis in cut):
             cut.pop()
         rows = tuple(axis for axis in self.activations.spec[0] if axis not in cut)
-        spec = jax.sharding.PartitionSpec(rows, None, tuple(cut))
+        sequence = None if "sequence" in cut else self.sequence(tokens)
+        spec = jax.sharding.PartitionSpec(rows, sequence, tuple(cut))
         return jax.sharding.NamedSharding(self.mesh, spec)
 
     def constrain(self, x_BxTxD):
-        """Pin an activation to its sharding."""
+        """Pin an activation to its sharding; tokens that the mesh does not divide stay together."""
         if self.activations is None:
             return x_BxTxD
-        return jax.lax.with_sharding_constraint(x_BxTxD, self.activations)
+        spec = jax.sharding.PartitionSpec(
+            self.activations.spec[0], self.sequence(x_BxTxD.shape[1]), None
+        )
+        sharding = jax.sharding.NamedSharding(self.mesh, spec)
+        return jax.lax.with_sharding_constraint(x_BxTxD, sharding)
+
+    def gather_tokens(self, x_BxSxKxh):
+        """Keys or values of whole rows, on every device that has queries of the row."""
+        if self.activations is None or not self.sequence(x_BxSxKxh.shape[1]):
+            return x_BxSxKxh
+        rows, free = self.activations.spec[0], jax.sharding.PartitionSpec.UNCONSTRAINED
+        sharding = jax.sharding.NamedSharding(
+            self.mesh, jax.sharding.PartitionSpec(rows, None, free, None)
+        )
+        return jax.lax.with_sharding_constraint(x_BxSxKxh, sharding)
 
 
 def base_linear(group, x_BxTxD, weights, extra, context):
@@ -222,10 +248,10 @@ def _attention(config, execution, w, x_BxTxD, ids, cache, step, linear):
             for old, new in zip(cache, (k, v), strict=True)
         )
         k, v = (jax.lax.dynamic_index_in_dim(c, step.layer, keepdims=False) for c in cache)
+    k, v = execution.gather_tokens(k), execution.gather_tokens(v)
     if ids.splash:
-        out = attention.splash_attention(
-            config, q, k, v, ids.segments, step.window, execution.activations
-        )
+        sharding, axis = execution.activations, execution.sequence(T)
+        out = attention.splash_attention(config, q, k, v, ids.segments, step.window, sharding, axis)
     else:
         mask = attention.visible(
             ids.segments, ids.positions, ids.k_segments, ids.k_positions, step.window

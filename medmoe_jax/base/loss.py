@@ -38,7 +38,7 @@ def logits(config: DecoderConfig, head_VxD, x_BxTxD):
 
 def _log_probs(config, head_VxD, x_BxCxD, targets_BxC, cut: NamedSharding | None = None):
     if cut is not None:
-        rows = NamedSharding(cut.mesh, PartitionSpec(cut.spec[0]))
+        rows = NamedSharding(cut.mesh, PartitionSpec(*cut.spec[:2]))
         x_BxCxD = jax.lax.with_sharding_constraint(x_BxCxD, rows)
     z_BxCxV = logits(config, head_VxD, x_BxCxD)
     if cut is not None:
@@ -49,23 +49,42 @@ def _log_probs(config, head_VxD, x_BxCxD, targets_BxC, cut: NamedSharding | None
     return picked_BxC - jax.nn.logsumexp(z_BxCxV, axis=-1)
 
 
-def _chunks(config: DecoderConfig, shards: int, shape, *arrays):
-    """Split `[B, T, ...]` arrays into `[N, B, C, ...]`, C the largest divisor of T that fits."""
-    B, T = shape
-    limit = max(1, _CHUNK_ELEMENTS * shards // (B * config.vocab_size))
-    C = max(c for c in range(1, T + 1) if T % c == 0 and c <= limit)
-    return tuple(jnp.moveaxis(a.reshape((B, T // C, C, *a.shape[2:])), 1, 0) for a in arrays)
+def _chunks(config: DecoderConfig, execution: Execution, *arrays):
+    """Split `[B, T, ...]` arrays into `[N, B, C, ...]`; every chunk has tokens of every device.
+
+    A device's part of a chunk is the largest divisor of its part of a row that fits.
+    """
+    B, T = arrays[0].shape[:2]
+    axis = execution.sequence(T)
+    S = execution.mesh.shape[axis] if axis else 1
+    limit = max(1, _CHUNK_ELEMENTS * execution.row_shards // (B * config.vocab_size))
+    C = max(c for c in range(1, T // S + 1) if T // S % c == 0 and c <= limit)
+
+    def split(a):
+        a = a.reshape((B, S, T // S // C, C, *a.shape[2:]))
+        return jnp.moveaxis(a, 2, 0).reshape((-1, B, S * C, *a.shape[4:]))
+
+    return S, tuple(map(split, arrays))
 
 
-def token_log_probs(config: DecoderConfig, head_VxD, x_BxTxD, targets_BxT, shards: int = 1):
+def _joined(S: int, a_NxBxC):
+    """The inverse of `_chunks`: `[B, T, ...]`."""
+    N, B, C = a_NxBxC.shape[:3]
+    a = a_NxBxC.reshape((N, B, S, C // S, *a_NxBxC.shape[3:]))
+    return jnp.moveaxis(a, 0, 2).reshape((B, N * C, *a.shape[4:]))
+
+
+def token_log_probs(
+    config: DecoderConfig, head_VxD, x_BxTxD, targets_BxT, execution: Execution = Execution()
+):
     """Log-probability of each target, float32 `[B, T]`."""
-    chunks = _chunks(config, shards, targets_BxT.shape, x_BxTxD, targets_BxT)
+    S, chunks = _chunks(config, execution, x_BxTxD, targets_BxT)
 
     def one(_, chunk):
         return None, _log_probs(config, head_VxD, *chunk)
 
     _, out_NxBxC = jax.lax.scan(one, None, chunks)
-    return jnp.moveaxis(out_NxBxC, 0, 1).reshape(targets_BxT.shape)
+    return _joined(S, out_NxBxC)
 
 
 def _laid_out(config: DecoderConfig, execution: Execution, head_VxD):
@@ -78,7 +97,7 @@ def _laid_out(config: DecoderConfig, execution: Execution, head_VxD):
 
 
 def _chunk_loss(config, execution, head_VxD, x_BxCxD, targets_BxC, weights_BxC):
-    cut = execution.logits(config.vocab_size)
+    cut = execution.logits(config.vocab_size, x_BxCxD.shape[1])
     log_probs_BxC = _log_probs(config, head_VxD, execution.constrain(x_BxCxD), targets_BxC, cut)
     return -jnp.sum(log_probs_BxC * weights_BxC)
 
@@ -108,9 +127,7 @@ def cross_entropy(
       execution: where rows and vocabulary lie.
     """
     del train_head
-    shards = execution.row_shards
-    chunks = _chunks(config, shards, targets_BxT.shape, x_BxTxD, targets_BxT, weights_BxT)
-
+    _, chunks = _chunks(config, execution, x_BxTxD, targets_BxT, weights_BxT)
     head_VxD = _laid_out(config, execution, head_VxD)
 
     def one(total, chunk):
@@ -120,8 +137,7 @@ def cross_entropy(
 
 
 def _forward(config, train_head, head_VxD, x_BxTxD, targets_BxT, weights_BxT, execution):
-    shards = execution.row_shards
-    chunks = _chunks(config, shards, targets_BxT.shape, x_BxTxD, targets_BxT, weights_BxT)
+    S, chunks = _chunks(config, execution, x_BxTxD, targets_BxT, weights_BxT)
     argnums = (0, 1) if train_head else (1,)
     loss = functools.partial(_chunk_loss, config, execution)
     gradient = jax.value_and_grad(loss, argnums=argnums)
@@ -136,8 +152,7 @@ def _forward(config, train_head, head_VxD, x_BxTxD, targets_BxT, weights_BxT, ex
 
     start = jnp.zeros(head_VxD.shape if train_head else (), jnp.float32)
     (total, head_grad), dx_NxBxCxD = jax.lax.scan(one, (jnp.float32(0), start), chunks)
-    dx_BxTxD = jnp.moveaxis(dx_NxBxCxD, 0, 1).reshape(x_BxTxD.shape)
-    return total, (dx_BxTxD, head_grad, head_VxD, weights_BxT)
+    return total, (_joined(S, dx_NxBxCxD), head_grad, head_VxD, weights_BxT)
 
 
 def _backward(config, train_head, execution, residuals, ct):

@@ -95,9 +95,7 @@ def score_batch(
         live_BxC = (offsets_1xC < lengths_B[:, None]).astype(jnp.int32)
         positions_BxC = (start_Bx1 + offsets_1xC) * live_BxC
         head, x, _ = _run(config, weights, given_BxC, live_BxC, positions_BxC, cache)
-        log_probs_BxC = token_log_probs(
-            config.decoder, head, x, targets_BxC, config.execution.row_shards
-        )
+        log_probs_BxC = token_log_probs(config.decoder, head, x, targets_BxC, config.execution)
         return None, jnp.sum(log_probs_BxC * live_BxC, axis=1)
 
     return jax.lax.scan(one, None, (given, targets, lengths))[1]

@@ -1,4 +1,4 @@
-"""The device mesh: axes `data`, `fsdp`, `expert`, `tensor`.
+"""The device mesh: axes `data`, `fsdp`, `expert`, `sequence`, `tensor`.
 
 Several TPU slices make one mesh: `data` goes over them first, because what it exchanges, the
 gradients of the trainable tree, is little enough for the network between slices.
@@ -16,19 +16,19 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from medmoe_jax.errors import UserError
 
-AXES = ("data", "fsdp", "expert", "tensor")
+AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
 
 
 def resolve(sizes: Mapping[str, int], n_devices: int) -> dict[str, int]:
-    """Axis sizes with at most one -1 filled in.
+    """Axis sizes with at most one -1 filled in; axes that are not named have size 1.
 
     Raises:
       UserError: an unknown axis, a size below 1, two -1, or a product other than `n_devices`.
     """
-    if set(sizes) != set(AXES):
+    if set(sizes) - set(AXES):
         raise UserError(f"run.mesh: axes are {', '.join(AXES)}; got {', '.join(sizes)}")
-    out = {axis: int(sizes[axis]) for axis in AXES}
+    out = {axis: int(sizes.get(axis, 1)) for axis in AXES}
     free = [axis for axis, size in out.items() if size == -1]
     if any(size < 1 and size != -1 for size in out.values()) or len(free) > 1:
         raise UserError(f"run.mesh: {out}: sizes are positive, and at most one is -1")
@@ -98,8 +98,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh, rank: int = 2) -> NamedSharding:
-    """The sharding of `[B, ...]` arrays: rows over data, fsdp and expert."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, *(None,) * (rank - 1)))
+    """Of `[B, T, ...]` arrays: rows over data, fsdp and expert, tokens over sequence; or `[B]`."""
+    return NamedSharding(mesh, PartitionSpec(*(BATCH_AXES, "sequence", *(None,) * rank)[:rank]))
 
 
 def batch_shards(mesh: Mesh) -> int:

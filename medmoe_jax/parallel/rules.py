@@ -20,7 +20,8 @@ from medmoe_jax.errors import UserError
 Rule = tuple[str, tuple]
 _COLUMN = r"(attn\.[qkv]|mlp\.(gate|up))"
 _ROW = r"(attn\.o|mlp\.down)"
-_SHARD = ("fsdp", "expert")
+_SHARD = ("fsdp", "expert", "sequence")
+_REST = ("fsdp", "sequence")  # where E lies on `expert`
 # A quantised kernel's arrays have its axes, some of them shorter.
 _PARTS = r"(\.(codes|scale))?$"
 
@@ -41,17 +42,17 @@ BANK_RULES: tuple[Rule, ...] = (
     (rf"{_ROW}\.lora_a$", (None, ("tensor", *_SHARD), None, None)),
     (rf"{_ROW}\.lora_b$", (None, None, None, _SHARD)),
     # Whole feed-forward experts live on the expert axis.
-    (rf"{_COLUMN}\.experts$", (None, "expert", "fsdp", "tensor")),
-    (rf"{_ROW}\.experts$", (None, "expert", "tensor", "fsdp")),
+    (rf"{_COLUMN}\.experts$", (None, "expert", _REST, "tensor")),
+    (rf"{_ROW}\.experts$", (None, "expert", "tensor", _REST)),
     (r"(?<!\.kernel)\.(scale|router\.(kernel|bias)|mix\.weight)$", ()),
 )
 
 # Banks whose experts stay on their device while the tokens travel.
 TRAVEL_RULES: tuple[Rule, ...] = (
-    (rf"{_COLUMN}\.lora_a$", (None, "fsdp", "expert", None)),
-    (rf"{_COLUMN}\.lora_b$", (None, "expert", None, ("tensor", "fsdp"))),
-    (rf"{_ROW}\.lora_a$", (None, ("tensor", "fsdp"), "expert", None)),
-    (rf"{_ROW}\.lora_b$", (None, "expert", None, "fsdp")),
+    (rf"{_COLUMN}\.lora_a$", (None, _REST, "expert", None)),
+    (rf"{_COLUMN}\.lora_b$", (None, "expert", None, ("tensor", *_REST))),
+    (rf"{_ROW}\.lora_a$", (None, ("tensor", *_REST), "expert", None)),
+    (rf"{_ROW}\.lora_b$", (None, "expert", None, _REST)),
 )
 
 RULES = BANK_RULES + BASE_RULES

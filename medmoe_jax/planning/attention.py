@@ -1,9 +1,10 @@
 """What a run of the splash attention kernels costs, of which XLA knows nothing.
 
 Axes: B rows, T tokens, H heads, h head dimension, all of one device.
-Under a causal mask n (n + 1) / 2 of the n² pairs of blocks are visited. A pair makes two products
-forward, four for the gradients of keys and values, three for that of the queries; the two arrays
-that move along the pairs are fetched once a pair, the others once. Windows are not looked at.
+Under a causal mask n (n + 1) / 2 of the n² pairs of blocks are visited; of the devices that share a
+row, the one with its end has the most of them. A pair makes two products forward, four for the
+gradients of keys and values, three for that of the queries; the two arrays that move along the pairs
+are fetched once a pair, the others once. Windows are not looked at.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ _KERNELS = {
 }
 
 
-def splash_costs(B: int, T: int, H: int, h: int, itemsize: int) -> dict[str, Cost]:
+def splash_costs(B: int, T: int, H: int, h: int, itemsize: int, parts: int = 1) -> dict[str, Cost]:
     """The cost of one run of each kernel, by its name.
 
     Args:
       B, T, H, h: see the module.
       itemsize: bytes of a number.
+      parts: devices that share a row's queries.
     """
     n = -(-T // BLOCK)
-    pairs = n * (n + 1) // 2
+    before = n - n // parts  # blocks of queries of the other devices
+    pairs = (n * (n + 1) - before * (before + 1)) // 2
     return {
         name: Cost(
             B * H * pairs * products * 2 * BLOCK * BLOCK * h,

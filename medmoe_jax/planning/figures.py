@@ -117,4 +117,7 @@ def _splash(setup: Setup, program: Program) -> dict[str, hlo.Cost]:
     cut = tensor if decoder.n_kv_heads % tensor == 0 else 1
     rows = program.rows // batch_shards(setup.mesh)
     itemsize = jnp.dtype(setup.dtype).itemsize
-    return splash_costs(rows, program.length, decoder.n_heads // cut, decoder.head_dim, itemsize)
+    sequence = setup.mesh.shape["sequence"]
+    parts = sequence if program.length % sequence == 0 else 1
+    heads = decoder.n_heads // cut
+    return splash_costs(rows, program.length, heads, decoder.head_dim, itemsize, parts)

@@ -97,7 +97,7 @@ def search(
     """Compile the most promising candidates.
 
     Args:
-      config: the recipe; its mesh's `expert` axis stays.
+      config: the recipe; its mesh's axes `expert` and `sequence` stay.
       topology: the slice.
       stage: whose step it is; "" = the first.
       most: candidates to compile.
@@ -159,13 +159,14 @@ def candidates(config: ConfigDict, topology: Topology) -> Iterator[Candidate]:
     decoder = programs.open_shapes(config.base).config
     chips, rows = len(topology.devices), config.data.global_batch
     slices = len(set(map(slice_of, topology.devices)))
-    expert = max(config.run.mesh.expert, 1)
-    for tensor in _divisors(chips // expert):
+    expert, sequence = (max(config.run.mesh[axis], 1) for axis in ("expert", "sequence"))
+    free = chips // expert // sequence
+    for tensor in _divisors(free):
         if decoder.n_heads % tensor or decoder.n_kv_heads % tensor:
             continue
-        for data in _divisors(chips // expert // tensor):
-            mesh = (data, chips // expert // tensor // data, expert, tensor)
-            shards = chips // tensor
+        for data in _divisors(free // tensor):
+            mesh = (data, free // tensor // data, expert, sequence, tensor)
+            shards = chips // tensor // sequence
             if data % slices or rows % shards:
                 continue
             for accumulation in _divisors(rows // shards):
@@ -182,13 +183,14 @@ def estimate(setup: Setup, at: Start, topology: Topology) -> Estimate:
 
     A layer's input is kept for the backward pass, and unless `remat` is `full` what its products
     make, the last excepted. `full` makes all of that again. The base is read forward and backward
-    of every micro-batch, and gathered over `fsdp` and `expert` each time; over `tensor`, a layer's
+    of every micro-batch, and gathered over what shards it each time; over `tensor`, a layer's
     outputs are added up twice forward and twice backward.
     """
     decoder, run, mesh = setup.base.config, setup.config.run, setup.mesh.shape
     itemsize = jnp.dtype(setup.dtype).itemsize
     program = programs.training(setup, at)
-    tokens = program.rows // batch_shards(setup.mesh) * program.length  # of a chip, at once
+    # Of a chip, at once.
+    tokens = program.rows // batch_shards(setup.mesh) * program.length // mesh["sequence"]
     above = decoder.n_layers - lowest_layer(at.roster, at.trainable["base"], decoder.n_layers)
     wide = sum(o for site, (_, o) in site_shapes(decoder).items() if site != "mlp.down")
     kept = decoder.d_model + (0 if run.remat == "full" else wide / mesh["tensor"])
@@ -198,7 +200,7 @@ def estimate(setup: Setup, at: Start, topology: Topology) -> Estimate:
     if run.remat == "full":
         again = above * (layer_weights(decoder) - decoder.d_ff * decoder.d_model)
         flops += 2 * again * tokens * run.accumulation / mesh["tensor"]
-    spread = mesh["fsdp"] * mesh["expert"]
+    spread = mesh["fsdp"] * mesh["expert"] * mesh["sequence"]
     weights = bytes_of(at.base["layers"]) * spread
     passes = run.accumulation * (1 + above / decoder.n_layers)
     gathered = weights * (1 - 1 / spread)

@@ -107,7 +107,7 @@ def _auto(execution: Execution) -> Strategy:
     chip = auto.machine(execution.device)
 
     def chosen(what: str, shapes: tuple, x_BxTxD) -> Strategy:
-        tokens = x_BxTxD.shape[0] * x_BxTxD.shape[1] // execution.row_shards
+        tokens = execution.tokens(*x_BxTxD.shape[:2])
         return made[auto.choose(what, chip, shapes, tokens, x_BxTxD.dtype.itemsize)]
 
     def of(terms: Mapping[str, Sequence[Term]]) -> Strategy:

@@ -61,25 +61,26 @@ def _fits(execution: Execution, site, x_BxTxD, kernel_DxO, terms: Sequence[Term]
         for size, axis in zip(kernel_DxO.shape, _cut(execution, site, kernel_DxO), strict=True)
     )
     R = sum(t.lora_a_DxExr.shape[1] * t.lora_a_DxExr.shape[2] for t in terms)
-    return kernel.fits(B * T // execution.row_shards, D, O, R, x_BxTxD.dtype.itemsize)
+    return kernel.fits(execution.tokens(B, T), D, O, R, x_BxTxD.dtype.itemsize)
 
 
 def _product(execution: Execution, site: str, x_BxTxD, kernel_DxO, terms: Sequence[Term]):
     on_in, on_out = _cut(execution, site, kernel_DxO)
     rows, spec = shards.rows(execution), shards.spec
+    sequence = execution.sequence(x_BxTxD.shape[1])
     # Where the inputs are cut, every device has a part of the sum. They are added outside, where
     # the gradient of a sum costs no exchange.
     run = shards.local(
         execution,
         functools.partial(_local, execution.backend, row_parallel(site)),
         (
-            spec(rows, None, on_in),
+            spec(rows, sequence, on_in),
             spec(on_in, on_out),
             spec(on_in),
             spec(None, on_out),
-            spec(rows),
+            spec(rows, sequence),
         ),
-        spec(on_in, rows, None, on_out),
+        spec(on_in, rows, sequence, on_out),
     )
     y_PxBxTxO = run(
         x_BxTxD,

@@ -91,12 +91,12 @@ def _by_kernel(execution: Execution, x_BxTxD, valid_BxT, router: Router) -> Deci
     (B, T, _), E = x_BxTxD.shape, router.kernel_DxE.shape[1]
     bias_E = jnp.zeros(E, jnp.float32) if router.bias_E is None else router.bias_E
     forced_BxT = jnp.full((B, T), -1) if router.forced_BxT is None else router.forced_BxT
-    part = shards.tensor(execution, T)
+    parts = _token_axes(execution, T)
     rows = shards.rows(execution)
-    tokens = shards.spec(rows, part)
+    tokens = shards.spec(rows, parts)
     run = shards.local(
         execution,
-        functools.partial(_local, execution.backend, router, (*rows, part) if part else rows),
+        functools.partial(_local, execution.backend, router, (*rows, *parts)),
         (tokens, shards.spec(), shards.spec(), tokens, tokens),
         (tokens, tokens, shards.spec()),
     )
@@ -106,6 +106,14 @@ def _by_kernel(execution: Execution, x_BxTxD, valid_BxT, router: Router) -> Deci
     mine_BxTxKxE = picks_BxTxK[..., None] == jnp.arange(E)[None, None, None]
     dense_BxTxE = jnp.sum(jnp.where(mine_BxTxKxE, weights_BxTxK[..., None], 0.0), axis=-2)
     return without_padding(Gates(dense_BxTxE, picks_BxTxK, weights_BxTxK), valid_BxT), stats
+
+
+def _token_axes(execution: Execution, tokens: int) -> tuple[str, ...]:
+    """The axes that a row's tokens are cut over here: their own, and `tensor` where it divides."""
+    own = execution.sequence(tokens)
+    share = tokens // execution.mesh.shape[own] if own else tokens
+    part = shards.tensor(execution, share)
+    return tuple(axis for axis in (own, part) if axis)
 
 
 def _local(backend, router: Router, summed, x_BxTxD, kernel_DxE, bias_E, valid_BxT, forced_BxT):

@@ -22,6 +22,11 @@ def rows(execution: Execution) -> tuple[str, ...]:
     return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
+def tokens(execution: Execution, length: int, width: str | None = None) -> PartitionSpec:
+    """The mesh axes of a `[B, T, ...]` array whose last dimension `width` cuts, if anything."""
+    return PartitionSpec(rows(execution), execution.sequence(length), width)
+
+
 def tensor(execution: Execution, size: int) -> str | None:
     """The mesh axis that a dimension of that size is cut over, as the sharding rules have it."""
     devices = execution.mesh.shape.get("tensor", 1) if execution.mesh else 1

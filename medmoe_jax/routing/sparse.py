@@ -65,8 +65,9 @@ class Sparse:
         on_in, on_out = (part, None) if split_in else (None, part)
         run = self._sharded(
             functools.partial(self._local_lora, on_in),
-            (self._tokens(on_in), (on_in, self.expert_axis), (self.expert_axis, None, on_out)),
-            on_out,
+            term.x_BxTxD.shape[1],
+            (on_in, on_out),
+            ((on_in, self.expert_axis), (self.expert_axis, None, on_out)),
         )
         weights_BxTxK = term.s * term.gates.weights_BxTxK
         return run(term.gates.picks_BxTxK, weights_BxTxK, term.x_BxTxD, term.lora_a_DxExr, b_ExrxO)
@@ -98,8 +99,9 @@ class Sparse:
         on = self.expert_axis
         run = self._sharded(
             functools.partial(self._local_ffn, activation, part),
-            (self._tokens(None), (on, None, part), (on, None, part), (on, part)),
-            None,
+            x_BxTxD.shape[1],
+            (None, None),
+            ((on, None, part), (on, None, part), (on, part)),
         )
         # Cast before they are gathered: whole experts in float32 would take twice the room.
         experts = (params[name].astype(x_BxTxD.dtype) for name in ("gate", "up", "down"))
@@ -125,16 +127,12 @@ class Sparse:
     def _combine(self, plan, y_MxO, x_BxTxD):
         return self.dispatcher.combine(plan, y_MxO).reshape(*x_BxTxD.shape[:2], -1)
 
-    def _tokens(self, width: str | None) -> tuple:
-        """The axes of a `[B, T, width]` array."""
-        return (shards.rows(self.execution), None, width)
+    def _sharded(self, function: Callable, length: int, widths: tuple, axes: Sequence[tuple]):
+        """`function(picks, weights, x, *arrays)` on every device's share of rows of that length.
 
-    def _sharded(self, function: Callable, axes: Sequence[tuple], out_width: str | None):
-        """`function(picks, weights, *arrays)` on every device's share of the arrays."""
-        inputs = (self._tokens(None), self._tokens(None), *axes)
-        return shards.local(
-            self.execution,
-            function,
-            tuple(shards.spec(*one) for one in inputs),
-            shards.spec(*self._tokens(out_width)),
-        )
+        `widths` are the mesh axes of the widths of x and of the result, `axes` those of the arrays.
+        """
+        tokens = functools.partial(shards.tokens, self.execution, length)
+        on_x, on_out = widths
+        inputs = (tokens(), tokens(), tokens(on_x), *(shards.spec(*one) for one in axes))
+        return shards.local(self.execution, function, inputs, tokens(on_out))

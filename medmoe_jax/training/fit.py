@@ -274,7 +274,8 @@ def _batch(setup: Setup, name: str, rows) -> tuple[dict[str, jax.Array], int]:
             "likely data.length cuts them before their answers begin"
         )
     longest = int((arrays["segment_ids"] > 0).sum(1).max())
-    length = min(-(-longest // _LANES) * _LANES, data.length)
+    lanes = math.lcm(_LANES, setup.mesh.shape["sequence"])
+    length = min(-(-longest // lanes) * lanes, data.length)
     where = batch_sharding(setup.mesh)
     return {k: jax.device_put(a[:, :length], where) for k, a in arrays.items()}, len(parts)
 

@@ -38,7 +38,7 @@ class Placement:
         self.sharding = batch_sharding(mesh)
         self._rows = rows
         shard_B, turn_B = np.divmod(np.arange(rows), rows // shards)
-        held = self.sharding.addressable_devices_indices_map((rows, 1)).values()
+        held = batch_sharding(mesh, 1).addressable_devices_indices_map((rows,)).values()
         own = np.unique(np.concatenate([shard_B[part[0]] for part in held]))
         self.shard_ids = tuple(own.tolist())
         # Of each row on the mesh, if it is this process's: its place in the stream's batch.
@@ -56,5 +56,5 @@ class Placement:
     def _put(self, array: np.ndarray) -> jax.Array:
         shape = (self._rows, *array.shape[1:])
         return jax.make_array_from_callback(
-            shape, self.sharding, lambda part: array[self._place_B[part[0]]]
+            shape, self.sharding, lambda part: array[self._place_B[part[0]]][:, part[1]]
         )

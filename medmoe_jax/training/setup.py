@@ -18,7 +18,7 @@ from medmoe_jax.checkpoints.fingerprint import tree_fingerprint
 from medmoe_jax.data.templates import Template, load_template
 from medmoe_jax.data.tokenizers import Tokenizer, check_vocabulary, load
 from medmoe_jax.errors import UserError
-from medmoe_jax.parallel.mesh import batch_sharding, make_mesh
+from medmoe_jax.parallel.mesh import batch_sharding, check_divides, make_mesh
 from medmoe_jax.parallel.rules import BASE_RULES, Rule, rules_for, shardings
 from medmoe_jax.routing.dispatch import strategy
 from medmoe_jax.routing.languages import Languages, read_languages
@@ -93,8 +93,13 @@ class Setup:
         return self.languages.ids[code]
 
     def model(self, banks: tuple[BankSpec, ...]) -> AdaptedConfig:
-        """The decoder with these banks active, run as `config.run` says."""
-        run = self.config.run
+        """The decoder with these banks active, run as `config.run` says.
+
+        Raises:
+          UserError: the mesh does not divide the rows' tokens, heads or experts.
+        """
+        run, length = self.config.run, self.config.data.length
+        check_divides(self.mesh, "sequence", length, "tokens of a row (data.length)")
         execution = Execution(
             dtype=self.dtype,
             remat=run.remat,

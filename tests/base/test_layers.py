@@ -1,6 +1,7 @@
 """Norm, rotary embeddings and attention against their formulas in float64."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -230,7 +231,9 @@ def test_site_shapes():
 
 
 @pytest.mark.parametrize(
-    ("spread", "softcap"), [(False, 0.0), (True, 2.0)], ids=["one-device", "rows-and-heads"]
+    ("spread", "softcap"),
+    [({}, 0.0), ({"fsdp": 2, "tensor": 2}, 2.0), ({"fsdp": 2, "sequence": 2, "tensor": 2}, 0.0)],
+    ids=["one-device", "rows-and-heads", "rows-tokens-and-heads"],
 )
 def test_splash_is_attention(monkeypatch, spread, softcap):
     """The TPU kernel, interpreted, in value and gradient, for a window and for none."""
@@ -240,19 +243,21 @@ def test_splash_is_attention(monkeypatch, spread, softcap):
     monkeypatch.setattr(splash, "make_splash_mha", made)
     config = TINY.replace(head_dim=128, windows=(0, 50, 0), attn_softcap=softcap)
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.standard_normal((2, 128, n, 128)), jnp.float32) for n in (4, 2, 2))
+    T = 128 * spread.get("sequence", 1)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, T, n, 128)), jnp.float32) for n in (4, 2, 2))
     mix = jnp.asarray(rng.standard_normal(q.shape), jnp.float32)
-    segments = np.repeat([[1, 1, 2, 0], [1, 2, 2, 2]], 32, axis=1).astype(np.int32)
-    positions = np.tile(np.arange(128, dtype=np.int32), (2, 1))
-    activations = None
+    segments = np.repeat([[1, 1, 2, 0], [1, 2, 2, 2]], T // 4, axis=1).astype(np.int32)
+    positions = np.tile(np.arange(T, dtype=np.int32), (2, 1))
+    activations, axis = None, "sequence" if "sequence" in spread else None
     if spread:
-        mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("fsdp", "tensor"))
-        activations = NamedSharding(mesh, P("fsdp", None, None))
+        number = math.prod(spread.values())
+        mesh = Mesh(np.array(jax.devices()[:number]).reshape(*spread.values()), tuple(spread))
+        activations = NamedSharding(mesh, P("fsdp", axis, None))
     real = (segments > 0)[..., None, None]
 
     @jax.jit
     def kernel(q, k, v, window):
-        out = attention.splash_attention(config, q, k, v, segments, window, activations)
+        out = attention.splash_attention(config, q, k, v, segments, window, activations, axis)
         return jnp.sum(jnp.where(real, out * mix, 0.0))
 
     @jax.jit

@@ -47,9 +47,8 @@ def _naive_log_probs(config, head, x, targets):
 @pytest.fixture(params=[1, 2, 6], ids=lambda n: f"{n}-tokens-a-chunk")
 def chunk(request, monkeypatch):
     monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", request.param * B * V)
-    x = jnp.zeros((B, T, D))
-    assert loss._chunks(CASES["plain"], 1, (B, T), x)[0].shape == (T // request.param,
-                                                                 B, request.param, D)  # fmt: skip
+    _, (x,) = loss._chunks(CASES["plain"], Execution(), jnp.zeros((B, T, D)))
+    assert x.shape == (T // request.param, B, request.param, D)
     return request.param
 
 
@@ -93,16 +92,20 @@ def test_chunks_are_sized_for_one_device(monkeypatch):
     """Rows over three devices: a chunk three times as long, and the same loss."""
     config, i = CASES["both"], _inputs(CASES["both"])
     monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", B * V)
-    assert len(loss._chunks(config, 1, (B, T), i["x"])[0]) == T
-    assert len(loss._chunks(config, 3, (B, T), i["x"])[0]) == T // 3
+    assert len(loss._chunks(config, Execution(), i["x"])[1][0]) == T
+    mesh = make_mesh({"fsdp": 3}, jax.devices()[:3])
+    three = Execution(activations=batch_sharding(mesh, 3))
+    assert len(loss._chunks(config, three, i["x"])[1][0]) == T // 3
 
 
 @pytest.mark.parametrize(
     ("sizes", "rows", "vocabulary"),
     [
-        ({"data": 2, "fsdp": 2, "tensor": 2}, ("data",), ("tensor", "fsdp", "expert")),
-        # 36 divides by 4, not by 8: `expert` goes on cutting rows.
+        ({"data": 2, "fsdp": 2, "tensor": 2}, ("data",), ("tensor", "fsdp", "expert", "sequence")),
+        # 36 divides by 4, not by 8: `expert` goes on cutting rows, `sequence` their tokens.
         ({"fsdp": 4, "expert": 2}, ("data", "expert"), ("tensor", "fsdp")),
+        ({"fsdp": 4, "sequence": 2}, ("data",), ("tensor", "fsdp", "expert")),
+        ({"fsdp": 2, "sequence": 2, "tensor": 2}, ("data",), ("tensor", "fsdp", "expert")),
         # 8 does not divide it at all.
         ({"fsdp": 8}, ("data", "fsdp", "expert"), ("tensor",)),
     ],
@@ -112,7 +115,8 @@ def test_devices_share_the_vocabulary(sizes, rows, vocabulary):
     config = TINY.replace(vocab_size=36, vocab_used=31, final_softcap=1.5)
     mesh = make_mesh({**dict.fromkeys(AXES, 1), **sizes})
     execution = Execution(activations=batch_sharding(mesh, 3))
-    assert execution.logits(36).spec == PartitionSpec(rows, None, vocabulary)
+    left = None if "sequence" in vocabulary else "sequence"
+    assert execution.logits(36, 2).spec == PartitionSpec(rows, left, vocabulary)
     rng = np.random.default_rng(3)
     head, x = rng.standard_normal((36, 16)), rng.standard_normal((8, 6, 16))
     targets, weights = rng.integers(0, 31, (8, 6)), rng.choice([0, 1, 2], (8, 6))
@@ -124,7 +128,7 @@ def test_devices_share_the_vocabulary(sizes, rows, vocabulary):
         return jax.jit(jax.value_and_grad(lambda *a: of(*a), argnums=(0, 1)))(*arrays)
 
     want = run(Execution(), arrays)
-    cut = NamedSharding(mesh, PartitionSpec(None, ("fsdp", "expert")))
+    cut = NamedSharding(mesh, PartitionSpec(None, ("fsdp", "expert", "sequence")))
     placed = [jax.device_put(arrays[0], cut)]
     placed += [jax.device_put(a, batch_sharding(mesh, a.ndim)) for a in arrays[1:]]
     got = run(execution, placed)

@@ -24,21 +24,23 @@ ONES = dict.fromkeys(AXES, 1)
 @pytest.mark.parametrize(
     ("sizes", "want"),
     [
-        ({"fsdp": -1}, (1, 8, 1, 1)),
-        ({"data": 2, "fsdp": -1}, (2, 4, 1, 1)),
-        ({"data": -1, "tensor": 8}, (1, 1, 1, 8)),
-        ({"data": 2, "expert": 2, "tensor": 2}, (2, 1, 2, 2)),
+        ({"fsdp": -1}, (1, 8, 1, 1, 1)),
+        ({"data": 2, "fsdp": -1}, (2, 4, 1, 1, 1)),
+        ({"data": -1, "tensor": 8}, (1, 1, 1, 1, 8)),
+        ({"data": 2, "expert": 2, "tensor": 2}, (2, 1, 2, 1, 2)),
+        ({"sequence": 4, "tensor": 2}, (1, 1, 1, 4, 2)),
     ],
 )
 def test_resolve(sizes, want):
-    assert tuple(resolve({**ONES, **sizes}, 8).values()) == want
+    """Axes that are not named have size 1."""
+    for given in (sizes, {**ONES, **sizes}):
+        assert tuple(resolve(given, 8).values()) == want
 
 
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
-        ({**ONES, "fdsp": 2}, "axes are data, fsdp, expert, tensor; got"),
-        ({"data": 8}, "axes are"),
+        ({**ONES, "fdsp": 2}, "axes are data, fsdp, expert, sequence, tensor; got"),
         ({**ONES, "data": 0, "fsdp": -1}, "sizes are positive"),
         ({**ONES, "data": -2}, "sizes are positive"),
         ({**ONES, "data": -1, "fsdp": -1}, "at most one is -1"),
@@ -52,7 +54,11 @@ def test_resolve_refuses(sizes, words):
         resolve(sizes, 8)
 
 
-def test_batches_go_over_every_axis_but_tensor():
+def test_rows_and_their_tokens_go_over_every_axis_but_tensor():
+    whole = make_mesh({"fsdp": 2, "sequence": 2, "tensor": 2})
+    x = jax.device_put(np.arange(8).reshape(2, 4), batch_sharding(whole))
+    parts = sorted(s.data.ravel().tolist() for s in x.addressable_shards)
+    assert parts == [[n, n + 1] for n in (0, 2, 4, 6) for _ in range(2)]
     mesh = make_mesh({"data": 2, "fsdp": 1, "expert": 2, "tensor": 2})
     assert mesh.axis_names == AXES
     assert batch_shards(mesh) == 4
@@ -62,7 +68,7 @@ def test_batches_go_over_every_axis_but_tensor():
         sorted(map(tuple, rows.values()))
         == [(0, 1)] * 2 + [(2, 3)] * 2 + [(4, 5)] * 2 + [(6, 7)] * 2
     )
-    assert batch_sharding(mesh, 3).spec[1:] == (None, None)
+    assert batch_sharding(mesh, 3).spec[1:] == ("sequence", None)
 
 
 def test_some_devices():
@@ -88,9 +94,9 @@ def test_an_axis_that_does_not_divide_the_heads_is_refused():
 def test_only_the_axis_data_leaves_a_slice():
     slices = topology.describe("2xv5e:2x2").devices
     mesh = make_mesh({**ONES, "data": 4, "fsdp": -1}, slices)
-    assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "expert": 1, "tensor": 1}
+    assert dict(mesh.shape) == {**ONES, "data": 4, "fsdp": 2}
     of = np.vectorize(slice_of)(mesh.devices)
-    assert (of == np.array([0, 0, 1, 1])[:, None, None, None]).all()
+    assert (of == np.array([0, 0, 1, 1])[:, None, None, None, None]).all()
     with pytest.raises(UserError, match=r"run\.mesh\.data: 1 is no multiple of the 2 slices"):
         make_mesh({**ONES, "fsdp": -1}, slices)
 

@@ -35,7 +35,8 @@ CONFIG = DecoderConfig(
 SPEC = BankSpec(
     "noise", tuple(site_shapes(CONFIG)), 0, 2, experts=4, rank=2, gate="token", learned_scale=True
 )
-SHARD = ("fsdp", "expert")
+SHARD = ("fsdp", "expert", "sequence")
+REST = ("fsdp", "sequence")
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +79,10 @@ def test_specs(name, shape, want, mesh):
 @pytest.mark.parametrize(
     ("site", "a", "b"),
     [
-        ("attn.q", ("fsdp", "expert", None), ("expert", None, ("tensor", "fsdp"))),
-        ("mlp.gate", ("fsdp", "expert", None), ("expert", None, ("tensor", "fsdp"))),
-        ("attn.o", (("tensor", "fsdp"), "expert", None), ("expert", None, "fsdp")),
-        ("mlp.down", (("tensor", "fsdp"), "expert", None), ("expert", None, "fsdp")),
+        ("attn.q", (REST, "expert", None), ("expert", None, ("tensor", *REST))),
+        ("mlp.gate", (REST, "expert", None), ("expert", None, ("tensor", *REST))),
+        ("attn.o", (("tensor", *REST), "expert", None), ("expert", None, REST)),
+        ("mlp.down", (("tensor", *REST), "expert", None), ("expert", None, REST)),
     ],
 )
 def test_experts_that_tokens_travel_to_lie_on_the_expert_axis(site, a, b):

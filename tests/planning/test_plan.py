@@ -8,6 +8,7 @@ import pytest
 from medmoe_jax.base import trees
 from medmoe_jax.cli.configs import load_config
 from medmoe_jax.cli.main import main
+from medmoe_jax.parallel.mesh import AXES
 from medmoe_jax.parallel.topology import CHIPS, Topology
 from medmoe_jax.planning.figures import Figures, needed_gib
 from medmoe_jax.planning.hlo import Traffic
@@ -57,7 +58,7 @@ def test_a_training_step_and_all_the_rest(recipe, tmp_path, capsys):
     figures = run(recipe, tmp_path, "--topology=v5e:2x2", "--all")
     assert figures["fits"] and 0 < figures["arguments_gib"] < figures["hbm_gib"] < 1
     assert figures["hbm_limit_gib"] == 16 and figures["chips"] == 4
-    assert figures["mesh"] == {"data": 1, "fsdp": 4, "expert": 1, "tensor": 1}
+    assert figures["mesh"] == {**dict.fromkeys(AXES, 1), "fsdp": 4}
     assert {"all-gather"} <= set(figures["collectives"])
     assert all(c["dcn_bytes"] == 0 < c["ici_bytes"] for c in figures["collectives"].values())
     assert figures["step_seconds_bound"] == max(figures["seconds"].values()) > 0

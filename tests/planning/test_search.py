@@ -33,13 +33,13 @@ def test_candidates():
     meshes = {c.mesh for c in found}
     # Eight chips and sixteen heads: every way to cut eight in three.
     assert meshes == {
-        (d, 8 // t // d, 1, t) for t in (1, 2, 4, 8) for d in (1, 2, 4, 8) if 8 % (t * d) == 0
+        (d, 8 // t // d, 1, 1, t) for t in (1, 2, 4, 8) for d in (1, 2, 4, 8) if 8 % (t * d) == 0
     }
-    assert {c.accumulation for c in found if c.mesh == (1, 8, 1, 1)} == {1, 2}
-    assert {c.accumulation for c in found if c.mesh == (1, 1, 1, 8)} == {1, 2, 4, 8, 16}
+    assert {c.accumulation for c in found if c.mesh == (1, 8, 1, 1, 1)} == {1, 2}
+    assert {c.accumulation for c in found if c.mesh == (1, 1, 1, 1, 8)} == {1, 2, 4, 8, 16}
     assert {c.remat for c in found} == {"none", "dots", "full"}
     assert {c.mesh for c in candidates(config_of(rows=4), HERE)} == {
-        m for m in meshes if 8 // m[3] <= 4
+        m for m in meshes if 8 // m[4] <= 4
     }
 
 
@@ -48,7 +48,11 @@ def test_the_expert_axis_stays_and_heads_limit_tensor():
     config.run.mesh.expert = 2
     config.base.preset = "qwen2-0.5b"  # fourteen heads, two of keys and values
     assert {c.mesh for c in candidates(config, HERE)} == {
-        (1, 4, 2, 1), (2, 2, 2, 1), (4, 1, 2, 1), (1, 2, 2, 2), (2, 1, 2, 2),
+        (1, 4, 2, 1, 1), (2, 2, 2, 1, 1), (4, 1, 2, 1, 1), (1, 2, 2, 1, 2), (2, 1, 2, 1, 2),
+    }  # fmt: skip
+    config.run.mesh.update({"expert": 1, "sequence": 4})
+    assert {c.mesh for c in candidates(config, HERE)} == {
+        (1, 2, 1, 4, 1), (2, 1, 1, 4, 1), (1, 1, 1, 4, 2)
     }  # fmt: skip
 
 
@@ -66,7 +70,7 @@ def test_estimates_against_sums_by_hand():
     head = decoder.vocab_size * D
     floor = tokens * (4 * (L * layer + head) + 6 * L * D * 1024)
 
-    full, held = estimated((1, 8, 1, 1), 1, "full")
+    full, held = estimated((1, 8, 1, 1, 1), 1, "full")
     assert full.gib * 2**30 == held + L * tokens * D * 2
     again = 2 * tokens * L * (layer - D * F)
     assert full.least == pytest.approx((floor + again) / 197e12)
@@ -74,17 +78,21 @@ def test_estimates_against_sums_by_hand():
     gathered = 2 * L * layer * 2 * 7 / 8
     assert full.seconds == pytest.approx(max(full.least, gathered / 200e9), rel=1e-2)
 
-    dots, _ = estimated((1, 8, 1, 1), 1, "dots")
+    dots, _ = estimated((1, 8, 1, 1, 1), 1, "dots")
     assert dots.gib * 2**30 == held + L * tokens * (D + 4 * D + 2 * F) * 2
     assert dots.least == pytest.approx(floor / 197e12)
 
-    halves, _ = estimated((1, 8, 1, 1), 2, "dots")
+    halves, _ = estimated((1, 8, 1, 1, 1), 2, "dots")
     assert halves.least == pytest.approx(dots.least)
     assert halves.gib < dots.gib
     assert halves.seconds >= dots.seconds
 
-    tensor, _ = estimated((1, 4, 1, 2), 1, "dots")
+    tensor, _ = estimated((1, 4, 1, 1, 2), 1, "dots")
     assert tensor.least == pytest.approx(dots.least)
+
+    sequence, _ = estimated((1, 4, 1, 2, 1), 1, "dots")
+    assert sequence.least == pytest.approx(dots.least)
+    assert sequence.gib == pytest.approx(dots.gib, rel=1e-3)
 
 
 def test_a_search_compiles_what_may_win(monkeypatch):
@@ -122,12 +130,12 @@ def test_rows_that_no_mesh_divides():
 def test_the_table_and_the_json_say_the_same():
     fits = Figures("train", True, 9.0, 1.0, 1.0, bound=bound(CHIP, 197e12, 0))
     not_ = Figures("train", False, 20.0, 1.0, 1.0)
-    one = Candidate((1, 8, 1, 1), 2, "dots")
+    one = Candidate((1, 8, 1, 1, 1), 2, "dots")
     result = Result((Found(one, fits), Found(one._replace(remat="none"), not_)), 5, 6, 7)
     figures = search.as_json(result, 4000)
     assert figures["candidates"][0]["tokens_per_second_bound"] == pytest.approx(4000)
     assert figures["candidates"][1] == {
-        "mesh": {"data": 1, "fsdp": 8, "expert": 1, "tensor": 1},
+        "mesh": {"data": 1, "fsdp": 8, "expert": 1, "sequence": 1, "tensor": 1},
         "accumulation": 2, "remat": "none", "fits": False, "hbm_gib": 20.0,
     }  # fmt: skip
     assert figures["not_compiled"] == {"too_large": 5, "too_slow": 6, "left": 7}

@@ -40,6 +40,8 @@ SPECS = (
         # Forward, recomputed and backward, each once a site; the last output is not recomputed.
         # So wide that the kernels ask for more VMEM than a program has unasked.
         ({"fsdp": 8}, "full", 3 * 7 - 1, 8),
+        # Four chips share a row's tokens.
+        ({"fsdp": 2, "sequence": 4}, "full", 3 * 7 - 1, 2),
         # Kept as products are.
         ({"fsdp": 4, "tensor": 2}, "dots", 2 * 7, 1),
     ],

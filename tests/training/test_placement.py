@@ -24,18 +24,20 @@ def in_blocks(rows, shards):
 
 
 @pytest.mark.parametrize("shards", [1, 4, 8, 16])
-@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (2, 2, 1, 2), (1, 1, 1, 8)])
+@pytest.mark.parametrize(
+    "sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 8}, {"sequence": 8}]
+)
 def test_rows_lie_shard_by_shard(sizes, shards):
-    mesh = make_mesh(dict(zip(("data", "fsdp", "expert", "tensor"), sizes, strict=True)))
+    mesh = make_mesh(sizes)
     place = Placement(mesh, 16, shards)
     assert place.shard_ids == tuple(range(shards))
-    batch = place(stream_batch(place.shard_ids, 16, shards))
-    like = place.abstract(batch, 3)
+    batch = place(stream_batch(place.shard_ids, 16, shards, length=8))
+    like = place.abstract(batch, 8)
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), batch) == jax.tree.map(
         lambda x: (x.shape, x.dtype, x.sharding), like
     )
     for sign, name in ((1, "tokens"), (-1, "loss_mask")):
-        wanted = np.repeat(in_blocks(16, shards), 3).reshape(16, 3)
+        wanted = np.repeat(in_blocks(16, shards), 8).reshape(16, 8)
         np.testing.assert_array_equal(batch[name], sign * wanted)
 
 
@@ -46,7 +48,7 @@ class Held:
         self.spans = [slice(*span) for span in spans]
 
     def addressable_devices_indices_map(self, shape):
-        return {number: (span, slice(None)) for number, span in enumerate(self.spans)}
+        return {number: (span,) for number, span in enumerate(self.spans)}
 
 
 @pytest.mark.parametrize(
@@ -62,9 +64,11 @@ class Held:
 )
 def test_a_process_reads_the_shards_it_holds(monkeypatch, spans, shard_ids):
     held = Held(*spans)
-    monkeypatch.setattr(placement, "batch_sharding", lambda mesh: held)
+    monkeypatch.setattr(placement, "batch_sharding", lambda mesh, rank=2: held)
     monkeypatch.setattr(
-        jax, "make_array_from_callback", lambda shape, s, part_of: [part_of((s,)) for s in s.spans]
+        jax,
+        "make_array_from_callback",
+        lambda shape, s, of: [of((span, slice(None))) for span in s.spans],
     )
     place = Placement(None, 16, 4)
     assert place.shard_ids == shard_ids

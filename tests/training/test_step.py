@@ -340,6 +340,8 @@ def one_device():
         {"data": 2, "fsdp": 4},
         {"fsdp": 4, "tensor": 2},
         pytest.param({"fsdp": 2, "expert": 2, "tensor": 2}, marks=pytest.mark.slow),
+        {"fsdp": 2, "sequence": 2, "tensor": 2},
+        pytest.param({"sequence": 8}, marks=pytest.mark.slow),
     ],
     ids=lambda sizes: "-".join(f"{axis}{size}" for axis, size in sizes.items()),
 )

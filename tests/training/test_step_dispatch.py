@@ -36,6 +36,10 @@ MESHES = {
     "all_to_all": {"fsdp": 2, "expert": 2, "tensor": 2},
     "auto": {"fsdp": 2, "expert": 4},
 }
+SEQUENCES = {
+    "grouped": {"data": 2, "sequence": 2, "tensor": 2},
+    "all_to_all": {"fsdp": 2, "expert": 2, "sequence": 2},
+}
 # After one step the momentum is the gradient.
 SGD = optax.sgd(1.0, momentum=0.9)
 
@@ -90,9 +94,18 @@ def one_device():
     return jax.device_get((state.optimiser, metrics))
 
 
-@pytest.mark.parametrize("dispatch", ["grouped", "all_to_all", pytest.param("auto", marks=SLOW)])
-def test_eight_devices_take_the_step_of_one(dispatch):
-    step, *arguments = placed(dispatch, MESHES[dispatch], jax.devices()[:8])
+@pytest.mark.parametrize(
+    ("dispatch", "sizes"),
+    [
+        ("grouped", MESHES["grouped"]),
+        ("all_to_all", MESHES["all_to_all"]),
+        pytest.param("auto", MESHES["auto"], marks=SLOW),
+        ("grouped", SEQUENCES["grouped"]),
+        pytest.param("all_to_all", SEQUENCES["all_to_all"], marks=SLOW),
+    ],
+)
+def test_eight_devices_take_the_step_of_one(dispatch, sizes):
+    step, *arguments = placed(dispatch, sizes, jax.devices()[:8])
     state, metrics = step(*arguments)
     want_moments, want_metrics = one_device()
     assert abs(metrics["loss"] / want_metrics["loss"] - 1) < 1e-5
