@@ -3,7 +3,7 @@
 Axes: B rows, T tokens, H heads, h head dimension, all of one device.
 Under a causal mask n (n + 1) / 2 of the n² pairs of blocks are visited; of the devices that share a
 row, the one with its end has the most of them. A pair makes two products forward, four for the
-gradients of keys and values, three for that of the queries; the two arrays that move along the pairs
+gradients of keys and values, three for that of the queries; the two arrays that move along pairs
 are fetched once a pair, the others once. Windows are not looked at.
 """
 

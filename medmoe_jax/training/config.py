@@ -53,7 +53,7 @@ def recipe() -> ConfigDict:
             # How it is run; none of this changes the result beyond rounding (and, with dropout,
             # which masks the micro-batches draw).
             "run": {
-                # Devices: rows over data, fsdp and expert, their tokens over sequence; one may be -1.
+                # Rows over data, fsdp and expert, their tokens over sequence; one of all may be -1.
                 "mesh": {"data": 1, "fsdp": -1, "expert": 1, "sequence": 1, "tensor": 1},
                 "accumulation": 1,  # micro-batches a step
                 "remat": "full",
