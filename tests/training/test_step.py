@@ -341,7 +341,7 @@ def one_device():
         {"fsdp": 4, "tensor": 2},
         pytest.param({"fsdp": 2, "expert": 2, "tensor": 2}, marks=pytest.mark.slow),
         {"fsdp": 2, "sequence": 2, "tensor": 2},
-        pytest.param({"sequence": 8}, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 4, "sequence": 2}, marks=pytest.mark.slow),
     ],
     ids=lambda sizes: "-".join(f"{axis}{size}" for axis, size in sizes.items()),
 )
