@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from medmoe_jax.base.config import DecoderConfig
+from medmoe_jax.errors import UserError
 
+LANES = 128  # of a TPU's registers: what splash attention's blocks are multiples of
 _CHUNK_SCORES = 2**20  # float32 attention scores of a chunk on one device: 4 MiB
 
 
@@ -105,6 +107,12 @@ def _splash_kernel(heads: int, tokens: int, window: int, softcap: float, shards:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+    if tokens % (shards * LANES):
+        raise UserError(
+            f"data.length: splash attention takes a multiple of {LANES} tokens of a row on each "
+            f"device, and {tokens} over {shards} is none (run.mesh.sequence); with run.attention "
+            "'xla' any length will do"
+        )
     shape = (tokens, tokens)
     one = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
     return splash.make_splash_mha(

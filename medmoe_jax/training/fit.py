@@ -23,6 +23,7 @@ from tqdm import tqdm
 from medmoe_jax.adapters.bank import mixing
 from medmoe_jax.adapters.lifecycle import Roster
 from medmoe_jax.base import trees
+from medmoe_jax.base.attention import LANES
 from medmoe_jax.checkpoints import stages as store
 from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.data.batches import epoch_batches
@@ -48,7 +49,6 @@ from medmoe_jax.training.setup import Setup
 from medmoe_jax.training.step import Objective, micro_batches, nll
 
 SPREAD = 0.5  # standard deviation of the first candidates of CMA-ES around the starting weights
-_LANES = 128  # rows are cut to a multiple of this, which every attention takes
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,7 @@ def _batch(setup: Setup, name: str, rows) -> tuple[dict[str, jax.Array], int]:
             "likely data.length cuts them before their answers begin"
         )
     longest = int((arrays["segment_ids"] > 0).sum(1).max())
-    lanes = math.lcm(_LANES, setup.mesh.shape["sequence"])
+    lanes = LANES * setup.mesh.shape["sequence"]  # rows that every attention takes
     length = min(-(-longest // lanes) * lanes, data.length)
     where = batch_sharding(setup.mesh)
     return {k: jax.device_put(a[:, :length], where) for k, a in arrays.items()}, len(parts)

@@ -276,3 +276,9 @@ def test_splash_is_attention(monkeypatch, spread, softcap):
         assert tree_rel(got[1], want[1]) < 1e-4
         grads.append(want[1])
     assert tree_rel(*grads) > 1e-2
+
+
+@pytest.mark.parametrize(("tokens", "shards"), [(200, 1), (384, 2), (2048, 32)])
+def test_rows_that_splash_cannot_cut(tokens, shards):
+    with pytest.raises(UserError, match=rf"data.length: .* and {tokens} over {shards} is none"):
+        attention._splash_kernel(2, tokens, 0, 0.0, shards)

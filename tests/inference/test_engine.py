@@ -10,9 +10,10 @@ import pytest
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base.config import DecoderConfig
+from medmoe_jax.base.decoder import Execution
 from medmoe_jax.errors import UserError
 from medmoe_jax.inference.engine import Engine, Sampling
-from medmoe_jax.parallel.mesh import make_mesh
+from medmoe_jax.parallel.mesh import batch_sharding, make_mesh
 from tests import naive
 
 CONFIG = DecoderConfig(
@@ -26,8 +27,9 @@ SPECS = (
 )
 ACTIVE = SPECS[:2]
 MESHES = {
-    "one": ({"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}, 1),
-    "eight": ({"data": 2, "fsdp": 2, "expert": 1, "tensor": 2}, 8),
+    "one": ({}, 1),
+    "eight": ({"data": 2, "fsdp": 2, "tensor": 2}, 8),
+    "sequences": ({"fsdp": 2, "sequence": 2, "tensor": 2}, 8),
 }
 
 
@@ -39,15 +41,8 @@ def parameters():
 def make_engine(mesh="one", batch=4, specs=ACTIVE):
     sizes, count = MESHES[mesh]
     mesh = make_mesh(sizes, jax.devices()[:count])
-    base, banks = parameters()
-    return Engine(
-        AdaptedConfig(CONFIG, specs),
-        base,
-        banks,
-        {},
-        make_mesh(sizes, jax.devices()[:count]),
-        batch,
-    )
+    execution = Execution(activations=batch_sharding(mesh, 3))
+    return Engine(AdaptedConfig(CONFIG, specs, execution), *parameters(), {}, mesh, batch)
 
 
 def log_probs(ids, specs=ACTIVE):

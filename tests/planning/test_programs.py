@@ -106,6 +106,11 @@ def test_answering_programs_hold_whole_rows():
         ({"data.global_batch": 12}, "data.global_batch: 12 rows do not divide over 8 devices"),
         ({"run.mesh.data": 3}, "run.mesh"),
         ({"run.mesh.tensor": 8}, "run.mesh.tensor: 8 does not divide the 14 attention heads"),
+        ({"run.mesh.sequence": 3}, "run.mesh"),
+        (
+            {"data.length": 1028, "run.mesh.sequence": 8},
+            "run.mesh.sequence: 8 does not divide the 1028 tokens of a row (data.length)",
+        ),
         ({"base.path": ""}, "base: give either base.path"),
         ({"base.preset": "qwen2-0.5b"}, "base: give either base.path"),
         ({"base.dtype": "float16"}, "base.dtype: 'float16' is none of float32, bfloat16"),

@@ -72,8 +72,8 @@ def test_a_run_that_loses_a_process_and_is_asked_to_stop(tmp_path, config):
 COMMANDS = """
 import os, sys
 from medmoe_jax.cli.main import main
-config, workdir, rows, items, out = sys.argv[1:]
-model = [config, f"--workdir={workdir}"]
+config, workdir, rows, items, out, *mesh = sys.argv[1:]
+model = [config, f"--workdir={workdir}", *mesh]
 status = main(["train", *model, "--config.run.save_every=5"])
 del os.environ["MEDMOE_COORDINATOR"], os.environ["MEDMOE_PROCESSES"], os.environ["MEDMOE_PROCESS"]
 status += main(["score", *model, f"--input={rows}", f"--output={out}/scored.jsonl"])
@@ -87,7 +87,13 @@ sys.exit(status)
 """
 
 
-def test_training_and_every_command_after_it(tmp_path, config):
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, {"fsdp": 1, "sequence": 4, "tensor": 2}],
+    ids=["rows-apart", "rows-shared"],
+)
+def test_training_and_every_command_after_it(tmp_path, config, sizes):
+    """Each process with rows of its own, and both with half of the tokens of every row."""
     _, reference = tiny.trained()
     rows = tiny.write_rows(
         tmp_path / "rows.jsonl",
@@ -101,10 +107,9 @@ def test_training_and_every_command_after_it(tmp_path, config):
         [{"prompt": "aspirin: yes or no, pain?", "answer": "yes", "choices": ["yes", "no"]}],
     )
     two, one = tmp_path / "two", tmp_path / "one"
-    arguments = [str(rows), str(items)]
-    with Several(
-        tmp_path, [[config, f"{tmp_path / 'w'}", *arguments, str(two)]] * 2, ("-c", COMMANDS)
-    ) as both:
+    mesh = [f"--config.run.mesh.{axis}={size}" for axis, size in sizes.items()]
+    command = [config, f"{tmp_path / 'w'}", str(rows), str(items), str(two), *mesh]
+    with Several(tmp_path, [command] * 2, ("-c", COMMANDS)) as both:
         assert both.statuses() == [0, 0], both.printed(0) + both.printed(1)
         assert "3 rows scored" in both.printed(0) and "rows" not in both.printed(1)
     assert_near(tmp_path / "w", reference)
