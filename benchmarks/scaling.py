@@ -79,6 +79,12 @@ def _experts(number: int) -> Case:
     return Case("experts", "ming_moe.py:qwen1.5-1.8b", "v5e:4x4", (*fields, *mesh))
 
 
+def _long(size: str, length: int, rows: int, fsdp: int, sequence: int) -> Case:
+    mesh = (f"run.mesh.fsdp={fsdp}", f"run.mesh.sequence={sequence}")
+    fields = (f"data.length={length}", f"data.global_batch={rows}", *mesh)
+    return _medcare(size, "v5e:4x4", *fields, section="long")
+
+
 CASES = (
     _medcare("14b", "v5e:4x4"),
     _medcare("7b", "v5e:2x4", section="small"),
@@ -96,6 +102,11 @@ CASES = (
         for size in APOLLO
     ),
     _medcare("14b", "v6e:16x16", section="undivided"),
+    _long("1.8b", 8192, rows=4, fsdp=4, sequence=4),
+    _long("1.8b", 32768, rows=1, fsdp=1, sequence=16),
+    _long("1.8b", 32768, rows=16, fsdp=16, sequence=1),
+    _long("14b", 32768, rows=1, fsdp=1, sequence=16),
+    _long("14b", 32768, rows=4, fsdp=4, sequence=4),
 )
 
 

@@ -108,10 +108,10 @@ def _splash_kernel(heads: int, tokens: int, window: int, softcap: float, shards:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     if tokens % (shards * LANES):
+        cut = f" over {shards} devices (run.mesh.sequence)" if shards > 1 else ""
         raise UserError(
             f"data.length: splash attention takes a multiple of {LANES} tokens of a row on each "
-            f"device, and {tokens} over {shards} is none (run.mesh.sequence); with run.attention "
-            "'xla' any length will do"
+            f"device, which {tokens}{cut} is not; with run.attention 'xla' any length will do"
         )
     shape = (tokens, tokens)
     one = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
@@ -138,7 +138,7 @@ def splash_attention(
     Within a packed row, segments are contiguous, so order in the row is order in the segment.
     The compiler cannot partition a kernel: with a sharding of the activations, each device runs
     it on its own rows, on its own queries where a mesh axis `sequence` cuts them (keys and values
-    are those of the whole row), and, where they divide, on its own heads of the axis `tensor`.
+    of the whole row are gathered), and, where they divide, on its own heads of the axis `tensor`.
     """
     mesh = None if activations is None else activations.mesh
     tensor = mesh.shape.get("tensor", 1) if mesh else 1
@@ -149,21 +149,20 @@ def splash_attention(
         _splash_kernel(H, q_BxTxHxh.shape[1], size, config.attn_softcap, shards)
         for size in _windows(config)
     ]
-    run = functools.partial(_local_splash, config)
+    run = functools.partial(_local_splash, config, sequence)
     if mesh is not None:
-        rows = activations.spec[0]
-        own, whole = (PartitionSpec(rows, part, heads, None) for part in (sequence, None))
+        tokens = PartitionSpec(activations.spec[0], sequence)
+        by_head = PartitionSpec(*tokens, heads, None)
         masks = NamedSharding(mesh, PartitionSpec(None, sequence))
-        ids = PartitionSpec(rows, sequence), PartitionSpec(rows, None)
         here = [kernel.manual_sharding_spec(masks) for kernel in kernels]
         run = jax.shard_map(
             run,
             mesh=mesh,
-            in_specs=(here, own, whole, whole, *ids, PartitionSpec()),
-            out_specs=own,
+            in_specs=(here, by_head, by_head, by_head, tokens, PartitionSpec()),
+            out_specs=by_head,
             check_vma=False,
         )
-    return run(kernels, q_BxTxHxh, k_BxTxKxh, v_BxTxKxh, segments_BxT, segments_BxT, window)
+    return run(kernels, q_BxTxHxh, k_BxTxKxh, v_BxTxKxh, segments_BxT, window)
 
 
 def _windows(config: DecoderConfig) -> list[int]:
@@ -173,16 +172,20 @@ def _windows(config: DecoderConfig) -> list[int]:
 
 def _local_splash(
     config: DecoderConfig,
+    sequence: str | None,
     kernels,
     q_BxTxHxh,
-    k_BxSxKxh,
-    v_BxSxKxh,
-    q_segments_BxT,
-    k_segments_BxS,
+    k_BxTxKxh,
+    v_BxTxKxh,
+    segments_BxT,
     window,
 ):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
+    def whole(x):
+        return jax.lax.all_gather(x, sequence, axis=1, tiled=True) if sequence else x
+
+    k_BxSxKxh, v_BxSxKxh, segments_BxS = map(whole, (k_BxTxKxh, v_BxTxKxh, segments_BxT))
     repeat = q_BxTxHxh.shape[2] // k_BxSxKxh.shape[2]
     q, k, v = (
         jnp.swapaxes(x, 1, 2)
@@ -192,7 +195,7 @@ def _local_splash(
             jnp.repeat(v_BxSxKxh, repeat, axis=2),
         )
     )
-    ids = splash.SegmentIds(q_segments_BxT, k_segments_BxS)
+    ids = splash.SegmentIds(segments_BxT, segments_BxS)
 
     def run(kernel):
         return jax.vmap(kernel)(q, k, v, segment_ids=ids)

@@ -248,11 +248,11 @@ def _attention(config, execution, w, x_BxTxD, ids, cache, step, linear):
             for old, new in zip(cache, (k, v), strict=True)
         )
         k, v = (jax.lax.dynamic_index_in_dim(c, step.layer, keepdims=False) for c in cache)
-    k, v = execution.gather_tokens(k), execution.gather_tokens(v)
     if ids.splash:
         sharding, axis = execution.activations, execution.sequence(T)
         out = attention.splash_attention(config, q, k, v, ids.segments, step.window, sharding, axis)
     else:
+        k, v = execution.gather_tokens(k), execution.gather_tokens(v)
         mask = attention.visible(
             ids.segments, ids.positions, ids.k_segments, ids.k_positions, step.window
         )

@@ -4,7 +4,8 @@ Axes: B rows, T tokens, H heads, h head dimension, all of one device.
 Under a causal mask n (n + 1) / 2 of the n² pairs of blocks are visited; of the devices that share a
 row, the one with its end has the most of them. A pair makes two products forward, four for the
 gradients of keys and values, three for that of the queries; the two arrays that move along pairs
-are fetched once a pair, the others once. Windows are not looked at.
+are fetched once a pair, the others once: a device's own queries, and the keys of the whole row.
+Windows are not looked at.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from __future__ import annotations
 from medmoe_jax.planning.hlo import Cost
 
 BLOCK = 128  # queries, and keys, of a block: the kernels' own default
-# Kernel -> products a pair, arrays [T, h] of a head that move once.
+# Kernel -> products a pair; arrays of a head that move once, as long as queries and as keys.
 _KERNELS = {
-    "splash_mha_fwd_segmented_residuals": (2, 2),
-    "splash_mha_fwd_segmented_no_residuals": (2, 2),
-    "splash_mha_dkv_segmented_no_residuals": (4, 4),
-    "splash_mha_dq_segmented_no_residuals": (3, 3),
+    "splash_mha_fwd_segmented_residuals": (2, 2, 0),
+    "splash_mha_fwd_segmented_no_residuals": (2, 2, 0),
+    "splash_mha_dkv_segmented_no_residuals": (4, 0, 4),
+    "splash_mha_dq_segmented_no_residuals": (3, 3, 0),
 }
 
 
@@ -35,7 +36,7 @@ def splash_costs(B: int, T: int, H: int, h: int, itemsize: int, parts: int = 1) 
     return {
         name: Cost(
             B * H * pairs * products * 2 * BLOCK * BLOCK * h,
-            B * H * (pairs * 2 * BLOCK + once * T) * h * itemsize,
+            B * H * (pairs * 2 * BLOCK + queries * T // parts + keys * T) * h * itemsize,
         )
-        for name, (products, once) in _KERNELS.items()
+        for name, (products, queries, keys) in _KERNELS.items()
     }

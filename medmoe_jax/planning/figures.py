@@ -117,7 +117,5 @@ def _splash(setup: Setup, program: Program) -> dict[str, hlo.Cost]:
     cut = tensor if decoder.n_kv_heads % tensor == 0 else 1
     rows = program.rows // batch_shards(setup.mesh)
     itemsize = jnp.dtype(setup.dtype).itemsize
-    sequence = setup.mesh.shape["sequence"]
-    parts = sequence if program.length % sequence == 0 else 1
-    heads = decoder.n_heads // cut
+    heads, parts = decoder.n_heads // cut, setup.mesh.shape["sequence"]
     return splash_costs(rows, program.length, heads, decoder.head_dim, itemsize, parts)

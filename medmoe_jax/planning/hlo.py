@@ -147,23 +147,10 @@ class _Counter:
         self.cost = Cost(0.0, 0.0)
         self.largest = Buffer(0, (), "")
         self.unknown: dict[str, None] = {}
-        # (kind, key) -> (times, once: its traffic, bytes in memory)
-        self.collectives: dict[tuple[str, str], tuple[float, Traffic, int]] = {}
+        self.traffic: dict[str, Traffic] = defaultdict(lambda: Traffic(0, 0, 0, 0))
 
     def counts(self) -> Counts:
-        traffic: dict[str, Traffic] = defaultdict(lambda: Traffic(0, 0, 0, 0))
-        in_memory = 0.0
-        for (kind, _), (times, once, memory) in self.collectives.items():
-            pairs = zip(traffic[kind], once, strict=True)
-            traffic[kind] = Traffic(*(old + times * one for old, one in pairs))
-            in_memory += times * memory
-        return Counts(
-            self.cost.flops,
-            self.cost.bytes + in_memory,
-            dict(traffic),
-            self.largest,
-            tuple(self.unknown),
-        )
+        return Counts(*self.cost, dict(self.traffic), self.largest, tuple(self.unknown))
 
     def run(self, here: Computation, times: float) -> None:
         """Count a computation outside fusions."""
@@ -189,6 +176,10 @@ class _Counter:
 
     def _add(self, flops: float, bytes_: float, times: float) -> None:
         self.cost = Cost(self.cost.flops + times * flops, self.cost.bytes + times * bytes_)
+
+    def _exchange(self, kind: str, once: Traffic, times: float) -> None:
+        pairs = zip(self.traffic[kind], once, strict=True)
+        self.traffic[kind] = Traffic(*(old + times * one for old, one in pairs))
 
     def _see(self, one: Instruction) -> None:
         if one.opcode in _FREE or one.opcode in ("while", "conditional"):
@@ -216,22 +207,14 @@ class _Counter:
         self.run(self.computations[max(tried)[2]], times)
 
     def _collective(self, here: Computation, one: Instruction, times: float) -> None:
-        """A collective; the pieces of one that runs beside products share a channel.
-
-        Such a piece may lie in a loop inside the layer's, so that the least run place decides.
-        """
         results = _results(here, one)
         operands = [a for operand in here.operands(one) for a in operand.arrays]
         larger = max(sum(a.bytes for a in results), sum(a.bytes for a in operands))
-        ici = collectives.within_slice(_kind(one), larger, one.attributes, self.places.devices)
-        memory = _main(results) + _main(operands)
-        channel = re.search(r"channel_id=(\d+)", one.attributes)
-        key = (_kind(one), channel[1] if channel else one.name)
-        if key in self.collectives:
-            pieces = "async_collective_fusion" in here.name
-            old = self.collectives[key][0]
-            times = min(times, old) if pieces else times + old
-        self.collectives[key] = (times, Traffic(1, larger, ici, 0), memory)
+        # Of such a fusion's sums, every device needs a part.
+        kind = "reduce-scatter" if here.name.startswith("all-reduce-scatter") else _kind(one)
+        ici = collectives.within_slice(kind, larger, one.attributes, self.places.devices)
+        self._exchange(kind, Traffic(1, larger, ici, 0), times)
+        self._add(0, _main(results) + _main(operands), times)
 
     def _transfer(self, one: Instruction, times: float) -> None:
         """One end of an exchange with the host; between slices, it is a collective's."""
@@ -239,7 +222,7 @@ class _Counter:
         self._add(0, _main(one.arrays[:1]), times)
         if kind := collectives.between_slices(one.opcode, one.attributes):
             dcn = collectives.received(kind, size, self.places.slices)
-            self.collectives[kind, one.name] = (times, Traffic(1, size, 0, dcn), 0)
+            self._exchange(kind, Traffic(1, size, 0, dcn), times)
 
     def _fusion(self, here: Computation, one: Instruction, times: float) -> None:
         inner = self._inner(one)
@@ -255,10 +238,10 @@ class _Counter:
         for one in inner.instructions.values():
             if one.opcode == "fusion":
                 self._inside(self._inner(one), times)
-            elif _kind(one):
-                self._collective(inner, one, times)
-            else:
+            elif not _kind(one):
                 self._add(_product_flops(inner, one), 0, times)
+            elif not _goes_on(inner):
+                self._collective(inner, one, times)
 
     def _reads(self, inner: Computation, source: Instruction, arrays) -> int:
         """Bytes that a fusion reads of one parameter."""
@@ -329,6 +312,15 @@ def _kind(one: Instruction) -> str:
     """The kind of a collective, or ""; its asynchronous end is none."""
     kind = one.opcode.removesuffix("-start")
     return kind if kind in COLLECTIVES else ""
+
+
+def _goes_on(inner: Computation) -> bool:
+    """Whether a fusion holds a later piece of a collective that runs beside products.
+
+    Every piece names the whole of it; one fusion starts it (`AsyncCollectiveStart`).
+    """
+    ends = any("AsyncCollectiveDone" in one.attributes for one in inner.instructions.values())
+    return ends or inner.name.startswith("async_collective_fusion")
 
 
 def _main(arrays) -> int:

@@ -246,3 +246,64 @@ def test_what_slices_exchange(slices):
     dcn = 2 * size * (slices - 1) / slices
     assert counts.collectives == {"all-reduce": hlo.Traffic(1, size, 0, dcn)}
     assert counts.bytes == 2 * size  # read to be sent, written when received
+
+
+PIECES = """HloModule jit_f, num_partitions=4
+
+%start (p: f32[64]) -> (f32[64], f32[256]) {
+  %p = f32[64]{0} parameter(0)
+  %all-gather.1 = f32[256]{0} all-gather(%p), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %begun = (f32[64]{0}, f32[256]{0}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.7 (p: f32[64], w: f32[256]) -> (f32[64], f32[256]) {
+  %p = f32[64]{0} parameter(0)
+  %w = f32[256]{0} parameter(1)
+  %all-gather.2 = f32[256]{0} all-gather(%p), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %both = (f32[64]{0}, f32[256]{0}) tuple(%p, %all-gather.2)
+}
+
+%done (p: f32[64], w: f32[256]) -> f32[256] {
+  %p = f32[64]{0} parameter(0)
+  %w = f32[256]{0} parameter(1)
+  %all-gather.3 = f32[256]{0} all-gather(%p), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %ended = f32[256]{0} custom-call(%p, %w, %all-gather.3), custom_call_target="AsyncCollectiveDone"
+}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%all-reduce-scatter.4 (q: f32[256]) -> f32[64] {
+  %q = f32[256]{0} parameter(0)
+  %all-reduce.9 = f32[256]{0} all-reduce(%q), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  %zero = s32[] constant(0)
+  ROOT %own = f32[64]{0} dynamic-slice(%all-reduce.9, %zero), dynamic_slice_sizes={64}
+}
+
+ENTRY %main (x: f32[64], y: f32[8]) -> f32[64] {
+  %x = f32[64]{0} parameter(0)
+  %y = f32[8]{0} parameter(1)
+  %async-collective-start = (f32[64]{0}, f32[256]{0}) fusion(%x), kind=kCustom, calls=%start
+  %x.1 = f32[64]{0} get-tuple-element(%async-collective-start), index=0
+  %w.1 = f32[256]{0} get-tuple-element(%async-collective-start), index=1
+  %fusion.7 = (f32[64]{0}, f32[256]{0}) fusion(%x.1, %w.1), kind=kOutput, calls=%async_collective_fusion.7
+  %x.2 = f32[64]{0} get-tuple-element(%fusion.7), index=0
+  %w.2 = f32[256]{0} get-tuple-element(%fusion.7), index=1
+  %async-collective-done = f32[256]{0} fusion(%x.2, %w.2), kind=kCustom, calls=%done
+  %all-reduce.5 = f32[8]{0} all-reduce(%y), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  %all-reduce.6 = f32[64]{0} all-reduce(%x), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %part = f32[64]{0} fusion(%async-collective-done), kind=kCustom, calls=%all-reduce-scatter.4
+}
+"""  # noqa: E501
+
+
+def test_collectives_in_pieces_and_others_of_the_same_channel():
+    """A gather in three fusions is one; two sums are two; a sum of which a part is used is less."""
+    assert hlo.count(PIECES).collectives == {
+        "all-gather": hlo.Traffic(1, 1024, 1024 * 3 / 4, 0),
+        "all-reduce": hlo.Traffic(2, 288, 2 * 288 * 3 / 4, 0),
+        "reduce-scatter": hlo.Traffic(1, 1024, 1024 * 3 / 4, 0),
+    }

@@ -101,3 +101,13 @@ def test_attention_kernels():
     assert costs["splash_mha_fwd_segmented_residuals"] == (2 * product, 2 * row + moved)
     assert costs["splash_mha_dkv_segmented_no_residuals"] == (4 * product, 4 * row + moved)
     assert costs["splash_mha_dq_segmented_no_residuals"] == (3 * product, 3 * row + moved)
+
+
+def test_attention_kernels_of_a_device_with_the_end_of_a_row():
+    """Two of four blocks of queries: three and four pairs; keys and their gradients are whole."""
+    costs = splash_costs(1, 512, 1, 64, 2, parts=2)
+    product, own, row = 7 * 2 * 128 * 128 * 64, 256 * 64 * 2, 512 * 64 * 2
+    moved = 7 * 2 * 128 * 64 * 2
+    assert costs["splash_mha_fwd_segmented_residuals"] == (2 * product, 2 * own + moved)
+    assert costs["splash_mha_dkv_segmented_no_residuals"] == (4 * product, 4 * row + moved)
+    assert costs["splash_mha_dq_segmented_no_residuals"] == (3 * product, 3 * own + moved)
