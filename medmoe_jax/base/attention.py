@@ -16,8 +16,21 @@ from jax.sharding import NamedSharding, PartitionSpec
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.errors import UserError
 
-LANES = 128  # of a TPU's registers: what splash attention's blocks are multiples of
+_BLOCK = 128  # tokens: what splash attention's blocks are multiples of
 _CHUNK_SCORES = 2**20  # float32 attention scores of a chunk on one device: 4 MiB
+
+
+def row_slots(tokens: int, shards: int, limit: int | None) -> int:
+    """Slots for a row of so many tokens, as many as every attention takes, or the limit if less.
+
+    Args:
+      tokens: of the longest row.
+      shards: devices that share a row.
+      limit: None = none.
+    """
+    block = shards * _BLOCK
+    slots = -(-tokens // block) * block
+    return slots if limit is None else min(slots, limit)
 
 
 def visible(q_segments_BxT, q_positions_BxT, k_segments_BxS, k_positions_BxS, window):
@@ -107,10 +120,10 @@ def _splash_kernel(heads: int, tokens: int, window: int, softcap: float, shards:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    if tokens % (shards * LANES):
+    if tokens % (shards * _BLOCK):
         cut = f" over {shards} devices (run.mesh.sequence)" if shards > 1 else ""
         raise UserError(
-            f"data.length: splash attention takes a multiple of {LANES} tokens of a row on each "
+            f"data.length: splash attention takes a multiple of {_BLOCK} tokens of a row on each "
             f"device, which {tokens}{cut} is not; with run.attention 'xla' any length will do"
         )
     shape = (tokens, tokens)

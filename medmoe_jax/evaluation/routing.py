@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from medmoe_jax.adapters import model as adapted
 from medmoe_jax.adapters.bank import BankSpec, mixing
 from medmoe_jax.adapters.model import AdaptedConfig
+from medmoe_jax.base.attention import row_slots
 from medmoe_jax.checkpoints.processes import to_host
 from medmoe_jax.data.batches import Batch, epoch_batches
 from medmoe_jax.data.encode import Encoder
@@ -29,8 +30,6 @@ from medmoe_jax.parallel.mesh import batch_sharding, batch_shards
 from medmoe_jax.routing import telemetry
 from medmoe_jax.routing.languages import Languages
 from medmoe_jax.routing.routers import RouterStats
-
-_STEP = 64  # lengths of rows are rounded up to a multiple of it
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,8 @@ def measure(
         raise UserError("there is no row to analyse")
     shards = batch_shards(mesh)
     rows = -(-batch // shards) * shards
-    length = _length(texts, encoder)
+    longest = max(len(encoder(row).codes) for one in texts for row in one.rows)
+    length = row_slots(longest, mesh.shape["sequence"], encoder.length)
     sums = [
         _total(model, base, banks, mesh, _batches(one.rows, encoder, length, rows)) for one in texts
     ]
@@ -175,13 +175,6 @@ def measure(
 
 def _fits(bank: BankSpec, languages: Languages | None) -> bool:
     return languages is not None and len(languages.experts) == bank.experts
-
-
-def _length(texts: Sequence[Texts], encoder: Encoder) -> int:
-    """Slots for the longest row."""
-    longest = max(len(encoder(row).codes) for one in texts for row in one.rows)
-    rounded = -(-longest // _STEP) * _STEP
-    return rounded if encoder.length is None else min(encoder.length, rounded)
 
 
 def _batches(rows: Sequence[dict], encoder: Encoder, length: int, batch: int) -> Iterable[Batch]:

@@ -119,7 +119,8 @@ def search(
     if not known:
         raise UserError(
             f"data.global_batch: {config.data.global_batch} rows divide over no mesh of "
-            f"{len(topology.devices)} chips with run.mesh.expert {config.run.mesh.expert}"
+            f"{len(topology.devices)} chips with run.mesh.expert {config.run.mesh.expert} and "
+            f"run.mesh.sequence {config.run.mesh.sequence}"
         )
     possible = sorted((c for c in known if known[c].gib < limit), key=lambda c: known[c].seconds)
     report(f"{len(known)} candidates; {len(known) - len(possible)} need more than {limit} GiB")
@@ -155,11 +156,19 @@ def candidates(config: ConfigDict, topology: Topology) -> Iterator[Candidate]:
     """Every mesh, number of micro-batches and rematerialisation that the recipe can be run with.
 
     A mesh divides the chips, the slices, the attention heads and the global batch.
+
+    Raises:
+      UserError: the recipe's axes `expert` and `sequence` do not divide the chips.
     """
     decoder = programs.open_shapes(config.base).config
     chips, rows = len(topology.devices), config.data.global_batch
     slices = len(set(map(slice_of, topology.devices)))
-    expert, sequence = (max(config.run.mesh[axis], 1) for axis in ("expert", "sequence"))
+    expert, sequence = config.run.mesh.expert, config.run.mesh.sequence
+    if min(expert, sequence) < 1 or chips % (expert * sequence):
+        raise UserError(
+            f"run.mesh: the search keeps expert {expert} and sequence {sequence}; they have to be "
+            f"at least 1, and their product to divide the {chips} chips"
+        )
     free = chips // expert // sequence
     for tensor in _divisors(free):
         if decoder.n_heads % tensor or decoder.n_kv_heads % tensor:

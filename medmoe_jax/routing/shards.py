@@ -2,7 +2,7 @@
 
 Axes: B batch, T tokens.
 The compiler cannot cut up a kernel, and would sort across devices what each can sort by itself. So
-both run on the rows that a device has, and on the mesh axis `tensor` on its part of what is wide.
+both run on the tokens that a device has, and on the mesh axis `tensor` on its part of what is wide.
 """
 
 from __future__ import annotations

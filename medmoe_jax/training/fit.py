@@ -23,7 +23,7 @@ from tqdm import tqdm
 from medmoe_jax.adapters.bank import mixing
 from medmoe_jax.adapters.lifecycle import Roster
 from medmoe_jax.base import trees
-from medmoe_jax.base.attention import LANES
+from medmoe_jax.base.attention import row_slots
 from medmoe_jax.checkpoints import stages as store
 from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.data.batches import epoch_batches
@@ -274,8 +274,7 @@ def _batch(setup: Setup, name: str, rows) -> tuple[dict[str, jax.Array], int]:
             "likely data.length cuts them before their answers begin"
         )
     longest = int((arrays["segment_ids"] > 0).sum(1).max())
-    lanes = LANES * setup.mesh.shape["sequence"]  # rows that every attention takes
-    length = min(-(-longest // lanes) * lanes, data.length)
+    length = row_slots(longest, setup.mesh.shape["sequence"], data.length)
     where = batch_sharding(setup.mesh)
     return {k: jax.device_put(a[:, :length], where) for k, a in arrays.items()}, len(parts)
 

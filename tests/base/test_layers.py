@@ -283,3 +283,11 @@ def test_rows_that_splash_cannot_cut(tokens, shards):
     cut = rf" over {shards} devices \(run\.mesh\.sequence\)" if shards > 1 else ""
     with pytest.raises(UserError, match=rf"data\.length: .* which {tokens}{cut} is not"):
         attention._splash_kernel(2, tokens, 0, 0.0, shards)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "limit", "want"),
+    [(1, None, 256), (256, 4096, 256), (257, 4096, 512), (257, 500, 500), (600, 500, 500)],
+)
+def test_slots_of_a_row_that_two_devices_share(tokens, limit, want):
+    assert attention.row_slots(tokens, 2, limit) == want

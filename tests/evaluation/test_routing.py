@@ -2,6 +2,7 @@
 
 import collections
 import json
+import math
 
 import jax
 import numpy as np
@@ -9,12 +10,13 @@ import pytest
 
 from medmoe_jax.adapters.bank import BankSpec, mixing
 from medmoe_jax.adapters.model import AdaptedConfig
+from medmoe_jax.base.decoder import Execution
 from medmoe_jax.data.encode import Encoder
 from medmoe_jax.data.rows import parse_row
 from medmoe_jax.data.templates import TEMPLATES
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import routing, routing_report
-from medmoe_jax.parallel.mesh import make_mesh
+from medmoe_jax.parallel.mesh import batch_sharding, make_mesh
 from medmoe_jax.routing.languages import Languages
 from tests import naive, tiny
 
@@ -51,17 +53,16 @@ def texts():
     return routing.by_language([(r, CODES[n % 5]) for n, r in enumerate(rows)], TABLE)
 
 
-def measured(parameters, encoder, devices, batch):
-    base, banks = parameters
-    mesh = make_mesh(dict.fromkeys(("data", "expert", "tensor"), 1) | {"fsdp": -1}, devices)
-    return routing.measure(
-        AdaptedConfig(CONFIG, SPECS), base, banks, mesh, texts(), encoder, batch, TABLE
-    )
+def measured(parameters, encoder, batch, **sizes):
+    mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+    execution = Execution(activations=batch_sharding(mesh, 3))
+    config = AdaptedConfig(CONFIG, SPECS, execution)
+    return routing.measure(config, *parameters, mesh, texts(), encoder, batch, TABLE)
 
 
 @pytest.fixture(scope="module")
 def gates(parameters, encoder):
-    return measured(parameters, encoder, jax.devices()[:1], 1)
+    return measured(parameters, encoder, 1, fsdp=1)
 
 
 def counted(parameters, encoder):
@@ -112,9 +113,9 @@ def test_counts_are_those_of_loops(gates, parameters, encoder):
     assert gates[0].divergence_N.min() > 1e-3 and (gates[0].use_GxNxE > 0).any(axis=0).all()
 
 
-@pytest.mark.parametrize(("devices", "batch"), [(1, 8), (8, 8)])
-def test_any_batch_size_gives_the_same_table(devices, batch, gates, parameters, encoder):
-    others = measured(parameters, encoder, jax.devices()[:devices], batch)
+@pytest.mark.parametrize("sizes", [{"fsdp": 1}, {"fsdp": 8}, {"fsdp": 2, "sequence": 4}])
+def test_any_batch_size_and_mesh_gives_the_same_table(sizes, gates, parameters, encoder):
+    others = measured(parameters, encoder, 8, **sizes)
     for one, other in zip(gates, others, strict=True):
         assert np.array_equal(one.use_GxNxE, other.use_GxNxE)
         assert np.array_equal(one.tokens_G, other.tokens_G)

@@ -120,6 +120,14 @@ def test_a_search_compiles_what_may_win(monkeypatch):
     assert result.too_slow > 0
 
 
+@pytest.mark.parametrize("sizes", [{"sequence": -1}, {"sequence": 3}, {"expert": 4, "sequence": 4}])
+def test_axes_that_stay_have_to_divide_the_chips(sizes):
+    config = config_of(rows=8)
+    config.run.mesh.update(sizes)
+    with pytest.raises(UserError, match=r"the search keeps expert \d and sequence .* the 8 chips"):
+        search.search(config, HERE, "", 1)
+
+
 def test_rows_that_no_mesh_divides():
     config = config_of(rows=3)
     config.run.mesh.expert = 2

@@ -121,6 +121,9 @@ def expected():
         # The twins: eight devices that interpret would wait for each other's threads.
         ("xla", {"fsdp": 4, "tensor": 2}),
         ("xla", {"data": 2, "expert": 2, "tensor": 2}),
+        ("interpret", {"sequence": 2, "tensor": 2}),
+        ("xla", {"fsdp": 2, "sequence": 2, "tensor": 2}),
+        ("xla", {"fsdp": 2, "sequence": 4}),  # 4 does not divide the 6 tokens: they stay together
     ],
     ids=lambda value: value if isinstance(value, str) else "x".join(value) or "one",
 )

@@ -145,12 +145,20 @@ def naive_loss(setup, workdir, rows, weights, penalty):
     return total / count + penalty * np.abs(weights).mean()
 
 
-MESHES = {"data8": {"data": 8}, "fsdp4-tensor2": {"fsdp": 4, "tensor": 2}}
+MESHES = {
+    "data8": {"data": 8},
+    "fsdp4-tensor2": {"fsdp": 4, "tensor": 2},
+    "fsdp4-sequence2": {"fsdp": 4, "sequence": 2},
+}
 
 
 @pytest.mark.parametrize(
     ("method", "gate", "mesh"),
-    [("gradient", "per_layer", "fsdp4-tensor2"), ("cma", "global", "data8")],
+    [
+        ("gradient", "per_layer", "fsdp4-tensor2"),
+        ("gradient", "per_layer", "fsdp4-sequence2"),
+        ("cma", "global", "data8"),
+    ],
 )
 def test_what_a_fit_reports_is_the_loss_of_the_weighted_skills(method, gate, mesh, workdir, rows):
     config = skills.config(gate)
