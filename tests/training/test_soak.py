@@ -51,7 +51,8 @@ def test_killed_at_random_moments(tmp_path):
     with run("undisturbed") as both:
         both.wait_for(lambda: several.lines(metrics))
         start = time.monotonic() - began
-        assert both.statuses() == [0, 0], both.printed(0)[-3000:] + both.printed(1)[-3000:]
+        statuses = both.statuses(timeout=240 + 30 * KILLS)
+        assert statuses == [0, 0], both.printed(0)[-3000:] + both.printed(1)[-3000:]
     draw = random.Random(0)
     directory, metrics = stage("killed")
 
@@ -72,7 +73,8 @@ def test_killed_at_random_moments(tmp_path):
             assert all(statuses) and all(statuses[v] == -signal.SIGKILL for v in victims)
             assert not (directory / "manifest.json").exists()
     with run("killed") as both:
-        assert both.statuses() == [0, 0], both.printed(0)[-3000:] + both.printed(1)[-3000:]
+        statuses = both.statuses(timeout=240 + 30 * KILLS)
+        assert statuses == [0, 0], both.printed(0)[-3000:] + both.printed(1)[-3000:]
     ends = directory, ended
     curves = [[[row[k] for k in CURVE] for row in read_metrics(e / "metrics.jsonl")] for e in ends]
     assert curves[0] == curves[1] and len(curves[0]) == STEPS
