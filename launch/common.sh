@@ -65,13 +65,29 @@ each() {
   return "$failed"
 }
 
+# For a worker, before worker.sh is there: its folder, private, and made by this launcher.
+# shellcheck disable=SC2016
+CLAIM='{ test -e "$1/.tpu_run" || { mkdir -p "$(dirname "$1")" && mkdir "$1" && touch "$1/.tpu_run"; }; } && chmod 700 "$1" && rm -f "$1/env"'
+
+# What a launcher that was killed has left on this machine.
+sweep() {
+  local scratch process
+  for scratch in "${TMPDIR:-/tmp}"/tpu_run.[0-9]*.*; do
+    process=${scratch##*/tpu_run.}
+    process=${process%%.*}
+    if [[ -d $scratch && -O $scratch && ! -L $scratch ]] && ! kill -0 "$process" 2>/dev/null; then
+      rm -rf -- "$scratch"
+    fi
+  done
+}
+
 # The tracked files as they are now, uncommitted changes too, as FILE ('' for none); sets CODE to
 # the hash of their content. Git's objects are made beside the repository, which stays as it was.
 pack_code() {
   local scratch changes
   git -C "$ROOT" rev-parse HEAD >/dev/null ||
     fail "$ROOT must be a git checkout: its tracked files are sent"
-  scratch=$(mktemp -d)
+  scratch=$(mktemp -d "${TMPDIR:-/tmp}/tpu_run.$$.XXXXXX")
   CODE=$(
     cd "$ROOT" || exit
     objects=$(git rev-parse --path-format=absolute --git-path objects)
@@ -92,7 +108,7 @@ pack_code() {
 # Code and worker.sh on every worker, by backend_copy FILE..., and installed there; fails where a
 # worker could not do its part.
 ship_to_workers() {
-  local files=("$FLAG_LOGS/ship/code.tar.gz" "$LAUNCH/worker.sh")
+  local files=("$FLAG_LOGS/ship/code.tar.gz" "$LAUNCH/worker.sh") code=0
   if dry; then
     pack_code ''
     note "pack the tracked files of $ROOT into ${files[0]}: code $CODE"
@@ -105,8 +121,18 @@ ship_to_workers() {
     files+=("$FLAG_LOGS/ship/env")
     perform ln -sfn "$(realpath "$FLAG_ENV_FILE")" "$FLAG_LOGS/ship/env"
   fi
-  each backend_on mkdir -p -m 700 "$WORKER_DIR" && backend_copy "${files[@]}" &&
-    each worker install "$CODE" "$FLAG_PYTHON" "$FLAG_PACKAGES" "$FLAG_SETUP"
+  each backend_on sh -c "$CLAIM" sh "$WORKER_DIR" || {
+    say "--dir=$WORKER_DIR cannot be made, or is there and was not made by this launcher: give another"
+    return 1
+  }
+  if [[ -n $FLAG_ENV_FILE ]]; then
+    # A copy keeps the mode of a file that is there.
+    each backend_on install -m 600 /dev/null "$WORKER_DIR/env" || return
+  fi
+  backend_copy "${files[@]}" &&
+    each worker install "$CODE" "$FLAG_PYTHON" "$FLAG_PACKAGES" "$FLAG_SETUP" || code=$?
+  if [[ -n $FLAG_ENV_FILE ]]; then each backend_on rm -f "$WORKER_DIR/env" || code=$?; fi
+  return "$code"
 }
 
 # The value of --workdir among the arguments of medmoe, '' where there is none.

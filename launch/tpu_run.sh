@@ -101,7 +101,7 @@ read_command_line() {
       --) ARGUMENTS=("${@:2}") && return ;;
       -h | --help) usage && exit ;;
       --*)
-        [[ $FLAGS == "$flag|"* || $FLAGS == *$'\n'"$flag|"* ]] ||
+        [[ $flag =~ ^[a-z-]+$ && $'\n'$FLAGS == *$'\n'"$flag|"* ]] ||
           fail "unknown flag --$flag; --help lists them (arguments of medmoe come after --)"
         [[ $1 == *=* || $SWITCHES == *" $flag "* ]] || fail "--$flag needs a value: --$flag=VALUE"
         if [[ $1 == *=* ]]; then set_flag "$flag" "${1#*=}"; else set_flag "$flag" yes; fi
@@ -125,8 +125,10 @@ check_flags() {
   [[ $FLAG_BACKEND =~ ^(tpu|ssh|local)$ ]] || fail "--backend=$FLAG_BACKEND: tpu, ssh or local"
   [[ $FLAG_NAME =~ ^[a-z][a-z0-9-]*$ ]] ||
     fail "--name=$FLAG_NAME: lower-case letters, digits and hyphens, a letter first"
-  [[ $FLAG_DIR =~ ^[A-Za-z0-9_.][A-Za-z0-9_./-]*$ ]] ||
-    fail "--dir=$FLAG_DIR: a folder below the home folder, of letters, digits and any of _ . / -"
+  local part='[A-Za-z0-9_][A-Za-z0-9_.-]*'
+  [[ $FLAG_DIR =~ ^$part(/$part)*$ ]] ||
+    fail "--dir=$FLAG_DIR: a folder below the home folder; its names begin with a letter, a digit or" \
+      "_, and consist of these and of . and -"
   [[ -z $FLAG_ENV_FILE || -r $FLAG_ENV_FILE ]] || fail "--env-file=$FLAG_ENV_FILE cannot be read"
   if [[ $VERB == run || $VERB == resume ]]; then
     ((${#ARGUMENTS[@]})) ||
@@ -138,8 +140,10 @@ VERB='' SWITCHES='' ARGUMENTS=()
 read_defaults
 read_command_line "$@"
 [[ -n $VERB ]] || { usage >&2 && exit 1; }
-grep -q "^$VERB " <<<"$VERBS" || fail "unknown verb '$VERB'; --help lists them"
+[[ $VERB =~ ^[a-z]+$ && $'\n'$VERBS == *$'\n'"$VERB "* ]] ||
+  fail "unknown verb '$VERB'; --help lists them"
 check_flags
+dry || sweep
 
 # shellcheck source=backends/tpu.sh
 source "$LAUNCH/backends/$FLAG_BACKEND.sh"

@@ -111,6 +111,8 @@ watch_job() {
     return
   fi
   mkdir -p "$FLAG_LOGS"
+  end_orphans
+  born "$$" >"$FLAG_LOGS/followers.$$"
   for number in "${!WORKERS[@]}"; do
     title="== worker $number, $(date '+%F %T'): medmoe $(quote "${ARGUMENTS[@]}")"
     echo "$title" >>"$FLAG_LOGS/worker-$number.log"
@@ -118,6 +120,7 @@ watch_job() {
     attach "$number" </dev/null &
     set +m
     ATTACHED[$!]=$number
+    born "$!" >>"$FLAG_LOGS/followers.$$"
   done
   while ((${#ATTACHED[@]} && code == 0)); do
     wait -n -p process "${!ATTACHED[@]}" || code=$?
@@ -129,6 +132,27 @@ watch_job() {
     stop_others || code=$LOST
   fi
   return "$code"
+}
+
+# A process's number and when it began: together they name no other process.
+born() { echo "$1 $(ps -o lstart= -p "$1")"; }
+
+# End what follows workers for a launcher that was killed: it would write every line twice.
+end_orphans() {
+  local file process began
+  for file in "$FLAG_LOGS"/followers.*; do
+    [[ -e $file ]] || continue
+    {
+      read -r process began
+      if [[ "$(born "$process")" == "$process $began" ]]; then continue; fi
+      while read -r process began; do
+        if [[ "$(born "$process")" == "$process $began" ]]; then
+          kill -- "-$process" 2>/dev/null || true
+        fi
+      done
+    } <"$file"
+    rm -f "$file"
+  done
 }
 
 # Stop the workers that are still followed; fails when one of them cannot be reached.
@@ -158,6 +182,7 @@ leave() {
   local process
   for process in "${!ATTACHED[@]}"; do kill -- "-$process" 2>/dev/null || true; done
   ATTACHED=()
+  rm -f "$FLAG_LOGS/followers.$$"
 }
 
 # One start of the job; returns its status.

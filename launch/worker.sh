@@ -5,9 +5,11 @@
 #   worker.sh VERB DIR NUMBER ...
 #
 #   DIR/code/HASH/       the code and its .venv; DIR/current points at the one in use
-#   DIR/env              variables for medmoe, where there are any
 #   DIR/worker-NUMBER/   the job: command, log, pid (medmoe), group (all its processes), lock (held
-#                        while one of them lives), stopped (it was asked to end), status (its end)
+#                        while one of them lives), stopped (it was asked to end), status (its end),
+#                        env (variables for medmoe; gone when the job ends)
+#
+# Every folder that the launcher makes holds a file .tpu_run, and it removes none without it.
 #
 # TPU_RUN_DEVICE_FILES holds the patterns of device files that only one job may have open.
 # shellcheck disable=SC2329  # main calls the verbs by their names
@@ -20,19 +22,36 @@ fail() {
   exit 11
 }
 
+# A folder of this launcher's, made where it is not there.
+make_own() { # FOLDER
+  if [[ ! -e $1 ]]; then
+    mkdir -p "$1" && chmod 700 "$1" && touch "$1/.tpu_run"
+  fi
+  [[ -e $1/.tpu_run && ! -L $1 ]] || fail "$1 was not made by this launcher: move it away"
+}
+
+remove_own() { # FOLDER
+  [[ -e $1 || -L $1 ]] || return 0
+  make_own "$1"
+  rm -rf -- "$1"
+}
+
 # The lock goes when the last process of the job is gone, however it went.
 running() { [[ -e $job/lock ]] && ! flock --nonblock "$job/lock" true; }
 
 install() { # HASH PYTHON PACKAGES SETUP
   local code=$dir/code/$1 uv=$dir/uv/bin/uv packages
+  take_environment
   [[ -z $4 ]] || bash -c "$4" || fail "--setup ended with status $?"
   exec 8>"$dir/install.lock"
   flock 8 # workers may share their home folder
   if [[ ! -e $code/.installed ]]; then
     ! running || fail "a job of other code is running here: stop it first"
-    rm -rf "$dir/code" # an environment takes gigabytes: only one is kept
-    mkdir -p "$code"
+    remove_own "$dir/code" # an environment takes gigabytes: only one is kept
+    make_own "$dir/code"
+    mkdir "$code"
     tar --extract --gzip --file="$dir/code.tar.gz" --directory="$code"
+    make_own "$dir/uv"
     [[ -x $uv ]] || python3 -m pip install --quiet --target="$dir/uv" uv
     uv=$(realpath "$uv")
     read -ra packages <<<"$3"
@@ -45,6 +64,13 @@ install() { # HASH PYTHON PACKAGES SETUP
     say "installed code $1"
   fi
   ln -sfn "code/$1" "$dir/current"
+}
+
+# The variables that were sent become this worker's own; its folder may be that of others, too.
+take_environment() {
+  make_own "$job"
+  rm -f "$job/env"
+  if [[ -e $dir/env ]]; then (umask 077 && cat "$dir/env" >"$job/env"); fi
 }
 
 # A TPU serves one process; where one of an earlier job still has it, libtpu's error hides that.
@@ -69,7 +95,7 @@ start() { # VARIABLE=VALUE ... -- ARGUMENTS
     shift
   done
   shift
-  mkdir -p "$job"
+  make_own "$job"
   if running; then
     [[ $(cat "$job/command") == "${*@Q}" ]] ||
       fail "another job is running here: medmoe $(cat "$job/command"); stop it first"
@@ -97,6 +123,7 @@ keep() { # VARIABLE=VALUE ... -- ARGUMENTS
   flock --nonblock 9
   echo "$$" >"$job/group"
   (run_medmoe "${@:2}") >"$job/log" 2>&1 || code=$?
+  rm -f "$job/env"
   if [[ -e $job/stopped ]]; then code=130; fi
   echo "$code" >"$job/status.new"
   mv "$job/status.new" "$job/status"
@@ -106,10 +133,10 @@ keep() { # VARIABLE=VALUE ... -- ARGUMENTS
 # Becomes medmoe, in the code where it was sent, here otherwise; knows `environment` of keep.
 run_medmoe() {
   echo "$BASHPID" >"$job/pid"
-  if [[ -e $dir/env ]]; then
+  if [[ -e $job/env ]]; then
     set -a
     # shellcheck source=/dev/null
-    . "$dir/env" || exit
+    . "$job/env" || exit
     set +a
   fi
   if [[ -e $dir/current ]]; then
@@ -156,7 +183,10 @@ log() { # LINES FOLLOW
 }
 
 stop() { # GRACE
-  running || return 0
+  if ! running; then
+    rm -f "$job/env" # of a job that was killed with its parent
+    return
+  fi
   touch "$job/stopped"
   kill -TERM "$(cat "$job/pid")" 2>/dev/null || true # its children are medmoe's own to end
   for ((tenths = 0; tenths < $1 * 10; tenths++)); do
@@ -166,6 +196,7 @@ stop() { # GRACE
   say "the job did not end within $1 s: killed"
   kill -KILL -- "-$(cat "$job/group")"
   while running; do sleep 0.1; done
+  rm -f "$job/env"
 }
 
 # One line that changes with every checkpoint and every finished stage of a work directory.
@@ -178,18 +209,27 @@ saved() { # WORKDIR
 
 remove() {
   ! running || fail "the job is still running"
-  rm -rf "$job"
-  # What `install` and the copies before it left; nothing on a machine where nothing was installed.
-  if [[ -L $dir/current ]]; then
-    rm -rf "${dir:?}"/{code,uv,current,env,code.tar.gz,install.lock,worker.sh}
+  remove_own "$job"
+  # What `install` and the copies before it left.
+  if [[ -e $dir/.tpu_run ]]; then
+    remove_own "$dir/code"
+    remove_own "$dir/uv"
+    rm -f "${dir:?}"/{current,env,code.tar.gz,install.lock,worker.sh}
+    # The marker stays while another worker's folder does.
+    if [[ -z $(find "$dir" -mindepth 1 ! -name .tpu_run -print -quit) ]]; then
+      rm -f "$dir/.tpu_run"
+    fi
   fi
-  rmdir --ignore-fail-on-non-empty "$dir"
+  if [[ -d $dir ]]; then rmdir --ignore-fail-on-non-empty "$dir"; fi
 }
 
 main() {
   local verb=$1
   dir=$2 number=$3 job=$2/worker-$3
-  "$verb" "${@:4}"
+  case $verb in
+    install | start | keep | attach | status | log | stop | saved | remove) "$verb" "${@:4}" ;;
+    *) fail "unknown verb '$verb'" ;;
+  esac
 }
 
 # On one line, which bash reads whole: this file may be replaced while a job runs.

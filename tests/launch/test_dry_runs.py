@@ -39,6 +39,11 @@ def on_both(command: str) -> list[str]:
     return [on(worker, command.replace("@", str(worker))) for worker in (0, 1)]
 
 
+CLAIM = (
+    r"sh -c '\''{ test -e "
+    r""""$1/.tpu_run" || { mkdir -p "$(dirname "$1")" && mkdir "$1" && touch "$1/.tpu_run"; }; }"""
+    r""" && chmod 700 "$1" && rm -f "$1/env"'\'' sh medmoe-run"""
+)
 PACK = "# pack the tracked files of ROOT into runs/launch/ship/code.tar.gz: code HASH"
 INSTALL = r"bash medmoe-run/worker.sh install medmoe-run @ HASH 3.12 '\''-e .[tpu]'\'' '\'''\''"
 START = (
@@ -47,7 +52,7 @@ START = (
 )
 RUN = [
     PACK,
-    *on_both("'--command=mkdir -p -m 700 medmoe-run'"),
+    *on_both(f"'--command={CLAIM}'"),
     "gcloud compute tpus tpu-vm scp runs/launch/ship/code.tar.gz ROOT/launch/worker.sh"
     " med:medmoe-run/ --worker=all --zone=z",
     *on_both(f"'--command={INSTALL}'"),
@@ -213,6 +218,11 @@ def test_secrets_stay_in_their_file(plan, tmp_path):
     assert f"ln -sfn {tmp_path}/tokens runs/launch/ship/env" in lines
     (copy,) = [line for line in lines if " scp " in line]
     assert " runs/launch/ship/env med:medmoe-run/ " in copy
+    # Private before anything is in it, and gone as soon as every worker has its own.
+    private = on_both("'--command=install -m 600 /dev/null medmoe-run/env'")
+    gone = on_both("'--command=rm -f medmoe-run/env'")
+    at = [lines.index(one) for one in (private[1], copy, on_both(f"'--command={INSTALL}'")[0])]
+    assert at == sorted(at) and lines[-2:] == gone
     assert not any("hunter2" in line for line in lines)
 
 
@@ -233,7 +243,7 @@ def test_ssh(plan):
     create = ssh("true")
     ship = [
         PACK,
-        *ssh("'mkdir -p -m 700 medmoe-run'"),
+        *ssh(f"'{CLAIM}'"),
         *[
             f"scp -q {OPTIONS} runs/launch/ship/code.tar.gz ROOT/launch/worker.sh"
             f" {host}:medmoe-run/"

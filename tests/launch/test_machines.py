@@ -6,6 +6,7 @@ A stub machine is a folder that serves as its home: `home-0`, `home-1`.
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -258,3 +259,99 @@ def test_a_tpu_that_another_process_holds(tmp_path):
         holder.send_signal(signal.SIGKILL)
         holder.wait()
     assert subprocess.run(start, env=env).returncode == 0
+
+
+def test_only_what_the_launcher_made_is_removed(launcher):
+    """A folder that was there before is named and left as it is, by every verb."""
+    ssh = stubs(launcher("--backend=ssh", "--hosts=home-0", "--dir=proj"))
+    ssh.behaves("true")
+    theirs = ssh.folder / "home-0" / "proj" / "code"
+    theirs.mkdir(parents=True)
+    (theirs / "thesis.tex").write_text("years of work")
+    for verb in ("ship", "run", "delete"):
+        ended = ssh(verb, "--", "eval") if verb == "run" else ssh(verb)
+        assert ended.returncode, verb
+        assert (theirs / "thesis.tex").read_text() == "years of work"
+    assert "--dir=proj cannot be made, or is there and was not made" in ssh("ship").stderr
+    # The same inside a folder that is the launcher's own.
+    ours = ["--dir=ours/deep"]
+    assert ssh("run", *ours, "--", "eval").returncode == 0
+    mine = ssh.folder / "home-0" / "ours" / "deep" / "notes.txt"
+    mine.write_text("keep")
+    assert ssh("delete", *ours).returncode == 0
+    assert [path.name for path in mine.parent.iterdir() if path.name != ".tpu_run"] == ["notes.txt"]
+
+
+def test_job_folders_of_others_on_this_machine_stay(launcher):
+    local = launcher("--backend=local", "--hosts=1", "--logs=logs")
+    local.behaves("true")
+    theirs = local.folder / "logs" / "worker-0" / "results.csv"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("1,2")
+    for words in (["run", "--", "eval"], ["delete"]):
+        ended = local(*words)
+        assert ended.returncode and "was not made by this launcher" in ended.stderr
+        assert theirs.read_text() == "1,2"
+
+
+def test_secrets_are_private_and_gone_when_the_job_ends(launcher):
+    """The file is read by nobody else while it is there, though the folder was open before."""
+    ssh = stubs(launcher("--backend=ssh", "--hosts=home-0,home-1", "--env-file=tokens"))
+    tokens = ssh.folder / "tokens"
+    tokens.write_text("HF_TOKEN=hunter2\n")
+    tokens.chmod(0o644)
+    find = 'find "$FAKE"/home-* -name "env*" -printf "%m %P\\n"'
+    ssh.behaves(f'{find} >"$FAKE/seen-$worker"; cat "$FAKE"/home-*/medmoe-run/worker-*/env')
+    assert ssh("run", "--", "eval").returncode == 0
+    folder = ssh.folder / "home-0" / "medmoe-run"
+    folder.chmod(0o755)
+    ended = ssh("run", "--", "eval")
+    assert ended.returncode == 0, ended.stderr
+    assert ssh.environment(1)["HF_TOKEN"] == "hunter2"
+    assert folder.stat().st_mode & 0o077 == 0
+    seen = (ssh.folder / "seen-0").read_text().splitlines()
+    assert seen and all(line.startswith("600 ") for line in seen)
+    assert not [path for path in ssh.folder.glob("home-*/**/env*") if path.is_file()]
+    # What a job that was killed with its parent has left goes with the next stop.
+    left = folder / "worker-0" / "env"
+    left.write_text("HF_TOKEN=hunter2\n")
+    assert ssh("stop").returncode == 0 and not left.exists()
+
+
+def test_what_a_killed_launcher_left_is_cleaned_up(launcher):
+    """Its followers would write every line twice, its copies of the code would stay for ever."""
+    local = launcher("--backend=local", "--hosts=2")
+    local.env["TMPDIR"] = str(local.folder / "tmp")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    scratch = local.folder / "tmp" / f"tpu_run.{dead.pid}.abcdef"
+    alive = local.folder / "tmp" / f"tpu_run.{os.getpid()}.abcdef"
+    for one in (scratch, alive):
+        one.mkdir(parents=True)
+    local.behaves('until [[ -e $FAKE/go ]]; do sleep 0.1; done; echo "said once by $worker"')
+    first = local.begin("run", "--", "eval")
+    logs = local.folder / "runs" / "launch"
+    wait_for(lambda: len(lines_of(logs, "followers.*")) == 3)
+    first.kill()  # only the launcher itself: its followers live on
+    first.wait()
+    second = local.begin("run", "--", "eval")
+    wait_for(lambda: len(lines_of(logs, f"followers.{second.pid}")) == 3)
+    (local.folder / "go").touch()
+    assert second.wait(30) == 0
+    first.communicate()
+    for worker in (0, 1):
+        text = (logs / f"worker-{worker}.log").read_text()
+        assert text.count(f"said once by {worker}") == 1
+    assert not list(logs.glob("followers.*"))
+    assert not scratch.exists() and alive.exists()
+
+
+def wait_for(condition) -> None:
+    until = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def lines_of(folder: Path, pattern: str) -> list[str]:
+    return [line for file in folder.glob(pattern) for line in file.read_text().splitlines()]

@@ -34,6 +34,17 @@ def test_readme_lists_every_flag_as_help_does():
     ("words", "message"),
     [
         (["fly"], "unknown verb 'fly'"),
+        # Words, not patterns.
+        (["ru."], "unknown verb 'ru.'"),
+        ([".*"], "unknown verb '.*'"),
+        (["create "], "unknown verb 'create '"),
+        (["create", "--spot|no=yes"], "unknown flag --spot|no"),
+        (["create", "--dir=../../etc"], "--dir=../../etc: a folder below the home folder"),
+        (["create", "--dir=."], "--dir=.: a folder below the home folder"),
+        (["create", "--dir=/tmp/x"], "--dir=/tmp/x: a folder below the home folder"),
+        (["create", "--dir=a/../b"], "--dir=a/../b: a folder below the home folder"),
+        (["create", "--dir=.ssh"], "--dir=.ssh: a folder below the home folder"),
+        (["create", "--dir=a/"], "--dir=a/: a folder below the home folder"),
         (["run", "stop"], "'stop' after the verb 'run': arguments of medmoe come after --"),
         (["run", "--zone=z"], "run needs the arguments of medmoe"),
         (["create", "--zoen=z"], "unknown flag --zoen"),
