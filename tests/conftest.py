@@ -3,12 +3,9 @@
 import os
 from pathlib import Path
 
-# Before the first import of jax: the tests run on eight simulated CPU devices.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    ).strip()
+from tests import quick
+
+os.environ.update(quick.environment())
 
 import jax
 import pytest
@@ -28,7 +25,9 @@ def data_dir() -> Path:
 
 
 def pytest_runtest_setup(item):
-    """Skip a test marked `data` only where the data folder is absent."""
+    """Skip a test marked `data` only where the data folder is absent; compile as a test needs."""
+    if not quick.SHIPPED and any(item.get_closest_marker(name) for name in ("aot", "shipped")):
+        pytest.fail("looks at a compiled program: run it with MEDMOE_SHIPPED=1", pytrace=False)
     if item.get_closest_marker("data") and not DATA_DIR.is_dir():
         pytest.skip(f"no data folder at {DATA_DIR} (set MEDMOE_DATA)")
 

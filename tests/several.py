@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests import tiny
+from tests import quick, tiny
 
 ROOT = Path(__file__).parents[1]
 CONFIG = """from tests import tiny
@@ -31,18 +31,12 @@ class Several:
     """Processes that run one command each, and what they print."""
 
     def __init__(self, folder: Path, commands: Sequence[Sequence[str]], program=MAIN):
-        """Start them; what they compile is shared with this process (`tiny.quick_compiles`)."""
+        """Start them; what they compile is shared with this process (`tests.quick`)."""
         tiny.medcare_config()  # its files: the processes would write them at the same time
         self.texts = [folder / f"{index}.{uuid.uuid4().hex}" for index in range(len(commands))]
         env = {
             **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // len(commands)}",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(tiny.folder() / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-            "MEDMOE_TINY": str(tiny.folder()),
+            "XLA_FLAGS": quick.flags(8 // len(commands)),
             "MEDMOE_COORDINATOR": f"127.0.0.1:{free_port()}",
             "MEDMOE_PROCESSES": str(len(commands)),
             "PYTHONPATH": str(ROOT),

@@ -50,13 +50,12 @@ def config(gate="global", tasks=TASKS) -> ConfigDict:
 @functools.cache
 def trained() -> Path:
     """A work directory in which the skills are finished and no task is."""
-    workdir = tiny.folder() / "skills"
-    with tiny.quick_compiles():
-        train(open_setup(config(tasks=())), workdir)
-    return workdir
+    run = functools.partial(train, open_setup(config(tasks=())))
+    return tiny.once(tiny.folder() / "skills", run)
 
 
 @functools.cache
 def randomised() -> Path:
     """The same with skills so large that every one of them matters."""
-    return randomise(trained(), tiny.folder() / "random-skills", size=0.5)
+    run = functools.partial(randomise, trained(), size=0.5)
+    return tiny.once(tiny.folder() / "random-skills", run)

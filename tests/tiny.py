@@ -1,16 +1,12 @@
 """A tiny MedCare recipe with its data, tokenizer and base, made once for all rooms that train."""
 
-import atexit
-import contextlib
 import functools
 import json
-import os
 import shutil
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-import jax
-from jax.experimental.compilation_cache import compilation_cache
+import filelock
 
 from configs import medcare
 from medmoe_jax.base.config import DecoderConfig
@@ -19,7 +15,7 @@ from medmoe_jax.data import tokenizers
 from medmoe_jax.training.config import recipe, source
 from medmoe_jax.training.run import train
 from medmoe_jax.training.setup import Setup, open_setup
-from tests import naive
+from tests import naive, quick
 
 DRUGS = ("aspirin", "insulin", "heparin", "digoxin", "codeine", "quinine", "atropine", "lithium")
 USES = ("pain", "sugar", "clots", "rhythm", "cough", "malaria", "poison", "mania")
@@ -28,42 +24,24 @@ DECODER = DecoderConfig(
     vocab_size=304, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=24,
     max_positions=128,
 )  # fmt: skip
-
-
 STEPS = 12
 
 
-@contextlib.contextmanager
-def quick_compiles():
-    """Compile with few optimisations, and every program once a session."""
-    settings = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(folder() / "compiled"),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-
-    def apply(values):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-
-    apply(settings)
-    try:
-        yield
-    finally:
-        apply(before)
-
-
-@functools.cache
-def folder() -> Path:
-    """A folder for the whole session; a child process takes its parent's from $MEDMOE_TINY."""
-    if "MEDMOE_TINY" in os.environ:
-        return Path(os.environ["MEDMOE_TINY"])
-    path = Path(tempfile.mkdtemp(prefix="medmoe-tiny-"))
-    atexit.register(shutil.rmtree, path, ignore_errors=True)
+def once(path: Path, make: Callable[[Path], object]) -> Path:
+    """The path, which `make(path)` fills: in one process, whichever of the run asks first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = path.with_name(f"{path.name}.done")
+    with filelock.FileLock(path.with_name(f"{path.name}.lock")):
+        if not done.exists():
+            shutil.rmtree(path, ignore_errors=True)  # what a process that was killed has left
+            make(path)
+            done.touch()
     return path
+
+
+def folder() -> Path:
+    """Where the files of this module are, for all processes of a run."""
+    return quick.folder() / "tiny"
 
 
 def knowledge_rows() -> list[dict]:
@@ -93,27 +71,23 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 def data(name: str) -> Path:
     """The file of `knowledge` or `alignment` rows."""
     rows = {"knowledge": knowledge_rows, "alignment": alignment_rows}[name]()
-    path = folder() / f"{name}.jsonl"
-    return path if path.exists() else write_rows(path, rows)
+    return once(folder() / f"{name}.jsonl", lambda path: write_rows(path, rows))
 
 
 @functools.cache
 def tokenizer():
     """A sentencepiece tokenizer of 300 pieces with the markers of chatml."""
-    path = folder() / "tokenizer.model"
-    if path.exists():
-        return tokenizers.load(path)
     texts = [text for row in knowledge_rows() + alignment_rows() for text in row.values()]
-    return tokenizers.train(texts, 300, path, MARKERS)
+    path = folder() / "tokenizer.model"
+    once(path, lambda path: tokenizers.train(texts, 300, path, MARKERS))
+    return tokenizers.load(path)
 
 
 @functools.cache
 def base_path(seed: int = 0) -> Path:
     """A base on disk whose layers all matter, with four rows of padding in its vocabulary."""
-    path = folder() / f"base{seed}"
-    if not path.exists():
-        save_hf(path, DECODER, naive.random_params(DECODER, seed), "llama")
-    return path
+    params = functools.partial(naive.random_params, DECODER, seed)
+    return once(folder() / f"base{seed}", lambda path: save_hf(path, DECODER, params(), "llama"))
 
 
 def shrink(config) -> None:
@@ -152,8 +126,4 @@ def medcare_config():
 def trained() -> tuple[Setup, Path]:
     """The recipe's parts and a work directory in which both stages are finished."""
     setup = open_setup(medcare_config())
-    workdir = folder() / "trained"
-    # Whichever room asks first: runs that are compared bit for bit are compiled alike.
-    with quick_compiles():
-        train(setup, workdir)
-    return setup, workdir
+    return setup, once(folder() / "trained", lambda workdir: train(setup, workdir))

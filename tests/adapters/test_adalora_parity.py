@@ -22,7 +22,7 @@ from medmoe_jax.base.loss import logits
 from medmoe_jax.checkpoints.huggingface import save_hf
 from medmoe_jax.training.allocation import AllocationState, allocating
 from medmoe_jax.training.step import Objective, TrainState, train_step
-from tests import naive, tiny
+from tests import naive
 from tests.naive import TINY, rel, tree_rel
 
 pytestmark = pytest.mark.parity
@@ -68,13 +68,6 @@ def from_peft(tensors):
         return np.stack(layers) if E_axis is None else np.expand_dims(np.stack(layers), E_axis)
 
     return {site: {leaf: stacked(site, leaf) for leaf in KEYS} for site in MODULES}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """See `tiny.quick_compiles`."""
-    with tiny.quick_compiles():
-        yield
 
 
 @pytest.fixture(scope="module")

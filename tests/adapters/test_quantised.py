@@ -14,7 +14,7 @@ from medmoe_jax.base.decoder import Execution
 from medmoe_jax.base.loss import logits
 from medmoe_jax.parallel.mesh import batch_sharding, make_mesh
 from medmoe_jax.parallel.rules import RULES, shardings
-from tests import naive, tiny
+from tests import naive
 from tests.adapters.conftest import SPECS
 from tests.adapters.test_model import adapted_nll
 from tests.naive import rel, tree_rel
@@ -26,13 +26,6 @@ BANKS = (SPECS[0].replace(stop=2), SPECS[2].replace(start=1, stop=2))
 BANK_VALUES = naive.random_banks(BANKS, CONFIG)
 BATCH = naive.random_batch(CONFIG, rows=((4, 2), (5,), (3,), (6,)) * 2, length=6, seed=4)
 REAL = BATCH["segment_ids"] > 0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """See `tiny.quick_compiles`."""
-    with tiny.quick_compiles():
-        yield
 
 
 @functools.cache

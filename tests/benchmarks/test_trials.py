@@ -133,17 +133,16 @@ def test_a_run_trains_scores_and_is_not_repeated(tmp_path, monkeypatch):
     scored.mkdir(parents=True)
     for name, some in rows.items():
         tiny.write_rows(scored / f"{name}.jsonl", some)
-    with tiny.quick_compiles():
-        results = _run(tmp_path)
-        assert _run(tmp_path) == results
-        setup = trials.open_setup(trials.seeded(tiny.medcare_config(), 0, ["aggregate"]))
-        for stage, found in (("", results["base"]), ("aggregate", results["arms"]["aggregate"])):
-            trained = open_trained(setup, tmp_path / "tiny" / "seed0", stage)
-            model = language_model(setup, trained)
-            for name, some in rows.items():
-                pairs = model.score([r["prompt"] for r in some], [r["response"] for r in some])
-                want = -sum(total for total, _ in pairs) / sum(tokens for _, tokens in pairs)
-                assert found["0"]["loss"][name] == pytest.approx(want, rel=1e-4)
+    results = _run(tmp_path)
+    assert _run(tmp_path) == results
+    setup = trials.open_setup(trials.seeded(tiny.medcare_config(), 0, ["aggregate"]))
+    for stage, found in (("", results["base"]), ("aggregate", results["arms"]["aggregate"])):
+        trained = open_trained(setup, tmp_path / "tiny" / "seed0", stage)
+        model = language_model(setup, trained)
+        for name, some in rows.items():
+            pairs = model.score([r["prompt"] for r in some], [r["response"] for r in some])
+            want = -sum(total for total, _ in pairs) / sum(tokens for _, tokens in pairs)
+            assert found["0"]["loss"][name] == pytest.approx(want, rel=1e-4)
     figures = results["arms"]["aggregate"]["0"]
     assert figures["parameters"] == sum(count(params) for params in trained.banks.values())
     assert figures["steps"] == tiny.STEPS

@@ -14,17 +14,9 @@ from medmoe_jax.checkpoints.fingerprint import tree_fingerprint
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel.mesh import make_mesh
 from medmoe_jax.parallel.rules import RULES, shardings
-from tests import tiny
 from tests.checkpoints.test_llama2c import write
 
 RANDOM = dict(vocab_size=32, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=150)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """See `tiny.quick_compiles`."""
-    with tiny.quick_compiles():
-        yield
 
 
 @pytest.fixture(params=["llama2c", "random"])

@@ -15,7 +15,7 @@ from medmoe_jax.base import decoder
 from medmoe_jax.base.loss import logits
 from medmoe_jax.checkpoints import huggingface
 from medmoe_jax.checkpoints.peft import read_peft, save_peft
-from tests import naive, tiny
+from tests import naive
 from tests.torch_side import load_adapter, load_model, peft, torch, transformers
 from tests.torch_side import logits as theirs
 
@@ -42,13 +42,6 @@ SPECS = (
     BankSpec("skills", ("attn.v", "mlp.up"), 0, 2, experts=3, rank=2, alpha=4.0, gate="skill",
              learned_scale=True, mix_per_layer=True),
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """See `tiny.quick_compiles`."""
-    with tiny.quick_compiles():
-        yield
 
 
 def build(family, seed=0):

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.checkpoints.huggingface import save_hf
 from medmoe_jax.checkpoints.peft import save_peft
-from tests import naive
+from tests import naive, quick
 from tests.naive import TINY
 
 SPECS = (
@@ -79,7 +79,7 @@ def test_two_processes_write_one_model(tmp_path):
             stderr=subprocess.PIPE,
             text=True,
             cwd=Path(__file__).parents[2],
-            env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+            env={**os.environ, "XLA_FLAGS": quick.flags(4)},
         )
         for index in range(2)
     ]

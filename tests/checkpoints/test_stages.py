@@ -22,6 +22,7 @@ from medmoe_jax.checkpoints import stages
 from medmoe_jax.checkpoints.fingerprint import tree_fingerprint
 from medmoe_jax.checkpoints.manifest import BankEntry, Manifest
 from medmoe_jax.checkpoints.stages import CheckpointError, StageCheckpoints
+from tests import quick
 
 MANIFEST = Manifest(
     stage="second",
@@ -438,7 +439,6 @@ def test_two_processes_save_and_restore_together(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = "--xla_force_host_platform_device_count=4"
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", TWO_PROCESSES, str(tmp_path), str(port), str(index)],
@@ -446,7 +446,7 @@ def test_two_processes_save_and_restore_together(tmp_path):
             stderr=subprocess.PIPE,
             text=True,
             cwd=Path(__file__).parents[2],
-            env={**os.environ, "XLA_FLAGS": flags},
+            env={**os.environ, "XLA_FLAGS": quick.flags(4)},
         )
         for index in range(2)
     ]

@@ -25,7 +25,7 @@ from medmoe_jax.checkpoints import stages as store
 from medmoe_jax.cli.configs import load_config
 from medmoe_jax.training.identity import stage_dir
 from medmoe_jax.training.recipe import next_roster, parse
-from tests import naive, tiny
+from tests import naive, quick, tiny
 from tests.randomised import randomise
 from tests.torch_side import load_adapter, load_model, torch, transformers
 from tests.torch_side import logits as theirs
@@ -80,8 +80,7 @@ def medmoe(*arguments):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",  # one step runs: compiling is what takes time
+        "XLA_FLAGS": quick.flags(1),
     }
     command = [sys.executable, "-m", "medmoe_jax.cli.main", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

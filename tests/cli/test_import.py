@@ -28,13 +28,6 @@ def get_config():
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """As the tiny run was: what is trained here is compared with it bit for bit."""
-    with tiny.quick_compiles():
-        yield
-
-
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """`--config=` of the tiny recipe."""

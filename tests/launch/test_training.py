@@ -10,9 +10,10 @@ import pytest
 
 from medmoe_jax.checkpoints.files import read_metrics
 from medmoe_jax.training.run import stage_dir
-from tests import several, tiny
+from tests import quick, several, tiny
 
 MEDMOE = f"""#!/usr/bin/env bash
+export XLA_FLAGS="$XLA_FLAGS {"" if quick.SHIPPED else quick.FLAGS}"
 exec {sys.executable} -m medmoe_jax.cli.main "$@"
 """
 
@@ -24,14 +25,7 @@ def test_a_killed_process_and_the_end_of_the_run(launcher):
     local = launcher("--backend=local", "--hosts=2", "--devices=4", "--grace=5")
     local.stub("medmoe", MEDMOE)
     (local.folder / "recipe.py").write_text(several.CONFIG)
-    local.env |= {
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(tiny.folder() / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "MEDMOE_TINY": str(tiny.folder()),
-        "PYTHONPATH": str(several.ROOT),
-    }
+    local.env |= {"PYTHONPATH": str(several.ROOT), "MEDMOE_TESTS": str(quick.folder())}
     workdir = local.folder / "w"
     begun = local.begin("resume", "--", "train", "--config=recipe.py", f"--workdir={workdir}")
     metrics = stage_dir(workdir, "aggregate") / "metrics.jsonl"

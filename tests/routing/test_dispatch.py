@@ -82,14 +82,6 @@ def _naive(case, inputs, params):
     return out
 
 
-@pytest.fixture(autouse=True)
-def quick():
-    """Tiny programs: compiling well takes longer than running badly."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.parametrize("name", STRATEGIES)
 class TestStrategy:
     """What every strategy has to pass; a new one needs no test of its own."""

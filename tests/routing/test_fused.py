@@ -32,14 +32,6 @@ PLAIN = BankSpec("plain", (*COLUMN, *ROW), 0, 1, rank=3, learned_scale=True)
 SPECS = (TOKEN, LANGUAGE, PLAIN)
 
 
-@pytest.fixture(autouse=True)
-def quick():
-    """Tiny programs: compiling well takes longer than running badly."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def problem(specs=SPECS, seed=0):
     """`(tree, context)`: everything that is differentiated, and what is known of the tokens."""
     rng = np.random.default_rng(seed)

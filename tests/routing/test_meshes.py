@@ -44,14 +44,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def quick():
-    """Tiny programs: compiling well takes longer than running badly."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def on_mesh(name, shape):
     """The strategy on a mesh of that shape."""
     mesh = make_mesh(dict(zip(AXES, shape, strict=False)), jax.devices()[:8])

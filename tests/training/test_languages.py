@@ -38,33 +38,32 @@ def config_of(tmp_path, **bank):
 
 def test_the_language_of_a_row_reaches_its_router(tmp_path):
     setup = open_setup(config_of(tmp_path, forcing="always"))
-    with tiny.quick_compiles():
-        train(setup, tmp_path / "work")
-        stage = tmp_path / "work/stages/mixture"
-        forced = read_metrics(stage / "metrics.jsonl")[-1]["router"]
-        assert forced["experts/mlp"]["forced"][0] > 0.1
-        # "quinine? no" is too little to tell a language by.
-        counts = {"named": 24, "detected": 0, "unknown": 8}
-        assert Manifest.read(stage / "manifest.json").metrics["languages"] == {"rows": counts}
-        # With one pick a token, an answer in a language uses that language's expert only.
-        logs = {
-            code: open_model(setup, tmp_path / "work", language=code).score(["Is it?"], [" yes"])
-            for code in ("en", "de", "zh")
-        }
-        assert logs["en"] == logs["de"] != logs["zh"]
-        # Where none is given, each text's own is detected.
-        prompts = ["Wozu dient Aspirin? Gegen Schmerzen.", "阿司匹林有什么用？"]
-        given = {
-            code: open_model(setup, tmp_path / "work", language=code).score(prompts, [" yes"] * 2)
-            for code in ("de", "zh")
-        }
-        detected = open_model(setup, tmp_path / "work").score(prompts, [" yes"] * 2)
-        assert detected == [given["de"][0], given["zh"][1]] != given["de"]
-        assert detected != given["zh"]
-        # A language that joins a family later is answered by the banks as they are.
-        (tmp_path / "table.csv").write_text(TABLE + "yo,west\n")
-        grown = open_model(open_setup(setup.config), tmp_path / "work", language="yo")
-        assert grown.score(["Is it?"], [" yes"]) == logs["en"]
+    train(setup, tmp_path / "work")
+    stage = tmp_path / "work/stages/mixture"
+    forced = read_metrics(stage / "metrics.jsonl")[-1]["router"]
+    assert forced["experts/mlp"]["forced"][0] > 0.1
+    # "quinine? no" is too little to tell a language by.
+    counts = {"named": 24, "detected": 0, "unknown": 8}
+    assert Manifest.read(stage / "manifest.json").metrics["languages"] == {"rows": counts}
+    # With one pick a token, an answer in a language uses that language's expert only.
+    logs = {
+        code: open_model(setup, tmp_path / "work", language=code).score(["Is it?"], [" yes"])
+        for code in ("en", "de", "zh")
+    }
+    assert logs["en"] == logs["de"] != logs["zh"]
+    # Where none is given, each text's own is detected.
+    prompts = ["Wozu dient Aspirin? Gegen Schmerzen.", "阿司匹林有什么用？"]
+    given = {
+        code: open_model(setup, tmp_path / "work", language=code).score(prompts, [" yes"] * 2)
+        for code in ("de", "zh")
+    }
+    detected = open_model(setup, tmp_path / "work").score(prompts, [" yes"] * 2)
+    assert detected == [given["de"][0], given["zh"][1]] != given["de"]
+    assert detected != given["zh"]
+    # A language that joins a family later is answered by the banks as they are.
+    (tmp_path / "table.csv").write_text(TABLE + "yo,west\n")
+    grown = open_model(open_setup(setup.config), tmp_path / "work", language="yo")
+    assert grown.score(["Is it?"], [" yes"]) == logs["en"]
 
 
 REFUSED = {

@@ -169,16 +169,14 @@ from tests import tiny
 from medmoe_jax.training.run import train
 from medmoe_jax.training.setup import open_setup
 import sys
-with tiny.quick_compiles():
-    train(open_setup(tiny.medcare_config()), sys.argv[1])
+train(open_setup(tiny.medcare_config()), sys.argv[1])
 """
 
 
 def start_child(workdir):
-    env = {**os.environ, "MEDMOE_TINY": str(tiny.folder()), "PYTHONPATH": "."}
     return subprocess.Popen(
         [sys.executable, "-c", CHILD, str(workdir)],
-        env=env,
+        env={**os.environ, "PYTHONPATH": "."},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

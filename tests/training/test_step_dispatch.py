@@ -44,14 +44,6 @@ SEQUENCES = {
 SGD = optax.sgd(1.0, momentum=0.9)
 
 
-@pytest.fixture(autouse=True)
-def quick():
-    """Tiny programs: compiling well takes longer than running badly."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def batch():
     """Eight packed rows of unequal fill, the last almost all padding."""
