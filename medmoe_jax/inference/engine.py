@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,38 +46,50 @@ class Sampling:
             raise UserError("sampling: temperature must be >= 0 and top_p in (0, 1]")
 
 
+class Weights(NamedTuple):
+    """What a batch of rows is run with.
+
+    Attributes:
+      base, banks: parameters of the decoder and of its banks.
+      language_ids_Bx1: int32, the expert of each row's language, or -1 where it is unknown.
+    """
+
+    base: Any
+    banks: Any
+    language_ids_Bx1: jax.Array
+
+
 def _slots(length: int) -> int:
     """The bucket of a length: a power of two, or three quarters of one."""
     size = max(_MIN_SLOTS, 1 << (length - 1).bit_length())
     return size * 3 // 4 if length <= size * 3 // 4 and size > _MIN_SLOTS else size
 
 
-def _run(config: AdaptedConfig, weights, tokens, segments, positions, cache):
-    base, banks, trained, language_Bx1 = weights
+def _run(config: AdaptedConfig, weights: Weights, tokens, segments, positions, cache):
     x, cache, _ = adapted.hidden(
         config,
-        base,
-        banks,
+        weights.base,
+        weights.banks,
         tokens,
         segments,
         positions,
-        trained=trained,
-        context={"language_ids": jnp.where(segments > 0, language_Bx1, -1)},
+        context={"language_ids": jnp.where(segments > 0, weights.language_ids_Bx1, -1)},
         cache=cache,
     )
-    return decoder.head(base, trained), x, cache
+    return decoder.head(weights.base), x, cache
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def score_batch(
-    config: AdaptedConfig, weights, prompts, segments, positions, given, targets, lengths
+    config: AdaptedConfig, weights: Weights, prompts, segments, positions, given, targets, lengths
 ):
     """Log-probabilities of N completions a prompt, the prompt being read once.
 
     Args:
       config: static.
-      weights: base, banks, trained base leaves, language ids `[B, 1]`.
-      prompts, segments, positions: `[B, P]`, prompts without their last token.
+      weights: parameters and languages.
+      prompts, segments, positions: `[B, P]` int32, prompts without their last token, padded on
+        the left; segment 0 is padding.
       given, targets: `[N, B, C]`, inputs (from the last prompt token on) and what they predict.
       lengths: `[N, B]` tokens of each completion.
 
@@ -117,14 +130,23 @@ def _pick(sampling: Sampling, z_BxV, keys_B, step):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def generate_batch(
-    config, sampling, stop_ids, max_tokens, weights, prompts, segments, positions, rows
+    config: AdaptedConfig,
+    sampling: Sampling,
+    stop_ids: tuple[int, ...],
+    max_tokens: int,
+    weights: Weights,
+    prompts,
+    segments,
+    positions,
+    rows,
 ):
     """Continue every prompt until a stop id or `max_tokens`.
 
     Args:
       config, sampling, stop_ids, max_tokens: static.
-      weights: base, banks, trained base leaves, language ids `[B, 1]`.
-      prompts, segments, positions: `[B, P]` int32, segment 0 = padding at the end of a prompt.
+      weights: parameters and languages.
+      prompts, segments, positions: `[B, P]` int32, prompts padded on the left; segment 0 is
+        padding.
       rows: `[B]` numbers of the prompts: each draws from its own stream, whatever batch it is in.
 
     Returns:
@@ -168,16 +190,17 @@ class Engine:
       truncated: prompts shortened from the left so far, because they did not fit the context.
     """
 
-    def __init__(self, config: AdaptedConfig, base, banks, trained, mesh, batch: int):
-        """
+    def __init__(self, config: AdaptedConfig, base, banks, mesh: jax.sharding.Mesh, batch: int):
+        """Keep the parameters where they are.
+
         Args:
           config: decoder and active banks.
-          base, banks, trained: their parameters.
+          base, banks: their parameters.
           mesh: where they live.
           batch: rows run at once; rounded up to what the mesh needs.
         """
         self.config = config
-        self.weights = (base, banks, trained)
+        self.base, self.banks = base, banks
         self.mesh = mesh
         shards = batch_shards(mesh)
         self.batch = -(-batch // shards) * shards
@@ -206,14 +229,14 @@ class Engine:
         prompts = self._fit(prompts, room)
         out: list[list[float]] = [[] for _ in prompts]
         for rows in self._batches([len(p) + r for p, r in zip(prompts, room, strict=True)]):
-            weights = self._with_languages(rows, languages)
+            weights = self._weights(rows, languages)
             chosen = [prompts[i] for i in rows], [completions[i] for i in rows]
             sums = self._score_rows(weights, *chosen)
             for column, i in enumerate(rows):
                 out[i] = [float(s) for s in sums[: len(completions[i]), column]]
         return out
 
-    def _score_rows(self, weights, prompts, completions) -> np.ndarray:
+    def _score_rows(self, weights: Weights, prompts, completions) -> np.ndarray:
         B = self.batch
         N = max(len(cs) for cs in completions)
         C = max(4, 1 << (max(len(c) for cs in completions for c in cs) - 1).bit_length())
@@ -249,7 +272,7 @@ class Engine:
         for rows in self._batches([len(p) for p in prompts]):
             arrays = self._pad([prompts[i] for i in rows])
             numbers = self._put(np.resize(np.asarray(rows, np.int32), self.batch), 0)
-            weights = self._with_languages(rows, languages)
+            weights = self._weights(rows, languages)
             ids = generate_batch(
                 self.config, sampling, stops, max_tokens, weights, *arrays, numbers
             )
@@ -258,12 +281,12 @@ class Engine:
                 out[i] = [int(t) for t in row[:end]]
         return out
 
-    def _with_languages(self, rows: Sequence[int], languages: Sequence[int] | None):
-        """The weights, and the expert of each row's language in a batch of these rows."""
+    def _weights(self, rows: Sequence[int], languages: Sequence[int] | None) -> Weights:
+        """The parameters, and the expert of each row's language in a batch of these rows."""
         language_Bx1 = np.full((self.batch, 1), -1, np.int32)
         if languages is not None:
             language_Bx1[: len(rows), 0] = [languages[i] for i in rows]
-        return (*self.weights, self._put(language_Bx1, 0))
+        return Weights(self.base, self.banks, self._put(language_Bx1, 0))
 
     def _fit(self, prompts, room) -> list[list[int]]:
         limit = self.config.decoder.max_positions

@@ -14,7 +14,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
 from medmoe_jax.errors import UserError
 from medmoe_jax.kernels import grouped_blocks, grouped_tpu
@@ -153,33 +152,3 @@ def grouped_lora(x_MxD, a_ExrxD, b_ExrxO, weight_M, sizes_E, *, backend: str):
     h_MxR = _product(x_MxD, _packed(a_ExrxD, P), sizes_S, True, backend)
     h_MxR = _weighted(h_MxR, weight_M, sizes_E, P, r)
     return _product(h_MxR, _packed(b_ExrxO, P), sizes_S, False, backend)
-
-
-def lora_cost(M: int, D: int, O: int, E: int, r: int, *, itemsize: int, out_itemsize: int):
-    """FLOPs and HBM bytes, at most, of `grouped_lora` on TPU, forward and backward.
-
-    Args:
-      M, D, O, E, r: see `grouped_lora`.
-      itemsize, out_itemsize: bytes of x, and of the banks' gradients.
-
-    Returns:
-      `pl.CostEstimate`: the sum of what the six kernel calls declare to the compiler.
-    """
-    P = _experts_a_pack(E, r)
-    S, R = ceil_div(E, P), P * r
-    plans = [
-        plan(grouped_tpu.Shape(M, K, N, S, itemsize, result))
-        for plan, K, N, result in (
-            (grouped_tpu.product_plan, D, R, itemsize),  # h
-            (grouped_tpu.product_plan, R, O, itemsize),  # y
-            (grouped_tpu.product_plan, O, R, itemsize),  # dh
-            (grouped_tpu.product_plan, R, D, itemsize),  # dx
-            (grouped_tpu.gradient_plan, R, D, out_itemsize),
-            (grouped_tpu.gradient_plan, R, O, out_itemsize),
-        )
-    ]
-    return pl.CostEstimate(
-        flops=sum(cost.flops for _, cost in plans),
-        transcendentals=0,
-        bytes_accessed=sum(cost.bytes_accessed for _, cost in plans),
-    )

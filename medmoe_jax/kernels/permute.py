@@ -126,22 +126,16 @@ def gather(x_TxD, order: Order, *, backend: str):
     return _gather(x_TxD, order, backend)
 
 
-def scatter_add(y_MxD, order: Order, weight_M=None, *, backend: str):
+def scatter_add(y_MxD, order: Order, *, backend: str):
     """Sum of each token's sorted rows: `y_TxD`, of y's dtype, added in float32 in order of picks.
 
     Args:
       y_MxD: float32 or bfloat16.
-      order: of `sort_by_expert`.
-      weight_M: float32 factor of each sorted row, or None; for a weight a pair, `[T, K]`, give
-        `weight_TxK.reshape(-1)[order.source_M]`.
+      order: from `sort_by_expert`.
       backend: see `medmoe_jax.kernels`.
 
     Raises:
       UserError: not the order's number of rows, or a width that the kernel cannot tile.
     """
     _check("y_MxD", y_MxD, order.source_M.size, backend)
-    if weight_M is not None:
-        if weight_M.shape != order.source_M.shape:
-            raise UserError(f"weight_M has shape {weight_M.shape}; y_MxD has {y_MxD.shape[0]} rows")
-        y_MxD = (y_MxD.astype(jnp.float32) * weight_M[:, None]).astype(y_MxD.dtype)
     return _scatter_add(y_MxD, order, backend)

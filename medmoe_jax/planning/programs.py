@@ -21,7 +21,7 @@ from medmoe_jax.base.presets import HUB
 from medmoe_jax.checkpoints.bases import Base, open_base
 from medmoe_jax.errors import UserError
 from medmoe_jax.inference import engine
-from medmoe_jax.inference.engine import Sampling
+from medmoe_jax.inference.engine import Sampling, Weights
 from medmoe_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, replicated
 from medmoe_jax.parallel.rules import placed, state_shardings
 from medmoe_jax.parallel.topology import Topology
@@ -199,8 +199,7 @@ def _answering(setup: Setup, at: Start):
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
 
     model = setup.model(lifecycle.active_banks(at.roster))
-    language = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(setup.mesh))
-    return model, (at.base, at.banks, {}, language), rows, ids
+    return model, Weights(at.base, at.banks, ids(rows, 1)), rows, ids
 
 
 def scoring(setup: Setup, at: Start) -> Program:

@@ -73,12 +73,10 @@ def check_top_k(where: str, top_k: int, experts: int) -> None:
         raise UserError(f"{where}.top_k: {top_k} of {experts} experts; give 1 to {experts}")
 
 
-def router_logits(x_BxTxD, kernel_DxE, bias_E=None):
-    """`x R (+ b)`, float32 `[B, T, E]`, multiplied at full precision."""
-    z_BxTxE = narrow(
-        x_BxTxD.astype(jnp.float32), kernel_DxE.astype(jnp.float32), jax.lax.Precision.HIGHEST
-    )
-    return z_BxTxE if bias_E is None else z_BxTxE + bias_E.astype(jnp.float32)[None, None]
+def router_logits(x_BxTxD, kernel_DxE):
+    """`x R`, float32 `[B, T, E]`, multiplied at full precision."""
+    full = jax.lax.Precision.HIGHEST
+    return narrow(x_BxTxD.astype(jnp.float32), kernel_DxE.astype(jnp.float32), full)
 
 
 def route(logits_BxTxE, top_k: int, *, renormalise: bool, forced_BxT=None) -> Routed:

@@ -42,7 +42,7 @@ def make_engine(mesh="one", batch=4, specs=ACTIVE):
     sizes, count = MESHES[mesh]
     mesh = make_mesh(sizes, jax.devices()[:count])
     execution = Execution(activations=batch_sharding(mesh, 3))
-    return Engine(AdaptedConfig(CONFIG, specs, execution), *parameters(), {}, mesh, batch)
+    return Engine(AdaptedConfig(CONFIG, specs, execution), *parameters(), mesh, batch)
 
 
 def log_probs(ids, specs=ACTIVE):

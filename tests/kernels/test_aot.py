@@ -62,7 +62,8 @@ def test_permutation(chip, width, experts):
         order = permute.sort_by_expert(picks, experts, backend="pallas")
         x_MxD = permute.gather(x, order, backend="pallas")
         weight_M = weights.reshape(-1)[order.source_M]
-        y_TxD = permute.scatter_add(x_MxD * x_MxD, order, weight_M, backend="pallas")
+        y_MxD = ((x_MxD * x_MxD).astype(jnp.float32) * weight_M[:, None]).astype(x_MxD.dtype)
+        y_TxD = permute.scatter_add(y_MxD, order, backend="pallas")
         return jnp.sum(y_TxD.astype(jnp.float32) ** 2)
 
     compiled = topology.compile_for(

@@ -134,7 +134,7 @@ def test_it_says_what_the_routers_say(backend):
 
     @jax.jit
     def plain():
-        z = routers.router_logits(x[None], kernel, bias)
+        z = routers.router_logits(x[None], kernel) + bias[None, None]
         routed = routers.route(z, 3, renormalise=True, forced_BxT=forced[None])
         return routed, routers.router_stats(z, routed, valid[None])
 

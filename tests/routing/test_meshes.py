@@ -1,6 +1,5 @@
 """The strategies that move tokens, on meshes of eight devices: the values and gradients of one."""
 
-import functools
 import itertools
 import re
 
@@ -8,18 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.sharding import NamedSharding, PartitionSpec
 
 from medmoe_jax.base.decoder import Execution
 from medmoe_jax.errors import UserError
-from medmoe_jax.kernels.remote import remote_exchange
 from medmoe_jax.parallel import topology as topologies
 from medmoe_jax.parallel.mesh import batch_sharding, make_mesh
 from medmoe_jax.routing.dispatch import Term, strategy
-from medmoe_jax.routing.dispatchers import AllToAll
 from medmoe_jax.routing.routers import Gates
-from medmoe_jax.routing.sparse import Sparse
 from tests.naive import rel
 from tests.routing import loads
 
@@ -71,30 +66,6 @@ def test_every_pick_travels_to_few_experts():
     want_grads, want = loads.compiled("reference", 4)(tree, valid)
     assert max(rel(out[key], want[key]) for key in want) < 1e-5
     assert max(rel(grads[key], want_grads[key]) for key in want_grads) < 1e-4
-
-
-def test_tokens_travel_by_remote_copies():
-    """The kernel in place of the exchange, interpreted: same rows, same gradients, no race."""
-    mesh = make_mesh({"data": 2, "expert": 4}, jax.devices()[:8])
-    execution = Execution(activations=batch_sharding(mesh, 3))
-    exchange = functools.partial(remote_exchange, backend="interpret")
-    run = Sparse(execution, AllToAll("expert", 4, exchange, "xla"), "xla", "expert")
-    tree, valid = loads.arrays("padding")
-
-    def loss(tree, valid):
-        y = loads.outputs(run, tree, valid, TOP_K)["mlp.down"]
-        return jnp.sum(y**2), y
-
-    def want_loss(tree, valid):
-        y = loads.outputs(strategy("reference"), tree, valid, TOP_K)["mlp.down"]
-        return jnp.sum(y**2), y
-
-    grads, y = jax.jit(jax.grad(loss, has_aux=True))(tree, valid)
-    want_grads, want = jax.jit(jax.grad(want_loss, has_aux=True))(tree, valid)
-    assert rel(y, want) < 1e-5
-    for key in ("h", "logits", "down_a", "down_b"):
-        assert rel(grads[key], want_grads[key]) < 1e-4
-    assert not interpret_pallas_call.races.races_found
 
 
 def test_an_axis_that_does_not_divide_the_experts_is_refused():
