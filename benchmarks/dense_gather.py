@@ -14,7 +14,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from medmoe_jax.base.decoder import Execution
+from medmoe_jax.base.execution import Execution
 from medmoe_jax.routing import dense
 from medmoe_jax.routing.dispatch import STRATEGIES
 from medmoe_jax.routing.terms import Term

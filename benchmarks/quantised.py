@@ -33,7 +33,7 @@ from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base import decoder, quantised
 from medmoe_jax.base.config import DecoderConfig, site_shapes
-from medmoe_jax.base.decoder import Execution
+from medmoe_jax.base.execution import Execution
 from medmoe_jax.base.presets import preset
 from medmoe_jax.checkpoints import llama2c
 from medmoe_jax.data import tokenizers

@@ -21,7 +21,7 @@ from benchmarks.variants import (
     plain_lora,
 )
 from medmoe_jax.base import decoder
-from medmoe_jax.base.decoder import Execution
+from medmoe_jax.base.execution import Execution
 
 # Unrolled, nothing that is kept for the backward pass is copied into a stack and out of it again; a
 # loop over layers needs less memory.

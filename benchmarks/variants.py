@@ -19,7 +19,7 @@ from medmoe_jax.adapters import bank as bank_lib
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base.config import DecoderConfig
-from medmoe_jax.base.decoder import Execution
+from medmoe_jax.base.execution import Execution
 from medmoe_jax.planning.frozen import frozen_loss
 from medmoe_jax.training import config as config_lib
 from medmoe_jax.training.recipe import bank_spec

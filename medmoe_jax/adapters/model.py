@@ -20,9 +20,11 @@ from medmoe_jax.adapters.experts import expert_mlp
 from medmoe_jax.adapters.site import adapted_linear
 from medmoe_jax.base import decoder
 from medmoe_jax.base.config import DecoderConfig
-from medmoe_jax.base.decoder import Execution, Segment, activation
+from medmoe_jax.base.decoder import Segment, activation
+from medmoe_jax.base.execution import Execution
 from medmoe_jax.base.loss import logits
 from medmoe_jax.errors import UserError
+from medmoe_jax.mesh_axes import TENSOR
 from medmoe_jax.parallel.mesh import check_divides
 from medmoe_jax.routing.dispatch import strategy
 
@@ -45,7 +47,7 @@ class AdaptedConfig:
 
     def __post_init__(self):
         run = strategy(self.dispatch, self.execution)
-        check_divides(self.execution.mesh, "tensor", self.decoder.n_heads, "attention heads")
+        check_divides(self.execution.mesh, TENSOR, self.decoder.n_heads, "attention heads")
         for bank in self.banks:
             if bank.routed:
                 run.check(f"bank '{bank.name}'", bank.experts)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from medmoe_jax.base.config import DecoderConfig
+from medmoe_jax.base.execution import Execution
 from medmoe_jax.errors import UserError
 
 _BLOCK = 128  # tokens: what splash attention's blocks are multiples of
@@ -138,43 +139,33 @@ def _splash_kernel(heads: int, tokens: int, window: int, softcap: float, shards:
 
 def splash_attention(
     config: DecoderConfig,
+    execution: Execution,
     q_BxTxHxh,
     k_BxTxKxh,
     v_BxTxKxh,
     segments_BxT,
     window,
-    activations: NamedSharding | None = None,
-    sequence: str | None = None,
 ):
     """TPU splash attention; layers of both kinds share one compiled loop through `lax.switch`.
 
     Within a packed row, segments are contiguous, so order in the row is order in the segment.
-    The compiler cannot partition a kernel: with a sharding of the activations, each device runs
-    it on its own rows, on its own queries where a mesh axis `sequence` cuts them (keys and values
-    of the whole row are gathered), and, where they divide, on its own heads of the axis `tensor`.
+    On a mesh, each device runs it on its own rows, on its own queries where the axis `sequence`
+    cuts them (keys and values of the whole row are gathered), and, where they divide, on its own
+    heads of the axis `tensor`.
     """
-    mesh = None if activations is None else activations.mesh
-    tensor = mesh.shape.get("tensor", 1) if mesh else 1
-    heads = "tensor" if tensor > 1 and k_BxTxKxh.shape[2] % tensor == 0 else None
-    H = q_BxTxHxh.shape[2] // (tensor if heads else 1)
-    shards = mesh.shape[sequence] if sequence else 1
+    _, T, H, _ = q_BxTxHxh.shape
+    sequence, tensor = execution.sequence_axis(T), execution.tensor_axis(k_BxTxKxh.shape[2])
+    heads, shards = H // execution.size(tensor), execution.size(sequence)
     kernels = [
-        _splash_kernel(H, q_BxTxHxh.shape[1], size, config.attn_softcap, shards)
-        for size in _windows(config)
+        _splash_kernel(heads, T, size, config.attn_softcap, shards) for size in _windows(config)
     ]
     run = functools.partial(_local_splash, config, sequence)
-    if mesh is not None:
-        tokens = PartitionSpec(activations.spec[0], sequence)
-        by_head = PartitionSpec(*tokens, heads, None)
-        masks = NamedSharding(mesh, PartitionSpec(None, sequence))
+    if execution.mesh is not None:
+        tokens, by_head = execution.spec(T), execution.spec(T, tensor, None)
+        masks = NamedSharding(execution.mesh, PartitionSpec(None, sequence))
         here = [kernel.manual_sharding_spec(masks) for kernel in kernels]
-        run = jax.shard_map(
-            run,
-            mesh=mesh,
-            in_specs=(here, by_head, by_head, by_head, tokens, PartitionSpec()),
-            out_specs=by_head,
-            check_vma=False,
-        )
+        inputs = (here, by_head, by_head, by_head, tokens, PartitionSpec())
+        run = execution.per_device(run, inputs, by_head)
     return run(kernels, q_BxTxHxh, k_BxTxKxh, v_BxTxKxh, segments_BxT, window)
 
 

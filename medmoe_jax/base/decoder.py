@@ -17,7 +17,6 @@ index, and `aux` any pytree of statistics, which comes back stacked over layers.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,123 +27,10 @@ from flax import nnx
 
 from medmoe_jax.base import attention, quantised, rope, trees
 from medmoe_jax.base.config import GROUPS, DecoderConfig, site_shapes
+from medmoe_jax.base.execution import Execution
 from medmoe_jax.base.quantised import Quantised
-from medmoe_jax.errors import UserError
 
 Params = Mapping[str, Any]
-REMAT = ("none", "dots", "full")
-ATTENTION = ("auto", "xla", "splash")
-KERNELS = ("auto", "xla", "pallas", "interpret")
-
-
-@dataclass(frozen=True)
-class Execution:
-    """How the same function is computed; none of it changes the result beyond rounding.
-
-    Attributes:
-      dtype: activations' and products' dtype (`float32` or `bfloat16`).
-      remat: what the backward pass recomputes: `none`, everything but `dots`, or the `full` layer.
-      unroll: layers a loop iteration holds.
-      attention: `splash` (TPU only), `xla`, or `auto`.
-      kernels: what runs routing and experts: `pallas` (TPU only), `xla`, `interpret` (the Pallas
-        kernels on a processor, for tests), or `auto`.
-      activations: sharding of `[B, T, D]` arrays, or None to leave it to the compiler.
-    """
-
-    dtype: Any = jnp.float32
-    remat: str = "none"
-    unroll: int = 1
-    attention: str = "auto"
-    kernels: str = "auto"
-    activations: jax.sharding.NamedSharding | None = None
-
-    def __post_init__(self):
-        if self.remat not in REMAT:
-            raise UserError(f"run.remat: '{self.remat}' is none of {', '.join(REMAT)}")
-        if self.attention not in ATTENTION:
-            raise UserError(f"run.attention: '{self.attention}' is none of {', '.join(ATTENTION)}")
-        if self.kernels not in KERNELS:
-            raise UserError(f"run.kernels: '{self.kernels}' is none of {', '.join(KERNELS)}")
-        if self.kernels == "pallas" and self.platform != "tpu":
-            raise UserError(
-                f"run.kernels: 'pallas' needs TPUs, these devices are {self.platform}; use 'auto'"
-            )
-
-    @property
-    def mesh(self) -> jax.sharding.Mesh | None:
-        """The devices, or None for the default one."""
-        return None if self.activations is None else self.activations.mesh
-
-    @property
-    def device(self) -> jax.Device:
-        """One of the devices that is compiled for, of which some may not be there."""
-        return jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
-
-    @property
-    def platform(self) -> str:
-        """What is compiled for, such as `tpu` or `cpu`."""
-        return self.device.platform
-
-    @property
-    def backend(self) -> str:
-        """Of the kernels: `xla`, `pallas` or `interpret`."""
-        if self.kernels != "auto":
-            return self.kernels
-        return "pallas" if self.platform == "tpu" else "xla"
-
-    @property
-    def row_shards(self) -> int:
-        """Over how many devices the rows of a batch are spread."""
-        if self.activations is None:
-            return 1
-        rows = self.activations.shard_shape((self.activations.num_devices,) * 3)[0]
-        return self.activations.num_devices // rows
-
-    def sequence(self, tokens: int) -> str | None:
-        """The mesh axis that the tokens of a row are cut over, where it divides them."""
-        axis = None if self.activations is None else self.activations.spec[1]
-        return axis if axis and tokens % self.mesh.shape[axis] == 0 else None
-
-    def tokens(self, rows: int, tokens: int) -> int:
-        """How many of so many rows of so many tokens are on one device."""
-        axis = self.sequence(tokens)
-        return rows * tokens // self.row_shards // (self.mesh.shape[axis] if axis else 1)
-
-    def logits(self, vocabulary: int, tokens: int = 1) -> jax.sharding.NamedSharding | None:
-        """Of `[B, C, V]` logits: V over the mesh axes that the head lies on, if they divide it.
-
-        Tokens then travel to the head's parts, which weigh many times more than a chunk's tokens.
-        """
-        if self.activations is None:
-            return None
-        wanted = ("tensor", "fsdp", "expert", "sequence")
-        cut = [axis for axis in wanted if axis in self.mesh.shape]
-        while vocabulary % math.prod(self.mesh.shape[axis] for axis in cut):
-            cut.pop()
-        rows = tuple(axis for axis in self.activations.spec[0] if axis not in cut)
-        sequence = None if "sequence" in cut else self.sequence(tokens)
-        spec = jax.sharding.PartitionSpec(rows, sequence, tuple(cut))
-        return jax.sharding.NamedSharding(self.mesh, spec)
-
-    def constrain(self, x_BxTxD):
-        """Pin an activation to its sharding; tokens that the mesh does not divide stay together."""
-        if self.activations is None:
-            return x_BxTxD
-        spec = jax.sharding.PartitionSpec(
-            self.activations.spec[0], self.sequence(x_BxTxD.shape[1]), None
-        )
-        sharding = jax.sharding.NamedSharding(self.mesh, spec)
-        return jax.lax.with_sharding_constraint(x_BxTxD, sharding)
-
-    def gather_tokens(self, x_BxSxKxh):
-        """Keys or values of whole rows, on every device that has queries of the row."""
-        if self.activations is None or not self.sequence(x_BxSxKxh.shape[1]):
-            return x_BxSxKxh
-        rows, free = self.activations.spec[0], jax.sharding.PartitionSpec.UNCONSTRAINED
-        sharding = jax.sharding.NamedSharding(
-            self.mesh, jax.sharding.PartitionSpec(rows, None, free, None)
-        )
-        return jax.lax.with_sharding_constraint(x_BxSxKxh, sharding)
 
 
 def base_linear(group, x_BxTxD, weights, extra, context):
@@ -249,8 +135,7 @@ def _attention(config, execution, w, x_BxTxD, ids, cache, step, linear):
         )
         k, v = (jax.lax.dynamic_index_in_dim(c, step.layer, keepdims=False) for c in cache)
     if ids.splash:
-        sharding, axis = execution.activations, execution.sequence(T)
-        out = attention.splash_attention(config, q, k, v, ids.segments, step.window, sharding, axis)
+        out = attention.splash_attention(config, execution, q, k, v, ids.segments, step.window)
     else:
         k, v = execution.gather_tokens(k), execution.gather_tokens(v)
         mask = attention.visible(
@@ -349,13 +234,6 @@ def _run_segment(config, execution, segment, layers, trained, x_BxTxD, ids, cach
     return x_BxTxD, cache, aux
 
 
-def _use_splash(execution: Execution, cache) -> bool:
-    on_tpu = execution.platform == "tpu"
-    return cache is None and (
-        execution.attention == "splash" or (execution.attention == "auto" and on_tpu)
-    )
-
-
 def hidden(
     config: DecoderConfig,
     params: Params,
@@ -409,7 +287,7 @@ def hidden(
         k_positions,
         length,
         rope.tables(config, positions_BxT),
-        _use_splash(execution, cache),
+        execution.splash and cache is None,
     )
     context = {**(context or {}), "segment_ids": segment_ids_BxT}
     auxes = []

@@ -3,7 +3,7 @@
 Axes: B batch, T tokens, C tokens of a chunk, N chunks, D model, V vocabulary.
 Float32 logits exist for one chunk only, `[B, C, V]`. Every chunk reads the whole head, so a chunk
 is as large as a device's share of it allows. In training, devices share the vocabulary rather than
-the rows (`Execution.logits`): a chunk's hidden states travel, not the head.
+the rows (`Execution.logits_sharding`): a chunk's hidden states travel, not the head.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from medmoe_jax.base.config import DecoderConfig
-from medmoe_jax.base.decoder import Execution
+from medmoe_jax.base.execution import Execution
 
 _CHUNK_ELEMENTS = 2**25  # float32 logits of a chunk on one device: 128 MiB
 
@@ -55,8 +55,7 @@ def _chunks(config: DecoderConfig, execution: Execution, *arrays):
     A device's part of a chunk is the largest divisor of its part of a row that fits.
     """
     B, T = arrays[0].shape[:2]
-    axis = execution.sequence(T)
-    S = execution.mesh.shape[axis] if axis else 1
+    S = execution.size(execution.sequence_axis(T))
     limit = max(1, _CHUNK_ELEMENTS * execution.row_shards // (B * config.vocab_size))
     C = max(c for c in range(1, T // S + 1) if T // S % c == 0 and c <= limit)
 
@@ -89,7 +88,7 @@ def token_log_probs(
 
 def _laid_out(config: DecoderConfig, execution: Execution, head_VxD):
     """The head where the logits' vocabulary lies, once for all chunks."""
-    cut = execution.logits(config.vocab_size)
+    cut = execution.logits_sharding(config.vocab_size)
     if cut is None:
         return head_VxD
     rows = NamedSharding(cut.mesh, PartitionSpec(cut.spec[2]))
@@ -97,7 +96,7 @@ def _laid_out(config: DecoderConfig, execution: Execution, head_VxD):
 
 
 def _chunk_loss(config, execution, head_VxD, x_BxCxD, targets_BxC, weights_BxC):
-    cut = execution.logits(config.vocab_size, x_BxCxD.shape[1])
+    cut = execution.logits_sharding(config.vocab_size, x_BxCxD.shape[1])
     log_probs_BxC = _log_probs(config, head_VxD, execution.constrain(x_BxCxD), targets_BxC, cut)
     return -jnp.sum(log_probs_BxC * weights_BxC)
 

@@ -26,6 +26,7 @@ from medmoe_jax.checkpoints.processes import to_host
 from medmoe_jax.data.batches import Batch, epoch_batches
 from medmoe_jax.data.encode import Encoder
 from medmoe_jax.errors import UserError
+from medmoe_jax.mesh_axes import SEQUENCE
 from medmoe_jax.parallel.mesh import batch_sharding, batch_shards
 from medmoe_jax.routing import telemetry
 from medmoe_jax.routing.languages import Languages
@@ -152,7 +153,7 @@ def measure(
     shards = batch_shards(mesh)
     rows = -(-batch // shards) * shards
     longest = max(len(encoder(row).codes) for one in texts for row in one.rows)
-    length = row_slots(longest, mesh.shape["sequence"], encoder.length)
+    length = row_slots(longest, mesh.shape[SEQUENCE], encoder.length)
     sums = [
         _total(model, base, banks, mesh, _batches(one.rows, encoder, length, rows)) for one in texts
     ]

@@ -15,9 +15,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from medmoe_jax.errors import UserError
-
-AXES = ("data", "fsdp", "expert", "sequence", "tensor")
-BATCH_AXES = ("data", "fsdp", "expert")
+from medmoe_jax.mesh_axes import AXES, BATCH_AXES, SEQUENCE
 
 
 def resolve(sizes: Mapping[str, int], n_devices: int) -> dict[str, int]:
@@ -99,7 +97,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh, rank: int = 2) -> NamedSharding:
     """Of `[B, T, ...]` arrays: rows over data, fsdp and expert, tokens over sequence; or `[B]`."""
-    return NamedSharding(mesh, PartitionSpec(*(BATCH_AXES, "sequence", *(None,) * rank)[:rank]))
+    return NamedSharding(mesh, PartitionSpec(*(BATCH_AXES, SEQUENCE, *(None,) * rank)[:rank]))
 
 
 def batch_shards(mesh: Mesh) -> int:

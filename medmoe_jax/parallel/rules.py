@@ -16,20 +16,21 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medmoe_jax.errors import UserError
+from medmoe_jax.mesh_axes import EXPERT, FSDP, SEQUENCE, TENSOR
 
 Rule = tuple[str, tuple]
 _COLUMN = r"(attn\.[qkv]|mlp\.(gate|up))"
 _ROW = r"(attn\.o|mlp\.down)"
-_SHARD = ("fsdp", "expert", "sequence")
-_REST = ("fsdp", "sequence")  # where E lies on `expert`
+_SHARD = (FSDP, EXPERT, SEQUENCE)
+_REST = (FSDP, SEQUENCE)  # where E lies on `expert`
 # A quantised kernel's arrays have its axes, some of them shorter.
 _PARTS = r"(\.(codes|scale))?$"
 
 BASE_RULES: tuple[Rule, ...] = (
-    (r"(^|\.)(embed|head)$", ("tensor", _SHARD)),
-    (rf"layers\.{_COLUMN}\.kernel{_PARTS}", (None, _SHARD, "tensor")),
-    (rf"layers\.{_COLUMN}\.bias$", (None, "tensor")),
-    (rf"layers\.{_ROW}\.kernel{_PARTS}", (None, "tensor", _SHARD)),
+    (r"(^|\.)(embed|head)$", (TENSOR, _SHARD)),
+    (rf"layers\.{_COLUMN}\.kernel{_PARTS}", (None, _SHARD, TENSOR)),
+    (rf"layers\.{_COLUMN}\.bias$", (None, TENSOR)),
+    (rf"layers\.{_ROW}\.kernel{_PARTS}", (None, TENSOR, _SHARD)),
     (r"norm$", ()),
 )
 
@@ -38,21 +39,21 @@ BASE_RULES: tuple[Rule, ...] = (
 # Every factor is spread over the other axes too, as the base is: gradients and moments with it.
 BANK_RULES: tuple[Rule, ...] = (
     (rf"{_COLUMN}\.lora_a$", (None, _SHARD, None, None)),
-    (rf"{_COLUMN}\.lora_b$", (None, None, None, ("tensor", *_SHARD))),
-    (rf"{_ROW}\.lora_a$", (None, ("tensor", *_SHARD), None, None)),
+    (rf"{_COLUMN}\.lora_b$", (None, None, None, (TENSOR, *_SHARD))),
+    (rf"{_ROW}\.lora_a$", (None, (TENSOR, *_SHARD), None, None)),
     (rf"{_ROW}\.lora_b$", (None, None, None, _SHARD)),
     # Whole feed-forward experts live on the expert axis.
-    (rf"{_COLUMN}\.experts$", (None, "expert", _REST, "tensor")),
-    (rf"{_ROW}\.experts$", (None, "expert", "tensor", _REST)),
+    (rf"{_COLUMN}\.experts$", (None, EXPERT, _REST, TENSOR)),
+    (rf"{_ROW}\.experts$", (None, EXPERT, TENSOR, _REST)),
     (r"(?<!\.kernel)\.(scale|router\.(kernel|bias)|mix\.weight)$", ()),
 )
 
 # Banks whose experts stay on their device while the tokens travel.
 TRAVEL_RULES: tuple[Rule, ...] = (
-    (rf"{_COLUMN}\.lora_a$", (None, _REST, "expert", None)),
-    (rf"{_COLUMN}\.lora_b$", (None, "expert", None, ("tensor", *_REST))),
-    (rf"{_ROW}\.lora_a$", (None, ("tensor", *_REST), "expert", None)),
-    (rf"{_ROW}\.lora_b$", (None, "expert", None, _REST)),
+    (rf"{_COLUMN}\.lora_a$", (None, _REST, EXPERT, None)),
+    (rf"{_COLUMN}\.lora_b$", (None, EXPERT, None, (TENSOR, *_REST))),
+    (rf"{_ROW}\.lora_a$", (None, (TENSOR, *_REST), EXPERT, None)),
+    (rf"{_ROW}\.lora_b$", (None, EXPERT, None, _REST)),
 )
 
 RULES = BANK_RULES + BASE_RULES

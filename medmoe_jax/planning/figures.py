@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 
+from medmoe_jax.mesh_axes import SEQUENCE, TENSOR
 from medmoe_jax.parallel.mesh import batch_shards, slice_of
 from medmoe_jax.parallel.topology import Topology, compile_for
 from medmoe_jax.planning import hlo
@@ -113,9 +114,9 @@ def _hbm(memory) -> int:
 
 def _splash(setup: Setup, program: Program) -> dict[str, hlo.Cost]:
     """Attention's kernels on one device's rows and heads."""
-    decoder, tensor = setup.base.config, setup.mesh.shape["tensor"]
+    decoder, tensor = setup.base.config, setup.mesh.shape[TENSOR]
     cut = tensor if decoder.n_kv_heads % tensor == 0 else 1
     rows = program.rows // batch_shards(setup.mesh)
     itemsize = jnp.dtype(setup.dtype).itemsize
-    heads, parts = decoder.n_heads // cut, setup.mesh.shape["sequence"]
+    heads, parts = decoder.n_heads // cut, setup.mesh.shape[SEQUENCE]
     return splash_costs(rows, program.length, heads, decoder.head_dim, itemsize, parts)

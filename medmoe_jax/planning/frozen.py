@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from medmoe_jax.base import decoder
 from medmoe_jax.base.config import DecoderConfig
-from medmoe_jax.base.decoder import Execution
+from medmoe_jax.base.execution import Execution
 from medmoe_jax.base.loss import cross_entropy, next_token_targets
 
 

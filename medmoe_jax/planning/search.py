@@ -16,9 +16,10 @@ from ml_collections import ConfigDict
 from rich.table import Table
 
 from medmoe_jax.base.config import site_shapes
-from medmoe_jax.base.decoder import REMAT
+from medmoe_jax.base.execution import REMAT
 from medmoe_jax.errors import UserError
-from medmoe_jax.parallel.mesh import AXES, batch_shards, slice_of
+from medmoe_jax.mesh_axes import AXES, EXPERT, FSDP, SEQUENCE, TENSOR
+from medmoe_jax.parallel.mesh import batch_shards, slice_of
 from medmoe_jax.parallel.topology import Topology
 from medmoe_jax.planning import programs
 from medmoe_jax.planning.figures import GIB, Figures, measure
@@ -199,21 +200,21 @@ def estimate(setup: Setup, at: Start, topology: Topology) -> Estimate:
     itemsize = jnp.dtype(setup.dtype).itemsize
     program = programs.training(setup, at)
     # Of a chip, at once.
-    tokens = program.rows // batch_shards(setup.mesh) * program.length // mesh["sequence"]
+    tokens = program.rows // batch_shards(setup.mesh) * program.length // mesh[SEQUENCE]
     above = decoder.n_layers - lowest_layer(at.roster, at.trainable["base"], decoder.n_layers)
     wide = sum(o for site, (_, o) in site_shapes(decoder).items() if site != "mlp.down")
-    kept = decoder.d_model + (0 if run.remat == "full" else wide / mesh["tensor"])
+    kept = decoder.d_model + (0 if run.remat == "full" else wide / mesh[TENSOR])
     gib = (bytes_of(program.arguments) + above * tokens * kept * itemsize) / GIB
 
     flops = floor(setup, at)
     if run.remat == "full":
         again = above * (layer_weights(decoder) - decoder.d_ff * decoder.d_model)
-        flops += 2 * again * tokens * run.accumulation / mesh["tensor"]
-    spread = mesh["fsdp"] * mesh["expert"] * mesh["sequence"]
+        flops += 2 * again * tokens * run.accumulation / mesh[TENSOR]
+    spread = mesh[FSDP] * mesh[EXPERT] * mesh[SEQUENCE]
     weights = bytes_of(at.base["layers"]) * spread
     passes = run.accumulation * (1 + above / decoder.n_layers)
     gathered = weights * (1 - 1 / spread)
-    added = 4 * decoder.n_layers * tokens * decoder.d_model * itemsize * (1 - 1 / mesh["tensor"])
+    added = 4 * decoder.n_layers * tokens * decoder.d_model * itemsize * (1 - 1 / mesh[TENSOR])
     chip = topology.chip
     return Estimate(
         gib,

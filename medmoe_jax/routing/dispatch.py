@@ -17,14 +17,13 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from medmoe_jax.base.decoder import Execution
+from medmoe_jax.base.execution import Execution
 from medmoe_jax.errors import UserError
+from medmoe_jax.mesh_axes import EXPERT
 from medmoe_jax.routing import auto, dense, fused, gating
 from medmoe_jax.routing.dispatchers import AllToAll, Local, padded_exchange, ragged_exchange
 from medmoe_jax.routing.sparse import Sparse
 from medmoe_jax.routing.terms import Term
-
-AXIS = "expert"  # of the mesh
 
 
 class Strategy(NamedTuple):
@@ -81,7 +80,7 @@ def _grouped(execution: Execution) -> Strategy:
 
 
 def _expert_devices(execution: Execution) -> int:
-    return execution.mesh.shape.get(AXIS, 1) if execution.mesh else 1
+    return execution.size(EXPERT)
 
 
 def _all_to_all(execution: Execution) -> Strategy:
@@ -92,13 +91,13 @@ def _all_to_all(execution: Execution) -> Strategy:
     def check(where: str, experts: int) -> None:
         if experts % devices:
             raise UserError(
-                f"{where}: {experts} experts do not divide over run.mesh.{AXIS} {devices}; give "
+                f"{where}: {experts} experts do not divide over run.mesh.{EXPERT} {devices}; give "
                 "an axis that divides them, or run.dispatch 'grouped'"
             )
 
     backend = execution.backend
     exchange = ragged_exchange if execution.platform == "tpu" else padded_exchange
-    sparse = Sparse(execution, AllToAll(AXIS, devices, exchange, backend), backend, AXIS)
+    sparse = Sparse(execution, AllToAll(EXPERT, devices, exchange, backend), backend, EXPERT)
     return _apart(sparse.lora, sparse.ffn, _routing(execution))._replace(check=check)
 
 
@@ -107,7 +106,7 @@ def _auto(execution: Execution) -> Strategy:
     chip = auto.machine(execution.device)
 
     def chosen(what: str, shapes: tuple, x_BxTxD) -> Strategy:
-        tokens = execution.tokens(*x_BxTxD.shape[:2])
+        tokens = execution.local_tokens(*x_BxTxD.shape[:2])
         return made[auto.choose(what, chip, shapes, tokens, x_BxTxD.dtype.itemsize)]
 
     def of(terms: Mapping[str, Sequence[Term]]) -> Strategy:

@@ -13,13 +13,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
-from medmoe_jax.base.decoder import Execution, add_bias
+from medmoe_jax.base.decoder import add_bias
+from medmoe_jax.base.execution import Execution
 from medmoe_jax.base.quantised import Quantised
 from medmoe_jax.kernels import lora_linear as kernel
 from medmoe_jax.parallel.rules import RULES, row_parallel, spec_for
-from medmoe_jax.routing import dense, shards
+from medmoe_jax.routing import dense
 from medmoe_jax.routing.terms import Term
 
 
@@ -48,8 +49,8 @@ def linear(
 def _cut(execution: Execution, site: str, kernel_DxO) -> tuple[str | None, str | None]:
     """The mesh axes of the site's inputs and outputs; at most one of the two is cut."""
     if row_parallel(site):
-        return shards.tensor(execution, kernel_DxO.shape[0]), None
-    return None, shards.tensor(execution, kernel_DxO.shape[1])
+        return execution.tensor_axis(kernel_DxO.shape[0]), None
+    return None, execution.tensor_axis(kernel_DxO.shape[1])
 
 
 def _fits(execution: Execution, site, x_BxTxD, kernel_DxO, terms: Sequence[Term]) -> bool:
@@ -57,30 +58,28 @@ def _fits(execution: Execution, site, x_BxTxD, kernel_DxO, terms: Sequence[Term]
         return False
     B, T, _ = x_BxTxD.shape
     D, O = (
-        size // (execution.mesh.shape[axis] if axis else 1)
+        size // execution.size(axis)
         for size, axis in zip(kernel_DxO.shape, _cut(execution, site, kernel_DxO), strict=True)
     )
     R = sum(t.lora_a_DxExr.shape[1] * t.lora_a_DxExr.shape[2] for t in terms)
-    return kernel.fits(execution.tokens(B, T), D, O, R, x_BxTxD.dtype.itemsize)
+    return kernel.fits(execution.local_tokens(B, T), D, O, R, x_BxTxD.dtype.itemsize)
 
 
 def _product(execution: Execution, site: str, x_BxTxD, kernel_DxO, terms: Sequence[Term]):
     on_in, on_out = _cut(execution, site, kernel_DxO)
-    rows, spec = shards.rows(execution), shards.spec
-    sequence = execution.sequence(x_BxTxD.shape[1])
+    T, spec = x_BxTxD.shape[1], PartitionSpec
     # Where the inputs are cut, every device has a part of the sum. They are added outside, where
     # the gradient of a sum costs no exchange.
-    run = shards.local(
-        execution,
+    run = execution.per_device(
         functools.partial(_local, execution.backend, row_parallel(site)),
         (
-            spec(rows, sequence, on_in),
+            execution.spec(T, on_in),
             spec(on_in, on_out),
             spec(on_in),
             spec(None, on_out),
-            spec(rows, sequence),
+            execution.spec(T),
         ),
-        spec(on_in, rows, sequence, on_out),
+        spec(on_in, *execution.spec(T, on_out)),
     )
     y_PxBxTxO = run(
         x_BxTxD,
@@ -110,8 +109,8 @@ def _flat(execution: Execution, site: str, term: Term):
     on_a, on_b = (spec_for(n, s, execution.mesh, RULES) for n, s in zip(names, shapes, strict=True))
     put = jax.lax.with_sharding_constraint
     return (
-        put(a_DxR, NamedSharding(execution.mesh, shards.spec(on_a[1], None))),
-        put(b_RxO, NamedSharding(execution.mesh, shards.spec(None, on_b[3]))),
+        put(a_DxR, NamedSharding(execution.mesh, PartitionSpec(on_a[1], None))),
+        put(b_RxO, NamedSharding(execution.mesh, PartitionSpec(None, on_b[3]))),
     )
 
 

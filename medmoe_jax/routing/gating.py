@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from medmoe_jax.base.decoder import Execution
+from medmoe_jax.base.execution import Execution
 from medmoe_jax.kernels import routing as kernel
-from medmoe_jax.routing import shards
 from medmoe_jax.routing.routers import (
     Gates,
     RouterStats,
@@ -92,13 +92,11 @@ def _by_kernel(execution: Execution, x_BxTxD, valid_BxT, router: Router) -> Deci
     bias_E = jnp.zeros(E, jnp.float32) if router.bias_E is None else router.bias_E
     forced_BxT = jnp.full((B, T), -1) if router.forced_BxT is None else router.forced_BxT
     parts = _token_axes(execution, T)
-    rows = shards.rows(execution)
-    tokens = shards.spec(rows, parts)
-    run = shards.local(
-        execution,
-        functools.partial(_local, execution.backend, router, (*rows, *parts)),
-        (tokens, shards.spec(), shards.spec(), tokens, tokens),
-        (tokens, tokens, shards.spec()),
+    tokens, whole = PartitionSpec(execution.row_axes, parts), PartitionSpec()
+    run = execution.per_device(
+        functools.partial(_local, execution.backend, router, (*execution.row_axes, *parts)),
+        (tokens, whole, whole, tokens, tokens),
+        (tokens, tokens, whole),
     )
     weights_BxTxK, picks_BxTxK, stats = run(
         x_BxTxD, router.kernel_DxE, bias_E, valid_BxT, forced_BxT
@@ -110,9 +108,8 @@ def _by_kernel(execution: Execution, x_BxTxD, valid_BxT, router: Router) -> Deci
 
 def _token_axes(execution: Execution, tokens: int) -> tuple[str, ...]:
     """The axes that a row's tokens are cut over here: their own, and `tensor` where it divides."""
-    own = execution.sequence(tokens)
-    share = tokens // execution.mesh.shape[own] if own else tokens
-    part = shards.tensor(execution, share)
+    own = execution.sequence_axis(tokens)
+    part = execution.tensor_axis(tokens // execution.size(own))
     return tuple(axis for axis in (own, part) if axis)
 
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from medmoe_jax.base.decoder import Execution
+from medmoe_jax.base.execution import Execution
 from medmoe_jax.kernels.grouped import grouped_lora, grouped_matmul
 from medmoe_jax.parallel.rules import row_parallel
-from medmoe_jax.routing import shards
 from medmoe_jax.routing.dense import stacked_lora
 from medmoe_jax.routing.dispatchers import Dispatcher
 from medmoe_jax.routing.routers import Gates
@@ -61,7 +61,7 @@ class Sparse:
             b_ExrxO = b_ExrxO * term.scale_Exr[..., None]
         split_in = row_parallel(site)
         wide = term.lora_a_DxExr.shape[0] if split_in else b_ExrxO.shape[2]
-        part = shards.tensor(self.execution, wide)
+        part = self.execution.tensor_axis(wide)
         on_in, on_out = (part, None) if split_in else (None, part)
         run = self._sharded(
             functools.partial(self._local_lora, on_in),
@@ -95,7 +95,7 @@ class Sparse:
 
     def ffn(self, x_BxTxD, gates: Gates, params: Mapping[str, Any], activation: Callable):
         """See `routing.dispatch.Strategy`."""
-        part = shards.tensor(self.execution, params["gate"].shape[2])
+        part = self.execution.tensor_axis(params["gate"].shape[2])
         on = self.expert_axis
         run = self._sharded(
             functools.partial(self._local_ffn, activation, part),
@@ -119,8 +119,7 @@ class Sparse:
         return y_BxTxD if summed is None else jax.lax.psum(y_BxTxD, summed)
 
     def _dispatch(self, picks_BxTxK, weights_BxTxK, x_BxTxD, local_experts: int):
-        mesh = self.execution.mesh
-        devices = mesh.shape[self.expert_axis] if self.expert_axis else 1
+        devices = self.execution.size(self.expert_axis)
         flat = (v.reshape(-1, v.shape[-1]) for v in (x_BxTxD, picks_BxTxK, weights_BxTxK))
         return self.dispatcher.dispatch(*flat, local_experts * devices)
 
@@ -132,7 +131,7 @@ class Sparse:
 
         `widths` are the mesh axes of the widths of x and of the result, `axes` those of the arrays.
         """
-        tokens = functools.partial(shards.tokens, self.execution, length)
-        on_x, on_out = widths
-        inputs = (tokens(), tokens(), tokens(on_x), *(shards.spec(*one) for one in axes))
-        return shards.local(self.execution, function, inputs, tokens(on_out))
+        spec, (on_x, on_out) = self.execution.spec, widths
+        picks = spec(length, None)
+        inputs = (picks, picks, spec(length, on_x), *(PartitionSpec(*one) for one in axes))
+        return self.execution.per_device(function, inputs, spec(length, on_out))

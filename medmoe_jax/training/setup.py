@@ -12,12 +12,13 @@ from ml_collections import ConfigDict
 
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.model import AdaptedConfig
-from medmoe_jax.base.decoder import Execution
+from medmoe_jax.base.execution import Execution
 from medmoe_jax.checkpoints.bases import Base, open_base
 from medmoe_jax.checkpoints.fingerprint import tree_fingerprint
 from medmoe_jax.data.templates import Template, load_template
 from medmoe_jax.data.tokenizers import Tokenizer, check_vocabulary, load
 from medmoe_jax.errors import UserError
+from medmoe_jax.mesh_axes import SEQUENCE
 from medmoe_jax.parallel.mesh import batch_sharding, check_divides, make_mesh
 from medmoe_jax.parallel.rules import BASE_RULES, Rule, rules_for, shardings
 from medmoe_jax.routing.dispatch import strategy
@@ -99,7 +100,7 @@ class Setup:
           UserError: the mesh does not divide the rows' tokens, heads or experts.
         """
         run, length = self.config.run, self.config.data.length
-        check_divides(self.mesh, "sequence", length, "tokens of a row (data.length)")
+        check_divides(self.mesh, SEQUENCE, length, "tokens of a row (data.length)")
         execution = Execution(
             dtype=self.dtype,
             remat=run.remat,

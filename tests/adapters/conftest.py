@@ -9,7 +9,7 @@ from medmoe_jax.adapters import model
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base import decoder
-from medmoe_jax.base.decoder import Execution
+from medmoe_jax.base.execution import Execution
 from medmoe_jax.base.loss import logits
 from tests import naive
 from tests.naive import TINY

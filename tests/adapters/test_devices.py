@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from medmoe_jax.base.decoder import Execution
+from medmoe_jax.base.execution import Execution
 from tests import naive
 from tests.adapters.conftest import SPECS
 from tests.adapters.test_model import compiled_gradient

@@ -8,7 +8,7 @@ import pytest
 from medmoe_jax.adapters import lifecycle
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.base import trees
-from medmoe_jax.base.decoder import Execution
+from medmoe_jax.base.execution import Execution
 from medmoe_jax.errors import UserError
 from tests import naive
 from tests.adapters.conftest import SPECS, compiled_logits

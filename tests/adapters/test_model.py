@@ -10,7 +10,7 @@ import pytest
 from medmoe_jax.adapters import bank, model
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base import decoder, loss
-from medmoe_jax.base.decoder import Execution
+from medmoe_jax.base.execution import Execution
 from medmoe_jax.errors import UserError
 from medmoe_jax.routing import telemetry
 from tests import naive

@@ -10,7 +10,7 @@ import pytest
 from medmoe_jax.adapters import bank, lifecycle, model
 from medmoe_jax.adapters.model import AdaptedConfig, AdaptedDecoder
 from medmoe_jax.base import decoder, quantised
-from medmoe_jax.base.decoder import Execution
+from medmoe_jax.base.execution import Execution
 from medmoe_jax.base.loss import logits
 from medmoe_jax.parallel.mesh import batch_sharding, make_mesh
 from medmoe_jax.parallel.rules import RULES, shardings

@@ -12,7 +12,7 @@ from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base import decoder, loss, quantised
 from medmoe_jax.base.config import DecoderConfig, site_shapes
-from medmoe_jax.base.decoder import Execution
+from medmoe_jax.base.execution import Execution
 
 # Weights dominate: 33 MB a stack of which one layer is a twelfth, and eight tokens.
 WIDE = DecoderConfig(

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medmoe_jax.base import decoder, trees
-from medmoe_jax.base.decoder import Decoder, Execution, Segment
+from medmoe_jax.base.decoder import Decoder, Segment
+from medmoe_jax.base.execution import Execution
 from medmoe_jax.base.loss import cross_entropy, logits, next_token_targets
 from medmoe_jax.errors import UserError
 from tests import naive

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from medmoe_jax.base import attention, rope
 from medmoe_jax.base.config import DecoderConfig, RopeScaling, site_shapes
 from medmoe_jax.base.decoder import rms_norm
+from medmoe_jax.base.execution import Execution
 from medmoe_jax.errors import UserError
 from tests import naive
 from tests.naive import TINY, rel, tree_rel
@@ -248,16 +249,17 @@ def test_splash_is_attention(monkeypatch, spread, softcap):
     mix = jnp.asarray(rng.standard_normal(q.shape), jnp.float32)
     segments = np.repeat([[1, 1, 2, 0], [1, 2, 2, 2]], T // 4, axis=1).astype(np.int32)
     positions = np.tile(np.arange(T, dtype=np.int32), (2, 1))
-    activations, axis = None, "sequence" if "sequence" in spread else None
+    execution = Execution()
     if spread:
         number = math.prod(spread.values())
         mesh = Mesh(np.array(jax.devices()[:number]).reshape(*spread.values()), tuple(spread))
-        activations = NamedSharding(mesh, P("fsdp", axis, None))
+        axis = "sequence" if "sequence" in spread else None
+        execution = Execution(activations=NamedSharding(mesh, P("fsdp", axis, None)))
     real = (segments > 0)[..., None, None]
 
     @jax.jit
     def kernel(q, k, v, window):
-        out = attention.splash_attention(config, q, k, v, segments, window, activations, axis)
+        out = attention.splash_attention(config, execution, q, k, v, segments, window)
         return jnp.sum(jnp.where(real, out * mix, 0.0))
 
     @jax.jit

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from medmoe_jax.base import loss
-from medmoe_jax.base.decoder import Execution
-from medmoe_jax.parallel.mesh import AXES, batch_sharding, make_mesh
+from medmoe_jax.base.execution import Execution
+from medmoe_jax.mesh_axes import AXES
+from medmoe_jax.parallel.mesh import batch_sharding, make_mesh
 from tests.naive import TINY, check_gradient, rel
 
 B, T, D, V = 2, 6, 5, 17
@@ -116,7 +117,7 @@ def test_devices_share_the_vocabulary(sizes, rows, vocabulary):
     mesh = make_mesh({**dict.fromkeys(AXES, 1), **sizes})
     execution = Execution(activations=batch_sharding(mesh, 3))
     left = None if "sequence" in vocabulary else "sequence"
-    assert execution.logits(36, 2).spec == PartitionSpec(rows, left, vocabulary)
+    assert execution.logits_sharding(36, 2).spec == PartitionSpec(rows, left, vocabulary)
     rng = np.random.default_rng(3)
     head, x = rng.standard_normal((36, 16)), rng.standard_normal((8, 6, 16))
     targets, weights = rng.integers(0, 31, (8, 6)), rng.choice([0, 1, 2], (8, 6))

@@ -15,6 +15,7 @@ import pytest
 
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base import decoder, loss, trees
+from medmoe_jax.base.execution import Execution
 from medmoe_jax.checkpoints import huggingface
 from medmoe_jax.inference.engine import Engine
 from medmoe_jax.parallel.mesh import make_mesh
@@ -26,7 +27,7 @@ transformers = pytest.importorskip("transformers")
 TOLERANCE = 2e-5  # max|a - b| / max|b|, float32; seen: below 4e-6
 VISIBLE = 0.02  # what leaving a term out must change at least, in the same measure
 LENGTH = 29
-EXECUTION = decoder.Execution()
+EXECUTION = Execution()
 SIZES = dict(vocab_size=53, hidden_size=48, intermediate_size=37, num_hidden_layers=3)
 SPECIAL = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 GQA = dict(num_attention_heads=6, num_key_value_heads=2)
@@ -325,5 +326,5 @@ def test_bfloat16_stays_near(pair):
     ).eval()
     with torch.no_grad():
         limit = error(half(torch.tensor(tokens_BxT)).logits.float().numpy(), want)
-    execution = decoder.Execution(dtype=jnp.bfloat16)
+    execution = Execution(dtype=jnp.bfloat16)
     assert error(ours(config, params, tokens_BxT, execution=execution)[1], want) <= 2 * limit

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import dense_gather, sweeps, timing, variants
 from medmoe_jax.base import decoder
-from medmoe_jax.base.decoder import Execution
+from medmoe_jax.base.execution import Execution
 from medmoe_jax.routing import dense
 from medmoe_jax.routing.routers import route, without_padding
 from medmoe_jax.routing.terms import Term

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import variants
-from medmoe_jax.base.decoder import Execution
+from medmoe_jax.base.execution import Execution
 from tests.naive import TINY, random_params, rel
 
 pytestmark = pytest.mark.parity

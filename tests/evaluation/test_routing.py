@@ -10,7 +10,7 @@ import pytest
 
 from medmoe_jax.adapters.bank import BankSpec, mixing
 from medmoe_jax.adapters.model import AdaptedConfig
-from medmoe_jax.base.decoder import Execution
+from medmoe_jax.base.execution import Execution
 from medmoe_jax.data.encode import Encoder
 from medmoe_jax.data.rows import parse_row
 from medmoe_jax.data.templates import TEMPLATES

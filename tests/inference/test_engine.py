@@ -10,7 +10,7 @@ import pytest
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base.config import DecoderConfig
-from medmoe_jax.base.decoder import Execution
+from medmoe_jax.base.execution import Execution
 from medmoe_jax.errors import UserError
 from medmoe_jax.inference.engine import Engine, Sampling
 from medmoe_jax.parallel.mesh import batch_sharding, make_mesh

@@ -6,11 +6,11 @@ import pytest
 
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base.config import DecoderConfig
-from medmoe_jax.base.decoder import Execution
+from medmoe_jax.base.execution import Execution
 from medmoe_jax.errors import UserError
+from medmoe_jax.mesh_axes import AXES
 from medmoe_jax.parallel import topology
 from medmoe_jax.parallel.mesh import (
-    AXES,
     batch_sharding,
     batch_shards,
     make_mesh,

@@ -11,7 +11,8 @@ from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.base import decoder
 from medmoe_jax.base.config import DecoderConfig, site_shapes
 from medmoe_jax.errors import UserError
-from medmoe_jax.parallel.mesh import AXES, make_mesh
+from medmoe_jax.mesh_axes import AXES
+from medmoe_jax.parallel.mesh import make_mesh
 from medmoe_jax.parallel.rules import (
     BANK_RULES,
     BASE_RULES,

@@ -8,7 +8,7 @@ import pytest
 from medmoe_jax.base import trees
 from medmoe_jax.cli.configs import load_config
 from medmoe_jax.cli.main import main
-from medmoe_jax.parallel.mesh import AXES
+from medmoe_jax.mesh_axes import AXES
 from medmoe_jax.parallel.topology import CHIPS, Topology
 from medmoe_jax.planning.figures import Figures, needed_gib
 from medmoe_jax.planning.hlo import Traffic

@@ -8,7 +8,7 @@ import pytest
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.base import decoder as base_decoder
 from medmoe_jax.base.config import DecoderConfig
-from medmoe_jax.base.decoder import Execution
+from medmoe_jax.base.execution import Execution
 from medmoe_jax.parallel.topology import CHIPS
 from medmoe_jax.planning import hlo
 from medmoe_jax.planning.attention import splash_costs

@@ -13,7 +13,7 @@ from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base import decoder
 from medmoe_jax.base.config import DecoderConfig
-from medmoe_jax.base.decoder import Execution
+from medmoe_jax.base.execution import Execution
 from medmoe_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from medmoe_jax.parallel.rules import RULES, placed, shardings, state_shardings
 from medmoe_jax.parallel.topology import compile_for, describe

@@ -11,10 +11,11 @@ import pytest
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.site import adapted_linear
 from medmoe_jax.base import quantised
-from medmoe_jax.base.decoder import Execution
+from medmoe_jax.base.execution import Execution
 from medmoe_jax.errors import UserError
 from medmoe_jax.kernels import permute, tiles
-from medmoe_jax.parallel.mesh import AXES, batch_sharding, make_mesh
+from medmoe_jax.mesh_axes import AXES
+from medmoe_jax.parallel.mesh import batch_sharding, make_mesh
 from medmoe_jax.routing import fused, gating
 from medmoe_jax.routing.dispatch import strategy
 from medmoe_jax.routing.dispatchers import Local

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from medmoe_jax.base.decoder import Execution
+from medmoe_jax.base.execution import Execution
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel import topology as topologies
 from medmoe_jax.parallel.mesh import batch_sharding, make_mesh

@@ -13,7 +13,7 @@ from medmoe_jax.adapters.adalora import Allocator, Plan
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.adapters.orthonormality import Orthonormality
-from medmoe_jax.base.decoder import Execution
+from medmoe_jax.base.execution import Execution
 from medmoe_jax.checkpoints.files import read_metrics
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel.mesh import batch_sharding, make_mesh

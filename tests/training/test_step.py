@@ -13,7 +13,7 @@ from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.adapters.orthogonality import Orthogonality
 from medmoe_jax.base import trees
 from medmoe_jax.base.config import DecoderConfig
-from medmoe_jax.base.decoder import Execution
+from medmoe_jax.base.execution import Execution
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel.mesh import batch_sharding, make_mesh
 from medmoe_jax.parallel.rules import RULES, shardings, state_shardings

@@ -10,7 +10,7 @@ import pytest
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base.config import DecoderConfig
-from medmoe_jax.base.decoder import Execution
+from medmoe_jax.base.execution import Execution
 from medmoe_jax.parallel.mesh import batch_sharding, make_mesh
 from medmoe_jax.parallel.rules import rules_for, shardings, state_shardings
 from medmoe_jax.planning.hlo import count

@@ -1,0 +1,167 @@
+"""How a decoder is run: number format, what is recomputed, kernels, and where arrays lie on a mesh.
+
+Axes: B batch, T tokens, C tokens of a chunk, S keys, D model, K key/value heads, h head dimension,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from medmoe_jax.errors import UserError
+from medmoe_jax.mesh_axes import EXPERT, FSDP, SEQUENCE, TENSOR
+
+REMAT = ("none", "dots", "full")
+ATTENTION = ("auto", "xla", "splash")
+KERNELS = ("auto", "xla", "pallas", "interpret")
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the same function is computed; none of it changes the result beyond rounding.
+
+    Attributes:
+      dtype: activations' and products' dtype (`float32` or `bfloat16`).
+      remat: what the backward pass recomputes: `none`, everything but `dots`, or the `full` layer.
+      unroll: layers a loop iteration holds.
+      attention: `splash` (TPU only), `xla`, or `auto`.
+      kernels: what runs routing and experts: `pallas` (TPU only), `xla`, `interpret` (the Pallas
+        kernels on a processor, for tests), or `auto`.
+      activations: sharding of `[B, T, D]` arrays, or None to leave it to the compiler.
+    """
+
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    unroll: int = 1
+    attention: str = "auto"
+    kernels: str = "auto"
+    activations: NamedSharding | None = None
+
+    def __post_init__(self):
+        if self.remat not in REMAT:
+            raise UserError(f"run.remat: '{self.remat}' is none of {', '.join(REMAT)}")
+        if self.attention not in ATTENTION:
+            raise UserError(f"run.attention: '{self.attention}' is none of {', '.join(ATTENTION)}")
+        if self.kernels not in KERNELS:
+            raise UserError(f"run.kernels: '{self.kernels}' is none of {', '.join(KERNELS)}")
+        if self.kernels == "pallas" and self.platform != "tpu":
+            raise UserError(
+                f"run.kernels: 'pallas' needs TPUs, these devices are {self.platform}; use 'auto'"
+            )
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The devices, or None for the default one."""
+        return None if self.activations is None else self.activations.mesh
+
+    @property
+    def device(self) -> jax.Device:
+        """One of the devices that programs are compiled for, which need not be there."""
+        return jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
+
+    @property
+    def platform(self) -> str:
+        """What programs are compiled for, such as `tpu` or `cpu`."""
+        return self.device.platform
+
+    @property
+    def backend(self) -> str:
+        """What the kernels run by: `xla`, `pallas` or `interpret`."""
+        if self.kernels != "auto":
+            return self.kernels
+        return "pallas" if self.platform == "tpu" else "xla"
+
+    @property
+    def splash(self) -> bool:
+        """Whether attention without a cache is TPU splash attention."""
+        chosen = self.attention == "auto" and self.platform == "tpu"
+        return chosen or self.attention == "splash"
+
+    @property
+    def row_axes(self) -> tuple[str, ...]:
+        """The mesh axes that the rows of a batch are cut over."""
+        axes = None if self.activations is None else self.activations.spec[0]
+        return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+    @property
+    def row_shards(self) -> int:
+        """The number of devices that the rows of a batch are spread over."""
+        if self.activations is None:
+            return 1
+        rows = self.activations.shard_shape((self.activations.num_devices,) * 3)[0]
+        return self.activations.num_devices // rows
+
+    def size(self, axis: str | None) -> int:
+        """The number of devices along a mesh axis; 1 where there is no such axis."""
+        return self.mesh.shape.get(axis, 1) if self.mesh else 1
+
+    def sequence_axis(self, tokens: int) -> str | None:
+        """The mesh axis that the tokens of a row are cut over, where it divides them."""
+        axis = None if self.activations is None else self.activations.spec[1]
+        return axis if axis and tokens % self.size(axis) == 0 else None
+
+    def tensor_axis(self, width: int) -> str | None:
+        """The mesh axis that a dimension of that width is cut over, as the sharding rules do."""
+        devices = self.size(TENSOR)
+        return TENSOR if devices > 1 and width % devices == 0 else None
+
+    def local_tokens(self, rows: int, tokens: int) -> int:
+        """The number of tokens on one device, of a batch of `rows` rows of `tokens` tokens."""
+        return rows * tokens // self.row_shards // self.size(self.sequence_axis(tokens))
+
+    def spec(self, tokens: int, *rest: str | None) -> PartitionSpec:
+        """The mesh axes of a `[B, T, ...]` array; `rest` are those of the dimensions after T."""
+        return PartitionSpec(self.row_axes, self.sequence_axis(tokens), *rest)
+
+    def per_device(self, function: Callable, inputs: Any, outputs: Any) -> Callable:
+        """A function that runs `function` on every device's share of its arguments.
+
+        The compiler cannot cut up a kernel, and would sort across devices what each can sort by
+        itself. Where there is no mesh it is `function` itself.
+
+        Args:
+          function: takes arrays; what it sums over devices, it sums itself.
+          inputs, outputs: a `PartitionSpec` for each argument and result.
+        """
+        if self.mesh is None:
+            return function
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=inputs, out_specs=outputs, check_vma=False
+        )
+
+    def constrain(self, x_BxTxD):
+        """Pin an activation to its sharding; tokens that the mesh does not divide stay together."""
+        if self.mesh is None:
+            return x_BxTxD
+        sharding = NamedSharding(self.mesh, self.spec(x_BxTxD.shape[1], None))
+        return jax.lax.with_sharding_constraint(x_BxTxD, sharding)
+
+    def gather_tokens(self, x_BxSxKxh):
+        """Keys or values of whole rows, on every device that has queries of the row."""
+        if self.mesh is None or not self.sequence_axis(x_BxSxKxh.shape[1]):
+            return x_BxSxKxh
+        free = PartitionSpec.UNCONSTRAINED
+        sharding = NamedSharding(self.mesh, PartitionSpec(self.row_axes, None, free, None))
+        return jax.lax.with_sharding_constraint(x_BxSxKxh, sharding)
+
+    def logits_sharding(self, vocabulary: int, tokens: int = 1) -> NamedSharding | None:
+        """The sharding of `[B, C, V]` logits: V over the mesh axes that the head lies on.
+
+        An axis is left out where they do not divide V. Tokens then travel to the head's parts,
+        which weigh many times more than a chunk's tokens.
+        """
+        if self.mesh is None:
+            return None
+        cut = [axis for axis in (TENSOR, FSDP, EXPERT, SEQUENCE) if axis in self.mesh.shape]
+        while vocabulary % math.prod(self.size(axis) for axis in cut):
+            cut.pop()
+        rows = tuple(axis for axis in self.row_axes if axis not in cut)
+        sequence = None if SEQUENCE in cut else self.sequence_axis(tokens)
+        return NamedSharding(self.mesh, PartitionSpec(rows, sequence, tuple(cut)))
