@@ -1,4 +1,4 @@
-"""Mixtures whose experts are feed-forward networks: the decoder's `mlp` seam.
+"""Mixtures whose experts are feed-forward networks.
 
 Axes: B batch, T tokens, D model, F feed-forward, E experts, K picks a token.
 """
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from medmoe_jax.adapters.bank import BankSpec, site_params
 from medmoe_jax.adapters.site import decide, dropped_inputs
 from medmoe_jax.base.config import GROUPS
-from medmoe_jax.base.decoder import base_mlp
+from medmoe_jax.base.seam import Context, Params, Seam, gated_mlp
 from medmoe_jax.routing.dispatch import Strategy
 from medmoe_jax.routing.routers import Gates
 from medmoe_jax.routing.terms import Term
@@ -24,47 +24,53 @@ _IN, _OUT = "mlp.in", "mlp.out"
 def expert_mlp(
     bank: BankSpec,
     strategy: Strategy,
+    seam: Seam,
     activation: Callable,
     x_BxTxD,
-    weights: Mapping[str, Any],
-    extra: Mapping[str, Any],
-    context: Mapping[str, Any],
-    linear: Callable,
+    weights: Params,
+    params: Mapping[str, Any],
+    context: Context,
 ):
     """`Σ_k w_k FFN_{e_k}(x)` with the bank's experts, and the base's network if it stands beside.
 
-    See `base.decoder` for the arguments.
+    Args:
+      bank: whose experts are networks.
+      strategy: runs experts and routers.
+      seam: runs the sites of the base's own network.
+      activation: the nonlinearity of a network's gate.
+      x_BxTxD, weights, context: see `base.seam.Seam`.
+      params: `{bank: {site: parameters}}` of this layer.
 
     Returns:
       `(y_BxTxD, {"bank/mlp": RouterStats, ...})`.
     """
-    params = extra[bank.name]
-    router = params["mlp"]["router"]
+    mine = params[bank.name]
     name = f"{bank.name}/mlp"
+    router = mine["mlp"]["router"]
     ((gates, stats),) = decide(strategy, [(bank, name, router)], x_BxTxD, context)
-    aux = {name: stats}
-    if bank.whole:
-        experts = {site.split(".")[1]: params[site]["experts"] for site in bank.sites}
-        y_BxTxD = strategy.ffn(x_BxTxD, gates, experts, activation)
-        if bank.form == "ffn":
-            return y_BxTxD, aux
-        shared_BxTxD, more = base_mlp(activation, x_BxTxD, weights, extra, context, linear)
-        return shared_BxTxD + y_BxTxD, aux | more
-    y_BxTxD, more = _shared_ffn(
-        bank, strategy, activation, gates, x_BxTxD, weights, extra, context, linear
-    )
-    return y_BxTxD, aux | more
+    if not bank.whole:
+        y_BxTxD, more = _shared_ffn(
+            bank, strategy, seam, activation, gates, x_BxTxD, weights, params, context
+        )
+        return y_BxTxD, {name: stats} | more
+    experts = {site.split(".")[1]: mine[site]["experts"] for site in bank.sites}
+    y_BxTxD = strategy.ffn(x_BxTxD, gates, experts, activation)
+    if bank.form == "ffn":
+        return y_BxTxD, {name: stats}
+    shared_BxTxD, more = gated_mlp(seam, activation, x_BxTxD, weights, params, context)
+    return shared_BxTxD + y_BxTxD, {name: stats} | more
 
 
-def _shared_ffn(bank, strategy, activation, gates: Gates, x_BxTxD, weights, extra, context, linear):
+def _shared_ffn(bank, strategy, seam, activation, gates: Gates, x_BxTxD, weights, params, context):
     """Experts that differ from the base by low-rank factors.
 
     The down-projection is linear, so the base runs once for any K:
     Σ_k w_k (W_d + s B_k A_k) h_k = W_d Σ_k w_k h_k + s Σ_k w_k B_k A_k h_k.
     """
-    base, aux = linear(_IN, x_BxTxD, {s: weights[s] for s in GROUPS[_IN]}, extra, context)
+    inner = {site: weights[site] for site in GROUPS[_IN]}
+    base, stats_in = seam.linear(_IN, x_BxTxD, inner, params, context)
     x = dropped_inputs([bank], _IN, x_BxTxD, context)[bank.dropout]
-    sites = {site: site_params(bank, extra[bank.name], site) for site in bank.sites}
+    sites = {site: site_params(bank, params[bank.name], site) for site in bank.sites}
 
     def term(site, x, pick: Gates) -> Term:
         p = sites[site]
@@ -80,9 +86,10 @@ def _shared_ffn(bank, strategy, activation, gates: Gates, x_BxTxD, weights, extr
         total_BxTxF += weighted.weights_BxTxK.astype(h_BxTxF.dtype) * h_BxTxF
         h_dropped = dropped_inputs([bank], f"{_OUT}/{k}", h_BxTxF, context)[bank.dropout]
         down.append(term("mlp.down", h_dropped, weighted))
-    y, aux_out = linear(_OUT, total_BxTxF, {"mlp.down": weights["mlp.down"]}, extra, context)
+    outer = {"mlp.down": weights["mlp.down"]}
+    y, stats_out = seam.linear(_OUT, total_BxTxF, outer, params, context)
     y_BxTxD = y["mlp.down"] + strategy.lora({"mlp.down": down})["mlp.down"]
-    return y_BxTxD, aux | aux_out
+    return y_BxTxD, stats_in | stats_out
 
 
 def _pick(gates: Gates, k: int, experts: int) -> tuple[Gates, Gates]:

@@ -1,11 +1,10 @@
-"""A decoder with banks: cuts the layers into segments and composes the seam.
+"""A decoder with banks: cuts the layers into ranges, each with the seam of its banks.
 
 Axes: B batch, T tokens, D model.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,16 +15,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from medmoe_jax.adapters.bank import BankSpec
-from medmoe_jax.adapters.experts import expert_mlp
-from medmoe_jax.adapters.site import adapted_linear
+from medmoe_jax.adapters.seam import AdaptedSeam
 from medmoe_jax.base import decoder
+from medmoe_jax.base.cache import Cache
 from medmoe_jax.base.config import DecoderConfig
-from medmoe_jax.base.decoder import Segment, activation
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.base.loss import logits
+from medmoe_jax.base.seam import Context, LayerRange, activation
 from medmoe_jax.errors import UserError
 from medmoe_jax.mesh_axes import TENSOR
 from medmoe_jax.parallel.mesh import check_divides
+from medmoe_jax.routing import fused
 from medmoe_jax.routing.dispatch import strategy
 
 
@@ -67,7 +67,7 @@ def _clash(bank: BankSpec, other: BankSpec) -> bool:
     return other.form != "lora" or (bank.form == "ffn" and on_mlp)
 
 
-def segments(config: AdaptedConfig, banks: Mapping[str, Any]) -> tuple[Segment, ...]:
+def ranges(config: AdaptedConfig, banks: Mapping[str, Any]) -> tuple[LayerRange, ...]:
     """Layer ranges within which the set of banks is constant.
 
     Args:
@@ -80,17 +80,16 @@ def segments(config: AdaptedConfig, banks: Mapping[str, Any]) -> tuple[Segment, 
     for start, stop in itertools.pairwise(cuts):
         here = tuple(b for b in config.banks if b.start <= start and stop <= b.stop)
         if not here:
-            out.append(Segment(start, stop))
+            out.append(LayerRange(start, stop))
             continue
-        extra = {b.name: _layers_of(b, banks[b.name], start, stop) for b in here}
-        run = strategy(config.dispatch, config.execution)
-        on_sites = tuple(b for b in here if b.form == "lora")
-        linear = functools.partial(adapted_linear, on_sites, run)
-        mlp = None
-        for bank in here:
-            if bank.form != "lora":
-                mlp = functools.partial(expert_mlp, bank, run, activation(config.decoder))
-        out.append(Segment(start, stop, extra, linear, mlp))
+        params = {b.name: _layers_of(b, banks[b.name], start, stop) for b in here}
+        seam = AdaptedSeam(
+            on_sites=tuple(b for b in here if b.form == "lora"),
+            networks=next((b for b in here if b.form != "lora"), None),
+            strategy=strategy(config.dispatch, config.execution),
+            activation=activation(config.decoder),
+        )
+        out.append(LayerRange(start, stop, params, seam, fused.KEPT))
     return tuple(out)
 
 
@@ -115,14 +114,15 @@ def hidden(
     positions_BxT,
     *,
     trained=None,
-    context: Mapping[str, Any] | None = None,
-    cache: decoder.Cache | None = None,
+    context: Context = Context(),
+    cache: Cache | None = None,
 ):
-    """As `base.decoder.hidden`, with the active banks; `aux` is `{"bank/site": RouterStats}`.
+    """Final hidden states of the decoder with its active banks; see `base.decoder.hidden`.
 
     Returns:
-      `(x_BxTxD, cache, aux)`, `aux` with leaves `[layers of the bank's segments in order, ...]`
-      as one dict a segment.
+      `(x_BxTxD, cache, statistics)`, the last of them a tuple of one dict
+      `{"bank/site": RouterStats}` a layer range, in order, with leaves `[layers, ...]`;
+      `routing.telemetry.collect` joins them.
     """
     return decoder.hidden(
         config.decoder,
@@ -131,7 +131,7 @@ def hidden(
         segment_ids_BxT,
         positions_BxT,
         execution=config.execution,
-        segments=segments(config, banks),
+        ranges=ranges(config, banks),
         trained=trained,
         context=context,
         cache=cache,

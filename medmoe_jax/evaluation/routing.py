@@ -22,6 +22,7 @@ from medmoe_jax.adapters import model as adapted
 from medmoe_jax.adapters.bank import BankSpec, mixing
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base.attention import row_slots
+from medmoe_jax.base.seam import Context
 from medmoe_jax.checkpoints.processes import to_host
 from medmoe_jax.data.batches import Batch, epoch_batches
 from medmoe_jax.data.encode import Encoder
@@ -193,7 +194,7 @@ def _batches(rows: Sequence[dict], encoder: Encoder, length: int, batch: int) ->
 
 @functools.partial(jax.jit, static_argnums=0)
 def _stats(config: AdaptedConfig, base, banks, batch) -> tuple[Any, dict[str, RouterStats]]:
-    known = {"language_ids": batch["language_ids"]} if "language_ids" in batch else {}
+    known = Context(language_ids_BxT=batch.get("language_ids"))
     ids = (batch[name] for name in ("tokens", "segment_ids", "positions"))
     _, _, aux = adapted.hidden(config, base, banks, *ids, context=known)
     return jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32), telemetry.collect(aux)

@@ -19,7 +19,9 @@ import numpy as np
 from medmoe_jax.adapters import model as adapted
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base import decoder
+from medmoe_jax.base.cache import new_cache
 from medmoe_jax.base.loss import logits, token_log_probs
+from medmoe_jax.base.seam import Context
 from medmoe_jax.checkpoints.processes import to_host
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel.mesh import batch_sharding, batch_shards
@@ -66,6 +68,7 @@ def _slots(length: int) -> int:
 
 
 def _run(config: AdaptedConfig, weights: Weights, tokens, segments, positions, cache):
+    language_ids_BxT = jnp.where(segments > 0, weights.language_ids_Bx1, -1)
     x, cache, _ = adapted.hidden(
         config,
         weights.base,
@@ -73,7 +76,7 @@ def _run(config: AdaptedConfig, weights: Weights, tokens, segments, positions, c
         tokens,
         segments,
         positions,
-        context={"language_ids": jnp.where(segments > 0, weights.language_ids_Bx1, -1)},
+        context=Context(language_ids_BxT=language_ids_BxT),
         cache=cache,
     )
     return decoder.head(weights.base), x, cache
@@ -98,7 +101,7 @@ def score_batch(
     """
     B, P = prompts.shape
     C = given.shape[-1]
-    cache = decoder.new_cache(config.decoder, B, P + C, config.execution.dtype)
+    cache = new_cache(config.decoder, B, P + C, config.execution.dtype)
     _, _, cache = _run(config, weights, prompts, segments, positions, cache)
     start_Bx1 = jnp.sum(segments, axis=1, keepdims=True)
     offsets_1xC = jnp.arange(C, dtype=jnp.int32)[None]
@@ -154,7 +157,7 @@ def generate_batch(
     """
     B, P = prompts.shape
     stops_1xK = jnp.asarray(stop_ids, jnp.int32)[None]
-    cache = decoder.new_cache(config.decoder, B, P + max_tokens, config.execution.dtype)
+    cache = new_cache(config.decoder, B, P + max_tokens, config.execution.dtype)
     head, x, cache = _run(config, weights, prompts, segments, positions, cache)
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), rows)
     first_B = _pick(sampling, logits(config.decoder, head, x[:, -1:])[:, 0], keys_B, 0)

@@ -41,6 +41,9 @@ from medmoe_jax.kernels.tiles import (
     tile_of,
 )
 
+# What the kernel calls its results for the policies of `jax.checkpoint`.
+PRODUCT, RANK_COLUMNS, LAST_RANK_COLUMNS = "product", "rank_columns", "last_rank_columns"
+
 
 class Shape(NamedTuple):
     """What block sizes depend on: tokens, widths, rank columns, bytes of a value and of a gate."""
@@ -228,7 +231,7 @@ def _lora_linear_fwd(x, w, a, gate, b, backend, columns):
     gate_TxR = None if gate is None else gate.value
     y_TxO, h_TxR = _forward(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, False, backend)
     # For the policies of `jax.checkpoint`: who keeps h need not run the kernel again for it.
-    y_TxO, h_TxR = checkpoint_name(y_TxO, "product"), checkpoint_name(h_TxR, columns)
+    y_TxO, h_TxR = checkpoint_name(y_TxO, PRODUCT), checkpoint_name(h_TxR, columns)
     trained = w_DxO if w.perturbed else None
     return y_TxO, (x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, h_TxR, trained)
 
@@ -253,9 +256,7 @@ def _lora_linear_bwd(backend, columns, saved, dy_TxO):
 _lora_linear.defvjp(_lora_linear_fwd, _lora_linear_bwd, symbolic_zeros=True)
 
 
-def lora_linear(
-    x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, *, backend: str, columns: str = "rank_columns"
-):
+def lora_linear(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, *, backend: str, columns: str = RANK_COLUMNS):
     """`y = x·W + ((x·A) ∘ gate)·B`: a frozen linear layer and all banks of its site.
 
     Args:
@@ -265,7 +266,7 @@ def lora_linear(
         product, while their gradients are accumulated in float32 and rounded once, to their dtype.
       gate_TxR: weights in rank space, s and Λ folded in (or into B); None for ones.
       backend: see `medmoe_jax.kernels`.
-      columns: by which name a policy of `jax.checkpoint` may keep x·A; y is "product".
+      columns: the name by which a policy of `jax.checkpoint` may keep x·A; that of y is PRODUCT.
 
     Returns:
       `y_TxO` in x's dtype, accumulated in float32.

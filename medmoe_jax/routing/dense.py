@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from medmoe_jax.base.decoder import project
+from medmoe_jax.base.seam import project
 from medmoe_jax.routing.narrow import narrow, widen
 from medmoe_jax.routing.routers import Gates
 from medmoe_jax.routing.terms import Term

@@ -15,13 +15,20 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from medmoe_jax.base.decoder import add_bias
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.base.quantised import Quantised
+from medmoe_jax.base.seam import add_bias
 from medmoe_jax.kernels import lora_linear as kernel
 from medmoe_jax.parallel.rules import RULES, row_parallel, spec_for
 from medmoe_jax.routing import dense
 from medmoe_jax.routing.terms import Term
+
+# What the backward pass keeps of the kernel's results, by rematerialisation.
+KEPT = {
+    "dots": (kernel.PRODUCT, kernel.RANK_COLUMNS, kernel.LAST_RANK_COLUMNS),
+    # Few columns: without them a layer's last product would be made again for their sake.
+    "full": (kernel.LAST_RANK_COLUMNS,),
+}
 
 
 def linear(
@@ -117,7 +124,7 @@ def _flat(execution: Execution, site: str, term: Term):
 def _local(backend: str, last: bool, x_BxTxD, w_DxO, lora_a, lora_b, dense_gates):
     """One device's `[1, B, T, O]`; A, B and gates have an entry a term.
 
-    `last`: nothing within the layer's part reads y but a residual sum, so it is not made again.
+    `last` says that y goes to a residual sum alone. Then the backward pass needs x·A, but not y.
     """
     D, O = w_DxO.shape
     x_TxD = x_BxTxD.reshape(-1, D)
@@ -126,7 +133,7 @@ def _local(backend: str, last: bool, x_BxTxD, w_DxO, lora_a, lora_b, dense_gates
         parts = zip(lora_a, dense_gates, strict=True)
         gate_TxR = jnp.concatenate([_gate(x_TxD.shape[0], *part) for part in parts], axis=1)
     a_DxR, b_RxO = jnp.concatenate(lora_a, axis=1), jnp.concatenate(lora_b, axis=0)
-    columns = "last_rank_columns" if last else "rank_columns"
+    columns = kernel.LAST_RANK_COLUMNS if last else kernel.RANK_COLUMNS
     y_TxO = kernel.lora_linear(
         x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, backend=backend, columns=columns
     )

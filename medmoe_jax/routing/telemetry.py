@@ -5,6 +5,8 @@ Axes: N layers, E experts, G groups of texts, such as languages.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,12 +14,12 @@ import numpy as np
 from medmoe_jax.routing.routers import RouterStats
 
 
-def collect(aux) -> dict[str, RouterStats]:
-    """`{"bank/site": RouterStats}` with leaves `[N, ...]`, from one dict a segment, in order."""
-    keys = dict.fromkeys(key for segment in aux for key in segment)
+def collect(statistics: Sequence[Mapping[str, RouterStats]]) -> dict[str, RouterStats]:
+    """`{"bank/site": RouterStats}` with leaves `[N, ...]`, from a dict a layer range, in order."""
+    keys = dict.fromkeys(key for one in statistics for key in one)
     return {
         key: jax.tree.map(
-            lambda *leaves: jnp.concatenate(leaves), *(seg[key] for seg in aux if key in seg)
+            lambda *leaves: jnp.concatenate(leaves), *(one[key] for one in statistics if key in one)
         )
         for key in keys
     }

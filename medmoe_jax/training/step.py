@@ -23,6 +23,7 @@ from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base import decoder, trees
 from medmoe_jax.base.loss import cross_entropy, next_token_targets
+from medmoe_jax.base.seam import Context
 from medmoe_jax.checkpoints.fingerprint import mix
 from medmoe_jax.errors import UserError
 from medmoe_jax.routing import telemetry
@@ -96,9 +97,9 @@ def nll(config: AdaptedConfig, trainable, frozen, batch: Mapping[str, jax.Array]
     targets_BxT, weights_BxT = next_token_targets(
         batch["tokens"], batch["loss_mask"], batch["segment_ids"]
     )
-    context = {} if key is None else {"dropout_key": key, "training": True}
-    if "language_ids" in batch:
-        context["language_ids"] = batch["language_ids"]
+    context = Context(
+        language_ids_BxT=batch.get("language_ids"), dropout_key=key, training=key is not None
+    )
     x_BxTxD, _, aux = model.hidden(
         config,
         frozen["base"],

@@ -7,7 +7,7 @@ import pytest
 
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.site import adapted_linear
-from medmoe_jax.base.decoder import base_linear
+from medmoe_jax.base.seam import BareSeam, Context
 from medmoe_jax.routing.dispatch import strategy
 from tests.naive import rel
 
@@ -43,13 +43,10 @@ def _setup(specs, seed=0):
 def _run(specs, x, weights, extra, *, seed=0, layer=0, group="attn.qkv", dispatch="stacked"):
     """`({site: banks' output}, router sums)`."""
     key = None if seed is None else jax.random.key(seed)
-    context = {
-        "segment_ids": jnp.ones(x.shape[:2], jnp.int32),
-        "layer": jnp.int32(layer),
-        "dropout_key": key,
-    }
+    segment_ids = jnp.ones(x.shape[:2], jnp.int32)
+    context = Context(segment_ids, jnp.int32(layer), dropout_key=key)
     y, stats = adapted_linear(specs, strategy(dispatch), group, x, weights, extra, context)
-    bare, _ = base_linear(group, x, weights, None, context)
+    bare, _ = BareSeam(jax.nn.silu).linear(group, x, weights, None, context)
     return {site: y[site] - bare[site] for site in y}, stats
 
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from medmoe_jax.adapters import bank as bank_lib
-from medmoe_jax.adapters import experts, lifecycle
+from medmoe_jax.adapters import lifecycle
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.model import AdaptedConfig, hidden
-from medmoe_jax.adapters.site import adapted_linear
+from medmoe_jax.adapters.seam import AdaptedSeam
 from medmoe_jax.base import decoder
+from medmoe_jax.base.seam import Context, activation
 from medmoe_jax.errors import UserError
 from medmoe_jax.routing.dispatch import STRATEGIES, strategy
 from tests.naive import TINY, check_gradient, f64, random_params, rel
@@ -99,14 +100,12 @@ def setting():
     }
 
 
-def run(name, spec, tree, context):
-    extra = {spec.name: tree["bank"], "lora": tree.get("beside", {})}
-    run_banks = (BESIDE,) if "beside" in tree else ()
-    how = strategy(name)
-    linear = functools.partial(adapted_linear, run_banks, how)
-    context = {"segment_ids": jnp.ones((B, T), jnp.int32), "layer": jnp.int32(1), **context}
-    act = decoder.activation(TINY)
-    return experts.expert_mlp(spec, how, act, tree["x"], tree["w"], extra, context, linear)
+def run(name, spec, tree, context=Context()):
+    params = {spec.name: tree["bank"], "lora": tree.get("beside", {})}
+    on_sites = (BESIDE,) if "beside" in tree else ()
+    seam = AdaptedSeam(on_sites, spec, strategy(name), activation(TINY))
+    context = context._replace(segment_ids_BxT=jnp.ones((B, T), jnp.int32), layer=jnp.int32(1))
+    return seam.mlp(tree["x"], tree["w"], params, context)
 
 
 CASES = {
@@ -128,7 +127,7 @@ def test_value_and_gradient(name, case, setting):
     mix = np.random.default_rng(1).standard_normal((B, T, TINY.d_model))
 
     def loss(tree):
-        y, stats = run(name, spec, tree, {})
+        y, stats = run(name, spec, tree)
         return jnp.sum(y * mix), (y, stats)
 
     def want(tree):
@@ -148,9 +147,7 @@ def test_hybrid_routing(forcing, training, setting):
     """The language's expert is among the picks in training, or always, or never by force."""
     tree = {"x": setting["x"], "w": setting["w"], "bank": setting["bank"]}
     ids = [[0, 1, -1], [3, 2, 0]]
-    context = {"language_ids": jnp.asarray(ids, jnp.int32)}
-    if training:
-        context["training"] = True
+    context = Context(language_ids_BxT=jnp.asarray(ids, jnp.int32), training=training)
     spec = WHOLE.replace(forcing=forcing)
     y, stats = run("reference", spec, tree, context)
     forced = ids if forcing == "always" or (forcing == "train" and training) else None

@@ -11,6 +11,7 @@ from medmoe_jax.adapters import bank, model
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base import decoder, loss
 from medmoe_jax.base.execution import Execution
+from medmoe_jax.base.seam import Context
 from medmoe_jax.errors import UserError
 from medmoe_jax.routing import telemetry
 from tests import naive
@@ -21,8 +22,7 @@ from tests.naive import TINY, rel, tree_rel
 def adapted_nll(config, banks, base, batch, key=None):
     """Σ −log p and the router sums."""
     ids = (batch[k] for k in ("tokens", "segment_ids", "positions"))
-    context = {} if key is None else {"dropout_key": key}
-    x, _, aux = model.hidden(config, base, banks, *ids, context=context)
+    x, _, aux = model.hidden(config, base, banks, *ids, context=Context(dropout_key=key))
     targets, weights = loss.next_token_targets(
         batch["tokens"], batch["loss_mask"], batch["segment_ids"]
     )
@@ -143,16 +143,16 @@ def test_bfloat16(base, banks, batch):
 
 def test_dispatch_is_checked(banks):
     with pytest.raises(UserError, match=r"run\.dispatch"):
-        model.segments(AdaptedConfig(TINY, SPECS, dispatch="magic"), banks)
+        model.ranges(AdaptedConfig(TINY, SPECS, dispatch="magic"), banks)
 
 
-def test_segments_cut_where_banks_change(banks):
-    segments = model.segments(AdaptedConfig(TINY, SPECS[1:]), banks)
-    assert [(s.start, s.stop) for s in segments] == [(0, 1), (1, 2), (2, 3)]
-    assert [set(s.extra) for s in segments] == [
+def test_ranges_end_where_banks_change(banks):
+    ranges = model.ranges(AdaptedConfig(TINY, SPECS[1:]), banks)
+    assert [(r.start, r.stop) for r in ranges] == [(0, 1), (1, 2), (2, 3)]
+    assert [set(r.params) for r in ranges] == [
         {"knowledge"},
         {"noise", "knowledge", "skills"},
         {"noise", "plain_weights"},
     ]
-    bare = model.segments(AdaptedConfig(TINY, SPECS[4:]), banks)
-    assert [(s.start, s.stop, s.extra is None) for s in bare] == [(0, 2, True), (2, 3, False)]
+    bare = model.ranges(AdaptedConfig(TINY, SPECS[4:]), banks)
+    assert [(r.start, r.stop, r.seam is None) for r in bare] == [(0, 2, True), (2, 3, False)]

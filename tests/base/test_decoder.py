@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medmoe_jax.base import decoder, trees
-from medmoe_jax.base.decoder import Decoder, Segment
+from medmoe_jax.base.cache import new_cache
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.base.loss import cross_entropy, logits, next_token_targets
+from medmoe_jax.base.module import Decoder
+from medmoe_jax.base.seam import LayerRange
 from medmoe_jax.errors import UserError
 from tests import naive
 from tests.naive import SWITCHES, TINY, rel, tree_rel
@@ -95,9 +97,9 @@ def test_execution_changes_nothing(loss_and_grad, params, execution):
     assert tree_rel(got[1], want[1]) < 1e-5
 
 
-def test_segments_change_nothing(params):
-    segments = (Segment(0, 1), Segment(1, 3))
-    got = jax.jit(functools.partial(_logits, ALL, segments=segments))(params, BATCH)
+def test_ranges_change_nothing(params):
+    ranges = (LayerRange(0, 1), LayerRange(1, 3))
+    got = jax.jit(functools.partial(_logits, ALL, ranges=ranges))(params, BATCH)
     real = BATCH["segment_ids"] > 0
     assert rel(got[real][:, :23], naive.logits(ALL, params, BATCH)[real][:, :23]) < 1e-5
 
@@ -110,7 +112,7 @@ def test_trained_leaves_replace_the_base(params):
     mixed = trees.overlay(params, trained)
     ids = [BATCH[k] for k in ("tokens", "segment_ids", "positions")]
     got, _, _ = decoder.hidden(
-        ALL, params, *ids, trained=trained, segments=(Segment(0, 2), Segment(2, 3))
+        ALL, params, *ids, trained=trained, ranges=(LayerRange(0, 2), LayerRange(2, 3))
     )
     want, _, _ = decoder.hidden(ALL, mixed, *ids)
     bare, _, _ = decoder.hidden(ALL, params, *ids)
@@ -187,7 +189,7 @@ def test_cache_is_no_cache(cached_step, params, left):
     rng = np.random.default_rng(5)
     samples = [rng.integers(1, 23, n) for n in (8, 5, 7)]
     prompts, steps = [s[:-3] for s in samples], 3
-    cache = decoder.new_cache(ALL, 3, 10, jnp.float32)
+    cache = new_cache(ALL, 3, 10, jnp.float32)
     prompt = _pad(prompts, 5, left)
     z, cache = cached_step(params, prompt, cache)
     got = [[row for row, real in zip(z[b], prompt["segment_ids"][b], strict=True) if real]

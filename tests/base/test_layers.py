@@ -13,8 +13,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from medmoe_jax.base import attention, rope
+from medmoe_jax.base.block import rms_norm
 from medmoe_jax.base.config import DecoderConfig, RopeScaling, site_shapes
-from medmoe_jax.base.decoder import rms_norm
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.errors import UserError
 from tests import naive

@@ -12,6 +12,7 @@ from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.site import adapted_linear
 from medmoe_jax.base import quantised
 from medmoe_jax.base.execution import Execution
+from medmoe_jax.base.seam import Context
 from medmoe_jax.errors import UserError
 from medmoe_jax.kernels import permute, tiles
 from medmoe_jax.mesh_axes import AXES
@@ -58,8 +59,7 @@ def problem(specs=SPECS, seed=0):
     segments = np.ones((B, T), np.int32)
     segments[0, 4:] = segments[2] = 0
     languages = jnp.asarray(rng.integers(-1, 3, (B, T)), jnp.int32)
-    context = {"segment_ids": jnp.asarray(segments), "language_ids": languages}
-    return tree, {**context, "layer": jnp.int32(0)}
+    return tree, Context(jnp.asarray(segments), jnp.int32(0), languages)
 
 
 def outputs(run, specs, tree, context):
@@ -142,7 +142,7 @@ def kernels(execution, specs=SPECS, change=None, dispatch="stacked"):
     """`(routers, sites)` by a kernel, of the program as traced."""
     tree, context = problem(specs)
     tree["weights"] = {s: (change or (lambda w: w))(w) for s, w in tree["weights"].items()}
-    context["dropout_key"] = jax.random.key(0)
+    context = context._replace(dropout_key=jax.random.key(0))
     run = strategy(dispatch, execution)
     text = str(jax.make_jaxpr(lambda t, c: outputs(run, specs, t, c))(tree, context))
     return text.count("name=route\n"), text.count("name=lora_linear\n")

@@ -1,0 +1,139 @@
+"""One transformer block: attention, then the feed-forward network, each with its norms.
+
+Axes: B batch, T tokens, S keys (of the batch, or cache slots), D model, H query heads, K key/value
+heads, h head dimension, L layers.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from medmoe_jax.base import attention, rope
+from medmoe_jax.base.config import GROUPS, DecoderConfig
+from medmoe_jax.base.execution import Execution
+from medmoe_jax.base.seam import Context, Params, Seam
+
+
+class Tokens(NamedTuple):
+    """What every layer's attention needs to know about the tokens.
+
+    Attributes:
+      segments_BxT, positions_BxT: int32, of the queries.
+      k_segments_BxS, k_positions_BxS: int32, of the keys.
+      written: [] int32, cache slots written before.
+      rope: the tables of `rope.tables`.
+      splash: whether TPU splash attention runs.
+    """
+
+    segments_BxT: jax.Array
+    positions_BxT: jax.Array
+    k_segments_BxS: jax.Array
+    k_positions_BxS: jax.Array
+    written: jax.Array
+    rope: tuple[jax.Array, jax.Array]
+    splash: bool
+
+
+class Layer(NamedTuple):
+    """What differs between layers.
+
+    Attributes:
+      weights: the base's.
+      window: [] int32, tokens that attention reaches back, 0 = all.
+      params: the seam's own parameters.
+      context: for the seam.
+    """
+
+    weights: Params
+    window: jax.Array
+    params: Any
+    context: Context
+
+
+def rms_norm(x, weight, *, eps: float, offset: float):
+    """`x / rms(x) · (weight + offset)` in float32, returned in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    weight = weight.astype(jnp.float32) + offset
+    return (x32 * weight.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+def block(
+    config: DecoderConfig,
+    execution: Execution,
+    seam: Seam,
+    layer: Layer,
+    x_BxTxD,
+    tokens: Tokens,
+    cache: tuple | None,
+):
+    """`(x_BxTxD, cache, statistics)` after one block.
+
+    Args:
+      config, execution: the decoder, and how it is run.
+      seam: runs the linear work.
+      layer: its weights, and what else differs between layers.
+      x_BxTxD: the hidden states.
+      tokens: what is known of them.
+      cache: keys and values `[L, B, S, K, h]` of all layers, or None.
+    """
+    norm = functools.partial(rms_norm, eps=config.norm_eps, offset=config.norm_offset)
+    w, params, context = layer.weights, layer.params, layer.context
+    y, cache, stats = _attention(
+        config, execution, seam, layer, norm(x_BxTxD, w["attn_norm"]), tokens, cache
+    )
+    x_BxTxD += norm(y, w["attn_post_norm"]) if config.post_norms else y
+    sites = {f"mlp.{name}": leaf for name, leaf in w["mlp"].items()}
+    y, stats_mlp = seam.mlp(norm(x_BxTxD, w["mlp_norm"]), sites, params, context)
+    x_BxTxD += norm(y, w["mlp_post_norm"]) if config.post_norms else y
+    return execution.constrain(x_BxTxD), cache, stats | stats_mlp
+
+
+def _attention(config, execution, seam, layer: Layer, x_BxTxD, tokens: Tokens, cache):
+    """One layer's attention: `(y_BxTxD, the cache's (k, v), statistics)`."""
+    B, T, _ = x_BxTxD.shape
+    h, w, context = config.head_dim, layer.weights["attn"], layer.context
+    sites = {site: w[site.split(".")[1]] for site in GROUPS["attn.qkv"]}
+    y, stats = seam.linear("attn.qkv", x_BxTxD, sites, layer.params, context)
+    q = y["attn.q"].reshape(B, T, config.n_heads, h)
+    k = y["attn.k"].reshape(B, T, config.n_kv_heads, h)
+    v = y["attn.v"].reshape(B, T, config.n_kv_heads, h)
+    if config.qk_norm:
+        norm = functools.partial(rms_norm, eps=config.norm_eps, offset=config.norm_offset)
+        q, k = norm(q, w["q_norm"]), norm(k, w["k_norm"])
+    q, k = rope.rotate(q, *tokens.rope), rope.rotate(k, *tokens.rope)
+    if cache is not None:
+        cache, (k, v) = _append(cache, (k, v), context.layer, tokens.written)
+    if tokens.splash:
+        out = attention.splash_attention(
+            config, execution, q, k, v, tokens.segments_BxT, layer.window
+        )
+    else:
+        k, v = execution.gather_tokens(k), execution.gather_tokens(v)
+        mask = attention.visible(
+            tokens.segments_BxT,
+            tokens.positions_BxT,
+            tokens.k_segments_BxS,
+            tokens.k_positions_BxS,
+            layer.window,
+        )
+        out = attention.attend(
+            config, q, k.astype(q.dtype), v.astype(q.dtype), mask, execution.row_shards
+        )
+    out = out.reshape(B, T, config.n_heads * h)
+    y, stats_out = seam.linear("attn.out", out, {"attn.o": w["o"]}, layer.params, context)
+    return y["attn.o"], cache, stats | stats_out
+
+
+def _append(cache, new, layer, written):
+    """`(cache, the layer's own keys and values)` with the new ones after those written before."""
+    at = (layer, 0, written, 0, 0)
+    cache = tuple(
+        jax.lax.dynamic_update_slice(old, x[None].astype(old.dtype), at)
+        for old, x in zip(cache, new, strict=True)
+    )
+    return cache, tuple(jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in cache)

@@ -1,0 +1,42 @@
+"""The bare decoder as a Flax NNX module, for use in other projects.
+
+Axes: B batch, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from medmoe_jax.base.config import DecoderConfig
+from medmoe_jax.base.decoder import head, hidden
+from medmoe_jax.base.execution import Execution
+from medmoe_jax.base.loss import logits
+from medmoe_jax.base.seam import Params
+
+
+class Decoder(nnx.Module):
+    """`Decoder(config, params)(tokens_BxT)` returns float32 logits `[B, T, V]`.
+
+    The parameters are the plain tree of `decoder.init` or of an importer, held as `nnx.Param`s and
+    never copied.
+    """
+
+    def __init__(self, config: DecoderConfig, params: Params, execution: Execution = Execution()):
+        self.config = config
+        self.execution = execution
+        self.params = nnx.data(jax.tree.map(nnx.Param, params))
+
+    def __call__(self, tokens_BxT, segment_ids_BxT=None, positions_BxT=None):
+        """Logits; without ids, every row is one unpadded sample."""
+        if segment_ids_BxT is None:
+            segment_ids_BxT = jnp.ones_like(tokens_BxT)
+        if positions_BxT is None:
+            positions_BxT = jnp.broadcast_to(
+                jnp.arange(tokens_BxT.shape[1], dtype=jnp.int32)[None], tokens_BxT.shape
+            )
+        params = nnx.as_pure(self.params)
+        ids = (tokens_BxT, segment_ids_BxT, positions_BxT)
+        x_BxTxD, _, _ = hidden(self.config, params, *ids, execution=self.execution)
+        return logits(self.config, head(params), x_BxTxD)
