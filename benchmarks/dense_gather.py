@@ -8,16 +8,14 @@ same idea with one batched product for all experts, which XLA runs faster.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 
-from medmoe_jax.base.execution import Execution
-from medmoe_jax.routing import dense
-from medmoe_jax.routing.dispatch import STRATEGIES
-from medmoe_jax.routing.terms import Term
+from medmoe_jax.routing.dispatch import STRATEGIES, Reference
+from medmoe_jax.routing.terms import LoraTerm, Terms
 
 
 def _one_by_one(x_BxTxD, a_DxExr, b_ExrxO):
@@ -29,7 +27,7 @@ def _batched(x_BxTxD, a_DxExr, b_ExrxO):
     return jnp.einsum("BTEr,ErO->BTEO", jnp.einsum("BTD,DEr->BTEr", x_BxTxD, a_DxExr), b_ExrxO)
 
 
-def _one(experts: Callable, term: Term):
+def _one(experts: Callable, term: LoraTerm):
     x_BxTxD, dtype = term.x_BxTxD, term.x_BxTxD.dtype
     lora_a, lora_b = (w.astype(dtype) for w in (term.lora_a_DxExr, term.lora_b_ExrxO))
     if term.scale_Exr is not None:
@@ -44,23 +42,27 @@ def _one(experts: Callable, term: Term):
     return term.s * jnp.sum(picked_BxTxKxO * weights_BxTxKx1, axis=2)
 
 
-def dense_gather(terms: Mapping[str, Sequence[Term]]) -> dict[str, Any]:
-    """`{site: delta_BxTxO}`, as `routing.dense.reference_lora`."""
-    return {site: sum(_one(_one_by_one, term) for term in some) for site, some in terms.items()}
+@dataclass(frozen=True)
+class DenseGather(Reference):
+    """As the published modules: every expert's output, one after another, then the picked ones."""
+
+    def lora(self, terms: Terms) -> dict[str, Any]:
+        """See `routing.dispatch.Strategy`."""
+        return {site: sum(_one(_one_by_one, term) for term in some) for site, some in terms.items()}
 
 
-def dense_gather_batched(terms: Mapping[str, Sequence[Term]]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class DenseGatherBatched(Reference):
     """The same with one product for all experts."""
-    return {site: sum(_one(_batched, term) for term in some) for site, some in terms.items()}
+
+    def lora(self, terms: Terms) -> dict[str, Any]:
+        """See `routing.dispatch.Strategy`."""
+        return {site: sum(_one(_batched, term) for term in some) for site, some in terms.items()}
 
 
-BASELINES = {"dense_gather": dense_gather, "dense_gather_batched": dense_gather_batched}
+BASELINES = {"dense_gather": DenseGather, "dense_gather_batched": DenseGatherBatched}
 
 
 def register() -> None:
     """Let `run.dispatch` name them, in this process only."""
-    for name, lora in BASELINES.items():
-        made = STRATEGIES["reference"](Execution())._replace(
-            linear=functools.partial(dense.linear, lora), lora=lora
-        )
-        STRATEGIES[name] = lambda execution, made=made: made
+    STRATEGIES.update(BASELINES)

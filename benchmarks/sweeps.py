@@ -16,7 +16,7 @@ from benchmarks.variants import DECODER
 from medmoe_jax.planning import hlo
 from medmoe_jax.routing.dispatch import STRATEGIES, strategy
 from medmoe_jax.routing.routers import route
-from medmoe_jax.routing.terms import Term
+from medmoe_jax.routing.terms import LoraTerm
 
 TOP_K, RANK = 2, 16
 SKIPPED = ("reference",)  # a loop over experts, for tests
@@ -52,7 +52,7 @@ def site_step(name: str, inputs):
 
     def loss(p):
         gates = route(p["logits"], TOP_K, renormalise=True).gates
-        out = run.lora({"mlp.up": [Term(p["x"], p["a"], p["b"], gates, None, 2.0)]})
+        out = run.lora({"mlp.up": [LoraTerm(p["x"], p["a"], p["b"], gates, None, 2.0)]})
         return jnp.sum(out["mlp.up"] ** 2)
 
     return jax.grad(loss)(inputs)

@@ -16,7 +16,7 @@ from medmoe_jax.base.config import GROUPS
 from medmoe_jax.base.seam import Context, Params, Seam, gated_mlp
 from medmoe_jax.routing.dispatch import Strategy
 from medmoe_jax.routing.routers import Gates
-from medmoe_jax.routing.terms import Term
+from medmoe_jax.routing.terms import LoraTerm
 
 _IN, _OUT = "mlp.in", "mlp.out"
 
@@ -72,9 +72,9 @@ def _shared_ffn(bank, strategy, seam, activation, gates: Gates, x_BxTxD, weights
     x = dropped_inputs([bank], _IN, x_BxTxD, context)[bank.dropout]
     sites = {site: site_params(bank, params[bank.name], site) for site in bank.sites}
 
-    def term(site, x, pick: Gates) -> Term:
+    def term(site, x, pick: Gates) -> LoraTerm:
         p = sites[site]
-        return Term(x, p["lora_a"], p["lora_b"], pick, p.get("scale"), bank.s)
+        return LoraTerm(x, p["lora_a"], p["lora_b"], pick, p.get("scale"), bank.s)
 
     total_BxTxF, down = 0.0, []
     for k in range(bank.top_k):

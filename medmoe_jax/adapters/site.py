@@ -14,8 +14,9 @@ import jax.numpy as jnp
 
 from medmoe_jax.adapters.bank import BankSpec, site_params
 from medmoe_jax.base.seam import Context
-from medmoe_jax.routing.dispatch import Strategy, Term
+from medmoe_jax.routing.dispatch import Strategy
 from medmoe_jax.routing.gating import Decision, Router
+from medmoe_jax.routing.terms import LoraTerm
 
 
 def dropped_inputs(
@@ -114,10 +115,10 @@ def adapted_linear(
     for key, decision in zip(routed, decisions, strict=True):
         gates[key], stats[key] = decision
     inputs = dropped_inputs([b for b, _ in present], group, x_BxTxD, context)
-    terms: dict[str, list[Term]] = {}
+    terms: dict[str, list[LoraTerm]] = {}
     for bank, site in present:
         p = site_params(bank, params[bank.name], site)
-        term = Term(
+        term = LoraTerm(
             inputs[bank.dropout],
             p["lora_a"],
             p["lora_b"],

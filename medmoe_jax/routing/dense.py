@@ -10,7 +10,7 @@ make `Σ_e gate_e W_down,e (act(W_gate,e x) ∘ W_up,e x)`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,20 +19,23 @@ import jax.numpy as jnp
 from medmoe_jax.base.seam import project
 from medmoe_jax.routing.narrow import narrow, widen
 from medmoe_jax.routing.routers import Gates
-from medmoe_jax.routing.terms import Term
+from medmoe_jax.routing.terms import LoraTerm, Terms
 
 
-def linear(
-    lora: Callable, x_BxTxD, weights: Mapping[str, Any], terms: Mapping[str, Sequence[Term]]
-) -> dict[str, Any]:
-    """`{site: x W (+ b) + its terms by lora}`, as products of their own."""
-    out = {site: project(x_BxTxD, weight) for site, weight in weights.items()}
-    for site, delta in lora(terms).items():
+def base_products(x_BxTxD, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The base alone, `{site: x W (+ b)}`."""
+    return {site: project(x_BxTxD, weight) for site, weight in weights.items()}
+
+
+def add(y: Mapping[str, Any], deltas: Mapping[str, Any]) -> dict[str, Any]:
+    """`{site: y + delta}`; not every site has a delta."""
+    out = dict(y)
+    for site, delta in deltas.items():
         out[site] += delta
     return out
 
 
-def reference_lora(terms: Mapping[str, Sequence[Term]]) -> dict[str, Any]:
+def reference_lora(terms: Terms) -> dict[str, Any]:
     """A plain loop over experts: `{site: delta_BxTxO}`."""
     out = {}
     for site, site_terms in terms.items():
@@ -50,7 +53,7 @@ def reference_lora(terms: Mapping[str, Sequence[Term]]) -> dict[str, Any]:
     return out
 
 
-def _rank_factor(term: Term):
+def _rank_factor(term: LoraTerm):
     """`s · gates · Λ` in rank space, float32 `[B or 1, T or 1, E·r]`."""
     E, r = term.lora_a_DxExr.shape[1:]
     factor = jnp.full((1, 1, E, r), term.s, jnp.float32)
@@ -61,13 +64,13 @@ def _rank_factor(term: Term):
     return factor.reshape(*factor.shape[:2], E * r)
 
 
-def stacked_lora(terms: Mapping[str, Sequence[Term]]) -> dict[str, Any]:
+def stacked_lora(terms: Terms) -> dict[str, Any]:
     """One product with the concatenated A, gates in rank space, one product with B a site.
 
     Memory is that of the outputs plus `[B, T, R]`; every expert's rank columns are computed, which
     at a few hundred columns is cheaper than moving tokens.
     """
-    inputs: dict[int, list[Term]] = {}
+    inputs: dict[int, list[LoraTerm]] = {}
     for site_terms in terms.values():
         for term in site_terms:
             inputs.setdefault(id(term.x_BxTxD), []).append(term)

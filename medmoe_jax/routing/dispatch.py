@@ -1,150 +1,224 @@
 """Strategies that compute mixtures of experts; all are the same function.
 
-Axes: B batch, T tokens, D model, F feed-forward, E experts, O output width.
+Axes: B batch, T tokens, D input width, F feed-forward, E experts, O output width.
 
 | strategy | how |
 |---|---|
-| `reference` | a plain loop over experts, for tests |
-| `stacked` | every expert on every token, gates in rank space (`dense`) |
-| `grouped` | tokens sorted by expert, each expert on its own (`sparse`) |
-| `all_to_all` | the same, experts spread over the mesh axis `expert`, tokens travel to them |
-| `auto` | of the last three the one that takes least time by count, for each mixture (`auto`) |
+| `Reference` | a plain loop over experts, for tests |
+| `Stacked` | every expert on every token, gates in rank space (`dense`, on TPU `fused`) |
+| `Grouped` | tokens sorted by expert, each expert on its own (`sparse`) |
+| `AllToAll` | the same, experts spread over the mesh axis `expert`, tokens travel to them |
+| `Auto` | of the last three the one that takes least time by count, for each mixture (`auto`) |
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.errors import UserError
 from medmoe_jax.mesh_axes import EXPERT
 from medmoe_jax.routing import auto, dense, fused, gating
-from medmoe_jax.routing.dispatchers import AllToAll, Local, padded_exchange, ragged_exchange
+from medmoe_jax.routing.dispatchers import AllToAllDispatcher, LocalDispatcher
+from medmoe_jax.routing.gating import Decision, Router
+from medmoe_jax.routing.routers import Gates
 from medmoe_jax.routing.sparse import Sparse
-from medmoe_jax.routing.terms import Term
+from medmoe_jax.routing.terms import Terms
 
 
-class Strategy(NamedTuple):
-    """One way to run mixtures.
+class Strategy(Protocol):
+    """One way to run mixtures of experts.
 
     Attributes:
-      linear: `(x_BxTxD, weights, {site: terms})` to `{site: y_BxTxO}`, the sites of a projection
-        group with their terms; `weights` as in `base.decoder`.
-      lora: `{site: terms}` to `{site: delta_BxTxO}`, the sum of the terms of each site of a
-        projection group.
-      ffn: `(x_BxTxD, gates, params, activation)` to `y_BxTxD`, the gated sum of whole feed-forward
-        experts; `params` is `{"gate", "up": [E, D, F], "down": [E, F, D]}`.
-      decide: `(x_BxTxD, valid_BxT, routers)` to the gates and statistics of each `gating.Router`.
-      check: `(where, experts)` raises UserError if that many experts cannot be run.
+      execution: the mesh, the chips and the kernels that it runs on.
     """
 
-    linear: Callable[..., dict[str, Any]]
-    lora: Callable[[Mapping[str, Sequence[Term]]], dict[str, Any]]
-    ffn: Callable[..., Any]
-    decide: Callable[..., list[gating.Decision]]
-    check: Callable[[str, int], None]
+    execution: Execution
+
+    def linear(self, x_BxTxD, weights: Mapping[str, Any], terms: Terms) -> dict[str, Any]:
+        """The sites of a projection group with their terms: `{site: y_BxTxO}`.
+
+        Here the terms are products beside the base's.
+
+        Args:
+          x_BxTxD: the sites' input.
+          weights: `{site: {"kernel", "bias"?}}`, the base's, of every site.
+          terms: what is added to some of the sites.
+        """
+        y = dense.base_products(x_BxTxD, weights)
+        return dense.add(y, self.lora(terms))
+
+    def lora(self, terms: Terms) -> dict[str, Any]:
+        """The sum of the terms of each site of a projection group: `{site: delta_BxTxO}`."""
+        ...
+
+    def ffn(self, x_BxTxD, gates: Gates, params: Mapping[str, Any], activation: Callable):
+        """The gated sum of whole feed-forward experts: `y_BxTxD`.
+
+        Args:
+          x_BxTxD: their input.
+          gates: which expert counts for which token.
+          params: `{"gate", "up": [E, D, F], "down": [E, F, D]}`.
+          activation: the nonlinearity between the products.
+        """
+        ...
+
+    def decide(self, x_BxTxD, valid_BxT, routers: Sequence[Router]) -> list[Decision]:
+        """The gates and statistics of each router that reads x.
+
+        Args:
+          x_BxTxD: their input.
+          valid_BxT: False where no expert is to be picked.
+          routers: their parameters.
+        """
+        if self.execution.backend == "xla":
+            return gating.decide(x_BxTxD, valid_BxT, routers)
+        return gating.decide_by_kernel(self.execution, x_BxTxD, valid_BxT, routers)
+
+    def check(self, where: str, experts: int) -> None:
+        """Raise UserError if that many experts cannot be run; `where` names their bank."""
+        del where, experts
 
 
-def _any_number(where: str, experts: int) -> None:
-    """Every number of experts will do."""
+@dataclass(frozen=True)
+class Reference(Strategy):
+    """A plain loop over experts, for tests."""
+
+    execution: Execution
+
+    def lora(self, terms: Terms) -> dict[str, Any]:
+        """See `Strategy`."""
+        return dense.reference_lora(terms)
+
+    def ffn(self, x_BxTxD, gates: Gates, params: Mapping[str, Any], activation: Callable):
+        """See `Strategy`."""
+        return dense.reference_ffn(x_BxTxD, gates, params, activation)
+
+    def decide(self, x_BxTxD, valid_BxT, routers: Sequence[Router]) -> list[Decision]:
+        """See `Strategy`; in plain JAX everywhere."""
+        return gating.decide(x_BxTxD, valid_BxT, routers)
 
 
-def _apart(lora: Callable, ffn: Callable, decide: Callable) -> Strategy:
-    """A strategy whose terms are products beside the base's, with any number of experts."""
-    return Strategy(functools.partial(dense.linear, lora), lora, ffn, decide, _any_number)
+@dataclass(frozen=True)
+class Stacked(Strategy):
+    """Every expert on every token; on TPU a site's base and banks are one kernel."""
+
+    execution: Execution
+
+    def linear(self, x_BxTxD, weights: Mapping[str, Any], terms: Terms) -> dict[str, Any]:
+        """See `Strategy`."""
+        if self.execution.backend == "xla":
+            return super().linear(x_BxTxD, weights, terms)
+        return fused.linear(self.execution, x_BxTxD, weights, terms)
+
+    def lora(self, terms: Terms) -> dict[str, Any]:
+        """See `Strategy`."""
+        return dense.stacked_lora(terms)
+
+    def ffn(self, x_BxTxD, gates: Gates, params: Mapping[str, Any], activation: Callable):
+        """See `Strategy`."""
+        return dense.stacked_ffn(x_BxTxD, gates, params, activation)
 
 
-def _routing(execution: Execution) -> Callable[..., list[gating.Decision]]:
-    if execution.backend == "xla":
-        return gating.decide
-    return functools.partial(gating.decide_by_kernel, execution)
+@dataclass(frozen=True)
+class Grouped(Strategy):
+    """Tokens sorted by expert; an expert sees only those that picked it."""
+
+    execution: Execution
+
+    def lora(self, terms: Terms) -> dict[str, Any]:
+        """See `Strategy`."""
+        return self._sparse().lora(terms)
+
+    def ffn(self, x_BxTxD, gates: Gates, params: Mapping[str, Any], activation: Callable):
+        """See `Strategy`."""
+        return self._sparse().ffn(x_BxTxD, gates, params, activation)
+
+    def _sparse(self) -> Sparse:
+        return Sparse(self.execution, LocalDispatcher(self.execution.backend))
 
 
-def _reference(execution: Execution) -> Strategy:
-    del execution
-    return _apart(dense.reference_lora, dense.reference_ffn, gating.decide)
+@dataclass(frozen=True)
+class AllToAll(Grouped):
+    """As `Grouped`, with the experts spread over the mesh axis `expert`.
 
+    On one device it is `Grouped`.
+    """
 
-def _stacked(execution: Execution) -> Strategy:
-    run = _apart(dense.stacked_lora, dense.stacked_ffn, _routing(execution))
-    if execution.backend == "xla":
-        return run
-    return run._replace(linear=functools.partial(fused.linear, execution))
-
-
-def _grouped(execution: Execution) -> Strategy:
-    sparse = Sparse(execution, Local(execution.backend), execution.backend)
-    return _apart(sparse.lora, sparse.ffn, _routing(execution))
-
-
-def _expert_devices(execution: Execution) -> int:
-    return execution.size(EXPERT)
-
-
-def _all_to_all(execution: Execution) -> Strategy:
-    devices = _expert_devices(execution)
-    if devices == 1:
-        return _grouped(execution)
-
-    def check(where: str, experts: int) -> None:
+    def check(self, where: str, experts: int) -> None:
+        """See `Strategy`."""
+        devices = self.execution.size(EXPERT)
         if experts % devices:
             raise UserError(
                 f"{where}: {experts} experts do not divide over run.mesh.{EXPERT} {devices}; give "
                 "an axis that divides them, or run.dispatch 'grouped'"
             )
 
-    backend = execution.backend
-    exchange = ragged_exchange if execution.platform == "tpu" else padded_exchange
-    sparse = Sparse(execution, AllToAll(EXPERT, devices, exchange, backend), backend, EXPERT)
-    return _apart(sparse.lora, sparse.ffn, _routing(execution))._replace(check=check)
+    def _sparse(self) -> Sparse:
+        devices = self.execution.size(EXPERT)
+        if devices == 1:
+            return super()._sparse()
+        dispatcher = AllToAllDispatcher(
+            EXPERT,
+            devices,
+            ragged=self.execution.platform == "tpu",
+            backend=self.execution.backend,
+        )
+        return Sparse(self.execution, dispatcher, EXPERT)
 
 
-def _auto(execution: Execution) -> Strategy:
-    made = {name: STRATEGIES[name](execution) for name in ("stacked", "grouped", "all_to_all")}
-    chip = auto.machine(execution.device)
+@dataclass(frozen=True)
+class Auto(Strategy):
+    """For each mixture the strategy that takes least time by count; see `routing.auto`."""
 
-    def chosen(what: str, shapes: tuple, x_BxTxD) -> Strategy:
-        tokens = execution.local_tokens(*x_BxTxD.shape[:2])
-        return made[auto.choose(what, chip, shapes, tokens, x_BxTxD.dtype.itemsize)]
+    execution: Execution
 
-    def of(terms: Mapping[str, Sequence[Term]]) -> Strategy:
-        gated = [t for some in terms.values() for t in some if t.gates is not None]
+    def linear(self, x_BxTxD, weights: Mapping[str, Any], terms: Terms) -> dict[str, Any]:
+        """See `Strategy`."""
+        return self._for_terms(terms).linear(x_BxTxD, weights, terms)
+
+    def lora(self, terms: Terms) -> dict[str, Any]:
+        """See `Strategy`."""
+        return self._for_terms(terms).lora(terms)
+
+    def ffn(self, x_BxTxD, gates: Gates, params: Mapping[str, Any], activation: Callable):
+        """See `Strategy`."""
+        E, D, F = params["gate"].shape
+        shape = auto.Ffn(gates.picks_BxTxK.shape[-1], D, F, E, self.execution.size(EXPERT))
+        fastest = self._fastest("feed-forward experts", (shape,), x_BxTxD)
+        return fastest.ffn(x_BxTxD, gates, params, activation)
+
+    def _for_terms(self, terms: Terms) -> Strategy:
+        gated = [term for some in terms.values() for term in some if term.gates is not None]
         if not gated:
-            return made["stacked"]
+            return Stacked(self.execution)
         shapes = tuple(
             auto.Lora(
-                t.gates.picks_BxTxK.shape[-1],
-                t.lora_a_DxExr.shape[0],
-                t.lora_b_ExrxO.shape[2],
-                *t.lora_a_DxExr.shape[1:],
+                term.gates.picks_BxTxK.shape[-1],
+                term.lora_a_DxExr.shape[0],
+                term.lora_b_ExrxO.shape[2],
+                *term.lora_a_DxExr.shape[1:],
             )
-            for t in gated
+            for term in gated
         )
-        return chosen(", ".join(terms), shapes, gated[0].x_BxTxD)
+        return self._fastest(", ".join(terms), shapes, gated[0].x_BxTxD)
 
-    def linear(x_BxTxD, weights, terms) -> dict[str, Any]:
-        return of(terms).linear(x_BxTxD, weights, terms)
-
-    def lora(terms) -> dict[str, Any]:
-        return of(terms).lora(terms)
-
-    def ffn(x_BxTxD, gates, params, activation):
-        E, D, F = params["gate"].shape
-        shape = auto.Ffn(gates.picks_BxTxK.shape[-1], D, F, E, _expert_devices(execution))
-        run = chosen("feed-forward experts", (shape,), x_BxTxD)
-        return run.ffn(x_BxTxD, gates, params, activation)
-
-    return Strategy(linear, lora, ffn, _routing(execution), _any_number)
+    def _fastest(self, what: str, shapes: tuple, x_BxTxD) -> Strategy:
+        tokens = self.execution.local_tokens(*x_BxTxD.shape[:2])
+        chip = auto.machine(self.execution.device)
+        name = auto.choose(what, chip, shapes, tokens, x_BxTxD.dtype.itemsize)
+        return STRATEGIES[name](self.execution)
 
 
-STRATEGIES: Mapping[str, Callable[[Execution], Strategy]] = {
-    "reference": _reference,
-    "stacked": _stacked,
-    "grouped": _grouped,
-    "all_to_all": _all_to_all,
-    "auto": _auto,
+# What `dispatch` may name.
+STRATEGIES: dict[str, Callable[[Execution], Strategy]] = {
+    "reference": Reference,
+    "stacked": Stacked,
+    "grouped": Grouped,
+    "all_to_all": AllToAll,
+    "auto": Auto,
 }
 
 

@@ -11,7 +11,6 @@ inside `jax.shard_map`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -39,7 +38,7 @@ class Dispatcher(Protocol):
     """Brings tokens to their experts and the results back."""
 
     def dispatch(self, x_TxD, picks_TxK, weights_TxK, experts: int) -> tuple[Rows, Any]:
-        """Rows for the experts of this device, and the plan that `combine` needs.
+        """Rows for the experts of this device, and their journey, which `combine` turns back.
 
         Args:
           x_TxD: tokens.
@@ -47,9 +46,11 @@ class Dispatcher(Protocol):
           weights_TxK: float32.
           experts: E.
         """
+        ...
 
-    def combine(self, plan: Any, y_MxD):
+    def combine(self, journey: Any, y_MxD):
         """The sum of each token's rows, `[T, D]` in y's dtype."""
+        ...
 
 
 def _sorted(x_TxD, picks_TxK, weights_TxK, experts: int, backend: str) -> tuple[Rows, Order]:
@@ -61,11 +62,11 @@ def _sorted(x_TxD, picks_TxK, weights_TxK, experts: int, backend: str) -> tuple[
 
 
 @dataclass(frozen=True)
-class Local:
+class LocalDispatcher:
     """Every expert is on this device; tokens stay.
 
     Attributes:
-      backend: of the kernels.
+      backend: what the kernels run by.
     """
 
     backend: str
@@ -74,9 +75,9 @@ class Local:
         """See `Dispatcher`."""
         return _sorted(x_TxD, picks_TxK, weights_TxK, experts, self.backend)
 
-    def combine(self, plan: Order, y_MxD):
+    def combine(self, journey: Order, y_MxD):
         """See `Dispatcher`."""
-        return scatter_add(y_MxD, plan, backend=self.backend)
+        return scatter_add(y_MxD, journey, backend=self.backend)
 
 
 class Parcels(NamedTuple):
@@ -94,17 +95,8 @@ class Parcels(NamedTuple):
     expected: Any
 
 
-def ragged_exchange(x_NxD, parcels: Parcels, rows: int, most: int, axis: str):
-    """Send parcels along a mesh axis: `[rows, D]`, zero where none landed; TPU and GPU.
-
-    Args:
-      x_NxD: what is sent from.
-      parcels: which rows go where.
-      rows: of the result.
-      most: no parcel has more rows.
-      axis: the mesh axis.
-    """
-    del most
+def _ragged_exchange(x_NxD, parcels: Parcels, rows: int, axis: str):
+    """Send parcels along a mesh axis: `[rows, D]`, zero where none landed; TPU and GPU."""
     out = jnp.zeros((rows, x_NxD.shape[1]), x_NxD.dtype)
     return jax.lax.ragged_all_to_all(
         x_NxD,
@@ -117,8 +109,8 @@ def ragged_exchange(x_NxD, parcels: Parcels, rows: int, most: int, axis: str):
     )
 
 
-def padded_exchange(x_NxD, parcels: Parcels, rows: int, most: int, axis: str):
-    """As `ragged_exchange`, by an exchange of parcels filled up to `most` rows; anywhere."""
+def _padded_exchange(x_NxD, parcels: Parcels, rows: int, most: int, axis: str):
+    """The same on any device: every parcel is filled up to `most` rows, the most that one has."""
     c_1xC = jnp.arange(most, dtype=jnp.int32)[None]
     taken_PxC = jnp.where(
         c_1xC < parcels.count[:, None], parcels.start[:, None] + c_1xC, len(x_NxD)
@@ -146,20 +138,20 @@ class _Journey(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AllToAll:
+class AllToAllDispatcher:
     """Experts lie on the devices of a mesh axis in turn; tokens travel to them and back.
 
     A device has room for the most that the others can send it, so that none is turned away.
 
     Attributes:
       axis, devices: the mesh axis and P.
-      exchange: `ragged_exchange` or `padded_exchange`.
-      backend: of the kernels.
+      ragged: whether the devices can exchange parcels of different sizes (TPU and GPU).
+      backend: what the kernels run by.
     """
 
     axis: str
     devices: int
-    exchange: Callable
+    ragged: bool
     backend: str
 
     def dispatch(self, x_TxD, picks_TxK, weights_TxK, experts: int) -> tuple[Rows, _Journey]:
@@ -183,12 +175,12 @@ class AllToAll:
         rows, away = _sorted(x_SxD, expert_Sx1, weight_Sx1, experts // P, self.backend)
         return rows, _Journey(home, out, back, away)
 
-    def combine(self, plan: _Journey, y_SxD):
+    def combine(self, journey: _Journey, y_SxD):
         """See `Dispatcher`."""
-        y_SxD = scatter_add(y_SxD, plan.away, backend=self.backend)
+        y_SxD = scatter_add(y_SxD, journey.away, backend=self.backend)
         most = y_SxD.shape[0] // self.devices
-        y_MxD = self._carry(y_SxD, plan.back, plan.home.source_M.size, most)
-        return scatter_add(y_MxD, plan.home, backend=self.backend)
+        y_MxD = self._carry(y_SxD, journey.back, journey.home.source_M.size, most)
+        return scatter_add(y_MxD, journey.home, backend=self.backend)
 
     def _most(self, picks_TxK, experts: int) -> int:
         """The most rows for one device: a token's picks differ, so L bounds them too."""
@@ -196,4 +188,6 @@ class AllToAll:
         return T * min(K, experts // self.devices)
 
     def _carry(self, x_NxD, parcels: Parcels, rows: int, most: int):
-        return self.exchange(x_NxD, parcels, rows, most, self.axis)
+        if self.ragged:
+            return _ragged_exchange(x_NxD, parcels, rows, self.axis)
+        return _padded_exchange(x_NxD, parcels, rows, most, self.axis)

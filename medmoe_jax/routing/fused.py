@@ -21,7 +21,7 @@ from medmoe_jax.base.seam import add_bias
 from medmoe_jax.kernels import lora_linear as kernel
 from medmoe_jax.parallel.rules import RULES, row_parallel, spec_for
 from medmoe_jax.routing import dense
-from medmoe_jax.routing.terms import Term
+from medmoe_jax.routing.terms import LoraTerm, Terms
 
 # What the backward pass keeps of the kernel's results, by rematerialisation.
 KEPT = {
@@ -32,12 +32,12 @@ KEPT = {
 
 
 def linear(
-    execution: Execution, x_BxTxD, weights: Mapping[str, Any], terms: Mapping[str, Sequence[Term]]
+    execution: Execution, x_BxTxD, weights: Mapping[str, Any], terms: Terms
 ) -> dict[str, Any]:
-    """As `dense.linear` with `stacked_lora`; sites that the kernel can take go through it.
+    """`{site: x W (+ b) + its terms}`; sites that the kernel can take go through it.
 
-    It takes a float kernel whose terms all read x itself (no dropout), and rank columns that fit
-    its memory.
+    It takes a site with float weights whose terms all read x itself (no dropout) and whose rank
+    columns fit its memory.
     """
     one_pass = {
         site
@@ -46,7 +46,7 @@ def linear(
     }
     apart = {site: weight for site, weight in weights.items() if site not in one_pass}
     theirs = {site: some for site, some in terms.items() if site in apart}
-    out = dense.linear(dense.stacked_lora, x_BxTxD, apart, theirs)
+    out = dense.add(dense.base_products(x_BxTxD, apart), dense.stacked_lora(theirs))
     for site in one_pass:
         y_BxTxO = _product(execution, site, x_BxTxD, weights[site]["kernel"], terms[site])
         out[site] = add_bias(y_BxTxO, weights[site])
@@ -60,7 +60,7 @@ def _cut(execution: Execution, site: str, kernel_DxO) -> tuple[str | None, str |
     return None, execution.tensor_axis(kernel_DxO.shape[1])
 
 
-def _fits(execution: Execution, site, x_BxTxD, kernel_DxO, terms: Sequence[Term]) -> bool:
+def _fits(execution: Execution, site, x_BxTxD, kernel_DxO, terms: Sequence[LoraTerm]) -> bool:
     if isinstance(kernel_DxO, Quantised) or any(t.x_BxTxD is not x_BxTxD for t in terms):
         return False
     B, T, _ = x_BxTxD.shape
@@ -72,7 +72,7 @@ def _fits(execution: Execution, site, x_BxTxD, kernel_DxO, terms: Sequence[Term]
     return kernel.fits(execution.local_tokens(B, T), D, O, R, x_BxTxD.dtype.itemsize)
 
 
-def _product(execution: Execution, site: str, x_BxTxD, kernel_DxO, terms: Sequence[Term]):
+def _product(execution: Execution, site: str, x_BxTxD, kernel_DxO, terms: Sequence[LoraTerm]):
     on_in, on_out = _cut(execution, site, kernel_DxO)
     T, spec = x_BxTxD.shape[1], PartitionSpec
     # Where the inputs are cut, every device has a part of the sum. They are added outside, where
@@ -98,7 +98,7 @@ def _product(execution: Execution, site: str, x_BxTxD, kernel_DxO, terms: Sequen
     return jax.lax.reduce_sum(y_PxBxTxO, (0,))
 
 
-def _flat(execution: Execution, site: str, term: Term):
+def _flat(execution: Execution, site: str, term: LoraTerm):
     """`A [D, E·r]` and `s Λ B [E·r, O]` in their shards, and so their gradients.
 
     Whole they are inside the kernel only. Flat, because a rank of its own dimension would be filled

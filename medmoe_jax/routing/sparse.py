@@ -25,7 +25,7 @@ from medmoe_jax.parallel.rules import row_parallel
 from medmoe_jax.routing.dense import stacked_lora
 from medmoe_jax.routing.dispatchers import Dispatcher
 from medmoe_jax.routing.routers import Gates
-from medmoe_jax.routing.terms import Term
+from medmoe_jax.routing.terms import LoraTerm, Terms
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,16 @@ class Sparse:
     """Dispatch, grouped products, combine.
 
     Attributes:
-      execution: the mesh and the chips.
+      execution: the mesh, the chips and the kernels.
       dispatcher: how tokens reach their experts.
-      backend: of the kernels.
       expert_axis: the mesh axis that experts are spread over; None where each device has all.
     """
 
     execution: Execution
     dispatcher: Dispatcher
-    backend: str
     expert_axis: str | None = None
 
-    def lora(self, terms: Mapping[str, Sequence[Term]]) -> dict[str, Any]:
+    def lora(self, terms: Terms) -> dict[str, Any]:
         """See `routing.dispatch.Strategy`; terms without gates move no tokens."""
         always = {site: [t for t in some if t.gates is None] for site, some in terms.items()}
         out = stacked_lora({site: some for site, some in always.items() if some})
@@ -55,7 +53,7 @@ class Sparse:
                     out[site] = out[site] + delta if site in out else delta
         return out
 
-    def _term(self, site: str, term: Term):
+    def _term(self, site: str, term: LoraTerm):
         b_ExrxO = term.lora_b_ExrxO
         if term.scale_Exr is not None:
             b_ExrxO = b_ExrxO * term.scale_Exr[..., None]
@@ -74,7 +72,8 @@ class Sparse:
 
     def _local_lora(self, summed, picks_BxTxK, weights_BxTxK, x_BxTxD, a_DxExr, b_ExrxO):
         """One device's share; `summed` is the mesh axis over which D is cut, if any."""
-        rows, plan = self._dispatch(picks_BxTxK, weights_BxTxK, x_BxTxD, a_DxExr.shape[1])
+        rows, journey = self._dispatch(picks_BxTxK, weights_BxTxK, x_BxTxD, a_DxExr.shape[1])
+        backend = self.execution.backend
         if summed is None:
             y_MxO = grouped_lora(
                 rows.x_MxD,
@@ -82,16 +81,16 @@ class Sparse:
                 b_ExrxO,
                 rows.weight_M,
                 rows.sizes_E,
-                backend=self.backend,
+                backend=backend,
             )
         else:
             a_ExDxr = jnp.moveaxis(a_DxExr, 0, 1)
-            h_Mxr = grouped_matmul(rows.x_MxD, a_ExDxr, rows.sizes_E, backend=self.backend)
+            h_Mxr = grouped_matmul(rows.x_MxD, a_ExDxr, rows.sizes_E, backend=backend)
             h_Mxr = jax.lax.psum(h_Mxr.astype(jnp.float32), summed) * rows.weight_M[:, None]
             y_MxO = grouped_matmul(
-                h_Mxr.astype(x_BxTxD.dtype), b_ExrxO, rows.sizes_E, backend=self.backend
+                h_Mxr.astype(x_BxTxD.dtype), b_ExrxO, rows.sizes_E, backend=backend
             )
-        return self._combine(plan, y_MxO, x_BxTxD)
+        return self._combine(journey, y_MxO, x_BxTxD)
 
     def ffn(self, x_BxTxD, gates: Gates, params: Mapping[str, Any], activation: Callable):
         """See `routing.dispatch.Strategy`."""
@@ -111,11 +110,12 @@ class Sparse:
         self, activation, summed, picks_BxTxK, weights_BxTxK, x_BxTxD, gate_ExDxF, up_ExDxF,
         down_ExFxD,
     ):  # fmt: skip
-        rows, plan = self._dispatch(picks_BxTxK, weights_BxTxK, x_BxTxD, gate_ExDxF.shape[0])
-        product = functools.partial(grouped_matmul, sizes_E=rows.sizes_E, backend=self.backend)
+        rows, journey = self._dispatch(picks_BxTxK, weights_BxTxK, x_BxTxD, gate_ExDxF.shape[0])
+        backend = self.execution.backend
+        product = functools.partial(grouped_matmul, sizes_E=rows.sizes_E, backend=backend)
         h_MxF = activation(product(rows.x_MxD, gate_ExDxF)) * product(rows.x_MxD, up_ExDxF)
         h_MxF = (h_MxF.astype(jnp.float32) * rows.weight_M[:, None]).astype(h_MxF.dtype)
-        y_BxTxD = self._combine(plan, product(h_MxF, down_ExFxD), x_BxTxD)
+        y_BxTxD = self._combine(journey, product(h_MxF, down_ExFxD), x_BxTxD)
         return y_BxTxD if summed is None else jax.lax.psum(y_BxTxD, summed)
 
     def _dispatch(self, picks_BxTxK, weights_BxTxK, x_BxTxD, local_experts: int):
@@ -123,8 +123,8 @@ class Sparse:
         flat = (v.reshape(-1, v.shape[-1]) for v in (x_BxTxD, picks_BxTxK, weights_BxTxK))
         return self.dispatcher.dispatch(*flat, local_experts * devices)
 
-    def _combine(self, plan, y_MxO, x_BxTxD):
-        return self.dispatcher.combine(plan, y_MxO).reshape(*x_BxTxD.shape[:2], -1)
+    def _combine(self, journey, y_MxO, x_BxTxD):
+        return self.dispatcher.combine(journey, y_MxO).reshape(*x_BxTxD.shape[:2], -1)
 
     def _sharded(self, function: Callable, length: int, widths: tuple, axes: Sequence[tuple]):
         """`function(picks, weights, x, *arrays)` on every device's share of rows of that length.

@@ -1,17 +1,18 @@
-"""What a strategy is given: one bank on one site.
+"""What a strategy is given: the banks on the sites of a projection group.
 
 Axes: B batch, T tokens, D input width, O output width, E experts, r rank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from medmoe_jax.routing.routers import Gates
 
 
-class Term(NamedTuple):
-    """One bank on one site.
+class LoraTerm(NamedTuple):
+    """One bank on one site: what it adds there, `s · B ((x A) ∘ Λ ∘ gates)`.
 
     Attributes:
       x_BxTxD: the bank's input (after its dropout); terms with the same array share one product.
@@ -27,3 +28,6 @@ class Term(NamedTuple):
     gates: Gates | None
     scale_Exr: Any
     s: float
+
+
+Terms = Mapping[str, Sequence[LoraTerm]]  # by site

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medmoe_jax.routing.dispatch import Term, strategy
+from medmoe_jax.routing.dispatch import strategy
 from medmoe_jax.routing.routers import route, without_padding
+from medmoe_jax.routing.terms import LoraTerm
 from tests import naive
 
 B, T, D, O, E, r, F = 8, 5, 8, 12, 8, 2, 12
@@ -72,10 +73,10 @@ def outputs(run, tree, valid, top_k):
     t = tree
     gates = without_padding(route(t["logits"], top_k, renormalise=True).gates, valid)
     up = [
-        Term(t["x"], t["up_a"], t["up_b"], gates, t["up_scale"], S),
-        Term(t["x"], t["always_a"], t["always_b"], None, None, S),
+        LoraTerm(t["x"], t["up_a"], t["up_b"], gates, t["up_scale"], S),
+        LoraTerm(t["x"], t["always_a"], t["always_b"], None, None, S),
     ]
-    down = [Term(t["h"], t["down_a"], t["down_b"], gates, None, S)]
+    down = [LoraTerm(t["h"], t["down_a"], t["down_b"], gates, None, S)]
     experts = {name: t[name] for name in ("gate", "up", "down")}
     return {
         **run.lora({"mlp.up": up}),

@@ -10,8 +10,9 @@ import pytest
 from medmoe_jax.parallel.topology import CHIPS
 from medmoe_jax.routing import auto
 from medmoe_jax.routing.auto import Ffn, Lora, Machine
-from medmoe_jax.routing.dispatch import Term, strategy
+from medmoe_jax.routing.dispatch import strategy
 from medmoe_jax.routing.routers import Gates
+from medmoe_jax.routing.terms import LoraTerm
 
 MACHINES = {
     kind: auto.machine(SimpleNamespace(device_kind=kind))
@@ -99,7 +100,7 @@ def test_a_mixture_is_chosen_and_logged_once(experts, want, caplog):
         )
         site = (float_(*shape, D), float_(D, experts, r), float_(experts, r, O), gates)
         lora = strategy("auto").lora
-        jax.eval_shape(lambda *t: lora({"mlp.up": [Term(*t, None, 1.0)] * length}), *site)
+        jax.eval_shape(lambda *t: lora({"mlp.up": [LoraTerm(*t, None, 1.0)] * length}), *site)
 
     with caplog.at_level(logging.INFO, logger="medmoe_jax"):
         trace(1)

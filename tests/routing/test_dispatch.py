@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from medmoe_jax.base.execution import Execution
 from medmoe_jax.errors import UserError
-from medmoe_jax.routing import dense
-from medmoe_jax.routing.dispatch import STRATEGIES, Term, strategy
+from medmoe_jax.routing.dispatch import STRATEGIES, Stacked, strategy
 from medmoe_jax.routing.routers import Gates
+from medmoe_jax.routing.terms import LoraTerm
 from tests.naive import check_gradient, f64, rel
 from tests.routing import loads
 
@@ -61,7 +62,7 @@ def _gates(p):
 def _terms(case, inputs, params):
     return {
         site: [
-            Term(inputs[name], p["a"], p["b"], _gates(p), p.get("scale"), s)
+            LoraTerm(inputs[name], p["a"], p["b"], _gates(p), p.get("scale"), s)
             for (name, *_, s), p in zip(terms, params[site], strict=True)
         ]
         for site, terms in CASES[case].items()
@@ -179,6 +180,6 @@ def test_shared_inputs_are_read_once():
 
 
 def test_unknown_strategy():
-    assert strategy("stacked").lora is dense.stacked_lora
+    assert strategy("stacked") == Stacked(Execution())
     with pytest.raises(UserError, match=r"run\.dispatch.*stacked"):
         strategy("magic")

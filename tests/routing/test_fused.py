@@ -18,8 +18,8 @@ from medmoe_jax.kernels import permute, tiles
 from medmoe_jax.mesh_axes import AXES
 from medmoe_jax.parallel.mesh import batch_sharding, make_mesh
 from medmoe_jax.routing import fused, gating
-from medmoe_jax.routing.dispatch import strategy
-from medmoe_jax.routing.dispatchers import Local
+from medmoe_jax.routing.dispatch import Stacked, strategy
+from medmoe_jax.routing.dispatchers import LocalDispatcher
 from medmoe_jax.routing.routers import balance_loss, z_loss
 from tests.naive import rel, tree_rel
 
@@ -72,12 +72,14 @@ def outputs(run, specs, tree, context):
     return y, stats
 
 
-def by_kernels(execution):
-    """The strategy that a TPU has, with the kernels or their twins."""
-    return strategy("stacked", execution)._replace(
-        linear=functools.partial(fused.linear, execution),
-        decide=functools.partial(gating.decide_by_kernel, execution),
-    )
+class ByKernels(Stacked):
+    """What a TPU runs, with the kernels or their twins."""
+
+    def linear(self, x, weights, terms):
+        return fused.linear(self.execution, x, weights, terms)
+
+    def decide(self, x, valid, routers):
+        return gating.decide_by_kernel(self.execution, x, valid, routers)
 
 
 def gradient(run):
@@ -125,7 +127,7 @@ def test_values_statistics_and_gradients(kernels, sizes):
     if math.prod(sizes.values()) > jax.device_count():
         pytest.skip("needs eight (simulated) devices")
     execution = on(kernels, **sizes) if sizes else Execution(kernels=kernels)
-    grads, (y, stats) = gradient(by_kernels(execution))(*problem())
+    grads, (y, stats) = gradient(ByKernels(execution))(*problem())
     want_grads, (want, want_stats) = expected()
     for site in want:
         assert rel(y[site], want[site]) < 1e-5, site
@@ -166,7 +168,7 @@ def test_what_runs_by_a_kernel(monkeypatch):
 
 def test_frozen_weights_get_no_gradient_where_sites_are_fused():
     tree, context = problem()
-    run = by_kernels(on("xla", fsdp=1))
+    run = ByKernels(on("xla", fsdp=1))
 
     def loss(trained, weights):
         y, _ = outputs(run, SPECS, {**trained, "weights": weights}, context)
@@ -210,7 +212,8 @@ def test_more_experts_than_the_kernels_have_room_for():
     picks, weights = (v.reshape(T, -1) for v in (want[0][0].picks_BxTxK, want[0][0].weights_BxTxK))
     rows = {}
     for backend in ("interpret", "xla"):
-        rows[backend], plan = Local(backend).dispatch(x[0], picks, weights, many)
-        assert rel(Local(backend).combine(plan, rows[backend].x_MxD)[:-1], 2 * x[0, :-1]) < 1e-6
+        dispatcher = LocalDispatcher(backend)
+        rows[backend], journey = dispatcher.dispatch(x[0], picks, weights, many)
+        assert rel(dispatcher.combine(journey, rows[backend].x_MxD)[:-1], 2 * x[0, :-1]) < 1e-6
     np.testing.assert_array_equal(rows["interpret"].sizes_E, rows["xla"].sizes_E)
     assert int(jnp.sum(rows["xla"].sizes_E)) == 2 * (T - 1)

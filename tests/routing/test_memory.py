@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 from medmoe_jax.planning.hlo import count
-from medmoe_jax.routing.dispatch import Term, strategy
+from medmoe_jax.routing.dispatch import strategy
 from medmoe_jax.routing.routers import Gates
+from medmoe_jax.routing.terms import LoraTerm
 
 T, K, D, O, F, r = 2048, 2, 32, 48, 48, 4
 FEW, MANY = 4, 64
@@ -35,7 +36,7 @@ def _compiled(loss, tree, experts):
 
 def _lora(name, experts):
     def loss(t, gates):
-        term = Term(t["x"], t["a"], t["b"], gates, None, 1.0)
+        term = LoraTerm(t["x"], t["a"], t["b"], gates, None, 1.0)
         return strategy(name).lora({"mlp.up": [term]})["mlp.up"]
 
     return _compiled(loss, {"a": _float(D, experts, r), "b": _float(experts, r, O)}, experts)

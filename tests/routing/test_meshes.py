@@ -13,8 +13,9 @@ from medmoe_jax.base.execution import Execution
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel import topology as topologies
 from medmoe_jax.parallel.mesh import batch_sharding, make_mesh
-from medmoe_jax.routing.dispatch import Term, strategy
+from medmoe_jax.routing.dispatch import strategy
 from medmoe_jax.routing.routers import Gates
+from medmoe_jax.routing.terms import LoraTerm
 from tests.naive import rel
 from tests.routing import loads
 
@@ -87,7 +88,7 @@ def test_tokens_travel_by_ragged_exchange_on_tpu(name):
 
     def loss(tree, picks):
         gates = Gates(None, picks, tree["weights"])
-        term = Term(tree["x"], tree["a"], tree["b"], gates, None, 1.0)
+        term = LoraTerm(tree["x"], tree["a"], tree["b"], gates, None, 1.0)
         y = run.lora({"mlp.up": [term]})["mlp.up"]
         experts = {site: tree[site] for site in ("gate", "up", "down")}
         return jnp.sum(y) + jnp.sum(run.ffn(tree["x"], gates, experts, jax.nn.silu))
