@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from benchmarks import dense_gather
 from benchmarks.timing import interleaved
 from benchmarks.variants import DECODER
+from medmoe_jax.kernels.router_equations import choose_experts
 from medmoe_jax.planning import hlo
 from medmoe_jax.routing.dispatch import STRATEGIES, strategy
-from medmoe_jax.routing.routers import route
 from medmoe_jax.routing.terms import LoraTerm
 
 TOP_K, RANK = 2, 16
@@ -51,7 +51,7 @@ def site_step(name: str, inputs):
     run = strategy(name)
 
     def loss(p):
-        gates = route(p["logits"], TOP_K, renormalise=True).gates
+        gates = choose_experts(p["logits"], TOP_K, renormalise=True).gates
         out = run.lora({"mlp.up": [LoraTerm(p["x"], p["a"], p["b"], gates, None, 2.0)]})
         return jnp.sum(out["mlp.up"] ** 2)
 

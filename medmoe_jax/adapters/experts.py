@@ -14,8 +14,8 @@ from medmoe_jax.adapters.bank import BankSpec, site_params
 from medmoe_jax.adapters.site import decide, dropped_inputs
 from medmoe_jax.base.config import GROUPS
 from medmoe_jax.base.seam import Context, Params, Seam, gated_mlp
+from medmoe_jax.kernels.router_equations import Gates
 from medmoe_jax.routing.dispatch import Strategy
-from medmoe_jax.routing.routers import Gates
 from medmoe_jax.routing.terms import LoraTerm
 
 _IN, _OUT = "mlp.in", "mlp.out"

@@ -27,11 +27,11 @@ from medmoe_jax.checkpoints.processes import to_host
 from medmoe_jax.data.batches import Batch, epoch_batches
 from medmoe_jax.data.encode import Encoder
 from medmoe_jax.errors import UserError
+from medmoe_jax.kernels.router_equations import RouterStats
 from medmoe_jax.mesh_axes import SEQUENCE
 from medmoe_jax.parallel.mesh import batch_sharding, batch_shards
 from medmoe_jax.routing import telemetry
 from medmoe_jax.routing.languages import Languages
-from medmoe_jax.routing.routers import RouterStats
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 Axes: T tokens, D model, E experts, K picks a token.
 
-    z = x R + b          p = softmax(z)          I = the K largest of z, ties to the lower index
-    w = p[I], or divided by their sum: the softmax over the kept logits
+    z = x R + b,  then the equations of `router_equations`
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 
 from medmoe_jax.errors import UserError
 from medmoe_jax.kernels import routing_tpu
+from medmoe_jax.kernels.router_equations import RouterStats, choose_experts, router_stats
 from medmoe_jax.kernels.tiles import check_backend, check_floats
 
 MAX_EXPERTS = routing_tpu.MAX_EXPERTS  # of the kernel; `"xla"` takes any number
@@ -24,59 +24,25 @@ MAX_EXPERTS = routing_tpu.MAX_EXPERTS  # of the kernel; `"xla"` takes any number
 class Routed(NamedTuple):
     """A router's picks, and sums over the valid tokens, which add up over devices.
 
-    Gradients flow through `weights_TxK`, `prob_E` and `z2`.
+    Gradients flow through `weights_TxK`, `stats.prob_E` and `stats.z2`.
 
     Attributes:
       weights_TxK: float32.
       picks_TxK: int32, best first.
-      tokens: [] number of valid tokens.
-      use_E: [E] tokens that picked the expert.
-      prob_E: [E] Σ softmax probability.
-      entropy: [] Σ entropy of the softmax, in nats.
-      z2: [] Σ logsumexp(logits)².
-      forced: [] tokens whose last pick was overridden.
-      non_finite: [] tokens with a logit that is not finite.
+      stats: the sums.
     """
 
     weights_TxK: jax.Array
     picks_TxK: jax.Array
-    tokens: jax.Array
-    use_E: jax.Array
-    prob_E: jax.Array
-    entropy: jax.Array
-    z2: jax.Array
-    forced: jax.Array
-    non_finite: jax.Array
+    stats: RouterStats
 
 
 def _reference(x_TxD, kernel_DxE, bias_E, valid_T, forced_T, top_k: int, renormalise: bool):
-    E = kernel_DxE.shape[1]
     full = jax.lax.Precision.HIGHEST
     z_TxE = jnp.dot(x_TxD.astype(jnp.float32), kernel_DxE, precision=full) + bias_E[None]
-    log_prob_TxE = jax.nn.log_softmax(z_TxE)
-    prob_TxE = jnp.exp(log_prob_TxE)
-    _, picks_TxK = jax.lax.top_k(jax.lax.stop_gradient(z_TxE), top_k)
-    override_T = (forced_T >= 0) & jnp.all(picks_TxK != forced_T[:, None], axis=1)
-    picks_TxK = picks_TxK.at[:, -1].set(jnp.where(override_T, forced_T, picks_TxK[:, -1]))
-    z_TxK = jnp.take_along_axis(z_TxE, picks_TxK, axis=1)
-    w_TxK = jax.nn.softmax(z_TxK) if renormalise else jnp.take_along_axis(prob_TxE, picks_TxK, 1)
-
-    def total(values, axis=0):
-        live = valid_T.reshape(-1, *(1,) * (values.ndim - 1))
-        return jnp.sum(jnp.where(live, values, 0).astype(jnp.float32), axis=axis)
-
-    still = jax.lax.stop_gradient
-    return Routed(
-        weights_TxK=w_TxK,
-        picks_TxK=picks_TxK,
-        tokens=total(jnp.ones_like(valid_T)),
-        use_E=total(jax.nn.one_hot(picks_TxK, E), axis=(0, 1)),
-        prob_E=total(prob_TxE),
-        entropy=still(-total(jnp.sum(prob_TxE * log_prob_TxE, axis=1))),
-        z2=total(jax.nn.logsumexp(z_TxE, axis=1) ** 2),
-        forced=total(override_T),
-        non_finite=total(jnp.any(~jnp.isfinite(z_TxE), axis=1)),
-    )
+    choice = choose_experts(z_TxE[None], top_k, renormalise=renormalise, forced_BxT=forced_T[None])
+    stats = router_stats(z_TxE[None], choice, valid_T[None])
+    return Routed(choice.gates.weights_BxTxK[0], choice.gates.picks_BxTxK[0], stats)
 
 
 def _forward(x_TxD, kernel_DxE, bias_E, valid_T, forced_T, *static):
@@ -84,9 +50,7 @@ def _forward(x_TxD, kernel_DxE, bias_E, valid_T, forced_T, *static):
     E = kernel_DxE.shape[1]
     out = routing_tpu.route(x_TxD, kernel_DxE, bias_E, valid_T, forced_T, *static)
     entropy, z2, forced, non_finite = jnp.sum(out.sums_NxSx1, axis=(0, 2))
-    routed = Routed(
-        weights_TxK=out.weights_KxT.T,
-        picks_TxK=out.picks_KxT.T,
+    stats = RouterStats(
         tokens=jnp.sum(valid_T, dtype=jnp.float32),
         use_E=jnp.sum(out.use_NxEx1, axis=(0, 2))[:E],
         prob_E=jnp.sum(out.prob_NxEx1, axis=(0, 2))[:E],
@@ -95,7 +59,7 @@ def _forward(x_TxD, kernel_DxE, bias_E, valid_T, forced_T, *static):
         forced=forced,
         non_finite=non_finite,
     )
-    return routed, out.z_ExT[:E]
+    return Routed(out.weights_KxT.T, out.picks_KxT.T, stats), out.z_ExT[:E]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
@@ -119,7 +83,7 @@ def _route_bwd(top_k, renormalise, backend, saved, cotangent: Routed):
 
     prob_ExT = jax.nn.softmax(z_ExT, axis=0)
     live_1xT = valid_T[None].astype(jnp.float32)
-    dprob_ExT = cotangent.prob_E[:, None] * live_1xT
+    dprob_ExT = cotangent.stats.prob_E[:, None] * live_1xT
     dw_TxK = cotangent.weights_TxK
     if renormalise:
         mean_Tx1 = jnp.sum(w_TxK * dw_TxK, axis=1, keepdims=True)
@@ -129,7 +93,7 @@ def _route_bwd(top_k, renormalise, backend, saved, cotangent: Routed):
         dprob_ExT += spread(dw_TxK)
     lse_1xT = jax.nn.logsumexp(z_ExT, axis=0, keepdims=True)
     mean_1xT = jnp.sum(prob_ExT * dprob_ExT, axis=0, keepdims=True)
-    dz_ExT += prob_ExT * (dprob_ExT - mean_1xT + 2 * cotangent.z2 * lse_1xT * live_1xT)
+    dz_ExT += prob_ExT * (dprob_ExT - mean_1xT + 2 * cotangent.stats.z2 * lse_1xT * live_1xT)
     dx_TxD, dkernel_DxE = routing_tpu.gradients(x_TxD, kernel_DxE, dz_ExT, backend)
     return dx_TxD, dkernel_DxE, jnp.sum(dz_ExT, axis=1), None, None
 

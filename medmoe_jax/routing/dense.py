@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from medmoe_jax.base.seam import project
+from medmoe_jax.kernels.router_equations import Gates
 from medmoe_jax.routing.narrow import narrow, widen
-from medmoe_jax.routing.routers import Gates
 from medmoe_jax.routing.terms import LoraTerm, Terms
 
 

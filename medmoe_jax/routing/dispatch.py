@@ -19,11 +19,11 @@ from typing import Any, Protocol
 
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.errors import UserError
+from medmoe_jax.kernels.router_equations import Gates
 from medmoe_jax.mesh_axes import EXPERT
 from medmoe_jax.routing import auto, dense, fused, gating
 from medmoe_jax.routing.dispatchers import AllToAllDispatcher, LocalDispatcher
 from medmoe_jax.routing.gating import Decision, Router
-from medmoe_jax.routing.routers import Gates
 from medmoe_jax.routing.sparse import Sparse
 from medmoe_jax.routing.terms import Terms
 

@@ -18,14 +18,8 @@ from jax.sharding import PartitionSpec
 
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.kernels import routing as kernel
-from medmoe_jax.routing.routers import (
-    Gates,
-    RouterStats,
-    route,
-    router_logits,
-    router_stats,
-    without_padding,
-)
+from medmoe_jax.kernels.router_equations import Gates, RouterStats, choose_experts, router_stats
+from medmoe_jax.routing.routers import router_logits, without_padding
 
 
 class Router(NamedTuple):
@@ -33,8 +27,7 @@ class Router(NamedTuple):
 
     Attributes:
       kernel_DxE, bias_E: float32; the bias may be None.
-      top_k, renormalise: see `routers.route`.
-      forced_BxT: see there, or None.
+      top_k, renormalise, forced_BxT: see `kernels.router_equations.choose_experts`.
       noise_BxTxE: what is added to the logits, or None.
     """
 
@@ -63,9 +56,11 @@ def decide(x_BxTxD, valid_BxT, routers: Sequence[Router]) -> list[Decision]:
             z_BxTxE = z_BxTxE + one.bias_E.astype(jnp.float32)[None, None]
         if one.noise_BxTxE is not None:
             z_BxTxE = z_BxTxE + one.noise_BxTxE
-        routed = route(z_BxTxE, one.top_k, renormalise=one.renormalise, forced_BxT=one.forced_BxT)
-        stats = router_stats(z_BxTxE, routed, valid_BxT)
-        out.append((without_padding(routed.gates, valid_BxT), stats))
+        choice = choose_experts(
+            z_BxTxE, one.top_k, renormalise=one.renormalise, forced_BxT=one.forced_BxT
+        )
+        stats = router_stats(z_BxTxE, choice, valid_BxT)
+        out.append((without_padding(choice.gates, valid_BxT), stats))
     return out
 
 
@@ -125,7 +120,6 @@ def _local(backend, router: Router, summed, x_BxTxD, kernel_DxE, bias_E, valid_B
         forced_T=forced_BxT.reshape(-1),
         backend=backend,
     )
-    stats = RouterStats(*(getattr(routed, name) for name in RouterStats._fields))
     shape = (*x_BxTxD.shape[:2], router.top_k)
     picked = (routed.weights_TxK.reshape(shape), routed.picks_TxK.reshape(shape))
-    return *picked, jax.lax.psum(stats, summed) if summed else stats
+    return *picked, jax.lax.psum(routed.stats, summed) if summed else routed.stats

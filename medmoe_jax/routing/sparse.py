@@ -21,10 +21,10 @@ from jax.sharding import PartitionSpec
 
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.kernels.grouped import grouped_lora, grouped_matmul
+from medmoe_jax.kernels.router_equations import Gates
 from medmoe_jax.parallel.rules import row_parallel
 from medmoe_jax.routing.dense import stacked_lora
 from medmoe_jax.routing.dispatchers import Dispatcher
-from medmoe_jax.routing.routers import Gates
 from medmoe_jax.routing.terms import LoraTerm, Terms
 
 

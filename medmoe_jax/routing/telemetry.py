@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medmoe_jax.routing.routers import RouterStats
+from medmoe_jax.kernels.router_equations import RouterStats
 
 
 def collect(statistics: Sequence[Mapping[str, RouterStats]]) -> dict[str, RouterStats]:

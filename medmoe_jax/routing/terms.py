@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from medmoe_jax.routing.routers import Gates
+from medmoe_jax.kernels.router_equations import Gates
 
 
 class LoraTerm(NamedTuple):

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from medmoe_jax.checkpoints.files import MetricsLog
 from medmoe_jax.errors import Stopped, UserError
+from medmoe_jax.kernels.router_equations import RouterStats
 from medmoe_jax.parallel import processes
 from medmoe_jax.routing import telemetry
-from medmoe_jax.routing.routers import RouterStats
 
 
 @dataclass

@@ -26,8 +26,9 @@ from medmoe_jax.base.loss import cross_entropy, next_token_targets
 from medmoe_jax.base.seam import Context
 from medmoe_jax.checkpoints.fingerprint import mix
 from medmoe_jax.errors import UserError
+from medmoe_jax.kernels.router_equations import RouterStats
 from medmoe_jax.routing import telemetry
-from medmoe_jax.routing.routers import RouterStats, balance_loss, z_loss
+from medmoe_jax.routing.routers import balance_loss, z_loss
 
 
 class TrainState(NamedTuple):

@@ -10,8 +10,9 @@ import pytest
 from benchmarks import dense_gather, sweeps, timing, variants
 from medmoe_jax.base import decoder
 from medmoe_jax.base.execution import Execution
+from medmoe_jax.kernels.router_equations import choose_experts
 from medmoe_jax.routing.dispatch import Reference
-from medmoe_jax.routing.routers import route, without_padding
+from medmoe_jax.routing.routers import without_padding
 from medmoe_jax.routing.terms import LoraTerm
 from tests.naive import TINY, random_params, rel, tree_rel
 
@@ -20,7 +21,7 @@ B, T, D, O, E, r = 2, 5, 6, 7, 4, 3
 
 def _terms(params):
     valid = jnp.arange(B * T).reshape(B, T) % 4 > 0
-    gates = without_padding(route(params["logits"], 2, renormalise=True).gates, valid)
+    gates = without_padding(choose_experts(params["logits"], 2, renormalise=True).gates, valid)
     a, b, c, d = (params[name] for name in "abcd")
     routed = LoraTerm(params["x"], a, b, gates, params["scale"], 1.5)
     return {"up": [routed, LoraTerm(params["x"], c, d, None, None, 2.0)]}

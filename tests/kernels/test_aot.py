@@ -37,7 +37,7 @@ def test_router(chip, width, experts):
     def loss(x, kernel, bias, valid, forced):
         options = {"top_k": 2, "renormalise": True, "forced_T": forced}
         out = routing.route(x, kernel, bias, valid, **options, backend="pallas")
-        return jnp.sum(out.weights_TxK[:, 0]) + jnp.sum(out.prob_E**2) + out.z2
+        return jnp.sum(out.weights_TxK[:, 0]) + jnp.sum(out.stats.prob_E**2) + out.stats.z2
 
     compiled = topology.compile_for(
         chip,
@@ -94,7 +94,7 @@ def test_the_permutation_in_float32_and_with_uneven_shapes(chip):
 def test_the_router_in_float32_and_with_uneven_shapes(chip):
     def prob(x, kernel, valid):
         options = {"top_k": 13, "renormalise": False, "backend": "pallas"}
-        return jnp.sum(routing.route(x, kernel, None, valid, **options).prob_E ** 2)
+        return jnp.sum(routing.route(x, kernel, None, valid, **options).stats.prob_E ** 2)
 
     for shape in ((1001, 1100), (7, 40)):
         x, kernel = struct(*shape, dtype=jnp.float32), struct(shape[1], 13, dtype=jnp.float32)

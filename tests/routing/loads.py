@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from medmoe_jax.kernels.router_equations import choose_experts
 from medmoe_jax.routing.dispatch import strategy
-from medmoe_jax.routing.routers import route, without_padding
+from medmoe_jax.routing.routers import without_padding
 from medmoe_jax.routing.terms import LoraTerm
 from tests import naive
 
@@ -71,7 +72,7 @@ def _mix(y):
 def outputs(run, tree, valid, top_k):
     """A column-parallel and a row-parallel site and a mixture of feed-forward experts."""
     t = tree
-    gates = without_padding(route(t["logits"], top_k, renormalise=True).gates, valid)
+    gates = without_padding(choose_experts(t["logits"], top_k, renormalise=True).gates, valid)
     up = [
         LoraTerm(t["x"], t["up_a"], t["up_b"], gates, t["up_scale"], S),
         LoraTerm(t["x"], t["always_a"], t["always_b"], None, None, S),

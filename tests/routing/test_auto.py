@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from medmoe_jax.kernels.router_equations import Gates
 from medmoe_jax.parallel.topology import CHIPS
 from medmoe_jax.routing import auto
 from medmoe_jax.routing.auto import Ffn, Lora, Machine
 from medmoe_jax.routing.dispatch import strategy
-from medmoe_jax.routing.routers import Gates
 from medmoe_jax.routing.terms import LoraTerm
 
 MACHINES = {

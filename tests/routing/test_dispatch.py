@@ -7,8 +7,8 @@ import pytest
 
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.errors import UserError
+from medmoe_jax.kernels.router_equations import Gates
 from medmoe_jax.routing.dispatch import STRATEGIES, Stacked, strategy
-from medmoe_jax.routing.routers import Gates
 from medmoe_jax.routing.terms import LoraTerm
 from tests.naive import check_gradient, f64, rel
 from tests.routing import loads

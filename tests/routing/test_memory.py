@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from medmoe_jax.kernels.router_equations import Gates
 from medmoe_jax.planning.hlo import count
 from medmoe_jax.routing.dispatch import strategy
-from medmoe_jax.routing.routers import Gates
 from medmoe_jax.routing.terms import LoraTerm
 
 T, K, D, O, F, r = 2048, 2, 32, 48, 48, 4

@@ -11,10 +11,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.errors import UserError
+from medmoe_jax.kernels.router_equations import Gates
 from medmoe_jax.parallel import topology as topologies
 from medmoe_jax.parallel.mesh import batch_sharding, make_mesh
 from medmoe_jax.routing.dispatch import strategy
-from medmoe_jax.routing.routers import Gates
 from medmoe_jax.routing.terms import LoraTerm
 from tests.naive import rel
 from tests.routing import loads

@@ -8,19 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medmoe_jax.errors import UserError
-from medmoe_jax.routing.routers import (
-    RouterStats,
-    balance_loss,
-    check_top_k,
-    route,
-    router_logits,
-    router_stats,
-    z_loss,
-)
+from medmoe_jax.kernels.router_equations import RouterStats, choose_experts, router_stats
+from medmoe_jax.routing.routers import balance_loss, check_top_k, router_logits, z_loss
 from medmoe_jax.routing.telemetry import collect, summarise
 from tests.naive import check_gradient, rel
 
-routed_of = jax.jit(route, static_argnums=1, static_argnames="renormalise")
+routed_of = jax.jit(choose_experts, static_argnums=1, static_argnames="renormalise")
 
 
 def _naive_gates(z, k, renormalise):
@@ -70,10 +63,10 @@ def test_gradient_of_gates(k, renormalise):
     mix = rng.standard_normal(z.shape)
 
     def loss(z):
-        return jnp.sum(route(z, k, renormalise=renormalise).gates.dense_BxTxE * mix)
+        return jnp.sum(choose_experts(z, k, renormalise=renormalise).gates.dense_BxTxE * mix)
 
     def loss_of_weights(z):
-        gates = route(z, k, renormalise=renormalise).gates
+        gates = choose_experts(z, k, renormalise=renormalise).gates
         return jnp.sum(gates.weights_BxTxK * jnp.take_along_axis(mix, gates.picks_BxTxK, -1))
 
     grad = jax.grad(loss)(jnp.asarray(z, jnp.float32))
@@ -130,7 +123,7 @@ def test_stats_add_up():
     z = jnp.asarray(np.random.default_rng(0).standard_normal((4, 3, 4)), jnp.float32)
 
     def stats(z):
-        return router_stats(z, route(z, 2, renormalise=True), jnp.ones(z.shape[:2], bool))
+        return router_stats(z, choose_experts(z, 2, renormalise=True), jnp.ones(z.shape[:2], bool))
 
     parts = jax.tree.map(jnp.add, stats(z[:1]), stats(z[1:]))
     for a, b in zip(stats(z), parts, strict=True):
@@ -162,7 +155,7 @@ def test_router_losses(which):
     valid = rng.random((2, 5)) < 0.7
 
     def loss(tree):
-        stats = router_stats(tree["z"], route(tree["z"], 2, renormalise=True), valid)
+        stats = router_stats(tree["z"], choose_experts(tree["z"], 2, renormalise=True), valid)
         return (balance_loss, z_loss)[which](stats)
 
     tree = {"z": jnp.asarray(z, jnp.float32)}
@@ -187,7 +180,9 @@ def test_balance_loss_is_one_when_even_and_e_when_collapsed():
 def test_forced_picks(k, values, forced):
     """The language's expert replaces the weakest pick, unless it is there or unknown."""
     z = np.array(values, np.float32).reshape(1, 2, 4)
-    out = route(jnp.asarray(z), k, renormalise=False, forced_BxT=jnp.asarray([forced], jnp.int32))
+    out = choose_experts(
+        jnp.asarray(z), k, renormalise=False, forced_BxT=jnp.asarray([forced], jnp.int32)
+    )
     prob, _ = _naive_gates(z.astype(np.float64), 4, False)
     for t in range(2):
         picks = sorted(range(4), key=lambda e, t=t: (-z[0, t, e], e))[:k]
@@ -241,5 +236,7 @@ def test_summarise():
 
 def test_gates_over_all_experts_are_a_softmax():
     z = jnp.asarray(np.random.default_rng(0).standard_normal((1, 6, 3)), jnp.float32)
-    softmax, kept = (route(z, 3, renormalise=flag).gates.dense_BxTxE for flag in (True, False))
+    softmax, kept = (
+        choose_experts(z, 3, renormalise=flag).gates.dense_BxTxE for flag in (True, False)
+    )
     assert rel(softmax, kept) < 1e-6

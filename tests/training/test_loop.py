@@ -10,7 +10,7 @@ import pytest
 
 from medmoe_jax.checkpoints.files import MetricsLog, read_metrics
 from medmoe_jax.errors import Stopped, UserError
-from medmoe_jax.routing.routers import RouterStats
+from medmoe_jax.kernels.router_equations import RouterStats
 from medmoe_jax.training import loop as loop_lib
 from medmoe_jax.training.loop import Loop
 
