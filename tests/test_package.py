@@ -1,6 +1,7 @@
 """The package as a whole: its imports, its layering, its documentation and its licence."""
 
 import ast
+import graphlib
 import importlib.metadata
 import os
 import re
@@ -110,6 +111,38 @@ def test_each_floor_imports_only_lower_ones():
 )
 def test_the_layering_check_sees_every_form_of_import(line, fault):
     assert layering_faults(ast.parse(line), "base", "medmoe_jax.base") == fault
+
+
+def circle(sources: dict[str, ast.Module]) -> list[str]:
+    """Modules, by dotted name, that import each other in a ring; imports in functions count."""
+    graph = {
+        name: (imported_modules(tree, name.rpartition(".")[0]) & sources.keys()) - {name}
+        for name, tree in sources.items()
+    }
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    names = {s: ".".join(s.relative_to(ROOT).with_suffix("").parts) for s in SOURCES}
+    # A package's face hands nothing on here, so that to import from it is to import a module.
+    sources = {name: parse(s) for s, name in names.items() if s.name != "__init__.py"}
+    assert len(sources) > 100
+    assert not circle(sources)
+
+
+def test_the_check_for_circles_sees_imports_inside_functions():
+    ring = {
+        "medmoe_jax.base.a": "from medmoe_jax.base.b import f",
+        "medmoe_jax.base.b": "from medmoe_jax.base import c",
+        "medmoe_jax.base.c": "def late():\n    from .a import g",
+    }
+    assert set(circle({name: ast.parse(text) for name, text in ring.items()})) == set(ring)
+    ring["medmoe_jax.base.c"] = "import medmoe_jax.base.d"
+    assert not circle({name: ast.parse(text) for name, text in ring.items()})
 
 
 def test_public_functions_and_classes_have_docstrings():

@@ -69,8 +69,8 @@ class Allocator:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """An allocator's work on a bank in a run of a known number of steps.
+class BudgetSchedule:
+    """How many triplets of a bank may stay after each update of a run of `steps` updates.
 
     Raises:
       UserError: t_init and t_final leave no step to allocate in.
@@ -151,27 +151,29 @@ def threshold(triplet_scores: Mapping[str, jax.Array], cut) -> jax.Array:
     return jnp.where(cut > 0, ordered[jnp.maximum(cut, 1) - 1], -jnp.inf)
 
 
-def advance(plan: Plan, t, params, gradients, state: Allocation):
+def advance(schedule: BudgetSchedule, t, params, gradients, state: Allocation):
     """The allocation after update t.
 
     Importance moves until the triplets are chosen for good:
     I = |θ · g|, Ī = β1 Ī + (1 − β1) I, U = β2 U + (1 − β2) |I − Ī|.
 
     Args:
-      plan: the schedule.
+      schedule: the budget after each update.
       t: [] int32, updates made, this one included.
       params: the bank's parameters after the update.
-      gradients: of the whole loss, as the update used them (accumulated, averaged, clipped).
+      gradients: the whole loss's, as the update used them (accumulated, averaged, clipped).
       state: before.
 
     Returns:
       `(cleared, state)`: Λ is to be set to 0 where `cleared` (`{site: bool [N, E, r]}`) says so.
       Between allocations it says so nowhere, so that Λ can grow back.
     """
-    a = plan.allocator
-    moving = t < plan.freeze
+    a = schedule.allocator
+    moving = t < schedule.freeze
     importance = jax.tree.map(
-        lambda p, g: jnp.abs(p * g), _factors(plan.spec, params), _factors(plan.spec, gradients)
+        lambda p, g: jnp.abs(p * g),
+        _factors(schedule.spec, params),
+        _factors(schedule.spec, gradients),
     )
     sensitivity = jax.tree.map(
         lambda old, new: jnp.where(moving, a.beta1 * old + (1 - a.beta1) * new, old),
@@ -188,12 +190,12 @@ def advance(plan: Plan, t, params, gradients, state: Allocation):
     )
     state = Allocation(sensitivity, uncertainty, state.kept)
     # Worked out on the host: float32 would round some budgets to their neighbour.
-    budgets = jnp.asarray([plan.budget(i) for i in range(plan.freeze + 1)], jnp.int32)
+    budgets = jnp.asarray([schedule.budget(i) for i in range(schedule.freeze + 1)], jnp.int32)
     ranked = scores(state)
-    limit = threshold(ranked, budgets[0] - budgets[jnp.minimum(t, plan.freeze)])
-    allocates = (t == plan.freeze) | (moving & (t > a.t_init) & (t % a.every == 0))
+    limit = threshold(ranked, budgets[0] - budgets[jnp.minimum(t, schedule.freeze)])
+    allocates = (t == schedule.freeze) | (moving & (t > a.t_init) & (t % a.every == 0))
     kept = {site: jnp.where(allocates, s > limit, state.kept[site]) for site, s in ranked.items()}
-    clears = allocates | (t > plan.freeze)
+    clears = allocates | (t > schedule.freeze)
     return {site: clears & ~k for site, k in kept.items()}, state._replace(kept=kept)
 
 

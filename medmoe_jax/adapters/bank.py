@@ -31,8 +31,8 @@ GATES = ("always", "token", "language", "skill")
 FORCING = ("off", "train", "always")
 FORMS = ("lora", "ffn_lora", "ffn", "ffn_beside")
 _FFN = (*GROUPS["mlp.in"], *GROUPS["mlp.out"])
-# Shardings for a tree of shapes.
-Place = Callable[[Any], Any]
+# Gives the shardings of a tree of shapes.
+ShardingsOf = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,11 @@ def abstract(spec: BankSpec, config: DecoderConfig):
 
 
 def init(
-    spec: BankSpec, config: DecoderConfig, key: jax.Array, base=None, place: Place | None = None
+    spec: BankSpec,
+    config: DecoderConfig,
+    key: jax.Array,
+    base=None,
+    shardings_of: ShardingsOf | None = None,
 ):
     """Fresh parameters: A and router U(±1/sqrt(D)), B, Λ and mixing weights zero.
 
@@ -227,12 +231,14 @@ def init(
 
     Args:
       spec, config: of the bank and of the decoder.
-      key: of the draws.
+      key: draws the values.
       base: the decoder's weights; needed by whole feed-forward experts only.
-      place: shardings for a tree of shapes, in which the parameters are made; None: one device.
+      shardings_of: how the parameters are spread, in which they are made; None: one device.
     """
     # Under its name, as in every tree that holds it: the rules read whole paths.
-    shardings = None if place is None else place({spec.name: abstract(spec, config)})[spec.name]
+    shardings = None
+    if shardings_of is not None:
+        shardings = shardings_of({spec.name: abstract(spec, config)})[spec.name]
     leaves, treedef = jax.tree.flatten(shardings)
     given = base if spec.whole else None
     return _init(spec, config, treedef, tuple(leaves), key, given)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from medmoe_jax.adapters import bank as bank_lib
-from medmoe_jax.adapters.bank import BankSpec
+from medmoe_jax.adapters.bank import BankSpec, ShardingsOf
 from medmoe_jax.base import quantised, trees
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.quantised import Quantised
@@ -31,18 +31,26 @@ def active_banks(roster: Roster) -> tuple[BankSpec, ...]:
     return tuple(spec for spec, state in roster.values() if state in ACTIVE)
 
 
-def add(roster: Roster, banks, spec: BankSpec, config: DecoderConfig, key, base=None, place=None):
+def add(
+    roster: Roster,
+    banks,
+    spec: BankSpec,
+    config: DecoderConfig,
+    key,
+    base=None,
+    shardings_of: ShardingsOf | None = None,
+):
     """The roster and banks with one more bank, in state `train`.
 
     Its output is zero at first; whole feed-forward experts start as copies of `base`'s. `base` and
-    `place` are those of `bank.init`.
+    `shardings_of` are those of `bank.init`.
 
     Raises:
       UserError: a bank of that name is there already.
     """
     if spec.name in roster:
         raise UserError(f"bank '{spec.name}' is added twice; names are unique within a recipe")
-    params = bank_lib.init(spec, config, key, base, place)
+    params = bank_lib.init(spec, config, key, base, shardings_of)
     return {**roster, spec.name: (spec, "train")}, {**banks, spec.name: params}
 
 

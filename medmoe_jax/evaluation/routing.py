@@ -29,7 +29,7 @@ from medmoe_jax.data.encode import Encoder
 from medmoe_jax.errors import UserError
 from medmoe_jax.kernels.router_equations import RouterStats
 from medmoe_jax.mesh_axes import SEQUENCE
-from medmoe_jax.parallel.mesh import batch_sharding, batch_shards
+from medmoe_jax.parallel.mesh import batch_sharding, put, round_up_rows
 from medmoe_jax.routing import telemetry
 from medmoe_jax.routing.languages import Languages
 
@@ -151,8 +151,7 @@ def measure(
         )
     if not texts:
         raise UserError("there is no row to analyse")
-    shards = batch_shards(mesh)
-    rows = -(-batch // shards) * shards
+    rows = round_up_rows(mesh, batch)
     longest = max(len(encoder(row).codes) for one in texts for row in one.rows)
     length = row_slots(longest, mesh.shape[SEQUENCE], encoder.length)
     sums = [
@@ -202,14 +201,10 @@ def _stats(config: AdaptedConfig, base, banks, batch) -> tuple[Any, dict[str, Ro
 
 def _total(config: AdaptedConfig, base, banks, mesh: Mesh, batches: Iterable[Batch]):
     """`(tokens, {"bank/site": RouterStats})` over all batches, on the devices."""
-    sharding = batch_sharding(mesh)
-
-    def put(array: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
-
-    total = None
+    sharding, total = batch_sharding(mesh), None
     for batch in batches:
-        found = _stats(config, base, banks, {name: put(a) for name, a in batch.items()})
+        arrays = {name: put(array, sharding) for name, array in batch.items()}
+        found = _stats(config, base, banks, arrays)
         total = found if total is None else jax.tree.map(jnp.add, total, found)
     return total
 

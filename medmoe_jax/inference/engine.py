@@ -24,7 +24,7 @@ from medmoe_jax.base.loss import logits, token_log_probs
 from medmoe_jax.base.seam import Context
 from medmoe_jax.checkpoints.processes import to_host
 from medmoe_jax.errors import UserError
-from medmoe_jax.parallel.mesh import batch_sharding, batch_shards
+from medmoe_jax.parallel.mesh import put, round_up_rows, row_sharding
 
 _MIN_SLOTS = 16
 
@@ -200,13 +200,12 @@ class Engine:
           config: decoder and active banks.
           base, banks: their parameters.
           mesh: where they live.
-          batch: rows run at once; rounded up to what the mesh needs.
+          batch: rows run at once, rounded up to what the mesh divides.
         """
         self.config = config
         self.base, self.banks = base, banks
         self.mesh = mesh
-        shards = batch_shards(mesh)
-        self.batch = -(-batch // shards) * shards
+        self.batch = round_up_rows(mesh, batch)
         self.truncated = 0
 
     def score(
@@ -317,8 +316,5 @@ class Engine:
                 positions[b, -len(prompt) :] = np.arange(len(prompt))
         return [self._put(a, 0) for a in (tokens, segments, positions)]
 
-    def _put(self, array: np.ndarray, batch_axis: int):
-        spec = [None] * array.ndim
-        spec[batch_axis] = batch_sharding(self.mesh, 1).spec[0]
-        sharding = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(*spec))
-        return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+    def _put(self, array: np.ndarray, batch_axis: int) -> jax.Array:
+        return put(array, row_sharding(self.mesh, array.ndim, batch_axis))

@@ -97,7 +97,7 @@ def fits(T: int, D: int, O: int, R: int, itemsize: int) -> bool:
     return all(fitting(_candidates(shape), shape.vmem) for shape in both)
 
 
-def plan(shape: Shape) -> tuple[Tiles, pl.CostEstimate]:
+def tiling(shape: Shape) -> tuple[Tiles, pl.CostEstimate]:
     """Blocks of the kernel, and its cost.
 
     Where all of K fits, x is fetched once and W once for each block of rows.
@@ -161,7 +161,7 @@ def _pallas(x_TxK, w_KxN, a_KxR, gate_TxR, b_RxN, transposed: bool, backend: str
     gates = () if gate_TxR is None else (gate_TxR,)
     gate_itemsize = sum(gate.dtype.itemsize for gate in gates)
     shape = Shape(T, K, N, R, x_TxK.dtype.itemsize, gate_itemsize)
-    t, cost = plan(shape)
+    t, cost = tiling(shape)
     grid = shape.grid(t)
     last_k = grid[2] - 1
 

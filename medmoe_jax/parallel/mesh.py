@@ -96,10 +96,41 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh, rank: int = 2) -> NamedSharding:
-    """Of `[B, T, ...]` arrays: rows over data, fsdp and expert, tokens over sequence; or `[B]`."""
+    """The sharding of `[B, T, ...]` or `[B]` arrays.
+
+    Rows lie over data, fsdp and expert, their tokens over sequence.
+    """
     return NamedSharding(mesh, PartitionSpec(*(BATCH_AXES, SEQUENCE, *(None,) * rank)[:rank]))
 
 
+def row_sharding(mesh: Mesh, rank: int, axis: int = 0) -> NamedSharding:
+    """The sharding of an array of that rank whose axis `axis` are rows, all else whole."""
+    return NamedSharding(
+        mesh, PartitionSpec(*(None,) * axis, BATCH_AXES, *(None,) * (rank - axis - 1))
+    )
+
+
 def batch_shards(mesh: Mesh) -> int:
-    """Over how many devices a batch's rows are spread."""
+    """The number of devices that a batch's rows are spread over."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def round_up_rows(mesh: Mesh, rows: int) -> int:
+    """The least number of rows, `rows` or more, that every device has a like share of."""
+    shards = batch_shards(mesh)
+    return -(-rows // shards) * shards
+
+
+def put(array: np.ndarray, sharding: NamedSharding, rows: np.ndarray | None = None) -> jax.Array:
+    """An array of the host's memory on the mesh; with several processes all of them call this.
+
+    Args:
+      array: the whole array, or those of its rows that this process's devices hold.
+      sharding: where it goes.
+      rows: `[B]`, the place in `array` of each row of the result; None = the same place.
+    """
+    if rows is None:
+        return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+    return jax.make_array_from_callback(
+        (len(rows), *array.shape[1:]), sharding, lambda part: array[(rows[part[0]], *part[1:])]
+    )

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from medmoe_jax.adapters import lifecycle
@@ -22,7 +21,14 @@ from medmoe_jax.checkpoints.bases import Base, open_base
 from medmoe_jax.errors import UserError
 from medmoe_jax.inference import engine
 from medmoe_jax.inference.engine import Sampling, Weights
-from medmoe_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, replicated
+from medmoe_jax.parallel.mesh import (
+    batch_sharding,
+    batch_shards,
+    make_mesh,
+    replicated,
+    round_up_rows,
+    row_sharding,
+)
 from medmoe_jax.parallel.rules import placed, state_shardings
 from medmoe_jax.parallel.topology import Topology
 from medmoe_jax.planning.frozen import frozen_step
@@ -189,13 +195,10 @@ def frozen(setup: Setup, at: Start) -> Program:
 
 def _answering(setup: Setup, at: Start):
     """`(model, its weights, rows at once, a function that makes arrays of ids)`."""
-    rows = setup.config.run.score_batch
-    rows += -rows % batch_shards(setup.mesh)
+    rows = round_up_rows(setup.mesh, setup.config.run.score_batch)
 
     def ids(*shape: int, axis: int = 0):
-        spec: list = [None] * len(shape)
-        spec[axis] = batch_sharding(setup.mesh, 1).spec[0]
-        sharding = NamedSharding(setup.mesh, PartitionSpec(*spec))
+        sharding = row_sharding(setup.mesh, len(shape), axis)
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
 
     model = setup.model(lifecycle.active_banks(at.roster))

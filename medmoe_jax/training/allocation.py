@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from medmoe_jax.adapters import adalora
-from medmoe_jax.adapters.adalora import Allocation, Plan
+from medmoe_jax.adapters.adalora import Allocation, BudgetSchedule
 
 
 class AllocationState(NamedTuple):
@@ -32,7 +32,7 @@ class AllocationState(NamedTuple):
 
 
 def allocating(
-    inner: optax.GradientTransformation, plans: Mapping[str, Plan]
+    inner: optax.GradientTransformation, plans: Mapping[str, BudgetSchedule]
 ) -> optax.GradientTransformation:
     """An optimiser after whose every update the plans' banks are allocated.
 
@@ -72,7 +72,7 @@ def _with_cleared(updates, params, cleared):
     return out
 
 
-def figures(plans: Mapping[str, Plan], banks, optimiser_state) -> dict[str, float]:
+def figures(plans: Mapping[str, BudgetSchedule], banks, optimiser_state) -> dict[str, float]:
     """Budget, triplets kept by the last allocation, and mean |Λ| of each allocated bank."""
     out: dict[str, float] = {}
     if not plans:

@@ -30,8 +30,9 @@ from medmoe_jax.data.batches import epoch_batches
 from medmoe_jax.data.encode import Encoder
 from medmoe_jax.data.sources import open_source
 from medmoe_jax.errors import UserError
+from medmoe_jax.mesh_axes import SEQUENCE
 from medmoe_jax.parallel import processes
-from medmoe_jax.parallel.mesh import batch_sharding, batch_shards, replicated
+from medmoe_jax.parallel.mesh import batch_sharding, put, replicated, round_up_rows
 from medmoe_jax.training import recipe as recipe_lib
 from medmoe_jax.training import summary
 from medmoe_jax.training.config import source
@@ -253,8 +254,8 @@ def _read(setup: Setup, name: str, path: str | Path):
 
 def _batch(setup: Setup, name: str, rows) -> tuple[dict[str, jax.Array], int]:
     """All rows `[R, T]`, filled up to whole micro-batches of `run.score_batch`, and how many."""
-    data, shards = setup.config.data, batch_shards(setup.mesh)
-    size = -(-min(setup.config.run.score_batch, len(rows)) // shards) * shards
+    data = setup.config.data
+    size = round_up_rows(setup.mesh, min(setup.config.run.score_batch, len(rows)))
     languages = setup.languages.ids if setup.languages else None
     parts = list(
         epoch_batches(
@@ -274,9 +275,9 @@ def _batch(setup: Setup, name: str, rows) -> tuple[dict[str, jax.Array], int]:
             "likely data.length cuts them before their answers begin"
         )
     longest = int((arrays["segment_ids"] > 0).sum(1).max())
-    length = row_slots(longest, setup.mesh.shape["sequence"], data.length)
+    length = row_slots(longest, setup.mesh.shape[SEQUENCE], data.length)
     where = batch_sharding(setup.mesh)
-    return {k: jax.device_put(a[:, :length], where) for k, a in arrays.items()}, len(parts)
+    return {k: put(a[:, :length], where) for k, a in arrays.items()}, len(parts)
 
 
 def _objective(setup: Setup, stage: Stage, roster: Roster, parts: int) -> Objective:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from medmoe_jax.adapters import lifecycle
-from medmoe_jax.adapters.adalora import Plan
+from medmoe_jax.adapters.adalora import BudgetSchedule
 from medmoe_jax.adapters.bank import split_gate
 from medmoe_jax.adapters.lifecycle import Roster
 from medmoe_jax.base import trees
@@ -23,7 +23,7 @@ from medmoe_jax.training.step import Objective, TrainState, split_base, train_st
 
 
 def make_optimiser(
-    stage: Stage, rate, plans: Mapping[str, Plan] | None = None
+    stage: Stage, rate, plans: Mapping[str, BudgetSchedule] | None = None
 ) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW and the allocation of ranks, on the trainable tree."""
     c = stage.config
@@ -85,7 +85,7 @@ def jit_step(setup: Setup, objective: Objective, optimiser, state: TrainState):
 
 
 def make_probe(
-    setup: Setup, objective: Objective, plans: Mapping[str, Plan], frozen
+    setup: Setup, objective: Objective, plans: Mapping[str, BudgetSchedule], frozen
 ) -> Callable[[TrainState], dict[str, float]]:
     """Figures of the terms on parameters and of the allocated banks."""
     specs = {spec.name: spec for spec in objective.specs}

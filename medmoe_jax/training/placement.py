@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from medmoe_jax.errors import UserError
-from medmoe_jax.parallel.mesh import batch_sharding
+from medmoe_jax.parallel.mesh import batch_sharding, put
 
 
 class Placement:
@@ -46,15 +46,9 @@ class Placement:
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """The stream's next batch, int32 `[R · shard_ids, T]` each, as global arrays `[B, T]`."""
-        return {name: self._put(array) for name, array in batch.items()}
+        return {name: put(a, self.sharding, self._place_B) for name, a in batch.items()}
 
     def abstract(self, names, length: int) -> dict[str, jax.ShapeDtypeStruct]:
         """What a batch of these arrays and `length` tokens is, for compiling."""
         one = jax.ShapeDtypeStruct((self._rows, length), np.int32, sharding=self.sharding)
         return dict.fromkeys(names, one)
-
-    def _put(self, array: np.ndarray) -> jax.Array:
-        shape = (self._rows, *array.shape[1:])
-        return jax.make_array_from_callback(
-            shape, self.sharding, lambda part: array[self._place_B[part[0]]][:, part[1]]
-        )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from medmoe_jax.adapters import lifecycle
-from medmoe_jax.adapters.adalora import Allocator, Plan
+from medmoe_jax.adapters.adalora import Allocator, BudgetSchedule
 from medmoe_jax.adapters.bank import BankSpec, abstract, init, match_layers, match_sites
 from medmoe_jax.adapters.lifecycle import Roster
 from medmoe_jax.adapters.model import AdaptedConfig
@@ -257,7 +257,7 @@ def _check_allocators(stage: Stage, trained, specs: Mapping[str, BankSpec]) -> N
             allocator.check(specs[allocator.bank])
 
 
-def plans(stage: Stage, roster: Roster, steps: int) -> dict[str, Plan]:
+def plans(stage: Stage, roster: Roster, steps: int) -> dict[str, BudgetSchedule]:
     """What each allocator does in a run of that many steps, by bank.
 
     Raises:
@@ -266,7 +266,7 @@ def plans(stage: Stage, roster: Roster, steps: int) -> dict[str, Plan]:
     out = {}
     for name, allocator in stage.allocators.items():
         with _within(f"stages.{stage.name}.allocators.{name}."):
-            out[allocator.bank] = Plan(allocator, roster[allocator.bank][0], steps)
+            out[allocator.bank] = BudgetSchedule(allocator, roster[allocator.bank][0], steps)
     return out
 
 
@@ -305,7 +305,7 @@ def start(stage: Stage, roster: Roster, banks, base, decoder: DecoderConfig, pla
     for name, (of, gate) in stage.stack.items():
         _, experts = lifecycle.stack(name, [(roster[m][0], banks[m]) for m in of])
         roster = _stacked(roster, name, of, gate)
-        fresh = init(roster[name][0], decoder, key_of(name), place=place)
+        fresh = init(roster[name][0], decoder, key_of(name), shardings_of=place)
         banks = {key: params for key, params in banks.items() if key not in of}
         banks[name] = trees.overlay(fresh, experts)
     for name, state in stage.states.items():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from medmoe_jax.adapters import adalora
-from medmoe_jax.adapters.adalora import Allocator, Plan
+from medmoe_jax.adapters.adalora import Allocator, BudgetSchedule
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.orthonormality import Orthonormality
 from medmoe_jax.errors import UserError
@@ -23,7 +23,7 @@ SPEC = BankSpec("skill", ("attn.q", "mlp.down"), 1, 3, experts=2, rank=3, alpha=
                 learned_scale=True)  # fmt: skip
 ALLOCATOR = Allocator("skill", 1, t_init=2, t_final=3, every=2, beta1=0.8, beta2=0.6)
 STEPS = 13
-PLAN = Plan(ALLOCATOR, SPEC, STEPS)
+PLAN = BudgetSchedule(ALLOCATOR, SPEC, STEPS)
 SITES = tuple(itertools.product(SPEC.sites, range(2), range(2)))  # (site, layer, expert)
 
 
@@ -168,7 +168,7 @@ def test_every_term_decides(change):
 def test_budgets():
     """Constant, cubic, constant; in whole triplets for every length of the phases."""
     for t_init, t_final, steps in ((0, 0, 7), (5, 0, 6), (0, 4, 9), (3, 3, 40)):
-        plan = Plan(Allocator("skill", 2, t_init, t_final), SPEC, steps)
+        plan = BudgetSchedule(Allocator("skill", 2, t_init, t_final), SPEC, steps)
         budgets = [plan.budget(t) for t in range(steps + 1)]
         assert budgets[: t_init + 1] == [24] * (t_init + 1)
         assert budgets[steps - t_final :] == [16] * (t_final + 1)
@@ -176,7 +176,7 @@ def test_budgets():
         for t in range(t_init + 1, steps - t_final):
             left = 1 - Fraction(t - t_init, steps - t_final - t_init)
             assert abs(budgets[t] - (16 + 8 * left**3)) <= 1
-    same = Plan(Allocator("skill", 3), SPEC, 4)
+    same = BudgetSchedule(Allocator("skill", 3), SPEC, 4)
     assert {same.budget(t) for t in range(5)} == {24}
     advance = jax.jit(functools.partial(adalora.advance, same))
     state = adalora.start(SPEC, inputs()[0][0])

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from medmoe_jax.adapters import adalora, model
-from medmoe_jax.adapters.adalora import Allocator, Plan
+from medmoe_jax.adapters.adalora import Allocator, BudgetSchedule
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.adapters.orthonormality import Orthonormality
@@ -34,7 +34,7 @@ MODULES = {"attn.q": "self_attn.q_proj", "attn.o": "self_attn.o_proj", "mlp.down
 SPEC = BankSpec("skill", tuple(MODULES), 0, 3, rank=4, alpha=6.0, learned_scale=True)
 ALLOCATOR = Allocator("skill", 1, t_init=2, t_final=5, every=4, beta1=0.8, beta2=0.7)
 STEPS = 16
-PLAN = Plan(ALLOCATOR, SPEC, STEPS)
+PLAN = BudgetSchedule(ALLOCATOR, SPEC, STEPS)
 TERM = Orthonormality("skill", weight=0.1)
 RATE, EPS, CLIP = 0.05, 1e-2, 0.5
 KEYS = {"lora_a": "lora_A", "lora_b": "lora_B", "scale": "lora_E"}
@@ -185,7 +185,7 @@ def test_forward_and_loss(theirs):
 def test_budgets(phases):
     """The same whole number of triplets at every step of long runs."""
     t_init, t_final, every, steps = phases
-    plan = Plan(Allocator("skill", 1, t_init, t_final, every), SPEC, steps)
+    plan = BudgetSchedule(Allocator("skill", 1, t_init, t_final, every), SPEC, steps)
     config = SimpleNamespace(tinit=t_init, tfinal=t_final, total_step=steps, deltaT=every)
     allocator = SimpleNamespace(peft_config=config, init_bgt=36, target_bgt=9)
     schedule_of = peft.tuners.adalora.RankAllocator.budget_schedule

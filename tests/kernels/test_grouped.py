@@ -157,7 +157,7 @@ def test_blocks_in_every_dimension_with_tails(monkeypatch):
     x, w, sizes, dy = matmul_problem((7, 0, 20, 1), 4, D=200, O=300)
     monkeypatch.setattr(tiles, "BLOCKS_BYTES", 220_000)
     for K, N in ((200, 300), (300, 200)):
-        for plan in (grouped_tpu.product_plan, grouped_tpu.gradient_plan):
+        for plan in (grouped_tpu.product_tiling, grouped_tpu.gradient_tiling):
             chosen, _ = plan(grouped_tpu.Shape(len(x), K, N, len(sizes), 4, 4))
             assert chosen == (8, 128, 128)
     assert_equal(run_matmul(x, w, sizes, dy, "interpret"), naive_matmul(x, w, sizes, dy))
@@ -253,12 +253,12 @@ def lora_cost(M, D, O, E, r):
     costs = [
         plan(grouped_tpu.Shape(M, K, N, S, 2, result))[1]
         for plan, K, N, result in (
-            (grouped_tpu.product_plan, D, R, 2),  # h
-            (grouped_tpu.product_plan, R, O, 2),  # y
-            (grouped_tpu.product_plan, O, R, 2),  # dh
-            (grouped_tpu.product_plan, R, D, 2),  # dx
-            (grouped_tpu.gradient_plan, R, D, 4),
-            (grouped_tpu.gradient_plan, R, O, 4),
+            (grouped_tpu.product_tiling, D, R, 2),  # h
+            (grouped_tpu.product_tiling, R, O, 2),  # y
+            (grouped_tpu.product_tiling, O, R, 2),  # dh
+            (grouped_tpu.product_tiling, R, D, 2),  # dx
+            (grouped_tpu.gradient_tiling, R, D, 4),
+            (grouped_tpu.gradient_tiling, R, O, 4),
         )
     ]
     return sum(cost.flops for cost in costs), sum(cost.bytes_accessed for cost in costs)
@@ -273,11 +273,11 @@ def test_the_kernels_declare_the_cost_of_their_blocks(M, D, O, E, r):
 def test_the_cost_of_a_small_product_by_hand():
     # 64 rows of 4 groups: 16 tiles of 4 rows are too many borders, so 8 tiles of 8, 12 visits.
     shape = grouped_tpu.Shape(M=64, K=128, N=128, G=4, itemsize=2, out_itemsize=4)
-    tile, cost = grouped_tpu.product_plan(shape)
+    tile, cost = grouped_tpu.product_tiling(shape)
     assert tile == (8, 128, 128)
     assert cost.flops == 2 * 12 * 8 * 128 * 128
     assert cost.bytes_accessed == 2 * (64 * 128 + 4 * 128 * 128 + 64 * 128)
-    tile, cost = grouped_tpu.gradient_plan(shape)
+    tile, cost = grouped_tpu.gradient_tiling(shape)
     assert tile == (8, 128, 128)
     assert cost.flops == 2 * 12 * 8 * 128 * 128
     assert cost.bytes_accessed == 2 * (64 * 128 + 64 * 128) + 4 * 4 * 128 * 128

@@ -83,7 +83,7 @@ def test_blocks_in_every_dimension_with_tails(monkeypatch):
     monkeypatch.setattr(tiles, "BLOCKS_BYTES", 990_000)
     for K, N in ((300, 270), (270, 300)):
         shape = kernel.Shape(T=150, K=K, N=N, R=6, itemsize=4, gate_itemsize=4)
-        chosen, _ = kernel.plan(shape)
+        chosen, _ = kernel.tiling(shape)
         assert shape.grid(chosen) == (2, 2, 2) and K % chosen.k and N % chosen.n
     assert_equal(run(*arrays, "interpret"), naive(*arrays))
 
@@ -149,7 +149,7 @@ def test_a_weight_that_is_trained_gets_its_gradient(dtype):
 
 def test_the_cost_of_one_block_and_of_many_by_hand():
     shape = kernel.Shape(T=512, K=128, N=256, R=16, itemsize=2, gate_itemsize=4)
-    chosen, cost = kernel.plan(shape)
+    chosen, cost = kernel.tiling(shape)
     assert chosen == (256, 128, 256)  # Two blocks of rows, the rest whole.
     assert cost.flops == 2 * 512 * (128 * 256 + 128 * 16 + 16 * 256)
     operands = 512 * 128 + 128 * 256 + 128 * 16 + 16 * 256

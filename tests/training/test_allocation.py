@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from medmoe_jax.adapters.adalora import Allocator, Plan
+from medmoe_jax.adapters.adalora import Allocator, BudgetSchedule
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.adapters.orthonormality import Orthonormality
@@ -32,7 +32,7 @@ from tests.training.test_step import CONFIG, stage_with, uneven_batch
 SKILL = BankSpec("skill", ("attn.o", "mlp.up"), 0, 2, rank=3, alpha=6.0, learned_scale=True)
 PLAIN = BankSpec("plain", ("attn.q", "mlp.up"), 1, 2, rank=2)
 STEPS = 7
-PLAN = Plan(Allocator("skill", 1, t_init=1, t_final=2, every=2), SKILL, STEPS)
+PLAN = BudgetSchedule(Allocator("skill", 1, t_init=1, t_final=2, every=2), SKILL, STEPS)
 TERM = Orthonormality("skill", weight=0.05)
 RULES = BANK_RULES + BASE_RULES
 FIELDS = {"learning_rate": 0.05, "warmup": 0.0, "eps": 1e-2, "clip": 0.4}
@@ -234,7 +234,9 @@ def lines(workdir):
 def test_what_a_stage_leaves(finished, capsys):
     """Budget, kept triplets and mean Λ in the log; ranks in the manifest and in the weights."""
     rows = lines(finished)
-    plan = Plan(Allocator("skill", 1, 2, 3, 2), open_setup(skill_config()).stages[0].added[0], 12)
+    plan = BudgetSchedule(
+        Allocator("skill", 1, 2, 3, 2), open_setup(skill_config()).stages[0].added[0], 12
+    )
     logged = [row for row in rows if "allocation/skill/budget" in row]
     assert [row["step"] for row in logged] == [2, 4, 6, 8, 10, 12]
     budgets = [row["allocation/skill/budget"] for row in logged]
