@@ -1,6 +1,8 @@
 """Exceptions whose text is written for the user, and errors of the system that may pass."""
 
+import contextlib
 import errno
+from collections.abc import Iterator
 
 # Of an OSError: storage or the way to it failed; the same command may succeed later.
 STORAGE_LOST = frozenset(
@@ -26,6 +28,26 @@ class UserError(ValueError):
 
     The command line prints the message without a traceback and exits with status 1.
     """
+
+
+class ParameterError(UserError):
+    """A parameter has a value that will not do: the message begins with the parameter's name."""
+
+
+@contextlib.contextmanager
+def field_names(prefix: str) -> Iterator[None]:
+    """Where the library says `remat: ...`, say `run.remat: ...`, the configuration's own name.
+
+    Args:
+      prefix: what stands before a parameter's name, such as `run.`.
+
+    Raises:
+      UserError: in place of a ParameterError.
+    """
+    try:
+        yield
+    except ParameterError as error:
+        raise UserError(f"{prefix}{error}") from None
 
 
 class Stopped(Exception):

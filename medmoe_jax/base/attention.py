@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.execution import Execution
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import ParameterError
 
 _BLOCK = 128  # tokens: what splash attention's blocks are multiples of
 _CHUNK_SCORES = 2**20  # float32 attention scores of a chunk on one device: 4 MiB
@@ -122,10 +122,10 @@ def _splash_kernel(heads: int, tokens: int, window: int, softcap: float, shards:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     if tokens % (shards * _BLOCK):
-        cut = f" over {shards} devices (run.mesh.sequence)" if shards > 1 else ""
-        raise UserError(
-            f"data.length: splash attention takes a multiple of {_BLOCK} tokens of a row on each "
-            f"device, which {tokens}{cut} is not; with run.attention 'xla' any length will do"
+        cut = f" over {shards} devices" if shards > 1 else ""
+        raise ParameterError(
+            f"attention: splash takes a multiple of {_BLOCK} tokens of a row on each device, which "
+            f"{tokens}{cut} is not; change the rows' length, or take 'xla', which runs any"
         )
     shape = (tokens, tokens)
     one = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)

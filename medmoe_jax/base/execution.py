@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import ParameterError
 from medmoe_jax.mesh_axes import EXPERT, FSDP, SEQUENCE, TENSOR
 
 REMAT = ("none", "dots", "full")
@@ -46,14 +46,14 @@ class Execution:
 
     def __post_init__(self):
         if self.remat not in REMAT:
-            raise UserError(f"run.remat: '{self.remat}' is none of {', '.join(REMAT)}")
+            raise ParameterError(f"remat: '{self.remat}' is none of {', '.join(REMAT)}")
         if self.attention not in ATTENTION:
-            raise UserError(f"run.attention: '{self.attention}' is none of {', '.join(ATTENTION)}")
+            raise ParameterError(f"attention: '{self.attention}' is none of {', '.join(ATTENTION)}")
         if self.kernels not in KERNELS:
-            raise UserError(f"run.kernels: '{self.kernels}' is none of {', '.join(KERNELS)}")
+            raise ParameterError(f"kernels: '{self.kernels}' is none of {', '.join(KERNELS)}")
         if self.kernels == "pallas" and self.platform != "tpu":
-            raise UserError(
-                f"run.kernels: 'pallas' needs TPUs, these devices are {self.platform}; use 'auto'"
+            raise ParameterError(
+                f"kernels: 'pallas' needs TPUs, these devices are {self.platform}; use 'auto'"
             )
 
     @property

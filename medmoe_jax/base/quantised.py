@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from medmoe_jax.base import trees
 from medmoe_jax.base.config import GROUPS
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import ParameterError
 
 BLOCK = 64
 NF4 = (
@@ -154,9 +154,9 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def check_kind(kind: str) -> None:
-    """Raise UserError unless `kind` is "" or a key of KINDS."""
+    """Raise ParameterError unless `kind` is "" or a key of KINDS."""
     if kind and kind not in KINDS:
-        raise UserError(f"base.quantise: '{kind}' is none of {', '.join(KINDS)} (empty = floats)")
+        raise ParameterError(f"quantise: '{kind}' is none of {', '.join(KINDS)} (empty = floats)")
 
 
 def encoder(kind: str, path: str) -> Callable[[Any], Any]:

@@ -29,7 +29,7 @@ from medmoe_jax.cli import (
     tokenizer,
     train,
 )
-from medmoe_jax.errors import STORAGE_LOST, Stopped, StorageError, UserError
+from medmoe_jax.errors import STORAGE_LOST, Stopped, StorageError, UserError, field_names
 from medmoe_jax.parallel import processes
 from medmoe_jax.parallel.rollcall import GONE, ProcessError
 from medmoe_jax.training.summary import console
@@ -101,7 +101,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser().parse_known_args(argv)
     try:
         several = (arguments.coordinator, arguments.processes, arguments.process)
-        with processes.Run(*several), _one_speaks():
+        with contextlib.ExitStack() as running:
+            with field_names("--"):
+                running.enter_context(processes.Run(*several))
+            running.enter_context(_one_speaks())
             arguments.run(arguments, rest)
     except (UserError, OSError) as error:
         print(f"medmoe {arguments.command}: error: {error}", file=sys.stderr)

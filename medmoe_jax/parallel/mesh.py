@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import ParameterError
 from medmoe_jax.mesh_axes import AXES, BATCH_AXES, SEQUENCE
 
 
@@ -22,19 +22,19 @@ def resolve(sizes: Mapping[str, int], n_devices: int) -> dict[str, int]:
     """Axis sizes with at most one -1 filled in; axes that are not named have size 1.
 
     Raises:
-      UserError: an unknown axis, a size below 1, two -1, or a product other than `n_devices`.
+      ParameterError: an unknown axis, a size below 1, two -1, or a product other than `n_devices`.
     """
     if set(sizes) - set(AXES):
-        raise UserError(f"run.mesh: axes are {', '.join(AXES)}; got {', '.join(sizes)}")
+        raise ParameterError(f"mesh: axes are {', '.join(AXES)}; got {', '.join(sizes)}")
     out = {axis: int(sizes.get(axis, 1)) for axis in AXES}
     free = [axis for axis, size in out.items() if size == -1]
     if any(size < 1 and size != -1 for size in out.values()) or len(free) > 1:
-        raise UserError(f"run.mesh: {out}: sizes are positive, and at most one is -1")
+        raise ParameterError(f"mesh: {out}: sizes are positive, and at most one is -1")
     fixed = math.prod(size for size in out.values() if size != -1)
     if free and n_devices % fixed == 0:
         out[free[0]] = n_devices // fixed
     if math.prod(out.values()) != n_devices:
-        raise UserError(f"run.mesh: {out} does not cover the {n_devices} devices there are")
+        raise ParameterError(f"mesh: {out} does not cover the {n_devices} devices there are")
     return out
 
 
@@ -42,7 +42,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     """The mesh over all devices (or those given).
 
     Raises:
-      UserError: the sizes do not fit the devices (see `resolve`) or their slices.
+      ParameterError: the sizes do not fit the devices (see `resolve`) or their slices.
     """
     devices = list(devices if devices is not None else jax.devices())
     shape = tuple(resolve(sizes, len(devices)).values())
@@ -65,8 +65,8 @@ def _along_links(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.nd
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     if shape[0] % slices:
-        raise UserError(
-            f"run.mesh.data: {shape[0]} is no multiple of the {slices} slices; every other axis "
+        raise ParameterError(
+            f"mesh.data: {shape[0]} is no multiple of the {slices} slices; every other axis "
             f"stays within a slice, so give data {slices} or a multiple of it"
         )
     return mesh_utils.create_hybrid_device_mesh(
@@ -78,7 +78,7 @@ def _along_links(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.nd
 
 
 def check_divides(mesh: Mesh | None, axis: str, number: int, what: str) -> None:
-    """Raise UserError unless a mesh axis divides a number of things that it cuts.
+    """Raise ParameterError unless a mesh axis divides a number of things that it cuts.
 
     Args:
       mesh: None, or one without the axis, cuts nothing.
@@ -87,7 +87,7 @@ def check_divides(mesh: Mesh | None, axis: str, number: int, what: str) -> None:
     """
     size = mesh.shape.get(axis, 1) if mesh else 1
     if number % size:
-        raise UserError(f"run.mesh.{axis}: {size} does not divide the {number} {what}")
+        raise ParameterError(f"mesh.{axis}: {size} does not divide the {number} {what}")
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -19,7 +19,7 @@ import jax
 from jax._src import distributed  # its client and what it found have no public names
 from jax.experimental import multihost_utils
 
-from medmoe_jax.errors import Stopped, UserError
+from medmoe_jax.errors import ParameterError, Stopped
 from medmoe_jax.parallel import rollcall
 from medmoe_jax.parallel.rollcall import ProcessError, RollCall
 
@@ -47,7 +47,7 @@ class Run:
           processes, process: how many there are, and which one this is; unused with `auto`.
 
         Raises:
-          UserError: these do not fit together.
+          ParameterError: these do not fit together.
         """
         self._coordinator, self._processes, self._process = coordinator, processes, process
         self._roll: RollCall | None = None
@@ -55,17 +55,17 @@ class Run:
             return
         host, _, port = coordinator.rpartition(":")
         if coordinator and not (host and port.isdigit()):
-            raise UserError(f"--coordinator={coordinator}: give HOST:PORT, or auto")
+            raise ParameterError(f"coordinator: '{coordinator}' is not HOST:PORT, nor auto")
         if not coordinator and processes != 1:
-            raise UserError(f"--processes={processes} needs --coordinator=HOST:PORT, or auto")
+            raise ParameterError(f"processes: {processes} need a coordinator: HOST:PORT, or auto")
         if not 0 <= process < processes:
-            raise UserError(f"--process={process} is not among --processes={processes}, from 0 on")
+            raise ParameterError(f"process: {process} is none of {processes}, counted from 0")
 
     def __enter__(self) -> Run:
         """Meet the others.
 
         Raises:
-          UserError: `auto` finds nothing.
+          ParameterError: `auto` finds nothing.
           ProcessError: a process did not come.
         """
         if self._coordinator == AUTO:
@@ -78,7 +78,7 @@ class Run:
         try:
             jax.distributed.initialize(**_WAITS)
         except ValueError as error:
-            raise UserError(f"--coordinator=auto finds nothing here: {error}") from None
+            raise ParameterError(f"coordinator: auto finds nothing here: {error}") from None
         found = distributed.global_state
         host = found.coordinator_address.rpartition(":")[0]
         with socket.create_server(("", 0)) as listener:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 
+from medmoe_jax.errors import field_names
 from medmoe_jax.mesh_axes import SEQUENCE, TENSOR
 from medmoe_jax.parallel.mesh import batch_shards, slice_of
 from medmoe_jax.parallel.topology import Topology, compile_for
@@ -59,12 +60,14 @@ def measure(setup: Setup, topology: Topology, program: Program) -> Figures:
     """Compile a program and count it.
 
     Raises:
+      UserError: attention or a kernel cannot run these shapes.
       JaxRuntimeError: the compiler fails for another reason than want of memory.
     """
     arguments = bytes_of(program.arguments) / GIB
     start = time.monotonic()
     try:
-        compiled = compile_for(topology, program.function, *program.arguments)
+        with field_names("run."):
+            compiled = compile_for(topology, program.function, *program.arguments)
     except jax.errors.JaxRuntimeError as error:
         needed = needed_gib(str(error))
         if needed is None:

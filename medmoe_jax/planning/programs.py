@@ -18,7 +18,7 @@ from medmoe_jax.adapters import lifecycle
 from medmoe_jax.adapters.lifecycle import Roster
 from medmoe_jax.base.presets import HUB
 from medmoe_jax.checkpoints.bases import Base, open_base
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import UserError, field_names
 from medmoe_jax.inference import engine
 from medmoe_jax.inference.engine import Sampling, Weights
 from medmoe_jax.parallel.mesh import (
@@ -103,8 +103,10 @@ def open_abstract(config: ConfigDict, topology: Topology) -> Setup:
             f"data.length: {config.data.length} is not between 1 and the base's "
             f"{base.config.max_positions} positions"
         )
-    mesh = make_mesh(config.run.mesh.to_dict(), topology.devices)
-    languages = read_languages(config.data.languages) if config.data.languages else None
+    with field_names("run."):
+        mesh = make_mesh(config.run.mesh.to_dict(), topology.devices)
+    with field_names("data."):
+        languages = read_languages(config.data.languages) if config.data.languages else None
     stages = recipe.parse(config, base.config)
     # No text is read for a plan.
     setup = Setup(config, mesh, base, stages, tokenizer=None, template=None, languages=languages)
@@ -122,9 +124,10 @@ def open_shapes(section: ConfigDict) -> Base:
     """The base of a configuration's section, for its shapes; see `open_abstract`."""
     published = {path: name for name, path in HUB.items()}
     overrides = section.decoder.to_dict()
-    if section.path in published and not (section.preset or overrides):
-        return open_base("", published[section.path], {}, section.seed, section.quantise)
-    return open_base(section.path, section.preset, overrides, section.seed, section.quantise)
+    with field_names("base."):
+        if section.path in published and not (section.preset or overrides):
+            return open_base("", published[section.path], {}, section.seed, section.quantise)
+        return open_base(section.path, section.preset, overrides, section.seed, section.quantise)
 
 
 def start(setup: Setup, name: str = "") -> Start:

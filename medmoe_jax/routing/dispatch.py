@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from medmoe_jax.base.execution import Execution
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import ParameterError
 from medmoe_jax.kernels.router_equations import Gates
 from medmoe_jax.mesh_axes import EXPERT
 from medmoe_jax.routing import auto, dense, fused, gating
@@ -78,7 +78,7 @@ class Strategy(Protocol):
         return gating.decide_by_kernel(self.execution, x_BxTxD, valid_BxT, routers)
 
     def check(self, where: str, experts: int) -> None:
-        """Raise UserError if that many experts cannot be run; `where` names their bank."""
+        """Raise ParameterError if that many experts cannot be run; `where` names their bank."""
         del where, experts
 
 
@@ -151,9 +151,9 @@ class AllToAll(Grouped):
         """See `Strategy`."""
         devices = self.execution.size(EXPERT)
         if experts % devices:
-            raise UserError(
-                f"{where}: {experts} experts do not divide over run.mesh.{EXPERT} {devices}; give "
-                "an axis that divides them, or run.dispatch 'grouped'"
+            raise ParameterError(
+                f"dispatch: the {devices} devices of the mesh axis {EXPERT} do not divide the "
+                f"{experts} experts of {where}; give an axis that divides them, or take 'grouped'"
             )
 
     def _sparse(self) -> Sparse:
@@ -226,8 +226,8 @@ def strategy(name: str, execution: Execution = Execution()) -> Strategy:
     """The strategy of that name, for the mesh and the chips that `execution` runs on.
 
     Raises:
-      UserError: an unknown name.
+      ParameterError: an unknown name.
     """
     if name not in STRATEGIES:
-        raise UserError(f"run.dispatch: '{name}' is none of {', '.join(STRATEGIES)}")
+        raise ParameterError(f"dispatch: '{name}' is none of {', '.join(STRATEGIES)}")
     return STRATEGIES[name](execution)

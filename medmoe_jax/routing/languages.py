@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import ParameterError, UserError
 
 COLUMNS = ("code", "expert", "name", "note")
 _TABLES = resources.files("medmoe_jax.routing") / "tables"
@@ -44,15 +44,16 @@ def read_languages(table: str) -> Languages:
     """The table of that name, or the one in that file.
 
     Raises:
-      UserError: there is no such table, a row lacks a field, or a language stands there twice.
+      ParameterError: there is no such table.
+      UserError: a row lacks a field, or a language stands there twice.
     """
     if table in published():
         where, text = table, (_TABLES / f"{table}.csv").read_text(encoding="utf-8")
     elif Path(table).is_file():
         where, text = table, Path(table).read_text(encoding="utf-8-sig")
     else:
-        raise UserError(
-            f"data.languages: '{table}' is neither a file nor one of {', '.join(published())}"
+        raise ParameterError(
+            f"languages: '{table}' is neither a file nor one of {', '.join(published())}"
         )
     reader = csv.DictReader(text.splitlines())
     if not {"code", "expert"} <= set(reader.fieldnames or ()):

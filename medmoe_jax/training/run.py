@@ -34,7 +34,7 @@ from medmoe_jax.data.batches import BatchStream, make_stream
 from medmoe_jax.data.encode import Encoder
 from medmoe_jax.data.languages import detector, name_languages
 from medmoe_jax.data.sources import RowFitter, check_source, open_source
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import UserError, field_names
 from medmoe_jax.parallel import processes
 from medmoe_jax.parallel.mesh import batch_shards
 from medmoe_jax.parallel.rules import placed
@@ -245,10 +245,11 @@ def _run_stage(setup, workdir, stage, data: StageData, fingerprint, evaluate, st
             state, first = restored.state, restored.step
             stream.set_state(restored.extra["data"])
             summary.note(f"stage '{stage.name}' continues after step {first} of {steps}")
-        step_fn, how = compile_ahead(
-            jit_step(setup, objective, optimiser, state),
-            *(state, frozen, data.placement.abstract(stream.names, setup.config.data.length)),
-        )
+        with field_names("run."):
+            step_fn, how = compile_ahead(
+                jit_step(setup, objective, optimiser, state),
+                *(state, frozen, data.placement.abstract(stream.names, setup.config.data.length)),
+            )
         summary.note(f"stage '{stage.name}': its step was {how}")
         with _open_logs(workdir, directory, first) as (metrics_log, board):
             loop = loop_lib.Loop(

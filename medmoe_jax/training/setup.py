@@ -17,7 +17,7 @@ from medmoe_jax.checkpoints.bases import Base, open_base
 from medmoe_jax.checkpoints.fingerprint import tree_fingerprint
 from medmoe_jax.data.templates import Template, load_template
 from medmoe_jax.data.tokenizers import Tokenizer, check_vocabulary, load
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import UserError, field_names
 from medmoe_jax.mesh_axes import SEQUENCE
 from medmoe_jax.parallel.mesh import batch_sharding, check_divides, make_mesh
 from medmoe_jax.parallel.rules import BASE_RULES, Rule, rules_for, shardings
@@ -100,16 +100,17 @@ class Setup:
           UserError: the mesh does not divide the rows' tokens, heads or experts.
         """
         run, length = self.config.run, self.config.data.length
-        check_divides(self.mesh, SEQUENCE, length, "tokens of a row (data.length)")
-        execution = Execution(
-            dtype=self.dtype,
-            remat=run.remat,
-            unroll=run.unroll,
-            attention=run.attention,
-            kernels=run.kernels,
-            activations=batch_sharding(self.mesh, 3),
-        )
-        return AdaptedConfig(self.base.config, banks, execution, run.dispatch)
+        with field_names("run."):
+            check_divides(self.mesh, SEQUENCE, length, "tokens of a row (data.length)")
+            execution = Execution(
+                dtype=self.dtype,
+                remat=run.remat,
+                unroll=run.unroll,
+                attention=run.attention,
+                kernels=run.kernels,
+                activations=batch_sharding(self.mesh, 3),
+            )
+            return AdaptedConfig(self.base.config, banks, execution, run.dispatch)
 
 
 def open_setup(config: ConfigDict) -> Setup:
@@ -120,10 +121,12 @@ def open_setup(config: ConfigDict) -> Setup:
     """
     section = config.base
     check_settings(config)
-    mesh = make_mesh(config.run.mesh.to_dict())
-    base = open_base(
-        section.path, section.preset, section.decoder.to_dict(), section.seed, section.quantise
-    )
+    with field_names("run."):
+        mesh = make_mesh(config.run.mesh.to_dict())
+    with field_names("base."):
+        base = open_base(
+            section.path, section.preset, section.decoder.to_dict(), section.seed, section.quantise
+        )
     path = section.tokenizer or base.tokenizer
     if not path:
         raise UserError(
@@ -140,7 +143,8 @@ def open_setup(config: ConfigDict) -> Setup:
     # Rows of the embedding beyond the tokenizer's ids are padding: never sampled, never a target.
     base = dataclasses.replace(base, config=base.config.replace(vocab_used=used))
     template = load_template(config.data.template, tokenizer)
-    languages = read_languages(config.data.languages) if config.data.languages else None
+    with field_names("data."):
+        languages = read_languages(config.data.languages) if config.data.languages else None
     stages = parse(config, base.config)
     setup = Setup(config, mesh, base, stages, tokenizer, template, languages)
     # Checks how it is to be run.
@@ -171,4 +175,5 @@ def check_settings(config: ConfigDict) -> None:
     for name in _COUNTS:
         if config.run[name] < 1:
             raise UserError(f"run.{name}: {config.run[name]} is below 1")
-    strategy(config.run.dispatch)
+    with field_names("run."):
+        strategy(config.run.dispatch)

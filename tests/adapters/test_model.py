@@ -12,7 +12,7 @@ from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base import decoder, loss
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.base.seam import Context
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import ParameterError
 from medmoe_jax.routing import telemetry
 from tests import naive
 from tests.adapters.conftest import SPECS, compiled_logits
@@ -142,7 +142,7 @@ def test_bfloat16(base, banks, batch):
 
 
 def test_dispatch_is_checked(banks):
-    with pytest.raises(UserError, match=r"run\.dispatch"):
+    with pytest.raises(ParameterError, match=r"^dispatch: "):
         model.ranges(AdaptedConfig(TINY, SPECS, dispatch="magic"), banks)
 
 

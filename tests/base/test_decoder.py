@@ -16,7 +16,7 @@ from medmoe_jax.base.execution import Execution
 from medmoe_jax.base.loss import cross_entropy, logits, next_token_targets
 from medmoe_jax.base.module import Decoder
 from medmoe_jax.base.seam import LayerRange
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import ParameterError
 from tests import naive
 from tests.naive import SWITCHES, TINY, rel, tree_rel
 
@@ -233,7 +233,7 @@ def test_init():
 
 @pytest.mark.parametrize("changes", [{"remat": "some"}, {"attention": "flash"}])
 def test_execution_names_the_field(changes):
-    with pytest.raises(UserError, match=rf"run\.{next(iter(changes))}"):
+    with pytest.raises(ParameterError, match=f"^{next(iter(changes))}: "):
         Execution(**changes)
 
 

@@ -59,6 +59,12 @@ def fails(capsys, *arguments):
     return lines[0]
 
 
+def test_a_process_that_does_not_fit_is_named_by_its_flag(capsys):
+    assert main(["--processes=2", "train", "--workdir=w"]) == 1
+    said = "medmoe train: error: --processes: 2 need a coordinator"
+    assert capsys.readouterr().err.startswith(said)
+
+
 @pytest.mark.parametrize(
     "command",
     ["", *COMMANDS, "data build", "data inspect", "data languages", "tokenizer train"],

@@ -7,7 +7,7 @@ import pytest
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.execution import Execution
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import ParameterError
 from medmoe_jax.mesh_axes import AXES
 from medmoe_jax.parallel import topology
 from medmoe_jax.parallel.mesh import (
@@ -50,7 +50,7 @@ def test_resolve(sizes, want):
     ],
 )
 def test_resolve_refuses(sizes, words):
-    with pytest.raises(UserError, match=f"run.mesh: .*{words}"):
+    with pytest.raises(ParameterError, match=f"^mesh: .*{words}"):
         resolve(sizes, 8)
 
 
@@ -86,7 +86,7 @@ def test_an_axis_that_does_not_divide_the_heads_is_refused():
         return AdaptedConfig(decoder, execution=Execution(activations=batch_sharding(mesh, 3)))
 
     on(fsdp=4, tensor=2)
-    with pytest.raises(UserError, match=r"run\.mesh\.tensor: 4 does not divide the 6 attention"):
+    with pytest.raises(ParameterError, match=r"^mesh\.tensor: 4 does not divide the 6 attention"):
         on(fsdp=2, tensor=4)
 
 
@@ -97,7 +97,7 @@ def test_only_the_axis_data_leaves_a_slice():
     assert dict(mesh.shape) == {**ONES, "data": 4, "fsdp": 2}
     of = np.vectorize(slice_of)(mesh.devices)
     assert (of == np.array([0, 0, 1, 1])[:, None, None, None, None]).all()
-    with pytest.raises(UserError, match=r"run\.mesh\.data: 1 is no multiple of the 2 slices"):
+    with pytest.raises(ParameterError, match=r"^mesh\.data: 1 is no multiple of the 2 slices"):
         make_mesh({**ONES, "fsdp": -1}, slices)
 
 

@@ -12,11 +12,11 @@ from medmoe_jax.parallel import processes
 @pytest.mark.parametrize(
     "several, message",
     [
-        (("", 2, 0), "--processes=2 needs --coordinator"),
-        (("here", 2, 0), "--coordinator=here: give HOST:PORT, or auto"),
-        (("host:", 2, 0), "give HOST:PORT"),
-        (("host:1234", 2, 2), "--process=2 is not among --processes=2"),
-        (("host:1234", 2, -1), "--process=-1"),
+        (("", 2, 0), "processes: 2 need a coordinator"),
+        (("here", 2, 0), "coordinator: 'here' is not HOST:PORT, nor auto"),
+        (("host:", 2, 0), "'host:' is not HOST:PORT"),
+        (("host:1234", 2, 2), "process: 2 is none of 2, counted from 0"),
+        (("host:1234", 2, -1), "process: -1"),
     ],
 )
 def test_what_does_not_fit_together(several, message):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from medmoe_jax.base.execution import Execution
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import ParameterError
 from medmoe_jax.kernels.router_equations import Gates
 from medmoe_jax.routing.dispatch import STRATEGIES, Stacked, strategy
 from medmoe_jax.routing.terms import LoraTerm
@@ -181,5 +181,5 @@ def test_shared_inputs_are_read_once():
 
 def test_unknown_strategy():
     assert strategy("stacked") == Stacked(Execution())
-    with pytest.raises(UserError, match=r"run\.dispatch.*stacked"):
+    with pytest.raises(ParameterError, match=r"^dispatch: 'magic' is none of .*stacked"):
         strategy("magic")

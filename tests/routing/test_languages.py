@@ -45,5 +45,5 @@ def test_bad_tables(tmp_path, text, message):
 
 
 def test_unknown_table():
-    with pytest.raises(UserError, match=r"data\.languages: 'nowhere' is neither.*families, major"):
+    with pytest.raises(UserError, match=r"^languages: 'nowhere' is neither.*families, major"):
         read_languages("nowhere")

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from medmoe_jax.base.execution import Execution
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import ParameterError
 from medmoe_jax.kernels.router_equations import Gates
 from medmoe_jax.parallel import topology as topologies
 from medmoe_jax.parallel.mesh import batch_sharding, make_mesh
@@ -72,7 +72,8 @@ def test_every_pick_travels_to_few_experts():
 def test_an_axis_that_does_not_divide_the_experts_is_refused():
     run = on_mesh("all_to_all", (1, 2, 4, 1))
     run.check("bank 'noise'", 8)
-    with pytest.raises(UserError, match=r"bank 'noise': 6 experts do not divide .*expert 4"):
+    said = "^dispatch: the 4 devices .* expert do not divide the 6 experts of bank 'noise'"
+    with pytest.raises(ParameterError, match=said):
         run.check("bank 'noise'", 6)
     on_mesh("grouped", (1, 2, 4, 1)).check("bank 'noise'", 6)
 
