@@ -50,6 +50,7 @@ def _forward(x_TxD, kernel_DxE, bias_E, valid_T, forced_T, *static):
     E = kernel_DxE.shape[1]
     out = routing_tpu.route(x_TxD, kernel_DxE, bias_E, valid_T, forced_T, *static)
     entropy, z2, forced, non_finite = jnp.sum(out.sums_NxSx1, axis=(0, 2))
+    weights_TxK, picks_TxK = out.weights_KxT.T, out.picks_KxT.T
     stats = RouterStats(
         tokens=jnp.sum(valid_T, dtype=jnp.float32),
         use_E=jnp.sum(out.use_NxEx1, axis=(0, 2))[:E],
@@ -59,7 +60,7 @@ def _forward(x_TxD, kernel_DxE, bias_E, valid_T, forced_T, *static):
         forced=forced,
         non_finite=non_finite,
     )
-    return Routed(out.weights_KxT.T, out.picks_KxT.T, stats), out.z_ExT[:E]
+    return Routed(weights_TxK, picks_TxK, stats), out.z_ExT[:E]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))

@@ -39,11 +39,12 @@ def linear(
     It takes a site with float weights whose terms all read x itself (no dropout) and whose rank
     columns fit its memory.
     """
-    one_pass = {
+    # In the order of the weights: every process of a run has to compile the same program.
+    one_pass = [
         site
         for site, weight in weights.items()
         if terms.get(site) and _fits(execution, site, x_BxTxD, weight["kernel"], terms[site])
-    }
+    ]
     apart = {site: weight for site, weight in weights.items() if site not in one_pass}
     theirs = {site: some for site, some in terms.items() if site in apart}
     out = dense.add(dense.base_products(x_BxTxD, apart), dense.stacked_lora(theirs))

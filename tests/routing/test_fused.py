@@ -21,6 +21,7 @@ from medmoe_jax.routing import fused, gating
 from medmoe_jax.routing.dispatch import Stacked, strategy
 from medmoe_jax.routing.dispatchers import LocalDispatcher
 from medmoe_jax.routing.routers import balance_loss, z_loss
+from medmoe_jax.routing.terms import LoraTerm
 from tests.naive import rel, tree_rel
 
 B, T, D, O, E, r = 4, 6, 16, 24, 4, 2
@@ -164,6 +165,15 @@ def test_what_runs_by_a_kernel(monkeypatch):
     # Blocks that do not fit the kernel's memory.
     monkeypatch.setattr(tiles, "BLOCKS_BYTES", 1000)
     assert kernels(interpret) == (4, 0)
+
+
+def test_sites_are_fused_in_the_order_of_their_weights():
+    """So that processes whose hashes differ compile one program."""
+    sites = ("attn.v", "attn.k", "attn.q", "mlp.up", "mlp.gate")
+    x, w = jnp.ones((B, T, D)), jnp.ones((D, O))
+    term = LoraTerm(x, jnp.ones((D, 1, r)), jnp.ones((1, r, O)), None, None, 1.0)
+    weights, terms = {site: {"kernel": w} for site in sites}, {site: [term] for site in sites}
+    assert tuple(fused.linear(Execution(), x, weights, terms)) == sites
 
 
 def test_frozen_weights_get_no_gradient_where_sites_are_fused():
