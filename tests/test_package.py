@@ -145,6 +145,31 @@ def test_the_check_for_circles_sees_imports_inside_functions():
     assert not circle({name: ast.parse(text) for name, text in ring.items()})
 
 
+POINTER = re.compile(r"`((?:[\w.]+/)+\w+\.py)(?::([\w.]+))?`")
+
+
+def defined(source: Path) -> set[str]:
+    """Names that a module defines, `Class.method` among them."""
+    found = set()
+    for node in parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        for inner in node.body if isinstance(node, ast.ClassDef) else []:
+            found |= {f"{node.name}.{inner.name}"} if isinstance(inner, ast.FunctionDef) else set()
+    return found
+
+
+def test_the_documents_point_to_code_that_is_there():
+    pointers, lost = 0, []
+    for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for path, name in POINTER.findall(document.read_text(encoding="utf-8")):
+            pointers += 1
+            source = next((r / path for r in (ROOT, PACKAGE) if (r / path).is_file()), None)
+            if source is None or (name and name not in defined(source)):
+                lost.append(f"{document.name}: {path}:{name}")
+    assert pointers > 10 and not lost, lost
+
+
 def test_public_functions_and_classes_have_docstrings():
     missing = []
     for source in SOURCES:

@@ -53,13 +53,14 @@ class BankSpec:
       gate: `always` (weight 1), `token` (learned router, top-k), `language` (the same, with the
         expert of the token's language forced among the picks) or `skill` (mixing weights, the same
         for every token).
-      top_k, renormalise, router_bias: of the router.
+      top_k, renormalise, router_bias: how many experts a router picks, whether their weights sum to
+        one, and whether it has a bias.
       router_noise: standard deviation of the noise on its logits in training.
       forcing: when a `language` gate forces: `off`, in `train`ing only, or `always` that ids are
         given.
       balance_loss, z_loss: weights of the losses on the router (`routing.routers`).
-      mix_per_layer, mix_softmax: of a `skill` gate: whether every layer has its own mixing weights,
-        and whether they pass through a softmax.
+      mix_per_layer, mix_softmax: for a `skill` gate: whether every layer has its own mixing
+        weights, and whether they pass through a softmax.
       dropout: probability, on the input of A only, in training.
       learned_scale: whether there is a Λ between A and B.
     """
@@ -230,7 +231,7 @@ def init(
     draw: two banks made from one key look in different directions.
 
     Args:
-      spec, config: of the bank and of the decoder.
+      spec, config: the bank, and the decoder that it sits on.
       key: draws the values.
       base: the decoder's weights; needed by whole feed-forward experts only.
       shardings_of: how the parameters are spread, in which they are made; None: one device.

@@ -44,7 +44,7 @@ class Orthogonality:
 
     @property
     def name(self) -> str:
-        """Of its metrics."""
+        """The name that its metrics begin with."""
         return f"orthogonality/{self.of}-{self.against}"
 
     @property

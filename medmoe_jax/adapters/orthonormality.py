@@ -33,7 +33,7 @@ class Orthonormality:
 
     @property
     def name(self) -> str:
-        """Of its metrics."""
+        """The name that its metrics begin with."""
         return f"orthonormality/{self.bank}"
 
     @property

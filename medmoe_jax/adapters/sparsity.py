@@ -30,7 +30,7 @@ class Sparsity:
 
     @property
     def name(self) -> str:
-        """Of its metrics."""
+        """The name that its metrics begin with."""
         return f"sparsity/{self.bank}"
 
     @property

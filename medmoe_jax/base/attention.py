@@ -22,12 +22,12 @@ _CHUNK_SCORES = 2**20  # float32 attention scores of a chunk on one device: 4 Mi
 
 
 def row_slots(tokens: int, shards: int, limit: int | None) -> int:
-    """Slots for a row of so many tokens, as many as every attention takes, or the limit if less.
+    """The number of slots for a row of that many tokens: a multiple that every attention takes.
 
     Args:
-      tokens: of the longest row.
-      shards: devices that share a row.
-      limit: None = none.
+      tokens: the length of the longest row.
+      shards: the number of devices that share a row.
+      limit: slots that a row has at most; None = as many as it takes.
     """
     block = shards * _BLOCK
     slots = -(-tokens // block) * block

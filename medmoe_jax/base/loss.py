@@ -50,9 +50,10 @@ def _log_probs(config, head_VxD, x_BxCxD, targets_BxC, cut: NamedSharding | None
 
 
 def _chunks(config: DecoderConfig, execution: Execution, *arrays):
-    """Split `[B, T, ...]` arrays into `[N, B, C, ...]`; every chunk has tokens of every device.
+    """`(S, chunks)`: `[B, T, ...]` arrays cut into `[N, B, C, ...]`, and devices that share a row.
 
-    A device's part of a chunk is the largest divisor of its part of a row that fits.
+    Every chunk has tokens of every device: C / S each. That is the largest number that divides a
+    device's share of a row, T / S, and whose float32 logits are no more than `_CHUNK_ELEMENTS`.
     """
     B, T = arrays[0].shape[:2]
     S = execution.size(execution.sequence_axis(T))

@@ -43,12 +43,12 @@ class Int8:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the kernel."""
+        """The kernel's shape."""
         return self.codes.shape
 
     @property
     def dtype(self):
-        """Of the scale, in which the values are computed."""
+        """The scale's dtype, in which the values are computed."""
         return self.scale.dtype
 
     def astype(self, dtype):
@@ -71,12 +71,12 @@ class Nf4:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the kernel."""
+        """The kernel's shape."""
         return (*self.codes.shape[:-2], self.rows, self.codes.shape[-1])
 
     @property
     def dtype(self):
-        """Of the scale, in which the values are computed."""
+        """The scale's dtype, in which the values are computed."""
         return self.scale.dtype
 
     def astype(self, dtype):

@@ -29,7 +29,7 @@ class Context(NamedTuple):
       segment_ids_BxT: int32, 0 = padding; the decoder sets it.
       layer: [] int32, the layer that is run; the decoder sets it.
       language_ids_BxT: int32, the expert of each token's language, or -1; None where unknown.
-      dropout_key: of this step's random draws; None = neither dropout nor noise on routers.
+      dropout_key: the key of this step's random draws; None = neither dropout nor noise on routers.
       training: whether gates treat the tokens as those of a training step.
     """
 

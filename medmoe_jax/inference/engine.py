@@ -36,7 +36,7 @@ class Sampling:
     Attributes:
       temperature: 0 takes the most probable token.
       top_p: smallest set of tokens whose probability reaches this is drawn from.
-      seed: of the draws.
+      seed: where the draws start from.
     """
 
     temperature: float = 0.0

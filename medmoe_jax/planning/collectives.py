@@ -64,10 +64,10 @@ def groups(attributes: str, devices: int) -> list[list[int]]:
     """The groups of a collective, or a permutation's pairs, as places in the program's devices.
 
     Args:
-      attributes: of the instruction, as in the text: `replica_groups={{0,1},{2,3}}`;
+      attributes: the instruction's, as in the text: `replica_groups={{0,1},{2,3}}`;
         `replica_groups=[2,4]<=[4,2]T(1,0)`, the rows of a transposed grid; or
         `replica_groups=mesh['a'=2,'b'=4] {'b'}`, along axes of a mesh.
-      devices: of the program; what names no group has one of all.
+      devices: how many the program runs on; what names no group has one of all.
     """
     if lists := _LISTS.search(attributes):
         return [_numbers(group) for group in re.findall(r"\{([\d,]*)\}", lists[1])]
@@ -82,7 +82,7 @@ def received(kind: str, size: int, n: int) -> float:
     """Bytes that a device receives in a collective.
 
     Args:
-      kind: of the collective.
+      kind: such as `all-gather`.
       size: bytes of its larger side on one device.
       n: devices that take part.
     """
@@ -97,7 +97,7 @@ def within_slice(kind: str, size: int, attributes: str, devices: int) -> float:
     Args:
       kind, size: see `received`.
       attributes: see `groups`.
-      devices: of the program.
+      devices: how many the program runs on.
     """
     found = groups(attributes, devices)
     if kind == "collective-permute":
@@ -106,9 +106,9 @@ def within_slice(kind: str, size: int, attributes: str, devices: int) -> float:
 
 
 def between_slices(opcode: str, attributes: str) -> str:
-    """The kind of collective that a `send` or `recv` stands for, "" if it is none or not the one.
+    """The kind of collective that a `send` or `recv` stands for, or "".
 
-    Of the two, it is the one with the larger side.
+    A collective is counted once, at the one of its two ends that has the larger side.
     """
     named = re.search(r'_xla_megascale_transfer_type="(\w+)"', attributes)
     kind = named[1].lower().replace("_", "-") if named else ""

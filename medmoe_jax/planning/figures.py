@@ -29,14 +29,14 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one program, on one chip and in one step; memory in GiB, time in seconds.
+    """What one program takes, on one chip and in one step; memory in GiB, time in seconds.
 
     Attributes:
       name: the program's.
       fits: whether the compiler found room; without it nothing but memory is known.
       hbm: arguments, results that are not donated arguments, temporaries and code at once.
       arguments, temporaries: GiB.
-      flops, bytes: of products and kernels; to and from HBM.
+      flops, bytes: those of products and kernels; those to and from HBM.
       collectives: by kind.
       bound: the least time of each resource.
       unknown: kernels of unknown FLOPs.

@@ -53,18 +53,18 @@ _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # the operand that is writ
 
 
 class Cost(NamedTuple):
-    """Of one run of a kernel."""
+    """What one run of a kernel costs."""
 
     flops: float
     bytes: float
 
 
 class Traffic(NamedTuple):
-    """Of one kind of collective, over the whole program, on one device.
+    """What one kind of collective moves, over the whole program, on one device.
 
     Attributes:
       count: how often it runs.
-      bytes: of its larger side.
+      bytes: those of its larger side.
       ici, dcn: bytes received over links within a slice, and over the network between slices.
     """
 
@@ -94,7 +94,7 @@ class Counts:
     """What one run of a program costs on one device.
 
     Attributes:
-      flops: of products and kernels.
+      flops: those of products and kernels.
       bytes: to and from main memory.
       collectives: by kind.
       largest: the largest array that an instruction outside fusions makes.
@@ -120,7 +120,7 @@ def count(
       text: `compiled.as_text()`.
       kernels: the cost of a run of a Pallas kernel, by its name.
       slices: that the program runs on.
-      turns: of a loop whose trips depend on the program's data.
+      turns: how often a loop turns whose trips depend on the program's data.
     """
     entry, computations = parse(text)
     devices = re.search(r"\bnum_partitions=(\d+)", text)
@@ -349,7 +349,7 @@ def _updated(here: Computation, one: Instruction) -> int:
 def _product_flops(here: Computation, one: Instruction) -> int:
     if one.opcode == "dot":
         (left,) = here.operands(one)[0].arrays
-        summed = math.prod(left.shape[d] for d in one.numbers("lhs_contracting_dims"))
+        summed = math.prod(left.shape[d] for d in one.contracted)
         return 2 * one.arrays[0].size * summed
     if one.opcode == "convolution":
         return _convolution_flops(here, one)

@@ -68,9 +68,10 @@ class Instruction:
         found = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
         return found[1] if found else ""
 
-    def numbers(self, key: str) -> tuple[int, ...]:
-        """An attribute such as `lhs_contracting_dims={1,2}`."""
-        found = re.search(rf"\b{key}=\{{([\d,]*)\}}", self.attributes)
+    @property
+    def contracted(self) -> tuple[int, ...]:
+        """The dimensions of its left operand that a product sums over."""
+        found = re.search(r"\blhs_contracting_dims=\{([\d,]*)\}", self.attributes)
         return tuple(int(n) for n in found[1].split(",") if n) if found else ()
 
 

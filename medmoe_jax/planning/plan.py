@@ -29,8 +29,9 @@ class Plan:
       topology: the slice.
       stage: its name.
       mesh: sizes of the axes.
-      rows, length, accumulation: of a step; rows of all micro-batches.
-      steps: of the stage; 0 = they depend on the data.
+      rows, length, accumulation: a step's rows (of all micro-batches), their tokens, and its
+        micro-batches.
+      steps: how many the stage has; 0 = they depend on the data.
       floor: FLOPs of a chip and step that a frozen base cannot do without.
       train: the training step.
       others: frozen step, scoring, generation.
@@ -55,13 +56,13 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all chips, at the bound; 0 if it does not fit."""
+        """Tokens that all chips read in a second at the bound; 0 if it does not fit."""
         seconds = self.train.bound.seconds
         return self.rows * self.length / seconds if seconds else 0.0
 
     @property
     def chip_hours(self) -> float | None:
-        """Of the whole stage at the bound; None where its steps are not known."""
+        """Chip-hours of the whole stage at the bound; None where its steps are not known."""
         seconds = self.steps * self.train.bound.seconds
         return len(self.topology.devices) * seconds / 3600 if seconds else None
 

@@ -52,10 +52,10 @@ class Program(NamedTuple):
       name: for tables.
       function: jitted, or its arguments static.
       arguments: trees of `ShapeDtypeStruct` with shardings.
-      rows: of a batch that run at once, over all devices.
+      rows: how many run at once, over all devices.
       length: tokens of a row.
       times: how often it runs in a step.
-      turns: of a loop that ends when the data say so, at most.
+      turns: how often a loop that ends when the data say so turns at most.
     """
 
     name: str

@@ -227,9 +227,9 @@ def table(result: Result, topology: Topology, tokens: int) -> Table:
     """The compiled candidates, the fastest that fits on top.
 
     Args:
-      result: of a search.
+      result: what a search found.
       topology: the slice.
-      tokens: of a step.
+      tokens: how many a step reads.
     """
     out = Table(
         title=f"fastest on {topology.name}, by bound",

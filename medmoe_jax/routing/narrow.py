@@ -30,7 +30,7 @@ def narrow(x_BxTxD, a_DxR, precision: Precision = Precision.DEFAULT):
     Args:
       x_BxTxD: activations.
       a_DxR: float32, cast to x's dtype here.
-      precision: of the product and of its gradients.
+      precision: how the product and its gradients are multiplied.
     """
     return jnp.matmul(x_BxTxD, a_DxR.astype(x_BxTxD.dtype), precision=precision)
 
