@@ -35,7 +35,7 @@ class Candidate(NamedTuple):
     Attributes:
       mesh: sizes of the axes, in the order of AXES.
       accumulation: micro-batches.
-      remat: see `base.decoder.Execution`.
+      remat: see `base.execution.Execution`.
     """
 
     mesh: tuple[int, ...]

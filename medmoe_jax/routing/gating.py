@@ -67,9 +67,9 @@ def decide(x_BxTxD, valid_BxT, routers: Sequence[Router]) -> list[Decision]:
 def decide_by_kernel(
     execution: Execution, x_BxTxD, valid_BxT, routers: Sequence[Router]
 ) -> list[Decision]:
-    """The same by the kernel that `execution` asks for, but for routers that are not its own.
+    """The same with one kernel a router, run as `execution` says.
 
-    It adds no noise and has room for `MAX_EXPERTS`; `decide` takes what is beyond.
+    The kernel adds no noise and has room for `MAX_EXPERTS`; other routers go to `decide`.
     """
     beyond = [
         r.noise_BxTxE is not None or r.kernel_DxE.shape[1] > kernel.MAX_EXPERTS for r in routers
