@@ -94,7 +94,10 @@ def _attention_forward(scale, softcap, q, k, v, mask):
 
 
 def _attention_backward(scale, softcap, residuals, d_out_BxTxHxh):
-    """With P the weights: dV = Pᵀ dO, dS = P ∘ (dO Vᵀ − Σ P ∘ dO Vᵀ), dQ = dS K, dK = dSᵀ Q."""
+    """Gradients, with P the weights:
+
+    dV = Pᵀ dO, dS = P ∘ (dO Vᵀ − Σ P ∘ dO Vᵀ), dQ = dS K, dK = dSᵀ Q.
+    """
     q_BxTxHxh, k_BxSxKxh, v_BxSxKxh, mask_BxTxS = residuals
     dtype, T, K = q_BxTxHxh.dtype, q_BxTxHxh.shape[1], k_BxSxKxh.shape[2]
     q_BxKxXxh, d_out_BxKxXxh = _by_head(q_BxTxHxh, K), _by_head(d_out_BxTxHxh, K)

@@ -100,7 +100,7 @@ def _pick_best(z_ExT, forced_1xT, weights_ref, picks_ref):
 
 
 def _decide(z_ExT, valid_1xT, forced_1xT, E: int, renormalise: bool, out: Outputs):
-    """From the logits of a block of tokens (rows from E on are padding) to all of the outputs."""
+    """Write all outputs of a block of tokens from its logits, whose rows from E on are padding."""
     real_ExT = jax.lax.broadcasted_iota(jnp.int32, z_ExT.shape, 0) < E
     z_ExT = jnp.where(real_ExT, z_ExT, _MINUS_INF)
     place_ExT, override_1xT = _pick_best(z_ExT, forced_1xT, out.weights_KxT, out.picks_KxT)

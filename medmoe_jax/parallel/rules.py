@@ -119,7 +119,7 @@ def shardings(tree, mesh: Mesh, rules: Sequence[Rule]):
 
 
 def state_shardings(tree, mesh: Mesh, rules: Sequence[Rule]):
-    """As `shardings`, for an optimiser's state: moments follow their parameter."""
+    """`NamedSharding`s for an optimiser's state: moments follow their parameter."""
 
     def leaf_sharding(path, leaf):
         # Counts and what else is no parameter's match no rule, and are whole.
@@ -146,7 +146,7 @@ def describe(tree, sharding_tree) -> Iterator[tuple[str, tuple[int, ...], str]]:
 
 
 def undivided(tree, rules: Sequence[Rule]) -> dict[str, int]:
-    """By path: bytes that one device holds only because axes of its rule were left off.
+    """Bytes, by path, that one device holds only because axes of its rule were left off.
 
     Args:
       tree: arrays, or `ShapeDtypeStruct`s, with `NamedSharding`s of these rules.

@@ -142,10 +142,7 @@ class Grouped(Strategy):
 
 @dataclass(frozen=True)
 class AllToAll(Grouped):
-    """As `Grouped`, with the experts spread over the mesh axis `expert`.
-
-    On one device it is `Grouped`.
-    """
+    """`Grouped`, with the experts spread over the mesh axis `expert`; the same on one device."""
 
     def check(self, where: str, experts: int) -> None:
         """See `Strategy`."""
@@ -171,7 +168,7 @@ class AllToAll(Grouped):
 
 @dataclass(frozen=True)
 class Auto(Strategy):
-    """For each mixture the strategy that takes least time by count; see `routing.auto`."""
+    """The strategy that takes least time by count, for each mixture; see `routing.auto`."""
 
     execution: Execution
 

@@ -1,4 +1,4 @@
-"""From tokens to gates: every router that reads one input.
+"""Gates of tokens: all routers that read one input.
 
 Axes: B batch, T tokens, D model, E experts, K picks a token.
 Plain JAX takes one product for all routers of an input. On TPU each router is one kernel, in which

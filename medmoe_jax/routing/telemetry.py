@@ -1,4 +1,4 @@
-"""From router sums to the figures people read.
+"""Figures that people read, from the sums of routers.
 
 Axes: N layers, E experts, G groups of texts, such as languages.
 """
