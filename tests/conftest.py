@@ -1,6 +1,7 @@
 """What all tests share: simulated devices, the data folder, and no silent skip of a data test."""
 
 import os
+import re
 from pathlib import Path
 
 from tests import quick
@@ -22,6 +23,33 @@ DATA_DIR = Path(
 def data_dir() -> Path:
     """The folder of real data; tests that use it carry the marker `data`."""
     return DATA_DIR
+
+
+class _Unread(pytest.Module):
+    """A file of which no test is asked for."""
+
+    def collect(self):
+        return []
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    """Do not import a file that cannot have a test of a `-m` like "a and not b" or "a or b".
+
+    It names none of the marks asked for, or carries one that is refused as a whole. Torch alone
+    takes ten seconds to import.
+    """
+    asked = parent.config.getoption("markexpr")
+    if "(" in asked:
+        return None
+    text = module_path.read_text()
+    refused = re.findall(r"not (\w+)", asked)
+    wanted = set(re.findall(r"\w+", asked)) - {*refused, "and", "or", "not"}
+    whole = "|".join(refused) or "-"
+    if (not wanted or any(f"mark.{name}" in text for name in wanted)) and not re.search(
+        rf"^pytestmark = pytest\.mark\.({whole})$", text, re.MULTILINE
+    ):
+        return None
+    return _Unread.from_parent(parent, path=module_path)
 
 
 def pytest_runtest_setup(item):
