@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 
 from tests import quick
@@ -14,15 +15,27 @@ import pytest
 # A shape that broadcasts by accident is an error.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-DATA_DIR = Path(
-    os.environ.get("MEDMOE_DATA", Path(__file__).parents[2] / "shared" / "data")
-).resolve()
+ROOT = Path(__file__).parents[1]
+DATA_DIR = Path(os.environ.get("MEDMOE_DATA", ROOT.parent / "shared" / "data")).resolve()
 
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real data; tests that use it carry the marker `data`."""
     return DATA_DIR
+
+
+def pytest_configure(config):
+    """Say where this process and its children import from: this checkout, and torch only if asked.
+
+    TensorBoard's writer imports torch wherever that is installed, which takes seconds.
+    """
+    paths = [str(ROOT)]
+    if "not parity" in config.getoption("markexpr"):
+        paths.insert(0, str(ROOT / "tests" / "without_torch"))
+    sys.path[:0] = paths
+    given = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *([given] if given else [])])
 
 
 class _Unread(pytest.Module):
