@@ -8,15 +8,31 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test fast lint format clean
 
-# Extra options for every test step, such as PYTEST_ARGS=--durations=20.
-PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -rs $(PYTEST_ARGS)
+# Extra options for every test step, such as PYTEST_ARGS=-x; the most seconds that a step may take.
+LIMIT ?= 1200
+GUARD := $(if $(shell command -v timeout),timeout --foreground --signal=INT --kill-after=60 $(LIMIT))
 STEPS := $(VENV)/steps
+# All processes of all steps share what they compile and train: see tests/quick.py.
+PYTEST = JAX_PLATFORMS=cpu MEDMOE_TESTS=$(abspath $(STEPS))/shared $(GUARD) \
+  $(BIN)/python -m pytest -rs --durations=15 $(PYTEST_ARGS)
+
+# Runs the tests with these marks: $(call step,name,marks,environment).
+define step
+@echo "== $(1) tests =="
+@mkdir -p $(STEPS); begun=$$SECONDS; status=0; \
+$(3) $(PYTEST) -n $(JOBS) --dist loadfile -m "$(2)" | tee $(STEPS)/$(1).log || status=$$?; \
+echo "$(1): $$((SECONDS - begun)) s: $$(tail -n 1 $(STEPS)/$(1).log)" >>$(STEPS)/summary; \
+case $$status in 124 | 137) echo "the $(1) tests were stopped after $(LIMIT) s; allow more: make LIMIT=..." ;; esac; \
+exit $$status
+endef
 
 help:
 	@echo "make demo     train, evaluate and chat with a tiny model, on this machine"
-	@echo "make test     lint, then the fast, the slow, the parity and the ahead-of-time tests"
+	@echo "make test     lint, then the fast, the slow, the parity and the compiled-program tests"
+	@echo "make test T=tests/base/test_loss.py    one file or folder, or one test of it"
+	@echo "make fast     lint and the fast tests; needs no torch"
 	@echo "make lint     ruff check and ruff format --check"
 	@echo "make format   let ruff mend what it can"
 	@echo "make clean    remove the virtual environment and caches"
@@ -30,43 +46,52 @@ $(VENV)/.installed-demo: setup.py pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
 	touch $@
 
-$(VENV)/.installed-test: setup.py pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,parity]'
+$(VENV)/.installed-fast: setup.py pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	touch $@ $(VENV)/.installed-demo
 
-$(VENV)/.installed-aot: $(VENV)/.installed-test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[aot]'
-	touch $@
+$(VENV)/.installed-test: setup.py pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,parity,aot]'
+	touch $@ $(VENV)/.installed-fast $(VENV)/.installed-demo
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/medmoe demo
 
-lint: $(VENV)/.installed-test
+lint: $(VENV)/.installed-fast
+	@echo "== lint =="
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(VENV)/.installed-test
+format: $(VENV)/.installed-fast
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: $(VENV)/.installed-test $(VENV)/.installed-aot
+FAST := not slow and not parity and not aot and not shipped
+
+fast: $(VENV)/.installed-fast lint
+	@rm -rf $(STEPS)
+	$(call step,fast,$(FAST))
+	@cat $(STEPS)/summary
+
+ifdef T
+# Exit status 5: the file has no such test.
+test: $(VENV)/.installed-test
 	@rm -rf $(STEPS); mkdir -p $(STEPS)
-	@echo "== lint =="
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
-	@echo "== fast tests =="
-	@$(PYTEST) -n $(JOBS) --dist loadfile -m "not slow and not parity and not aot" | tee $(STEPS)/1-fast.log
-	@echo "== slow tests =="
-	@$(PYTEST) -m "slow and not parity and not aot" | tee $(STEPS)/2-slow.log
-	@echo "== parity tests =="
-	@$(PYTEST) -n $(JOBS) --dist loadfile -m parity | tee $(STEPS)/3-parity.log
-	@echo "== ahead-of-time tests: compiling for TPU =="
-	@$(PYTEST) -n $(JOBS) -m aot | tee $(STEPS)/4-aot.log
+	@$(PYTEST) -m "not aot and not shipped" $(T) || [ $$? = 5 ]
+	@MEDMOE_SHIPPED=1 $(PYTEST) -m "aot or shipped" $(T) || [ $$? = 5 ]
+else
+test: $(VENV)/.installed-test lint
+	@rm -rf $(STEPS)
+	$(call step,fast,$(FAST))
+	$(call step,slow,slow and not parity and not aot and not shipped)
+	$(call step,parity,parity)
+	$(call step,program,aot or shipped,MEDMOE_SHIPPED=1)
 	@echo "== summary =="
 	@# A worker of pytest-xdist that breaks takes its test along, and leaves the exit status at 0.
 	@! grep --with-filename INTERNALERROR $(STEPS)/*.log
 	@echo "tests skipped: $$(cat $(STEPS)/*.log | sed -n 's/^=.* \([0-9]*\) skipped.*/\1/p' | awk '{n += $$1} END {print n + 0}')"
-	@for log in $(STEPS)/*.log; do echo "$$(basename $$log .log): $$(tail -n 1 $$log)"; done
+	@cat $(STEPS)/summary
+endif
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

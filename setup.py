@@ -46,6 +46,7 @@ EXTRAS = {
     # jaxlib cannot print every program that a later one compiles.
     "aot": ["libtpu>=0.0.42,<0.0.43"],
     "test": [
+        "filelock>=3.16,<5",
         "hypothesis>=6.130,<7",
         "nbformat>=5.10,<6",
         "pytest>=8.3,<10",

@@ -1,6 +1,8 @@
 """What all tests share: simulated devices, the data folder, and no silent skip of a data test."""
 
 import os
+import re
+import sys
 from pathlib import Path
 
 from tests import quick
@@ -13,15 +15,54 @@ import pytest
 # A shape that broadcasts by accident is an error.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-DATA_DIR = Path(
-    os.environ.get("MEDMOE_DATA", Path(__file__).parents[2] / "shared" / "data")
-).resolve()
+ROOT = Path(__file__).parents[1]
+DATA_DIR = Path(os.environ.get("MEDMOE_DATA", ROOT.parent / "shared" / "data")).resolve()
 
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real data; tests that use it carry the marker `data`."""
     return DATA_DIR
+
+
+def pytest_configure(config):
+    """Say where this process and its children import from: this checkout, and torch only if asked.
+
+    TensorBoard's writer imports torch wherever that is installed, which takes seconds.
+    """
+    paths = [str(ROOT)]
+    if "not parity" in config.getoption("markexpr"):
+        paths.insert(0, str(ROOT / "tests" / "without_torch"))
+    sys.path[:0] = paths
+    given = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *([given] if given else [])])
+
+
+class _Unread(pytest.Module):
+    """A file of which no test is asked for."""
+
+    def collect(self):
+        return []
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    """Do not import a file that cannot have a test of a `-m` like "a and not b" or "a or b".
+
+    It names none of the marks asked for, or carries one that is refused as a whole. Torch alone
+    takes ten seconds to import.
+    """
+    asked = parent.config.getoption("markexpr")
+    if "(" in asked:
+        return None
+    text = module_path.read_text()
+    refused = re.findall(r"not (\w+)", asked)
+    wanted = set(re.findall(r"\w+", asked)) - {*refused, "and", "or", "not"}
+    whole = "|".join(refused) or "-"
+    if (not wanted or any(f"mark.{name}" in text for name in wanted)) and not re.search(
+        rf"^pytestmark = pytest\.mark\.({whole})$", text, re.MULTILINE
+    ):
+        return None
+    return _Unread.from_parent(parent, path=module_path)
 
 
 def pytest_runtest_setup(item):

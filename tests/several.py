@@ -39,7 +39,6 @@ class Several:
             "XLA_FLAGS": quick.flags(8 // len(commands)),
             "MEDMOE_COORDINATOR": f"127.0.0.1:{free_port()}",
             "MEDMOE_PROCESSES": str(len(commands)),
-            "PYTHONPATH": str(ROOT),
         }
         self.running = []
         for index, (command, text) in enumerate(zip(commands, self.texts, strict=True)):
@@ -64,13 +63,13 @@ class Several:
         """What a process has printed so far, on both of its outputs."""
         return self.texts[index].read_text()
 
-    def statuses(self, timeout: float = 240) -> list[int]:
+    def statuses(self, timeout: float = 600) -> list[int]:
         """The exit statuses, once all have ended."""
         return [process.wait(timeout) for process in self.running]
 
     def wait_for(self, what: Callable[[], bool]) -> None:
         """Until `what()`; fails where a process ends before."""
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         while not what():
             for index, process in enumerate(self.running):
                 assert process.poll() is None, self.printed(index)[-3000:]

@@ -14,6 +14,8 @@ from medmoe_jax.base import decoder, loss, quantised
 from medmoe_jax.base.config import DecoderConfig, site_shapes
 from medmoe_jax.base.execution import Execution
 
+pytestmark = pytest.mark.shipped
+
 # Weights dominate: 33 MB a stack of which one layer is a twelfth, and eight tokens.
 WIDE = DecoderConfig(
     vocab_size=64, d_model=128, n_layers=12, n_heads=4, n_kv_heads=2, head_dim=32, d_ff=512

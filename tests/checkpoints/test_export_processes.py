@@ -84,7 +84,7 @@ def test_two_processes_write_one_model(tmp_path):
         for index in range(2)
     ]
     try:
-        answers = [process.communicate(timeout=120) for process in processes]
+        answers = [process.communicate(timeout=600) for process in processes]
     finally:
         for process in processes:
             process.kill()

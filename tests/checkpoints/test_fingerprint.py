@@ -113,6 +113,7 @@ def test_random_keys_and_the_order_of_names():
     assert tree_fingerprint({}) == json_fingerprint([])
 
 
+@pytest.mark.shipped
 def test_temporaries_stay_far_below_the_array():
     array = jax.ShapeDtypeStruct((64, 1024, 1024), jnp.uint16)
     starts = jax.ShapeDtypeStruct((3,), jnp.uint32)

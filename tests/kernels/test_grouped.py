@@ -305,6 +305,7 @@ def test_the_twin_computes_at_most_twice_the_rows(E):
         assert np.ceil(sizes / rows).sum() * rows <= 2 * 2048
 
 
+@pytest.mark.shipped
 def test_no_buffer_has_rows_and_experts_and_width():
     M, D, O, E, r = 256, 64, 64, 64, 4
     rng = np.random.default_rng(0)

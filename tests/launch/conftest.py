@@ -49,14 +49,14 @@ class Launcher:
         (self.folder / "behaviour").write_text(text)
 
     def __call__(self, *words: str, **env: str) -> subprocess.CompletedProcess:
-        """Run to the end, or fail after half a minute."""
+        """Run to the end, or fail after two minutes."""
         return subprocess.run(
             [SCRIPT, *self.flags, *words],
             cwd=self.folder,
             env=self.env | env,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=120,
         )
 
     def begin(self, *words: str) -> subprocess.Popen:

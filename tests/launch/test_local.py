@@ -150,7 +150,7 @@ def test_ctrl_c_stops_all(local):
     for worker in (0, 1):
         wait_for(local.folder / f"ready-{worker}")
     os.killpg(begun.pid, signal.SIGINT)
-    _, said = begun.communicate(timeout=20)
+    _, said = begun.communicate(timeout=120)
     assert begun.returncode == 130, said
     assert "stopping the job on all workers" in said
     for worker in (0, 1):
@@ -166,7 +166,7 @@ def test_a_job_outlives_its_launcher_and_is_found_again(local):
     for worker in (0, 1):
         wait_for(local.folder / f"ready-{worker}")
     os.killpg(begun.pid, signal.SIGHUP)
-    begun.communicate(timeout=10)
+    begun.communicate(timeout=120)
     assert begun.returncode != 0
     status = local("status").stdout.splitlines()
     assert [line.split(" ")[1] for line in status] == ["0", "1"]
@@ -180,9 +180,9 @@ def test_a_job_outlives_its_launcher_and_is_found_again(local):
     follow = local.begin("logs", "--worker=1", "--follow")
     assert follow.stdout.readline() == "here\n"
     (local.folder / "go").touch()
-    out, said = again.communicate(timeout=20)
+    out, said = again.communicate(timeout=120)
     assert again.returncode == 0, said
-    assert "here\ngone\n" in out and follow.communicate(timeout=20)[0] == "gone\n"
+    assert "here\ngone\n" in out and follow.communicate(timeout=120)[0] == "gone\n"
     assert local.starts(0) == 1
     assert "ended with status 0" in local("status").stdout
 
@@ -193,7 +193,7 @@ def test_stop_ends_a_resume_for_good(local):
     for worker in (0, 1):
         wait_for(local.folder / f"ready-{worker}")
     assert local("stop").returncode == 0
-    _, said = begun.communicate(timeout=20)
+    _, said = begun.communicate(timeout=120)
     assert begun.returncode == 130 and "was told to stop" in said
     assert local.starts(0) == 1
     assert local("delete").returncode == 0

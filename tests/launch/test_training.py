@@ -25,16 +25,16 @@ def test_a_killed_process_and_the_end_of_the_run(launcher):
     local = launcher("--backend=local", "--hosts=2", "--devices=4", "--grace=5")
     local.stub("medmoe", MEDMOE)
     (local.folder / "recipe.py").write_text(several.CONFIG)
-    local.env |= {"PYTHONPATH": str(several.ROOT), "MEDMOE_TESTS": str(quick.folder())}
+    local.env["MEDMOE_TESTS"] = str(quick.folder())
     workdir = local.folder / "w"
     begun = local.begin("resume", "--", "train", "--config=recipe.py", f"--workdir={workdir}")
     metrics = stage_dir(workdir, "aggregate") / "metrics.jsonl"
-    until = time.monotonic() + 120
+    until = time.monotonic() + 600
     while several.lines(metrics) <= 4:
         assert begun.poll() is None and time.monotonic() < until, begun.communicate()
         time.sleep(0.01)
     os.kill(int((local.folder / "runs/launch/worker-1/pid").read_text()), signal.SIGKILL)
-    printed, said = begun.communicate(timeout=150)
+    printed, said = begun.communicate(timeout=600)
     assert begun.returncode == 0, printed[-3000:] + said
     assert "worker 1 (local-1) was killed by signal 9" in said and "done after 2 starts" in said
     assert "continues after step" in printed

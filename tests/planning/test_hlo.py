@@ -10,6 +10,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from medmoe_jax.planning import hlo
 from medmoe_jax.planning.hlo_text import arrays_of
 
+pytestmark = pytest.mark.shipped
+
 N, D, F = 48, 64, 96
 
 

@@ -64,6 +64,7 @@ def test_lowest_layer():
     assert lowest_layer({}, {"head": None}, 4) == 4
 
 
+@pytest.mark.shipped
 def test_a_frozen_step_does_the_floor_s_work_and_gives_the_right_gradient():
     """Attention off TPU computes whole rows of scores, and once more in the backward pass."""
     B, T = 2, 12

@@ -12,6 +12,8 @@ from medmoe_jax.planning.hlo import count
 from medmoe_jax.routing.dispatch import strategy
 from medmoe_jax.routing.terms import LoraTerm
 
+pytestmark = pytest.mark.shipped
+
 T, K, D, O, F, r = 2048, 2, 32, 48, 48, 4
 FEW, MANY = 4, 64
 

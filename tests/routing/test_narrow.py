@@ -47,6 +47,7 @@ def test_bfloat16_sums_the_parameters_gradient_in_float32(case):
     assert rel(dw, np.einsum("btx,bty->xy", x, ct)) < 1e-5
 
 
+@pytest.mark.shipped
 @pytest.mark.parametrize("case", CASES)
 def test_the_narrow_array_is_on_the_left(case):
     """The product's own derivative has the wide one there, or transposes it in memory."""

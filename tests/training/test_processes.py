@@ -53,7 +53,7 @@ def test_a_run_that_loses_a_process_and_is_asked_to_stop(tmp_path, config):
     with Several(tmp_path, [command] * 2) as both:
         both.wait_for((steps / "4" / "SEAL.json").exists)
         both.running[1].kill()
-        assert both.statuses(timeout=120) == [69, -signal.SIGKILL]
+        assert both.statuses() == [69, -signal.SIGKILL]
         assert "error: process 1 of 2 is gone; what was saved is intact" in both.printed(0)
         assert "Traceback" not in both.printed(0)
         assert "stage 'aggregate'" not in both.printed(1)

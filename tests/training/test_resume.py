@@ -72,7 +72,7 @@ def control_c(monkeypatch, step, number):
     def pressed(stream):
         given.append(0)
         if len(given) == number:
-            assert writing.wait(timeout=60)
+            assert writing.wait(timeout=600)
             raise KeyboardInterrupt
         return real(stream)
 
@@ -176,7 +176,6 @@ train(open_setup(tiny.medcare_config()), sys.argv[1])
 def start_child(workdir):
     return subprocess.Popen(
         [sys.executable, "-c", CHILD, str(workdir)],
-        env={**os.environ, "PYTHONPATH": "."},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -190,7 +189,7 @@ def test_killed_in_the_middle_of_each_stage(tmp_path):
     workdir = tmp_path / "w"
     for name in STAGES:
         child = start_child(workdir)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not steps_on_disk(workdir, name):
             assert child.poll() is None, child.stderr.read()
             assert time.monotonic() < deadline
@@ -201,7 +200,7 @@ def test_killed_in_the_middle_of_each_stage(tmp_path):
         assert steps_on_disk(workdir, name)[-1] < tiny.STEPS
         shutil.copytree(workdir, tmp_path / name)
     child = start_child(workdir)
-    assert child.wait(timeout=120) == 0, child.stderr.read()
+    assert child.wait(timeout=600) == 0, child.stderr.read()
     assert_same_run(workdir, reference)
     train(open_setup(tiny.medcare_config()), tmp_path / "aggregate")
     assert_same_run(tmp_path / "aggregate", reference)

@@ -122,7 +122,7 @@ def test_experts_and_their_moments_are_spread():
             assert leaf.addressable_shards[0].data.shape == shape
 
 
-@SLOW
+@pytest.mark.shipped
 def test_the_expert_axis_costs_a_chip_nothing():
     """The base and the batch are cut over it too: no chip holds or computes more than before."""
     programs = []
