@@ -1,7 +1,7 @@
 """How a decoder is run: number format, what is recomputed, kernels, and where arrays lie on a mesh.
 
-Axes: B batch, T tokens, C tokens of a chunk, S keys, D model, K key/value heads, h head dimension,
-V vocabulary.
+Axes: B batch, T tokens, S keys, D model, K key/value heads, h head dimension, V vocabulary; P parts
+of a batch, C tokens of a chunk, as in `base.chunks`.
 """
 
 from __future__ import annotations
@@ -151,17 +151,20 @@ class Execution:
         sharding = NamedSharding(self.mesh, PartitionSpec(self.row_axes, None, free, None))
         return jax.lax.with_sharding_constraint(x_BxSxKxh, sharding)
 
-    def logits_sharding(self, vocabulary: int, tokens: int = 1) -> NamedSharding | None:
-        """The sharding of `[B, C, V]` logits: V over the mesh axes that the head lies on.
+    def logits_sharding(self, vocabulary: int, parts: tuple[str, ...] = ()) -> NamedSharding | None:
+        """The sharding of `[P, C, V]` logits: V over the mesh axes that the head lies on.
 
         An axis is left out where they do not divide V. Tokens then travel to the head's parts,
         which weigh many times more than a chunk's tokens.
+
+        Args:
+          vocabulary: V.
+          parts: the axes that P lies on; those that cut V do not cut P.
         """
         if self.mesh is None:
             return None
         cut = [axis for axis in (TENSOR, FSDP, EXPERT, SEQUENCE) if axis in self.mesh.shape]
         while vocabulary % math.prod(self.size(axis) for axis in cut):
             cut.pop()
-        rows = tuple(axis for axis in self.row_axes if axis not in cut)
-        sequence = None if SEQUENCE in cut else self.sequence_axis(tokens)
-        return NamedSharding(self.mesh, PartitionSpec(rows, sequence, tuple(cut)))
+        left = tuple(axis for axis in parts if axis not in cut)
+        return NamedSharding(self.mesh, PartitionSpec(left, None, tuple(cut)))

@@ -1,9 +1,9 @@
 """Logits and cross-entropy, a chunk of tokens at a time.
 
-Axes: B batch, T tokens, C tokens of a chunk, N chunks, D model, V vocabulary.
-Float32 logits exist for one chunk only, `[B, C, V]`. Every chunk reads the whole head, so a chunk
-is as large as a device's share of it allows. In training, devices share the vocabulary rather than
-the rows (`Execution.logits_sharding`): a chunk's hidden states travel, not the head.
+Axes: B batch, T tokens, D model, V vocabulary; P, M, N, C, K as in `base.chunks`.
+Float32 logits exist for one chunk only. Every chunk reads the whole head, so a chunk is as large as
+a device's share of it allows. In training, devices share the vocabulary rather than the rows
+(`Execution.logits_sharding`): a chunk's hidden states travel, not the head.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from medmoe_jax.base import chunks
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.execution import Execution
-
-_CHUNK_ELEMENTS = 2**25  # float32 logits of a chunk on one device: 128 MiB
 
 
 def logits(config: DecoderConfig, head_VxD, x_BxTxD):
@@ -36,55 +35,33 @@ def logits(config: DecoderConfig, head_VxD, x_BxTxD):
     return z_BxTxV
 
 
-def _log_probs(config, head_VxD, x_BxCxD, targets_BxC, cut: NamedSharding | None = None):
+def _log_probs(config, head_VxD, x_PxCxD, targets_PxC, cut: NamedSharding | None = None):
     if cut is not None:
         rows = NamedSharding(cut.mesh, PartitionSpec(*cut.spec[:2]))
-        x_BxCxD = jax.lax.with_sharding_constraint(x_BxCxD, rows)
-    z_BxCxV = logits(config, head_VxD, x_BxCxD)
+        x_PxCxD = jax.lax.with_sharding_constraint(x_PxCxD, rows)
+    z_PxCxV = logits(config, head_VxD, x_PxCxD)
     if cut is not None:
-        z_BxCxV = jax.lax.with_sharding_constraint(z_BxCxV, cut)
+        z_PxCxV = jax.lax.with_sharding_constraint(z_PxCxV, cut)
     # Not a lookup: a device that holds a part of V has nothing to look up elsewhere.
-    ids_1x1xV = jnp.arange(config.vocab_size, dtype=targets_BxC.dtype)[None, None]
-    picked_BxC = jnp.sum(jnp.where(targets_BxC[..., None] == ids_1x1xV, z_BxCxV, 0.0), axis=-1)
-    return picked_BxC - jax.nn.logsumexp(z_BxCxV, axis=-1)
-
-
-def _chunks(config: DecoderConfig, execution: Execution, *arrays):
-    """`(S, chunks)`: `[B, T, ...]` arrays cut into `[N, B, C, ...]`, and devices that share a row.
-
-    Every chunk has tokens of every device: C / S each. That is the largest number that divides a
-    device's share of a row, T / S, and whose float32 logits are no more than `_CHUNK_ELEMENTS`.
-    """
-    B, T = arrays[0].shape[:2]
-    S = execution.size(execution.sequence_axis(T))
-    limit = max(1, _CHUNK_ELEMENTS * execution.row_shards // (B * config.vocab_size))
-    C = max(c for c in range(1, T // S + 1) if T // S % c == 0 and c <= limit)
-
-    def split(a):
-        a = a.reshape((B, S, T // S // C, C, *a.shape[2:]))
-        return jnp.moveaxis(a, 2, 0).reshape((-1, B, S * C, *a.shape[4:]))
-
-    return S, tuple(map(split, arrays))
-
-
-def _joined(S: int, a_NxBxC):
-    """The inverse of `_chunks`: `[B, T, ...]`."""
-    N, B, C = a_NxBxC.shape[:3]
-    a = a_NxBxC.reshape((N, B, S, C // S, *a_NxBxC.shape[3:]))
-    return jnp.moveaxis(a, 0, 2).reshape((B, N * C, *a.shape[4:]))
+    ids_1x1xV = jnp.arange(config.vocab_size, dtype=targets_PxC.dtype)[None, None]
+    picked_PxC = jnp.sum(jnp.where(targets_PxC[..., None] == ids_1x1xV, z_PxCxV, 0.0), axis=-1)
+    return picked_PxC - jax.nn.logsumexp(z_PxCxV, axis=-1)
 
 
 def token_log_probs(
     config: DecoderConfig, head_VxD, x_BxTxD, targets_BxT, execution: Execution = Execution()
 ):
     """Log-probability of each target, float32 `[B, T]`."""
-    S, chunks = _chunks(config, execution, x_BxTxD, targets_BxT)
+    into = chunks.divide(execution, *targets_BxT.shape, config.vocab_size)
+    given = chunks.sort(into, execution, x_BxTxD, targets_BxT, jnp.ones(targets_BxT.shape))
 
-    def one(_, chunk):
-        return None, _log_probs(config, head_VxD, *chunk)
+    def one(_, n):
+        x_PxCxD, targets_PxC, _ = chunks.chunk(into, execution, given, n)
+        return None, _log_probs(config, head_VxD, x_PxCxD, targets_PxC)
 
-    _, out_NxBxC = jax.lax.scan(one, None, chunks)
-    return _joined(S, out_NxBxC)
+    _, out_NxPxC = jax.lax.scan(one, None, jnp.arange(into.count))
+    out_PxK = jnp.moveaxis(out_NxPxC, 0, 1).reshape(out_NxPxC.shape[1], -1)
+    return chunks.rejoined(into, out_PxK[:, : given.x_PxMxD.shape[1]], targets_BxT.shape)
 
 
 def _laid_out(config: DecoderConfig, execution: Execution, head_VxD):
@@ -96,10 +73,9 @@ def _laid_out(config: DecoderConfig, execution: Execution, head_VxD):
     return jax.lax.with_sharding_constraint(head_VxD, rows)
 
 
-def _chunk_loss(config, execution, head_VxD, x_BxCxD, targets_BxC, weights_BxC):
-    cut = execution.logits_sharding(config.vocab_size, x_BxCxD.shape[1])
-    log_probs_BxC = _log_probs(config, head_VxD, execution.constrain(x_BxCxD), targets_BxC, cut)
-    return -jnp.sum(log_probs_BxC * weights_BxC)
+def _chunk_loss(config, cut, head_VxD, x_PxCxD, targets_PxC, weights_PxC):
+    log_probs_PxC = _log_probs(config, head_VxD, x_PxCxD, targets_PxC, cut)
+    return -jnp.sum(log_probs_PxC * weights_PxC)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 6))
@@ -112,7 +88,7 @@ def cross_entropy(
     weights_BxT,
     execution: Execution = Execution(),
 ):
-    """Σ weight · (−log p(target)), float32 scalar.
+    """Σ weight · (−log p(target)), float32 scalar; tokens of weight 0 cost nothing.
 
     The backward pass needs no second product with the head: the loss is a scalar, so the forward
     pass can keep its gradient for `x_BxTxD` (and for the head, if `train_head`) right away.
@@ -127,32 +103,43 @@ def cross_entropy(
       execution: where rows and vocabulary lie.
     """
     del train_head
-    _, chunks = _chunks(config, execution, x_BxTxD, targets_BxT, weights_BxT)
+    into = chunks.divide(execution, *targets_BxT.shape, config.vocab_size)
+    given = chunks.sort(into, execution, x_BxTxD, targets_BxT, weights_BxT)
     head_VxD = _laid_out(config, execution, head_VxD)
+    cut = execution.logits_sharding(config.vocab_size, into.axes)
 
-    def one(total, chunk):
-        return total + _chunk_loss(config, execution, head_VxD, *chunk), None
+    def add(n, total):
+        return total + _chunk_loss(config, cut, head_VxD, *chunks.chunk(into, execution, given, n))
 
-    return jax.lax.scan(one, jnp.float32(0), chunks)[0]
+    return jax.lax.fori_loop(0, given.filled, add, jnp.float32(0))
 
 
 def _forward(config, train_head, head_VxD, x_BxTxD, targets_BxT, weights_BxT, execution):
-    S, chunks = _chunks(config, execution, x_BxTxD, targets_BxT, weights_BxT)
+    into = chunks.divide(execution, *targets_BxT.shape, config.vocab_size)
+    given = chunks.sort(into, execution, x_BxTxD, targets_BxT, weights_BxT)
     argnums = (0, 1) if train_head else (1,)
-    loss = functools.partial(_chunk_loss, config, execution)
-    gradient = jax.value_and_grad(loss, argnums=argnums)
+    cut = execution.logits_sharding(config.vocab_size, into.axes)
+    gradient = jax.value_and_grad(functools.partial(_chunk_loss, config, cut), argnums=argnums)
     here_VxD = _laid_out(config, execution, head_VxD)
 
-    def one(carry, chunk):
-        total, head_grad = carry
-        loss, grads = gradient(here_VxD, *chunk)
+    def add(n, carry):
+        total, head_grad, dx_PxKxD = carry
+        loss, grads = gradient(here_VxD, *chunks.chunk(into, execution, given, n))
         if train_head:
             head_grad += grads[0].astype(jnp.float32)
-        return (total + loss, head_grad), grads[-1]
+        at = (0, n * into.tokens, 0)
+        return total + loss, head_grad, jax.lax.dynamic_update_slice(dx_PxKxD, grads[-1], at)
 
-    start = jnp.zeros(head_VxD.shape if train_head else (), jnp.float32)
-    (total, head_grad), dx_NxBxCxD = jax.lax.scan(one, (jnp.float32(0), start), chunks)
-    return total, (_joined(S, dx_NxBxCxD), head_grad, head_VxD, weights_BxT)
+    P, _, D = given.x_PxMxD.shape
+    dx_PxKxD = jnp.zeros((P, into.count * into.tokens, D), x_BxTxD.dtype)
+    head_grad = jnp.zeros(head_VxD.shape if train_head else (), jnp.float32)
+    start = (jnp.float32(0), head_grad, chunks.on_parts(into, execution, dx_PxKxD))
+    total, head_grad, dx_PxKxD = jax.lax.fori_loop(0, given.filled, add, start)
+    M = given.x_PxMxD.shape[1]
+    place_PxM = jnp.argsort(given.order_PxK[:, :M], axis=1)
+    dx_PxMxD = jnp.take_along_axis(dx_PxKxD, place_PxM[..., None], axis=1)
+    dx_BxTxD = execution.constrain(chunks.rejoined(into, dx_PxMxD, x_BxTxD.shape))
+    return total, (dx_BxTxD, head_grad, head_VxD, weights_BxT)
 
 
 def _backward(config, train_head, execution, residuals, ct):

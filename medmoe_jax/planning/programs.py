@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from medmoe_jax.adapters import lifecycle
 from medmoe_jax.adapters.lifecycle import Roster
+from medmoe_jax.base.chunks import divide
 from medmoe_jax.base.presets import HUB
 from medmoe_jax.checkpoints.bases import Base, open_base
 from medmoe_jax.errors import UserError, field_names
@@ -175,7 +176,15 @@ def training(setup: Setup, at: Start) -> Program:
         (state, at.frozen, _batch(setup, rows)),
         rows // config.run.accumulation,
         config.data.length,
+        turns=_chunks(setup, rows // config.run.accumulation),
     )
+
+
+def _chunks(setup: Setup, rows: int) -> int:
+    """Turns of the loss's loop over chunks where every token is a target."""
+    model = setup.model(())
+    vocabulary = model.decoder.vocab_size
+    return divide(model.execution, rows, setup.config.data.length, vocabulary).count
 
 
 def _batch(setup: Setup, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -193,7 +202,8 @@ def frozen(setup: Setup, at: Start) -> Program:
     model = setup.model(())
     step = jax.jit(functools.partial(frozen_step, model.decoder, model.execution))
     arguments = (at.base, _batch(setup, rows))
-    return Program("frozen", step, arguments, rows, config.data.length, config.run.accumulation)
+    length, times = config.data.length, config.run.accumulation
+    return Program("frozen", step, arguments, rows, length, times, _chunks(setup, rows))
 
 
 def _answering(setup: Setup, at: Start):

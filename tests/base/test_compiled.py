@@ -10,7 +10,7 @@ import pytest
 from medmoe_jax.adapters import bank, model
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.model import AdaptedConfig
-from medmoe_jax.base import decoder, loss, quantised
+from medmoe_jax.base import chunks, decoder, loss, quantised
 from medmoe_jax.base.config import DecoderConfig, site_shapes
 from medmoe_jax.base.execution import Execution
 
@@ -64,7 +64,7 @@ def test_no_large_logits(monkeypatch):
     """Float32 logits exist for a chunk of tokens only, in the loss and in its gradient."""
     B, T, V = 2, 48, 1000
     config = WIDE.replace(vocab_size=V, d_model=16, n_layers=2, d_ff=16)
-    monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", B * 16 * V)
+    monkeypatch.setattr(chunks, "_ELEMENTS", B * 16 * V)
     specs = (BankSpec("a", ("attn.q",), 0, 2, rank=2),)
 
     def largest(text):
@@ -74,7 +74,7 @@ def test_no_large_logits(monkeypatch):
         return max(counts)
 
     assert largest(_compile(config, specs, Execution(), (B, T)).as_text()) == B * 16 * V
-    monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", B * T * V)
+    monkeypatch.setattr(chunks, "_ELEMENTS", B * T * V)
     assert largest(_compile(config, specs, Execution(), (B, T)).as_text()) == B * T * V
 
 

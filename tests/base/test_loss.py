@@ -1,6 +1,7 @@
 """Cross-entropy, log-probabilities and targets against plain numpy."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from medmoe_jax.base import loss
+from medmoe_jax.base import chunks, loss
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.mesh_axes import AXES
 from medmoe_jax.parallel.mesh import batch_sharding, make_mesh
+from medmoe_jax.planning import hlo
 from tests.naive import TINY, check_gradient, rel
 
 B, T, D, V = 2, 6, 5, 17
@@ -45,11 +47,12 @@ def _naive_log_probs(config, head, x, targets):
     return np.log(np.take_along_axis(p, targets[..., None], -1)[..., 0])
 
 
-@pytest.fixture(params=[1, 2, 6], ids=lambda n: f"{n}-tokens-a-chunk")
+@pytest.fixture(params=[1, 5, 12], ids=lambda n: f"{n}-tokens-a-chunk")
 def chunk(request, monkeypatch):
-    monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", request.param * B * V)
-    _, (x,) = loss._chunks(CASES["plain"], Execution(), jnp.zeros((B, T, D)))
-    assert x.shape == (T // request.param, B, request.param, D)
+    """12 tokens: a chunk each, two chunks of five and a rest, and one chunk."""
+    monkeypatch.setattr(chunks, "_ELEMENTS", request.param * V)
+    into = chunks.divide(Execution(), B, T, V)
+    assert (into.tokens, into.count) == (request.param, math.ceil(B * T / request.param))
     return request.param
 
 
@@ -89,14 +92,81 @@ def test_cross_entropy(name, train_head, chunk):
         assert not np.any(grads["head"][config.vocab_used :])
 
 
-def test_chunks_are_sized_for_one_device(monkeypatch):
-    """Rows over three devices: a chunk three times as long, and the same loss."""
-    config, i = CASES["both"], _inputs(CASES["both"])
-    monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", B * V)
-    assert len(loss._chunks(config, Execution(), i["x"])[1][0]) == T
-    mesh = make_mesh({"fsdp": 3}, jax.devices()[:3])
-    three = Execution(activations=batch_sharding(mesh, 3))
-    assert len(loss._chunks(config, three, i["x"])[1][0]) == T // 3
+def test_chunks_are_sized_for_one_device():
+    """Every device's own tokens fall into the same chunks, whatever the others hold."""
+    one = chunks.divide(Execution(), 8, 512, 1000)
+    assert (one.rows, one.axes, one.tokens, one.count) == (1, (), 256, 16)
+    mesh = make_mesh({"fsdp": 4, "sequence": 2})
+    eight = Execution(activations=batch_sharding(mesh, 3))
+    cut = chunks.divide(eight, 8, 512, 1000)
+    assert (cut.rows, cut.sequence, cut.axes[-1]) == (4, 2, "sequence")
+    assert (cut.tokens, cut.count) == (128, 4)
+    # A large vocabulary makes chunks smaller; rows that the mesh does not divide are one part.
+    assert chunks.divide(Execution(), 8, 512, 2**20).tokens == 32
+    assert chunks.divide(eight, 6, 512, 1000)[:3] == (1, 2, ("sequence",))
+
+
+DENSITIES = {0.05: 0.07, 0.1: 0.15, 0.4: 0.45, 1.0: 1.0}  # share of targets: of the head's work
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+def test_the_loss_costs_what_its_targets_cost(density):
+    """FLOPs of the compiled loss and gradient, counted with the turns that its loop makes."""
+    config = TINY.replace(vocab_size=512, d_model=16)
+    rows, tokens = 8, 256
+    rng = np.random.default_rng(5)
+    weights = np.zeros(rows * tokens, np.float32)
+    weights[rng.permutation(weights.size)[: round(density * weights.size)]] = 1
+    weights = weights.reshape(rows, tokens)
+    x, head = np.zeros((rows, tokens, 16), np.float32), np.zeros((512, 16), np.float32)
+    targets = np.zeros((rows, tokens), np.int32)
+    into = chunks.divide(Execution(), rows, tokens, 512)
+    turns = int(chunks.sort(into, Execution(), x, targets, weights).filled)
+    run = jax.jit(jax.value_and_grad(functools.partial(loss.cross_entropy, config, False), 1))
+    text = run.lower(head, x, targets, weights).compile().as_text()
+    counts = hlo.count(text, turns=turns)
+    assert len(counts.unknown) == 1  # the loop over chunks ends where the data say so
+    whole = 2 * 2 * rows * tokens * 16 * 512  # logits, and their gradient times the head
+    assert density <= counts.flops / whole <= DENSITIES[density]
+
+
+@pytest.mark.parametrize("sizes", [None, {"fsdp": 4, "sequence": 2}, {"data": 2, "tensor": 4}])
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])
+def test_no_target_is_lost_at_any_density(density, sizes, monkeypatch):
+    """Targets that lie unevenly over rows, devices and chunks, against float64."""
+    monkeypatch.setattr(chunks, "_ELEMENTS", 7 * V)
+    config, rows, tokens = CASES["both"], 8, 20
+    rng = np.random.default_rng(7)
+    weights = np.zeros(rows * tokens, np.float32)
+    count = round(density * weights.size)
+    # One row takes as many as it can hold, the others share the rest.
+    order = np.concatenate([np.arange(3 * tokens, 4 * tokens), rng.permutation(weights.size)])
+    weights[list(dict.fromkeys(order.tolist()))[:count]] = rng.uniform(0.5, 2, count)
+    arrays = {
+        "head": rng.standard_normal((V, D)).astype(np.float32),
+        "x": rng.standard_normal((rows, tokens, D)).astype(np.float32),
+    }
+    targets = rng.integers(0, config.vocab_used, (rows, tokens)).astype(np.int32)
+    weights = weights.reshape(rows, tokens)
+    execution = Execution()
+    placed = [arrays["head"], arrays["x"], targets, weights]
+    if sizes:
+        mesh = make_mesh({**dict.fromkeys(AXES, 1), **sizes})
+        execution = Execution(activations=batch_sharding(mesh, 3))
+        placed[1:] = [jax.device_put(a, batch_sharding(mesh, a.ndim)) for a in placed[1:]]
+
+    def want(p):
+        return -(_naive_log_probs(config, p["head"], p["x"], targets) * weights).sum()
+
+    run = functools.partial(loss.cross_entropy, config, True, execution=execution)
+    value, grads = jax.jit(jax.value_and_grad(lambda *a: run(*a), (0, 1)))(*placed)
+    f64 = {k: np.asarray(v, np.float64) for k, v in arrays.items()}
+    if not count:
+        assert value == 0 and not any(np.any(g) for g in grads)
+        return
+    assert abs(value / want(f64) - 1) < 1e-5
+    check_gradient(want, f64, dict(zip(arrays, grads, strict=True)), np.random.default_rng(2))
+    assert not np.any(np.asarray(grads[1])[weights == 0])
 
 
 @pytest.mark.parametrize(
@@ -104,11 +174,15 @@ def test_chunks_are_sized_for_one_device(monkeypatch):
     [
         ({"data": 2, "fsdp": 2, "tensor": 2}, ("data",), ("tensor", "fsdp", "expert", "sequence")),
         # 36 divides by 4, not by 8: `expert` goes on cutting rows, `sequence` their tokens.
-        ({"fsdp": 4, "expert": 2}, ("data", "expert"), ("tensor", "fsdp")),
-        ({"fsdp": 4, "sequence": 2}, ("data",), ("tensor", "fsdp", "expert")),
-        ({"fsdp": 2, "sequence": 2, "tensor": 2}, ("data",), ("tensor", "fsdp", "expert")),
+        ({"fsdp": 4, "expert": 2}, ("data", "expert", "sequence"), ("tensor", "fsdp")),
+        ({"fsdp": 4, "sequence": 2}, ("data", "sequence"), ("tensor", "fsdp", "expert")),
+        (
+            {"fsdp": 2, "sequence": 2, "tensor": 2},
+            ("data", "sequence"),
+            ("tensor", "fsdp", "expert"),
+        ),
         # 8 does not divide it at all.
-        ({"fsdp": 8}, ("data", "fsdp", "expert"), ("tensor",)),
+        ({"fsdp": 8}, ("data", "fsdp", "expert", "sequence"), ("tensor",)),
     ],
 )
 def test_devices_share_the_vocabulary(sizes, rows, vocabulary):
@@ -116,8 +190,8 @@ def test_devices_share_the_vocabulary(sizes, rows, vocabulary):
     config = TINY.replace(vocab_size=36, vocab_used=31, final_softcap=1.5)
     mesh = make_mesh({**dict.fromkeys(AXES, 1), **sizes})
     execution = Execution(activations=batch_sharding(mesh, 3))
-    left = None if "sequence" in vocabulary else "sequence"
-    assert execution.logits_sharding(36, 2).spec == PartitionSpec(rows, left, vocabulary)
+    parts = ("data", "fsdp", "expert", "sequence")
+    assert execution.logits_sharding(36, parts).spec == PartitionSpec(rows, None, vocabulary)
     rng = np.random.default_rng(3)
     head, x = rng.standard_normal((36, 16)), rng.standard_normal((8, 6, 16))
     targets, weights = rng.integers(0, 31, (8, 6)), rng.choice([0, 1, 2], (8, 6))
