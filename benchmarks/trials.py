@@ -32,14 +32,16 @@ from benchmarks import trial_rows, trial_tables
 from medmoe_jax.adapters import lifecycle
 from medmoe_jax.adapters.bank import count, split_gate
 from medmoe_jax.checkpoints.files import read_json, write_json
+from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.checkpoints.manifest import Manifest
-from medmoe_jax.checkpoints.stages import MANIFEST, is_finished
 from medmoe_jax.cli.main import main as medmoe
 from medmoe_jax.data.batches import epoch_batches
 from medmoe_jax.data.rows import read_file
-from medmoe_jax.training.run import Trained, stage_dir, train
+from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import Setup, open_setup
 from medmoe_jax.training.step import nll
+from medmoe_jax.training.train import train
+from medmoe_jax.training.trained import Trained
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -118,7 +120,7 @@ def run(config: ConfigDict, workdir: Path, rows: Mapping[str, Sequence[dict]]) -
         clock[0] = time.monotonic()
         return figures
 
-    train(setup, workdir, evaluate)
+    train(Run(setup, workdir), evaluate)
 
 
 def mixing_weights(metrics: Mapping[str, float]) -> list[float]:
@@ -135,8 +137,9 @@ def collect(name: str, workdir: Path) -> dict[str, Any]:
         if (folder / BASE).exists():
             out["base"][seed] = {"loss": read_json(folder / BASE)}
         for arm in trial_rows.TRIALS[name].config.get_config().stages.order:
-            if is_finished(stage_dir(folder, arm)):
-                manifest = Manifest.read(stage_dir(folder, arm) / MANIFEST)
+            stage = StageFolder.of(folder, arm)
+            if stage.is_finished():
+                manifest = Manifest.read(stage.manifest)
                 figures = {**manifest.metrics["evaluation"], "steps": manifest.steps}
                 mixed = mixing_weights(manifest.metrics["train"])
                 if mixed:

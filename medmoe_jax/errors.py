@@ -4,7 +4,7 @@ import contextlib
 import errno
 from collections.abc import Iterator
 
-# Of an OSError: storage or the way to it failed; the same command may succeed later.
+# Numbers of an OSError: storage or the way to it failed; the same command may succeed later.
 STORAGE_LOST = frozenset(
     {
         errno.EIO,
@@ -56,3 +56,15 @@ class Stopped(Exception):
 
 class StorageError(UserError):
     """What was to be kept could not be written: nothing in the input is wrong."""
+
+
+@contextlib.contextmanager
+def within(place: str) -> Iterator[None]:
+    """Puts a place, such as `stages.align.`, before the message of a UserError in the block.
+
+    Library code names the parameter; who gives it a field of a configuration adds where that is.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{place}{error}") from None

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from medmoe_jax.checkpoints import stages as store
+from medmoe_jax.checkpoints.folders import StageFolder
 
 
 def random_leaf(path, struct, size: float):
@@ -26,11 +27,12 @@ def random_leaf(path, struct, size: float):
 def randomise(workdir: Path, target: Path, size: float) -> Path:
     """A copy of a work directory in which the banks of every stage, all finished, are random."""
     shutil.copytree(workdir, target, ignore=shutil.ignore_patterns("steps"))
-    for directory in sorted((target / "stages").iterdir()):
-        final, manifest = store.load_final(directory)
+    for path in sorted((target / "stages").iterdir()):
+        folder = StageFolder(path)
+        final, manifest = store.load_final(folder)
         banks = jax.tree_util.tree_map_with_path(
             lambda path, leaf: random_leaf(path, leaf, size), final["banks"]
         )
-        (directory / store.MANIFEST).unlink()
-        store.save_final(directory, {**final, "banks": banks}, manifest)
+        folder.manifest.unlink()
+        store.save_final(folder, {**final, "banks": banks}, manifest)
     return target

@@ -7,8 +7,8 @@ from ml_collections import ConfigDict
 
 from configs import sa_mdkif
 from medmoe_jax.training.config import source
-from medmoe_jax.training.run import train
 from medmoe_jax.training.setup import open_setup
+from medmoe_jax.training.train import train
 from tests import tiny
 from tests.randomised import randomise
 

@@ -13,8 +13,9 @@ from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.checkpoints.huggingface import save_hf
 from medmoe_jax.data import tokenizers
 from medmoe_jax.training.config import recipe, source
-from medmoe_jax.training.run import train
+from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import Setup, open_setup
+from medmoe_jax.training.train import train
 from tests import naive, quick
 
 DRUGS = ("aspirin", "insulin", "heparin", "digoxin", "codeine", "quinine", "atropine", "lithium")
@@ -126,4 +127,4 @@ def medcare_config():
 def trained() -> tuple[Setup, Path]:
     """The recipe's parts and a work directory in which both stages are finished."""
     setup = open_setup(medcare_config())
-    return setup, once(folder() / "trained", lambda workdir: train(setup, workdir))
+    return setup, once(folder() / "trained", lambda workdir: train(Run(setup, workdir)))

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from medmoe_jax.checkpoints.processes import from_first_process
+from medmoe_jax.checkpoints.agreement import from_first_process
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel import processes
 

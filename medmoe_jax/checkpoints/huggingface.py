@@ -30,8 +30,8 @@ from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.checkpoints import families
 from medmoe_jax.checkpoints.families import FAMILIES, config_from_hf, config_to_hf, family_of
 from medmoe_jax.checkpoints.files import Write, new_folder, read_json, save_tensors, write_json
-from medmoe_jax.checkpoints.processes import to_host
 from medmoe_jax.errors import UserError
+from medmoe_jax.parallel.host import to_host
 from medmoe_jax.parallel.rules import fitted
 
 __all__ = [

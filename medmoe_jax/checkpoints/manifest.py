@@ -16,7 +16,12 @@ LIBRARIES = ("medmoe_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint",
 
 @dataclasses.dataclass(frozen=True)
 class BankEntry:
-    """One bank after a stage: its state, and for each of its arrays the shape ({} if dropped)."""
+    """One bank after a stage.
+
+    Attributes:
+      state: one of BANK_STATES.
+      shapes: the shape of each of its arrays, by path; {} if dropped.
+    """
 
     state: str
     shapes: dict[str, list[int]] = dataclasses.field(default_factory=dict)
@@ -24,12 +29,18 @@ class BankEntry:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What one finished stage is; see docs of the fields in the order of their declaration.
+    """What one finished stage is.
 
-    The stage's name and that of its parent ("" for the first); the fingerprints of the recipe
-    (which covers the stages before it), of the base as loaded, and of the parent's recipe ("" for
-    the first); the lifecycle operations done before it, in order, each a dictionary with `op`; its
-    banks; the number of steps; its last metrics; and the versions of the libraries that made it.
+    Attributes:
+      stage, after: its name, and that of the stage it starts from ("" for the first).
+      recipe_fingerprint: of its recipe, which covers the stages before it.
+      base_fingerprint: of the base as loaded.
+      parent_fingerprint: of the recipe of the stage it starts from ("" for the first).
+      operations: what happened to the banks before it, in order, each a dictionary with `op`.
+      banks: each bank's entry.
+      steps: updates made.
+      metrics: its last metrics, ranks, counts of rows, and scores.
+      versions: of the libraries that made it.
     """
 
     stage: str

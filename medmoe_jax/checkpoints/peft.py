@@ -24,8 +24,8 @@ from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.base.config import DecoderConfig, site_shapes
 from medmoe_jax.checkpoints import families
 from medmoe_jax.checkpoints.files import new_folder, read_json, save_tensors, write_json
-from medmoe_jax.checkpoints.processes import to_host
 from medmoe_jax.errors import UserError
+from medmoe_jax.parallel.host import to_host
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."

@@ -4,14 +4,12 @@
     STAGE/final/{banks, extra, SEAL.json}      the banks at the stage's end
     STAGE/manifest.json                        written last: it exists = the stage is finished
 
-Orbax renames a checkpoint into place once it is whole. The seal, written after that, lists every
-file with its size and hash, so that damage is seen before anything is loaded: bit flips would
-otherwise load as other numbers. Everything here is called by all processes alike; what is on the
-disk is judged by the first one, and the others follow it.
+Orbax renames a checkpoint into place once it is whole; its seal is written after that. Everything
+here is called by all processes alike; what is on the disk is judged by the first one, and the
+others follow it.
 """
 
 import contextlib
-import functools
 import json
 import logging
 from collections.abc import Sequence
@@ -22,15 +20,13 @@ from typing import Any, NamedTuple
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from medmoe_jax.checkpoints.files import read_json, write_json
-from medmoe_jax.checkpoints.fingerprint import file_fingerprint
+from medmoe_jax.checkpoints.agreement import from_first_process
+from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.checkpoints.manifest import Manifest
-from medmoe_jax.checkpoints.processes import from_first_process
+from medmoe_jax.checkpoints.seals import SEAL, damage, seal
 from medmoe_jax.errors import StorageError, UserError
 from medmoe_jax.parallel import processes
 
-SEAL = "SEAL.json"
-MANIFEST = "manifest.json"
 # What Orbax and TensorStore raise when a file cannot be written.
 WRITE_ERRORS = (OSError, ValueError, RuntimeError)
 
@@ -61,11 +57,11 @@ class StageCheckpoints:
     an interrupted save left behind is removed on opening.
     """
 
-    def __init__(self, directory: str | Path, keep: int = 3):
-        """Open the folder of a stage, which is made if absent.
+    def __init__(self, folder: StageFolder, keep: int = 3):
+        """Open the checkpoints of a stage, whose folder is made if absent.
 
         Args:
-          directory: the stage's folder, on a disk that all processes see.
+          folder: the stage's.
           keep: how many finished checkpoints stay; with 1, the one before also stays until the
             next save, so that an interruption never leaves none.
 
@@ -74,8 +70,7 @@ class StageCheckpoints:
         """
         if keep < 1:
             raise ValueError(f"keep is {keep}; at least one checkpoint must be kept")
-        self.directory = Path(directory).absolute()
-        self._steps = self.directory / "steps"
+        self._steps = folder.steps.absolute()
         self._keep = keep
         self._current: int | None = None
         self._saving: futures.Future | None = None
@@ -118,10 +113,6 @@ class StageCheckpoints:
         newest = sorted(self._sealed)[-max(self._keep - 1, 1) :]
         return [c.step in newest or c.step == self._current for c in checkpoints]
 
-    def latest_step(self) -> int | None:
-        """The newest finished checkpoint's step, its content not yet checked; None if none."""
-        return max(self._sealed, default=None)
-
     def save(self, step: int, state: Any, extra: dict[str, Any]) -> None:
         """Start saving; returns once the arrays are copied to host memory and may be donated.
 
@@ -162,7 +153,7 @@ class StageCheckpoints:
             copied.set_result(None)
             saved.result()
             if processes.index() == 0:
-                _seal(self._steps / str(step))
+                seal(self._steps / str(step))
         except WRITE_ERRORS as error:
             raise self._failed(step, error) from error
         self._sealed.add(step)
@@ -219,13 +210,13 @@ class StageCheckpoints:
             folder = self._steps / str(on_disk[0])
             # Killed between the first save's rename, which vouches for it, and its seal.
             log.warning("%s was saved whole but not sealed; sealed now", folder)
-            _seal(folder)
+            seal(folder)
         skipped = []
         for step in on_disk:
             folder = self._steps / str(step)
             if not self._is_sealed(step):
                 skipped.append(f"{folder} was interrupted: its seal {SEAL} is not there")
-            elif problem := _damage(folder):
+            elif problem := damage(folder):
                 skipped.append(problem)
             else:
                 return {"step": step, "skipped": skipped}
@@ -246,8 +237,8 @@ class StageCheckpoints:
         self.close()
 
 
-def save_final(directory: str | Path, banks: Any, manifest: Manifest) -> None:
-    """Save a stage's end: its banks (nested dicts of jax arrays), then its manifest.
+def save_final(folder: StageFolder, tree: Any, manifest: Manifest) -> None:
+    """Save a stage's end: a tree (nested dicts of jax arrays), then the manifest.
 
     A save that is interrupted leaves no manifest and is simply made again.
 
@@ -255,16 +246,20 @@ def save_final(directory: str | Path, banks: Any, manifest: Manifest) -> None:
       ValueError: the stage is finished already.
       WriteError: the disk is full or cannot be written; there is no manifest then.
     """
-    directory = Path(directory).absolute()
-    if is_finished(directory):
-        raise ValueError(f"{directory / MANIFEST} exists: the stage is finished already")
-    final = directory / "final"
+    if folder.is_finished():
+        raise ValueError(f"{folder.manifest} exists: the stage is finished already")
+    final = folder.final.absolute()
+
+    def close() -> None:
+        seal(final)
+        manifest.write(folder.manifest)
+
     try:
         with _context():
             ocp.save_checkpointables(
-                final, {"banks": banks, "extra": {"leaves": _describe(banks)}}, overwrite=True
+                final, {"banks": tree, "extra": {"leaves": _describe(tree)}}, overwrite=True
             )
-        from_first_process(functools.partial(_close, directory, manifest))
+        from_first_process(close)
     except WRITE_ERRORS as error:
         raise WriteError(
             f"the stage's end could not be written to {final}: {error}. Free space on the disk or "
@@ -272,55 +267,46 @@ def save_final(directory: str | Path, banks: Any, manifest: Manifest) -> None:
         ) from error
 
 
-def _close(directory: Path, manifest: Manifest) -> None:
-    _seal(directory / "final")
-    manifest.write(directory / MANIFEST)
-
-
-def is_finished(directory: str | Path) -> bool:
-    """Whether the stage in `directory` has reached its end and its banks can be loaded."""
-    return from_first_process(lambda: (Path(directory) / MANIFEST).exists())
-
-
-def abstract_final(directory: str | Path) -> Any:
-    """The finished stage's banks as nested dicts of jax.ShapeDtypeStruct, without shardings."""
+def abstract_final(folder: StageFolder) -> Any:
+    """What `save_final` was given, as nested dicts of `ShapeDtypeStruct` without shardings."""
     with _context():
-        metadata = ocp.checkpointables_metadata(Path(directory).absolute() / "final").metadata
+        metadata = ocp.checkpointables_metadata(folder.final.absolute()).metadata
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata["banks"]
     )
 
 
-def load_final(directory: str | Path, abstract_banks: Any = None) -> tuple[Any, Manifest]:
-    """A finished stage's banks and manifest.
+def load_final(folder: StageFolder, abstract: Any = None) -> tuple[Any, Manifest]:
+    """The tree and the manifest that `save_final` was given.
 
     Args:
-      directory: the stage's folder.
-      abstract_banks: pytree of jax.ShapeDtypeStruct with shardings; None loads every bank, each
-        array whole on one device.
+      folder: the finished stage's.
+      abstract: pytree of jax.ShapeDtypeStruct with shardings; None loads everything, each array
+        whole on one device.
 
     Raises:
-      CheckpointError: the stage is not finished, its files are damaged, or the banks asked for
-        have other leaves, shapes or dtypes than those saved.
+      CheckpointError: the stage is not finished, its files are damaged, or the tree asked for has
+        other leaves, shapes or dtypes than the one saved.
       UserError: the manifest is not valid.
     """
-    directory = Path(directory).absolute()
-    if not is_finished(directory):
-        raise CheckpointError(f"{directory} holds no finished stage: {MANIFEST} is not there")
-    manifest = Manifest.read(directory / MANIFEST)
-    final = directory / "final"
-    if problem := from_first_process(lambda: _damage(final)):
+    if not folder.is_finished():
+        raise CheckpointError(
+            f"{folder.path} holds no finished stage: {folder.manifest.name} is not there"
+        )
+    manifest = Manifest.read(folder.manifest)
+    final = folder.final.absolute()
+    if problem := from_first_process(lambda: damage(final)):
         raise CheckpointError(f"{problem}; restore the file from a copy, or train the stage again")
-    if abstract_banks is None:
+    if abstract is None:
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        abstract_banks = jax.tree.map(
+        abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-            abstract_final(directory),
+            abstract_final(folder),
         )
     with _context():
         extra = ocp.load_checkpointables(final, {"extra": None})["extra"]
-        _check_fit(final, extra["leaves"], abstract_banks)
-        return ocp.load_checkpointables(final, {"banks": abstract_banks})["banks"], manifest
+        _check_fit(final, extra["leaves"], abstract)
+        return ocp.load_checkpointables(final, {"banks": abstract})["banks"], manifest
 
 
 def _context() -> ocp.Context:
@@ -348,35 +334,3 @@ def _check_fit(folder: Path, saved: dict[str, str], abstract: Any) -> None:
                 f"{folder} does not fit what is to be restored: {path} is {there} in the "
                 f"checkpoint and {here} in this run. Was the recipe changed?"
             )
-
-
-def _seal(folder: Path) -> None:
-    """Write the seal of a folder: each file's size and hash."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
-    if not files:
-        raise FileNotFoundError(f"{folder} is gone")  # an empty seal would vouch for nothing
-    write_json(
-        folder / SEAL,
-        {
-            str(path.relative_to(folder)): [path.stat().st_size, file_fingerprint(path)]
-            for path in files
-        },
-    )
-
-
-def _damage(folder: Path) -> str:
-    """What is wrong with a sealed folder, naming the file; empty if it is as it was written."""
-    try:
-        for name, (size, digest) in read_json(folder / SEAL).items():
-            path = folder / name
-            if path.stat().st_size != size:
-                return f"{path} is damaged: {path.stat().st_size} bytes instead of {size}"
-            if file_fingerprint(path) != digest:
-                return f"{path} is damaged: its content is not what was written"
-    except FileNotFoundError as error:
-        return f"{error.filename} is damaged: the file is gone"
-    except OSError as error:
-        return f"{error.filename} cannot be read: {error.strerror}"
-    except (UserError, AttributeError, TypeError, ValueError) as error:
-        return f"{folder / SEAL} is damaged: {error}"
-    return ""

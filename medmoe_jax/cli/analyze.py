@@ -20,9 +20,10 @@ from medmoe_jax.data.languages import detector, row_languages
 from medmoe_jax.data.sources import RowFitter, open_source
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import routing, routing_report
+from medmoe_jax.ranges import COUNT
 from medmoe_jax.training.config import source
 from medmoe_jax.training.setup import Setup
-from medmoe_jax.training.summary import console
+from medmoe_jax.training.terminal import console
 
 
 def add_arguments(parser) -> None:
@@ -43,12 +44,13 @@ def add_arguments(parser) -> None:
 
 def run(arguments, rest) -> None:
     """Run the command."""
-    if arguments.limit is not None and arguments.limit < 1:
-        raise UserError(f"--limit: {arguments.limit} is below 1")
-    setup = open_run(rest, arguments.workdir)
+    if arguments.limit is not None:
+        COUNT.check("limit", arguments.limit)
+    opened = open_run(rest, arguments.workdir)
+    setup = opened.setup
     rows = list(_rows(setup, arguments.data))
     texts = routing.by_language(rows, setup.languages, arguments.limit)
-    engine = open_model(setup, arguments.workdir, arguments.stage, arguments.off).engine
+    engine = open_model(opened, arguments.stage, arguments.off).engine
     base, banks, *_ = engine.weights
     ids = setup.languages.ids if setup.languages else None
     encoder = Encoder(

@@ -24,9 +24,10 @@ from medmoe_jax.data.demo import corpus
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import html
 from medmoe_jax.evaluation.report import Report
-from medmoe_jax.training.run import stage_dir, train
-from medmoe_jax.training.setup import Setup, open_setup
-from medmoe_jax.training.summary import console, note
+from medmoe_jax.training.run import Run, StageRun
+from medmoe_jax.training.setup import open_setup
+from medmoe_jax.training.terminal import console, note
+from medmoe_jax.training.train import train
 
 CONFIG = Path(medmoe_jax.__file__).parents[1] / "configs" / "demo.py"
 TASKS = ("demo_knowledge", "demo_alignment")
@@ -58,22 +59,22 @@ def run(arguments, rest) -> None:
         size = config.base.decoder.vocab_size
         tokenizers.train(corpus.texts_for_tokenizer(), size, tokenizer)
     config.base.tokenizer = str(tokenizer)
-    setup = open_setup(config)
-    train(setup, workdir)
+    opened = Run(open_setup(config), workdir)
+    train(opened)
     reports = {}
     for label, stage, off in MODELS:
         note(f"evaluating: {label}")
-        reports[label] = run_tasks(setup, open_model(setup, workdir, stage, off), TASKS)
-    cosines = {stage: _cosine(workdir, stage) for stage in ("align", "align_free")}
-    _write(setup, workdir, reports, cosines)
+        reports[label] = run_tasks(opened.setup, open_model(opened, stage, off), TASKS)
+    cosines = {stage: _cosine(opened.stage(stage)) for stage in ("align", "align_free")}
+    _write(opened, workdir, reports, cosines)
 
 
-def _cosine(workdir: Path, stage: str) -> float:
-    figures = Manifest.read(stage_dir(workdir, stage) / "manifest.json").metrics["train"]
+def _cosine(stage: StageRun) -> float:
+    figures = Manifest.read(stage.folder.manifest).metrics["train"]
     return figures["overlap/alignment-knowledge/cos"]
 
 
-def _write(setup: Setup, workdir: Path, reports: Mapping[str, Report], cosines) -> None:
+def _write(opened: Run, workdir: Path, reports: Mapping[str, Report], cosines) -> None:
     """Print the table; write report.json and report.html."""
     table = Table(title="held-out scores, percent", title_justify="left")
     for column in COLUMNS:
@@ -101,18 +102,16 @@ def _write(setup: Setup, workdir: Path, reports: Mapping[str, Report], cosines) 
     sections = [
         html.TableSection("Held-out scores, percent (95% interval)", COLUMNS, rows, chance),
         html.TextSection("Orthogonality", overlap),
-        *_pictures(setup, workdir),
+        *_pictures(opened),
     ]
     page = html.report_html(workdir / "report.html", sections, "medmoe_jax demonstration")
     console.print(table)
     note(f"{chance}\n{overlap}\nwritten to {workdir / 'report.json'} and {page}")
 
 
-def _pictures(setup: Setup, workdir: Path):
+def _pictures(opened: Run):
     """Loss curves, and each routed bank's use per layer and expert."""
-    logs = {
-        s.name: read_metrics(stage_dir(workdir, s.name) / "metrics.jsonl") for s in setup.stages
-    }
+    logs = {stage.name: read_metrics(stage.folder.metrics) for stage in opened.stages}
     yield html.LinesSection(
         "Training loss",
         [(name, [r["step"] for r in log], [r["loss"] for r in log]) for name, log in logs.items()],

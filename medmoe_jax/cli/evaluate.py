@@ -22,7 +22,7 @@ from medmoe_jax.cli.session import (
 )
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation.tasks import list_tasks
-from medmoe_jax.training.summary import console
+from medmoe_jax.training.terminal import console
 
 
 def add_arguments(parser) -> None:
@@ -49,11 +49,11 @@ def run(arguments, rest) -> None:
     output = arguments.output or arguments.workdir
     if not output:
         raise UserError("give --output (or --workdir) for report.json")
-    setup = open_run(rest, arguments.workdir)
-    model = open_model(setup, arguments.workdir, arguments.stage, arguments.off, arguments.language)
+    opened = open_run(rest, arguments.workdir)
+    model = open_model(opened, arguments.stage, arguments.off, arguments.language)
     Path(output).mkdir(parents=True, exist_ok=True)
     report = run_tasks(
-        setup,
+        opened.setup,
         model,
         names,
         arguments.limit,

@@ -23,10 +23,10 @@ from medmoe_jax.checkpoints.peft import save_peft
 from medmoe_jax.cli.session import add_model_arguments, open_run, open_stage
 from medmoe_jax.data.templates import stops
 from medmoe_jax.errors import UserError
-from medmoe_jax.training.recipe import chain
-from medmoe_jax.training.run import Trained
+from medmoe_jax.training.leaves import match_leaves
 from medmoe_jax.training.setup import Setup
-from medmoe_jax.training.step import match_leaves
+from medmoe_jax.training.stage import chain
+from medmoe_jax.training.trained import Trained
 
 
 def add_arguments(parser) -> None:
@@ -44,13 +44,13 @@ def add_arguments(parser) -> None:
 def run(arguments, rest) -> None:
     """Run the command."""
     check_new(arguments.output)
-    setup = open_run(rest, arguments.workdir)
-    trained = open_stage(setup, arguments.workdir, arguments.stage)
+    opened = open_run(rest, arguments.workdir)
+    trained = open_stage(opened, arguments.stage)
     roster = trained.roster
     for name in arguments.off:
         roster = lifecycle.set_state(roster, name, "off")
     trained = dataclasses.replace(trained, roster=roster)
-    FORMATS[arguments.format](setup, trained, arguments.output, arguments.dtype)
+    FORMATS[arguments.format](opened.setup, trained, arguments.output, arguments.dtype)
     print(f"written to {arguments.output}")
 
 

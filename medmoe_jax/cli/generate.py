@@ -20,6 +20,7 @@ from medmoe_jax.cli.session import (
 )
 from medmoe_jax.errors import UserError
 from medmoe_jax.inference.engine import Sampling
+from medmoe_jax.ranges import COUNT
 
 
 def add_arguments(parser) -> None:
@@ -41,12 +42,13 @@ def run(arguments, rest) -> None:
         raise UserError("give either a prompt or --input=FILE")
     if (arguments.input is None) != (arguments.output is None):
         raise UserError("--input and --output go together")
+    COUNT.check("max_tokens", arguments.max_tokens)
     sampling = Sampling(arguments.temperature, arguments.top_p, arguments.seed)
     rows = [{"prompt": arguments.prompt}]
     if arguments.input is not None:
         rows = read_rows(arguments.input, ("prompt",))
-    setup = open_run(rest, arguments.workdir)
-    model = open_model(setup, arguments.workdir, arguments.stage, arguments.off, arguments.language)
+    opened = open_run(rest, arguments.workdir)
+    model = open_model(opened, arguments.stage, arguments.off, arguments.language)
     answers = model.generate([r["prompt"] for r in rows], arguments.max_tokens, sampling)
     if arguments.input is None:
         print(answers[0])

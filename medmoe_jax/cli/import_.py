@@ -25,6 +25,6 @@ def add_arguments(parser) -> None:
 
 def run(arguments, rest) -> None:
     """Run the command."""
-    setup = open_run(rest, arguments.workdir)
-    name = import_stage(setup, arguments.workdir, arguments.adapter, arguments.stage)
+    opened = open_run(rest, arguments.workdir)
+    name = import_stage(opened, arguments.adapter, arguments.stage)
     print(f"stage '{name}' imported into {arguments.workdir}")

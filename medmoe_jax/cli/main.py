@@ -32,7 +32,7 @@ from medmoe_jax.cli import (
 from medmoe_jax.errors import STORAGE_LOST, Stopped, StorageError, UserError, field_names
 from medmoe_jax.parallel import processes
 from medmoe_jax.parallel.rollcall import GONE, ProcessError
-from medmoe_jax.training.summary import console
+from medmoe_jax.training.terminal import LogHandler, console
 
 COMMANDS = {
     "demo": demo,
@@ -96,7 +96,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status, see the module."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.basicConfig(
+        level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[LogHandler()]
+    )
     logging.getLogger("medmoe_jax").setLevel(logging.INFO)
     arguments, rest = parser().parse_known_args(argv)
     try:
@@ -107,7 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             running.enter_context(_one_speaks())
             arguments.run(arguments, rest)
     except (UserError, OSError) as error:
-        print(f"medmoe {arguments.command}: error: {error}", file=sys.stderr)
+        message = _with_option(str(error), arguments)
+        print(f"medmoe {arguments.command}: error: {message}", file=sys.stderr)
         lost = isinstance(error, StorageError) or getattr(error, "errno", None) in STORAGE_LOST
         return processes.end(74 if lost else 1)
     except ProcessError as error:
@@ -120,6 +123,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nstopped; what was saved is intact, the same command continues", file=sys.stderr)
         return processes.end(130)
     return 0
+
+
+def _with_option(message: str, arguments: argparse.Namespace) -> str:
+    """Library code names a parameter, as `top_p: ...`; the person has set the option --top-p."""
+    name, colon, rest = message.partition(":")
+    return f"--{name.replace('_', '-')}:{rest}" if colon and name in vars(arguments) else message
 
 
 @contextlib.contextmanager

@@ -22,7 +22,8 @@ from medmoe_jax.parallel.topology import describe
 from medmoe_jax.planning import plan as plans
 from medmoe_jax.planning import search as searches
 from medmoe_jax.planning.programs import open_abstract, start, training
-from medmoe_jax.training.summary import console, note, print_undivided
+from medmoe_jax.training.summary import print_undivided
+from medmoe_jax.training.terminal import console, note
 
 
 def add_arguments(parser) -> None:

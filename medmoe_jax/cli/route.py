@@ -22,8 +22,10 @@ from medmoe_jax.checkpoints.files import write_json
 from medmoe_jax.cli.session import open_run
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation.html import HeatMapSection, save_png
-from medmoe_jax.training.fit import METHODS, Fit, find, fit_stage
-from medmoe_jax.training.summary import console
+from medmoe_jax.ranges import COUNT, NOT_NEGATIVE
+from medmoe_jax.training.fit import Fit, find, fit_stage
+from medmoe_jax.training.fit_methods import METHODS
+from medmoe_jax.training.terminal import console
 
 
 def add_arguments(parser) -> None:
@@ -52,15 +54,14 @@ def add_arguments(parser) -> None:
 def run(arguments, rest) -> None:
     """Run the command."""
     files = _files(arguments.data)
-    if arguments.steps < 1:
-        raise UserError(f"--steps: {arguments.steps} is below 1")
-    setup = open_run(rest, arguments.workdir)
+    COUNT.check("steps", arguments.steps)
+    NOT_NEGATIVE.check("seed", arguments.seed)
+    opened = open_run(rest, arguments.workdir)
     for task in files:
-        find(setup, task)
+        find(opened, task)
     fits = {
         task: fit_stage(
-            setup,
-            arguments.workdir,
+            opened,
             task,
             file,
             arguments.method,

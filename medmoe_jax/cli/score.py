@@ -32,8 +32,8 @@ def add_arguments(parser) -> None:
 def run(arguments, rest) -> None:
     """Run the command."""
     rows = read_rows(arguments.input, ("prompt", "completion"))
-    setup = open_run(rest, arguments.workdir)
-    model = open_model(setup, arguments.workdir, arguments.stage, arguments.off, arguments.language)
+    opened = open_run(rest, arguments.workdir)
+    model = open_model(opened, arguments.stage, arguments.off, arguments.language)
     scores = model.score([r["prompt"] for r in rows], [r["completion"] for r in rows])
     scored = [
         {**row, "logprob": logprob, "tokens": tokens}

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from medmoe_jax.adapters import lifecycle
 from medmoe_jax.adapters.bank import BankSpec
+from medmoe_jax.checkpoints.agreement import check_alike
 from medmoe_jax.checkpoints.fingerprint import code_fingerprint
 from medmoe_jax.checkpoints.manifest import library_versions
-from medmoe_jax.checkpoints.processes import check_alike
 from medmoe_jax.cli.configs import load_config
 from medmoe_jax.data.languages import detector
 from medmoe_jax.data.sources import RowFitter
@@ -21,17 +21,19 @@ from medmoe_jax.evaluation.tasks import Task, load_task
 from medmoe_jax.inference.engine import Engine
 from medmoe_jax.inference.language_model import LanguageModel
 from medmoe_jax.training.compiling import keep_compiled
-from medmoe_jax.training.run import Trained, last_finished, open_trained, stage_dir
+from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import Setup, open_setup
-from medmoe_jax.training.summary import console, note
+from medmoe_jax.training.terminal import console, note
+from medmoe_jax.training.trained import Trained, open_trained
 
 
-def open_run(arguments: Sequence[str], workdir: str) -> Setup:
-    """The parts of the configuration that command-line arguments name, the same in every process.
+def open_run(arguments: Sequence[str], workdir: str) -> Run:
+    """The configuration that command-line arguments name, the same in every process.
 
     Args:
       arguments: about the configuration (`load_config`).
-      workdir: where compiled programs are kept, unless `run.compilation_cache` says; "" = nowhere.
+      workdir: of the run, where compiled programs are kept too, unless `run.compilation_cache`
+        says otherwise; "" = there is none.
 
     Raises:
       UserError: a bad configuration, or processes with different ones, other code or libraries.
@@ -45,7 +47,7 @@ def open_run(arguments: Sequence[str], workdir: str) -> Setup:
         }
     )
     keep_compiled(config.run.compilation_cache, workdir)
-    return open_setup(config)
+    return Run(open_setup(config), workdir)
 
 
 def language_model(
@@ -83,40 +85,35 @@ def _experts(setup: Setup, banks: Sequence[BankSpec], language: str) -> Callable
 
 
 def open_model(
-    setup: Setup,
-    workdir: str,
-    stage: str | None = None,
-    off: Sequence[str] = (),
-    language: str = "",
+    run: Run, stage: str | None = None, off: Sequence[str] = (), language: str = ""
 ) -> LanguageModel:
     """What `open_stage` gives, as a model that answers; see `language_model`."""
-    return language_model(setup, open_stage(setup, workdir, stage), off, language)
+    return language_model(run.setup, open_stage(run, stage), off, language)
 
 
-def open_stage(setup: Setup, workdir: str, stage: str | None = None) -> Trained:
-    """The weights of a work directory at the end of a stage.
+def open_stage(run: Run, stage: str | None = None) -> Trained:
+    """The weights of a run at the end of a stage.
 
     Args:
-      setup: the configuration's parts.
-      workdir: of the run; may be empty for a recipe with no stage.
+      run: the run; one of a recipe with no stage needs no work directory.
       stage: its name; None = the last finished one, "base" = the bare base.
 
     Raises:
       UserError: no such stage, or it is not finished.
     """
-    names = [s.name for s in setup.stages]
+    names = [one.name for one in run.stages]
     if stage is None:
-        name = last_finished(setup, workdir) if workdir else ""
+        name = run.last_finished() if run.workdir else ""
         if names and not name:
             raise UserError(
-                f"no stage is finished in '{workdir}'; run medmoe train first, or ask for the bare "
-                "base with --stage=base"
+                f"no stage is finished in '{run.workdir}'; run medmoe train first, or ask for the "
+                "bare base with --stage=base"
             )
     else:
         name = "" if stage == "base" else stage
     if name and name not in names:
         raise UserError(f"--stage: '{name}' is none of base, {', '.join(names)}")
-    return open_trained(setup, Path(workdir), name)
+    return open_trained(run, name)
 
 
 def run_tasks(setup: Setup, model: LanguageModel, names, limit=None, **options) -> Report:
@@ -130,13 +127,14 @@ def run_tasks(setup: Setup, model: LanguageModel, names, limit=None, **options) 
     return report
 
 
-def stage_evaluator(setup: Setup, workdir: str, stop: Callable[[], bool]):
+def stage_evaluator(run: Run, stop: Callable[[], bool]):
     """What `train` calls at the end of a stage: the scores of `run.tasks`, kept in report.json.
 
     Args:
-      setup, workdir: of the run.
+      run: the run.
       stop: asked after every batch of items, whether to end there (`Stopped`).
     """
+    setup = run.setup
     names = list(setup.config.run.tasks)
     limit = setup.config.run.task_limit or None
     for name in names:
@@ -147,7 +145,7 @@ def stage_evaluator(setup: Setup, workdir: str, stop: Callable[[], bool]):
             return {}
         model = language_model(setup, trained)
         report = run_tasks(setup, model, names, limit, stop=stop)
-        report.save(stage_dir(workdir, trained.stage) / "report.json")
+        report.save(run.stage(trained.stage).folder.report)
         console.print(report.table())
         return {r.task: {"score": r.score, "low": r.low, "high": r.high} for r in report.results}
 

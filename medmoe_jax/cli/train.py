@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from medmoe_jax.cli.session import open_run, stage_evaluator
 from medmoe_jax.parallel.processes import Notice
-from medmoe_jax.training.run import train
+from medmoe_jax.training.train import train
 
 
 def add_arguments(parser) -> None:
@@ -21,7 +21,6 @@ def add_arguments(parser) -> None:
 
 def run(arguments, rest) -> None:
     """Run the command."""
-    setup = open_run(rest, arguments.workdir)
+    opened = open_run(rest, arguments.workdir)
     with Notice() as notice:
-        evaluate = stage_evaluator(setup, arguments.workdir, notice)
-        train(setup, arguments.workdir, evaluate, notice)
+        train(opened, stage_evaluator(opened, notice), notice)

@@ -32,6 +32,13 @@ ROW_OVERHEAD = 512  # bytes of Python objects around a remembered row
 AHEAD = 4
 
 Batch = dict[str, np.ndarray]
+
+
+def array_names(languages: bool) -> tuple[str, ...]:
+    """The arrays of a batch; with `languages` it says which language a token is of."""
+    return (*ARRAYS, "language_ids") if languages else ARRAYS
+
+
 # What this process knows by shard ("0", "1", ...) to what all processes know together.
 Merge = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
@@ -93,11 +100,6 @@ class BatchStream(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         return next(self._batches)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of a batch's arrays."""
-        return ARRAYS if self._encoder.languages is None else (*ARRAYS, "language_ids")
 
     def counters(self, merge: Merge = dict) -> dict[str, int]:
         """What the batches given so far held, by the names in COUNTS."""

@@ -23,12 +23,12 @@ from medmoe_jax.adapters.bank import BankSpec, mixing
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base.attention import row_slots
 from medmoe_jax.base.seam import Context
-from medmoe_jax.checkpoints.processes import to_host
 from medmoe_jax.data.batches import Batch, epoch_batches
 from medmoe_jax.data.encode import Encoder
 from medmoe_jax.errors import UserError
 from medmoe_jax.kernels.router_equations import RouterStats
 from medmoe_jax.mesh_axes import SEQUENCE
+from medmoe_jax.parallel.host import to_host
 from medmoe_jax.parallel.mesh import batch_sharding, put, round_up_rows
 from medmoe_jax.routing import telemetry
 from medmoe_jax.routing.languages import Languages

@@ -22,9 +22,10 @@ from medmoe_jax.base import decoder
 from medmoe_jax.base.cache import new_cache
 from medmoe_jax.base.loss import logits, token_log_probs
 from medmoe_jax.base.seam import Context
-from medmoe_jax.checkpoints.processes import to_host
 from medmoe_jax.errors import UserError
+from medmoe_jax.parallel.host import to_host
 from medmoe_jax.parallel.mesh import put, round_up_rows, row_sharding
+from medmoe_jax.ranges import COUNT, NOT_NEGATIVE, SEED, Range
 
 _MIN_SLOTS = 16
 
@@ -44,8 +45,9 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise UserError("sampling: temperature must be >= 0 and top_p in (0, 1]")
+        NOT_NEGATIVE.check("temperature", self.temperature)
+        Range(0, 1, above=True).check("top_p", self.top_p)
+        SEED.check("seed", self.seed)
 
 
 class Weights(NamedTuple):
@@ -264,8 +266,9 @@ class Engine:
         """Continuations, without the stop id; `languages` as in `score`.
 
         Raises:
-          UserError: an empty prompt, or `max_tokens` leaves no room for a prompt.
+          UserError: an empty prompt, or `max_tokens` is below 1 or leaves no room for a prompt.
         """
+        COUNT.check("max_tokens", max_tokens)
         if any(not p for p in prompts):
             raise UserError("generate: every prompt needs at least one token")
         prompts = self._fit(prompts, [max_tokens] * len(prompts))

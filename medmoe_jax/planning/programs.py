@@ -17,27 +17,21 @@ from ml_collections import ConfigDict
 from medmoe_jax.adapters import lifecycle
 from medmoe_jax.adapters.lifecycle import Roster
 from medmoe_jax.base.chunks import divide
-from medmoe_jax.base.presets import HUB
-from medmoe_jax.checkpoints.bases import Base, open_base
-from medmoe_jax.errors import UserError, field_names
+from medmoe_jax.errors import UserError
 from medmoe_jax.inference import engine
 from medmoe_jax.inference.engine import Sampling, Weights
-from medmoe_jax.parallel.mesh import (
-    batch_sharding,
-    batch_shards,
-    make_mesh,
-    replicated,
-    round_up_rows,
-    row_sharding,
-)
+from medmoe_jax.parallel.mesh import replicated, round_up_rows, row_sharding
 from medmoe_jax.parallel.rules import placed, state_shardings
 from medmoe_jax.parallel.topology import Topology
 from medmoe_jax.planning.frozen import frozen_step
-from medmoe_jax.routing.languages import read_languages
-from medmoe_jax.training import recipe
-from medmoe_jax.training.parts import jit_step, make_objective, make_optimiser, split
-from medmoe_jax.training.recipe import Stage
-from medmoe_jax.training.setup import Setup, check_settings
+from medmoe_jax.ranges import COUNT
+from medmoe_jax.training import transitions
+from medmoe_jax.training.optimiser import make_optimiser, schedule
+from medmoe_jax.training.parts import jit_step, make_objective, split
+from medmoe_jax.training.placement import abstract_batch
+from medmoe_jax.training.recipe import budget_schedules
+from medmoe_jax.training.setup import Setup, open_setup
+from medmoe_jax.training.stage import Stage, chain, find_stage
 from medmoe_jax.training.step import TrainState
 
 # Of a stage that runs by epochs: a constant in the compiled step, which costs the same with any.
@@ -89,46 +83,15 @@ class Start(NamedTuple):
 def open_abstract(config: ConfigDict, topology: Topology) -> Setup:
     """What a configuration stands for on a slice, without weights, tokenizer or data.
 
-    The base's shapes are those of its files or, for a published path of `base.presets.HUB`, of the
-    preset.
-
     Raises:
       UserError: naming the field that does not fit.
     """
-    check_settings(config)
-    base = open_shapes(config.base)
     if not config.stages.order:
         raise UserError("stages.order is empty: the recipe trains nothing that could be planned")
-    if not 0 < config.data.length <= base.config.max_positions:
-        raise UserError(
-            f"data.length: {config.data.length} is not between 1 and the base's "
-            f"{base.config.max_positions} positions"
-        )
-    with field_names("run."):
-        mesh = make_mesh(config.run.mesh.to_dict(), topology.devices)
-    with field_names("data."):
-        languages = read_languages(config.data.languages) if config.data.languages else None
-    stages = recipe.parse(config, base.config)
-    # No text is read for a plan.
-    setup = Setup(config, mesh, base, stages, tokenizer=None, template=None, languages=languages)
-    setup.model(())  # checks how it is to be run
-    shards = batch_shards(mesh) * config.run.accumulation
-    if config.data.global_batch % shards:
-        raise UserError(
-            f"data.global_batch: {config.data.global_batch} rows do not divide over "
-            f"{batch_shards(mesh)} devices x run.accumulation {config.run.accumulation}"
-        )
+    COUNT.check("data.length", config.data.length)
+    setup = open_setup(config, topology.devices)
+    setup.check_batch()
     return setup
-
-
-def open_shapes(section: ConfigDict) -> Base:
-    """The base of a configuration's section, for its shapes; see `open_abstract`."""
-    published = {path: name for name, path in HUB.items()}
-    overrides = section.decoder.to_dict()
-    with field_names("base."):
-        if section.path in published and not (section.preset or overrides):
-            return open_base("", published[section.path], {}, section.seed, section.quantise)
-        return open_base(section.path, section.preset, overrides, section.seed, section.quantise)
 
 
 def start(setup: Setup, name: str = "") -> Start:
@@ -137,31 +100,30 @@ def start(setup: Setup, name: str = "") -> Start:
     Raises:
       UserError: the recipe has no such stage.
     """
-    known = [stage.name for stage in setup.stages]
-    name = name or known[0]
-    if name not in known:
-        raise UserError(f"--stage: '{name}' is none of {', '.join(known)}")
-    stages = recipe.chain(setup.stages, name)
+    name = name or setup.stages[0].name
+    find_stage(setup.stages, name)  # there is such a stage
+    stages = chain(setup.stages, name)
     roster: Roster = {}
 
     def run(base):
         nonlocal roster
         banks: dict[str, Any] = {}
         for stage in stages:
-            roster, banks, base = recipe.start(stage, roster, banks, base, setup.base.config)
+            roster, banks, base = transitions.start(stage, roster, banks, base, setup.base.config)
         return (*split(stages[-1], roster, banks, base), base, banks)
 
     trees = jax.eval_shape(run, setup.base.abstract(setup.dtype))
-    trees = (placed(tree, setup.place(tree)) for tree in trees)
+    trees = (placed(tree, setup.shardings(tree)) for tree in trees)
     return Start(stages[-1], roster, *trees)
 
 
 def training(setup: Setup, at: Start) -> Program:
-    """The training step that `training.run` jits."""
+    """The training step that `training.train` compiles."""
     config, mesh = setup.config, setup.mesh
     steps = at.stage.config.steps or SOME_STEPS
-    plans = recipe.plans(at.stage, at.roster, steps)
-    optimiser = make_optimiser(at.stage, recipe.schedule(at.stage.config, steps), plans)
+    budgets = budget_schedules(at.stage, at.roster, steps)
+    section = at.stage.config
+    optimiser = make_optimiser(section, schedule(section, steps), budgets)
     moments = jax.eval_shape(optimiser.init, at.trainable)
     state = TrainState(
         jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)),
@@ -188,11 +150,7 @@ def _chunks(setup: Setup, rows: int) -> int:
 
 
 def _batch(setup: Setup, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-    ids = jax.ShapeDtypeStruct(
-        (rows, setup.config.data.length), jnp.int32, sharding=batch_sharding(setup.mesh)
-    )
-    names = ["tokens", "loss_mask", "segment_ids", "positions"]
-    return dict.fromkeys(names + (["language_ids"] if setup.languages else []), ids)
+    return abstract_batch(setup.mesh, rows, setup.config.data.length, bool(setup.languages))
 
 
 def frozen(setup: Setup, at: Start) -> Program:

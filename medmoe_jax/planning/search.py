@@ -26,7 +26,7 @@ from medmoe_jax.planning.figures import GIB, Figures, measure
 from medmoe_jax.planning.plan import floor
 from medmoe_jax.planning.programs import Start, bytes_of
 from medmoe_jax.planning.roofline import bound, layer_weights, lowest_layer
-from medmoe_jax.training.setup import Setup
+from medmoe_jax.training.setup import Setup, base_of
 
 
 class Candidate(NamedTuple):
@@ -161,7 +161,7 @@ def candidates(config: ConfigDict, topology: Topology) -> Iterator[Candidate]:
     Raises:
       UserError: the recipe's axes `expert` and `sequence` do not divide the chips.
     """
-    decoder = programs.open_shapes(config.base).config
+    decoder = base_of(config.base, planned=True).config
     chips, rows = len(topology.devices), config.data.global_batch
     slices = len(set(map(slice_of, topology.devices)))
     expert, sequence = config.run.mesh.expert, config.run.mesh.sequence

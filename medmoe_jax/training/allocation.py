@@ -32,30 +32,32 @@ class AllocationState(NamedTuple):
 
 
 def allocating(
-    inner: optax.GradientTransformation, plans: Mapping[str, BudgetSchedule]
+    inner: optax.GradientTransformation, schedules: Mapping[str, BudgetSchedule]
 ) -> optax.GradientTransformation:
-    """An optimiser after whose every update the plans' banks are allocated.
+    """An optimiser that allocates the ranks of some banks after each of its updates.
 
     It sees the gradients that `inner` sees, so clipping belongs before it.
 
     Args:
       inner: gives the updates.
-      plans: by bank; the parameters are `{"banks": {name: parameters}, ...}`.
+      schedules: by bank; the parameters are `{"banks": {name: parameters}, ...}`.
     """
 
     def init(params):
-        banks = {name: adalora.start(p.spec, params["banks"][name]) for name, p in plans.items()}
+        banks = {
+            name: adalora.start(one.spec, params["banks"][name]) for name, one in schedules.items()
+        }
         return AllocationState(jnp.int32(0), banks, inner.init(params))
 
     def update(gradients, state, params):
         updates, inner_state = inner.update(gradients, state.inner, params)
         t = state.count + 1
         moved, banks = dict(updates["banks"]), {}
-        for name, plan in plans.items():
+        for name, one in schedules.items():
             before = params["banks"][name]
             after = optax.apply_updates(before, moved[name])
             cleared, banks[name] = adalora.advance(
-                plan, t, after, gradients["banks"][name], state.banks[name]
+                one, t, after, gradients["banks"][name], state.banks[name]
             )
             moved[name] = _with_cleared(moved[name], before, cleared)
         return {**updates, "banks": moved}, AllocationState(t, banks, inner_state)
@@ -72,17 +74,17 @@ def _with_cleared(updates, params, cleared):
     return out
 
 
-def figures(plans: Mapping[str, BudgetSchedule], banks, optimiser_state) -> dict[str, float]:
+def figures(schedules: Mapping[str, BudgetSchedule], banks, optimiser_state) -> dict[str, float]:
     """Budget, triplets kept by the last allocation, and mean |Λ| of each allocated bank."""
     out: dict[str, float] = {}
-    if not plans:
+    if not schedules:
         return out
     state = optax.tree.get(optimiser_state, AllocationState.__name__)
     t = int(jax.device_get(state.count))
-    for name, plan in plans.items():
+    for name, one in schedules.items():
         kept = jax.device_get(state.banks[name].kept)
-        scales = [np.abs(jax.device_get(banks[name][site]["scale"])) for site in plan.spec.sites]
-        out[f"allocation/{name}/budget"] = plan.budget(t)
+        scales = [np.abs(jax.device_get(banks[name][site]["scale"])) for site in one.spec.sites]
+        out[f"allocation/{name}/budget"] = one.budget(t)
         out[f"allocation/{name}/kept"] = int(sum(mask.sum() for mask in kept.values()))
         out[f"allocation/{name}/mean_scale"] = float(np.mean(scales))
     return out

@@ -2,21 +2,36 @@
 
 A file in configs/ builds a recipe from these: `recipe()` gives the sections `base`, `data`,
 `stages` (together the recipe, fingerprinted by content) and `run` (free to change between
-restarts); the other functions give the parts.
+restarts); the other functions give the parts. A part that stands for a dataclass of another room
+has that class's fields and defaults, and is described there.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from medmoe_jax.adapters.adalora import Allocator
+from medmoe_jax.adapters.bank import BankSpec
+from medmoe_jax.adapters.orthogonality import Orthogonality
+from medmoe_jax.adapters.orthonormality import Orthonormality
+from medmoe_jax.adapters.sparsity import Sparsity
+
 
 def _filled(defaults: dict[str, Any], fields: dict[str, Any]) -> ConfigDict:
+    """The defaults with some fields given. Raises ValueError for an unknown one."""
     unknown = sorted(set(fields) - set(defaults))
     if unknown:
         raise ValueError(f"no field {', '.join(unknown)}; known: {', '.join(defaults)}")
     return ConfigDict({**defaults, **fields})
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    """The fields of a dataclass that have a default."""
+    fields = dataclasses.fields(kind)
+    return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
 
 
 def recipe() -> ConfigDict:
@@ -65,6 +80,7 @@ def recipe() -> ConfigDict:
                 "log_every": 10,  # steps
                 "save_every": 200,  # steps
                 "keep": 2,  # checkpoints of a stage
+                "profile": (),  # (first step, steps) of each stage to trace for XProf; () = none
                 "tasks": (),  # evaluated at the end of every stage
                 "task_limit": 0,  # items a task; 0 = all
                 "score_batch": 16,  # rows of scoring and generation
@@ -74,10 +90,7 @@ def recipe() -> ConfigDict:
 
 
 def stage(**fields: Any) -> ConfigDict:
-    """One training phase; unknown fields raise.
-
-    `banks`, `mixture` and `states` are mappings. Times are in steps, `warmup` in shares of them.
-    """
+    """One training phase. Raises ValueError for an unknown field."""
     return _filled(
         {
             "after": "",  # stage whose result it starts from; empty = the base
@@ -87,13 +100,13 @@ def stage(**fields: Any) -> ConfigDict:
             "banks": ConfigDict(),  # {name: bank(...)} added, in state `train`
             "states": ConfigDict(),  # {name: train | gate | frozen | off} of banks that are there
             "train_base": (),  # globs of base leaves trained in this stage
-            "losses": ConfigDict(),  # {name: orthogonality(...) or another term}
+            "losses": ConfigDict(),  # {name: orthogonality(...) or another loss}
             "allocators": ConfigDict(),  # {name: allocator(...)}
             "mixture": ConfigDict(),  # {source: weight}
-            "steps": 0,  # 0 = by epochs
+            "steps": 0,  # 0 = as many as `epochs` take
             "epochs": 1.0,
             "learning_rate": 2e-4,
-            "warmup": 0.03,
+            "warmup": 0.03,  # share of the steps
             "final_learning_rate": 0.0,  # share of learning_rate at the end of the cosine
             "weight_decay": 0.0,
             "clip": 1.0,  # global gradient norm
@@ -107,31 +120,16 @@ def stage(**fields: Any) -> ConfigDict:
 
 
 def bank(**fields: Any) -> ConfigDict:
-    """A bank of low-rank experts (see `adapters.bank.BankSpec`); `sites` are globs."""
-    return _filled(
-        {
-            "sites": (),
-            "layers": (None, None),  # a slice of the layers
-            "form": "lora",
-            "experts": 1,
-            "rank": 16,
-            "alpha": 32.0,
-            "rank_stabilised": False,
-            "gate": "always",
-            "top_k": 2,
-            "renormalise": True,
-            "router_bias": True,
-            "router_noise": 0.0,
-            "forcing": "train",
-            "balance_loss": 0.0,
-            "z_loss": 0.0,
-            "mix_per_layer": False,
-            "mix_softmax": False,
-            "dropout": 0.0,
-            "learned_scale": False,
-        },
-        fields,
-    )
+    """A bank of experts: the fields of `adapters.bank.BankSpec`.
+
+    `sites` are globs, and `layers` is a slice of the layers.
+    """
+    return _filled({"sites": (), "layers": (None, None), **_defaults(BankSpec)}, fields)
+
+
+# The fields of a bank that say how its gate works.
+_GATE = ("top_k", "renormalise", "router_bias", "router_noise", "balance_loss", "z_loss")
+_GATE += ("mix_per_layer", "mix_softmax")
 
 
 def stacked(of: tuple[str, ...], gate: str = "skill", **fields: Any) -> ConfigDict:
@@ -139,9 +137,7 @@ def stacked(of: tuple[str, ...], gate: str = "skill", **fields: Any) -> ConfigDi
 
     The fields are those of the gate in `bank`.
     """
-    gates = ("top_k", "renormalise", "router_bias", "router_noise", "balance_loss", "z_loss")
-    gates += ("mix_per_layer", "mix_softmax")
-    defaults = {key: value for key, value in bank().items() if key in gates}
+    defaults = {key: value for key, value in _defaults(BankSpec).items() if key in _GATE}
     return _filled({"of": of, "gate": gate, **defaults}, fields)
 
 
@@ -156,43 +152,22 @@ def source(
 
 
 def orthogonality(of: str, against: str, **fields: Any) -> ConfigDict:
-    """The term of `adapters.orthogonality` between two banks."""
-    return _filled(
-        {
-            "kind": "orthogonality",
-            "of": of,
-            "against": against,
-            "weight": 1.0,
-            "reduction": "mean",
-            "stop_gradient": True,
-        },
-        fields,
-    )
+    """The loss between two banks of `adapters.orthogonality.Orthogonality`."""
+    own = {"kind": "orthogonality", "of": of, "against": against}
+    return _filled({**own, **_defaults(Orthogonality)}, fields)
 
 
 def orthonormality(bank: str, **fields: Any) -> ConfigDict:
-    """The term of `adapters.orthonormality` on one bank."""
-    return _filled(
-        {"kind": "orthonormality", "bank": bank, "weight": 0.5, "squared": False}, fields
-    )
-
-
-def allocator(bank: str, target_rank: int, **fields: Any) -> ConfigDict:
-    """Shrinks a bank's ranks while it trains (see `adapters.adalora.Allocator`)."""
-    return _filled(
-        {
-            "bank": bank,
-            "target_rank": target_rank,  # a matrix, on average
-            "t_init": 0,  # steps before the budget shrinks
-            "t_final": 0,  # steps after the ranks are final
-            "every": 1,  # steps between two allocations
-            "beta1": 0.85,
-            "beta2": 0.85,
-        },
-        fields,
-    )
+    """The loss on one bank of `adapters.orthonormality.Orthonormality`."""
+    return _filled({"kind": "orthonormality", "bank": bank, **_defaults(Orthonormality)}, fields)
 
 
 def sparsity(bank: str, **fields: Any) -> ConfigDict:
-    """The term of `adapters.sparsity` on one bank's mixing weights."""
-    return _filled({"kind": "sparsity", "bank": bank, "weight": 0.05}, fields)
+    """The loss on one bank's mixing weights of `adapters.sparsity.Sparsity`."""
+    return _filled({"kind": "sparsity", "bank": bank, **_defaults(Sparsity)}, fields)
+
+
+def allocator(bank: str, target_rank: int, **fields: Any) -> ConfigDict:
+    """Shrinks a bank's ranks while it trains: the fields of `adapters.adalora.Allocator`."""
+    own = {"bank": bank, "target_rank": target_rank}
+    return _filled({**own, **_defaults(Allocator)}, fields)

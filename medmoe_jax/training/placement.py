@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from medmoe_jax.data.batches import array_names
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel.mesh import batch_sharding, put
 
@@ -34,21 +35,29 @@ class Placement:
           UserError: the shards do not divide the rows.
         """
         if shards < 1 or rows % shards:
-            raise UserError(f"data.shards: {shards} does not divide data.global_batch ({rows})")
+            raise UserError(f"shards: {shards} does not divide the {rows} rows of a global batch")
         self.sharding = batch_sharding(mesh)
-        self._rows = rows
         shard_B, turn_B = np.divmod(np.arange(rows), rows // shards)
         held = batch_sharding(mesh, 1).addressable_devices_indices_map((rows,)).values()
         own = np.unique(np.concatenate([shard_B[part[0]] for part in held]))
         self.shard_ids = tuple(own.tolist())
-        # Of each row on the mesh, if it is this process's: its place in the stream's batch.
-        self._place_B = turn_B * len(own) + np.searchsorted(own, shard_B)
+        # Where a row on the mesh, if it is this process's, lies in the stream's batch.
+        self._index_B = turn_B * len(own) + np.searchsorted(own, shard_B)
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """The stream's next batch, int32 `[R · shard_ids, T]` each, as global arrays `[B, T]`."""
-        return {name: put(a, self.sharding, self._place_B) for name, a in batch.items()}
+        return {name: put(a, self.sharding, self._index_B) for name, a in batch.items()}
 
-    def abstract(self, names, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """What a batch of these arrays and `length` tokens is, for compiling."""
-        one = jax.ShapeDtypeStruct((self._rows, length), np.int32, sharding=self.sharding)
-        return dict.fromkeys(names, one)
+
+def abstract_batch(
+    mesh: Mesh, rows: int, length: int, languages: bool
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """A global batch of `rows` rows of `length` tokens, for compiling.
+
+    Args:
+      mesh: where it lies.
+      rows, length: its shape.
+      languages: whether it says which language a token is of.
+    """
+    one = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=batch_sharding(mesh))
+    return dict.fromkeys(array_names(languages), one)

@@ -1,374 +1,190 @@
-"""Running a recipe: every stage in order, resuming where the work directory says.
+"""A run: a recipe in a work directory, and whether the directory is of that recipe.
 
-W/stages/<stage>/recipe.json    what the stage was started with
-W/stages/<stage>/steps          checkpoints while it trains
-W/stages/<stage>/metrics.jsonl  one line a step
-W/stages/<stage>/final          its banks and trained base leaves
-W/stages/<stage>/manifest.json  written last: the stage is finished
-W/stages/<stage>/bad_batch.npz  the batch of a step that was not finite
-
-With several processes all of them call everything here alike.
+Each stage has a folder (`checkpoints.folders`). What the stage was started with is written there
+by content when it begins (`StageRun.claim`), and compared from then on. With several processes all
+of them call everything here alike.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import numpy as np
-
-from medmoe_jax.adapters import adalora
-from medmoe_jax.adapters.lifecycle import Roster
-from medmoe_jax.base import trees
-from medmoe_jax.checkpoints import stages as store
-from medmoe_jax.checkpoints.files import MetricsLog, read_metrics, write_bytes
-from medmoe_jax.checkpoints.manifest import BankEntry, Manifest, library_versions
-from medmoe_jax.checkpoints.processes import check_shared, from_first_process, to_host, union
-from medmoe_jax.data.batches import BatchStream, make_stream
-from medmoe_jax.data.encode import Encoder
-from medmoe_jax.data.languages import detector, name_languages
-from medmoe_jax.data.sources import RowFitter, check_source, open_source
-from medmoe_jax.errors import UserError, field_names
-from medmoe_jax.parallel import processes
-from medmoe_jax.parallel.mesh import batch_shards
-from medmoe_jax.parallel.rules import placed
-from medmoe_jax.training import loop as loop_lib
-from medmoe_jax.training import recipe as recipe_lib
-from medmoe_jax.training import summary
-from medmoe_jax.training.compiling import compile_ahead
-from medmoe_jax.training.identity import (
-    check_stage,
-    claim,
-    is_imported,
-    operations,
-    parent_fingerprint,
-    stage_dir,
-)
-from medmoe_jax.training.parts import (
-    jit_step,
-    make_objective,
-    make_optimiser,
-    make_probe,
-    place,
-    split,
-)
-from medmoe_jax.training.placement import Placement
-from medmoe_jax.training.recipe import Stage
+from medmoe_jax.checkpoints.files import read_json, write_json
+from medmoe_jax.checkpoints.fingerprint import json_fingerprint
+from medmoe_jax.checkpoints.folders import StageFolder
+from medmoe_jax.checkpoints.manifest import Manifest
+from medmoe_jax.data.templates import Jinja
+from medmoe_jax.errors import UserError
 from medmoe_jax.training.setup import Setup
+from medmoe_jax.training.stage import Stage, chain, find_stage
+
+# The fields of a stage's section that decide which function its banks compute.
+_MODEL_FIELDS = ("after", "merge", "drop", "stack", "banks", "states", "train_base")
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A model at the end of a stage (or the bare base), ready for the forward pass.
+class Run:
+    """A recipe in a work directory.
 
     Attributes:
-      stage: its name, "" for the base.
-      roster, banks, base: see `adapters.lifecycle`.
-    """
-
-    stage: str
-    roster: Roster
-    banks: Mapping[str, Any]
-    base: Any
-
-
-class StageData(NamedTuple):
-    """What a stage reads.
-
-    Attributes:
-      stream: its batches, those of this process's data shards.
-      placement: puts them on the mesh.
-      digests: content of each of its sources.
-      languages: of each source, how many rows named their language, had it detected, or are of
-        unknown language; empty without a table of languages.
-    """
-
-    stream: BatchStream
-    placement: Placement
-    digests: dict[str, str]
-    languages: dict[str, dict[str, int]]
-
-
-def open_trained(setup: Setup, workdir: str | Path, name: str) -> Trained:
-    """The model at the end of a finished stage; "" is the bare base.
-
-    Raises:
-      CheckpointError: the stage's files are damaged.
-      UserError: the stage is not finished, or the work directory is of another base, tokenizer or
-        other banks.
-    """
-    final_of = functools.partial(load_final, setup, workdir)
-    for stage in recipe_lib.chain(setup.stages, name):
-        check_stage(setup, workdir, stage)
-    base = setup.load_base()
-    roster, banks, base = recipe_lib.replay(
-        setup.stages, name, base, setup.base.config, final_of, setup.place
-    )
-    return Trained(name, roster, banks, base)
-
-
-def last_finished(setup: Setup, workdir: str | Path) -> str:
-    """The last stage in order that is finished, or ""."""
-    done = [s.name for s in setup.stages if store.is_finished(stage_dir(workdir, s.name))]
-    return done[-1] if done else ""
-
-
-def train(
-    setup: Setup,
-    workdir: str | Path,
-    evaluate: Callable[[Trained], dict[str, Any]] = lambda _: {},
-    stop: Callable[[], bool] = lambda: False,
-) -> None:
-    """Run every stage that is not finished, in order.
-
-    Args:
       setup: the configuration's parts.
-      workdir: where everything is kept; the same directory continues the same recipe.
-      evaluate: figures of the model at the end of a stage, for its manifest.
-      stop: asked after every step, whether to save and end there.
-
-    Raises:
-      UserError: the work directory belongs to another recipe or base, or an input is bad.
-      Stopped: `stop` said so.
+      workdir: where everything is kept; the same directory continues the same recipe. "" = none,
+        for a recipe with no stage.
     """
-    check_shared(workdir)
-    imported = {stage.name for stage in setup.stages if is_imported(workdir, stage)}
-    for stage in (stage for stage in setup.stages if stage.name not in imported):
-        for name in (name for name, weight in stage.mixture.items() if weight):
-            source = setup.config.data.sources[name]
-            check_source(name, source.path, source.reader)
-    for stage in setup.stages:
-        directory = stage_dir(workdir, stage.name)
-        if stage.name in imported:
-            check_stage(setup, workdir, stage)
-            summary.note(f"stage '{stage.name}' was not trained here: skipped")
-            continue
-        data = open_data(setup, stage)
-        fingerprint = claim(setup, workdir, stage, data.digests)
-        if store.is_finished(directory):
-            summary.note(f"stage '{stage.name}' is finished: skipped")
-        else:
-            _run_stage(setup, workdir, stage, data, fingerprint, evaluate, stop)
-        data.stream.close()
+
+    setup: Setup
+    workdir: str | Path
+
+    @property
+    def stages(self) -> tuple[StageRun, ...]:
+        """The recipe's stages in order."""
+        return tuple(StageRun(self, stage) for stage in self.setup.stages)
+
+    def stage(self, name: str) -> StageRun:
+        """The stage of that name. Raises UserError, which names those there are."""
+        return StageRun(self, find_stage(self.setup.stages, name))
+
+    def chain(self, name: str) -> tuple[StageRun, ...]:
+        """The stage of that name with those it builds on, first to last; "" gives none."""
+        return tuple(StageRun(self, stage) for stage in chain(self.setup.stages, name))
+
+    def last_finished(self) -> str:
+        """The name of the last stage in order that is finished, or ""."""
+        return next((s.name for s in reversed(self.stages) if s.folder.is_finished()), "")
 
 
-def open_data(setup: Setup, stage: Stage) -> StageData:
-    """A stage's batches, and what is known of its sources.
+@dataclass(frozen=True)
+class StageRun:
+    """One stage of a run.
 
-    Raises:
-      UserError: a source cannot be read, a row is of a language that the table lacks, or the batch
-        does not divide over the devices.
+    Attributes:
+      run: the run.
+      recipe: the stage's part of the recipe.
     """
-    data = setup.config.data
-    used = {name: weight for name, weight in stage.mixture.items() if weight}
-    fit = RowFitter(Encoder(setup.tokenizer, setup.template), data.length)
-    opened = {name: open_source(name, **data.sources[name].to_dict(), fit=fit) for name in used}
-    if fit.shortened:
-        summary.note(f"{fit.shortened:,} rows were shortened to fit {data.length} tokens")
-    shards = batch_shards(setup.mesh) * setup.config.run.accumulation
-    if data.global_batch % shards:
-        raise UserError(
-            f"data.global_batch: {data.global_batch} rows do not divide over "
-            f"{batch_shards(setup.mesh)} devices x run.accumulation {setup.config.run.accumulation}"
+
+    run: Run
+    recipe: Stage
+
+    @property
+    def name(self) -> str:
+        """The stage's name."""
+        return self.recipe.name
+
+    @property
+    def setup(self) -> Setup:
+        """The run's setup."""
+        return self.run.setup
+
+    @property
+    def folder(self) -> StageFolder:
+        """Where the stage is kept."""
+        return StageFolder.of(self.run.workdir, self.name)
+
+    @property
+    def parent_fingerprint(self) -> str:
+        """The recipe fingerprint of the stage it starts from, or ""."""
+        if not self.recipe.after:
+            return ""
+        return read_json(self.run.stage(self.recipe.after).folder.recipe)["fingerprint"]
+
+    def is_claimed(self) -> bool:
+        """Whether the stage's folder belongs to a recipe already."""
+        return self.folder.recipe.exists()
+
+    def is_imported(self) -> bool:
+        """Whether the stage is finished with banks that were not trained here."""
+        finished = self.folder.is_finished()
+        return finished and "imported" in read_json(self.folder.recipe)["recipe"]
+
+    def claim(self, digests: Mapping[str, str], imported: Mapping[str, Any] | None = None) -> str:
+        """Write what the stage is run with, or compare it with what it was; gives its fingerprint.
+
+        Args:
+          digests: content of the sources it reads.
+          imported: what its banks come from where it is not trained: the content of files, or that
+            of a task's rows and how it was fitted on them.
+
+        Raises:
+          UserError: the folder was made by another recipe; the message lists the fields.
+        """
+        content = self._content(digests)
+        if imported is not None:
+            content["imported"] = dict(imported)
+        fingerprint = json_fingerprint(content)
+        path = self.folder.recipe
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"fingerprint": fingerprint, "recipe": content})
+            return fingerprint
+        before = read_json(path)
+        if before["fingerprint"] != fingerprint:
+            changed = _differences(before["recipe"], _read_back(content))
+            raise UserError(
+                f"{path.parent} was made by another recipe; {'; '.join(changed)}. Use another "
+                "workdir, or remove that folder to run the stage anew"
+            )
+        return fingerprint
+
+    def _content(self, digests: Mapping[str, str]) -> dict[str, Any]:
+        """All that decides what training the stage gives, by content."""
+        setup = self.setup
+        config, data = setup.config, setup.config.data.to_dict()
+        data.pop("sources")
+        data["languages"] = dict(setup.languages.ids) if setup.languages else {}
+        if isinstance(setup.template, Jinja):
+            data["template"] = json_fingerprint(setup.template.source)
+        content = {
+            "base": {
+                "content": setup.base_fingerprint,
+                "dtype": config.base.dtype,
+                "quantise": config.base.quantise,
+            },
+            "data": {**data, "tokenizer": setup.tokenizer.digest, "sources": dict(digests)},
+            "stage": self.recipe.config.to_dict(),
+        }
+        if self.recipe.after:
+            content["after"] = self.parent_fingerprint
+        return content
+
+    def check(self) -> None:
+        """Raise UserError unless it is finished and was made with this base and these banks."""
+        folder, setup = self.folder, self.setup
+        if not folder.is_finished():
+            raise UserError(
+                f"stage '{self.name}' is not finished in {self.run.workdir}; run medmoe train first"
+            )
+        manifest = Manifest.read(folder.manifest)
+        if manifest.base_fingerprint != setup.base_fingerprint:
+            raise UserError(
+                f"{folder.path} was trained on another base (content "
+                f"{manifest.base_fingerprint[:12]}, this one is {setup.base_fingerprint[:12]}); "
+                "set base.path, base.dtype and base.quantise to what it was trained with"
+            )
+        then = read_json(folder.recipe)["recipe"]
+        now = _read_back(self.recipe.config.to_dict())
+        changed = _differences(
+            {name: then["stage"].get(name) for name in _MODEL_FIELDS},
+            {name: now[name] for name in _MODEL_FIELDS},
+            f"stages.{self.name}",
         )
-    datasets = {name: rows for name, (rows, _) in opened.items()}
-    languages: dict[str, dict[str, int]] = {}
-    if setup.languages:
-        detect = detector(data.detect_language)
-        for name in used:
-            where = data.sources[name].path or data.sources[name].reader
-            datasets[name], languages[name] = name_languages(
-                f"data.sources.{name}: {where}", datasets[name], setup.languages.ids, detect
-            )
-    placement = Placement(setup.mesh, data.global_batch, data.shards)
-    stream = make_stream(
-        datasets,
-        used,
-        setup.tokenizer,
-        setup.template,
-        data.mask,
-        data.length,
-        data.global_batch,
-        data.shards,
-        data.seed,
-        pack=data.pack,
-        shard_ids=placement.shard_ids,
-        languages=setup.languages.ids if setup.languages else None,
-    )
-    digests = {name: digest for name, (_, digest) in opened.items()}
-    return StageData(stream, placement, digests, languages)
+        changed += _differences(then["data"]["tokenizer"], setup.tokenizer.digest, "tokenizer")
+        if changed:
+            raise UserError(f"{folder.path} holds another model; {'; '.join(changed)}")
 
 
-def load_final(setup: Setup, workdir, name: str) -> dict[str, Any]:
-    """`{"banks", "base"}` at the end of a finished stage, on the mesh; one that is empty is absent.
-
-    Raises:
-      CheckpointError: the stage's files are damaged.
-    """
-    directory = stage_dir(workdir, name)
-    tree = store.abstract_final(directory)
-    return store.load_final(directory, placed(tree, setup.place(tree)))[0]
+def _read_back(value: Any) -> Any:
+    """A value as JSON gives it back (tuples become lists)."""
+    if isinstance(value, Mapping):
+        return {key: _read_back(item) for key, item in value.items()}
+    return [_read_back(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _run_stage(setup, workdir, stage, data: StageData, fingerprint, evaluate, stop) -> None:
-    directory, stream = stage_dir(workdir, stage.name), data.stream
-    before = open_trained(setup, workdir, stage.after)
-    roster, banks, base = recipe_lib.start(
-        stage, before.roster, before.banks, before.base, setup.base.config, setup.place
-    )
-    steps = stage.config.steps
-    steps = steps or max(1, round(stage.config.epochs * stream.steps_per_epoch(union)))
-    rate = recipe_lib.schedule(stage.config, steps)
-    plans = recipe_lib.plans(stage, roster, steps)
-    optimiser = make_optimiser(stage, rate, plans)
-    objective = make_objective(setup, stage, roster)
-    frozen, trainable = split(stage, roster, banks, base)
-    del base, banks, before
-    summary.print_stage(stage, roster, trainable, frozen, setup.base.config, steps)
-    summary.print_languages(data.languages)
-    state, frozen = place(setup, optimiser, trainable, frozen)
-    summary.print_undivided({"state": state, "frozen": frozen}, setup.rules)
-    with store.StageCheckpoints(directory, keep=setup.config.run.keep) as checkpoints:
-        restored = checkpoints.restore(
-            jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-            )
-        )
-        first = 0
-        if restored is not None:
-            state, first = restored.state, restored.step
-            stream.set_state(restored.extra["data"])
-            summary.note(f"stage '{stage.name}' continues after step {first} of {steps}")
-        with field_names("run."):
-            step_fn, how = compile_ahead(
-                jit_step(setup, objective, optimiser, state),
-                *(state, frozen, data.placement.abstract(stream.names, setup.config.data.length)),
-            )
-        summary.note(f"stage '{stage.name}': its step was {how}")
-        with _open_logs(workdir, directory, first) as (metrics_log, board):
-            loop = loop_lib.Loop(
-                name=stage.name,
-                step_fn=step_fn,
-                stream=stream,
-                place=data.placement,
-                save=functools.partial(_save, checkpoints),
-                keep=functools.partial(_keep_batch, directory),
-                stop=stop,
-                log=metrics_log,
-                board=board,
-                probe=make_probe(setup, objective, plans, frozen),
-                rate=rate,
-                first_layer={name: spec.start for name, (spec, _) in roster.items()},
-                steps=steps,
-                log_every=setup.config.run.log_every,
-                save_every=setup.config.run.save_every,
-            )
-            state = loop_lib.run(loop, state, frozen, first)
-        counts = stream.counters(union)
-    summary.print_counts(stage, counts)
-    read = {"rows": counts, "languages": data.languages}
-    _finish(setup, workdir, stage, roster, state, frozen, steps, read, fingerprint, evaluate)
-
-
-def _save(checkpoints: store.StageCheckpoints, state, extra: Mapping[str, Any]) -> None:
-    """A checkpoint with the data state of every process's shards."""
-    checkpoints.save(int(jax.device_get(state.step)), state, {"data": union(extra["data"])})
-
-
-def _keep_batch(directory: Path, batch: Mapping[str, jax.Array]) -> Path:
-    """Write a batch as it lay on the mesh, for a replay."""
-    content = io.BytesIO()
-    np.savez(content, **{name: to_host(array) for name, array in batch.items()})
-    write_bytes(directory / "bad_batch.npz", content.getvalue())
-    return directory / "bad_batch.npz"
-
-
-def _finish(setup, workdir, stage, roster, state, frozen, steps, read, fingerprint, evaluate):
-    """Evaluate the stage's end, then save it with its manifest."""
-    directory = stage_dir(workdir, stage.name)
-    banks = trees.overlay(frozen["banks"], state.trainable["banks"])
-    final = {"banks": banks, "base": state.trainable["base"]}
-    trained = jax.tree.map(lambda leaf: leaf.astype(setup.dtype), state.trainable["base"])
-    base = trees.overlay(frozen["base"], trained)
-    figures = evaluate(Trained(stage.name, roster, banks, base))
-    ranks = {
-        a.bank: adalora.ranks(roster[a.bank][0], banks[a.bank]) for a in stage.allocators.values()
-    }
-    summary.print_ranks(stage, ranks)
-    last = from_first_process(lambda: read_metrics(directory / "metrics.jsonl")[-1])
-    last.pop("router", None)
-    metrics = {"train": last, "ranks": ranks, **read, "evaluation": figures}
-    save_end(setup, workdir, stage, roster, final, fingerprint, steps=steps, metrics=metrics)
-
-
-def save_end(
-    setup: Setup,
-    workdir: str | Path,
-    stage: Stage,
-    roster: Roster,
-    final: Mapping[str, Any],
-    fingerprint: str,
-    *,
-    steps: int,
-    metrics: dict[str, Any],
-    more: Sequence[dict[str, Any]] = (),
-) -> None:
-    """Save the end of a stage, which is finished then.
-
-    Args:
-      setup, workdir, stage: whose folder.
-      roster: the stage's banks.
-      final: `{"banks", "base"}`: their parameters, and the base leaves it has trained.
-      fingerprint: of its recipe, from `identity.claim`.
-      steps, metrics: for the manifest.
-      more: operations for the manifest besides those of the recipe.
-
-    Raises:
-      CheckpointError: it cannot be written.
-    """
-    manifest = Manifest(
-        stage=stage.name,
-        after=stage.after,
-        recipe_fingerprint=fingerprint,
-        base_fingerprint=setup.base_fingerprint,
-        parent_fingerprint=parent_fingerprint(workdir, stage),
-        operations=[*operations(stage), *more],
-        banks={
-            name: BankEntry(roster[name][1], _shapes(params))
-            for name, params in final["banks"].items()
-        },
-        steps=steps,
-        metrics=metrics,
-        versions=library_versions(),
-    )
-    directory = stage_dir(workdir, stage.name)
-    store.save_final(directory, {k: v for k, v in final.items() if v}, manifest)
-
-
-def _shapes(params) -> dict[str, list[int]]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
-
-
-@contextlib.contextmanager
-def _open_logs(workdir, directory: Path, first: int):
-    """The log of metrics from step `first` on and TensorBoard's; None where others write them."""
-    if processes.index():
-        yield None, None
-        return
-    # Imported here: tensorboardX imports torch wherever that is installed.
-    from tensorboardX import SummaryWriter
-
-    with (
-        MetricsLog(directory / "metrics.jsonl", first) as metrics_log,
-        SummaryWriter(str(Path(workdir) / "tensorboard")) as board,
-    ):
-        yield metrics_log, board
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """The fields in which two JSON values differ, each with both its values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [line for k in keys for line in _differences(old.get(k), new.get(k), f"{path}.{k}")]
+    return [] if old == new else [f"{path.lstrip('.')}: {old!r} then, {new!r} now"]

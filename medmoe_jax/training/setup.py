@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -13,20 +16,22 @@ from ml_collections import ConfigDict
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base.execution import Execution
+from medmoe_jax.base.presets import HUB
 from medmoe_jax.checkpoints.bases import Base, open_base
 from medmoe_jax.checkpoints.fingerprint import tree_fingerprint
 from medmoe_jax.data.templates import Template, load_template
 from medmoe_jax.data.tokenizers import Tokenizer, check_vocabulary, load
 from medmoe_jax.errors import UserError, field_names
 from medmoe_jax.mesh_axes import SEQUENCE
-from medmoe_jax.parallel.mesh import batch_sharding, check_divides, make_mesh
+from medmoe_jax.parallel.mesh import batch_sharding, batch_shards, check_divides, make_mesh
 from medmoe_jax.parallel.rules import BASE_RULES, Rule, rules_for, shardings
 from medmoe_jax.routing.dispatch import strategy
 from medmoe_jax.routing.languages import Languages, read_languages
-from medmoe_jax.training.recipe import Stage, parse
+from medmoe_jax.training.limits import check_numbers
+from medmoe_jax.training.recipe import parse
+from medmoe_jax.training.stage import Stage
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-_COUNTS = ("accumulation", "unroll", "log_every", "save_every", "keep", "score_batch")
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Setup:
       mesh: its devices.
       base: the frozen decoder, not loaded yet.
       stages: the recipe.
-      tokenizer, template: how text becomes ids.
+      tokenizer, template: how text becomes ids; None where it is opened to be planned.
       languages: which expert a language belongs to, where the recipe has a table.
     """
 
@@ -46,8 +51,8 @@ class Setup:
     mesh: Mesh
     base: Base
     stages: tuple[Stage, ...]
-    tokenizer: Tokenizer
-    template: Template
+    tokenizer: Tokenizer | None
+    template: Template | None
     languages: Languages | None = None
     _spare: list = field(default_factory=list, repr=False, compare=False)
 
@@ -61,8 +66,8 @@ class Setup:
         """How parameters and optimiser states are spread over the mesh."""
         return rules_for(self.config.run.dispatch)
 
-    def place(self, tree):
-        """Shardings for a tree of parameters or of their shapes."""
+    def shardings(self, tree):
+        """How a tree of parameters, or of their shapes, is spread over the mesh."""
         return shardings(tree, self.mesh, self.rules)
 
     def load_base(self):
@@ -87,11 +92,20 @@ class Setup:
           UserError: the recipe has no table of languages, or the language is not in it.
         """
         if self.languages is None:
-            raise UserError("--language: the recipe has no table of languages (data.languages)")
+            raise UserError("language: the recipe has no table of languages (data.languages)")
         if code not in self.languages.ids:
             known = ", ".join(self.languages.ids)
-            raise UserError(f"--language: '{code}' is not in the table; known: {known}")
+            raise UserError(f"language: '{code}' is not in the table; known: {known}")
         return self.languages.ids[code]
+
+    def check_batch(self) -> None:
+        """Raise UserError unless a step's rows divide over micro-batches and devices."""
+        rows, accumulation = self.config.data.global_batch, self.config.run.accumulation
+        if rows % (batch_shards(self.mesh) * accumulation):
+            raise UserError(
+                f"data.global_batch: {rows} rows do not divide over {batch_shards(self.mesh)} "
+                f"devices x run.accumulation {accumulation}"
+            )
 
     def model(self, banks: tuple[BankSpec, ...]) -> AdaptedConfig:
         """The decoder with these banks active, run as `config.run` says.
@@ -113,47 +127,88 @@ class Setup:
             return AdaptedConfig(self.base.config, banks, execution, run.dispatch)
 
 
-def open_setup(config: ConfigDict) -> Setup:
+def open_setup(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Setup:
     """Everything a configuration names, checked; no weights are loaded yet.
+
+    Args:
+      config: the configuration.
+      devices: to be planned on, of which some may not be there: then no text will be read, so that
+        neither tokenizer nor template is opened, and the shapes of a published base are those of
+        its preset. None = those of this machine, to be run on.
 
     Raises:
       UserError: naming the field that does not fit.
     """
-    section = config.base
-    check_settings(config)
+    _check_settings(config)
     with field_names("run."):
-        mesh = make_mesh(config.run.mesh.to_dict())
-    with field_names("base."):
-        base = open_base(
-            section.path, section.preset, section.decoder.to_dict(), section.seed, section.quantise
+        mesh = make_mesh(config.run.mesh.to_dict(), devices)
+    base = base_of(config.base, planned=devices is not None)
+    if config.data.length > base.config.max_positions:
+        raise UserError(
+            f"data.length: {config.data.length} exceeds the base's context of "
+            f"{base.config.max_positions} positions"
         )
-    path = section.tokenizer or base.tokenizer
+    tokenizer = template = None
+    if devices is None:
+        tokenizer = _open_tokenizer(config.base.tokenizer or base.tokenizer, base)
+        # Rows of the embedding beyond the tokenizer's ids are padding: never sampled, no target.
+        used = min(tokenizer.vocab_size, base.config.vocab_size)
+        base = dataclasses.replace(base, config=base.config.replace(vocab_used=used))
+        template = load_template(config.data.template, tokenizer)
+    with field_names("data."):
+        languages = read_languages(config.data.languages) if config.data.languages else None
+    stages = parse(config, base.config)
+    setup = Setup(config, mesh, base, stages, tokenizer, template, languages)
+    _check_models(setup)
+    return setup
+
+
+def base_of(section: ConfigDict, planned: bool) -> Base:
+    """The base of a configuration's section, not loaded yet.
+
+    Args:
+      section: `base`.
+      planned: whether only its shapes will be asked for; a published one then needs no files.
+
+    Raises:
+      UserError: see `checkpoints.bases.open_base`.
+    """
+    presets = {path: name for name, path in HUB.items()} if planned else {}
+    overrides = section.decoder.to_dict()
+    path, name = section.path, section.preset
+    if path in presets and not (name or overrides):
+        path, name = "", presets[path]
+    with field_names("base."):
+        return open_base(path, name, overrides, section.seed, section.quantise)
+
+
+def _check_settings(config: ConfigDict) -> None:
+    """Raise UserError for a number, a dtype or a strategy that there cannot be."""
+    check_numbers(config)
+    if config.base.dtype not in _DTYPES:
+        raise UserError(f"base.dtype: '{config.base.dtype}' is none of {', '.join(_DTYPES)}")
+    with field_names("run."):
+        strategy(config.run.dispatch)
+
+
+def _open_tokenizer(path: str | Path | None, base: Base) -> Tokenizer:
     if not path:
         raise UserError(
             "base.tokenizer is empty and the base brings none; name a file or directory"
         )
     tokenizer = load(path)
     check_vocabulary(tokenizer, base.config.vocab_size)
-    if config.data.length > base.config.max_positions:
-        raise UserError(
-            f"data.length: {config.data.length} exceeds the base's context of "
-            f"{base.config.max_positions} positions"
-        )
-    used = min(tokenizer.vocab_size, base.config.vocab_size)
-    # Rows of the embedding beyond the tokenizer's ids are padding: never sampled, never a target.
-    base = dataclasses.replace(base, config=base.config.replace(vocab_used=used))
-    template = load_template(config.data.template, tokenizer)
-    with field_names("data."):
-        languages = read_languages(config.data.languages) if config.data.languages else None
-    stages = parse(config, base.config)
-    setup = Setup(config, mesh, base, stages, tokenizer, template, languages)
-    # Checks how it is to be run.
+    return tokenizer
+
+
+def _check_models(setup: Setup) -> None:
+    """Raise UserError unless the bare base and every bank can be run as `config.run` says."""
     setup.model(())
     for stage in setup.stages:
         for spec in stage.added:
             setup.model((spec,))
-            _check_languages(f"stages.{stage.name}.banks.{spec.name}", spec, languages)
-    return setup
+            where = f"stages.{stage.name}.banks.{spec.name}"
+            _check_languages(where, spec, setup.languages)
 
 
 def _check_languages(where: str, spec: BankSpec, languages: Languages | None) -> None:
@@ -166,14 +221,3 @@ def _check_languages(where: str, spec: BankSpec, languages: Languages | None) ->
             f"{where}.experts: {spec.experts}, but data.languages has {len(languages.experts)} "
             f"({', '.join(languages.experts)})"
         )
-
-
-def check_settings(config: ConfigDict) -> None:
-    """Raise UserError for a dtype, a count or a strategy that there cannot be."""
-    if config.base.dtype not in _DTYPES:
-        raise UserError(f"base.dtype: '{config.base.dtype}' is none of {', '.join(_DTYPES)}")
-    for name in _COUNTS:
-        if config.run[name] < 1:
-            raise UserError(f"run.{name}: {config.run[name]} is below 1")
-    with field_names("run."):
-        strategy(config.run.dispatch)

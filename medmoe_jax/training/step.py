@@ -8,7 +8,6 @@ is the only tree that is differentiated, updated and donated. `frozen` is `{"bas
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -24,9 +23,8 @@ from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base import decoder, trees
 from medmoe_jax.base.loss import cross_entropy, next_token_targets
 from medmoe_jax.base.seam import Context
-from medmoe_jax.checkpoints.fingerprint import mix
-from medmoe_jax.errors import UserError
 from medmoe_jax.kernels.router_equations import RouterStats
+from medmoe_jax.parallel.hashing import mix
 from medmoe_jax.routing import telemetry
 from medmoe_jax.routing.routers import balance_loss, z_loss
 
@@ -39,8 +37,8 @@ class TrainState(NamedTuple):
     optimiser: Any
 
 
-class Term(Protocol):
-    """A loss on parameters; `specs` and `banks` hold every bank by name.
+class Regulariser(Protocol):
+    """A loss on parameters alone; `specs` and `banks` hold every bank by name.
 
     Attributes:
       name: of its metrics.
@@ -64,18 +62,18 @@ class Term(Protocol):
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: token cross-entropy plus terms on parameters.
+    """What is minimised: token cross-entropy plus losses on parameters.
 
     Attributes:
       model: decoder and active banks.
-      terms: losses on parameters, each weighted, entering once a step.
-      specs: every bank by name, for the terms.
+      regularisers: losses on parameters, each weighted, entering once a step.
+      specs: every bank, for the regularisers.
       accumulation: micro-batches a step.
       seed: of dropout.
     """
 
     model: AdaptedConfig
-    terms: tuple[Term, ...] = ()
+    regularisers: tuple[Regulariser, ...] = ()
     specs: tuple[BankSpec, ...] = ()
     accumulation: int = 1
     seed: int = 0
@@ -146,11 +144,11 @@ def _micro_loss(config: AdaptedConfig, trainable, frozen, batch, key):
     return loss + extra, (loss, extra, weight, stats)
 
 
-def _weighted_term(objective: Objective, term: Term, trainable, frozen):
-    """λ · term, and the term's value."""
+def _weighted(objective: Objective, regulariser: Regulariser, trainable, frozen):
+    """A regulariser's value times its weight, and its value."""
     banks = trees.overlay(frozen["banks"], trainable["banks"])
-    value = term.value({spec.name: spec for spec in objective.specs}, banks)
-    return term.weight * value, value
+    value = regulariser.value({spec.name: spec for spec in objective.specs}, banks)
+    return regulariser.weight * value, value
 
 
 def micro_batches(batch, count: int):
@@ -161,7 +159,7 @@ def micro_batches(batch, count: int):
 
 
 def gradients(objective: Objective, trainable, frozen, batch, step):
-    """Gradient of the mean loss over all target tokens, plus the parameter terms.
+    """The gradient of the mean loss over all target tokens, plus the regularisers'.
 
     Sums are accumulated over micro-batches and devices and divided once, so a short answer's
     token weighs as much as a long one's.
@@ -195,12 +193,12 @@ def gradients(objective: Objective, trainable, frozen, batch, step):
         metrics["non_finite"] = sum(jnp.sum(s.non_finite) for s in stats.values())
     if any(bank.balance_loss or bank.z_loss for bank in objective.model.banks):
         metrics["router_loss"] = extra * scale
-    for term in objective.terms:
-        grad = jax.grad(_weighted_term, argnums=2, has_aux=True)
-        term_grads, value = grad(objective, term, trainable, frozen)
-        grads = jax.tree.map(jnp.add, grads, term_grads)
-        metrics[term.name] = value
-        metrics[f"{term.name}/gradient_norm"] = optax.tree.norm(term_grads)
+    for one in objective.regularisers:
+        grad = jax.grad(_weighted, argnums=2, has_aux=True)
+        own_grads, value = grad(objective, one, trainable, frozen)
+        grads = jax.tree.map(jnp.add, grads, own_grads)
+        metrics[one.name] = value
+        metrics[f"{one.name}/gradient_norm"] = optax.tree.norm(own_grads)
     return grads, metrics
 
 
@@ -210,9 +208,9 @@ def rows_hash(batch: Mapping[str, jax.Array]) -> jax.Array:
     Two runs of one recipe read the same where this is the same step by step.
     """
     total = jnp.uint32(0)
-    place_T = np.arange(batch["tokens"].shape[1], dtype=np.uint32) * np.uint32(0x9E3779B1)
+    salt_T = np.arange(batch["tokens"].shape[1], dtype=np.uint32) * np.uint32(0x9E3779B1)
     for name in ("tokens", "loss_mask", "segment_ids"):
-        mixed_BxT = mix(batch[name].astype(jnp.uint32) + place_T[None])
+        mixed_BxT = mix(batch[name].astype(jnp.uint32) + salt_T[None])
         total = total * jnp.uint32(31) + jnp.sum(mixed_BxT, dtype=jnp.uint32)
     return total
 
@@ -235,28 +233,3 @@ def train_step(
     metrics["tokens"] = jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
     metrics["rows_hash"] = rows_hash(batch)
     return TrainState(state.step + 1, trainable, opt_state), metrics
-
-
-def match_leaves(paths: Iterable[str], patterns: Iterable[str]) -> set[str]:
-    """The paths that match any of the globs; UserError where one matches none."""
-    out: set[str] = set()
-    for pattern in patterns:
-        found = fnmatch.filter(paths, pattern)
-        if not found:
-            raise UserError(f"train_base: '{pattern}' matches none of {', '.join(paths)}")
-        out.update(found)
-    return out
-
-
-def split_base(base, patterns: tuple[str, ...]):
-    """`(frozen leaves, trained leaves)`: those whose path matches a glob move, in float32.
-
-    Raises:
-      UserError: a pattern matches no leaf.
-    """
-    paths = dict(trees.flatten(base))
-    moved = match_leaves(paths, patterns)
-    frozen = trees.unflatten((p, leaf) for p, leaf in paths.items() if p not in moved)
-    frozen.setdefault("layers", {})
-    trained = trees.unflatten((p, paths[p].astype(jnp.float32)) for p in sorted(moved))
-    return frozen, trained

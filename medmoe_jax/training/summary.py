@@ -1,46 +1,37 @@
-"""What a person sees before and after a stage."""
+"""What a person is told before and after a stage."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from medmoe_jax.adapters.bank import count
-from medmoe_jax.adapters.lifecycle import Roster
 from medmoe_jax.base import trees
-from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.parallel.rules import Rule, undivided
-from medmoe_jax.training.recipe import Stage
+from medmoe_jax.training.preparing import Prepared
+from medmoe_jax.training.step import TrainState
+from medmoe_jax.training.terminal import console, note
 
 WORTH_TELLING = 64 * 2**20  # bytes of a device
-console = Console(stderr=True)
 
 
-def note(text: str) -> None:
-    """One line for the person at the terminal."""
-    console.print(text, markup=False, highlight=False)
-
-
-def print_stage(
-    stage: Stage, roster: Roster, trainable, frozen, decoder: DecoderConfig, steps: int
-) -> None:
+def print_stage(prepared: Prepared, state: TrainState) -> None:
     """The matched sites, each bank's parameters and the trainable share."""
-    table = Table(title=f"stage '{stage.name}': {steps} steps", title_justify="left")
+    name, frozen, trainable = prepared.stage.name, prepared.frozen, state.trainable
+    table = Table(title=f"stage '{name}': {prepared.steps} steps", title_justify="left")
     for column in ("bank", "state", "sites", "layers", "experts x rank", "gate", "parameters"):
         table.add_column(column, justify="right" if column == "parameters" else "left")
-    banks = trees.overlay(frozen["banks"], trainable["banks"])
-    for name, (spec, state) in roster.items():
-        gate = f"{spec.gate}, top {spec.top_k}" if spec.routed else spec.gate
+    layers, banks = prepared.stage.setup.base.config.n_layers, prepared.banks(state)
+    for bank, (spec, use) in prepared.roster.items():
         table.add_row(
-            name,
-            state,
+            bank,
+            use,
             " ".join(spec.sites),
-            f"{spec.start}-{spec.stop - 1} of {decoder.n_layers}",
+            f"{spec.start}-{spec.stop - 1} of {layers}",
             f"{spec.experts} x {spec.rank}",
-            gate,
-            f"{count(banks[name]):,}",
+            f"{spec.gate}, top {spec.top_k}" if spec.routed else spec.gate,
+            f"{count(banks[bank]):,}",
         )
     for path, leaf in trees.flatten(trainable["base"]):
         table.add_row("(base)", "train", path, "", "", "", f"{leaf.size:,}")
@@ -70,10 +61,10 @@ def print_languages(languages: Mapping[str, Mapping[str, int]]) -> None:
         note(f"source '{source}': language of its rows: {parts}")
 
 
-def print_ranks(stage: Stage, ranks: Mapping[str, Mapping[str, list[list[int]]]]) -> None:
+def print_ranks(stage: str, ranks: Mapping[str, Mapping[str, list[list[int]]]]) -> None:
     """What the allocators left: `{bank: {site: ranks [layers][experts]}}`."""
     for bank, sites in ranks.items():
-        table = Table(title=f"stage '{stage.name}': ranks of bank '{bank}'", title_justify="left")
+        table = Table(title=f"stage '{stage}': ranks of bank '{bank}'", title_justify="left")
         for column in ("site", "mean", "by layer"):
             table.add_column(column)
         for site, by_layer in sites.items():
@@ -83,6 +74,6 @@ def print_ranks(stage: Stage, ranks: Mapping[str, Mapping[str, list[list[int]]]]
         console.print(table)
 
 
-def print_counts(stage: Stage, counts: Mapping[str, int]) -> None:
+def print_counts(stage: str, counts: Mapping[str, int]) -> None:
     """What the stage read, truncated rows included."""
-    note(f"stage '{stage.name}' read " + ", ".join(f"{v:,} {k}" for k, v in counts.items()))
+    note(f"stage '{stage}' read " + ", ".join(f"{v:,} {k}" for k, v in counts.items()))

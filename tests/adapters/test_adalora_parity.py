@@ -125,7 +125,7 @@ def their_loss(theirs, t):
 
 @functools.cache
 def objective():
-    return Objective(AdaptedConfig(TINY, (SPEC,)), terms=(TERM,), specs=(SPEC,))
+    return Objective(AdaptedConfig(TINY, (SPEC,)), regularisers=(TERM,), specs=(SPEC,))
 
 
 @functools.cache

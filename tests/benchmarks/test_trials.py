@@ -14,7 +14,8 @@ from medmoe_jax.data.medical import Row
 from medmoe_jax.data.rows import read_file
 from medmoe_jax.routing.languages import read_languages
 from medmoe_jax.training.recipe import parse
-from medmoe_jax.training.run import open_trained
+from medmoe_jax.training.run import Run
+from medmoe_jax.training.trained import open_trained
 from tests import tiny
 
 STORIES = DecoderConfig(
@@ -137,7 +138,7 @@ def test_a_run_trains_scores_and_is_not_repeated(tmp_path, monkeypatch):
     assert _run(tmp_path) == results
     setup = trials.open_setup(trials.seeded(tiny.medcare_config(), 0, ["aggregate"]))
     for stage, found in (("", results["base"]), ("aggregate", results["arms"]["aggregate"])):
-        trained = open_trained(setup, tmp_path / "tiny" / "seed0", stage)
+        trained = open_trained(Run(setup, tmp_path / "tiny" / "seed0"), stage)
         model = language_model(setup, trained)
         for name, some in rows.items():
             pairs = model.score([r["prompt"] for r in some], [r["response"] for r in some])

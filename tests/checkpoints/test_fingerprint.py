@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from medmoe_jax.checkpoints import fingerprint
 from medmoe_jax.checkpoints.fingerprint import json_fingerprint, tree_fingerprint
+from medmoe_jax.parallel import hashing
 
 VALUE = np.random.default_rng(0).normal(size=(16, 8, 24)).astype(ml_dtypes.bfloat16)
 
@@ -36,10 +36,10 @@ def reference(array: np.ndarray) -> list[int]:
 @pytest.fixture
 def small_slices(monkeypatch):
     """Slices of 50 elements, so that arrays of the tests have many and a rest."""
-    monkeypatch.setattr(fingerprint, "SLICE_ELEMENTS", 50)
-    fingerprint._hash_rows.clear_cache()
+    monkeypatch.setattr(hashing, "SLICE_ELEMENTS", 50)
+    hashing._hash_rows.clear_cache()
     yield
-    fingerprint._hash_rows.clear_cache()
+    hashing._hash_rows.clear_cache()
 
 
 def test_the_hash_is_that_of_a_loop_over_the_elements():
@@ -62,8 +62,8 @@ def test_slicing_changes_nothing(request):
     assert tree_fingerprint(tree) == whole
     for leading in ((16,), (16, 8)):  # the path of accelerators: one call for a whole shard
         ints = VALUE.view(np.uint16).reshape(*leading, -1)
-        parts = fingerprint._hash(jnp.asarray(ints), [0] * ints.ndim, ints.shape)
-        host = fingerprint._add(fingerprint._host_sums(ints, [0] * ints.ndim, ints.shape))
+        parts = hashing._hash(jnp.asarray(ints), [0] * ints.ndim, ints.shape)
+        host = hashing._add(hashing._host_sums(ints, [0] * ints.ndim, ints.shape))
         np.testing.assert_array_equal(parts, host)
 
 
@@ -117,7 +117,7 @@ def test_random_keys_and_the_order_of_names():
 def test_temporaries_stay_far_below_the_array():
     array = jax.ShapeDtypeStruct((64, 1024, 1024), jnp.uint16)
     starts = jax.ShapeDtypeStruct((3,), jnp.uint32)
-    compiled = fingerprint._hash_rows.lower(array, starts, (64, 1024)).compile()
+    compiled = hashing._hash_rows.lower(array, starts, (64, 1024)).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 64 * 1024 * 1024 * 2 / 4
 
 

@@ -20,6 +20,7 @@ from orbax.checkpoint import v1 as ocp
 
 from medmoe_jax.checkpoints import stages
 from medmoe_jax.checkpoints.fingerprint import tree_fingerprint
+from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.checkpoints.manifest import BankEntry, Manifest
 from medmoe_jax.checkpoints.stages import CheckpointError, StageCheckpoints
 from tests import quick
@@ -77,13 +78,13 @@ def assert_same(got, want):
 
 
 def save_steps(directory, steps, keep=3):
-    with StageCheckpoints(directory, keep) as checkpoints:
+    with StageCheckpoints(StageFolder(directory), keep) as checkpoints:
         for step in steps:
             checkpoints.save(step, make_state(step), {"data": {"0": [step, 0.1]}, "rows": step})
 
 
 def restore(directory, like=0):
-    with StageCheckpoints(directory) as checkpoints:
+    with StageCheckpoints(StageFolder(directory)) as checkpoints:
         return checkpoints.restore(abstract(make_state(like)))
 
 
@@ -104,7 +105,7 @@ def test_round_trip_is_bit_exact_and_extra_comes_back(tmp_path):
 def test_a_saved_state_may_be_donated_at_once(tmp_path):
     state = {"a": jnp.arange(2.0**16)}
     bump = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
-    with StageCheckpoints(tmp_path) as checkpoints:
+    with StageCheckpoints(StageFolder(tmp_path)) as checkpoints:
         checkpoints.save(1, state, {})
         bump(state)
         restored = checkpoints.restore({"a": jax.ShapeDtypeStruct((2**16,), jnp.float32)})
@@ -116,7 +117,7 @@ def test_a_sharded_state_is_restored_onto_another_sharding(tmp_path):
     rows = jax.NamedSharding(jax.make_mesh((8,), ("x",)), jax.P("x"))
     grid = jax.NamedSharding(jax.make_mesh((2, 2), ("x", "y")), jax.P("x", "y"))
     state = make_state(3, rows)
-    with StageCheckpoints(tmp_path) as checkpoints:
+    with StageCheckpoints(StageFolder(tmp_path)) as checkpoints:
         checkpoints.save(3, state, {})
         restored = checkpoints.restore(abstract(state, grid))
     assert restored.state["banks"]["lora"]["a"].sharding == grid
@@ -125,8 +126,7 @@ def test_a_sharded_state_is_restored_onto_another_sharding(tmp_path):
 
 
 def test_an_empty_folder_restores_nothing(tmp_path):
-    with StageCheckpoints(tmp_path) as checkpoints:
-        assert checkpoints.latest_step() is None
+    with StageCheckpoints(StageFolder(tmp_path)) as checkpoints:
         assert checkpoints.restore(abstract(make_state(0))) is None
 
 
@@ -139,7 +139,7 @@ def test_only_the_newest_are_kept(tmp_path, keep, left):
 
 
 def test_a_step_is_not_saved_twice(tmp_path):
-    with StageCheckpoints(tmp_path) as checkpoints:
+    with StageCheckpoints(StageFolder(tmp_path)) as checkpoints:
         checkpoints.save(1, make_state(1), {})
         with pytest.raises(ValueError, match="step 1 is already saved"):
             checkpoints.save(1, make_state(1), {})
@@ -169,7 +169,7 @@ def test_any_damaged_file_sends_the_run_to_the_checkpoint_before(tmp_path, damag
         shutil.copytree(tmp_path / "whole", copy)
         damage(copy / "steps" / "20" / name)
         caplog.clear()
-        with StageCheckpoints(copy) as checkpoints:
+        with StageCheckpoints(StageFolder(copy)) as checkpoints:
             restored = checkpoints.restore(abstract(make_state(0)))
             assert restored.step == 10, name
             assert_same(restored.state, make_state(10))
@@ -184,7 +184,7 @@ def test_any_damaged_file_sends_the_run_to_the_checkpoint_before(tmp_path, damag
 def test_damaged_steps_go_only_when_a_newer_one_is_whole(tmp_path):
     save_steps(tmp_path, [10, 20, 30])
     flip(tmp_path / "steps" / "30" / "state" / "_METADATA")
-    with StageCheckpoints(tmp_path) as checkpoints:
+    with StageCheckpoints(StageFolder(tmp_path)) as checkpoints:
         assert checkpoints.restore(abstract(make_state(0))).step == 20
         assert step_folders(tmp_path) == ["10", "20", "30"]
         checkpoints.save(25, make_state(25), {})
@@ -222,15 +222,20 @@ def test_the_first_checkpoint_killed_before_its_seal_is_used(tmp_path, caplog):
 )
 def test_another_state_than_the_saved_one_is_refused(tmp_path, change, message):
     save_steps(tmp_path, [1, 2])
-    with StageCheckpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match=message):
+    with (
+        StageCheckpoints(StageFolder(tmp_path)) as checkpoints,
+        pytest.raises(CheckpointError, match=message),
+    ):
         checkpoints.restore({**abstract(make_state(0)), **change})
 
 
 SAVE_FOR_EVER = """
 import signal, sys, jax, jax.numpy as jnp
+from pathlib import Path
+from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.checkpoints.stages import StageCheckpoints
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
-with StageCheckpoints(sys.argv[1], keep=2) as checkpoints:
+with StageCheckpoints(StageFolder(Path(sys.argv[1])), keep=2) as checkpoints:
     restored = checkpoints.restore({"a": jax.ShapeDtypeStruct((300_000,), jnp.float32)})
     step = restored.step if restored else 0
     while True:
@@ -251,7 +256,7 @@ def start_saving(directory):
 
 
 def check_after_kill(directory) -> int:
-    with StageCheckpoints(directory, keep=2) as checkpoints:
+    with StageCheckpoints(StageFolder(directory), keep=2) as checkpoints:
         restored = checkpoints.restore({"a": jax.ShapeDtypeStruct((300_000,), jnp.float32)})
     assert restored is not None
     assert set(np.asarray(restored.state["a"])) == {restored.step}
@@ -293,7 +298,7 @@ def test_ctrl_c_in_the_middle_of_a_save_is_heard_and_the_save_made(tmp_path, mon
         signal.raise_signal(signal.SIGINT)
         return save_async(*args, **kwargs)
 
-    with StageCheckpoints(tmp_path) as checkpoints:
+    with StageCheckpoints(StageFolder(tmp_path)) as checkpoints:
         checkpoints.save(10, make_state(10), {})
         monkeypatch.setattr(ocp.training.Checkpointer, "save_checkpointables_async", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -305,14 +310,14 @@ def test_a_write_error_names_the_folder_once_and_leaves_the_earlier_ones(tmp_pat
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with StageCheckpoints(tmp_path) as checkpoints:
+    with StageCheckpoints(StageFolder(tmp_path)) as checkpoints:
         checkpoints.save(10, make_state(10), {})
         checkpoints.wait()
-        monkeypatch.setattr(stages, "_seal", full)
+        monkeypatch.setattr(stages, "seal", full)
         checkpoints.save(20, make_state(20), {})
         with pytest.raises(CheckpointError, match=r"step 20 .*steps: .*No space.*steps \[10\]"):
             checkpoints.wait()
-        assert checkpoints.latest_step() == 10
+        assert step_folders(tmp_path)[0] == "10"
     monkeypatch.undo()
     restored = restore(tmp_path)
     assert restored.step == 10 and "20 was interrupted" in restored.skipped[0]
@@ -335,7 +340,7 @@ def test_a_full_disk_is_one_clear_error_and_the_run_goes_on_later(small_disk, ag
     def big(step):
         return {"a": jax.random.normal(jax.random.key(step), (2**18,))}
 
-    with StageCheckpoints(small_disk, keep=2) as checkpoints:
+    with StageCheckpoints(StageFolder(small_disk), keep=2) as checkpoints:
         checkpoints.save(1, big(1), {})
         checkpoints.save(2, big(2), {})
         checkpoints.wait()
@@ -349,7 +354,7 @@ def test_a_full_disk_is_one_clear_error_and_the_run_goes_on_later(small_disk, ag
             checkpoints.wait()
             assert step_folders(small_disk) == ["2", "3"]
             return
-    with StageCheckpoints(small_disk, keep=2) as checkpoints:
+    with StageCheckpoints(StageFolder(small_disk), keep=2) as checkpoints:
         like = {"a": jax.ShapeDtypeStruct((2**18,), jnp.float32)}
         assert checkpoints.restore(like).step == 2
         checkpoints.save(3, big(3), {})
@@ -360,48 +365,51 @@ def test_a_full_disk_is_one_clear_error_and_the_run_goes_on_later(small_disk, ag
 def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot open the checkpoints in"):
-        StageCheckpoints(tmp_path / "file")
+        StageCheckpoints(StageFolder(tmp_path) / "file")
     with pytest.raises(ValueError, match="keep is 0"):
-        StageCheckpoints(tmp_path, keep=0)
+        StageCheckpoints(StageFolder(tmp_path), keep=0)
 
 
 def test_a_finished_stage_comes_back_with_its_manifest(tmp_path):
+    folder = StageFolder(tmp_path)
     banks = make_state(5)["banks"]
-    assert not stages.is_finished(tmp_path)
+    assert not folder.is_finished()
     with pytest.raises(CheckpointError, match="no finished stage"):
-        stages.load_final(tmp_path)
-    stages.save_final(tmp_path, banks, MANIFEST)
-    assert stages.is_finished(tmp_path)
-    got, manifest = stages.load_final(tmp_path)
+        stages.load_final(folder)
+    stages.save_final(folder, banks, MANIFEST)
+    assert folder.is_finished()
+    got, manifest = stages.load_final(folder)
     assert manifest == MANIFEST
     assert_same(got, banks)
-    assert stages.abstract_final(tmp_path) == jax.eval_shape(lambda: make_state(5)["banks"])
+    assert stages.abstract_final(folder) == jax.eval_shape(lambda: make_state(5)["banks"])
     rows = jax.NamedSharding(jax.make_mesh((8,), ("x",)), jax.P("x"))
-    got, _ = stages.load_final(tmp_path, abstract(banks, rows))
+    got, _ = stages.load_final(folder, abstract(banks, rows))
     assert got["lora"]["a"].sharding == rows
     assert_same(got, banks)
     with pytest.raises(ValueError, match="finished already"):
-        stages.save_final(tmp_path, banks, MANIFEST)
+        stages.save_final(folder, banks, MANIFEST)
     with pytest.raises(CheckpointError, match="lora/a"):
-        stages.load_final(tmp_path, {"lora": {"b": abstract(banks)["lora"]["b"]}})
+        stages.load_final(folder, {"lora": {"b": abstract(banks)["lora"]["b"]}})
 
 
 def test_an_interrupted_end_is_made_again_and_a_damaged_one_is_refused(tmp_path, monkeypatch):
+    folder = StageFolder(tmp_path)
+
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(stages, "_seal", full)
+    monkeypatch.setattr(stages, "seal", full)
     with pytest.raises(CheckpointError, match=r"could not be written to .*final: .*No space"):
-        stages.save_final(tmp_path, make_state(1)["banks"], MANIFEST)
-    assert not stages.is_finished(tmp_path)
+        stages.save_final(folder, make_state(1)["banks"], MANIFEST)
+    assert not folder.is_finished()
     monkeypatch.undo()
-    stages.save_final(tmp_path, make_state(2)["banks"], dataclasses.replace(MANIFEST, steps=8))
-    got, manifest = stages.load_final(tmp_path)
+    stages.save_final(folder, make_state(2)["banks"], dataclasses.replace(MANIFEST, steps=8))
+    got, manifest = stages.load_final(folder)
     assert manifest.steps == 8
     assert_same(got, make_state(2)["banks"])
     flip(tmp_path / "final" / "banks" / "_METADATA")
     with pytest.raises(CheckpointError, match="_METADATA is damaged"):
-        stages.load_final(tmp_path)
+        stages.load_final(folder)
 
 
 TWO_PROCESSES = """
@@ -410,9 +418,10 @@ import jax, jax.numpy as jnp, numpy as np
 folder, port, index = sys.argv[1], sys.argv[2], int(sys.argv[3])
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
+from pathlib import Path
 from medmoe_jax.checkpoints.fingerprint import tree_fingerprint
+from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.checkpoints.stages import StageCheckpoints, load_final, save_final
-from medmoe_jax.checkpoints.fingerprint import tree_fingerprint
 from medmoe_jax.checkpoints.manifest import Manifest
 rows = jax.NamedSharding(jax.make_mesh((8,), ("x",)), jax.P("x"))
 columns = jax.NamedSharding(jax.make_mesh((8,), ("x",)), jax.P(None, "x"))
@@ -420,15 +429,15 @@ value = np.arange(128.0, dtype=np.float32).reshape(8, 16)
 a = jax.make_array_from_callback(value.shape, rows, lambda part: value[part])
 state = {"a": a, "r": jax.device_put(value, jax.NamedSharding(rows.mesh, jax.P()))}
 like = lambda s: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state)
-with StageCheckpoints(folder, keep=2) as checkpoints:
+with StageCheckpoints(StageFolder(Path(folder)), keep=2) as checkpoints:
     for step in (1, 2, 3):
         checkpoints.save(step, state, {"step": step})
 if index == 0:
     os.remove(os.path.join(folder, "steps", "3", "state", "_METADATA"))
-with StageCheckpoints(folder, keep=2) as checkpoints:
+with StageCheckpoints(StageFolder(Path(folder)), keep=2) as checkpoints:
     restored = checkpoints.restore(like(columns))
-save_final(folder, state, Manifest("s", "", "", "", "", [], {}, 3, {}, {}))
-banks, manifest = load_final(folder, like(columns))
+save_final(StageFolder(Path(folder)), state, Manifest("s", "", "", "", "", [], {}, 3, {}, {}))
+banks, manifest = load_final(StageFolder(Path(folder)), like(columns))
 print(restored.step, restored.extra["step"], len(restored.skipped), manifest.steps,
       *(tree_fingerprint(tree) for tree in (state, restored.state, banks)))
 """

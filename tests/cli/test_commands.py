@@ -17,7 +17,8 @@ from medmoe_jax.cli.main import COMMANDS, main
 from medmoe_jax.cli.session import read_rows
 from medmoe_jax.evaluation import run as evaluation
 from medmoe_jax.evaluation.tasks import list_tasks
-from medmoe_jax.training.run import open_trained
+from medmoe_jax.training.run import Run
+from medmoe_jax.training.trained import open_trained
 from tests import naive, tiny
 
 CONFIG = """from tests import tiny
@@ -165,8 +166,8 @@ def test_score_is_the_log_probability(config, workdir, tmp_path, capsys):
     assert main(["score", *arguments]) == 0
     assert "3 rows scored" in capsys.readouterr().out
     setup, _ = tiny.trained()
-    model = open_trained(setup, workdir, "align")
-    stage_one = open_trained(setup, workdir, "aggregate")
+    model = open_trained(Run(setup, workdir), "align")
+    stage_one = open_trained(Run(setup, workdir), "aggregate")
     attention = stage_one.roster["attention"][0]
     specs = (attention, *active_banks(model.roster))
     original, t = setup.load_base(), setup.tokenizer

@@ -13,10 +13,12 @@ import pytest
 from configs import medcare
 from medmoe_jax.checkpoints import huggingface, peft
 from medmoe_jax.checkpoints.files import read_metrics
+from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.cli.main import main
 from medmoe_jax.training.config import bank, orthogonality
-from medmoe_jax.training.run import open_trained, stage_dir
+from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import open_setup
+from medmoe_jax.training.trained import open_trained
 from tests import naive, skills, tiny
 from tests.randomised import randomise
 
@@ -61,19 +63,19 @@ def workdir(config, tmp_path_factory):
 
 def test_it_trains(workdir):
     """The alignment learns, away from the directions of the skills, which stay as they were."""
-    log = read_metrics(stage_dir(workdir, "align") / "metrics.jsonl")
+    log = read_metrics(StageFolder.of(workdir, "align").metrics)
     term = [row["orthogonality/alignment-skills"] for row in log]
     assert term[-1] < 0.8 * term[0] and log[0]["orthogonality/alignment-skills/gradient_norm"] > 0
     assert log[-1]["loss"] < log[0]["loss"]
     setup = open_setup(fifth_method())
-    before, after = (open_trained(setup, workdir, name) for name in ("one", "align"))
+    before, after = (open_trained(Run(setup, workdir), name) for name in ("one", "align"))
     jax.tree.map(np.testing.assert_array_equal, before.banks["skills"], after.banks["skills"])
     assert {name: state for name, (_, state) in after.roster.items()} == {
         "skills": "frozen",
         "alignment": "train",
     }
     assert after.roster["skills"][0].experts == 3
-    manifest = json.loads((stage_dir(workdir, "align") / "manifest.json").read_text())
+    manifest = json.loads(StageFolder.of(workdir, "align").manifest.read_text())
     assert manifest["after"] == "one" and set(manifest["banks"]) == {"skills", "alignment"}
 
 
@@ -93,7 +95,7 @@ def test_it_folds(kind, config, workdir, tmp_path):
         spec, params = peft.read_peft(tmp_path / "out", setup.base.config, "llama", "adapter")
         linear = naive.adapted((spec,), {"adapter": params})
         got = naive.logits(setup.base.config, setup.load_base(), batch, linear)[..., :used]
-    trained = open_trained(setup, work, "align")
+    trained = open_trained(Run(setup, work), "align")
     skill_spec, alignment = (trained.roster[name][0] for name in ("skills", "alignment"))
     mix_E = np.asarray(trained.banks["skills"]["mix"]["weight"], np.float64)[0]
 

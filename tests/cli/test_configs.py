@@ -45,13 +45,21 @@ def test_medcare_fits_its_bases(base, form):
     assert (banks["noise"].experts, banks["noise"].top_k, banks["noise"].rank) == (8, 2, 16)
     assert banks["knowledge"].rank == banks["alignment"].rank == 32
     assert (second.merge, second.drop) == (("attention",), ("noise",))
-    (term,) = second.terms
+    (apart,) = second.regularisers
     if form:
         assert second.states["knowledge"] == "train"
-        assert (term.weight, term.reduction, term.stop_gradient) == (1.0, "sum", False)
+        assert (apart.weight, apart.reduction, apart.stop_gradient) == (
+            1.0,
+            "sum",
+            False,
+        )
     else:
         assert second.states["knowledge"] == "frozen"
-        assert (term.weight, term.reduction, term.stop_gradient) == (1.0, "mean", True)
+        assert (apart.weight, apart.reduction, apart.stop_gradient) == (
+            1.0,
+            "mean",
+            True,
+        )
     assert config.data.length <= decoder.max_positions
     assert config.data.global_batch % config.data.shards == 0
 

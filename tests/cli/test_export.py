@@ -16,7 +16,8 @@ from medmoe_jax.checkpoints import files, huggingface, peft
 from medmoe_jax.cli import export
 from medmoe_jax.cli.main import main
 from medmoe_jax.errors import UserError
-from medmoe_jax.training.run import open_trained
+from medmoe_jax.training.run import Run
+from medmoe_jax.training.trained import open_trained
 from tests import naive, tiny
 from tests.randomised import randomise
 
@@ -52,7 +53,7 @@ def workdir(tmp_path_factory):
 def reference(workdir):
     """`logits(banks, scales)` in float64 with some of the banks, on the original base."""
     setup, _ = tiny.trained()
-    trained = open_trained(setup, workdir, "align")
+    trained = open_trained(Run(setup, workdir), "align")
     base, batch = naive.f64(setup.load_base()), naive.random_batch(setup.base.config)
     specs = {name: spec for name, (spec, _) in trained.roster.items()}
 
@@ -170,7 +171,7 @@ def test_a_bank_that_looks_at_tokens_must_be_left_out(config, workdir, reference
 
 def test_trained_leaves_of_the_base_do_not_fit_an_adapter(workdir, tmp_path):
     setup, _ = tiny.trained()
-    trained = open_trained(setup, workdir, "align")
+    trained = open_trained(Run(setup, workdir), "align")
     first, *others = setup.stages
     changed = dataclasses.replace(first, train_base=("final_norm", "layers.*_norm"))
     setup = dataclasses.replace(setup, stages=(changed, *others))

@@ -22,9 +22,10 @@ from medmoe_jax.base import decoder
 from medmoe_jax.base.loss import logits
 from medmoe_jax.checkpoints import huggingface
 from medmoe_jax.checkpoints import stages as store
+from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.cli.configs import load_config
-from medmoe_jax.training.identity import stage_dir
-from medmoe_jax.training.recipe import next_roster, parse
+from medmoe_jax.training.recipe import parse
+from medmoe_jax.training.transitions import next_roster
 from tests import naive, quick, tiny
 from tests.randomised import randomise
 from tests.torch_side import load_adapter, load_model, torch, transformers
@@ -113,7 +114,7 @@ def reference(base: Path, arguments, workdir: Path, ids_BxT):
     assert tuple(roster) == BANKS
     assert [state for _, state in roster.values()] == ["merged", "frozen", "train"]
     adapted = AdaptedConfig(config, tuple(spec for spec, _ in roster.values()))
-    banks = store.load_final(stage_dir(workdir, "align"))[0]["banks"]
+    banks = store.load_final(StageFolder.of(workdir, "align"))[0]["banks"]
     positions = jnp.tile(jnp.arange(ids_BxT.shape[1])[None], (len(ids_BxT), 1))
 
     @jax.jit

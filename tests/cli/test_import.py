@@ -10,13 +10,15 @@ import pytest
 
 from medmoe_jax.checkpoints.files import read_json
 from medmoe_jax.checkpoints.fingerprint import file_fingerprint
+from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.cli.main import main
 from medmoe_jax.errors import UserError
 from medmoe_jax.training.config import stacked
 from medmoe_jax.training.imports import import_stage
-from medmoe_jax.training.run import open_trained, stage_dir
+from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import open_setup
+from medmoe_jax.training.trained import open_trained
 from tests import tiny
 from tests.released import module, write
 
@@ -49,7 +51,7 @@ def tensors(bank, inside, end="", e=0):
 def stage_1(folder):
     """The first stage of the tiny run, as its authors would release it."""
     setup, workdir = tiny.trained()
-    banks = jax.device_get(open_trained(setup, workdir, "aggregate").banks)
+    banks = jax.device_get(open_trained(Run(setup, workdir), "aggregate").banks)
     pickled = tensors(banks["knowledge"], "share_experts.")
     for e in range(4):
         pickled |= tensors(banks["noise"], f"experts.{e}.", f"_{e}", e)
@@ -63,7 +65,7 @@ def stage_1(folder):
 def stage_2(folder):
     """The second stage likewise, both blocks in one file."""
     setup, workdir = tiny.trained()
-    banks = jax.device_get(open_trained(setup, workdir, "align").banks)
+    banks = jax.device_get(open_trained(Run(setup, workdir), "align").banks)
     base, orth = (tensors(banks[k], f"{v}.") for k, v in BLOCKS.items())
     return write(folder, tensors=base | orth)
 
@@ -80,7 +82,7 @@ def released(tmp_path_factory):
 def same(workdir, stage):
     """The stage's banks and base are those of the tiny run, bit for bit."""
     setup, trained = tiny.trained()
-    got, want = (open_trained(setup, w, stage) for w in (workdir, trained))
+    got, want = (open_trained(Run(setup, w), stage) for w in (workdir, trained))
     assert got.roster == want.roster
     for name in ("banks", "base"):
         jax.tree.map(np.testing.assert_array_equal, getattr(got, name), getattr(want, name))
@@ -111,7 +113,7 @@ def test_training_goes_on_from_an_imported_stage(config, released, tmp_path, cap
     run("train", config, workdir, ghost)
     assert "stage 'aggregate' was not trained here: skipped" in capsys.readouterr().err
     same(workdir, "align")
-    manifests = [Manifest.read(stage_dir(workdir, s) / "manifest.json") for s in
+    manifests = [Manifest.read(StageFolder.of(workdir, s).manifest) for s in
                  ("aggregate", "align")]  # fmt: skip
     assert manifests[1].parent_fingerprint == manifests[0].recipe_fingerprint
     run("train", config, workdir, ghost)
@@ -130,7 +132,7 @@ def test_both_stages_imported_and_used(config, released, tmp_path, capsys):
         scores.append((tmp_path / "out.jsonl").read_text())
     assert scores[0] == scores[1]
     setup, _ = tiny.trained()
-    first, second = (Manifest.read(stage_dir(workdir, s) / "manifest.json") for s in
+    first, second = (Manifest.read(StageFolder.of(workdir, s).manifest) for s in
                      ("aggregate", "align"))  # fmt: skip
     assert [op["op"] for op in first.operations] == ["add"] * 3 + ["import"]
     assert first.operations[-1] == {
@@ -164,20 +166,20 @@ def test_an_import_is_not_taken_for_training(config, released, tmp_path, capsys)
     """Nor the other way round, when either was interrupted before the stage's end."""
     workdir = tmp_path / "w"
     run("import", config, workdir, f"--adapter={released[0]}")
-    folder = stage_dir(workdir, "aggregate")
-    (folder / "manifest.json").unlink()
+    folder = StageFolder.of(workdir, "aggregate")
+    folder.manifest.unlink()
     error = fails(capsys, "train", config, f"--workdir={workdir}")
     assert "was made by another recipe" in error and "imported: {" in error
     run("import", config, workdir, f"--adapter={released[0]}")
     same(workdir, "aggregate")
     shutil.rmtree(folder)
-    shutil.copytree(stage_dir(tiny.trained()[1], "aggregate"), folder)
-    (folder / "manifest.json").unlink()
-    before = read_json(folder / "recipe.json")
+    shutil.copytree(StageFolder.of(tiny.trained()[1], "aggregate").path, folder.path)
+    folder.manifest.unlink()
+    before = read_json(folder.recipe)
     error = fails(capsys, "import", config, f"--workdir={workdir}", f"--adapter={released[0]}")
     assert "was made by another recipe" in error and "imported: None then" in error
-    assert read_json(folder / "recipe.json") == before
-    assert not (folder / "manifest.json").exists()
+    assert read_json(folder.recipe) == before
+    assert not folder.manifest.exists()
 
 
 def test_a_stacked_bank_is_trained_here(tmp_path):
@@ -185,7 +187,7 @@ def test_a_stacked_bank_is_trained_here(tmp_path):
     align = recipe.stages.align
     align.stack, align.losses, align.states = {"mixed": stacked(("knowledge",))}, {}, {}
     with pytest.raises(UserError, match=r"stage 'align' stacks \(mixed\): .* train it here"):
-        import_stage(open_setup(recipe), tmp_path / "w", tmp_path / "released", "align")
+        import_stage(Run(open_setup(recipe), tmp_path / "w"), tmp_path / "released", "align")
     assert not (tmp_path / "w").exists()
 
 

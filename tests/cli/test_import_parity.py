@@ -20,8 +20,9 @@ from medmoe_jax.adapters.lifecycle import active_banks, set_state
 from medmoe_jax.base import decoder
 from medmoe_jax.base.loss import logits
 from medmoe_jax.training.imports import import_stage
-from medmoe_jax.training.run import open_trained
+from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import open_setup
+from medmoe_jax.training.trained import open_trained
 from tests import naive, tiny
 
 pytestmark = pytest.mark.parity
@@ -231,11 +232,11 @@ def got(setup, trained, off=""):
 
 def compare(setup, workdir, stage, want):
     """Equal logits, and no bank to spare."""
-    trained, want = open_trained(setup, workdir, stage), want[..., :300]
+    trained, want = open_trained(Run(setup, workdir), stage), want[..., :300]
     error = naive.rel(got(setup, trained), want)
     print(f"logits of {stage}: error {error:.1e}")
     assert error < TOLERANCE
-    bare = open_trained(setup, workdir, "")
+    bare = open_trained(Run(setup, workdir), "")
     assert naive.rel(got(setup, bare), want) > VISIBLE
     if any(state == "merged" for _, state in trained.roster.values()):
         unmerged = dataclasses.replace(trained, base=bare.base)
@@ -249,7 +250,7 @@ def test_routed_experts(tmp_path, alpha):
     """With another alpha than the recipe's, too: the difference is inside B."""
     model = first_stage(tmp_path / "a", share=False, alpha=alpha)
     setup = recipe(stages(mixture=ming_moe.mixture(mixture={"knowledge": 1.0})))
-    assert import_stage(setup, tmp_path / "w", tmp_path / "a") == "mixture"
+    assert import_stage(Run(setup, tmp_path / "w"), tmp_path / "a") == "mixture"
     compare(setup, tmp_path / "w", "mixture", want(model))
 
 
@@ -258,10 +259,10 @@ def test_two_stages(tmp_path):
     mixture = {"mixture": {"knowledge": 1.0}}
     sections = {"aggregate": medcare.aggregate(**mixture), "align": medcare.align(**mixture)}
     setup = recipe(stages(**sections))
-    import_stage(setup, tmp_path / "w", tmp_path / "one")
+    import_stage(Run(setup, tmp_path / "w"), tmp_path / "one")
     compare(setup, tmp_path / "w", "aggregate", want(first))
     second = second_stage(tmp_path / "two", first)
-    import_stage(setup, tmp_path / "w", tmp_path / "two", "align")
+    import_stage(Run(setup, tmp_path / "w"), tmp_path / "two", "align")
     compare(setup, tmp_path / "w", "align", want(second))
 
 
@@ -275,10 +276,10 @@ def test_upcycled_experts(tmp_path, renormalise):
     config.stages = stages(mixture=section)
     setup, workdir = open_setup(config), tmp_path / "w"
     model = upcycled(tmp_path / "a", 7, renormalise)
-    assert import_stage(setup, workdir, tmp_path / "a") == "mixture"
+    assert import_stage(Run(setup, workdir), tmp_path / "a") == "mixture"
     wanted = want(model)
     compare(setup, workdir, "mixture", wanted)
-    trained = open_trained(setup, workdir, "mixture")
+    trained = open_trained(Run(setup, workdir), "mixture")
     bank = trained.banks["experts"]
     lacking = [
         {"mlp.down": {"experts": bank["mlp.down"]["experts"].at[:, e].set(0)}} for e in range(7)

@@ -12,12 +12,14 @@ from safetensors.numpy import save_file
 
 from configs import apollo_moe
 from medmoe_jax.checkpoints.fingerprint import file_fingerprint
+from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.checkpoints.upcycled import holds_experts
 from medmoe_jax.errors import UserError
 from medmoe_jax.training.imports import import_stage
-from medmoe_jax.training.run import load_final, open_trained, stage_dir
+from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import open_setup
+from medmoe_jax.training.trained import load_final, open_trained
 from tests import tiny
 
 D, F, V, E = 16, 24, 304, 4  # of tiny.DECODER: the first layer dense, the second a mixture
@@ -84,8 +86,8 @@ def test_every_tensor_lands_in_its_place(tmp_path, tensors, shards):
     recipe = config()
     recipe.run.mesh.update(MESH)
     setup, folder = open_setup(recipe), write(tmp_path / "a", tensors, shards)
-    assert import_stage(setup, tmp_path / "w", folder) == "mixture"
-    final = load_final(setup, tmp_path / "w", "mixture")
+    assert import_stage(Run(setup, tmp_path / "w"), folder) == "mixture"
+    final = load_final(Run(setup, tmp_path / "w").stage("mixture"))
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(final))
     bank, base = jax.device_get((final["banks"]["experts"], final["base"]))
     before = jax.device_get(setup.load_base())
@@ -108,9 +110,9 @@ def test_every_tensor_lands_in_its_place(tmp_path, tensors, shards):
     assert set(got) == set(tensors) and set(bank) == {"mlp", "mlp.gate", "mlp.up", "mlp.down"}
     for name, value in tensors.items():
         np.testing.assert_array_equal(got[name], value, err_msg=name)
-    opened = open_trained(setup, tmp_path / "w", "mixture")
+    opened = open_trained(Run(setup, tmp_path / "w"), "mixture")
     jax.tree.map(np.testing.assert_array_equal, opened.base, base)
-    done = Manifest.read(stage_dir(tmp_path / "w", "mixture") / "manifest.json").operations[-1]
+    done = Manifest.read(StageFolder.of(tmp_path / "w", "mixture").manifest).operations[-1]
     assert done["groups"] == {"experts": {"banks": ["experts"]}}
     assert done["files"] == {file.name: file_fingerprint(file) for file in folder.iterdir()}
 
@@ -126,7 +128,7 @@ def test_recognised_by_its_tensors(tmp_path, tensors):
 def refused(tmp_path, recipe, folder):
     """The message, with nothing written."""
     with pytest.raises(UserError) as error:
-        import_stage(open_setup(recipe), tmp_path / "w", folder)
+        import_stage(Run(open_setup(recipe), tmp_path / "w"), folder)
     assert not (tmp_path / "w").exists()
     return str(error.value)
 

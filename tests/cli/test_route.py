@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from medmoe_jax.checkpoints import huggingface, peft
+from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.cli.main import main
-from medmoe_jax.training.run import open_trained, stage_dir
+from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import open_setup
+from medmoe_jax.training.trained import open_trained
 from tests import naive, skills, tiny
 from tests.randomised import randomise
 from tests.several import Several
@@ -145,8 +147,8 @@ def test_fixed_weights_fold(kind, config, mixed, tmp_path):
                  f"--output={tmp_path / 'out'}"]) == 0  # fmt: skip
     got = logits_of(kind, tmp_path / "out")
     setup = open_setup(skills.config())
-    alone = open_trained(setup, mixed, NAMES[-1])
-    stacked = open_trained(setup, mixed, "two").banks["skills"]
+    alone = open_trained(Run(setup, mixed), NAMES[-1])
+    stacked = open_trained(Run(setup, mixed), "two").banks["skills"]
     (weights,) = np.asarray(stacked["mix"]["weight"], np.float64)
     specs = [alone.roster[name][0] for name in NAMES]
     batch = naive.random_batch(setup.base.config)
@@ -191,7 +193,7 @@ def test_bad_input(config, files, routed, tmp_path, capsys):
     assert "--data: one: there is no file or folder 'nowhere.jsonl'" in line
     file = files[0].split("=")[-1]
     line = fails(capsys, *here, f"--data=three={file}")
-    assert "there is no stage 'three'; the recipe has facts, verdict, both, one, two" in line
+    assert "stage: 'three' is none of facts, verdict, both, one, two" in line
     line = fails(capsys, *here, f"--data=facts={file}")
     assert "stage 'facts' does not train the mixing weights" in line
     assert "--steps: 0 is below 1" in fails(capsys, *here, files[0], "--steps=0")
@@ -215,4 +217,4 @@ def test_bad_rows(config, tmp_path, capsys):
         (tmp_path / name).write_text(text)
         line = fails(capsys, *here, f"--data=one={tmp_path / name}")
         assert name in line and words in line
-    assert not stage_dir(skills.randomised(), "one").exists()
+    assert not StageFolder.of(skills.randomised(), "one").path.exists()

@@ -9,14 +9,15 @@ from medmoe_jax.data.templates import load_template
 from medmoe_jax.errors import UserError
 from medmoe_jax.inference.engine import Engine, Sampling
 from medmoe_jax.inference.language_model import LanguageModel
-from medmoe_jax.training.run import open_trained
+from medmoe_jax.training.run import Run
+from medmoe_jax.training.trained import open_trained
 from tests import naive, tiny
 
 
 @pytest.fixture(scope="module")
 def trained():
     setup, workdir = tiny.trained()
-    return setup, open_trained(setup, workdir, "align")
+    return setup, open_trained(Run(setup, workdir), "align")
 
 
 def make_model(trained, template="user_assistant", batch=8):

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from medmoe_jax.checkpoints.files import read_metrics
-from medmoe_jax.training.run import stage_dir
+from medmoe_jax.checkpoints.folders import StageFolder
 from tests import quick, several, tiny
 
 MEDMOE = f"""#!/usr/bin/env bash
@@ -28,7 +28,7 @@ def test_a_killed_process_and_the_end_of_the_run(launcher):
     local.env["MEDMOE_TESTS"] = str(quick.folder())
     workdir = local.folder / "w"
     begun = local.begin("resume", "--", "train", "--config=recipe.py", f"--workdir={workdir}")
-    metrics = stage_dir(workdir, "aggregate") / "metrics.jsonl"
+    metrics = StageFolder.of(workdir, "aggregate").metrics
     until = time.monotonic() + 600
     while several.lines(metrics) <= 4:
         assert begun.poll() is None and time.monotonic() < until, begun.communicate()
@@ -39,10 +39,8 @@ def test_a_killed_process_and_the_end_of_the_run(launcher):
     assert "worker 1 (local-1) was killed by signal 9" in said and "done after 2 starts" in said
     assert "continues after step" in printed
     for stage in ("aggregate", "align"):
-        ended, wanted = (stage_dir(w, stage) for w in (workdir, reference))
-        manifests = [json.loads((d / "manifest.json").read_text()) for d in (ended, wanted)]
+        ended, wanted = (StageFolder.of(w, stage) for w in (workdir, reference))
+        manifests = [json.loads(d.manifest.read_text()) for d in (ended, wanted)]
         assert manifests[0]["metrics"]["rows"] == manifests[1]["metrics"]["rows"]
-        hashes = [
-            [row["rows_hash"] for row in read_metrics(d / "metrics.jsonl")] for d in (ended, wanted)
-        ]
+        hashes = [[row["rows_hash"] for row in read_metrics(d.metrics)] for d in (ended, wanted)]
         assert hashes[0] == hashes[1]

@@ -12,9 +12,11 @@ from medmoe_jax.errors import UserError
 from medmoe_jax.parallel.topology import CHIPS, Topology
 from medmoe_jax.planning import programs
 from medmoe_jax.planning.programs import open_abstract, start
-from medmoe_jax.training import recipe
-from medmoe_jax.training.parts import make_optimiser, place, split
+from medmoe_jax.training import transitions
+from medmoe_jax.training.optimiser import make_optimiser, schedule
+from medmoe_jax.training.parts import first_state, split
 from medmoe_jax.training.setup import open_setup
+from medmoe_jax.training.stage import chain
 from tests import tiny
 
 HERE = Topology("here", CHIPS["v5e"], tuple(jax.devices()))
@@ -36,14 +38,14 @@ def test_a_step_is_planned_in_the_shapes_that_a_run_has(name):
     state, frozen, batch = programs.training(abstract, at).arguments
 
     roster, banks, base = {}, {}, setup.load_base()
-    for real in recipe.chain(setup.stages, name):
-        roster, banks, base = recipe.start(
-            real, roster, banks, base, setup.base.config, setup.place
+    for real in chain(setup.stages, name):
+        roster, banks, base = transitions.start(
+            real, roster, banks, base, setup.base.config, setup.shardings
         )
     assert at.roster == roster
-    optimiser = make_optimiser(real, recipe.schedule(real.config, tiny.STEPS))
+    optimiser = make_optimiser(real.config, schedule(real.config, tiny.STEPS))
     frozen_now, trainable = split(real, roster, banks, base)
-    want_state, want_frozen = place(setup, optimiser, trainable, frozen_now)
+    want_state, want_frozen = first_state(setup, optimiser, trainable, frozen_now)
     assert kinds(state) == kinds(want_state)
     assert kinds(frozen) == kinds(want_frozen)
     rows = setup.config.data.global_batch
@@ -102,7 +104,7 @@ def test_answering_programs_hold_whole_rows():
     ("fields", "message"),
     [
         ({"stages.order": ()}, "stages.order is empty"),
-        ({"data.length": 0}, "data.length: 0 is not between 1 and the base's 131072 positions"),
+        ({"data.length": 0}, "data.length: 0 is below 1"),
         ({"data.global_batch": 12}, "data.global_batch: 12 rows do not divide over 8 devices"),
         ({"run.mesh.data": 3}, "run.mesh"),
         ({"run.mesh.tensor": 8}, "run.mesh.tensor: 8 does not divide the 14 attention heads"),

@@ -15,19 +15,21 @@ from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.adapters.orthonormality import Orthonormality
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.checkpoints.files import read_metrics
+from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel.mesh import batch_sharding, make_mesh
 from medmoe_jax.parallel.rules import BANK_RULES, BASE_RULES, shardings, state_shardings
 from medmoe_jax.training import config as sections
 from medmoe_jax.training.allocation import AllocationState, allocating
-from medmoe_jax.training.parts import make_optimiser
-from medmoe_jax.training.recipe import schedule
-from medmoe_jax.training.run import open_trained, stage_dir, train
+from medmoe_jax.training.optimiser import make_optimiser, schedule
+from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import open_setup
 from medmoe_jax.training.step import Objective, TrainState, gradients, train_step
+from medmoe_jax.training.train import train
+from medmoe_jax.training.trained import open_trained
 from tests import naive, tiny
 from tests.crash import Stop, crash_in_batch
-from tests.training.test_step import CONFIG, stage_with, uneven_batch
+from tests.training.test_step import CONFIG, uneven_batch
 
 SKILL = BankSpec("skill", ("attn.o", "mlp.up"), 0, 2, rank=3, alpha=6.0, learned_scale=True)
 PLAIN = BankSpec("plain", ("attn.q", "mlp.up"), 1, 2, rank=2)
@@ -43,9 +45,8 @@ def make_step(execution=Execution(), accumulation=1):
     objective = Objective(
         AdaptedConfig(CONFIG, (SKILL, PLAIN), execution), (TERM,), (SKILL, PLAIN), accumulation
     )
-    optimiser = make_optimiser(
-        stage_with(**FIELDS), schedule(sections.stage(**FIELDS), STEPS), {"skill": PLAN}
-    )
+    section = sections.stage(**FIELDS)
+    optimiser = make_optimiser(section, schedule(section, STEPS), {"skill": PLAN})
     return objective, optimiser, jax.jit(functools.partial(train_step, objective, optimiser))
 
 
@@ -221,13 +222,13 @@ def skill_config(**fields):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("skill")
-    train(open_setup(skill_config()), workdir)
+    train(Run(open_setup(skill_config()), workdir))
     return workdir
 
 
 def lines(workdir):
     """The log, less what the machine's clock enters."""
-    rows = read_metrics(stage_dir(workdir, "learn") / "metrics.jsonl")
+    rows = read_metrics(StageFolder.of(workdir, "learn").metrics)
     return [{k: v for k, v in row.items() if "second" not in k and "wait" not in k} for row in rows]
 
 
@@ -247,8 +248,8 @@ def test_what_a_stage_leaves(finished, capsys):
     assert all(row["orthonormality/skill"] > 0 for row in rows)
     assert all(row["orthonormality/skill/gradient_norm"] > 0 for row in rows)
     assert logged[-1]["orthonormality/skill/largest"] >= rows[-1]["orthonormality/skill"]
-    banks = open_trained(open_setup(skill_config()), finished, "learn").banks
-    manifest = json.loads((stage_dir(finished, "learn") / "manifest.json").read_text())
+    banks = open_trained(Run(open_setup(skill_config()), finished), "learn").banks
+    manifest = json.loads(StageFolder.of(finished, "learn").manifest.read_text())
     ranks = manifest["metrics"]["ranks"]["skill"]
     assert set(ranks) == {"attn.v", "mlp.gate", "mlp.up", "mlp.down"}
     for site, by_layer in ranks.items():
@@ -262,14 +263,13 @@ def test_resume_bit_for_bit(finished, tmp_path, monkeypatch):
     for number in (8, 7):  # the first run dies at batch 8; the second, from 6 on, at batch 12
         with monkeypatch.context() as patch, pytest.raises(Stop):
             crash_in_batch(patch, number)
-            train(open_setup(skill_config()), tmp_path)
-    steps = stage_dir(tmp_path, "learn") / "steps"
+            train(Run(open_setup(skill_config()), tmp_path))
+    steps = StageFolder.of(tmp_path, "learn").steps
     assert {int(p.name) for p in steps.iterdir() if p.name.isdigit()} == {5, 10}
-    train(open_setup(skill_config()), tmp_path)
+    train(Run(open_setup(skill_config()), tmp_path))
     assert lines(tmp_path) == lines(finished)
-    banks = [
-        open_trained(open_setup(skill_config()), w, "learn").banks for w in (tmp_path, finished)
-    ]
+    setup = open_setup(skill_config())
+    banks = [open_trained(Run(setup, w), "learn").banks for w in (tmp_path, finished)]
     jax.tree.map(np.testing.assert_array_equal, *banks)
 
 
@@ -282,4 +282,4 @@ def test_a_run_too_short_for_its_phases(tmp_path):
     with pytest.raises(
         UserError, match=r"stages\.learn\.allocators\.ranks\.t_init: 500 \+ t_final"
     ):
-        train(setup, tmp_path)
+        train(Run(setup, tmp_path))

@@ -8,8 +8,9 @@ from safetensors.numpy import load_file, save_file
 
 from medmoe_jax.data import tokenizers
 from medmoe_jax.errors import UserError
-from medmoe_jax.training.run import train
+from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import open_setup
+from medmoe_jax.training.train import train
 from tests import tiny
 from tests.data.samples import texts
 
@@ -26,7 +27,7 @@ def refused(folder, match, **base):
     config.base.update({"path": str(folder), **base})
     workdir = folder.parent / "work"
     with pytest.raises(UserError, match=match) as caught:
-        train(open_setup(config), workdir)
+        train(Run(open_setup(config), workdir))
     assert not workdir.exists()
     return str(caught.value)
 

@@ -9,8 +9,9 @@ from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.cli.session import open_model
 from medmoe_jax.errors import UserError
 from medmoe_jax.training.config import source
-from medmoe_jax.training.run import train
+from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import open_setup
+from medmoe_jax.training.train import train
 from tests import tiny
 
 TABLE = "code,expert\nen,west\nde,west\nzh,east\n"
@@ -38,7 +39,8 @@ def config_of(tmp_path, **bank):
 
 def test_the_language_of_a_row_reaches_its_router(tmp_path):
     setup = open_setup(config_of(tmp_path, forcing="always"))
-    train(setup, tmp_path / "work")
+    run = Run(setup, tmp_path / "work")
+    train(run)
     stage = tmp_path / "work/stages/mixture"
     forced = read_metrics(stage / "metrics.jsonl")[-1]["router"]
     assert forced["experts/mlp"]["forced"][0] > 0.1
@@ -47,22 +49,21 @@ def test_the_language_of_a_row_reaches_its_router(tmp_path):
     assert Manifest.read(stage / "manifest.json").metrics["languages"] == {"rows": counts}
     # With one pick a token, an answer in a language uses that language's expert only.
     logs = {
-        code: open_model(setup, tmp_path / "work", language=code).score(["Is it?"], [" yes"])
+        code: open_model(run, language=code).score(["Is it?"], [" yes"])
         for code in ("en", "de", "zh")
     }
     assert logs["en"] == logs["de"] != logs["zh"]
     # Where none is given, each text's own is detected.
     prompts = ["Wozu dient Aspirin? Gegen Schmerzen.", "阿司匹林有什么用？"]
     given = {
-        code: open_model(setup, tmp_path / "work", language=code).score(prompts, [" yes"] * 2)
-        for code in ("de", "zh")
+        code: open_model(run, language=code).score(prompts, [" yes"] * 2) for code in ("de", "zh")
     }
-    detected = open_model(setup, tmp_path / "work").score(prompts, [" yes"] * 2)
+    detected = open_model(run).score(prompts, [" yes"] * 2)
     assert detected == [given["de"][0], given["zh"][1]] != given["de"]
     assert detected != given["zh"]
     # A language that joins a family later is answered by the banks as they are.
     (tmp_path / "table.csv").write_text(TABLE + "yo,west\n")
-    grown = open_model(open_setup(setup.config), tmp_path / "work", language="yo")
+    grown = open_model(Run(open_setup(setup.config), tmp_path / "work"), language="yo")
     assert grown.score(["Is it?"], [" yes"]) == logs["en"]
 
 
@@ -105,7 +106,7 @@ def test_a_row_in_a_language_without_an_expert(tmp_path):
     rows = [{"prompt": "a", "response": "b", "language": code} for code in ("en", "xx")]
     config.data.sources.rows.path = str(tiny.write_rows(tmp_path / "bad.jsonl", rows))
     with pytest.raises(UserError, match=r"data\.sources\.rows: .*bad\.jsonl: row 1 .*'xx'"):
-        train(open_setup(config), tmp_path / "work")
+        train(Run(open_setup(config), tmp_path / "work"))
     assert not (tmp_path / "work").exists()
 
 

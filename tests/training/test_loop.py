@@ -1,17 +1,21 @@
-"""The loop's order of work, with a step that only counts."""
+"""The loop's order of work, with a step that only counts, and what its hooks are told."""
 
 import json
 import math
-import time
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
-from medmoe_jax.checkpoints.files import MetricsLog, read_metrics
+from medmoe_jax.checkpoints.files import read_metrics
 from medmoe_jax.errors import Stopped, UserError
 from medmoe_jax.kernels.router_equations import RouterStats
 from medmoe_jax.training import loop as loop_lib
+from medmoe_jax.training.hooks.faults import Faults
+from medmoe_jax.training.hooks.figures import LearningRate, Measured, Routers
+from medmoe_jax.training.hooks.protocol import Hook
+from medmoe_jax.training.hooks.writers import MetricsFile
 from medmoe_jax.training.loop import Loop
 
 
@@ -29,17 +33,32 @@ class Stream:
         return {"at": self.at}
 
 
-class Board:
-    """Remembers what it is given."""
+class Watch(Hook):
+    """Writes down all that it is told."""
 
     def __init__(self):
-        self.scalars = []
+        self.told = []
+        self.metrics = []
 
-    def add_scalar(self, name, value, step):
-        self.scalars.append((name, float(value), step))
+    def on_start(self, progress):
+        self.told.append(("start", progress.step))
+
+    def on_step(self, progress):
+        self.told.append(("step", progress.step, progress.state))
+        return {}
+
+    def on_metrics(self, progress, record):
+        self.told.append(("metrics", record.step, progress.step))
+        self.metrics.append(record.metrics)
+
+    def on_save(self, progress):
+        self.told.append(("save", progress.step, progress.state))
+
+    def on_end(self, progress):
+        self.told.append(("end", progress.step))
 
 
-def make_loop(tmp_path, first=0, poison=None, **fields):
+def make_loop(tmp_path, first=0, poison=None, hooks=(), **fields):
     """A loop of seven steps whose state is the number of steps made, and the saves it makes."""
     saves = []
 
@@ -51,46 +70,158 @@ def make_loop(tmp_path, first=0, poison=None, **fields):
             metrics[poison[0]] = poison[2]
         return state + 1, metrics
 
-    fields = {"save": lambda state, extra: saves.append((state, extra)), **fields}
     loop = Loop(
         name="s",
         step_fn=step_fn,
         stream=Stream(first),
-        place=lambda batch: batch,
-        keep=lambda batch: f"kept {batch['tokens'][0]}",
-        log=MetricsLog(tmp_path / "m.jsonl", first),
-        board=Board(),
-        probe=lambda state: {"overlap": float(state)},
-        rate=lambda step: 0.1 * step,
-        first_layer={"noise": 4},
-        **{"steps": 7, "log_every": 2, "save_every": 3, "stop": lambda: False, **fields},
+        to_mesh=lambda batch: batch,
+        hooks=[
+            Faults(lambda batch: f"kept {batch['tokens'][0]}", {"noise": 4}),
+            LearningRate(lambda step: 0.1 * step),
+            Measured(2, lambda state: {"overlap": float(state)}),
+            Routers(2),
+            *hooks,
+            MetricsFile(tmp_path / "m.jsonl"),
+        ],
+        **{
+            "save": lambda *saved: saves.append(saved),
+            "steps": 7,
+            "save_every": 3,
+            "stop": lambda: False,
+            **fields,
+        },
     )
     return loop, saves
+
+
+def saved(*steps):
+    return [(n, n, {"data": {"at": n}}) for n in steps]
 
 
 def test_order_of_work(tmp_path):
     loop, saves = make_loop(tmp_path)
     assert loop_lib.run(loop, 0, "frozen", 0) == 7
-    assert saves == [(n, {"data": {"at": n}}) for n in (3, 6, 7)]
+    assert saves == saved(3, 6, 7)
     rows = read_metrics(tmp_path / "m.jsonl")
     assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6, 7]
     assert [r["loss"] for r in rows] == [1 / n for n in range(1, 8)]
     np.testing.assert_allclose([r["learning_rate"] for r in rows], [0.1 * n for n in range(7)])
     # The probe sees the state after the step whose line it stands in.
     assert {r["step"]: r["overlap"] for r in rows if "overlap" in r} == {2: 2, 4: 4, 6: 6, 7: 7}
-    assert {step for name, _, step in loop.board.scalars if name == "s/loss"} == {2, 4, 6, 7}
+    assert [r["step"] for r in rows if "router" in r] == [2, 4, 6, 7]
+    assert all(r["tokens_per_second"] > 0 for r in rows)
+
+
+def test_what_hooks_are_told(tmp_path):
+    """A step's metrics come one step later, or at once where the state is saved."""
+    watch = Watch()
+    loop, _ = make_loop(tmp_path, hooks=[watch], steps=4)
+    loop_lib.run(loop, 0, "frozen", 0)
+    assert watch.told == [
+        ("start", 0),
+        ("step", 1, 1),
+        ("metrics", 1, 2),
+        ("step", 2, 2),
+        ("metrics", 2, 3),
+        ("step", 3, 3),
+        ("metrics", 3, 3),
+        ("save", 3, 3),
+        ("step", 4, 4),
+        ("metrics", 4, 4),
+        ("save", 4, 4),
+        ("end", 4),
+    ]
+
+
+def test_a_hook_adds_to_the_metrics_that_those_after_it_see(tmp_path):
+    class Halved(Hook):
+        def on_metrics(self, progress, record):
+            record.metrics["half"] = record.metrics["loss"] / 2
+
+    watch = Watch()
+    loop, _ = make_loop(tmp_path, hooks=[Halved(), watch])
+    loop_lib.run(loop, 0, "frozen", 0)
+    halves = [1 / (2 * n) for n in range(1, 8)]
+    assert [m["half"] for m in watch.metrics] == halves
+    assert [r["half"] for r in read_metrics(tmp_path / "m.jsonl")] == halves
+
+
+class EndBelow(Hook):
+    """Ends the stage once the loss is low, by an event of its choice; knows it after a restart."""
+
+    def __init__(self, path, limit, event="on_metrics"):
+        self.path, self.limit = path, limit
+        if event == "on_step":
+            self.on_metrics = lambda progress, record: None
+            self.on_step = lambda progress: self.judge(progress, 1 / progress.step) or {}
+
+    def on_start(self, progress):
+        for row in read_metrics(self.path) if self.path.exists() else ():
+            if row["step"] <= progress.step:
+                self.judge(progress, row["loss"])
+
+    def on_metrics(self, progress, record):
+        self.judge(progress, record.metrics["loss"])
+
+    def judge(self, progress, loss):
+        if loss < self.limit:
+            progress.end()
+
+
+@pytest.mark.parametrize("event, last", [("on_metrics", 5), ("on_step", 4)])
+def test_a_hook_may_end_the_stage(tmp_path, event, last):
+    """After the step under way, with all that its last step has; a restart knows it at once."""
+    path = tmp_path / "m.jsonl"
+    loop, saves = make_loop(tmp_path, hooks=[EndBelow(path, 0.26, event)])
+    assert loop_lib.run(loop, 0, "frozen", 0) == last
+    assert saves == saved(3, last)
+    rows = read_metrics(path)
+    assert [r["step"] for r in rows] == [*range(1, last + 1)] and "router" in rows[-1]
+    loop, saves = make_loop(tmp_path, last, hooks=[EndBelow(path, 0.26, event)])
+    assert loop_lib.run(loop, last, "frozen", last) == last
+    assert not saves and read_metrics(path) == rows
+
+
+def test_every_hook_that_was_started_is_ended(tmp_path):
+    class Bad(Hook):
+        def on_start(self, progress):
+            raise OSError("no space")
+
+    first, second = Watch(), Watch()
+    loop, _ = make_loop(tmp_path, hooks=[first, Bad(), second])
+    with pytest.raises(OSError, match="no space"):
+        loop_lib.run(loop, 0, "frozen", 0)
+    assert first.told == [("start", 0), ("end", 0)] and second.told == []
+    loop, _ = make_loop(tmp_path, hooks=[first], poison=("loss", 0, math.nan))
+    with pytest.raises(UserError):
+        loop_lib.run(loop, 0, "frozen", 0)
+    assert first.told[-1] == ("end", 2)
+
+
+def test_a_step_moves_nothing_between_host_and_devices(tmp_path):
+    """The transfer guard is on while a step is dispatched, and off for the hooks."""
+    loop, _ = make_loop(tmp_path)
+    step_fn, add = loop.step_fn, jax.jit(lambda x: x + 1)
+    add(np.ones(3))  # compiled
+
+    def moving(*arguments):
+        add(np.ones(3))
+        return step_fn(*arguments)
+
+    loop.step_fn = moving
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        loop_lib.run(loop, 0, "frozen", 0)
 
 
 def test_lines_are_written_before_the_save_that_vouches_for_them(tmp_path):
-    loop, _ = make_loop(tmp_path)
-    synced, seen, sync = [], [], loop.log.sync
+    synced, seen = [], []
+    loop, _ = make_loop(tmp_path, save=lambda step, *_: seen.append((step, synced[-1])))
 
-    def watched_sync():
-        sync()
-        synced.append(len((tmp_path / "m.jsonl").read_text().splitlines()))
+    class Synced(Hook):
+        def on_save(self, progress):
+            synced.append(len((tmp_path / "m.jsonl").read_text().splitlines()))
 
-    loop.log.sync = watched_sync
-    loop.save = lambda state, extra: seen.append((state, synced[-1]))
+    loop.hooks.append(Synced())
     loop_lib.run(loop, 0, "frozen", 0)
     assert seen == [(3, 3), (6, 6), (7, 7)]
 
@@ -98,7 +229,7 @@ def test_lines_are_written_before_the_save_that_vouches_for_them(tmp_path):
 def test_it_continues_after_the_first_steps(tmp_path):
     loop, saves = make_loop(tmp_path, first=6)
     assert loop_lib.run(loop, 6, "frozen", 6) == 7
-    assert [n for n, _ in saves] == [7]
+    assert saves == saved(7)
     loop, saves = make_loop(tmp_path, first=7)
     assert loop_lib.run(loop, 7, "frozen", 7) == 7 and saves == []
 
@@ -111,7 +242,7 @@ def test_what_is_not_finite_stops_the_run_before_a_save(tmp_path, name, value):
     message = rf"stage 's', step 6: {name} is (nan|inf); lower learning.*kept in kept 6\."
     with pytest.raises(UserError, match=message):
         loop_lib.run(loop, 0, "frozen", 0)
-    assert [n for n, _ in saves] == [3]
+    assert saves == saved(3)
     lines = (tmp_path / "m.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
 
@@ -132,7 +263,7 @@ def test_logits_that_are_not_finite_name_their_router(tmp_path):
     message = "stage 's', step 6: layer 5, mlp.up: the logits of bank 'noise'"
     with pytest.raises(UserError, match=message):
         loop_lib.run(loop, 0, "frozen", 0)
-    assert [n for n, _ in saves] == [3]
+    assert saves == saved(3)
 
 
 def test_a_stop_saves_after_that_step(tmp_path):
@@ -140,24 +271,25 @@ def test_a_stop_saves_after_that_step(tmp_path):
     loop, saves = make_loop(tmp_path, stop=lambda: next(asked))
     with pytest.raises(Stopped, match="stage 's' was asked to stop and is saved at step 4"):
         loop_lib.run(loop, 0, "frozen", 0)
-    assert saves == [(n, {"data": {"at": n}}) for n in (3, 4)]
+    assert saves == saved(3, 4)
     assert [row["step"] for row in read_metrics(tmp_path / "m.jsonl")] == [1, 2, 3, 4]
 
 
-def test_the_time_that_a_step_waited_for_its_batch_is_logged(tmp_path):
-    loop, _ = make_loop(tmp_path)
-    real = loop.stream.__class__.__next__
+def test_the_time_that_a_step_waited_for_its_batch_is_logged(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(loop_lib, "time", SimpleNamespace(monotonic=lambda: now))
 
     class Slow(Stream):
         def __next__(self):
-            if self.at == 4:
-                time.sleep(0.05)
-            return real(self)
+            nonlocal now
+            now += 3.0 * (self.at == 4)
+            return super().__next__()
 
+    loop, _ = make_loop(tmp_path)
     loop.stream = Slow()
     loop_lib.run(loop, 0, "frozen", 0)
     waits = [row["data_wait"] for row in read_metrics(tmp_path / "m.jsonl")]
-    assert waits[4] >= 0.05 > max(waits[:4] + waits[5:])
+    assert waits == [0, 0, 0, 0, 3.0, 0, 0]
 
 
 def test_tokens_a_second_are_of_the_step_that_ends(tmp_path, monkeypatch):
@@ -175,7 +307,7 @@ def test_tokens_a_second_are_of_the_step_that_ends(tmp_path, monkeypatch):
         nonlocal now
         now += 3.0
 
-    loop, _ = make_loop(tmp_path, save=save, log_every=1)
+    loop, _ = make_loop(tmp_path, save=save)
     step_fn = loop.step_fn
 
     def slow(*arguments):
@@ -184,7 +316,7 @@ def test_tokens_a_second_are_of_the_step_that_ends(tmp_path, monkeypatch):
 
     loop.step_fn = slow
     loop_lib.run(loop, 0, "frozen", 0)
-    rates = [v for name, v, _ in loop.board.scalars if name == "s/tokens_per_second"]
+    rates = [row["tokens_per_second"] for row in read_metrics(tmp_path / "m.jsonl")]
     # Five tokens in two seconds; steps 4 and 7 come after a save.
     assert rates == [2.5, 2.5, 2.5, 1.0, 2.5, 2.5, 1.0]
 

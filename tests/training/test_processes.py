@@ -9,9 +9,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from medmoe_jax.checkpoints.files import read_metrics
+from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.cli.main import main
-from medmoe_jax.training.run import stage_dir, train
+from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import open_setup
+from medmoe_jax.training.train import train
 from tests import several, tiny
 from tests.several import Several
 
@@ -30,15 +32,13 @@ def config(tmp_path):
 def assert_near(workdir, reference):
     """The same rows and masks at every step, and losses that differ by rounding alone."""
     for name in STAGES:
-        rows, wanted = (
-            read_metrics(stage_dir(w, name) / "metrics.jsonl") for w in (workdir, reference)
-        )
+        rows, wanted = (read_metrics(StageFolder.of(w, name).metrics) for w in (workdir, reference))
         assert [[r[k] for k in COUNTED] for r in rows] == [[r[k] for k in COUNTED] for r in wanted]
         losses, right = ([r["loss"] for r in rows] for rows in (rows, wanted))
         np.testing.assert_allclose(losses[0], right[0], rtol=1e-5)
         np.testing.assert_allclose(losses, right, rtol=1e-3)
         counts = [
-            json.loads((stage_dir(w, name) / "manifest.json").read_text())["metrics"]["rows"]
+            json.loads(StageFolder.of(w, name).manifest.read_text())["metrics"]["rows"]
             for w in (workdir, reference)
         ]
         assert counts[0] == counts[1]
@@ -49,9 +49,9 @@ def test_a_run_that_loses_a_process_and_is_asked_to_stop(tmp_path, config):
     _, reference = tiny.trained()
     workdir = tmp_path / "w"
     command = ["train", config, f"--workdir={workdir}"]
-    steps, metrics = (stage_dir(workdir, "aggregate") / name for name in ("steps", "metrics.jsonl"))
+    folder = StageFolder.of(workdir, "aggregate")
     with Several(tmp_path, [command] * 2) as both:
-        both.wait_for((steps / "4" / "SEAL.json").exists)
+        both.wait_for((folder.steps / "4" / "SEAL.json").exists)
         both.running[1].kill()
         assert both.statuses() == [69, -signal.SIGKILL]
         assert "error: process 1 of 2 is gone; what was saved is intact" in both.printed(0)
@@ -62,10 +62,10 @@ def test_a_run_that_loses_a_process_and_is_asked_to_stop(tmp_path, config):
         both.running[1].send_signal(signal.SIGTERM)
         assert both.statuses() == [75, 75]
         assert "was asked to stop and is saved at step" in both.printed(0)
-    stopped = read_metrics(metrics)[-1]["step"]
-    assert (steps / str(stopped) / "SEAL.json").exists()
-    assert not (stage_dir(workdir, "align") / "manifest.json").exists()
-    train(open_setup(tiny.medcare_config()), workdir)
+    stopped = read_metrics(folder.metrics)[-1]["step"]
+    assert (folder.steps / str(stopped) / "SEAL.json").exists()
+    assert not StageFolder.of(workdir, "align").manifest.exists()
+    train(Run(open_setup(tiny.medcare_config()), workdir))
     assert_near(workdir, reference)
 
 
@@ -138,7 +138,7 @@ def test_training_and_every_command_after_it(tmp_path, config, sizes):
 
 AGREE = """
 import os, sys
-from medmoe_jax.checkpoints import processes as agreement
+from medmoe_jax.checkpoints import agreement
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel import processes
 agreement._VISIBLE = 0.5

@@ -8,11 +8,13 @@ import pytest
 from medmoe_jax.adapters import lifecycle
 from medmoe_jax.base import quantised
 from medmoe_jax.base.quantised import Quantised
+from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.checkpoints.manifest import Manifest
-from medmoe_jax.checkpoints.stages import MANIFEST
 from medmoe_jax.errors import UserError
-from medmoe_jax.training.run import Trained, open_trained, stage_dir, train
+from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import open_setup
+from medmoe_jax.training.train import train
+from medmoe_jax.training.trained import Trained, open_trained
 from tests import naive, tiny
 from tests.training.test_run import BATCH, run_logits
 
@@ -30,22 +32,22 @@ def config_of(kind="nf4"):
 def done(tmp_path_factory):
     setup = open_setup(config_of())
     workdir = tmp_path_factory.mktemp("quantised")
-    train(setup, workdir)
+    train(Run(setup, workdir))
     return setup, workdir
 
 
 def test_a_merged_bank_stays_beside_the_base(done):
     setup, workdir = done
-    last = open_trained(setup, workdir, "align")
+    last = open_trained(Run(setup, workdir), "align")
     spec, state = last.roster["attention"]
     assert (state, spec.dropout) == ("frozen", 0.0)
-    manifest = Manifest.read(stage_dir(workdir, "align") / MANIFEST)
+    manifest = Manifest.read(StageFolder.of(workdir, "align").manifest)
     assert {"op": "merge", "bank": "attention"} in manifest.operations
     assert manifest.banks["attention"].state == "frozen"
     loaded = setup.load_base()
     assert isinstance(last.base["layers"]["attn"]["q"]["kernel"], Quantised)
     jax.tree.map(np.testing.assert_array_equal, last.base, loaded)
-    first = open_trained(setup, workdir, "aggregate").banks
+    first = open_trained(Run(setup, workdir), "aggregate").banks
     jax.tree.map(np.testing.assert_array_equal, last.banks["attention"], first["attention"])
     assert np.abs(first["attention"]["attn.q"]["lora_b"]).max() > 1e-3
 
@@ -53,7 +55,7 @@ def test_a_merged_bank_stays_beside_the_base(done):
 def test_the_model_is_the_one_whose_banks_fold(done):
     """With banks at large random values, and no bank to spare."""
     setup, workdir = done
-    roster = open_trained(setup, workdir, "align").roster
+    roster = open_trained(Run(setup, workdir), "align").roster
     specs = [spec for spec, _ in roster.values()]
     assert {spec.name for spec in specs} == {"attention", "knowledge", "alignment"}
     base, banks = setup.load_base(), naive.random_banks(specs, setup.base.config)
@@ -75,9 +77,9 @@ def test_the_model_is_the_one_whose_banks_fold(done):
 def test_another_base_dtype_is_another_base(done):
     _, workdir = done
     with pytest.raises(UserError, match=r"base\.quantise: 'nf4' then, 'int8' now"):
-        train(open_setup(config_of("int8")), workdir)
+        train(Run(open_setup(config_of("int8")), workdir))
     with pytest.raises(UserError, match=r"trained on another base .* base\.quantise"):
-        open_trained(open_setup(config_of("")), workdir, "align")
+        open_trained(Run(open_setup(config_of("")), workdir), "align")
 
 
 def test_quantised_leaves_cannot_be_trained():

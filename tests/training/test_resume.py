@@ -15,11 +15,14 @@ import pytest
 
 from medmoe_jax.checkpoints import stages as store
 from medmoe_jax.checkpoints.files import read_metrics
+from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.data.batches import BatchStream
 from medmoe_jax.errors import Stopped
 from medmoe_jax.parallel.processes import Notice
-from medmoe_jax.training.run import open_trained, stage_dir, train
+from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import open_setup
+from medmoe_jax.training.train import train
+from medmoe_jax.training.trained import open_trained
 from tests import tiny
 from tests.crash import Stop, crash_in_batch
 
@@ -29,7 +32,7 @@ CURVE = ("step", "loss", "gradient_norm", "target_tokens", "tokens", "learning_r
 
 
 def curve(workdir, name):
-    rows = read_metrics(stage_dir(workdir, name) / "metrics.jsonl")
+    rows = read_metrics(StageFolder.of(workdir, name).metrics)
     return [[row[key] for key in CURVE] for row in rows]
 
 
@@ -39,25 +42,25 @@ def assert_same_run(workdir, reference):
     for name in STAGES:
         assert curve(workdir, name) == curve(reference, name)
         counts = [
-            json.loads((stage_dir(w, name) / "manifest.json").read_text())["metrics"]["rows"]
+            json.loads((StageFolder.of(w, name).manifest).read_text())["metrics"]["rows"]
             for w in (workdir, reference)
         ]
         assert counts[0] == counts[1]
-        models = [open_trained(setup, w, name) for w in (workdir, reference)]
+        models = [open_trained(Run(setup, w), name) for w in (workdir, reference)]
         for part in ("banks", "base"):
             jax.tree.map(np.testing.assert_array_equal, *(getattr(m, part) for m in models))
 
 
 def disturb_save(monkeypatch, step, action):
     """Do something while the checkpoint of a step is being written."""
-    real = store._seal
+    real = store.seal
 
     def seal(path):
         if path.name == str(step):
             action()
         real(path)
 
-    monkeypatch.setattr(store, "_seal", seal)
+    monkeypatch.setattr(store, "seal", seal)
 
 
 def disk_full():
@@ -80,7 +83,7 @@ def control_c(monkeypatch, step, number):
 
 
 def steps_on_disk(workdir, name):
-    folder = stage_dir(workdir, name) / "steps"
+    folder = StageFolder.of(workdir, name).steps
     return sorted(int(p.parent.name) for p in folder.glob("*/SEAL.json"))
 
 
@@ -94,7 +97,7 @@ def test_a_run_stopped_four_times(tmp_path, monkeypatch, capsys):
         with monkeypatch.context() as patch, pytest.raises(error) as caught:
             for disturb, arguments in kind.items():
                 disturbances[disturb](patch, *arguments)
-            train(open_setup(tiny.medcare_config()), tmp_path)
+            train(Run(open_setup(tiny.medcare_config()), tmp_path))
         capsys.readouterr()
         return str(caught.value)
 
@@ -105,11 +108,11 @@ def test_a_run_stopped_four_times(tmp_path, monkeypatch, capsys):
     message = attempt(store.CheckpointError, save=(12, disk_full))
     assert "No space left on device" in message and "Earlier checkpoints are intact" in message
     assert 8 in steps_on_disk(tmp_path, "aggregate")
-    assert not (stage_dir(tmp_path, "aggregate") / "manifest.json").exists()
+    assert not (StageFolder.of(tmp_path, "aggregate").manifest).exists()
     attempt(Stop, crash=(4 + 6,))  # four are left of stage 1
-    assert (stage_dir(tmp_path, "aggregate") / "manifest.json").exists()
+    assert (StageFolder.of(tmp_path, "aggregate").manifest).exists()
     assert steps_on_disk(tmp_path, "align") == [4]
-    train(open_setup(tiny.medcare_config()), tmp_path)
+    train(Run(open_setup(tiny.medcare_config()), tmp_path))
     assert "stage 'align' continues after step 4 of 12" in capsys.readouterr().err
     assert_same_run(tmp_path, reference)
 
@@ -131,45 +134,52 @@ def test_a_notice_then_storage_that_is_slow_and_lost(tmp_path, monkeypatch):
         with pytest.raises(
             Stopped, match="stage 'aggregate' was asked to stop and is saved at step 6"
         ):
-            train(open_setup(tiny.medcare_config()), tmp_path, stop=notice)
+            train(Run(open_setup(tiny.medcare_config()), tmp_path), stop=notice)
     assert steps_on_disk(tmp_path, "aggregate") == [4, 6]
-    steps, elsewhere = stage_dir(tmp_path, "aggregate") / "steps", tmp_path / "elsewhere"
+    steps, elsewhere = StageFolder.of(tmp_path, "aggregate").steps, tmp_path / "elsewhere"
     with monkeypatch.context() as patch:
         disturb_save(patch, 8, lambda: steps.rename(elsewhere))
         with pytest.raises(store.CheckpointError, match=r"step 8 could not be written.*8 is gone"):
-            train(open_setup(tiny.medcare_config()), tmp_path)
+            train(Run(open_setup(tiny.medcare_config()), tmp_path))
     shutil.rmtree(steps, ignore_errors=True)
     elsewhere.rename(steps)
-    train(open_setup(tiny.medcare_config()), tmp_path)
+    train(Run(open_setup(tiny.medcare_config()), tmp_path))
     assert_same_run(tmp_path, reference)
 
 
 def test_two_undisturbed_runs_are_equal(tmp_path):
-    """The control: without it the tests above would compare luck."""
+    """The control: without it the tests above would compare luck. One of them is traced."""
     _, reference = tiny.trained()
-    train(open_setup(tiny.medcare_config()), tmp_path)
+    config = tiny.medcare_config()
+    config.run.profile = (2, 3)
+    train(Run(open_setup(config), tmp_path))
     assert_same_run(tmp_path, reference)
+    for name in STAGES:
+        trace = "profile/plugins/profile/*/*.xplane.pb"
+        assert len(list(StageFolder.of(tmp_path, name).path.glob(trace))) == 1
+        assert not StageFolder.of(reference, name).profile.exists()
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, monkeypatch):
     _, reference = tiny.trained()
     with monkeypatch.context() as patch, pytest.raises(Stop):
         crash_in_batch(patch, 10)
-        train(open_setup(tiny.medcare_config()), tmp_path)
+        train(Run(open_setup(tiny.medcare_config()), tmp_path))
     assert steps_on_disk(tmp_path, "aggregate") == [4, 8]
-    newest = stage_dir(tmp_path, "aggregate") / "steps" / "8"
+    newest = StageFolder.of(tmp_path, "aggregate").steps / "8"
     largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-3])
-    train(open_setup(tiny.medcare_config()), tmp_path)
+    train(Run(open_setup(tiny.medcare_config()), tmp_path))
     assert_same_run(tmp_path, reference)
 
 
 CHILD = """
 from tests import tiny
-from medmoe_jax.training.run import train
+from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import open_setup
+from medmoe_jax.training.train import train
 import sys
-train(open_setup(tiny.medcare_config()), sys.argv[1])
+train(Run(open_setup(tiny.medcare_config()), sys.argv[1]))
 """
 
 
@@ -196,11 +206,11 @@ def test_killed_in_the_middle_of_each_stage(tmp_path):
             time.sleep(0.005)
         child.send_signal(signal.SIGKILL)
         child.wait()
-        assert not (stage_dir(workdir, name) / "manifest.json").exists()
+        assert not (StageFolder.of(workdir, name).manifest).exists()
         assert steps_on_disk(workdir, name)[-1] < tiny.STEPS
         shutil.copytree(workdir, tmp_path / name)
     child = start_child(workdir)
     assert child.wait(timeout=600) == 0, child.stderr.read()
     assert_same_run(workdir, reference)
-    train(open_setup(tiny.medcare_config()), tmp_path / "aggregate")
+    train(Run(open_setup(tiny.medcare_config()), tmp_path / "aggregate"))
     assert_same_run(tmp_path / "aggregate", reference)

@@ -14,13 +14,15 @@ from medmoe_jax.base import decoder
 from medmoe_jax.base.loss import logits
 from medmoe_jax.checkpoints import stages as store
 from medmoe_jax.checkpoints.files import read_metrics
+from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.data import tokenizers
 from medmoe_jax.errors import UserError
-from medmoe_jax.training import run as run_lib
 from medmoe_jax.training.config import source
-from medmoe_jax.training.run import last_finished, open_trained, stage_dir, train
+from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import open_setup
+from medmoe_jax.training.train import train
+from medmoe_jax.training.trained import Trained, open_trained
 from tests import naive, tiny
 
 STAGES = ("aggregate", "align")
@@ -50,16 +52,16 @@ def run_logits(setup, trained, roster=None, banks=None):
 def test_loss_falls_and_every_step_has_a_line(done):
     _, workdir = done
     for name in STAGES:
-        rows = read_metrics(stage_dir(workdir, name) / "metrics.jsonl")
+        rows = read_metrics(StageFolder.of(workdir, name).metrics)
         assert [r["step"] for r in rows] == list(range(1, tiny.STEPS + 1))
         assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
         assert all(r["target_tokens"] > 0 and np.isfinite(r["gradient_norm"]) for r in rows)
-    noise = [r["router"] for r in read_metrics(stage_dir(workdir, STAGES[0]) / "metrics.jsonl")
+    noise = [r["router"] for r in read_metrics(StageFolder.of(workdir, STAGES[0]).metrics)
              if r.get("router")]  # fmt: skip
     assert len(noise) == tiny.STEPS // 2
     assert set(noise[0]) == {"noise/mlp.gate", "noise/mlp.up", "noise/mlp.down"}
     np.testing.assert_allclose(np.sum(noise[0]["noise/mlp.up"]["use"], axis=1), 1.0, rtol=1e-4)
-    last = read_metrics(stage_dir(workdir, "align") / "metrics.jsonl")
+    last = read_metrics(StageFolder.of(workdir, "align").metrics)
     assert (
         last[-1]["orthogonality/alignment-knowledge"] < last[0]["orthogonality/alignment-knowledge"]
     )
@@ -69,7 +71,7 @@ def test_loss_falls_and_every_step_has_a_line(done):
 
 def test_manifests(done):
     setup, workdir = done
-    first, second = (Manifest.read(stage_dir(workdir, s) / "manifest.json") for s in STAGES)
+    first, second = (Manifest.read(StageFolder.of(workdir, s).manifest) for s in STAGES)
     assert (first.stage, first.after, first.steps) == ("aggregate", "", tiny.STEPS)
     assert {k: b.state for k, b in first.banks.items()} == dict.fromkeys(
         ("attention", "noise", "knowledge"), "train"
@@ -99,31 +101,31 @@ def test_the_replayed_model_is_the_one_in_memory(done, tmp_path):
     """What `evaluate` is given at a stage's end equals what is rebuilt from disk, bit for bit."""
     setup, workdir = done
     shutil.copytree(workdir, tmp_path / "w")
-    (stage_dir(tmp_path / "w", "align") / "manifest.json").unlink()
-    shutil.rmtree(stage_dir(tmp_path / "w", "align") / "final")
+    StageFolder.of(tmp_path / "w", "align").manifest.unlink()
+    shutil.rmtree(StageFolder.of(tmp_path / "w", "align").final)
     seen = []
 
     def look(trained):
         seen.append((trained, run_logits(setup, trained)))
         return {"task": {"score": 1.0}}
 
-    train(setup, tmp_path / "w", look)
+    train(Run(setup, tmp_path / "w"), look)
     ((in_memory, want),) = seen
-    again = open_trained(setup, tmp_path / "w", "align")
+    again = open_trained(Run(setup, tmp_path / "w"), "align")
     for name in ("banks", "base"):
         jax.tree.map(np.testing.assert_array_equal, getattr(again, name), getattr(in_memory, name))
     assert again.roster == in_memory.roster
     np.testing.assert_array_equal(run_logits(setup, again), want)
-    manifest = Manifest.read(stage_dir(tmp_path / "w", "align") / "manifest.json")
+    manifest = Manifest.read(StageFolder.of(tmp_path / "w", "align").manifest)
     assert manifest.metrics["evaluation"] == {"task": {"score": 1.0}}
-    assert last_finished(setup, tmp_path / "w") == "align"
+    assert Run(setup, tmp_path / "w").last_finished() == "align"
 
 
 def test_stage_two_is_what_the_recipe_says(done):
     """From the files alone: attention merged, noise gone, knowledge as stage 1 left it."""
     setup, workdir = done
-    first = open_trained(setup, workdir, "aggregate")
-    second = open_trained(setup, workdir, "align")
+    first = open_trained(Run(setup, workdir), "aggregate")
+    second = open_trained(Run(setup, workdir), "align")
     original = jax.device_get(setup.load_base())
     assert set(second.banks) == {"attention", "knowledge", "alignment"}
     for name in ("attention", "knowledge"):
@@ -157,15 +159,15 @@ def test_stage_two_is_what_the_recipe_says(done):
 def test_a_folded_model_is_the_staged_one(done):
     """With banks at large random values, and no bank to spare."""
     setup, workdir = done
-    staged = open_trained(setup, workdir, "align")
+    staged = open_trained(Run(setup, workdir), "align")
     roster = {k: (spec, "train") for k, (spec, _) in staged.roster.items()}
     specs = [spec for spec, _ in roster.values()]
     banks = naive.random_banks(specs, setup.base.config)
     base = setup.load_base()
-    plain = run_lib.Trained("", roster, banks, base)
+    plain = Trained("", roster, banks, base)
     want = run_logits(setup, plain)[..., :300]
     half, merged = lifecycle.merge(roster, banks, base, "attention")
-    folded = run_lib.Trained("", {}, {}, lifecycle.fold(half, banks, merged))
+    folded = Trained("", {}, {}, lifecycle.fold(half, banks, merged))
     assert naive.rel(run_logits(setup, folded)[..., :300], want) < 1e-5
     for name in roster:
         rest = {k: v for k, v in roster.items() if k != name}
@@ -175,7 +177,7 @@ def test_a_folded_model_is_the_staged_one(done):
 def test_a_rerun_skips_finished_stages(done, capsys):
     setup, workdir = done
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
-    train(setup, workdir, lambda trained: pytest.fail("nothing is left to evaluate"))
+    train(Run(setup, workdir), lambda trained: pytest.fail("nothing is left to evaluate"))
     text = capsys.readouterr().err
     assert all(f"stage '{s}' is finished: skipped" in text for s in STAGES)
     assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
@@ -187,7 +189,7 @@ def test_fields_of_run_may_change(done):
     changes = {"log_every": 7, "remat": "full", "save_every": 3, "keep": 5, "accumulation": 1}
     config.run.update(changes)
     config.run.mesh.data = 2
-    train(open_setup(config), workdir)
+    train(Run(open_setup(config), workdir))
 
 
 def other_tokenizer(config, tmp_path):
@@ -233,13 +235,13 @@ def test_another_recipe_in_the_same_folder(done, tmp_path, change, words):
     config = tiny.medcare_config()
     change(config, tmp_path)
     with pytest.raises(UserError, match=f"{words}.*Use another workdir"):
-        train(open_setup(config), workdir)
+        train(Run(open_setup(config), workdir))
 
 
 def test_data_count_by_content_not_by_path(done, tmp_path):
     config = tiny.medcare_config()
     same_data_elsewhere(config, tmp_path)
-    train(open_setup(config), done[1])
+    train(Run(open_setup(config), done[1]))
 
 
 @pytest.mark.parametrize(
@@ -260,21 +262,21 @@ def test_a_model_is_not_opened_with_another_recipe(done, tmp_path, change, words
     config = tiny.medcare_config()
     change(config, tmp_path)
     with pytest.raises(UserError, match=words):
-        open_trained(open_setup(config), done[1], "align")
+        open_trained(Run(open_setup(config), done[1]), "align")
 
 
 def test_a_model_may_be_opened_with_another_schedule(done):
     config = tiny.medcare_config()
     config.stages.align.learning_rate = 1.0
-    assert open_trained(open_setup(config), done[1], "align").stage == "align"
+    assert open_trained(Run(open_setup(config), done[1]), "align").stage == "align"
 
 
 def test_an_unfinished_stage_is_not_opened(done, tmp_path):
     setup, _ = done
     with pytest.raises(UserError, match=r"stage 'aggregate' is not finished in .*medmoe train"):
-        open_trained(setup, tmp_path, "align")
-    assert last_finished(setup, tmp_path) == ""
-    assert open_trained(setup, tmp_path, "").banks == {}
+        open_trained(Run(setup, tmp_path), "align")
+    assert Run(setup, tmp_path).last_finished() == ""
+    assert open_trained(Run(setup, tmp_path), "").banks == {}
 
 
 def test_too_few_rows_for_the_shards(tmp_path):
@@ -282,7 +284,7 @@ def test_too_few_rows_for_the_shards(tmp_path):
     few = tiny.write_rows(tmp_path / "few.jsonl", tiny.alignment_rows()[:3])
     config.data.sources.alignment = source(str(few))
     with pytest.raises(UserError, match="'alignment' has 3 rows, fewer than the 4 data shards"):
-        train(open_setup(config), tmp_path / "w")
+        train(Run(open_setup(config), tmp_path / "w"))
     assert not (tmp_path / "w").exists()
 
 
@@ -291,7 +293,7 @@ def test_every_source_is_looked_for_before_the_first_stage(tmp_path):
     config.stages.aggregate.mixture = {"knowledge": 1.0}
     config.data.sources.alignment.path = "nowhere.jsonl"
     with pytest.raises(UserError, match=r"data\.sources\.alignment\.path: .*'nowhere\.jsonl'"):
-        train(open_setup(config), tmp_path / "w")
+        train(Run(open_setup(config), tmp_path / "w"))
     assert not (tmp_path / "w").exists()
 
 
@@ -299,24 +301,24 @@ def test_a_batch_that_does_not_divide(tmp_path):
     config = tiny.medcare_config()
     config.run.accumulation = 3
     with pytest.raises(UserError, match=r"data\.global_batch: 8 rows do not divide over 8 devices"):
-        train(open_setup(config), tmp_path / "w")
+        train(Run(open_setup(config), tmp_path / "w"))
 
 
 def test_a_damaged_end_is_not_loaded(done, tmp_path):
     setup, workdir = done
     shutil.copytree(workdir, tmp_path / "w")
-    final = stage_dir(tmp_path / "w", "aggregate") / "final"
+    final = StageFolder.of(tmp_path / "w", "aggregate").final
     largest = max((p for p in final.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
     with pytest.raises(store.CheckpointError, match="final"):
-        open_trained(setup, tmp_path / "w", "align")
+        open_trained(Run(setup, tmp_path / "w"), "align")
 
 
 def test_recipe_files_say_what_was_run(done):
     setup, workdir = done
-    recipe = json.loads((stage_dir(workdir, "align") / "recipe.json").read_text())["recipe"]
+    recipe = json.loads(StageFolder.of(workdir, "align").recipe.read_text())["recipe"]
     assert recipe["stage"]["after"] == "aggregate"
     assert recipe["data"]["tokenizer"] == setup.tokenizer.digest
     assert str(tiny.folder()) not in json.dumps(recipe)

@@ -7,14 +7,16 @@ import pytest
 
 from configs import sa_mdkif
 from medmoe_jax.base.presets import preset
+from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.data.encode import Encoder
 from medmoe_jax.data.rows import parse_row
 from medmoe_jax.errors import UserError
 from medmoe_jax.training.fit import fit_stage
 from medmoe_jax.training.recipe import parse
-from medmoe_jax.training.run import open_trained, stage_dir
+from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import open_setup
+from medmoe_jax.training.trained import open_trained
 from tests import naive, skills, tiny
 
 NAMES = tuple(skills.table())
@@ -55,7 +57,7 @@ def test_twelve_skills_each_alone_then_one_gate():
         assert len(bank.sites) == 7 and (bank.start, bank.stop) == (0, decoder.n_layers)
         assert stage.after == (before[-1] if before else "")
         assert dict(stage.states) == ({before[-1]: "off"} if before else {})
-        assert [t.name for t in stage.terms] == [f"orthonormality/{stage.name}"]
+        assert [t.name for t in stage.regularisers] == [f"orthonormality/{stage.name}"]
         (ranks,) = stage.allocators.values()
         assert ranks.target_rank < bank.rank and ranks.bank == bank.name
         for name in stage.mixture:
@@ -65,7 +67,7 @@ def test_twelve_skills_each_alone_then_one_gate():
     assert task.after == learned[-1].name and not task.added and not task.states
     ((of, gate),) = task.stack.values()
     assert of == tuple(sa_mdkif.SKILLS) and gate["gate"] == "skill"
-    assert [t.name for t in task.terms] == ["sparsity/skills"]
+    assert [t.name for t in task.regularisers] == ["sparsity/skills"]
 
 
 @pytest.mark.parametrize("gate", sa_mdkif.GATES)
@@ -79,7 +81,7 @@ def test_every_gate_and_task(gate):
     assert fields["mix_per_layer"] == gate.startswith("per_layer")
     assert fields["mix_softmax"] == gate.endswith("softmax")
     assert fields["gate"] == ("token" if gate == "token" else "skill")
-    assert bool(coding.terms) == (gate in ("global", "per_layer"))
+    assert bool(coding.regularisers) == (gate in ("global", "per_layer"))
 
 
 def test_the_skills_alone():
@@ -122,7 +124,7 @@ def test_sparsity_of_weights_that_sum_to_one():
 
 def naive_loss(setup, workdir, rows, weights, penalty):
     """Mean −log p a target, every skill's own bank beside the base with its Λ times its weight."""
-    trained = open_trained(setup, workdir, NAMES[-1])
+    trained = open_trained(Run(setup, workdir), NAMES[-1])
     weights_LxE = np.broadcast_to(weights, (setup.base.config.n_layers, len(NAMES)))
     banks = naive.f64({name: trained.banks[name] for name in NAMES})
     for e, name in enumerate(NAMES):
@@ -165,7 +167,7 @@ def test_what_a_fit_reports_is_the_loss_of_the_weighted_skills(method, gate, mes
     config.run.mesh.update(MESHES[mesh])
     config.run.score_batch = 2  # several micro-batches where the mesh lets it
     setup = open_setup(config)
-    fit = fit_stage(setup, workdir, "one", rows, method, steps=6)
+    fit = fit_stage(Run(setup, workdir), "one", rows, method, steps=6)
     weights = np.asarray(fit.weights)
     assert fit.skills == list(NAMES) and fit.rows == len(ROWS)
     assert weights.shape == (2 if gate == "per_layer" else 1, 3)
@@ -177,9 +179,9 @@ def test_what_a_fit_reports_is_the_loss_of_the_weighted_skills(method, gate, mes
     for e in range(3):
         without = weights * (np.arange(3) != e)
         assert abs(naive_loss(setup, workdir, ROWS, without, 0.05) - want) > 1e-3, NAMES[e]
-    kept = open_trained(setup, workdir, "one")
+    kept = open_trained(Run(setup, workdir), "one")
     np.testing.assert_allclose(kept.banks["skills"]["mix"]["weight"], weights, rtol=1e-6)
-    manifest = Manifest.read(stage_dir(workdir, "one") / "manifest.json")
+    manifest = Manifest.read(StageFolder.of(workdir, "one").manifest)
     ops = {operation["op"]: operation for operation in manifest.operations}
     assert ops["stack"]["of"] == list(NAMES) and ops["fit"]["method"] == method
     assert list(manifest.banks) == ["skills"] and manifest.steps == 6
@@ -190,8 +192,8 @@ def test_both_methods_find_the_same_weights(workdir, rows):
     config = skills.config("softmax")
     config.stages.one.learning_rate = 0.2
     setup = open_setup(config)
-    gradient = fit_stage(setup, workdir, "one", rows, "gradient", steps=80)
-    evolution = fit_stage(setup, workdir, "two", rows, "cma", steps=60)
+    gradient = fit_stage(Run(setup, workdir), "one", rows, "gradient", steps=80)
+    evolution = fit_stage(Run(setup, workdir), "two", rows, "cma", steps=60)
     gain = gradient.loss_before - gradient.loss
     assert gain > 0.02 and gradient.loss_before == evolution.loss_before
     assert abs(gradient.loss - evolution.loss) < 0.05 * gain
@@ -204,7 +206,8 @@ def test_a_fit_is_its_seed_and_settings(rows, tmp_path):
     def weights(folder, seed, disturbance):
         np.random.seed(disturbance)
         work = shutil.copytree(skills.randomised(), tmp_path / folder)
-        return fit_stage(open_setup(skills.config()), work, "one", rows, "cma", 3, seed).weights
+        run = Run(open_setup(skills.config()), work)
+        return fit_stage(run, "one", rows, "cma", 3, seed).weights
 
     first = weights("a", 0, 1)
     assert weights("b", 0, 2) == first
@@ -213,20 +216,20 @@ def test_a_fit_is_its_seed_and_settings(rows, tmp_path):
 
 def test_a_finished_fit_is_shown_again_and_another_is_refused(workdir, rows):
     setup = open_setup(skills.config())
-    fit = fit_stage(setup, workdir, "one", rows, "cma", steps=2)
-    written = (stage_dir(workdir, "one") / "manifest.json").stat().st_mtime_ns
-    assert fit_stage(setup, workdir, "one", rows, "cma", steps=2) == fit
-    assert (stage_dir(workdir, "one") / "manifest.json").stat().st_mtime_ns == written
+    fit = fit_stage(Run(setup, workdir), "one", rows, "cma", steps=2)
+    written = StageFolder.of(workdir, "one").manifest.stat().st_mtime_ns
+    assert fit_stage(Run(setup, workdir), "one", rows, "cma", steps=2) == fit
+    assert StageFolder.of(workdir, "one").manifest.stat().st_mtime_ns == written
     with pytest.raises(UserError, match=r"imported\.steps: 2 then, 3 now"):
-        fit_stage(setup, workdir, "one", rows, "cma", steps=3)
+        fit_stage(Run(setup, workdir), "one", rows, "cma", steps=3)
 
 
 def test_rows_that_are_cut_before_their_answers(workdir, tmp_path):
     rows = [{"prompt": "aspirin " * 60, "response": "yes"}]
     path = tiny.write_rows(tmp_path / "long.jsonl", rows)
     with pytest.raises(UserError, match="task 'one': no token of its rows is a target"):
-        fit_stage(open_setup(skills.config()), workdir, "one", path)
-    assert not stage_dir(workdir, "one").exists()
+        fit_stage(Run(open_setup(skills.config()), workdir), "one", path)
+    assert not StageFolder.of(workdir, "one").path.exists()
 
 
 @pytest.mark.parametrize("method", ["gradient", "cma"])
@@ -240,5 +243,5 @@ def test_a_loss_that_is_not_finite(method, workdir, rows, monkeypatch):
 
     monkeypatch.setattr(type(setup), "load_base", lambda _: spoilt())
     with pytest.raises(UserError, match="stage 'one': the loss is nan"):
-        fit_stage(setup, workdir, "one", rows, method)
-    assert not stage_dir(workdir, "one").exists()
+        fit_stage(Run(setup, workdir), "one", rows, method)
+    assert not StageFolder.of(workdir, "one").path.exists()

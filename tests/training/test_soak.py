@@ -12,7 +12,7 @@ import pytest
 
 from medmoe_jax.checkpoints import stages as store
 from medmoe_jax.checkpoints.files import read_metrics
-from medmoe_jax.training.run import stage_dir
+from medmoe_jax.checkpoints.folders import StageFolder
 from tests import several
 from tests.several import Several
 
@@ -42,25 +42,20 @@ def test_killed_at_random_moments(tmp_path):
         command = ["train", f"--config={tmp_path / 'recipe.py'}", f"--workdir={tmp_path / name}"]
         return Several(tmp_path, [command] * 2)
 
-    def stage(name):
-        directory = stage_dir(tmp_path / name, "aggregate")
-        return directory, directory / "metrics.jsonl"
-
-    ended, metrics = stage("undisturbed")
+    ended, killed = (StageFolder.of(tmp_path / n, "aggregate") for n in ("undisturbed", "killed"))
     began = time.monotonic()
     with run("undisturbed") as both:
-        both.wait_for(lambda: several.lines(metrics))
+        both.wait_for(lambda: several.lines(ended.metrics))
         start = time.monotonic() - began
         statuses = both.statuses(timeout=600 + 30 * KILLS)
         assert statuses == [0, 0], both.printed(0)[-3000:] + both.printed(1)[-3000:]
     draw = random.Random(0)
-    directory, metrics = stage("killed")
 
     def due():  # after some steps, or a quarter of the times while they start at the latest
-        least = several.lines(metrics) + draw.randint(1, MOST)
+        least = several.lines(killed.metrics) + draw.randint(1, MOST)
         latest = draw.uniform(0, start) if draw.random() < 0.25 else math.inf
         began = time.monotonic()
-        return lambda: several.lines(metrics) >= least or time.monotonic() >= began + latest
+        return lambda: several.lines(killed.metrics) >= least or time.monotonic() >= began + latest
 
     for _ in range(KILLS):
         with run("killed") as both:
@@ -71,11 +66,11 @@ def test_killed_at_random_moments(tmp_path):
                 both.running[victim].kill()
             statuses = both.statuses()
             assert all(statuses) and all(statuses[v] == -signal.SIGKILL for v in victims)
-            assert not (directory / "manifest.json").exists()
+            assert not killed.manifest.exists()
     with run("killed") as both:
         statuses = both.statuses(timeout=600 + 30 * KILLS)
         assert statuses == [0, 0], both.printed(0)[-3000:] + both.printed(1)[-3000:]
-    ends = directory, ended
-    curves = [[[row[k] for k in CURVE] for row in read_metrics(e / "metrics.jsonl")] for e in ends]
+    ends = killed, ended
+    curves = [[[row[k] for k in CURVE] for row in read_metrics(e.metrics)] for e in ends]
     assert curves[0] == curves[1] and len(curves[0]) == STEPS
     jax.tree.map(np.testing.assert_array_equal, *(store.load_final(end)[0] for end in ends))

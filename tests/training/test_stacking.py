@@ -14,6 +14,7 @@ from medmoe_jax.adapters.model import AdaptedConfig, hidden
 from medmoe_jax.base import trees
 from medmoe_jax.errors import UserError
 from medmoe_jax.training import recipe as recipe_lib
+from medmoe_jax.training import transitions
 from medmoe_jax.training.config import bank, recipe, sparsity, stacked, stage
 from medmoe_jax.training.parts import split
 from medmoe_jax.training.step import Objective, gradients, nll
@@ -55,8 +56,8 @@ def started(**gate):
     banks, base = members()
     roster = {}
     for s in stages[:2]:
-        roster = recipe_lib.next_roster(s, roster)
-    return stages[2], *recipe_lib.start(stages[2], roster, banks, base, naive.TINY)
+        roster = transitions.next_roster(s, roster)
+    return stages[2], *transitions.start(stages[2], roster, banks, base, naive.TINY)
 
 
 @functools.cache
@@ -116,7 +117,7 @@ def test_only_the_gate_trains():
     assert trees.overlay(frozen["banks"], trainable["banks"]).keys() == banks.keys()
     objective = Objective(
         AdaptedConfig(naive.TINY, active_banks(roster)),
-        terms=(recipe_lib.TERMS["sparsity"]("skills", weight=0.3),),
+        regularisers=(recipe_lib.REGULARISERS["sparsity"]("skills", weight=0.3),),
         specs=active_banks(roster),
     )
     grads, metrics = gradients(objective, trainable, frozen, batch(), jnp.int32(0))

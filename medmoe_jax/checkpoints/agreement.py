@@ -1,14 +1,14 @@
-"""Several processes with one disk: the first one judges and writes, the others follow it."""
+"""How several processes agree: on what the disk holds, on their settings, on one folder.
+
+The first process reads and writes the disk; the others follow it. Processes talk through
+`parallel.processes.gather`.
+"""
 
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
-
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel import processes
@@ -41,13 +41,6 @@ def from_first_process(decide: Callable[[], Any]) -> Any:
 def union(by_name: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of all processes' mappings of JSON-able values; they agree where they overlap."""
     return {name: value for part in processes.gather(dict(by_name)) for name, value in part.items()}
-
-
-def to_host(x: jax.Array) -> np.ndarray:
-    """An array's values on every process, which all call this alike."""
-    if x.is_fully_addressable:
-        return np.asarray(x)
-    return multihost_utils.process_allgather(x, tiled=True)
 
 
 def check_alike(what: Mapping[str, Any]) -> None:

@@ -1,0 +1,44 @@
+"""Ranges of numbers: what a parameter may be, checked before anything is computed with it."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from medmoe_jax.errors import UserError
+
+
+class Range(NamedTuple):
+    """From `low` to `high`; NaN and the infinities are in none.
+
+    Attributes:
+      low, high: the ends, which belong to the range unless `above` or `below` leaves them out.
+      above, below: whether `low`, or `high`, itself is left out.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def check(self, name: str, value: float) -> None:
+        """Raise UserError, which names the parameter, unless `value` is in the range."""
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name}: {value} is not a finite number")
+        if value < self.low:
+            raise UserError(f"{name}: {value} is below {self.low}")
+        if self.above and value == self.low:
+            raise UserError(f"{name}: {value} is not above {self.low}")
+        if value > self.high:
+            raise UserError(f"{name}: {value} is above {self.high}")
+        if self.below and value == self.high:
+            raise UserError(f"{name}: {value} is not below {self.high}")
+
+
+FINITE = Range()
+NOT_NEGATIVE = Range(0)
+POSITIVE = Range(0, above=True)
+COUNT = Range(1)
+SHARE = Range(0, 1)
+DECAY = Range(0, 1, below=True)  # of a running mean
+SEED = Range(-(2**63), 2**63 - 1)  # what `jax.random.key` takes

@@ -1,0 +1,72 @@
+"""The rows of a task that mixing weights are fitted on.
+
+Axes: R rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from medmoe_jax.base.attention import row_slots
+from medmoe_jax.data.batches import epoch_batches
+from medmoe_jax.data.encode import Encoder
+from medmoe_jax.data.sources import open_source
+from medmoe_jax.errors import UserError
+from medmoe_jax.mesh_axes import SEQUENCE
+from medmoe_jax.parallel.mesh import batch_sharding, put, round_up_rows
+from medmoe_jax.training.config import source
+from medmoe_jax.training.setup import Setup
+from medmoe_jax.training.terminal import note
+
+
+def read_task(setup: Setup, name: str, path: str | Path) -> tuple[Sequence[dict], str]:
+    """A task's rows, and a digest of their content.
+
+    Raises:
+      UserError: there is no row, or a bad one.
+    """
+    fields = source(str(path)).to_dict()
+    rows, digest = open_source(name, **fields, fit=lambda row: row)
+    if not rows:
+        raise UserError(f"{path}: no row in the file")
+    encoder = Encoder(setup.tokenizer, setup.template, length=setup.config.data.length)
+    cut = sum(encoder(row).truncated for row in rows)
+    if cut:
+        note(f"task '{name}': {cut:,} of {len(rows):,} rows were cut at data.length")
+    return rows, digest
+
+
+def batch_of(setup: Setup, name: str, rows: Sequence[dict]) -> tuple[dict[str, jax.Array], int]:
+    """All rows `[R, T]`, filled up to whole micro-batches of `run.score_batch`, and how many.
+
+    Raises:
+      UserError: no token is a target.
+    """
+    data = setup.config.data
+    size = round_up_rows(setup.mesh, min(setup.config.run.score_batch, len(rows)))
+    languages = setup.languages.ids if setup.languages else None
+    parts = list(
+        epoch_batches(
+            rows,
+            setup.tokenizer,
+            setup.template,
+            data.mask,
+            data.length,
+            size,
+            languages=languages,
+        )
+    )
+    arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    if not arrays["loss_mask"].any():
+        raise UserError(
+            f"task '{name}': no token of its rows is a target, so there is nothing to fit; most "
+            "likely data.length cuts them before their answers begin"
+        )
+    longest = int((arrays["segment_ids"] > 0).sum(1).max())
+    length = row_slots(longest, setup.mesh.shape[SEQUENCE], data.length)
+    where = batch_sharding(setup.mesh)
+    return {k: put(a[:, :length], where) for k, a in arrays.items()}, len(parts)

@@ -1,0 +1,1 @@
+"""What watches the steps of a stage: figures, logs, the progress bar, the profiler."""

@@ -1,0 +1,77 @@
+"""Ending a run whose figures are not finite, before they are logged or its state is saved."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from medmoe_jax.checkpoints.files import write_bytes
+from medmoe_jax.errors import UserError
+from medmoe_jax.kernels.router_equations import RouterStats
+from medmoe_jax.parallel.host import to_host
+from medmoe_jax.training.hooks.protocol import Hook, Progress, StepRecord
+
+Batch = Mapping[str, jax.Array]
+
+
+class Faults(Hook):
+    """Raises UserError for a step that went wrong; first in the list, so that nothing logs it.
+
+    Wrong is a loss, a gradient or a router's logits that are not finite, and a first batch without
+    a target.
+    """
+
+    def __init__(self, keep: Callable[[Batch], Path], first_layer: Mapping[str, int]):
+        """
+        Args:
+          keep: writes a batch down for a replay, and tells where (`keep_batch`).
+          first_layer: where each bank's layers begin.
+        """
+        self._keep, self._first_layer = keep, first_layer
+
+    def on_metrics(self, progress: Progress, record: StepRecord) -> None:
+        """Look at a step before any other hook does."""
+        if fault := self._fault(record):
+            raise UserError(
+                f"stage '{progress.stage}', step {record.step}: {fault}; lower learning_rate, or "
+                f"look at the rows of this step, kept in {self._keep(record.batch)}. The last "
+                "checkpoint is intact."
+            )
+        if record.step == 1 and not record.metrics["target_tokens"]:
+            raise UserError(
+                f"stage '{progress.stage}': no token of the first batch is a target, so there is "
+                "nothing to learn; most likely data.length cuts the rows before their answers "
+                "begin"
+            )
+
+    def _fault(self, record: StepRecord) -> str:
+        """What is not finite, "" if all is well; takes the routers' flag out of the metrics."""
+        if record.metrics.pop("non_finite", 0.0):
+            return self._router_fault(record.router)
+        for name in ("loss", "gradient_norm"):
+            if not math.isfinite(record.metrics[name]):
+                return f"{name} is {record.metrics[name]}"
+        return ""
+
+    def _router_fault(self, router: Mapping[str, RouterStats]) -> str:
+        """The first router, by depth, whose logits are not finite."""
+        layer, key = min(
+            (self._first_layer[key.split("/")[0]] + int(layer), key)
+            for key, stats in jax.device_get(dict(router)).items()
+            for layer in np.flatnonzero(stats.non_finite)
+        )
+        bank, site = key.split("/")
+        return f"layer {layer}, {site}: the logits of bank '{bank}''s router are not finite"
+
+
+def keep_batch(path: Path, batch: Batch) -> Path:
+    """Write a batch to `path` as it lay on the mesh; all processes call this alike."""
+    content = io.BytesIO()
+    np.savez(content, **{name: to_host(array) for name, array in batch.items()})
+    write_bytes(path, content.getvalue())
+    return path

@@ -1,0 +1,57 @@
+"""Where metrics are written to; for the first process alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from medmoe_jax.checkpoints.files import MetricsLog
+from medmoe_jax.training.hooks.protocol import Hook, Progress, StepRecord
+
+
+class MetricsFile(Hook):
+    """A line of JSON for every step."""
+
+    def __init__(self, path: Path):
+        """`path` is the log; lines after the step that the run starts from are cut off."""
+        self._path = path
+
+    def on_start(self, progress: Progress) -> None:
+        """Open it."""
+        self._log = MetricsLog(self._path, progress.step)
+
+    def on_metrics(self, progress: Progress, record: StepRecord) -> None:
+        """Write a line."""
+        self._log.write(record.step, {**record.metrics, **record.details})
+
+    def on_save(self, progress: Progress) -> None:
+        """Bring all lines to the disk, before the checkpoint that vouches for them."""
+        self._log.sync()
+
+    def on_end(self, progress: Progress) -> None:
+        """Close it."""
+        self._log.close()
+
+
+class TensorBoard(Hook):
+    """The metrics of every few steps, for TensorBoard."""
+
+    def __init__(self, folder: Path, every: int):
+        """Write into `folder` every so many steps."""
+        self._folder, self._every = folder, every
+
+    def on_start(self, progress: Progress) -> None:
+        """Open a file of events."""
+        # Imported here: tensorboardX imports torch wherever that is installed.
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(self._folder))
+
+    def on_metrics(self, progress: Progress, record: StepRecord) -> None:
+        """Write a step's metrics where that is due."""
+        if progress.is_due(record.step, self._every):
+            for name, value in record.metrics.items():
+                self._writer.add_scalar(f"{progress.stage}/{name}", value, record.step)
+
+    def on_end(self, progress: Progress) -> None:
+        """Close the file."""
+        self._writer.close()

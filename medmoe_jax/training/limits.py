@@ -1,0 +1,88 @@
+"""What the numbers of a configuration may be: one table for all that no other room judges.
+
+NaN and the infinities are refused in every field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from medmoe_jax.errors import UserError
+from medmoe_jax.ranges import (
+    COUNT,
+    DECAY,
+    FINITE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    SHARE,
+    Range,
+)
+
+# By field; `*` stands for any one name.
+LIMITS: Mapping[str, Range] = {
+    "base.seed": SEED,
+    "data.detect_language": SHARE,
+    "data.length": NOT_NEGATIVE,
+    "data.global_batch": COUNT,
+    "data.shards": COUNT,
+    "data.seed": SEED,
+    "stages.*.mixture.*": NOT_NEGATIVE,
+    "stages.*.steps": NOT_NEGATIVE,
+    "stages.*.epochs": NOT_NEGATIVE,
+    "stages.*.learning_rate": NOT_NEGATIVE,
+    "stages.*.warmup": SHARE,
+    "stages.*.final_learning_rate": NOT_NEGATIVE,
+    "stages.*.weight_decay": NOT_NEGATIVE,
+    "stages.*.clip": NOT_NEGATIVE,
+    "stages.*.b1": DECAY,
+    "stages.*.b2": DECAY,
+    "stages.*.eps": POSITIVE,
+    "stages.*.seed": SEED,
+    "stages.*.banks.*.alpha": POSITIVE,
+    "run.accumulation": COUNT,
+    "run.unroll": COUNT,
+    "run.log_every": COUNT,
+    "run.save_every": COUNT,
+    "run.keep": COUNT,
+    "run.task_limit": NOT_NEGATIVE,
+    "run.score_batch": COUNT,
+}
+_PATTERNS = [(tuple(pattern.split(".")), limits) for pattern, limits in LIMITS.items()]
+
+
+def check_numbers(config: ConfigDict) -> None:
+    """Raise UserError, naming the field, for a number that it cannot be."""
+    for path, value in _leaves(config, ()):
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            _range(path).check(".".join(path), value)
+    _check_profile(config.run.profile)
+
+
+def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if not isinstance(value, Mapping | ConfigDict):
+        yield path, value
+        return
+    for key, item in value.items():
+        yield from _leaves(item, (*path, key))
+
+
+def _range(path: tuple[str, ...]) -> Range:
+    for pattern, limits in _PATTERNS:
+        if len(pattern) == len(path) and all(
+            name in ("*", key) for name, key in zip(pattern, path, strict=True)
+        ):
+            return limits
+    return FINITE
+
+
+def _check_profile(profile: tuple) -> None:
+    whole = all(isinstance(n, int) and n >= 1 for n in profile)
+    if len(profile) not in (0, 2) or not whole:
+        raise UserError(
+            f"run.profile: {profile} is neither empty nor two numbers from 1 on, the first step to "
+            "trace and how many"
+        )

@@ -1,0 +1,162 @@
+"""Training a run: every stage in order, resuming where the work directory says.
+
+With several processes all of them call everything here alike.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from medmoe_jax.checkpoints import stages as store
+from medmoe_jax.checkpoints.agreement import check_shared, union
+from medmoe_jax.errors import field_names
+from medmoe_jax.parallel import processes
+from medmoe_jax.training import loop as loop_lib
+from medmoe_jax.training import summary
+from medmoe_jax.training.compiling import compile_ahead
+from medmoe_jax.training.finish import Evaluate, finish
+from medmoe_jax.training.hooks.bar import Bar
+from medmoe_jax.training.hooks.faults import Faults, keep_batch
+from medmoe_jax.training.hooks.figures import figures
+from medmoe_jax.training.hooks.profiler import Profiler
+from medmoe_jax.training.hooks.protocol import Hook
+from medmoe_jax.training.hooks.writers import MetricsFile, TensorBoard
+from medmoe_jax.training.parts import jit_step
+from medmoe_jax.training.placement import abstract_batch
+from medmoe_jax.training.preparing import Prepared, prepare
+from medmoe_jax.training.reading import StageData, check_sources, open_data
+from medmoe_jax.training.run import Run, StageRun
+from medmoe_jax.training.step import TrainState
+from medmoe_jax.training.terminal import note
+
+# Hooks for a stage that is about to train.
+MakeHooks = Callable[[Prepared], Sequence[Hook]]
+
+
+def train(
+    run: Run,
+    evaluate: Evaluate = lambda _: {},
+    stop: Callable[[], bool] = lambda: False,
+    more_hooks: MakeHooks = lambda _: (),
+) -> None:
+    """Run every stage that is not finished, in order.
+
+    Args:
+      run: the recipe and its work directory.
+      evaluate: figures of the model at the end of a stage, for its manifest.
+      stop: asked after every step, whether to save and end there.
+      more_hooks: gives hooks of the caller, told after those which add metrics and before those
+        which write them.
+
+    Raises:
+      UserError: the work directory belongs to another recipe or base, or an input is bad.
+      Stopped: `stop` said so.
+    """
+    check_shared(run.workdir)
+    imported = {stage.name for stage in run.stages if stage.is_imported()}
+    for stage in run.stages:
+        if stage.name not in imported:
+            check_sources(run.setup, stage.recipe)
+    for stage in run.stages:
+        if stage.name in imported:
+            stage.check()
+            note(f"stage '{stage.name}' was not trained here: skipped")
+            continue
+        data = open_data(run.setup, stage.recipe)
+        fingerprint = stage.claim(data.digests)
+        if stage.folder.is_finished():
+            note(f"stage '{stage.name}' is finished: skipped")
+        else:
+            prepared, state, read = _train_stage(stage, data, stop, more_hooks)
+            finish(prepared, state, read, fingerprint, evaluate)
+        data.stream.close()
+
+
+def _train_stage(
+    stage: StageRun, data: StageData, stop: Callable[[], bool], more_hooks: MakeHooks
+) -> tuple[Prepared, TrainState, dict[str, Any]]:
+    """Make the stage's steps; gives its end, and what it has read."""
+    config, section = stage.setup.config, stage.recipe.config
+    steps = section.steps or max(1, round(section.epochs * data.stream.steps_per_epoch(union)))
+    prepared, state = prepare(stage, steps)
+    summary.print_stage(prepared, state)
+    summary.print_languages(data.languages)
+    summary.print_undivided({"state": state, "frozen": prepared.frozen}, stage.setup.rules)
+    with store.StageCheckpoints(stage.folder, keep=config.run.keep) as checkpoints:
+        state, first = _resume(prepared, checkpoints, data, state)
+        loop = loop_lib.Loop(
+            name=stage.name,
+            step_fn=_compile(prepared, state),
+            stream=data.stream,
+            to_mesh=data.placement,
+            save=functools.partial(_save, checkpoints),
+            stop=stop,
+            hooks=_hooks(prepared, more_hooks),
+            steps=steps,
+            save_every=config.run.save_every,
+        )
+        state = loop_lib.run(loop, state, prepared.frozen, first)
+        counts = data.stream.counters(union)
+    summary.print_counts(stage.name, counts)
+    return prepared, state, {"rows": counts, "languages": data.languages}
+
+
+def _resume(
+    prepared: Prepared, checkpoints: store.StageCheckpoints, data: StageData, state: TrainState
+) -> tuple[TrainState, int]:
+    """The last checkpoint's state and step, with the stream set to go on from there."""
+    restored = checkpoints.restore(
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    )
+    if restored is None:
+        return state, 0
+    data.stream.set_state(restored.extra["data"])
+    name, steps = prepared.stage.name, prepared.steps
+    note(f"stage '{name}' continues after step {restored.step} of {steps}")
+    return restored.state, restored.step
+
+
+def _compile(prepared: Prepared, state: TrainState) -> Callable[..., Any]:
+    """The step, compiled before the first one is due."""
+    setup, data = prepared.stage.setup, prepared.stage.setup.config.data
+    batch = abstract_batch(setup.mesh, data.global_batch, data.length, bool(setup.languages))
+    with field_names("run."):
+        step_fn, how = compile_ahead(
+            jit_step(setup, prepared.objective, prepared.optimiser, state),
+            *(state, prepared.frozen, batch),
+        )
+    note(f"stage '{prepared.stage.name}': its step was {how}")
+    return step_fn
+
+
+def _save(
+    checkpoints: store.StageCheckpoints, step: int, state: TrainState, extra: Mapping[str, Any]
+) -> None:
+    """A checkpoint with the data state of every process's shards."""
+    checkpoints.save(step, state, {"data": union(extra["data"])})
+
+
+def _hooks(prepared: Prepared, more_hooks: MakeHooks) -> list[Hook]:
+    """All hooks of a stage: what may end it, what adds metrics, the caller's, what writes."""
+    stage = prepared.stage
+    settings, folder = stage.setup.config.run, stage.folder
+    hooks: list[Hook] = [
+        Faults(
+            functools.partial(keep_batch, folder.bad_batch),
+            {name: spec.start for name, (spec, _) in prepared.roster.items()},
+        ),
+        *figures(prepared),
+        *more_hooks(prepared),
+    ]
+    if processes.index() == 0:
+        hooks.append(MetricsFile(folder.metrics))
+        hooks.append(TensorBoard(Path(stage.run.workdir) / "tensorboard", settings.log_every))
+        hooks.append(Bar(settings.log_every))
+        if settings.profile:
+            hooks.append(Profiler(folder.profile, *settings.profile))
+    return hooks

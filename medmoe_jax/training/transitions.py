@@ -1,0 +1,149 @@
+"""What happens to base and banks from one stage to the next.
+
+The order is always the same: merge, drop, stack, set states, add. `next_roster` does it to the
+names and states alone, `start` to the arrays too, and `operations` writes it down.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from medmoe_jax.adapters import lifecycle
+from medmoe_jax.adapters.bank import init
+from medmoe_jax.adapters.lifecycle import Roster
+from medmoe_jax.base import trees
+from medmoe_jax.base.config import DecoderConfig
+from medmoe_jax.errors import UserError
+from medmoe_jax.training.stage import Stage, chain
+
+
+def next_roster(stage: Stage, roster: Roster) -> Roster:
+    """A stage's roster, from that of the stage before.
+
+    Raises:
+      UserError: a bank is not there, is there already, or cannot become what the stage says.
+    """
+    for name in stage.merge:
+        spec, state = lifecycle.find(roster, name)
+        lifecycle.check_mergeable(spec)
+        if state == "merged":
+            raise UserError(f"bank '{name}' is merged already")
+        roster = {**roster, name: (spec, "merged")}
+    for name in stage.drop:
+        roster, _ = lifecycle.drop(roster, {}, name)
+    for name, (of, gate) in stage.stack.items():
+        roster = _stacked(roster, name, of, gate)
+    for name, state in stage.states.items():
+        roster = lifecycle.set_state(roster, name, state)
+    for spec in stage.added:
+        if spec.name in roster:
+            raise UserError(f"bank '{spec.name}' is there already; names are unique in a recipe")
+        roster = {**roster, spec.name: (spec, "train")}
+    return roster
+
+
+def roster_of(stages: Sequence[Stage], name: str) -> Roster:
+    """The roster of the stage of that name, from the first it builds on; "" has no bank."""
+    roster: Roster = {}
+    for stage in chain(stages, name):
+        roster = next_roster(stage, roster)
+    return roster
+
+
+def _stacked(roster: Roster, name: str, of, gate: Mapping[str, Any]) -> Roster:
+    """The roster with the banks `of` become one."""
+    specs = [lifecycle.find(roster, member)[0] for member in of]
+    if not specs:
+        raise UserError(f"stack '{name}': `of` names no bank")
+    left = {key: entry for key, entry in roster.items() if key not in of}
+    if name in left:
+        raise UserError(f"bank '{name}' is there already; names are unique in a recipe")
+    return {**left, name: (lifecycle.stacked_spec(name, specs, **gate), "gate")}
+
+
+def start(stage: Stage, roster: Roster, banks, base, decoder: DecoderConfig, shardings=None):
+    """What a stage starts from: banks merged into the base, and new ones initialised.
+
+    The old base's merged kernels are given up.
+
+    Args:
+      stage: the stage about to run (or to be replayed).
+      roster, banks, base: what the stage before ended with.
+      decoder: the base's shapes.
+      shardings: a function from a tree of shapes to its shardings, for the new banks; None: one
+        device.
+
+    Returns:
+      `(roster, banks, base)`.
+    """
+    for name in stage.merge:
+        roster, base = lifecycle.merge(roster, banks, base, name, donate=True)
+    for name in stage.drop:
+        roster, banks = lifecycle.drop(roster, banks, name)
+    key = jax.random.key(stage.config.seed)
+
+    def key_of(name: str):
+        return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+    for name, (of, gate) in stage.stack.items():
+        _, experts = lifecycle.stack(name, [(roster[m][0], banks[m]) for m in of])
+        roster = _stacked(roster, name, of, gate)
+        fresh = init(roster[name][0], decoder, key_of(name), shardings_of=shardings)
+        banks = {key: params for key, params in banks.items() if key not in of}
+        banks[name] = trees.overlay(fresh, experts)
+    for name, state in stage.states.items():
+        roster = lifecycle.set_state(roster, name, state)
+    for spec in stage.added:
+        own = key_of(spec.name)
+        roster, banks = lifecycle.add(roster, banks, spec, decoder, own, base, shardings)
+    return roster, banks, base
+
+
+def ended(final: Mapping[str, Any], base):
+    """`(banks, base)` after a stage, from what it left: `{"banks", "base"}`."""
+    trained = [
+        (path, leaf.astype(trees.get(base, path).dtype))
+        for path, leaf in trees.flatten(final.get("base", {}))
+    ]
+    return final.get("banks", {}), trees.overlay(base, trees.unflatten(trained))
+
+
+def replay(
+    stages: Sequence[Stage],
+    name: str,
+    base,
+    decoder: DecoderConfig,
+    final_of: Callable[[str], Any],
+    shardings=None,
+):
+    """Roster, banks and base at the end of a finished stage.
+
+    Args:
+      stages: the recipe.
+      name: the stage, or "" for the bare base.
+      base: the base as loaded; its merged kernels are given up.
+      decoder: its shapes.
+      final_of: what a finished stage left, `{"banks", "base"}`, by name.
+      shardings: as in `start`.
+    """
+    roster: Roster = {}
+    banks: dict[str, Any] = {}
+    for stage in chain(stages, name):
+        roster, banks, base = start(stage, roster, banks, base, decoder, shardings)
+        banks, base = ended(final_of(stage.name), base)
+    return roster, banks, base
+
+
+def operations(stage: Stage) -> list[dict[str, Any]]:
+    """What happened to the banks before a stage, for its manifest."""
+    return [
+        *({"op": "merge", "bank": name} for name in stage.merge),
+        *({"op": "drop", "bank": name} for name in stage.drop),
+        *({"op": "stack", "bank": name, "of": list(of)} for name, (of, _) in stage.stack.items()),
+        *({"op": "state", "bank": name, "state": s} for name, s in stage.states.items()),
+        *({"op": "add", "bank": spec.name} for spec in stage.added),
+    ]
