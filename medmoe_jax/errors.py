@@ -60,10 +60,7 @@ class StorageError(UserError):
 
 @contextlib.contextmanager
 def within(place: str) -> Iterator[None]:
-    """Puts a place, such as `stages.align.`, before the message of a UserError in the block.
-
-    Library code names the parameter; who gives it a field of a configuration adds where that is.
-    """
+    """Puts a place, such as `stages.align: `, before the message of any UserError in the block."""
     try:
         yield
     except UserError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import ParameterError
 
 
 class Range(NamedTuple):
@@ -22,17 +22,17 @@ class Range(NamedTuple):
     below: bool = False
 
     def check(self, name: str, value: float) -> None:
-        """Raise UserError, which names the parameter, unless `value` is in the range."""
+        """Raise ParameterError, which names the parameter, unless `value` is in the range."""
         if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{name}: {value} is not a finite number")
+            raise ParameterError(f"{name}: {value} is not a finite number")
         if value < self.low:
-            raise UserError(f"{name}: {value} is below {self.low}")
+            raise ParameterError(f"{name}: {value} is below {self.low}")
         if self.above and value == self.low:
-            raise UserError(f"{name}: {value} is not above {self.low}")
+            raise ParameterError(f"{name}: {value} is not above {self.low}")
         if value > self.high:
-            raise UserError(f"{name}: {value} is above {self.high}")
+            raise ParameterError(f"{name}: {value} is above {self.high}")
         if self.below and value == self.high:
-            raise UserError(f"{name}: {value} is not below {self.high}")
+            raise ParameterError(f"{name}: {value} is not below {self.high}")
 
 
 FINITE = Range()

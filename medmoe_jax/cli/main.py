@@ -29,7 +29,7 @@ from medmoe_jax.cli import (
     tokenizer,
     train,
 )
-from medmoe_jax.errors import STORAGE_LOST, Stopped, StorageError, UserError, field_names
+from medmoe_jax.errors import STORAGE_LOST, ParameterError, Stopped, StorageError, UserError
 from medmoe_jax.parallel import processes
 from medmoe_jax.parallel.rollcall import GONE, ProcessError
 from medmoe_jax.training.terminal import LogHandler, console
@@ -103,13 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser().parse_known_args(argv)
     try:
         several = (arguments.coordinator, arguments.processes, arguments.process)
-        with contextlib.ExitStack() as running:
-            with field_names("--"):
-                running.enter_context(processes.Run(*several))
-            running.enter_context(_one_speaks())
+        with processes.Run(*several), _one_speaks():
             arguments.run(arguments, rest)
     except (UserError, OSError) as error:
-        message = _with_option(str(error), arguments)
+        message = _named(error, arguments)
         print(f"medmoe {arguments.command}: error: {message}", file=sys.stderr)
         lost = isinstance(error, StorageError) or getattr(error, "errno", None) in STORAGE_LOST
         return processes.end(74 if lost else 1)
@@ -125,10 +122,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _with_option(message: str, arguments: argparse.Namespace) -> str:
-    """Library code names a parameter, as `top_p: ...`; the person has set the option --top-p."""
-    name, colon, rest = message.partition(":")
-    return f"--{name.replace('_', '-')}:{rest}" if colon and name in vars(arguments) else message
+def _named(error: Exception, arguments: argparse.Namespace) -> str:
+    """An error's message; where it begins with a parameter that is an option, with the option."""
+    name, _, rest = str(error).partition(":")
+    if isinstance(error, ParameterError) and name in vars(arguments):
+        return f"--{name.replace('_', '-')}:{rest}"
+    return str(error)
 
 
 @contextlib.contextmanager

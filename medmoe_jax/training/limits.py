@@ -55,7 +55,7 @@ _PATTERNS = [(tuple(pattern.split(".")), limits) for pattern, limits in LIMITS.i
 
 
 def check_numbers(config: ConfigDict) -> None:
-    """Raise UserError, naming the field, for a number that it cannot be."""
+    """Raise UserError, naming the field, for a number that it cannot hold."""
     for path, value in _leaves(config, ()):
         if isinstance(value, int | float) and not isinstance(value, bool):
             _range(path).check(".".join(path), value)

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from medmoe_jax.data.batches import array_names
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import ParameterError
 from medmoe_jax.parallel.mesh import batch_sharding, put
 
 
@@ -32,10 +32,10 @@ class Placement:
         """For global batches of `rows` rows from `shards` data shards.
 
         Raises:
-          UserError: the shards do not divide the rows.
+          ParameterError: the shards do not divide the rows.
         """
         if shards < 1 or rows % shards:
-            raise UserError(f"shards: {shards} does not divide the {rows} rows of a global batch")
+            raise ParameterError(f"shards: {shards} does not divide a global batch of {rows} rows")
         self.sharding = batch_sharding(mesh)
         shard_B, turn_B = np.divmod(np.arange(rows), rows // shards)
         held = batch_sharding(mesh, 1).addressable_devices_indices_map((rows,)).values()

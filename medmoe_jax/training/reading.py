@@ -8,7 +8,7 @@ from medmoe_jax.data.batches import BatchStream, make_stream
 from medmoe_jax.data.encode import Encoder
 from medmoe_jax.data.languages import detector, name_languages
 from medmoe_jax.data.sources import RowFitter, check_source, open_source
-from medmoe_jax.errors import within
+from medmoe_jax.errors import field_names
 from medmoe_jax.training.placement import Placement
 from medmoe_jax.training.setup import Setup
 from medmoe_jax.training.stage import Stage
@@ -63,7 +63,7 @@ def open_data(setup: Setup, stage: Stage) -> StageData:
             datasets[name], languages[name] = name_languages(
                 f"data.sources.{name}: {where}", datasets[name], setup.languages.ids, detect
             )
-    with within("data."):
+    with field_names("data."):
         placement = Placement(setup.mesh, data.global_batch, data.shards)
     stream = make_stream(
         datasets,

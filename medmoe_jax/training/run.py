@@ -44,7 +44,7 @@ class Run:
         return tuple(StageRun(self, stage) for stage in self.setup.stages)
 
     def stage(self, name: str) -> StageRun:
-        """The stage of that name. Raises UserError, which names those there are."""
+        """The stage of that name. Raises ParameterError, which names those there are."""
         return StageRun(self, find_stage(self.setup.stages, name))
 
     def chain(self, name: str) -> tuple[StageRun, ...]:

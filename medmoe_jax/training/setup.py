@@ -21,7 +21,7 @@ from medmoe_jax.checkpoints.bases import Base, open_base
 from medmoe_jax.checkpoints.fingerprint import tree_fingerprint
 from medmoe_jax.data.templates import Template, load_template
 from medmoe_jax.data.tokenizers import Tokenizer, check_vocabulary, load
-from medmoe_jax.errors import UserError, field_names
+from medmoe_jax.errors import ParameterError, UserError, field_names
 from medmoe_jax.mesh_axes import SEQUENCE
 from medmoe_jax.parallel.mesh import batch_sharding, batch_shards, check_divides, make_mesh
 from medmoe_jax.parallel.rules import BASE_RULES, Rule, rules_for, shardings
@@ -89,13 +89,13 @@ class Setup:
         """The number of a language's expert.
 
         Raises:
-          UserError: the recipe has no table of languages, or the language is not in it.
+          ParameterError: the recipe has no table of languages, or the language is not in it.
         """
         if self.languages is None:
-            raise UserError("language: the recipe has no table of languages (data.languages)")
+            raise ParameterError("language: the recipe has no table of languages (data.languages)")
         if code not in self.languages.ids:
             known = ", ".join(self.languages.ids)
-            raise UserError(f"language: '{code}' is not in the table; known: {known}")
+            raise ParameterError(f"language: '{code}' is not in the table; known: {known}")
         return self.languages.ids[code]
 
     def check_batch(self) -> None:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from medmoe_jax.adapters.adalora import Allocator
 from medmoe_jax.adapters.bank import BankSpec
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import ParameterError
 from medmoe_jax.training.step import Regulariser
 
 
@@ -51,10 +51,10 @@ class Stage:
 
 
 def find_stage(stages: Sequence[Stage], name: str) -> Stage:
-    """The stage of that name. Raises UserError, which names those there are."""
+    """The stage of that name. Raises ParameterError, which names those there are."""
     by_name = {stage.name: stage for stage in stages}
     if name not in by_name:
-        raise UserError(f"stage: '{name}' is none of {', '.join(by_name) or '(no stage)'}")
+        raise ParameterError(f"stage: '{name}' is none of {', '.join(by_name) or '(no stage)'}")
     return by_name[name]
 
 

@@ -80,5 +80,5 @@ def test_a_process_reads_the_shards_it_holds(monkeypatch, spans, shard_ids):
 
 @pytest.mark.parametrize("shards", [0, 3, 32])
 def test_shards_that_do_not_divide(shards):
-    with pytest.raises(UserError, match=f"shards: {shards} does not divide the 16 rows"):
+    with pytest.raises(UserError, match=f"shards: {shards} does not divide a global batch of 16"):
         Placement(make_mesh({"data": 8, "fsdp": 1, "expert": 1, "tensor": 1}), 16, shards)

@@ -18,6 +18,7 @@ from medmoe_jax.errors import UserError
 from medmoe_jax.parallel.mesh import batch_sharding, make_mesh
 from medmoe_jax.parallel.rules import RULES, shardings, state_shardings
 from medmoe_jax.training import config as sections
+from medmoe_jax.training.leaves import split_base
 from medmoe_jax.training.optimiser import make_optimiser, schedule
 from medmoe_jax.training.step import (
     Objective,
@@ -25,7 +26,6 @@ from medmoe_jax.training.step import (
     gradients,
     nll,
     rows_hash,
-    split_base,
     train_step,
 )
 from tests import naive
