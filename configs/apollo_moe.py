@@ -51,7 +51,7 @@ VARIANTS = {
 WORDS = ("lora", "function_preserving")
 
 
-def mixture(
+def language_experts(
     experts: int,
     layers: tuple,
     form: str,
@@ -109,7 +109,7 @@ def get_config(arg: str = "qwen2-0.5b") -> ConfigDict:
     config.data.shards = 32
     config.data.sources.medical = source("medical.jsonl")
     config.stages.order = ("mixture",)
-    config.stages.mixture = mixture(
+    config.stages.mixture = language_experts(
         experts,
         layers,
         low_rank if "lora" in words else full,

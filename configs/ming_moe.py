@@ -21,7 +21,7 @@ from medmoe_jax.base.presets import HUB
 from medmoe_jax.training.config import bank, recipe, source, stage
 
 
-def mixture(**fields) -> ConfigDict:
+def routed_experts(**fields) -> ConfigDict:
     """The only stage: attention LoRA and routed experts, trained together."""
     banks = {
         "attention": bank(sites=("attn.*",), rank=16, alpha=32.0, dropout=0.05),
@@ -45,6 +45,6 @@ def get_config(arg: str = "qwen1.5-1.8b") -> ConfigDict:
     config.data.shards = 64
     config.data.sources.medical = source("medical.jsonl")
     config.stages.order = ("mixture",)
-    config.stages.mixture = mixture(mixture={"medical": 1.0}, epochs=1.0)
+    config.stages.mixture = routed_experts(mixture={"medical": 1.0}, epochs=1.0)
     config.run.accumulation = 8
     return config

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from configs import sa_mdkif
 from medmoe_jax.training.config import source
+from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import open_setup
 from medmoe_jax.training.train import train
 from tests import tiny
@@ -50,8 +51,8 @@ def config(gate="global", tasks=TASKS) -> ConfigDict:
 @functools.cache
 def trained() -> Path:
     """A work directory in which the skills are finished and no task is."""
-    run = functools.partial(train, open_setup(config(tasks=())))
-    return tiny.once(tiny.folder() / "skills", run)
+    setup = open_setup(config(tasks=()))
+    return tiny.once(tiny.folder() / "skills", lambda workdir: train(Run(setup, workdir)))
 
 
 @functools.cache

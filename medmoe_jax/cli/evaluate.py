@@ -22,6 +22,7 @@ from medmoe_jax.cli.session import (
 )
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation.tasks import list_tasks
+from medmoe_jax.ranges import COUNT
 from medmoe_jax.training.terminal import console
 
 
@@ -46,6 +47,8 @@ def run(arguments, rest) -> None:
     names = [name for name in arguments.tasks.split(",") if name]
     if not names:
         raise UserError("--tasks is empty; `medmoe eval --list` prints the known ones")
+    if arguments.limit is not None:
+        COUNT.check("limit", arguments.limit)
     output = arguments.output or arguments.workdir
     if not output:
         raise UserError("give --output (or --workdir) for report.json")

@@ -22,6 +22,7 @@ from medmoe_jax.parallel.topology import describe
 from medmoe_jax.planning import plan as plans
 from medmoe_jax.planning import search as searches
 from medmoe_jax.planning.programs import open_abstract, start, training
+from medmoe_jax.ranges import NOT_NEGATIVE
 from medmoe_jax.training.summary import print_undivided
 from medmoe_jax.training.terminal import console, note
 
@@ -50,6 +51,7 @@ def add_arguments(parser) -> None:
 
 def run(arguments, rest) -> None:
     """Run the command."""
+    NOT_NEGATIVE.check("search", arguments.search)
     # Nothing runs here: a TPU of this machine stays free for others.
     jax.config.update("jax_platforms", "cpu")
     topology = describe(arguments.topology)

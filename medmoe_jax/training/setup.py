@@ -58,7 +58,7 @@ class Setup:
 
     @property
     def dtype(self):
-        """Of the frozen weights and the activations."""
+        """The dtype of the frozen weights and the activations."""
         return _DTYPES[self.config.base.dtype]
 
     @property

@@ -42,7 +42,9 @@ def print_stage(prepared: Prepared, state: TrainState) -> None:
 
 
 def print_undivided(trees, rules: Sequence[Rule]) -> None:
-    """What devices hold whole because the mesh does not divide it, where it is worth a thought."""
+    """Tell of arrays that every device holds whole, where the mesh does not divide them and they
+    are large.
+    """
     held = undivided(trees, rules)
     total = sum(held.values())
     if total >= WORTH_TELLING:

@@ -365,7 +365,7 @@ def test_a_full_disk_is_one_clear_error_and_the_run_goes_on_later(small_disk, ag
 def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot open the checkpoints in"):
-        StageCheckpoints(StageFolder(tmp_path) / "file")
+        StageCheckpoints(StageFolder(tmp_path / "file"))
     with pytest.raises(ValueError, match="keep is 0"):
         StageCheckpoints(StageFolder(tmp_path), keep=0)
 

@@ -226,11 +226,33 @@ def test_generate(config, workdir, tmp_path, capsys):
         ([], "give either a prompt or --input=FILE"),
         (["x", f"--input={source}"], "give either a prompt or --input=FILE"),
         ([f"--input={source}"], "--input and --output go together"),
-        (["x", "--temperature=-1"], "temperature must be >= 0"),
+        (["x", "--temperature=-1"], "--temperature: -1.0 is below 0"),
+        (["x", "--temperature=nan"], "--temperature: nan is not a finite number"),
+        (["x", "--temperature=inf"], "--temperature: inf is not a finite number"),
+        (["x", "--top-p=nan"], "--top-p: nan is not a finite number"),
+        (["x", "--top-p=0"], "--top-p: 0.0 is not above 0"),
+        (["x", f"--seed={2**63}"], "--seed: 9223372036854775808 is above"),
+        (["x", "--max-tokens=0"], "--max-tokens: 0 is below 1"),
+        (["x", "--max-tokens=-1"], "--max-tokens: -1 is below 1"),
         (["x", "--max-tokens=500"], "500 new tokens do not fit a context of 128"),
         (["x", "--zzz"], "unknown argument '--zzz'"),
     ):
         assert words in fails(capsys, "generate", config, f"--workdir={workdir}", *arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["eval", "--tasks=x", "--output=o", "--limit=0"], "--limit: 0 is below 1"),
+        (["analyze", "routing", "--data=d", "--out=o", "--limit=-1"], "--limit: -1 is below 1"),
+        (["plan", "--topology=v5e:2x2", "--search=-1"], "--search: -1 is below 0"),
+        (["train", "--workdir=w", "--config.stages.align.b1=1.0"], "stages.align.b1: 1.0 is not"),
+        (["train", "--workdir=w", "--config.stages.align.clip=nan"], "stages.align.clip: nan is n"),
+        (["train", "--workdir=w", "--config.run.profile=(3,)"], "run.profile: (3,) is neither"),
+    ],
+)
+def test_numbers_that_make_no_sense(config, capsys, arguments, words):
+    assert f"error: {words}" in fails(capsys, *arguments, config)
 
 
 def test_eval(config, workdir, tmp_path, capsys):

@@ -172,7 +172,7 @@ def test_an_import_is_not_taken_for_training(config, released, tmp_path, capsys)
     assert "was made by another recipe" in error and "imported: {" in error
     run("import", config, workdir, f"--adapter={released[0]}")
     same(workdir, "aggregate")
-    shutil.rmtree(folder)
+    shutil.rmtree(folder.path)
     shutil.copytree(StageFolder.of(tiny.trained()[1], "aggregate").path, folder.path)
     folder.manifest.unlink()
     before = read_json(folder.recipe)

@@ -249,7 +249,7 @@ def compare(setup, workdir, stage, want):
 def test_routed_experts(tmp_path, alpha):
     """With another alpha than the recipe's, too: the difference is inside B."""
     model = first_stage(tmp_path / "a", share=False, alpha=alpha)
-    setup = recipe(stages(mixture=ming_moe.mixture(mixture={"knowledge": 1.0})))
+    setup = recipe(stages(mixture=ming_moe.routed_experts(mixture={"knowledge": 1.0})))
     assert import_stage(Run(setup, tmp_path / "w"), tmp_path / "a") == "mixture"
     compare(setup, tmp_path / "w", "mixture", want(model))
 
@@ -271,7 +271,7 @@ def test_upcycled_experts(tmp_path, renormalise):
     """No expert, and no router, to spare either."""
     config = tiny.medcare_config()
     config.base.path, config.data.languages = str(base()[0]), "families"
-    section = apollo_moe.mixture(7, (-2, None), "ffn", mixture={"knowledge": 1.0})
+    section = apollo_moe.language_experts(7, (-2, None), "ffn", mixture={"knowledge": 1.0})
     section.banks.experts.renormalise = renormalise
     config.stages = stages(mixture=section)
     setup, workdir = open_setup(config), tmp_path / "w"

@@ -75,7 +75,9 @@ def config(**bank):
     for name in out.stages.order:
         del out.stages[name]
     out.stages.order = ("mixture",)
-    out.stages.mixture = apollo_moe.mixture(E, (-1, None), "ffn", mixture={"knowledge": 1.0})
+    out.stages.mixture = apollo_moe.language_experts(
+        E, (-1, None), "ffn", mixture={"knowledge": 1.0}
+    )
     out.stages.mixture.banks.experts.update({"forcing": "off", **bank})
     return out
 

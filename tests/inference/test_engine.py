@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import math
 
 import jax
 import numpy as np
@@ -217,7 +218,14 @@ def test_what_does_not_fit_is_an_error():
             engine.score(prompts, completions)
     with pytest.raises(UserError, match="at least one token"):
         engine.generate([[1], []], 4, (-1,))
-    for fields in ({"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.1}):
-        with pytest.raises(UserError, match="temperature must be >= 0 and top_p in"):
-            Sampling(**fields)
+    with pytest.raises(UserError, match="max_tokens: 0 is below 1"):
+        engine.generate([[1]], 0, (-1,))
+    for name, values in {
+        "temperature": (-0.1, math.nan, math.inf),
+        "top_p": (0.0, 1.1, math.nan),
+        "seed": (2**63,),
+    }.items():
+        for value in values:
+            with pytest.raises(UserError, match=f"{name}: {value} is "):
+                Sampling(**{name: value})
     assert engine.score([], []) == [] and engine.generate([], 4, (-1,)) == []

@@ -130,7 +130,7 @@ def test_what_cannot_be_planned(fields, message):
 
 
 def test_an_unknown_stage_is_named():
-    with pytest.raises(UserError, match="--stage: 'algin' is none of aggregate, align"):
+    with pytest.raises(UserError, match="stage: 'algin' is none of aggregate, align"):
         start(open_abstract(published(), HERE), "algin")
 
 

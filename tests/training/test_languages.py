@@ -30,7 +30,7 @@ def config_of(tmp_path, **bank):
     config.data.languages = str(tmp_path / "table.csv")
     config.data.sources.rows = source(str(tiny.write_rows(tmp_path / "rows.jsonl", rows)))
     config.stages.order = ("mixture",)
-    config.stages.mixture = apollo_moe.mixture(
+    config.stages.mixture = apollo_moe.language_experts(
         2, (-1, None), "ffn_lora", mixture={"rows": 1.0}, steps=STEPS, epochs=0.0
     )
     config.stages.mixture.banks.experts.update({"rank": 2, "top_k": 1, **bank})
@@ -112,7 +112,7 @@ def test_a_row_in_a_language_without_an_expert(tmp_path):
 
 def test_an_unknown_language_on_the_command_line(tmp_path):
     config = config_of(tmp_path)
-    with pytest.raises(UserError, match="--language: 'sw' is not in the table; known: en, de, zh"):
+    with pytest.raises(UserError, match="language: 'sw' is not in the table; known: en, de, zh"):
         open_setup(config).language_expert("sw")
     config.data.languages = ""
     config.stages.mixture.banks.experts.forcing = "off"

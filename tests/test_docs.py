@@ -1,0 +1,46 @@
+"""What the pages name exists: files, and the functions and classes in them."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *(ROOT / "docs").glob("*.md")})
+NAMED = re.compile(r"`([\w./]+\.py)(?::(\w+))?`")
+
+
+def find(name: str, page: Path) -> Path | None:
+    """The file that a page names: from the root, within the package or beside the page."""
+    folders = (ROOT, ROOT / "medmoe_jax", page.parent)
+    return next((f / name for f in folders if (f / name).is_file()), None)
+
+
+def defined(file: Path) -> set[str]:
+    """What a module defines at its top."""
+    kinds = ast.FunctionDef | ast.ClassDef
+    return {node.name for node in ast.parse(file.read_text()).body if isinstance(node, kinds)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_and_names_exist(page):
+    wrong = []
+    for name, what in NAMED.findall(page.read_text(encoding="utf-8")):
+        file = find(name, page)
+        if file is None or (what and what not in defined(file)):
+            wrong.append(f"{name}:{what}")
+    assert not wrong
+
+
+def test_one_call_is_told_from_the_command_to_the_kernel():
+    """In the table and in the drawing alike."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    section = text.partition("## One call of `medmoe train`")[2].partition("\n## ")[0]
+    table, drawing = section.split("```mermaid")
+    steps = re.findall(r"^\| \d+ \| `([\w/]+\.py):\w+`", table, re.MULTILINE)
+    assert len(steps) >= 11
+    assert steps[0] == "cli/main.py" and steps[-1].startswith("kernels/")
+    drawn = set(re.findall(r'\["([\w/]+\.py)"\]', drawing))
+    assert set(steps) <= drawn
+    assert all((ROOT / "medmoe_jax" / name).is_file() for name in drawn)
