@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser().parse_known_args(argv)
     try:
         several = (arguments.coordinator, arguments.processes, arguments.process)
-        with processes.Run(*several), _one_speaks():
+        with processes.Membership(*several), _one_speaks():
             arguments.run(arguments, rest)
     except (UserError, OSError) as error:
         message = _named(error, arguments)

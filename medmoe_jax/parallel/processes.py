@@ -35,8 +35,11 @@ _ECHO = 2  # until the roll call knows of a death whose echo is another error
 _calls = itertools.count()
 
 
-class Run:
-    """This process as one of a run's, from before JAX is asked for a device; a context manager."""
+class Membership:
+    """This process as one of those that run a program together; a context manager.
+
+    It begins before JAX is asked for a device.
+    """
 
     def __init__(self, coordinator: str, processes: int, process: int):
         """Say who is who.
@@ -61,7 +64,7 @@ class Run:
         if not 0 <= process < processes:
             raise ParameterError(f"process: {process} is none of {processes}, counted from 0")
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> Membership:
         """Meet the others.
 
         Raises:

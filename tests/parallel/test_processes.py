@@ -21,11 +21,11 @@ from medmoe_jax.parallel import processes
 )
 def test_what_does_not_fit_together(several, message):
     with pytest.raises(UserError, match=message):
-        processes.Run(*several)
+        processes.Membership(*several)
 
 
 def test_alone():
-    with processes.Run("", 1, 0):
+    with processes.Membership("", 1, 0):
         assert (processes.count(), processes.index()) == (1, 0)
         assert processes.gather({"a": (1, 2)}) == [{"a": (1, 2)}]
     assert processes.end(3) == 3

@@ -157,7 +157,7 @@ def told(check, *arguments):
 def refuse():
     raise OSError(28, "No space left on device")
 
-with processes.Run(coordinator, 2, index):
+with processes.Membership(coordinator, 2, index):
     told(agreement.check_alike, {"config": {"seed": 3, "x": [1]}})
     told(agreement.check_alike, {"config": {"seed": 3 + index, "x": [1 + index]}, "code": "a"})
     told(agreement.check_shared, f"{folder}/shared")
