@@ -95,9 +95,10 @@ def test_answering_programs_hold_whole_rows():
     at = start(setup, "aggregate")
     score, generate = programs.scoring(setup, at), programs.decoding(setup, at)
     assert (score.rows, generate.rows, generate.turns) == (16, 16, programs.NEW_TOKENS)
-    prompts = [p for p in jax.tree.leaves(score.arguments) if p.shape[:1] == (16,)]
-    assert {p.shape for p in prompts} == {(16, setup.config.data.length * 7 // 8)}
-    assert all(p.sharding.shard_shape(p.shape)[0] == 2 for p in prompts)
+    rows = [x for x in jax.tree.leaves(score.arguments) if x.shape[:1] == (16,)]
+    # Prompts, and the expert of each row's language, as the engine has them.
+    assert {x.shape for x in rows} == {(16, setup.config.data.length * 7 // 8), (16, 1)}
+    assert all(x.sharding.shard_shape(x.shape)[0] == 2 for x in rows)
 
 
 @pytest.mark.parametrize(
