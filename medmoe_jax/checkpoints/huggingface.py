@@ -306,6 +306,21 @@ def place(
     flip = families.transposed(path)
     leading = len(readers[0][0]) if readers else 1
 
+    shape = leaf.shape[: leading - 1 : -1] if flip else leaf.shape[leading:]
+    slice_sharding = _slice_sharding(jax.tree.leaves(sharding)[0], leading, shape, flip)
+    pieces = (
+        (_to_devices(shape, leaf.dtype, slice_sharding, read), tuple(map(np.int32, index)))
+        for index, read in readers
+    )
+    write = _layer_writer(encode, flip, leading, sharding)
+    return _filled(jax.eval_shape(encode, leaf), sharding, write, pieces, start)
+
+
+# Cached: leaves that are written alike, in this model or the next, share a compiled program.
+@functools.cache
+def _layer_writer(encode: Callable, flip: bool, leading: int, sharding):
+    """`(stack, piece as on disk, place on the leading axes) -> stack`; the stack is donated."""
+
     def write(stack, x, index):
         new = encode(x.T if flip else x)
 
@@ -317,13 +332,7 @@ def place(
 
         return jax.tree.map(put, stack, new)
 
-    shape = leaf.shape[: leading - 1 : -1] if flip else leaf.shape[leading:]
-    slice_sharding = _slice_sharding(jax.tree.leaves(sharding)[0], leading, shape, flip)
-    pieces = (
-        (_to_devices(shape, leaf.dtype, slice_sharding, read), tuple(map(np.int32, index)))
-        for index, read in readers
-    )
-    return _filled(jax.eval_shape(encode, leaf), sharding, write, pieces, start)
+    return jax.jit(write, donate_argnums=0, out_shardings=sharding)
 
 
 def _by_rows(leaf, sharding: Sharding, read: Callable):
@@ -349,28 +358,41 @@ def _by_rows(leaf, sharding: Sharding, read: Callable):
         size = min(step, R - start)
         return _to_devices((S, size, *rest), leaf.dtype, spread, rows), np.int32(start)
 
-    def write(out, x, start):
-        out = jax.lax.dynamic_update_slice_in_dim(out.reshape(S, R, *rest), x, start, axis=1)
-        return out.reshape(leaf.shape)
-
+    write = _row_writer((S, R, *rest), sharding)
     return _filled(leaf, sharding, write, map(piece, range(0, R, step)))
+
+
+@functools.cache
+def _row_writer(by_shard: tuple[int, ...], sharding: Sharding):
+    """`(leaf, rows of every shard, the first of them) -> leaf`; the leaf is donated."""
+
+    def write(out, x, start):
+        new = jax.lax.dynamic_update_slice_in_dim(out.reshape(by_shard), x, start, axis=1)
+        return new.reshape(out.shape)
+
+    return jax.jit(write, donate_argnums=0, out_shardings=sharding)
 
 
 def _filled(stored, sharding, write: Callable, pieces, start=None):
     """An array like `stored`: zeros or `start`, with `write(buffers, *piece)` of every piece."""
-
-    def buffer(*start):
-        if start:
-            return start[0].astype(stored.dtype)
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stored)
-
     given = () if start is None else (start,)
-    buffers = jax.jit(buffer, out_shardings=sharding)(*given)
-    write = jax.jit(write, donate_argnums=0, out_shardings=sharding)
+    buffers = _buffer_maker(stored, sharding)(*given)
     for piece in pieces:
         # Waiting keeps the host from queueing a whole model of pieces ahead of the devices.
         buffers = jax.block_until_ready(write(buffers, *piece))
     return buffers
+
+
+@functools.cache
+def _buffer_maker(stored, sharding):
+    """`(start or nothing) -> buffers` like `stored`."""
+
+    def make(*start):
+        if start:
+            return start[0].astype(stored.dtype)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stored)
+
+    return jax.jit(make, out_shardings=sharding)
 
 
 def _slice_sharding(sharding: Sharding, leading: int, shape, flip: bool) -> Sharding:

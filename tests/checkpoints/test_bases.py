@@ -49,7 +49,7 @@ def test_every_base_can_be_quantised(source, kind):
 
 
 def test_an_unknown_kind_is_refused(source):
-    with pytest.raises(UserError, match=r"base\.quantise: 'fp8' is none of int8, nf4"):
+    with pytest.raises(UserError, match=r"quantise: 'fp8' is none of int8, nf4"):
         open_base(*source, 0, "fp8")
 
 
