@@ -16,7 +16,7 @@ from medmoe_jax.checkpoints.files import read_json, write_json
 from medmoe_jax.checkpoints.fingerprint import json_fingerprint
 from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.checkpoints.manifest import Manifest
-from medmoe_jax.data.templates import Jinja
+from medmoe_jax.data.jinja_template import Jinja
 from medmoe_jax.errors import UserError
 from medmoe_jax.training.setup import Setup
 from medmoe_jax.training.stage import Stage, chain, find_stage
