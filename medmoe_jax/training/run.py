@@ -133,6 +133,9 @@ class StageRun:
         setup = self.setup
         config, data = setup.config, setup.config.data.to_dict()
         data.pop("sources")
+        data.pop("ignore")  # what it leaves of the rows is in the digests
+        if not data["template_options"]:
+            data.pop("template_options")  # as work directories know it that are older than it
         data["languages"] = dict(setup.languages.ids) if setup.languages else {}
         if isinstance(setup.template, Jinja):
             data["template"] = json_fingerprint(setup.template.source)
