@@ -29,6 +29,7 @@ REQUIRES = [
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
     "py3langid>=0.4,<0.5",
+    "pyarrow>=26,<27",
     "rich>=14,<16",
     "rouge-score>=0.1.2,<0.2",
     "sacrebleu>=2.5,<3",
@@ -39,6 +40,7 @@ REQUIRES = [
     "tensorflow-datasets>=4.9.10,<5",
     "tokenizers>=0.22,<0.24",
     "tqdm>=4.67,<5",
+    "zstandard>=0.25,<0.26",
 ]
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10,<0.12"],

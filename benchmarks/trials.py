@@ -36,6 +36,7 @@ from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.cli.main import main as medmoe
 from medmoe_jax.data.batches import epoch_batches
+from medmoe_jax.data.encoded_rows import EncodedRows
 from medmoe_jax.data.rows import read_file
 from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import Setup, open_setup
@@ -58,10 +59,8 @@ def losses(setup: Setup, trained: Trained, rows: Mapping[str, Sequence[dict]]) -
     frozen = {"base": trained.base, "banks": {}}
     out = {}
     for name, some in rows.items():
-        batches = epoch_batches(
-            some, setup.tokenizer, setup.template, setup.config.data.mask,
-            setup.config.data.length, BATCH,
-        )  # fmt: skip
+        encoded = EncodedRows(name, some, setup.encoder, setup.config.data.length)
+        batches = epoch_batches(encoded, BATCH)
         parts = [jax.device_get(_sums(model, trainable, frozen, batch)) for batch in batches]
         total, weight = (float(sum(column)) for column in zip(*parts, strict=True))
         out[name] = total / weight

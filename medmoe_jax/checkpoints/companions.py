@@ -1,4 +1,4 @@
-"""What stands beside the weights in an exported model's folder: generation settings, tokenizer."""
+"""What stands beside exported weights: generation settings, tokenizer, chat template."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from medmoe_jax.checkpoints.files import read_json
+from medmoe_jax.data.portable import tokenizer_config
+from medmoe_jax.data.tokens import Tokenizer
 
 GENERATION = "generation_config.json"
+TEMPLATE = "chat_template.jinja"
+_CONFIG = "tokenizer_config.json"
 _TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
@@ -27,20 +31,34 @@ def tokenizer_files(path: Path) -> dict[str, Path]:
     return found if path.suffix == ".json" else {**found, "tokenizer.model": path}
 
 
+def prompting_files(tokenizer: Tokenizer, template: str) -> dict[str, Any]:
+    """`{name in the exported folder: file or content}` of a tokenizer and the chat template.
+
+    The template stands in a file of its own, and nowhere else.
+    """
+    files: dict[str, Any] = dict(tokenizer_files(tokenizer.path))
+    config = read_json(files[_CONFIG]) if _CONFIG in files else tokenizer_config(tokenizer)
+    config.pop("chat_template", None)
+    return {**files, _CONFIG: config, TEMPLATE: template.encode()}
+
+
 def token_ids(bos: int | None, eos: int | None, pad: int | None) -> dict[str, int]:
     """The ids that a configuration names, as its fields."""
     return {key: i for key, i in zip(_IDS, (bos, eos, pad), strict=True) if i is not None}
 
 
 def generation_config(
-    folder: Path | None, ids: dict[str, int], stop_ids: Sequence[int]
+    folder: Path | None,
+    ids: dict[str, int],
+    stop_ids: Sequence[int],
+    stop_texts: Sequence[str] = (),
 ) -> dict[str, Any]:
     """generation_config.json: the source's own, with every id that ends an answer.
 
     Args:
       folder: the Hugging Face folder of the base, or None.
       ids: of `token_ids`, for those that the folder does not name.
-      stop_ids: what ends an answer in the template it was trained with.
+      stop_ids, stop_texts: what ends an answer in the template it was trained with.
     """
     settings: dict[str, Any] = dict(ids)
     if folder is not None:
@@ -53,4 +71,6 @@ def generation_config(
     ends = [i for i in dict.fromkeys([*own, *stop_ids]) if i is not None]
     if ends:
         settings["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    if stop_texts:
+        settings["stop_strings"] = [*settings.get("stop_strings", []), *stop_texts]
     return settings

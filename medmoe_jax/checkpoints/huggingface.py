@@ -29,7 +29,14 @@ from medmoe_jax.base import decoder, quantised, trees
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.checkpoints import families
 from medmoe_jax.checkpoints.families import FAMILIES, config_from_hf, config_to_hf, family_of
-from medmoe_jax.checkpoints.files import Write, new_folder, read_json, save_tensors, write_json
+from medmoe_jax.checkpoints.files import (
+    Write,
+    new_folder,
+    read_json,
+    save_tensors,
+    write_bytes,
+    write_json,
+)
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel.host import to_host
 from medmoe_jax.parallel.rules import fitted
@@ -165,7 +172,7 @@ def save_hf(
       source: the config.json to write; None makes one from `config`.
       extra: fields of config.json to add to it or to change, such as `eos_token_id`; transformers
         uses the family's own defaults for those left out.
-      companions: more files by name: a path to copy, or a value to write as JSON.
+      companions: more files by name: a path to copy, bytes, or a value to write as JSON.
       max_shard_bytes: largest safetensors file, unless one tensor is larger.
 
     Returns:
@@ -183,7 +190,7 @@ def save_hf(
     files = {CONFIG: hf, **(companions or {})}
     shards = _shards(list(families.tensors(config, family)), dtype, max_shard_bytes)
     with new_folder(directory) as write:
-        write(functools.partial(_write_companions, files))
+        write(functools.partial(write_companions, files))
         _write_shards(write, shards, _Weights(jax.tree.map(jnp.asarray, params), members, dtype))
     return Path(directory)
 
@@ -422,10 +429,13 @@ def _to_devices(shape, dtype, sharding: Sharding, read: Callable) -> jax.Array:
 # Writing --------------------------------------------------------------------------------------
 
 
-def _write_companions(files: Mapping[str, Any], folder: Path) -> None:
+def write_companions(files: Mapping[str, Any], folder: Path) -> None:
+    """Files by name: a path to copy, bytes, or a value to write as JSON."""
     for name, content in files.items():
         if isinstance(content, Path):
             shutil.copyfile(content, folder / name)
+        elif isinstance(content, bytes):
+            write_bytes(folder / name, content)
         else:
             write_json(folder / name, content)
 
@@ -458,7 +468,7 @@ def _write_shards(write: Write, shards: list[list], weights: _Weights) -> None:
     if len(shards) > 1:
         total = sum(_bytes(tensor, weights.dtype) for shard in shards for tensor in shard)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write(functools.partial(_write_companions, {INDEX: index}))
+        write(functools.partial(write_companions, {INDEX: index}))
 
 
 class _Weights:

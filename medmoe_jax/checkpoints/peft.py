@@ -24,6 +24,7 @@ from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.base.config import DecoderConfig, site_shapes
 from medmoe_jax.checkpoints import families
 from medmoe_jax.checkpoints.files import new_folder, read_json, save_tensors, write_json
+from medmoe_jax.checkpoints.huggingface import write_companions
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel.host import to_host
 
@@ -101,6 +102,7 @@ def save_peft(
     *,
     base: str = "",
     dtype=np.float32,
+    companions: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write banks as one LoRA adapter that PEFT loads over their base.
 
@@ -115,6 +117,7 @@ def save_peft(
       members: the banks with their parameters, under any sharding.
       base: what PEFT looks for when it is asked to load the base too: a folder or a Hub name.
       dtype: of the tensors, float32 or bfloat16.
+      companions: more files by name; see `huggingface.write_companions`.
 
     Returns:
       The folder.
@@ -141,6 +144,7 @@ def save_peft(
     with new_folder(directory) as write:
         write(lambda folder: write_json(folder / CONFIG, options))
         write(lambda folder: save_tensors(folder / WEIGHTS, arrays))
+        write(functools.partial(write_companions, companions or {}))
     return Path(directory)
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from rich.table import Table
 
 from medmoe_jax.cli.session import add_model_arguments, open_model, open_run
-from medmoe_jax.data.encode import Encoder
+from medmoe_jax.data.conversation import Conversation
+from medmoe_jax.data.hub import is_name
 from medmoe_jax.data.languages import detector, row_languages
 from medmoe_jax.data.sources import RowFitter, open_source
 from medmoe_jax.errors import UserError
@@ -51,13 +52,16 @@ def run(arguments, rest) -> None:
     rows = list(_rows(setup, arguments.data))
     texts = routing.by_language(rows, setup.languages, arguments.limit)
     engine = open_model(opened, arguments.stage, arguments.off).engine
-    base, banks, *_ = engine.weights
-    ids = setup.languages.ids if setup.languages else None
-    encoder = Encoder(
-        setup.tokenizer, setup.template, length=setup.config.data.length, languages=ids
-    )
     gates = routing.measure(
-        engine.config, base, banks, setup.mesh, texts, encoder, engine.batch, setup.languages
+        engine.config,
+        engine.base,
+        engine.banks,
+        setup.mesh,
+        texts,
+        setup.encoder,
+        setup.config.data.length,
+        engine.batch,
+        setup.languages,
     )
     written = routing_report.save(arguments.out, texts, gates, "Routing by language")
     for gate in gates:
@@ -65,19 +69,20 @@ def run(arguments, rest) -> None:
     print(f"written to {written['html']} and {written['json']}")
 
 
-def _rows(setup: Setup, names: Sequence[str]) -> Iterator[tuple[dict, str]]:
-    """Rows of sources of the config, or of paths, with their languages."""
+def _rows(setup: Setup, names: Sequence[str]) -> Iterator[tuple[Conversation, str, str]]:
+    """Rows of sources of the config, or of paths, with their languages and places."""
     data = setup.config.data
     detect = detector(data.detect_language)
-    fit = RowFitter(Encoder(setup.tokenizer, setup.template), data.length)
+    fit = RowFitter(setup.encoder, data.length)
     for name in names:
-        if name not in data.sources and not Path(name).exists():
+        if name not in data.sources and not (is_name(name) or Path(name).exists()):
             known = ", ".join(data.sources) or "none"
             raise UserError(f"--data: '{name}' is no file and no source of the config ({known})")
         fields = data.sources[name] if name in data.sources else source(name)
-        rows, _ = open_source(name, **fields.to_dict(), fit=fit)
+        rows = open_source(name, fields, data.ignore, fit).rows
         found = row_languages(rows, detect)
-        yield from ((row, code) for row, (code, _) in zip(rows, found, strict=True))
+        for number, (row, (code, _)) in enumerate(zip(rows, found, strict=True)):
+            yield row, code, rows.place(number)
 
 
 def _table(gate: routing.Gate, texts: Sequence[routing.Texts]) -> Table:

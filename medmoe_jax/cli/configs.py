@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
+import functools
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -43,11 +47,36 @@ def load_config(arguments: Sequence[str]) -> ConfigDict:
     strangers = [a for a in arguments if not a.startswith("--config")]
     if strangers:
         raise UserError(f"unknown argument '{strangers[0]}'; see --help")
+    new = {a: found for a in arguments if (found := _new_field(a, config))}
+    arguments = [a for a in arguments if a not in new]
     _check_fields(arguments, config)
     try:
-        return _parse(arguments)
+        return _with_fields(_parse(arguments), new.values())
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, flags.Error) as error:
         raise UserError(f"--config: {error}") from None
+
+
+# Mappings of the configuration that may be given any key.
+_OPEN = re.compile(r"--config\.(data\.(?:template_options|sources\.\w+\.columns))\.(\w+)=(.*)")
+
+
+def _new_field(argument: str, config: ConfigDict) -> tuple[str, str, Any] | None:
+    """`(section, key, value)` where the argument adds a key to an open mapping."""
+    found = _OPEN.fullmatch(argument)
+    if not found or found[1] not in _paths(config) or f"{found[1]}.{found[2]}" in _paths(config):
+        return None
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False"}.get(found[3], found[3]))
+    except (SyntaxError, ValueError):
+        value = found[3]
+    return found[1], found[2], value
+
+
+def _with_fields(config: ConfigDict, fields: Iterable[tuple[str, str, Any]]) -> ConfigDict:
+    with config.unlocked():
+        for section, key, value in fields:
+            functools.reduce(getattr, section.split("."), config)[key] = value
+    return config
 
 
 def _last_line(error: BaseException) -> str:

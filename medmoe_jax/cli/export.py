@@ -5,12 +5,15 @@
 
 hf: every bank folded into the weights, as a folder that transformers loads.
 peft: every bank, merged ones too, as one LoRA adapter of summed rank over the base as it was.
+Beside them stand the tokenizer, the chat template that was trained with its options, and the ids
+that end an answer.
 A bank whose gate depends on the token fits neither; --off=BANK leaves it out.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -21,11 +24,12 @@ from medmoe_jax.checkpoints.files import check_new, read_json
 from medmoe_jax.checkpoints.huggingface import HUB, save_hf
 from medmoe_jax.checkpoints.peft import save_peft
 from medmoe_jax.cli.session import add_model_arguments, open_run, open_stage
-from medmoe_jax.data.templates import stops
+from medmoe_jax.data.portable import portable_template
 from medmoe_jax.errors import UserError
 from medmoe_jax.training.leaves import match_leaves
 from medmoe_jax.training.setup import Setup
 from medmoe_jax.training.stage import chain
+from medmoe_jax.training.terminal import note
 from medmoe_jax.training.trained import Trained
 
 
@@ -70,7 +74,6 @@ def _members(trained: Trained, states: tuple[str, ...]):
 def _export_hf(setup: Setup, trained: Trained, output: str, dtype: str | None) -> None:
     base, tokenizer = setup.base, setup.tokenizer
     ids = companions.token_ids(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
-    stop_ids = stops(setup.template, tokenizer).ids
     save_hf(
         output,
         base.config,
@@ -80,10 +83,7 @@ def _export_hf(setup: Setup, trained: Trained, output: str, dtype: str | None) -
         dtype=np.dtype(dtype or setup.dtype),
         source=read_json(base.folder / "config.json") if base.folder else None,
         extra=None if base.folder else ids,
-        companions={
-            companions.GENERATION: companions.generation_config(base.folder, ids, stop_ids),
-            **companions.tokenizer_files(tokenizer.path),
-        },
+        companions=_prompting(setup),
     )
 
 
@@ -106,7 +106,25 @@ def _export_peft(setup: Setup, trained: Trained, output: str, dtype: str | None)
         _members(trained, (*lifecycle.ACTIVE, "merged")),
         base=setup.config.base.path.removeprefix(HUB),
         dtype=np.dtype(dtype or "float32"),
+        companions=_prompting(setup),
     )
+
+
+def _prompting(setup: Setup) -> dict[str, Any]:
+    """What other tools need to ask as the model was trained: tokenizer, template, ends."""
+    tokenizer, (ends, texts) = setup.tokenizer, setup.encoder.stops
+    template = portable_template(setup.encoder)
+    if not template.same:
+        note(
+            "the exported chat template writes the same text, but other tools give it other ids "
+            "than were trained, as this vocabulary has no tokens for the template's marks"
+        )
+    ids = companions.token_ids(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    generation = companions.generation_config(setup.base.folder, ids, ends, texts)
+    return {
+        companions.GENERATION: generation,
+        **companions.prompting_files(tokenizer, template.source),
+    }
 
 
 FORMATS = {"hf": _export_hf, "peft": _export_peft}

@@ -3,7 +3,7 @@
   medmoe generate --config=FILE --workdir=DIR "What does a lack of vitamin C cause?"
   medmoe generate --config=FILE --workdir=DIR --input=prompts.jsonl --output=answers.jsonl
 
-Rows hold "prompt"; "response" is added.
+Rows hold "prompt"; "response" is added, and "reasoning" where the template has a place for it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from medmoe_jax.checkpoints.files import write_text
 from medmoe_jax.cli.session import (
     add_language_argument,
     add_model_arguments,
+    check_prompts,
+    note_cut,
     open_model,
     open_run,
     read_rows,
 )
+from medmoe_jax.data.conversation import check_text
 from medmoe_jax.errors import UserError
 from medmoe_jax.inference.engine import Sampling
 from medmoe_jax.ranges import COUNT
@@ -44,16 +47,23 @@ def run(arguments, rest) -> None:
         raise UserError("--input and --output go together")
     COUNT.check("max_tokens", arguments.max_tokens)
     sampling = Sampling(arguments.temperature, arguments.top_p, arguments.seed)
-    rows = [{"prompt": arguments.prompt}]
+    rows, places = [{"prompt": arguments.prompt}], ["the prompt"]
+    check_text(rows, "the prompt")
     if arguments.input is not None:
-        rows = read_rows(arguments.input, ("prompt",))
+        rows, places = read_rows(arguments.input, ("prompt",))
+    prompts = [row["prompt"] for row in rows]
     opened = open_run(rest, arguments.workdir)
+    check_prompts(opened.setup, prompts, places.__getitem__)
     model = open_model(opened, arguments.stage, arguments.off, arguments.language)
-    answers = model.generate([r["prompt"] for r in rows], arguments.max_tokens, sampling)
+    answers = model.answer(prompts, arguments.max_tokens, sampling)
+    note_cut(model)
     if arguments.input is None:
-        print(answers[0])
+        print(answers[0].text)
         return
-    answered = [{**row, "response": a} for row, a in zip(rows, answers, strict=True)]
+    answered = []
+    for row, answer in zip(rows, answers, strict=True):
+        thought = {"reasoning": answer.reasoning} if answer.reasoning else {}
+        answered.append({**row, **thought, "response": answer.text})
     write_text(
         arguments.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answered)
     )

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from medmoe_jax.checkpoints.files import write_json
 from medmoe_jax.cli.session import open_run
+from medmoe_jax.data.hub import is_name
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation.html import HeatMapSection, save_png
 from medmoe_jax.ranges import COUNT, NOT_NEGATIVE
@@ -87,7 +88,7 @@ def _files(given: Sequence[str]) -> dict[str, str]:
             raise UserError(f"--data: '{argument}' is not TASK=FILE")
         if task in files:
             raise UserError(f"--data: task '{task}' is given twice")
-        if not Path(file).exists():
+        if not is_name(file) and not Path(file).exists():
             raise UserError(f"--data: {task}: there is no file or folder '{file}'")
         files[task] = file
     return files

@@ -15,6 +15,8 @@ from medmoe_jax.checkpoints.files import write_text
 from medmoe_jax.cli.session import (
     add_language_argument,
     add_model_arguments,
+    check_prompts,
+    note_cut,
     open_model,
     open_run,
     read_rows,
@@ -31,10 +33,13 @@ def add_arguments(parser) -> None:
 
 def run(arguments, rest) -> None:
     """Run the command."""
-    rows = read_rows(arguments.input, ("prompt", "completion"))
+    rows, places = read_rows(arguments.input, ("prompt", "completion"))
+    prompts, completions = [r["prompt"] for r in rows], [r["completion"] for r in rows]
     opened = open_run(rest, arguments.workdir)
+    check_prompts(opened.setup, prompts, places.__getitem__, completions)
     model = open_model(opened, arguments.stage, arguments.off, arguments.language)
-    scores = model.score([r["prompt"] for r in rows], [r["completion"] for r in rows])
+    scores = model.score(prompts, completions)
+    note_cut(model)
     scored = [
         {**row, "logprob": logprob, "tokens": tokens}
         for row, (logprob, tokens) in zip(rows, scores, strict=True)

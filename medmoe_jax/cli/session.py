@@ -12,8 +12,10 @@ from medmoe_jax.checkpoints.agreement import check_alike
 from medmoe_jax.checkpoints.fingerprint import code_fingerprint
 from medmoe_jax.checkpoints.manifest import library_versions
 from medmoe_jax.cli.configs import load_config
+from medmoe_jax.data.conversation import Turn, check_text, turns_of
 from medmoe_jax.data.languages import detector
 from medmoe_jax.data.sources import RowFitter
+from medmoe_jax.data.templates import doubts
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation.report import Report
 from medmoe_jax.evaluation.run import evaluate
@@ -47,7 +49,10 @@ def open_run(arguments: Sequence[str], workdir: str) -> Run:
         }
     )
     keep_compiled(config.run.compilation_cache, workdir)
-    return Run(open_setup(config), workdir)
+    setup = open_setup(config)
+    for text in doubts(setup.template, setup.tokenizer):
+        note(text)
+    return Run(setup, workdir)
 
 
 def language_model(
@@ -120,11 +125,40 @@ def run_tasks(setup: Setup, model: LanguageModel, names, limit=None, **options) 
     """Evaluate on tasks by name; prompts too long for the context are shortened in their body."""
     fit = RowFitter(model.encoder, setup.base.config.max_positions)
     tasks = [name if isinstance(name, Task) else load_task(name, limit, fit=fit) for name in names]
+    for task in tasks:
+        check_prompts(
+            setup, [i.prompt for i in task.items], f"task '{task.name}', item {{}}".format
+        )
     report = evaluate(model, tasks, limit=limit, batch=8 * model.engine.batch, **options)
-    for number, what in ((fit.shortened, "shortened"), (model.engine.truncated, "cut on the left")):
-        if number:
-            note(f"{number} prompts were {what} to fit {fit.length} positions")
+    if fit.shortened:
+        note(f"{fit.shortened} prompts were shortened to fit {fit.length} positions")
+    note_cut(model)
     return report
+
+
+def check_prompts(
+    setup: Setup,
+    prompts: Sequence[str],
+    place: Callable[[int], str],
+    answers: Sequence[str] | None = None,
+) -> None:
+    """Raise UserError, with its `place`, for a prompt or answer that the template refuses."""
+    for number, prompt in enumerate(prompts):
+        try:
+            if answers is None:
+                setup.encoder.prompt(turns_of(prompt))
+            else:
+                said: Turn = {"role": "assistant", "content": answers[number]}
+                setup.encoder({"conversations": [*turns_of(prompt), said], "language": ""})
+        except UserError as error:
+            raise UserError(f"{place(number)}: {error}") from None
+
+
+def note_cut(model: LanguageModel) -> None:
+    """Say how many prompts a model had to cut."""
+    if model.shortened:
+        context = model.engine.config.decoder.max_positions
+        note(f"{model.shortened} prompts were cut to fit {context} positions with their answers")
 
 
 def stage_evaluator(run: Run, stop: Callable[[], bool]):
@@ -137,8 +171,11 @@ def stage_evaluator(run: Run, stop: Callable[[], bool]):
     setup = run.setup
     names = list(setup.config.run.tasks)
     limit = setup.config.run.task_limit or None
-    for name in names:
-        load_task(name, limit)  # an unknown name or absent data shows now, not after the training
+    for name in names:  # an unknown name or a bad item shows now, not after the training
+        task = load_task(name, limit)
+        check_prompts(
+            setup, [i.prompt for i in task.items], f"task '{task.name}', item {{}}".format
+        )
 
     def evaluate_stage(trained: Trained) -> dict:
         if not names:
@@ -177,8 +214,8 @@ def add_language_argument(parser) -> None:
     )
 
 
-def read_rows(path: str, fields: Sequence[str]) -> list[dict]:
-    """Rows of a JSONL file, each with the given text fields.
+def read_rows(path: str, fields: Sequence[str]) -> tuple[list[dict], list[str]]:
+    """Rows of a JSONL file, each with the given text fields, and the file and line of each.
 
     Raises:
       UserError: a row is not JSON or lacks a field, or the file is not UTF-8; names file and line.
@@ -189,18 +226,21 @@ def read_rows(path: str, fields: Sequence[str]) -> list[dict]:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error})") from None
-    rows = []
+    rows, places = [], []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
+        place = f"{path}:{number}"
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not JSON ({error.msg})") from None
+            raise UserError(f"{place}: not JSON ({error.msg})") from None
         for field in fields:
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                raise UserError(f'{path}:{number}: the row needs a text field "{field}"')
+                raise UserError(f'{place}: the row needs a text field "{field}"')
+        check_text(row, place)
         rows.append(row)
+        places.append(place)
     if not rows:
         raise UserError(f"{path}: no row in the file")
-    return rows
+    return rows, places

@@ -7,6 +7,7 @@ The template's markers become tokens of their own; unknown characters fall back 
 
 from __future__ import annotations
 
+from medmoe_jax.cli.data import add_row_arguments, row_reader
 from medmoe_jax.cli.session import no_rest
 from medmoe_jax.data.preview import train_tokenizer
 
@@ -19,12 +20,18 @@ def add_arguments(parser) -> None:
     train.add_argument("--output", required=True, help="the .model file to write")
     train.add_argument("--vocab-size", type=int, required=True, help="pieces in all")
     train.add_argument("--template", default="chatml", help="whose markers to add (%(default)s)")
+    add_row_arguments(train)
 
 
 def run(arguments, rest) -> None:
     """Run the command."""
     no_rest(rest)
     made = train_tokenizer(
-        arguments.input, arguments.vocab_size, arguments.output, arguments.template
+        arguments.input,
+        arguments.vocab_size,
+        arguments.output,
+        arguments.template,
+        row_reader(arguments),
+        arguments.split,
     )
     print(f"{made.vocab_size} pieces, written to {arguments.output}")

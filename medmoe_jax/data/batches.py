@@ -8,27 +8,25 @@ shards it was given; states are kept by shard, so another number of processes co
 Axis legend: B rows of this process's part of the global batch, T tokens of a row.
 """
 
+from __future__ import annotations
+
 import math
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypedDict
 
 import grain
 import numpy as np
 from grain.experimental import FirstFitPackIterDataset, ThreadPrefetchDatasetIterator
 
-from medmoe_jax.data.encode import Encoded, Encoder
-from medmoe_jax.data.templates import Template
-from medmoe_jax.data.tokenizers import Tokenizer
+from medmoe_jax.data.encoded_rows import Counts, EncodedRows, Facts
 from medmoe_jax.errors import UserError
 
 ARRAYS = ("tokens", "loss_mask", "segment_ids", "positions")
-COUNTS = ("rows", "tokens", "target_tokens", "truncated_rows", "rows_without_target")
 # Rows are packed into this many sequences at a time: more waste less, and mix epochs further.
 PACK_BINS = 32
-CACHE_BYTES = 256 << 20
-ROW_OVERHEAD = 512  # bytes of Python objects around a remembered row
 AHEAD = 4
 
 Batch = dict[str, np.ndarray]
@@ -43,31 +41,51 @@ def array_names(languages: bool) -> tuple[str, ...]:
 Merge = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
-class EncodedRows(Sequence):
-    """Rows of a data set, encoded at first use and remembered while they fit in `budget` bytes."""
+@dataclass(frozen=True)
+class StreamSpec:
+    """How rows become global batches.
 
-    def __init__(self, rows: Sequence[dict], encoder: Encoder, budget: int = CACHE_BYTES):
-        self._rows = rows
-        self._encoder = encoder
-        self._left = budget
-        self._memory: dict[int, dict] = {}
+    Attributes:
+      global_batch: sequences a step.
+      shards: virtual shards; they divide global_batch.
+      seed: of shuffling and packing.
+      pack: several rows to a sequence, or one.
+      shard_ids: the shards that this process reads; None = all.
+    """
 
-    def __len__(self) -> int:
-        return len(self._rows)
+    global_batch: int
+    shards: int = 1
+    seed: int = 0
+    pack: bool = True
+    shard_ids: Sequence[int] | None = None
 
-    def __getitem__(self, index: int) -> dict:
-        """`codes` int32 [N] (see `Encoded`) and `facts`, COUNTS of the row and its language id."""
-        element = self._memory.get(index)
-        if element is None:
-            encoded = self._encoder(self._rows[index])
-            element = {"codes": encoded.codes, "facts": _facts(encoded)}
-            if self._left > 0:
-                self._left -= encoded.codes.nbytes + ROW_OVERHEAD
-                self._memory[index] = element
-        return element
+    @property
+    def own_shards(self) -> tuple[int, ...]:
+        """The shards that this process reads, in order."""
+        return tuple(range(self.shards) if self.shard_ids is None else sorted(self.shard_ids))
 
-    def __repr__(self) -> str:
-        return f"EncodedRows({self._rows!r})"
+    def check(self) -> None:
+        """Raise UserError when the parts do not fit together."""
+        own = self.own_shards
+        if self.shards < 1 or self.global_batch < 1 or self.global_batch % self.shards:
+            raise UserError(
+                f"the global batch ({self.global_batch}) must be a multiple of the data shards "
+                f"({self.shards})"
+            )
+        if not own or len(set(own)) < len(own) or set(own) - {*range(self.shards)}:
+            raise UserError(
+                f"shard_ids {own}: expected distinct numbers from 0 to {self.shards - 1}"
+            )
+
+
+class Packed(TypedDict):
+    """A sequence as it is packed: arrays [T], and the facts of each row in it."""
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+    tokens_segment_ids: np.ndarray
+    tokens_positions: np.ndarray
+    facts: list[Facts]
 
 
 class BatchStream(Iterator[Batch]):
@@ -79,32 +97,27 @@ class BatchStream(Iterator[Batch]):
     """
 
     def __init__(
-        self,
-        sources: Sequence[EncodedRows],
-        weights: Sequence[float] | None,
-        encoder: Encoder,
-        global_batch: int,
-        shards: int,
-        seed: int,
-        pack: bool,
-        shard_ids: Sequence[int],
+        self, sources: Sequence[EncodedRows], weights: Sequence[float] | None, spec: StreamSpec
     ):
-        self._sources, self._weights, self._encoder = sources, weights, encoder
-        self._global_batch, self._shards, self._seed, self._pack = global_batch, shards, seed, pack
-        self.shard_ids = tuple(shard_ids)
+        self._sources, self._weights, self._spec = sources, weights, spec
+        self.shard_ids = spec.own_shards
         rows = {shard: iter(self._packed(self._mixed(shard), shard)) for shard in self.shard_ids}
-        rows = _ShardRows(rows, encoder, global_batch // shards)
-        self._batches = ThreadPrefetchDatasetIterator(rows, AHEAD)
+        batches = _ShardRows(rows, spec.global_batch // spec.shards, self._knows_languages)
+        self._batches = ThreadPrefetchDatasetIterator(batches, AHEAD)
         # Ends the thread while the interpreter is still whole.
         weakref.finalize(self, self.__dict__.pop, "_batches", None)
 
     def __next__(self) -> Batch:
         return next(self._batches)
 
+    @property
+    def _knows_languages(self) -> bool:
+        return self._sources[0].encoder.languages is not None
+
     def counters(self, merge: Merge = dict) -> dict[str, int]:
-        """What the batches given so far held, by the names in COUNTS."""
+        """What the batches given so far held, by the names in `Counts`."""
         counts = [shard["counts"] for shard in merge(self.get_state()).values()]
-        return dict(zip(COUNTS, np.sum(counts, axis=0).tolist(), strict=True))
+        return dict(zip(Counts._fields, np.sum(counts, axis=0).tolist(), strict=True))
 
     def get_state(self) -> dict[str, dict]:
         """The position in the stream, as JSON values by shard ("0", "1", ...)."""
@@ -130,7 +143,7 @@ class BatchStream(Iterator[Batch]):
         encodes is remembered for the stream.
         """
         sequences = {str(shard): self._sequences(shard) for shard in self.shard_ids}
-        return math.ceil(sum(merge(sequences).values()) / self._global_batch)
+        return math.ceil(sum(merge(sequences).values()) / self._spec.global_batch)
 
     def close(self) -> None:
         """Stops the background thread."""
@@ -138,111 +151,89 @@ class BatchStream(Iterator[Batch]):
 
     def _sequences(self, shard: int) -> int:
         """How many an epoch of the shard packs into."""
-        rows = sum(len(_shard_of(source, shard, self._shards)) for source in self._sources)
+        rows = sum(len(_shard_of(source, shard, self._spec.shards)) for source in self._sources)
         return sum(1 for _ in self._packed(self._mixed(shard).slice(slice(rows)), shard))
 
     def _mixed(self, shard: int) -> grain.MapDataset:
         """The endless sequence of this shard's rows."""
-        parts = [_shard_of(source, shard, self._shards) for source in self._sources]
+        parts = [_shard_of(source, shard, self._spec.shards) for source in self._sources]
         if self._weights is None:
             parts = [grain.MapDataset.concatenate(parts)]
         parts = [
-            part.shuffle(seed=_seed(self._seed, shard, number)).repeat()
+            part.shuffle(seed=_seed(self._spec.seed, shard, number)).repeat()
             for number, part in enumerate(parts)
         ]
         return grain.MapDataset.mix(parts, self._weights)
 
     def _packed(self, rows: grain.MapDataset, shard: int) -> grain.IterDataset:
-        """Sequences of T codes. Unpacked is packed with one row to a sequence."""
+        """Sequences of T tokens. Unpacked is packed with one row to a sequence."""
         inline = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        source, pack = self._sources[0], self._spec.pack
         return FirstFitPackIterDataset(
             rows.to_iter_dataset(inline),
-            length_struct={"codes": self._encoder.length},
-            num_packing_bins=PACK_BINS if self._pack else 1,
-            max_sequences_per_bin=None if self._pack else 1,
+            length_struct={"tokens": source.length, "loss_mask": source.length},
+            num_packing_bins=PACK_BINS if pack else 1,
+            max_sequences_per_bin=None if pack else 1,
             meta_features=("facts",),
-            padding_struct={"codes": self._encoder.tokenizer.pad_id * 2},
-            seed=_seed(self._seed, shard, -1),
+            padding_struct={"tokens": source.encoder.tokenizer.pad_id, "loss_mask": 0},
+            seed=_seed(self._spec.seed, shard, -1),
         )
 
 
 def make_stream(
-    datasets: Mapping[str, Sequence[dict]],
-    weights: Mapping[str, float] | None,
-    tokenizer: Tokenizer,
-    template: Template,
-    mask: str,
-    length: int,
-    global_batch: int,
-    shards: int,
-    seed: int,
-    pack: bool = True,
-    shard_ids: Sequence[int] | None = None,
-    languages: Mapping[str, int] | None = None,
+    datasets: Mapping[str, EncodedRows], weights: Mapping[str, float] | None, spec: StreamSpec
 ) -> BatchStream:
-    """The training stream over named data sets (random access to conversation rows).
+    """The training stream over named data sets of one encoder and length.
 
     `weights` are relative rows drawn from each data set (0 leaves one out); None draws every row of
-    all data sets once an epoch. `shard_ids` are the shards this process reads (None: all).
-    Raises UserError when the parts do not fit together.
+    all data sets once an epoch. Raises UserError when the parts do not fit together.
     """
     names = _used(datasets, weights)
-    shard_ids = tuple(range(shards)) if shard_ids is None else tuple(sorted(shard_ids))
-    if length < 2:
-        raise UserError(f"length {length}: a sequence needs at least 2 tokens")
-    if shards < 1 or global_batch < 1 or global_batch % shards:
-        raise UserError(
-            f"the global batch ({global_batch}) must be a multiple of the data shards ({shards})"
-        )
-    if not shard_ids or len(set(shard_ids)) < len(shard_ids) or set(shard_ids) - {*range(shards)}:
-        raise UserError(f"shard_ids {shard_ids}: expected distinct numbers from 0 to {shards - 1}")
+    spec.check()
     for name in names:
-        if len(datasets[name]) < shards:
+        if len(datasets[name]) < spec.shards:
             raise UserError(
-                f"data set {name!r} has {len(datasets[name])} rows, fewer than the {shards} data "
-                "shards; use fewer shards or leave it out"
+                f"data set {name!r} has {len(datasets[name])} rows, fewer than the {spec.shards} "
+                "data shards; use fewer shards or leave it out"
             )
-    encoder = Encoder(tokenizer, template, mask, length, languages)
-    sources = [EncodedRows(datasets[n], encoder, CACHE_BYTES // len(names)) for n in names]
     shares = None if weights is None else [float(weights[name]) for name in names]
-    return BatchStream(sources, shares, encoder, global_batch, shards, seed, pack, shard_ids)
+    return BatchStream([datasets[name] for name in names], shares, spec)
 
 
 def epoch_batches(
-    rows: Sequence[dict],
-    tokenizer: Tokenizer,
-    template: Template,
-    mask: str,
-    length: int,
+    rows: EncodedRows,
     batch: int,
     shards: int = 1,
     shard_ids: Sequence[int] | None = None,
-    languages: Mapping[str, int] | None = None,
+    length: int | None = None,
 ) -> Iterator[Batch]:
-    """Batches for evaluation: each row once, in order, one row to a sequence.
+    """Batches for evaluation: each training row once, in order, one to a sequence.
 
     The last batch is filled up with padding (`segment_ids` 0). As in training, row i of a batch
     belongs to shard i mod `shards`, and only the rows of `shard_ids` are given, so that every
-    process makes the same number of steps. Arrays as those of `BatchStream`.
+    process makes the same number of steps. Arrays as those of `BatchStream`, of `length` tokens
+    (None: where the rows are cut).
     """
     if batch % shards:
         raise UserError(f"the batch ({batch}) must be a multiple of the data shards ({shards})")
-    encoder = Encoder(tokenizer, template, mask, length, languages)
     mine = range(shards) if shard_ids is None else shard_ids
     own = [i for i in range(batch) if i % shards in set(mine)]
+    languages = rows.encoder.languages is not None
     for start in range(0, len(rows), batch):
-        numbers = [start + i for i in own]
-        yield _assemble([_alone(rows, number, encoder) for number in numbers], encoder)
+        sequences = [_alone(rows, start + i, length or rows.length) for i in own]
+        yield _assemble(sequences, languages)
 
 
 class _ShardRows:
     """Whole batches from the shards' sequences; the state and the counts are kept by shard."""
 
-    def __init__(self, sequences: dict[int, grain.DatasetIterator], encoder: Encoder, rounds: int):
-        self._sequences, self._encoder, self._rounds = sequences, encoder, rounds
-        self._counts = {shard: np.zeros(len(COUNTS), np.int64) for shard in sequences}
+    def __init__(
+        self, sequences: dict[int, grain.DatasetIterator], rounds: int, knows_languages: bool
+    ):
+        self._sequences, self._rounds, self._knows_languages = sequences, rounds, knows_languages
+        self._counts = {shard: np.zeros(len(Counts._fields), np.int64) for shard in sequences}
 
-    def __iter__(self) -> "_ShardRows":
+    def __iter__(self) -> _ShardRows:
         return self
 
     def __next__(self) -> Batch:
@@ -250,9 +241,9 @@ class _ShardRows:
         for _ in range(self._rounds):
             for shard, sequence in self._sequences.items():
                 element = next(sequence)
-                self._counts[shard] += np.sum(element["facts"], axis=0)[: len(COUNTS)]
+                self._counts[shard] += np.sum([f.counts for f in element["facts"]], axis=0)
                 elements.append(element)
-        return _assemble(elements, self._encoder)
+        return _assemble(elements, self._knows_languages)
 
     def get_state(self) -> dict[str, dict]:
         return {
@@ -266,46 +257,39 @@ class _ShardRows:
             self._counts[shard] = np.asarray(state[str(shard)]["counts"], np.int64)
 
 
-def _assemble(elements: Sequence[dict], encoder: Encoder) -> Batch:
-    codes_BxT = np.stack([element["codes"] for element in elements])
-    segments_BxT = np.stack([element["codes_segment_ids"] for element in elements])
+def _assemble(sequences: Sequence[Packed], knows_languages: bool) -> Batch:
+    segments_BxT = np.stack([sequence["tokens_segment_ids"] for sequence in sequences])
     batch = {
-        "tokens": codes_BxT >> 1,
-        "loss_mask": codes_BxT & 1,
+        "tokens": np.stack([sequence["tokens"] for sequence in sequences]),
+        "loss_mask": np.stack([sequence["loss_mask"] for sequence in sequences]).astype(np.int32),
         "segment_ids": segments_BxT,
-        "positions": np.stack([element["codes_positions"] for element in elements]),
+        "positions": np.stack([sequence["tokens_positions"] for sequence in sequences]),
     }
-    if encoder.languages is not None:
-        ids = [[-1, *(int(facts[-1]) for facts in element["facts"])] for element in elements]
+    if knows_languages:
+        ids = [[-1, *(facts.language_id for facts in s["facts"])] for s in sequences]
         rows = [np.asarray(i, np.int32)[s] for i, s in zip(ids, segments_BxT, strict=True)]
         batch["language_ids"] = np.stack(rows)
     return batch
 
 
-def _alone(rows: Sequence[dict], number: int, encoder: Encoder) -> dict:
+def _alone(rows: EncodedRows, number: int, length: int) -> Packed:
     """A sequence that holds one row, or only padding when there is no such row."""
-    codes_T = np.full(encoder.length, encoder.tokenizer.pad_id * 2, np.int32)
-    segments_T, positions_T = np.zeros_like(codes_T), np.zeros_like(codes_T)
+    tokens_T = np.full(length, rows.encoder.tokenizer.pad_id, np.int32)
+    loss_mask_T, segments_T, positions_T = np.zeros((3, length), np.int32)
     facts = []
     if number < len(rows):
-        encoded = encoder(rows[number])
-        count = len(encoded.codes)
-        codes_T[:count], segments_T[:count], positions_T[:count] = encoded.codes, 1, range(count)
-        facts = [_facts(encoded)]
+        row = rows[number]
+        count = len(row["tokens"])
+        tokens_T[:count], loss_mask_T[:count] = row["tokens"], row["loss_mask"]
+        segments_T[:count], positions_T[:count] = 1, range(count)
+        facts = [row["facts"]]
     return {
-        "codes": codes_T,
-        "codes_segment_ids": segments_T,
-        "codes_positions": positions_T,
+        "tokens": tokens_T,
+        "loss_mask": loss_mask_T,
+        "tokens_segment_ids": segments_T,
+        "tokens_positions": positions_T,
         "facts": facts,
     }
-
-
-def _facts(encoded: Encoded) -> np.ndarray:
-    """int64 [6]: what COUNTS names, for one row, and its language id."""
-    targets = int(encoded.loss_mask.sum())
-    count = len(encoded.codes)
-    values = [1, count, targets, encoded.truncated, targets == 0, encoded.language_id]
-    return np.asarray(values, np.int64)
 
 
 def _used(datasets: Mapping[str, Sequence], weights: Mapping[str, float] | None) -> list[str]:

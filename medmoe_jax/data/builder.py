@@ -18,7 +18,9 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from medmoe_jax.data import rows as rows_lib
+from medmoe_jax.data.conversation import Conversation
+from medmoe_jax.data.files import read_items
+from medmoe_jax.data.rows import RowReader
 from medmoe_jax.errors import UserError
 
 VERSION = "1.0.0"
@@ -28,7 +30,7 @@ SPLIT = "train"
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     VERSION = tfds.core.Version(VERSION)
 
-    def __init__(self, name: str, rows: Iterable[dict], data_dir: str):
+    def __init__(self, name: str, rows: Iterable[Conversation], data_dir: str):
         self.name = name
         self._rows = rows
         super().__init__(data_dir=data_dir, file_format="array_record")
@@ -47,11 +49,13 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _generate_examples(self) -> Iterator[tuple[int, dict]]:
         for number, row in enumerate(self._rows):
-            turns = json.dumps(row["conversations"], ensure_ascii=False)
-            yield number, {"conversation": turns, "language": row["language"]}
+            tools = row.get("tools")
+            talk = {**row, "language": ""} if tools else row["conversations"]
+            text = json.dumps(talk, ensure_ascii=False)
+            yield number, {"conversation": text, "language": row["language"]}
 
 
-class Conversations(Sequence):
+class Conversations(Sequence[Conversation]):
     """The rows of a built data set, read by index; it pickles, and keeps the order of building."""
 
     def __init__(self, folder: str | Path):
@@ -61,12 +65,14 @@ class Conversations(Sequence):
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> Conversation:
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         record = self._records[index % len(self)]
-        turns = json.loads(record["conversation"])
-        return {"conversations": turns, "language": _decoded(record["language"])}
+        talk = json.loads(record["conversation"])
+        # A list of turns, or a whole row where there is more than turns.
+        row = talk if isinstance(talk, dict) else {"conversations": talk}
+        return {**row, "language": _decoded(record["language"])}
 
     def __repr__(self) -> str:
         return f"Conversations({str(self.folder)!r})"
@@ -75,7 +81,7 @@ class Conversations(Sequence):
         return Conversations, (self.folder,)
 
 
-def build(rows: Iterable[dict], out_dir: str | Path, name: str) -> Path:
+def build(rows: Iterable[Conversation], out_dir: str | Path, name: str) -> Path:
     """Writes conversation rows to the data set folder `out_dir/name/1.0.0` and returns its path.
 
     The folder appears whole or not at all: an error or a kill in between leaves nothing under the
@@ -105,18 +111,24 @@ def build(rows: Iterable[dict], out_dir: str | Path, name: str) -> Path:
 
 
 def build_from_files(
-    inputs: Sequence[str | Path], output: str | Path, name: str = "", language: str = ""
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    name: str = "",
+    reader: RowReader | None = None,
+    split: str = "train",
 ) -> Path:
-    """Builds a data set under `output` from data files; returns its folder.
+    """Builds a data set under `output` from all that `data.files` reads; returns its folder.
 
-    `name` defaults to the first file's name; `language` is given to rows that name none.
-    Raises UserError for bad files or rows; see `rows.read_file` and `build`.
+    `name` defaults to the first file's name; `reader` says what is made of a row.
+    Raises UserError for bad files or rows; see `data.rows` and `build`.
     """
     if not inputs:
         raise UserError("no input file given")
     stem = Path(inputs[0]).name.split(".")[0]
     name = name or re.sub(r"^[^a-z]+|[^a-z0-9]+", "_", stem.lower()).strip("_") or "conversations"
-    return build(rows_lib.read_files(inputs, language), output, name)
+    reader = reader or RowReader()
+    items = (item for path in inputs for item in read_items(path, split))
+    return build((reader(item, place) for place, item in items), output, name)
 
 
 def open_dataset(folder: str | Path) -> Conversations:
@@ -125,6 +137,11 @@ def open_dataset(folder: str | Path) -> Conversations:
     Raises UserError when there is no data set, or more than one.
     """
     return Conversations(_resolve(folder))
+
+
+def is_dataset(folder: str | Path) -> bool:
+    """Whether a data set was built in a folder, or in one below it."""
+    return bool(_found(Path(folder)))
 
 
 def content_digest(folder: str | Path) -> str:
@@ -141,12 +158,7 @@ def _resolve(folder: str | Path) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; build a data set there first")
-    found = [
-        info.parent
-        for pattern in ("", "*/", "*/*/")
-        for info in folder.glob(f"{pattern}dataset_info.json")
-        if not any(part.startswith(".partial-") for part in info.relative_to(folder).parts)
-    ]
+    found = _found(folder)
     if not found:
         raise UserError(f"{folder}: holds no data set (no dataset_info.json); build one first")
     if len(found) > 1:
@@ -155,7 +167,18 @@ def _resolve(folder: str | Path) -> Path:
     return found[0]
 
 
-def _not_empty(rows: Iterable[dict], name: str) -> Iterator[dict]:
+def _found(folder: Path) -> list[Path]:
+    """The data sets in a folder and down to two below it; one half-written is none."""
+    return [
+        info.parent
+        for pattern in ("", "*/", "*/*/")
+        for info in folder.glob(f"{pattern}dataset_info.json")
+        if (info.parent / "features.json").is_file()
+        and not any(part.startswith(".partial-") for part in info.relative_to(folder).parts)
+    ]
+
+
+def _not_empty(rows: Iterable[Conversation], name: str) -> Iterator[Conversation]:
     """The same rows; the first is read now, so that an empty input fails before any writing."""
     rows = iter(rows)
     first = next(rows, None)

@@ -3,38 +3,65 @@
 Axis legend: N tokens of one row.
 """
 
+from __future__ import annotations
+
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from medmoe_jax.data.templates import Piece, Template, get_mask, markers
-from medmoe_jax.data.tokenizers import Tokenizer
+from medmoe_jax.data.conversation import Conversation, Turn
+from medmoe_jax.data.pieces import FRAME_MASKS, Piece, Template, get_mask
+from medmoe_jax.data.templates import markers, stops
+from medmoe_jax.data.tokens import CUT, START, Part, Tokenizer
+from medmoe_jax.errors import UserError
 
 
 class Encoded(NamedTuple):
-    """One encoded row. `codes` int32 [N] holds `id * 2 + is_target`."""
+    """One training row.
 
-    codes: np.ndarray
-    truncated: bool
+    Attributes:
+      tokens: int32 [N].
+      loss_mask: int32 [N]: 1 where this token is a target. The first token never is.
+      language_id: of its language, -1 = unknown.
+      truncated: whether it was cut.
+    """
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
     language_id: int
+    truncated: bool = False
 
-    @property
-    def tokens(self) -> np.ndarray:
-        """int32 [N]."""
-        return self.codes >> 1
+    def cut(self, length: int) -> Encoded:
+        """The row, cut on the right at `length` tokens."""
+        if len(self.tokens) <= length:
+            return self
+        return Encoded(self.tokens[:length], self.loss_mask[:length], self.language_id, True)
 
-    @property
-    def loss_mask(self) -> np.ndarray:
-        """int32 [N]: 1 where this token is a target. The first token never is."""
-        return self.codes & 1
+
+class Run(NamedTuple):
+    """Pieces that are encoded together.
+
+    Attributes:
+      pieces: what it stands for.
+      ids: of its text.
+      target: whether the model learns to say it.
+    """
+
+    pieces: list[Piece]
+    ids: list[int]
+    target: bool
 
 
 class Encoder:
-    """Encodes rows for one tokenizer, template and mask, cut on the right at `length` tokens.
+    """Encodes rows for one tokenizer, template and mask.
 
     `languages` maps a row's language to an id for `language_ids`; other languages get -1.
+
+    Attributes:
+      stops: what ends an answer.
     """
 
     def __init__(
@@ -42,65 +69,111 @@ class Encoder:
         tokenizer: Tokenizer,
         template: Template,
         mask: str = "completion",
-        length: int | None = None,
         languages: Mapping[str, int] | None = None,
     ):
         self.tokenizer = tokenizer
         self.template = template
-        self.length = length
         self.languages = languages
         self._is_target = get_mask(mask)
+        if mask in FRAME_MASKS and not template.frames:
+            raise UserError(
+                f"mask {mask!r} asks for the frames of all turns, which are known of built-in "
+                "templates only; use another mask or template (data.mask, data.template)"
+            )
+        self.stops = stops(template, tokenizer)
         guarded = sorted(markers(template, tokenizer), key=len, reverse=True)
         self._marker = re.compile("|".join(map(re.escape, guarded)) or "(?!)")
-        self._markup: dict[tuple[str, bool], list[int]] = {}
 
-    def __call__(self, row: dict) -> Encoded:
-        """Encodes a conversation row."""
-        codes: list[int] = []
-        for piece, ids in self._pieces(self.template.render(row["conversations"])):
-            target = int(self._is_target(piece))
-            codes += [token * 2 + target for token in ids]
-        truncated = self.length is not None and len(codes) > self.length
-        codes = np.asarray(codes[: self.length], np.int32)
-        codes[:1] &= ~1
+    def __call__(self, row: Conversation) -> Encoded:
+        """The training row that holds the whole conversation: the last of `rows`."""
+        return self.rows(row)[-1]
+
+    def rows(self, row: Conversation) -> list[Encoded]:
+        """The training rows of a conversation: one, or more where its answers need rows apart."""
         language_id = (self.languages or {}).get(row["language"], -1)
-        return Encoded(codes, truncated, language_id)
+        return [_encoded(runs, language_id) for runs in self.runs(row)]
 
-    def prompt(self, turns: Sequence[dict]) -> list[int]:
-        """The ids up to where the answer starts: a prefix of the same conversation's ids."""
-        pieces = self.template.render(turns, add_generation_prompt=True)
-        return [token for _, ids in self._pieces(pieces) for token in ids]
+    def prompt(self, turns: Sequence[Turn], tools: Sequence[dict] = ()) -> list[int]:
+        """The ids that the model reads before it answers: a prefix of the answer's training row."""
+        runs = self._runs(self.template.prompt(turns, tools))
+        return [token for run in runs for token in run.ids]
 
-    def pieces(self, turns: Sequence[dict]) -> list[tuple[Piece, list[int], bool]]:
-        """Each piece of a conversation with its ids and whether they are targets."""
-        rendered = self.template.render(turns)
-        return [(p, ids, self._is_target(p)) for p, ids in self._pieces(rendered)]
+    def read(self, text: str) -> tuple[str, str]:
+        """`(answer, reasoning)` of what a model said, decoded, without the template's own words."""
+        lead = self._shown(self.template.lead())
+        if lead and text.startswith(lead):
+            return text[len(lead) :], ""
+        before, after = (self._shown([piece]).strip() for piece in self.template.thought())
+        if after and after in text:
+            reasoning, _, answer = text.partition(after)
+            return answer.lstrip("\n"), reasoning.strip().removeprefix(before).strip()
+        return text, ""
 
-    def _pieces(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, list[int]]]:
+    def _shown(self, pieces: Sequence[Piece]) -> str:
+        """How pieces read when their ids are decoded."""
+        return self.tokenizer.decode([token for run in self._runs(pieces) for token in run.ids])
+
+    def runs(self, row: Conversation) -> list[list[Run]]:
+        """The training rows of a conversation as the runs that they are encoded in."""
+        rows = self.template.rows(row["conversations"], row.get("tools", ()))
+        return [list(self._runs(pieces)) for pieces in rows]
+
+    def _runs(self, pieces: Sequence[Piece]) -> Iterator[Run]:
         start, strip = True, False
-        for piece in pieces:
-            ids = self._ids(piece._replace(text=piece.text.lstrip()) if strip else piece, start)
-            start = piece.kind == "bos" or self.tokenizer.begins_after(ids, start)
+        for run in self._parted(pieces):
+            ids = self.tokenizer.encode_parts(self._parts(run), start, strip)
+            start = run[-1].kind == "bos" or self.tokenizer.begins_after(ids, start)
             strip = self.tokenizer.strips_after(ids, strip)
-            yield piece, ids
+            yield Run(run, ids, self._is_target(run[0]))
 
-    def _ids(self, piece: Piece, start: bool) -> list[int]:
-        if piece.kind == "text":
-            return self._content(piece.text, start)
-        if piece.kind == "markup":
-            key = (piece.text, start)
-            if key not in self._markup:
-                self._markup[key] = self.tokenizer.encode_markup(*key)
-            return self._markup[key]
-        own = self.tokenizer.bos_id if piece.kind == "bos" else self.tokenizer.eos_id
-        return [] if own is None else [own]
+    def _parted(self, pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+        """The pieces in runs. No token reaches over a run's end.
 
-    def _content(self, text: str, start: bool) -> list[int]:
-        """Encodes people's text. A marker in it is cut in two, so it cannot end or open a turn."""
-        ids: list[int] = []
+        So a prompt's ids are those of the row, whatever the answer; and what ends an answer in
+        plain text has the same ids after every answer.
+        """
+        run: list[Piece] = []
+        for piece in pieces:
+            if run and self._parts_ways(run[-1], piece):
+                yield run
+                run = []
+            run.append(piece)
+        if run:
+            yield run
+
+    def _parts_ways(self, left: Piece, right: Piece) -> bool:
+        if left.said != right.said or self._is_target(left) != self._is_target(right):
+            return True
+        if not right.said or left.part == right.part:
+            return False
+        return left.part == "reasoning" or (right.part == "close" and bool(self.stops.texts))
+
+    def _parts(self, run: Sequence[Piece]) -> Iterator[Part]:
+        """A run as text and tokens. Markup that stands side by side is read as one text."""
+        for kind, same in itertools.groupby(run, lambda piece: piece.kind):
+            text = "".join(piece.text for piece in same)
+            if kind == "text":
+                yield from self._guarded(text)
+            elif kind == "markup":
+                yield from self.tokenizer.parts(text)
+            else:
+                own = self.tokenizer.bos_id if kind == "bos" else self.tokenizer.eos_id
+                yield from () if own is None else (self.tokenizer.token(own),)
+                yield from (START,) if kind == "bos" else ()
+
+    def _guarded(self, text: str) -> Iterator[Part]:
+        """People's text. A marker in it is cut in two, so it cannot end or open a turn."""
         at = 0
         for found in self._marker.finditer(text):
             cut = found.start() + 1
-            ids += self.tokenizer.encode(text[at:cut], start and not ids)
+            yield from (text[at:cut], CUT)
             at = cut
-        return ids + self.tokenizer.encode(text[at:], start and not ids)
+        yield text[at:]
+
+
+def _encoded(runs: Sequence[Run], language_id: int) -> Encoded:
+    tokens = np.asarray([token for run in runs for token in run.ids], np.int32)
+    sizes = [len(run.ids) for run in runs]
+    loss_mask = np.repeat(np.asarray([run.target for run in runs], np.int32), sizes)
+    loss_mask[:1] = 0
+    return Encoded(tokens, loss_mask, language_id)

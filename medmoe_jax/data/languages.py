@@ -10,6 +10,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
+from medmoe_jax.data.conversation import Conversation, Rows, Turn, as_rows
 from medmoe_jax.errors import UserError
 
 UNKNOWN = ""
@@ -44,12 +45,12 @@ def detector(least: float) -> Detect:
     return detect
 
 
-def spoken(turns: Iterable[dict]) -> str:
+def spoken(turns: Iterable[Turn]) -> str:
     """What users and assistants say in these turns, or enough of it to tell the language by."""
     return "\n".join(turn["content"] for turn in turns if turn["role"] != "system")[:_READ]
 
 
-def row_languages(rows: Iterable[dict], detect: Detect) -> Iterator[tuple[str, bool]]:
+def row_languages(rows: Iterable[Conversation], detect: Detect) -> Iterator[tuple[str, bool]]:
     """Each row's language code, and whether the row itself names it."""
     for row in rows:
         if row["language"]:
@@ -58,7 +59,7 @@ def row_languages(rows: Iterable[dict], detect: Detect) -> Iterator[tuple[str, b
             yield detect(spoken(row["conversations"])), False
 
 
-def census(rows: Iterable[dict], detect: Detect) -> dict[str, tuple[int, int]]:
+def census(rows: Iterable[Conversation], detect: Detect) -> dict[str, tuple[int, int]]:
     """`{language code: (rows that name it, rows it was detected in)}`, most rows first."""
     counts: dict[str, list[int]] = {}
     for code, named in row_languages(rows, detect):
@@ -67,46 +68,29 @@ def census(rows: Iterable[dict], detect: Detect) -> dict[str, tuple[int, int]]:
     return {code: (counts[code][0], counts[code][1]) for code in order}
 
 
-class Named(Sequence):
-    """Rows with these languages in the place of their own."""
-
-    def __init__(self, rows: Sequence[dict], codes: Sequence[str]):
-        self._rows = rows
-        self._codes = codes
-
-    def __len__(self) -> int:
-        return len(self._codes)
-
-    def __getitem__(self, index: int) -> dict:
-        return {**self._rows[index], "language": self._codes[index]}
-
-    def __repr__(self) -> str:
-        return f"Named({self._rows!r})"
-
-
 def name_languages(
-    where: str, rows: Sequence[dict], known: Container[str], detect: Detect
-) -> tuple[Named, dict[str, int]]:
+    rows: Sequence[Conversation], known: Container[str], detect: Detect
+) -> tuple[Rows, dict[str, int]]:
     """The rows with their languages, and how many `named` theirs, were `detected` or are `unknown`.
 
     Args:
-      where: the rows come from, for the message.
       rows: conversation rows.
       known: the codes that a row may name; a text detected as another language stays unknown.
       detect: see `detector`.
 
     Raises:
-      UserError: a row names a language that is not known; `rows` count from 0.
+      UserError: a row names a language that is not known; the message says where it stands.
     """
+    rows = as_rows(rows)
     codes = []
     counts = {"named": 0, "detected": 0, "unknown": 0}
     for number, (code, named) in enumerate(row_languages(rows, detect)):
         if named and code not in known:
             raise UserError(
-                f"{where}: row {number} (the first is 0) is in '{code}', a language that the table "
-                "of data.languages does not have; add it there, or correct the row"
+                f"{rows.place(number)}: the row is in '{code}', a language that the table of "
+                "data.languages does not have; add it there, or correct the row"
             )
         code = code if code in known else UNKNOWN
         codes.append(code)
         counts["named" if named else "detected" if code else "unknown"] += 1
-    return Named(rows, codes), counts
+    return rows.changed(lambda number, row: {**row, "language": codes[number]}), counts

@@ -1,6 +1,9 @@
-"""Looking at a data set before training on it, and training a tokenizer on one."""
+"""Looking at rows before training on them, and training a tokenizer on them."""
 
-import re
+from __future__ import annotations
+
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -9,82 +12,154 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from medmoe_jax.data import builder, rows, tokenizers
-from medmoe_jax.data.encode import Encoder
-from medmoe_jax.data.templates import Template, load_template, stops
-from medmoe_jax.data.tokenizers import SentencePiece, Tokenizer
+from medmoe_jax.data import tokenizers
+from medmoe_jax.data.conversation import Conversation, Rows
+from medmoe_jax.data.encode import Encoder, Run
+from medmoe_jax.data.encoded_rows import encoded_at
+from medmoe_jax.data.languages import census, detector
+from medmoe_jax.data.pieces import Piece
+from medmoe_jax.data.rows import RowReader
+from medmoe_jax.data.sources import Source, open_path
+from medmoe_jax.data.templates import MARK, doubts, load_template
+from medmoe_jax.data.tokenizers import SentencePiece
+from medmoe_jax.data.tokens import Tokenizer
 from medmoe_jax.errors import UserError
 
-MARKER = re.compile(r"<\|?\w+\|?>")
 TARGET, CONTEXT, CUT = "bold green", "dim", "red"
 PERCENTILES = (0, 50, 90, 99, 100)
+_SHOWN = 5  # languages and duplicates named
 
 
 def inspect(
-    dataset: str | Path,
-    tokenizer: str | Path,
-    template: str = "chatml",
-    mask: str = "completion",
+    source: Source,
+    encoder: Encoder,
     length: int = 2048,
-    row: int = 0,
-    sample: int = 1000,
+    first: int = 0,
+    count: int = 1,
+    detect: float = 0.5,
     console: Console | None = None,
 ) -> dict[str, float]:
-    """Prints one row with its loss mask in colour, and statistics of up to `sample` rows.
+    """Prints some rows as they will be trained, and what all of them hold.
 
-    Green tokens are targets, red ones lie beyond `length`. Returns the statistics that it prints.
-    Raises UserError for a row that does not exist and for what `open_dataset`, `load` and
-    `load_template` refuse.
+    Args:
+      source: the rows.
+      encoder: what they will be trained with.
+      length: tokens at which a row will be cut.
+      first, count: the rows to show. Green is a target, dim is context, red lies beyond `length`.
+      detect: the least probability of a language that a row does not name; 0 = none is detected.
+      console: where to print.
+
+    Returns:
+      The statistics that it prints.
+
+    Raises:
+      UserError: a row that does not exist or cannot be used; it is named by its place.
     """
     console = console or Console()
-    data, words = builder.open_dataset(dataset), tokenizers.load(tokenizer)
-    form = load_template(template, words)
-    if not 0 <= row < len(data):
-        raise UserError(f"row {row}: {dataset} has rows 0 to {len(data) - 1}")
-    encoder = Encoder(words, form, mask)
-    console.print(Text(f"row {row} of {len(data)}, language {data[row]['language'] or 'unknown'}"))
-    console.print(coloured(data[row], encoder, length))
-    console.print(Text(f"an answer ends at: {_stop_names(form, words)}"))
-    chosen = np.unique(np.linspace(0, len(data) - 1, min(sample, len(data))).astype(int))
-    statistics = length_statistics([data[int(i)] for i in chosen], encoder, length)
-    table = Table("statistic", "value", title=f"{len(chosen)} rows, in tokens")
+    rows = source.rows
+    if not len(rows):
+        raise UserError("there is no row to look at; check the file")
+    if not 0 <= first < len(rows):
+        raise UserError(f"row {first}: there are rows 0 to {len(rows) - 1}")
+    for number in range(first, min(first + count, len(rows))):
+        _show(rows, number, encoder, length, console)
+    for text in (f"an answer ends at: {_stop_names(encoder)}", *_warnings(source, encoder)):
+        console.print(Text(text))
+    statistics = row_statistics(rows, encoder, length)
+    table = Table("statistic", "value", title=f"all {len(rows):,} rows, in tokens")
     for name, value in statistics.items():
-        table.add_row(name, f"{value:,.1f}")
+        table.add_row(name, f"{value:,.1f}".removesuffix(".0"))
     console.print(table)
+    for code, (named, detected) in list(census(rows, detector(detect)).items())[:_SHOWN]:
+        language = code or "unknown"
+        console.print(
+            Text(f"language {language}: {named:,} rows name it, in {detected:,} detected")
+        )
     return statistics
 
 
-def coloured(row: dict, encoder: Encoder, length: int) -> Text:
-    """A row's text, token by token: targets green, context dim, what will be cut off red."""
+def _show(rows: Rows, number: int, encoder: Encoder, length: int, console: Console) -> None:
+    parts = encoded_at(rows, number, encoder.runs)
+    language = rows[number]["language"] or "unknown"
+    for part, runs in enumerate(parts):
+        which = f", training row {part + 1} of {len(parts)}" if len(parts) > 1 else ""
+        title = f"row {number} of {len(rows)}{which}, language {language} ({rows.place(number)})"
+        console.print(Text(title, style="bold"))
+        console.print(coloured(runs, encoder.tokenizer, length))
+
+
+def coloured(runs: Sequence[Run], tokenizer: Tokenizer, length: int) -> Text:
+    """A training row's text: targets green, context dim, what will be cut off red."""
     text, used = Text(), 0
-    for piece, ids, target in encoder.pieces(row["conversations"]):
-        style = TARGET if target else CONTEXT
+    for run in runs:
+        style = TARGET if run.target else CONTEXT
         kept = max(0, length - used)
-        used += len(ids)
-        if len(ids) <= kept:
-            text.append(piece.text or encoder.tokenizer.text_of(ids[0] if ids else None), style)
+        used += len(run.ids)
+        if len(run.ids) <= kept:
+            text.append("".join(_written(piece, tokenizer) for piece in run.pieces), style)
         else:
-            text.append(encoder.tokenizer.decode(ids[:kept]), style)
-            text.append(encoder.tokenizer.decode(ids[kept:]), CUT)
+            text.append(tokenizer.decode(run.ids[:kept]), style)
+            text.append(tokenizer.decode(run.ids[kept:]), CUT)
     return text
 
 
-def length_statistics(rows: Sequence[dict], encoder: Encoder, length: int) -> dict[str, float]:
-    """Length percentiles in tokens, target share, and the shares of rows cut or left untaught."""
-    encoded = [encoder(row) for row in rows]
-    sizes = np.array([len(e.codes) for e in encoded])
+def _written(piece: Piece, tokenizer: Tokenizer) -> str:
+    own = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}.get(piece.kind)
+    return piece.text or tokenizer.text_of(own)
+
+
+def row_statistics(rows: Rows, encoder: Encoder, length: int) -> dict[str, float]:
+    """Length percentiles, target share, shares of rows cut or left untaught, and duplicates."""
+    encoded = [one for number in range(len(rows)) for one in encoded_at(rows, number, encoder.rows)]
+    sizes = np.array([len(e.tokens) for e in encoded])
     targets = np.array([e.loss_mask.sum() for e in encoded])
     kept = np.array([e.loss_mask[:length].sum() for e in encoded])
-    result = {f"length p{p}": float(np.percentile(sizes, p)) for p in PERCENTILES}
+    result = {"training rows": float(len(encoded))}
+    result |= {f"length p{p}": float(np.percentile(sizes, p)) for p in PERCENTILES}
     return result | {
+        "tokens": float(sizes.sum()),
+        "targets": float(targets.sum()),
         "targets %": 100.0 * float(targets.sum() / sizes.sum()),
         "truncated rows %": 100.0 * float((sizes > length).mean()),
         "rows without target %": 100.0 * float((kept == 0).mean()),
+        "exact duplicates": float(len(rows) - len(set(map(_content, rows)))),
     }
 
 
+def _content(row: Conversation) -> bytes:
+    """A hash of what a row says, whatever it says of its language."""
+    said = [row["conversations"], row.get("tools")]
+    return hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16).digest()
+
+
+def _warnings(source: Source, encoder: Encoder) -> Iterator[str]:
+    yield from doubts(encoder.template, encoder.tokenizer)
+    if source.ignored:
+        left = ", ".join(f"{key} ({count:,})" for key, count in source.ignored.items())
+        yield f"left out of the rows: {left}"
+    first: dict[bytes, int] = {}
+    pairs = [
+        f"{source.rows.place(number)} = {source.rows.place(before)}"
+        for number, row in enumerate(source.rows)
+        if (before := first.setdefault(_content(row), number)) != number
+    ]
+    if pairs:
+        yield f"exact duplicates: {'; '.join(pairs[:_SHOWN])}"
+
+
+def _stop_names(encoder: Encoder) -> str:
+    ids, texts = encoder.stops
+    names = [f"{encoder.tokenizer.text_of(i)} (id {i})" for i in ids]
+    return ", ".join(names + [f"{text!r} (text)" for text in texts])
+
+
 def train_tokenizer(
-    inputs: Sequence[str | Path], vocab_size: int, out: str | Path, template: str = "chatml"
+    inputs: Sequence[str | Path],
+    vocab_size: int,
+    out: str | Path,
+    template: str = "chatml",
+    reader: RowReader | None = None,
+    split: str = "train",
 ) -> SentencePiece:
     """Trains a sentencepiece model on data files or built data sets.
 
@@ -93,20 +168,16 @@ def train_tokenizer(
     if not inputs:
         raise UserError("no input given to train the tokenizer on")
     turns = [{"role": role, "content": "x"} for role in ("system", "user", "assistant")]
-    markup = [p.text for p in load_template(template).render(turns) if p.kind == "markup"]
-    symbols = list(dict.fromkeys(MARKER.findall(" ".join(markup))))
-    return tokenizers.train(_texts(inputs), vocab_size, out, symbols)
+    (pieces,) = load_template(template).rows(turns)
+    markup = " ".join(piece.text for piece in pieces if piece.kind == "markup")
+    symbols = list(dict.fromkeys(MARK.findall(markup)))
+    texts = _texts(inputs, reader or RowReader(), split)
+    return tokenizers.train(texts, vocab_size, out, symbols)
 
 
-def _texts(inputs: Sequence[str | Path]) -> Iterator[str]:
+def _texts(inputs: Sequence[str | Path], reader: RowReader, split: str) -> Iterator[str]:
     for path in inputs:
-        source = builder.open_dataset(path) if Path(path).is_dir() else rows.read_file(path)
-        for row in source:
+        for row in open_path(path, reader, split).rows:
             for turn in row["conversations"]:
-                yield from turn["content"].splitlines(keepends=False)
-
-
-def _stop_names(template: Template, tokenizer: Tokenizer) -> str:
-    ids, texts = stops(template, tokenizer)
-    names = [f"{tokenizer.text_of(i)} (id {i})" for i in ids] + [f"{t!r} (text)" for t in texts]
-    return ", ".join(names) or "nothing: this tokenizer has no eos and the template no end marker"
+                for field in ("reasoning_content", "content"):
+                    yield from turn.get(field, "").splitlines(keepends=False)

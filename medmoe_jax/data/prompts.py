@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
 
+from medmoe_jax.data.conversation import Conversation
 from medmoe_jax.data.medical.row import Row
 from medmoe_jax.errors import UserError
 
@@ -33,7 +33,7 @@ class Prompt:
         start, stop = (place + len(self.before) for place in row.body)
         return dataclasses.replace(row, prompt=self._of(row.prompt), body=(start, stop))
 
-    def conversation(self, row: dict) -> dict:
+    def conversation(self, row: Conversation) -> Conversation:
         """A conversation row in this form; one without a user turn stays as it is."""
         turns = list(row["conversations"])
         for i, turn in enumerate(turns):
@@ -43,24 +43,8 @@ class Prompt:
         return {**row, "conversations": turns}
 
     def digest(self, content: str) -> str:
-        """Of rows in this form, from that of the rows."""
+        """The digest of rows in this form, made from the rows' own."""
         return hashlib.blake2b(f"{content} {self._of(TEXT)}".encode(), digest_size=16).hexdigest()
 
     def _of(self, text: str) -> str:
         return self.before + text + self.after
-
-
-class Prompted(Sequence):
-    """Conversation rows in a prompt's form, each made when it is asked for."""
-
-    def __init__(self, rows: Sequence[dict], prompt: Prompt):
-        self._rows, self._prompt = rows, prompt
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> dict:
-        return self._prompt.conversation(self._rows[index])
-
-    def __repr__(self) -> str:
-        return f"Prompted({self._rows!r})"

@@ -1,181 +1,202 @@
-"""Rows of training data from files: JSON list or JSON lines, each optionally gzipped.
+"""Rows of training data in the forms that people have, as conversation rows.
 
-Two row forms are read. A conversation, in the form of the public medical instruction sets:
+A row is a JSON object (or a table's line) in one of these forms:
 
-    {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}
+    {"conversations": [{"from": "human"|"gpt", "value": "..."}, ...]}       ShareGPT
+    {"messages": [{"role": "user"|"assistant", "content": "..."}, ...]}     OpenAI
+    {"prompt": "...", "response": "..."}, {"question": "...", "answer": "..."}
+    {"instruction": "...", "input": "...", "output": "..."}                 Alpaca
 
-(`role`/`content` may replace `from`/`value`), or a pair `{"prompt": "...", "response": "..."}`.
-Both may carry `"language": "en"`. All come out as a *conversation row*:
-
-    {"conversations": [{"role": "system"|"user"|"assistant", "content": str}, ...], "language": str}
+Beside them may stand `system`, `tools`, `history` (earlier questions and answers) and `language`.
+Every other key is an error that names it, unless it is to be ignored; then it is counted.
 """
 
-import gzip
-import json
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any, TextIO
+from __future__ import annotations
 
+import fnmatch
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from medmoe_jax.data.conversation import Conversation, Turn, check_text
+from medmoe_jax.data.files import read_items
+from medmoe_jax.data.turns import TURN_KEYS, decoded, kind, quoted, read_tools, read_turn, text
 from medmoe_jax.errors import UserError
 
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
-ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+TALKS = ("conversations", "messages")
+QUESTIONS = ("prompt", "instruction", "question")
+ANSWERS = ("response", "output", "answer", "completion")
+BESIDE = ("input", "history", "system", "tools", "language")
+KEYS = (*TALKS, *QUESTIONS, *ANSWERS, *BESIDE)
+_GREETINGS = "answers before the first question"  # counted beside the ignored keys
 
 
-def read_files(paths: Iterable[str | Path], language: str = "") -> Iterator[dict]:
-    """Yields the conversation rows of several files, in order. See `read_file`."""
-    for path in paths:
-        yield from read_file(path, language)
+class RowReader:
+    """Turns rows of any known form into conversation rows.
+
+    Attributes:
+      columns: `{key of a known form: the rows' own name for it}`.
+      ignored: how often each key was ignored, and what else was left out.
+    """
+
+    def __init__(
+        self,
+        language: str = "",
+        columns: Mapping[str, str] | None = None,
+        ignore: Sequence[str] = (),
+    ):
+        """
+        Args:
+          language: given to rows that name none.
+          columns: `{key of a known form: the row's own name for it}`.
+          ignore: keys that are left out, of rows and turns. A pattern (`*_id`) is for keys that
+            would otherwise be errors.
+
+        Raises:
+          UserError: `columns` has a key that no form knows.
+        """
+        self._language, self.columns = language, dict(columns or {})
+        self._ignore = tuple(ignore)
+        self.ignored: Counter[str] = Counter()
+        for key in self.columns:
+            if key not in KEYS:
+                raise UserError(f"columns.{key}: no row has this key; use one of {', '.join(KEYS)}")
+
+    def __call__(self, item: Any, where: str = "row") -> Conversation:
+        """The conversation row of one decoded row. Raises UserError that starts with `where`."""
+        if not isinstance(item, Mapping):
+            raise UserError(f"{where}: expected a JSON object, found {kind(item)}")
+        check_text(item, where)
+        row = self._known(self._named(item, where), KEYS, where)
+        turns = self._turns(row, where)
+        tools = read_tools(row.pop("tools", None), where)
+        language = text(row.pop("language", self._language), f"{where}: 'language'")
+        if row:
+            raise UserError(
+                f"{where}: {quoted(row)} cannot stand beside the other keys of this row; remove "
+                "one, or name those that are not to be used in data.ignore"
+            )
+        self._check_learnable(turns, where)
+        out: Conversation = {"conversations": turns, "language": language}
+        return out | {"tools": tools} if tools else out
+
+    def _named(self, item: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """The row with its own names of columns replaced."""
+        row = {key: value for key, value in item.items() if value is not None}
+        for key, own in self.columns.items():
+            if own not in item:
+                raise UserError(
+                    f"{where}: there is no column {own!r} (columns.{key}); found {quoted(item)}"
+                )
+            if key in row and key != own:
+                raise UserError(
+                    f"{where}: the row has a key {key!r} beside {own!r}, which columns.{key} "
+                    "names; remove one, or name it in data.ignore"
+                )
+        theirs = {own: key for key, own in self.columns.items()}
+        return {theirs.get(key, key): value for key, value in row.items()}
+
+    def _known(self, row: Mapping[str, Any], keys: Sequence[str], where: str) -> dict[str, Any]:
+        """What remains of a row or turn without what is ignored; all its keys are known."""
+        out, strange = {}, []
+        for key, value in row.items():
+            patterns = self._ignore if key not in keys else (p for p in self._ignore if p == key)
+            if any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns):
+                self.ignored[key] += 1
+            elif key in keys:
+                out[key] = value
+            else:
+                strange.append(key)
+        if strange:
+            raise UserError(
+                f"{where}: nothing is known of {quoted(strange)}; rename it to one of "
+                f"{', '.join(keys)}, or add it to data.ignore to leave it out"
+            )
+        return out
+
+    def _turns(self, row: dict[str, Any], where: str) -> list[Turn]:
+        """Takes the turns out of a row."""
+        talk = [key for key in TALKS if key in row]
+        asked, answered = ([k for k in keys if k in row] for keys in (QUESTIONS, ANSWERS))
+        if len(talk) == 1 and not asked and not answered:
+            turns = self._talk(row.pop(talk[0]), f"{where}: '{talk[0]}'", where)
+        elif not talk and len(asked) == len(answered) == 1:
+            turns = _pair(row, asked[0], answered[0], where)
+        else:
+            raise UserError(
+                f"{where}: needs one conversation ({' or '.join(TALKS)}), or one question "
+                f"({', '.join(QUESTIONS)}) and one answer ({', '.join(ANSWERS)}); found "
+                f"{quoted(row) or 'nothing'}"
+            )
+        system = text(row.pop("system", ""), f"{where}: 'system'")
+        if system:
+            if any(turn["role"] == "system" for turn in turns):
+                raise UserError(f"{where}: has a system turn and 'system' beside it; remove one")
+            turns.insert(0, {"role": "system", "content": system})
+        return turns
+
+    def _talk(self, value: Any, what: str, where: str) -> list[Turn]:
+        value = decoded(value)
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise UserError(f"{what} must be a list of turns, found {kind(value)}")
+        turns = []
+        for number, turn in enumerate(value):
+            at = f"{where}, turn {number}"
+            if not isinstance(turn, Mapping):
+                raise UserError(f"{at}: expected a JSON object, found {kind(turn)}")
+            own = {key: value for key, value in turn.items() if value is not None}
+            turns.append(read_turn(self._known(own, TURN_KEYS, at), at))
+        start = 1 if turns and turns[0]["role"] == "system" else 0
+        while len(turns) > start and turns[start]["role"] == "assistant":
+            del turns[start]
+            self.ignored[_GREETINGS] += 1
+        return turns
+
+    @staticmethod
+    def _check_learnable(turns: Sequence[Turn], where: str) -> None:
+        answers = [turn for turn in turns if turn["role"] == "assistant"]
+        if not answers:
+            raise UserError(
+                f"{where}: no assistant turn answers a user turn, so nothing can be learned from "
+                "it; add an answer or remove the row"
+            )
+        if not any(turn.get("train_weight", 1) for turn in answers):
+            raise UserError(
+                f"{where}: every answer has weight 0, so nothing can be learned from it; remove "
+                "the row"
+            )
 
 
-def read_file(path: str | Path, language: str = "") -> Iterator[dict]:
+def parse_row(item: Any, where: str = "row", language: str = "") -> Conversation:
+    """Turns one decoded JSON object into a conversation row; see `RowReader`."""
+    return RowReader(language)(item, where)
+
+
+def read_file(path: str | Path, language: str = "") -> Iterator[Conversation]:
     """Yields the conversation rows of one file; `language` is given to rows that name none.
 
-    JSON lines are streamed. A JSON list is read as text and decoded one item at a time.
     Raises UserError, naming the file and the line or item, for anything that is not a row.
     """
-    path = Path(path)
-    if not path.name.endswith(ENDINGS):
-        raise UserError(f"{path}: unknown file ending; give a file that ends in {_one_of(ENDINGS)}")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        with _open(path) as text:
-            first = _first_character(text)
-            items = _list_items(text.read(), path) if first == "[" else _lines(text, path)
-            for where, item in items:
-                yield parse_row(item, where, language)
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise UserError(f"{path}: not a complete gzip file ({error}); copy it again") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error}); convert the file to UTF-8") from error
+    reader = RowReader(language)
+    for where, item in read_items(path):
+        yield reader(item, where)
 
 
-def parse_row(item: Any, where: str = "row", language: str = "") -> dict:
-    """Turns one decoded JSON object into a conversation row.
-
-    A leading assistant turn (one that answers nothing) is dropped. Raises UserError that starts
-    with `where`.
-    """
-    if not isinstance(item, dict):
-        raise UserError(f"{where}: expected a JSON object, found {_kind(item)}")
-    if "conversations" in item:
-        turns = _turns(item["conversations"], where)
-    elif "prompt" in item and "response" in item:
-        turns = [
-            {"role": "user", "content": _text(item["prompt"], f"{where}: 'prompt'")},
-            {"role": "assistant", "content": _text(item["response"], f"{where}: 'response'")},
-        ]
-    else:
-        found = ", ".join(repr(key) for key in item) or "nothing"
-        raise UserError(
-            f"{where}: needs either 'conversations' or both 'prompt' and 'response'; found {found}"
-        )
-    tongue = item.get("language")
-    tongue = language if tongue is None else _text(tongue, f"{where}: 'language'")
-    return {"conversations": turns, "language": tongue}
-
-
-def _turns(value: Any, where: str) -> list[dict]:
-    if not isinstance(value, list):
-        raise UserError(f"{where}: 'conversations' must be a list of turns, found {_kind(value)}")
-    turns = [_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(value)]
-    start = 1 if turns and turns[0]["role"] == "system" else 0
-    while len(turns) > start and turns[start]["role"] == "assistant":
-        del turns[start]
-    if not any(turn["role"] == "assistant" for turn in turns):
-        raise UserError(
-            f"{where}: no assistant turn answers a user turn, so nothing can be learned from it; "
-            "add an answer or remove the row"
-        )
-    return turns
-
-
-def _turn(turn: Any, where: str) -> dict:
-    if not isinstance(turn, dict):
-        raise UserError(f"{where}: expected a JSON object, found {_kind(turn)}")
-    role = turn.get("role", turn.get("from"))
-    content = turn.get("content", turn.get("value"))
-    if role is None or content is None:
-        raise UserError(f"{where}: needs 'from' and 'value' (or 'role' and 'content')")
-    if not isinstance(role, str) or role not in ROLES:
-        raise UserError(f"{where}: unknown role {role!r}; use {_one_of(ROLES)}")
-    return {"role": ROLES[role], "content": _text(content, f"{where}: content")}
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{where} must be text, found {_kind(value)}")
-    return value
-
-
-def _open(path: Path) -> TextIO:
-    if path.name.endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8-sig")
-    return open(path, encoding="utf-8-sig")
-
-
-def _first_character(text: TextIO) -> str:
-    """The first character that is not white space; the file is put back to its start."""
-    while (character := text.read(1)) and character.isspace():
-        pass
-    text.seek(0)
-    return character
-
-
-def _lines(text: TextIO, path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text, start=1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            try:
-                yield where, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{where}: not valid JSON ({error.msg}, column {error.colno}); "
-                    "write one JSON object on each line, or one JSON list for the whole file"
-                ) from error
-
-
-def _list_items(text: str, path: Path) -> Iterator[tuple[str, Any]]:
-    decoder, number, line, seen = json.JSONDecoder(), 0, 1, 0
-    at = _skip(text, text.index("[") + 1)
-    while text[at : at + 1] != "]" or number:
-        line, seen = line + text.count("\n", seen, at), at
-        where = f"{path}, item {number} (line {line})"
-        try:
-            item, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{where}: not valid JSON ({error.msg}, line {error.lineno}); correct this item"
-            ) from error
-        yield where, item
-        at = _skip(text, at)
-        if text[at : at + 1] == "]":
-            break
-        if text[at : at + 1] != ",":
-            raise UserError(f"{where}: expected ',' or ']' after this item; is the file cut short?")
-        at, number = _skip(text, at + 1), number + 1
-    if text[at + 1 :].strip():
-        raise UserError(f"{path}: text after the closing ']' of the list; remove it")
-
-
-def _skip(text: str, at: int) -> int:
-    """The position of the next character that is not JSON white space."""
-    while at < len(text) and text[at] in " \t\r\n":
-        at += 1
-    return at
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true/false"}
-    return "null" if value is None else names.get(type(value), "a number")
-
-
-def _one_of(names: Iterable[str]) -> str:
-    return ", ".join(repr(name) for name in names)
+def _pair(row: dict[str, Any], asked: str, answered: str, where: str) -> list[Turn]:
+    """Takes a question, its answer and what was said before out of a row."""
+    question = text(row.pop(asked), f"{where}: '{asked}'")
+    answer = text(row.pop(answered), f"{where}: '{answered}'")
+    more = text(row.pop("input", ""), f"{where}: 'input'")
+    history = decoded(row.pop("history", ()))
+    turns: list[Turn] = []
+    if not isinstance(history, Sequence) or isinstance(history, str):
+        raise UserError(f"{where}: 'history' must be a list of pairs, found {kind(history)}")
+    for number, pair in enumerate(history):
+        at = f"{where}: 'history', pair {number}"
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise UserError(f"{at}: expected [question, answer], found {kind(pair)}")
+        for role, said in zip(("user", "assistant"), pair, strict=True):
+            turns.append({"role": role, "content": text(said, at)})
+    turns.append({"role": "user", "content": f"{question}\n{more}" if more else question})
+    return [*turns, {"role": "assistant", "content": answer}]

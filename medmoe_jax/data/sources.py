@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from medmoe_jax.data import builder, medical, rows
+from medmoe_jax.data import builder, medical
+from medmoe_jax.data.conversation import Conversation, Rows
 from medmoe_jax.data.demo import corpus
 from medmoe_jax.data.encode import Encoder
+from medmoe_jax.data.encoded_rows import CACHE_BYTES, EncodedRows
+from medmoe_jax.data.files import read_items
+from medmoe_jax.data.hub import is_name
+from medmoe_jax.data.languages import detector, name_languages
 from medmoe_jax.data.medical.row import Row, shorten
-from medmoe_jax.data.prompts import Prompt, Prompted
+from medmoe_jax.data.prompts import Prompt
+from medmoe_jax.data.rows import RowReader
 from medmoe_jax.errors import UserError
 
 _DEMO = {
@@ -35,7 +44,7 @@ class RowFitter:
 
     def __call__(self, row: Row) -> Row:
         """The row, or a shorter one with the same answer."""
-        whole = len(self.encoder(row.conversation()).codes)
+        whole = len(self.encoder(row.conversation()).tokens)
         if whole <= self.length:
             return row
         self.shortened += 1
@@ -46,44 +55,166 @@ class RowFitter:
         return len(self.encoder.prompt([{"role": "user", "content": prompt}]))
 
 
+@dataclass(frozen=True)
+class Source:
+    """Rows of a source with random access.
+
+    Attributes:
+      rows: its conversation rows.
+      digest: of their content.
+      ignored: keys that were left out, and in how many rows.
+      shortened: rows of a collection that were shortened.
+      built: whether they come from a built data set.
+    """
+
+    rows: Rows
+    digest: str
+    ignored: Counter[str] = field(default_factory=Counter)
+    shortened: int = 0
+    built: bool = False
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The training rows of a source.
+
+    Attributes:
+      rows: encoded.
+      digest: of the source's content.
+      languages: how many rows named their language, had it detected, or are of unknown language;
+        empty without a table of languages.
+      notes: what a person should know of it, a sentence each.
+    """
+
+    rows: EncodedRows
+    digest: str
+    languages: dict[str, int]
+    notes: tuple[str, ...]
+
+
+def open_sources(
+    data: Mapping[str, Any], names: Sequence[str], encoder: Encoder
+) -> dict[str, Opened]:
+    """The training rows of the named sources, every one of which can be trained.
+
+    Args:
+      data: the section `data` of a configuration.
+      names: keys of `data.sources`.
+      encoder: what encodes them.
+
+    Raises:
+      UserError: a source cannot be read, or a row of it cannot be used; the message names it.
+    """
+    budget = CACHE_BYTES // max(1, len(names))
+    return {name: _open_encoded(data, name, encoder, budget) for name in names}
+
+
+def _open_encoded(data: Mapping[str, Any], name: str, encoder: Encoder, budget: int) -> Opened:
+    fit = RowFitter(encoder, data["length"])
+    source = open_source(name, data["sources"][name], data["ignore"], fit)
+    rows, languages = source.rows, {}
+    if encoder.languages is not None:
+        detect = detector(data["detect_language"])
+        rows, languages = name_languages(rows, encoder.languages, detect)
+    encoded = EncodedRows(name, rows, encoder, data["length"], budget)
+    if encoded and encoded.counts.rows_without_target == len(encoded):
+        raise UserError(
+            f"source '{name}': none of its {len(encoded):,} rows has a target within "
+            f"{encoded.length} tokens, so nothing can be learned from it; raise data.length"
+        )
+    return Opened(encoded, source.digest, languages, tuple(_notes(name, source, encoded)))
+
+
+def _notes(name: str, source: Source, rows: EncodedRows):
+    if source.shortened:
+        yield f"source '{name}': {source.shortened:,} rows were shortened to {rows.length} tokens"
+    if source.ignored:
+        left = ", ".join(f"{key} ({count:,})" for key, count in source.ignored.items())
+        yield f"source '{name}': left out of its rows: {left}"
+    if len(rows) != rows.conversations:
+        yield (
+            f"source '{name}': its {rows.conversations:,} rows are {len(rows):,} training rows, as "
+            "the chat template writes an answer otherwise once more turns follow"
+        )
+    if rows.counts.truncated_rows:
+        yield (
+            f"source '{name}': {rows.counts.truncated_rows:,} of {len(rows):,} rows are cut at "
+            f"{rows.length} tokens, and {rows.counts.rows_without_target:,} hold no target"
+        )
+
+
 def open_source(
-    name: str, path: str, reader: str, split: str, prompt: str, fit: Callable[[Row], Row]
-) -> tuple[Sequence[dict], str]:
-    """Rows of a source with random access, and a digest of their content.
+    name: str,
+    fields: Mapping[str, Any],
+    ignore: Sequence[str] = (),
+    fit: RowFitter | None = None,
+) -> Source:
+    """The rows of a source.
 
     Args:
       name: for messages.
-      path: of the reader `rows`: a JSON/JSONL file (optionally .gz) or a built data set.
-      reader: `rows`, a collection of `data.medical`, or a part of the demo corpus.
-      split: of a collection.
-      prompt: the form of each row's first user turn (`data.prompts`).
+      fields: of `training.config.source`: `path`, `reader` (`rows`, a collection of `data.medical`
+        or a part of the demo corpus), `split`, `prompt`, the form of each row's first user turn
+        (`data.prompts`), `columns` (`data.rows`).
+      ignore: keys of rows that are left out.
       fit: applied to each row of a collection.
 
     Raises:
       UserError: an unknown reader, a path with a reader that takes none, a prompt without a place
         for the row's own text, or bad rows.
     """
-    check_source(name, path, reader)
-    form = Prompt(f"data.sources.{name}.prompt", prompt)
-    if reader == "rows" and Path(path).is_dir():
-        return Prompted(builder.open_dataset(path), form), form.digest(builder.content_digest(path))
-    if reader == "rows" or reader in _DEMO:
-        found = rows.read_file(path) if reader == "rows" else _DEMO[reader]()
-        return _in_memory([form.conversation(row) for row in found])
-    return _in_memory([fit(form.row(row)).conversation() for row in medical.rows(reader, split)])
+    check_source(name, fields)
+    path, reader = fields["path"], fields["reader"]
+    if fields["columns"] and reader != "rows":
+        raise UserError(f"data.sources.{name}.columns: reader '{reader}' names its own columns")
+    form = Prompt(f"data.sources.{name}.prompt", fields["prompt"])
+    if reader == "rows":
+        try:
+            own = RowReader(columns=fields["columns"], ignore=ignore)
+        except UserError as error:
+            raise UserError(f"data.sources.{name}.{error}") from None
+        found = open_path(path, own, fields["split"])
+        rows = found.rows.changed(lambda number, row: form.conversation(row))
+        digest = form.digest(found.digest) if found.built else _digest(rows)
+        return replace(found, rows=rows, digest=digest)
+    if reader in _DEMO:
+        found = [form.conversation(row) for row in _DEMO[reader]()]
+        return Source(Rows(found, f"{reader}, row {{}}".format), _digest(found))
+    whole = [form.row(row) for row in medical.rows(reader, fields["split"])]
+    found = [(fit(row) if fit else row).conversation() for row in whole]
+    shortened = fit.shortened if fit else 0
+    return Source(Rows(found, f"{reader}, row {{}}".format), _digest(found), Counter(), shortened)
 
 
-def check_source(name: str, path: str, reader: str) -> None:
+def open_path(path: str | Path, reader: RowReader, split: str = "train") -> Source:
+    """The rows of a built data set, or of a file, folder or name that `data.files` reads.
+
+    Raises:
+      UserError: nothing readable is there, or a row cannot be used.
+    """
+    if not is_name(str(path)) and builder.is_dataset(path):
+        if reader.columns or split != builder.SPLIT:
+            raise UserError(f"{path}: a data set that was built has one split and our own columns")
+        built = Rows(builder.open_dataset(path), f"{path}, row {{}}".format)
+        return Source(built, builder.content_digest(path), built=True)
+    found, places = [], []
+    for place, item in read_items(path, split):
+        found.append(reader(item, place))
+        places.append(place)
+    return Source(Rows(found, places.__getitem__), _digest(found), reader.ignored)
+
+
+def check_source(name: str, fields: Mapping[str, Any]) -> None:
     """What can be said against a source before it is read.
 
     Raises:
       UserError: an unknown reader, no file at `path`, or a path with a reader that takes none.
     """
-    where = f"data.sources.{name}"
+    where, path, reader = f"data.sources.{name}", fields["path"], fields["reader"]
     if reader == "rows":
         if not path:
             raise UserError(f"{where}.path is empty; name a file or a built data set")
-        if not Path(path).exists():
+        if not is_name(path) and not Path(path).exists():
             raise UserError(f"{where}.path: there is no file or folder '{path}'")
     elif reader not in _DEMO and reader.partition(":")[0] not in medical.SETS:
         known = ", ".join(["rows", *_DEMO, *medical.SETS])
@@ -92,8 +223,8 @@ def check_source(name: str, path: str, reader: str) -> None:
         raise UserError(f"{where}: reader '{reader}' takes no path")
 
 
-def _in_memory(found: list[dict]) -> tuple[Sequence[dict], str]:
+def _digest(rows: Sequence[Conversation]) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for row in found:
+    for row in rows:
         digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
-    return found, digest.hexdigest()
+    return digest.hexdigest()

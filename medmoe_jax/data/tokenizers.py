@@ -1,221 +1,97 @@
 """Tokenizers: sentencepiece models and `tokenizer.json` files behind one small protocol.
 
-Training texts are encoded piece by piece (a marker, a question, a marker, an answer) and the ids
-are concatenated. So `encode` by default *continues* a text: it never adds the dummy space that many
-vocabularies put before a text. `start=True` encodes the beginning of a text as the vocabulary's
-own tools do, with the dummy space if the model has one. Some vocabularies put it after every
-special token as well: they are said to restart there.
+Training texts are encoded run by run and the ids are concatenated. So `encode` by default
+*continues* a text: it never adds the dummy space that many vocabularies put before a text.
+`start=True` encodes the beginning of a text as the vocabulary's own tools do, with the dummy space
+if the model has one. Some vocabularies put it after every special token as well: they are said to
+restart there.
 """
 
 import functools
-import hashlib
 import itertools
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
 import sentencepiece
 import tokenizers as hf
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
+from medmoe_jax.data.tokens import Added, Markup, Tokenizer
 from medmoe_jax.errors import UserError
 
-# Tried in this order when a bare tokenizer.json has no tokenizer_config.json beside it.
-BOS_GUESSES = ("<s>", "<bos>", "<|begin_of_text|>")
-EOS_GUESSES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>")
+# Tried in this order when no file beside a tokenizer.json says anything.
+GUESSES = {
+    "bos_token": ("<s>", "<bos>", "<|begin_of_text|>"),
+    "eos_token": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>"),
+}
 
 
-class Tokenizer(Protocol):
-    """Text to ids and back. `digest` is equal for equal content, wherever the files lie."""
-
-    vocab_size: int
-    bos_id: int | None
-    eos_id: int | None
-    pad_id: int
-    specials: dict[str, int]
-    restarts: bool
-    digest: str
-    chat_template: str | None
-
-    def encode(self, text: str, start: bool = False) -> list[int]:
-        """The ids of ordinary text; no bos, no eos. `start` begins a text (module docstring)."""
-
-    def encode_markup(self, text: str, start: bool = False) -> list[int]:
-        """Like `encode`, but the special tokens written in `text` become their own ids.
-
-        White space beside a token that takes it in (`lstrip`, `rstrip`) vanishes.
-        """
-
-    def begins_after(self, ids: Sequence[int], start: bool = False) -> bool:
-        """Whether what follows `ids` is encoded as the beginning of a text; `start` if none are."""
-
-    def strips_after(self, ids: Sequence[int], strip: bool = False) -> bool:
-        """Whether white space that follows `ids` vanishes; `strip` if there are none."""
-
-    def decode(self, ids: Sequence[int], start: bool = False) -> str:
-        """The inverse of `encode`; control tokens vanish. `start` drops the dummy space."""
-
-    def special(self, text: str) -> int | None:
-        """The id of a special token, or None where the vocabulary has no such token."""
-
-    def text_of(self, token_id: int | None) -> str:
-        """How a token is written in the vocabulary, "" for None."""
-
-
-class _Added(NamedTuple):
-    """A token beside the merges; `special` ones vanish when decoding."""
-
-    id: int
-    lstrip: bool = False
-    rstrip: bool = False
-    special: bool = True
-
-
-class _Markup:
-    """What both kinds share: special tokens, the files beside the vocabulary, pickling without
-    the processors.
-
-    A subclass has `encode`, `restarts` and `_added: dict[str, _Added]`.
-    """
-
-    def __init__(self, path: str | Path, chat_template: str | None = None):
-        self.path = Path(path)
-        self.chat_template = chat_template
-
-    def encode_markup(self, text: str, start: bool = False) -> list[int]:
-        ids: list[int] = []
-        for number, part in enumerate(self._special_pattern.split(text)):
-            if number % 2:
-                ids.append(self.specials.get(part, self.specials.get(part.strip())))
-            elif part:
-                ids += self.encode(part, self.begins_after(ids, start))
-        return ids
-
-    def begins_after(self, ids: Sequence[int], start: bool = False) -> bool:
-        return self.restarts and ids[-1] in self._special_ids if ids else start
-
-    def strips_after(self, ids: Sequence[int], strip: bool = False) -> bool:
-        return ids[-1] in self._stripping_ids if ids else strip
-
-    def special(self, text: str) -> int | None:
-        return self.specials.get(text)
-
-    @functools.cached_property
-    def specials(self) -> dict[str, int]:
-        """Ids of the tokens that markup may write."""
-        return {text: token.id for text, token in self._added.items()}
-
-    @functools.cached_property
-    def _special_ids(self) -> frozenset[int]:
-        return frozenset(self.specials.values())
-
-    @functools.cached_property
-    def _stripping_ids(self) -> frozenset[int]:
-        return frozenset(token.id for token in self._added.values() if token.rstrip)
-
-    @functools.cached_property
-    def _special_pattern(self) -> re.Pattern:
-        longest_first = sorted(self._added.items(), key=lambda item: len(item[0]), reverse=True)
-        tokens = [
-            r"\s*" * token.lstrip + re.escape(text) + r"\s*" * token.rstrip
-            for text, token in longest_first
-        ]
-        return re.compile(f"({'|'.join(tokens) or '(?!)'})")
-
-    def _named(self, name: str) -> str | None:
-        """A token's text in tokenizer_config.json."""
-        value = self._config.get(name)
-        return value["content"] if isinstance(value, dict) else value
-
-    @functools.cached_property
-    def _config(self) -> dict:
-        return _read_config(self.path.parent)
-
-    @functools.cached_property
-    def _content(self) -> bytes:
-        return self.path.read_bytes()
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """A hash of all that decides the ids and the text of a conversation."""
-        beside = [self._named("bos_token"), self._named("eos_token"), self._config.get("legacy")]
-        tokens = sorted(self._added.items())
-        return _digest(self._content, self.chat_template, json.dumps([beside, tokens]))
-
-    def __getstate__(self) -> dict:
-        return {"path": self.path, "chat_template": self.chat_template}
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({str(self.path)!r})"
-
-
-class SentencePiece(_Markup):
-    """A sentencepiece `.model` file, with the `tokenizer_config.json` beside it: that may name bos
-    and eos and add tokens behind the model's. Loaded at first use. Implements `Tokenizer`.
+class SentencePiece(Markup):
+    """A sentencepiece `.model` file, with the files beside it that name its special tokens and add
+    tokens behind the model's. Loaded at first use. Implements `Tokenizer`.
     """
 
     def encode(self, text: str, start: bool = False) -> list[int]:
         return (self._starting if start else self._continuing).encode(text)
 
     def decode(self, ids: Sequence[int], start: bool = False) -> str:
-        hidden = {token.id for token in self._added.values() if token.special}
-        shown = (int(i) for i in ids if int(i) not in hidden)
+        shown = (int(i) for i in ids if not self._hidden(int(i)))
         text = "".join(
             self._continuing.decode(list(run)) if own else "".join(map(self.text_of, run))
-            for own, run in itertools.groupby(shown, lambda i: i < self._pieces)
+            for own, run in itertools.groupby(shown, self._is_own)
         )
         return text[1:] if start and self._dummy_prefix and text.startswith(" ") else text
 
     def text_of(self, token_id: int | None) -> str:
         if token_id is None:
             return ""
-        if token_id < self._pieces:
-            return self._starting.id_to_piece(token_id)
-        return next(text for text, token in self._added.items() if token.id == token_id)
+        if token_id in self._texts:
+            return self._texts[token_id]
+        return self._starting.id_to_piece(token_id) if self._is_own(token_id) else ""
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        return max([self._pieces, *(token.id + 1 for token in self._added.values())])
-
-    @functools.cached_property
-    def bos_id(self) -> int | None:
-        return self._find("bos_token", self._starting.bos_id())
-
-    @functools.cached_property
-    def eos_id(self) -> int | None:
-        return self._find("eos_token", self._starting.eos_id())
-
-    @functools.cached_property
-    def pad_id(self) -> int:
-        return _first_id(self._find("pad_token", self._starting.pad_id()), self.eos_id)
+        return max([self._pieces, *(token.id + 1 for token in self.added.values())])
 
     @functools.cached_property
     def restarts(self) -> bool:
         """As the tools of this format do by the field `legacy`."""
-        return self._dummy_prefix and bool(self._config.get("legacy"))
+        return self._dummy_prefix and bool(self._beside.config.get("legacy"))
 
-    def _find(self, name: str, own: int) -> int | None:
-        text = self._named(name)
-        return self.specials.get(text, _id_or_none(own)) if text else _id_or_none(own)
+    def _encode_run(self, text: str, start: bool) -> list[int]:
+        """A text that begins with a space of its own takes no dummy space, as in transformers."""
+        return self.encode(text, start and not text.startswith(" "))
+
+    def _own_id(self, name: str) -> int | None:
+        own = getattr(self._starting, name.replace("_token", "_id"), lambda: -1)()
+        return own if own >= 0 else None
+
+    def _vocabulary_id(self, text: str) -> int | None:
+        index = self._starting.piece_to_id(text)
+        return index if self._starting.id_to_piece(index) == text else None
 
     @functools.cached_property
-    def _added(self) -> dict[str, _Added]:
-        """Control and user-defined pieces, and what the config adds."""
+    def _own_added(self) -> dict[str, Added]:
+        """Control and user-defined pieces."""
         piece = model_pb2.ModelProto.SentencePiece
         kinds = {piece.CONTROL: True, piece.USER_DEFINED: False}
-        found = {
-            p.piece: _Added(i, special=kinds[p.type])
+        return {
+            p.piece: Added(i, special=kinds[p.type])
             for i, p in enumerate(self._model.pieces)
             if p.type in kinds
         }
-        for index, token in self._config.get("added_tokens_decoder", {}).items():
-            if int(index) >= self._pieces or token["content"] in found:
-                flags = (token.get(name, False) for name in _Added._fields[1:])
-                found[token["content"]] = _Added(int(index), *flags)
-        return found
+
+    def _is_own(self, token_id: int) -> bool:
+        return token_id < self._pieces
+
+    def _hidden(self, token_id: int) -> bool:
+        return token_id in self._by_id and self._by_id[token_id].special
+
+    @property
+    def _own_size(self) -> int:
+        return self._pieces
 
     @functools.cached_property
     def _pieces(self) -> int:
@@ -246,8 +122,9 @@ class SentencePiece(_Markup):
         return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 
 
-class HuggingFace(_Markup):
-    """A `tokenizer.json` file, with the `tokenizer_config.json` beside it. Loaded at first use.
+class HuggingFace(Markup):
+    """A `tokenizer.json` file, with the files beside it that name its special tokens and add more.
+    Loaded at first use. Implements `Tokenizer`.
 
     Special tokens written in ordinary text are text to it, never their ids.
     """
@@ -261,43 +138,46 @@ class HuggingFace(_Markup):
         return tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def text_of(self, token_id: int | None) -> str:
-        return "" if token_id is None else self._starting.id_to_token(token_id)
+        return "" if token_id is None else self._starting.id_to_token(token_id) or ""
 
     @functools.cached_property
     def vocab_size(self) -> int:
         return max(self._starting.get_vocab().values()) + 1
 
     @functools.cached_property
-    def bos_id(self) -> int | None:
-        return self._find("bos_token", BOS_GUESSES)
-
-    @functools.cached_property
-    def eos_id(self) -> int | None:
-        return self._find("eos_token", EOS_GUESSES)
-
-    @functools.cached_property
-    def pad_id(self) -> int:
-        return _first_id(self._find("pad_token", ()), self.eos_id)
-
-    @functools.cached_property
     def restarts(self) -> bool:
         """As the file says, unless the config's field `legacy` does."""
         own = _restarts([self._parsed.get(part) for part in ("normalizer", "pre_tokenizer")])
-        return bool(self._config.get("legacy", own))
+        return bool(self._beside.config.get("legacy", own))
+
+    def _encode_run(self, text: str, start: bool) -> list[int]:
+        return self.encode(text, start)
+
+    def _own_id(self, name: str) -> int | None:
+        """A guess, where no file says anything."""
+        bare = not self._beside.config and not self._beside.defaults
+        ids = (self._vocabulary_id(guess) for guess in GUESSES.get(name, ()) if bare)
+        return next((i for i in ids if i is not None), None)
+
+    def _vocabulary_id(self, text: str) -> int | None:
+        return self._bare.token_to_id(text)
 
     @functools.cached_property
-    def _added(self) -> dict[str, _Added]:
-        added = self._starting.get_added_tokens_decoder()
+    def _own_added(self) -> dict[str, Added]:
+        added = self._bare.get_added_tokens_decoder()
         return {
-            token.content: _Added(index, token.lstrip, token.rstrip, token.special)
+            token.content: Added(index, token.lstrip, token.rstrip, token.special)
             for index, token in added.items()
         }
 
-    def _find(self, name: str, guesses: Sequence[str]) -> int | None:
-        text = self._named(name)
-        candidates = [text] if text or self._config else guesses
-        ids = (self._starting.token_to_id(c) for c in candidates if c)
-        return next((i for i in ids if i is not None), None)
+    @property
+    def _own_size(self) -> int:
+        return max(self._bare.get_vocab().values()) + 1
+
+    @functools.cached_property
+    def _bare(self) -> hf.Tokenizer:
+        """The file alone."""
+        return hf.Tokenizer.from_str(json.dumps(self._parsed))
 
     @functools.cached_property
     def _starting(self) -> hf.Tokenizer:
@@ -315,7 +195,19 @@ class HuggingFace(_Markup):
         return content
 
     def _processor(self, content: dict) -> hf.Tokenizer:
+        """The file with the tokens that others add, which come behind it in the order given."""
         tokenizer = hf.Tokenizer.from_str(json.dumps(content))
+        for token in self._new_tokens:
+            known = self.added[token.text]
+            flags = {"lstrip": known.lstrip, "rstrip": known.rstrip, "special": known.special}
+            added = hf.AddedToken(token.text, normalized=token.normalized, **flags)
+            tokenizer.add_tokens([added])
+            index = tokenizer.token_to_id(token.text)
+            if index != known.id:
+                raise UserError(
+                    f"{self.path.parent}: a file gives the token {token.text!r} the id {known.id}, "
+                    f"but in {self.path.name} it becomes {index}; correct that file"
+                )
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True
@@ -339,9 +231,11 @@ def load(path: str | Path) -> SentencePiece | HuggingFace:
     if not path.is_file():
         raise UserError(f"{path}: no such tokenizer file")
     kind = HuggingFace if path.suffix == ".json" else SentencePiece
-    tokenizer = kind(path, _chat_template(path.parent))
+    tokenizer = kind(path)
     try:
         _ = tokenizer.vocab_size
+    except UserError:
+        raise
     except (RuntimeError, ValueError, DecodeError) as error:
         raise UserError(f"{path}: not a tokenizer that can be read ({error})") from error
     return tokenizer
@@ -444,39 +338,3 @@ def _restarts(node) -> bool:
         spaced = node.get("add_prefix_space", True)
         return node.get("prepend_scheme", "always" if spaced else "never") == "always"
     return kind == "Prepend" or any(map(_restarts, node.values()))
-
-
-def _read_config(folder: Path) -> dict:
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
-
-
-def _chat_template(folder: Path) -> str | None:
-    own_file = folder / "chat_template.jinja"
-    if own_file.is_file():
-        return own_file.read_text(encoding="utf-8")
-    template = _read_config(folder).get("chat_template")
-    if isinstance(template, list):
-        named = {item["name"]: item["template"] for item in template}
-        return named.get("default")
-    return template
-
-
-def _digest(content: bytes, *parts: str | None) -> str:
-    digest = hashlib.sha256(content)
-    for part in parts:
-        digest.update(b"\0" + (part or "").encode())
-    return digest.hexdigest()
-
-
-def _id_or_none(token_id: int) -> int | None:
-    return token_id if token_id >= 0 else None
-
-
-def _first_id(*candidates: int | None) -> int:
-    return next((c for c in candidates if c is not None), 0)

@@ -9,6 +9,7 @@ counted.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,9 @@ from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base.attention import row_slots
 from medmoe_jax.base.seam import Context
 from medmoe_jax.data.batches import Batch, epoch_batches
+from medmoe_jax.data.conversation import Conversation, Rows
 from medmoe_jax.data.encode import Encoder
+from medmoe_jax.data.encoded_rows import EncodedRows
 from medmoe_jax.errors import UserError
 from medmoe_jax.kernels.router_equations import RouterStats
 from medmoe_jax.mesh_axes import SEQUENCE
@@ -32,6 +35,8 @@ from medmoe_jax.parallel.host import to_host
 from medmoe_jax.parallel.mesh import batch_sharding, put, round_up_rows
 from medmoe_jax.routing import telemetry
 from medmoe_jax.routing.languages import Languages
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Texts:
     """
 
     code: str
-    rows: Sequence[dict]
+    rows: Rows
 
     @property
     def name(self) -> str:
@@ -99,23 +104,30 @@ class Gate:
 
 
 def by_language(
-    rows: Iterable[tuple[dict, str]], languages: Languages | None, limit: int | None = None
+    rows: Iterable[tuple[Conversation, str, str]],
+    languages: Languages | None,
+    limit: int | None = None,
 ) -> list[Texts]:
     """Rows with their languages, grouped: in the order of the experts, then of the codes.
 
     Args:
-      rows: `(row, language code)`; the code takes the place of the row's own.
+      rows: `(row, language code, place)`; the code takes the place of the row's own, and the
+        place is the file and line or the like, for messages.
       languages: the recipe's table, if any.
       limit: rows kept of each language, the first ones.
     """
-    groups: dict[str, list[dict]] = {}
-    for row, code in rows:
+    groups: dict[str, list[tuple[Conversation, str]]] = {}
+    for row, code, place in rows:
         group = groups.setdefault(code, [])
         if limit is None or len(group) < limit:
-            group.append({**row, "language": code})
+            group.append(({**row, "language": code}, place))
     experts = languages.ids if languages else {}
     order = sorted(groups, key=lambda code: (not code, experts.get(code, len(experts)), code))
-    return [Texts(code, groups[code]) for code in order]
+    return [Texts(code, _rows(groups[code])) for code in order]
+
+
+def _rows(group: Sequence[tuple[Conversation, str]]) -> Rows:
+    return Rows([row for row, _ in group], [place for _, place in group].__getitem__)
 
 
 def measure(
@@ -125,6 +137,7 @@ def measure(
     mesh: Mesh,
     texts: Sequence[Texts],
     encoder: Encoder,
+    length: int,
     batch: int,
     languages: Languages | None = None,
 ) -> list[Gate]:
@@ -135,7 +148,8 @@ def measure(
       base, banks: their parameters.
       mesh: where they live.
       texts: of each language.
-      encoder: turns rows into ids, and cuts them; it knows the table's languages.
+      encoder: turns rows into ids; it knows the table's languages.
+      length: tokens at which a row is cut.
       batch: rows run at once; rounded up to what the mesh needs. It does not change the figures.
       languages: the table, if any.
 
@@ -152,10 +166,14 @@ def measure(
     if not texts:
         raise UserError("there is no row to analyse")
     rows = round_up_rows(mesh, batch)
-    longest = max(len(encoder(row).codes) for one in texts for row in one.rows)
-    length = row_slots(longest, mesh.shape[SEQUENCE], encoder.length)
+    encoded = [EncodedRows(one.name, one.rows, encoder, length) for one in texts]
+    cut = sum(one.counts.truncated_rows for one in encoded)
+    if cut:
+        log.info("%d of %d rows were cut at %d tokens", cut, sum(map(len, encoded)), length)
+    longest = max(len(row["tokens"]) for one in encoded for row in one)
+    slots = row_slots(longest, mesh.shape[SEQUENCE], length)
     sums = [
-        _total(model, base, banks, mesh, _batches(one.rows, encoder, length, rows)) for one in texts
+        _total(model, base, banks, mesh, epoch_batches(one, rows, length=slots)) for one in encoded
     ]
     tokens, stats = zip(*jax.tree.map(to_host, sums), strict=True)
     out = []
@@ -176,19 +194,6 @@ def measure(
 
 def _fits(bank: BankSpec, languages: Languages | None) -> bool:
     return languages is not None and len(languages.experts) == bank.experts
-
-
-def _batches(rows: Sequence[dict], encoder: Encoder, length: int, batch: int) -> Iterable[Batch]:
-    """Each row once, one to a sequence."""
-    return epoch_batches(
-        rows,
-        encoder.tokenizer,
-        encoder.template,
-        "completion",
-        length,
-        batch,
-        languages=encoder.languages,
-    )
 
 
 @functools.partial(jax.jit, static_argnums=0)

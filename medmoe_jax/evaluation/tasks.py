@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medmoe_jax.data import medical
+from medmoe_jax.data.conversation import check_text
 from medmoe_jax.data.demo import corpus
 from medmoe_jax.data.medical import Row
 from medmoe_jax.errors import UserError
@@ -225,6 +226,7 @@ def _user_item(line: str, where: str) -> tuple[Item, str]:
         raise UserError(f"{where}: not JSON ({error.msg})") from error
     if not isinstance(record, dict):
         raise UserError(f'{where}: write an object such as {{"prompt": "…", "answer": "…"}}')
+    check_text(record, where)
     for field in ("prompt", "answer"):
         if not isinstance(record.get(field), str) or not record[field]:
             raise UserError(f"{where}: field {field!r} must be a text")

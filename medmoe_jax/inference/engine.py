@@ -137,7 +137,7 @@ def _pick(sampling: Sampling, z_BxV, keys_B, step):
 def generate_batch(
     config: AdaptedConfig,
     sampling: Sampling,
-    stop_ids: tuple[int, ...],
+    stops: tuple[tuple[int, ...], ...],
     max_tokens: int,
     weights: Weights,
     prompts,
@@ -145,26 +145,28 @@ def generate_batch(
     positions,
     rows,
 ):
-    """Continue every prompt until a stop id or `max_tokens`.
+    """Continue every prompt until one of the `stops` or `max_tokens`.
 
     Args:
-      config, sampling, stop_ids, max_tokens: static.
+      config, sampling, stops, max_tokens: static; a stop is a tuple of ids that follow each other.
       weights: parameters and languages.
       prompts, segments, positions: `[B, P]` int32, prompts padded on the left; segment 0 is
         padding.
       rows: `[B]` numbers of the prompts: each draws from its own stream, whatever batch it is in.
 
     Returns:
-      ids `[B, max_tokens]`, filled up with the first stop id.
+      ids `[B, max_tokens]`, filled up with the last id of the first stop.
     """
     B, P = prompts.shape
-    stops_1xK = jnp.asarray(stop_ids, jnp.int32)[None]
+    before = max(len(stop) for stop in stops) - 1
+    filler = stops[0][-1]
     cache = new_cache(config.decoder, B, P + max_tokens, config.execution.dtype)
     head, x, cache = _run(config, weights, prompts, segments, positions, cache)
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), rows)
     first_B = _pick(sampling, logits(config.decoder, head, x[:, -1:])[:, 0], keys_B, 0)
     next_position_B = jnp.sum(segments, axis=1)
-    ids = jnp.full((max_tokens, B), stop_ids[0], jnp.int32)
+    # Slots before the first one let a stop be looked for at every step; no id is -1.
+    ids = jnp.full((before + max_tokens, B), filler, jnp.int32).at[:before].set(-1)
     done_B = jnp.sum(segments, axis=1) == 0
 
     def more(carry):
@@ -173,9 +175,12 @@ def generate_batch(
 
     def advance(carry):
         step, token_B, ids, done_B, position_B, cache = carry
-        token_B = jnp.where(done_B, stop_ids[0], token_B)
-        ids = ids.at[step].set(token_B)
-        done_B |= jnp.any(token_B[:, None] == stops_1xK, axis=1)
+        token_B = jnp.where(done_B, filler, token_B)
+        ids = ids.at[before + step].set(token_B)
+        latest_KxB = jax.lax.dynamic_slice_in_dim(ids, step, before + 1)
+        for stop in stops:
+            stop_Kx1 = jnp.asarray(stop, jnp.int32)[:, None]
+            done_B |= jnp.all(latest_KxB[-len(stop) :] == stop_Kx1, axis=0)
         one_Bx1 = jnp.ones((B, 1), jnp.int32)
         head, x, cache = _run(
             config, weights, token_B[:, None], one_Bx1, position_B[:, None], cache
@@ -185,7 +190,16 @@ def generate_batch(
         return step + 1, token_B, ids, done_B, position_B + 1, cache
 
     start = (jnp.int32(0), first_B, ids, done_B, next_position_B, cache)
-    return jnp.swapaxes(jax.lax.while_loop(more, advance, start)[2], 0, 1)
+    return jnp.swapaxes(jax.lax.while_loop(more, advance, start)[2][before:], 0, 1)
+
+
+def _before_stop(ids: list[int], stops: Sequence[tuple[int, ...]]) -> list[int]:
+    """The ids up to the first stop that is complete."""
+    for end in range(1, len(ids) + 1):
+        for stop in stops:
+            if tuple(ids[max(0, end - len(stop)) : end]) == stop:
+                return ids[: end - len(stop)]
+    return ids
 
 
 class Engine:
@@ -259,11 +273,18 @@ class Engine:
         self,
         prompts: Sequence[Sequence[int]],
         max_tokens: int,
-        stop_ids: Sequence[int],
+        stop_ids: Sequence[int | Sequence[int]],
         sampling: Sampling = Sampling(),
         languages: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """Continuations, without the stop id; `languages` as in `score`.
+        """Continuations, without what stopped them.
+
+        Args:
+          prompts: ids.
+          max_tokens: at most so many new ones.
+          stop_ids: what ends a continuation: an id, or ids that follow each other.
+          sampling: how tokens are drawn.
+          languages: as in `score`.
 
         Raises:
           UserError: an empty prompt, or `max_tokens` is below 1 or leaves no room for a prompt.
@@ -273,7 +294,7 @@ class Engine:
             raise UserError("generate: every prompt needs at least one token")
         prompts = self._fit(prompts, [max_tokens] * len(prompts))
         out: list[list[int]] = [[] for _ in prompts]
-        stops = tuple(stop_ids)
+        stops = tuple((stop,) if isinstance(stop, int) else tuple(stop) for stop in stop_ids)
         for rows in self._batches([len(p) for p in prompts]):
             arrays = self._pad([prompts[i] for i in rows])
             numbers = self._put(np.resize(np.asarray(rows, np.int32), self.batch), 0)
@@ -282,8 +303,7 @@ class Engine:
                 self.config, sampling, stops, max_tokens, weights, *arrays, numbers
             )
             for i, row in zip(rows, to_host(ids), strict=False):
-                end = next((n for n, t in enumerate(row) if t in stops), max_tokens)
-                out[i] = [int(t) for t in row[:end]]
+                out[i] = _before_stop(row.tolist(), stops)
         return out
 
     def _weights(self, rows: Sequence[int], languages: Sequence[int] | None) -> Weights:

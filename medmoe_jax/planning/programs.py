@@ -191,7 +191,7 @@ def decoding(setup: Setup, at: Start) -> Program:
     model, weights, B, ids = _answering(setup, at)
     new = min(NEW_TOKENS, setup.config.data.length // 2)
     P = setup.config.data.length - new
-    generate = functools.partial(engine.generate_batch, model, Sampling(), (0,), new)
+    generate = functools.partial(engine.generate_batch, model, Sampling(), ((0,),), new)
     arguments = (weights, ids(B, P), ids(B, P), ids(B, P), ids(B))
     return Program("generate", generate, arguments, B, P + new, turns=new)
 

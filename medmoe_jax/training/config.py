@@ -9,6 +9,7 @@ has that class's fields and defaults, and is described there.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -51,7 +52,9 @@ def recipe() -> ConfigDict:
             # How rows become batches.
             "data": {
                 "sources": {},  # {name: source(...)}
+                "ignore": (),  # keys of rows that are left out and counted; "*_id" is a pattern
                 "template": "chatml",
+                "template_options": {},  # variables of a Jinja template, such as enable_thinking
                 "mask": "completion",
                 "languages": "",  # table of language experts: a published one's name, or a file
                 # Rows that name no language get the detected one, if it is at least this probable;
@@ -142,13 +145,19 @@ def stacked(of: tuple[str, ...], gate: str = "skill", **fields: Any) -> ConfigDi
 
 
 def source(
-    path: str = "", reader: str = "rows", split: str = "train", prompt: str = "{text}"
+    path: str = "",
+    reader: str = "rows",
+    split: str = "train",
+    prompt: str = "{text}",
+    columns: Mapping[str, str] | None = None,
 ) -> ConfigDict:
-    """Rows of conversations: a built data set, a JSON/JSONL file, or a named reader's split.
+    """Rows of conversations: a file or built data set (docs/data.md), or a named reader's split.
 
-    `prompt` is what the first user turn of every row is put into, at `{text}`.
+    `prompt` is what the first user turn of every row is put into, at `{text}`. `columns` maps the
+    keys of a form of rows to the names that these rows give them, `{"prompt": "Question"}`.
     """
-    return ConfigDict({"path": path, "reader": reader, "split": split, "prompt": prompt})
+    fields = {"path": path, "reader": reader, "split": split, "prompt": prompt}
+    return ConfigDict({**fields, "columns": dict(columns or {})})
 
 
 def orthogonality(of: str, against: str, **fields: Any) -> ConfigDict:

@@ -5,7 +5,6 @@ Axes: R rows, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -13,7 +12,7 @@ import numpy as np
 
 from medmoe_jax.base.attention import row_slots
 from medmoe_jax.data.batches import epoch_batches
-from medmoe_jax.data.encode import Encoder
+from medmoe_jax.data.encoded_rows import EncodedRows
 from medmoe_jax.data.sources import open_source
 from medmoe_jax.errors import UserError
 from medmoe_jax.mesh_axes import SEQUENCE
@@ -23,24 +22,24 @@ from medmoe_jax.training.setup import Setup
 from medmoe_jax.training.terminal import note
 
 
-def read_task(setup: Setup, name: str, path: str | Path) -> tuple[Sequence[dict], str]:
-    """A task's rows, and a digest of their content.
+def read_task(setup: Setup, name: str, path: str | Path) -> tuple[EncodedRows, str]:
+    """A task's training rows, and a digest of their content.
 
     Raises:
       UserError: there is no row, or a bad one.
     """
-    fields = source(str(path)).to_dict()
-    rows, digest = open_source(name, **fields, fit=lambda row: row)
-    if not rows:
+    data = setup.config.data
+    found = open_source(name, source(str(path)), data.ignore)
+    if not found.rows:
         raise UserError(f"{path}: no row in the file")
-    encoder = Encoder(setup.tokenizer, setup.template, length=setup.config.data.length)
-    cut = sum(encoder(row).truncated for row in rows)
-    if cut:
-        note(f"task '{name}': {cut:,} of {len(rows):,} rows were cut at data.length")
-    return rows, digest
+    rows = EncodedRows(name, found.rows, setup.encoder, data.length)
+    if rows.counts.truncated_rows:
+        cut, whole = rows.counts.truncated_rows, len(rows)
+        note(f"task '{name}': {cut:,} of {whole:,} rows were cut at data.length")
+    return rows, found.digest
 
 
-def batch_of(setup: Setup, name: str, rows: Sequence[dict]) -> tuple[dict[str, jax.Array], int]:
+def batch_of(setup: Setup, name: str, rows: EncodedRows) -> tuple[dict[str, jax.Array], int]:
     """All rows `[R, T]`, filled up to whole micro-batches of `run.score_batch`, and how many.
 
     Raises:
@@ -48,18 +47,7 @@ def batch_of(setup: Setup, name: str, rows: Sequence[dict]) -> tuple[dict[str, j
     """
     data = setup.config.data
     size = round_up_rows(setup.mesh, min(setup.config.run.score_batch, len(rows)))
-    languages = setup.languages.ids if setup.languages else None
-    parts = list(
-        epoch_batches(
-            rows,
-            setup.tokenizer,
-            setup.template,
-            data.mask,
-            data.length,
-            size,
-            languages=languages,
-        )
-    )
+    parts = list(epoch_batches(rows, size))
     arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     if not arrays["loss_mask"].any():
         raise UserError(

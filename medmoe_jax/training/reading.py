@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from medmoe_jax.data.batches import BatchStream, make_stream
-from medmoe_jax.data.encode import Encoder
-from medmoe_jax.data.languages import detector, name_languages
-from medmoe_jax.data.sources import RowFitter, check_source, open_source
+from medmoe_jax.data.batches import BatchStream, StreamSpec, make_stream
+from medmoe_jax.data.sources import Opened, check_source, open_sources
 from medmoe_jax.errors import field_names
 from medmoe_jax.training.placement import Placement
 from medmoe_jax.training.setup import Setup
@@ -35,49 +34,39 @@ class StageData(NamedTuple):
 def check_sources(setup: Setup, stage: Stage) -> None:
     """Raise UserError for a source of the stage that cannot be there, before any is read."""
     for name in stage.sources:
-        source = setup.config.data.sources[name]
-        check_source(name, source.path, source.reader)
+        check_source(name, setup.config.data.sources[name])
 
 
-def open_data(setup: Setup, stage: Stage) -> StageData:
-    """A stage's batches, and what is known of its sources.
+def open_rows(setup: Setup, stages: Sequence[Stage]) -> dict[str, Opened]:
+    """The training rows of every source that some stages read.
 
     Raises:
-      UserError: a source cannot be read, a row is of a language that the table lacks, or the batch
-        does not divide over the devices.
+      UserError: a source cannot be read, or a row of it cannot be used.
+    """
+    names = list(dict.fromkeys(name for stage in stages for name in stage.sources))
+    opened = open_sources(setup.config.data.to_dict(), names, setup.encoder)
+    for text in (text for one in opened.values() for text in one.notes):
+        note(text)
+    return opened
+
+
+def open_data(setup: Setup, stage: Stage, opened: Mapping[str, Opened]) -> StageData:
+    """A stage's batches, and what is known of its sources.
+
+    Args:
+      setup, stage: of the run.
+      opened: its sources, as `open_rows` gives them.
+
+    Raises:
+      UserError: the batch does not divide over the devices.
     """
     data = setup.config.data
-    fit = RowFitter(Encoder(setup.tokenizer, setup.template), data.length)
-    opened = {
-        name: open_source(name, **data.sources[name].to_dict(), fit=fit) for name in stage.sources
-    }
-    if fit.shortened:
-        note(f"{fit.shortened:,} rows were shortened to fit {data.length} tokens")
     setup.check_batch()
-    datasets = {name: rows for name, (rows, _) in opened.items()}
-    languages: dict[str, dict[str, int]] = {}
-    if setup.languages:
-        detect = detector(data.detect_language)
-        for name in stage.sources:
-            where = data.sources[name].path or data.sources[name].reader
-            datasets[name], languages[name] = name_languages(
-                f"data.sources.{name}: {where}", datasets[name], setup.languages.ids, detect
-            )
     with field_names("data."):
         placement = Placement(setup.mesh, data.global_batch, data.shards)
-    stream = make_stream(
-        datasets,
-        stage.sources,
-        setup.tokenizer,
-        setup.template,
-        data.mask,
-        data.length,
-        data.global_batch,
-        data.shards,
-        data.seed,
-        pack=data.pack,
-        shard_ids=placement.shard_ids,
-        languages=setup.languages.ids if setup.languages else None,
-    )
-    digests = {name: digest for name, (_, digest) in opened.items()}
+    spec = StreamSpec(data.global_batch, data.shards, data.seed, data.pack, placement.shard_ids)
+    own = {name: opened[name] for name in stage.sources}
+    stream = make_stream({name: one.rows for name, one in own.items()}, stage.sources, spec)
+    languages = {name: one.languages for name, one in own.items() if one.languages}
+    digests = {name: one.digest for name, one in own.items()}
     return StageData(stream, placement, digests, languages)

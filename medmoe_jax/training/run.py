@@ -16,7 +16,7 @@ from medmoe_jax.checkpoints.files import read_json, write_json
 from medmoe_jax.checkpoints.fingerprint import json_fingerprint
 from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.checkpoints.manifest import Manifest
-from medmoe_jax.data.templates import Jinja
+from medmoe_jax.data.jinja_template import Jinja
 from medmoe_jax.errors import UserError
 from medmoe_jax.training.setup import Setup
 from medmoe_jax.training.stage import Stage, chain, find_stage
@@ -133,6 +133,9 @@ class StageRun:
         setup = self.setup
         config, data = setup.config, setup.config.data.to_dict()
         data.pop("sources")
+        data.pop("ignore")  # what it leaves of the rows is in the digests
+        if not data["template_options"]:
+            data.pop("template_options")  # as work directories know it that are older than it
         data["languages"] = dict(setup.languages.ids) if setup.languages else {}
         if isinstance(setup.template, Jinja):
             data["template"] = json_fingerprint(setup.template.source)

@@ -19,8 +19,11 @@ from medmoe_jax.base.execution import Execution
 from medmoe_jax.base.presets import HUB
 from medmoe_jax.checkpoints.bases import Base, open_base
 from medmoe_jax.checkpoints.fingerprint import tree_fingerprint
-from medmoe_jax.data.templates import Template, load_template
-from medmoe_jax.data.tokenizers import Tokenizer, check_vocabulary, load
+from medmoe_jax.data.encode import Encoder
+from medmoe_jax.data.pieces import Template
+from medmoe_jax.data.templates import load_template
+from medmoe_jax.data.tokenizers import check_vocabulary, load
+from medmoe_jax.data.tokens import Tokenizer
 from medmoe_jax.errors import ParameterError, UserError, field_names
 from medmoe_jax.mesh_axes import SEQUENCE
 from medmoe_jax.parallel.mesh import batch_sharding, batch_shards, check_divides, make_mesh
@@ -84,6 +87,12 @@ class Setup:
         base = self._load()
         self._spare.append(base)
         return tree_fingerprint(base)
+
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        """What encodes the rows of this run."""
+        ids = self.languages.ids if self.languages else None
+        return Encoder(self.tokenizer, self.template, self.config.data.mask, ids)
 
     def language_expert(self, code: str) -> int:
         """The number of a language's expert.
@@ -154,12 +163,15 @@ def open_setup(config: ConfigDict, devices: Sequence[jax.Device] | None = None) 
         # Rows of the embedding beyond the tokenizer's ids are padding: never sampled, no target.
         used = min(tokenizer.vocab_size, base.config.vocab_size)
         base = dataclasses.replace(base, config=base.config.replace(vocab_used=used))
-        template = load_template(config.data.template, tokenizer)
+        options = config.data.template_options.to_dict()
+        template = load_template(config.data.template, tokenizer, options)
     with field_names("data."):
         languages = read_languages(config.data.languages) if config.data.languages else None
     stages = parse(config, base.config)
     setup = Setup(config, mesh, base, stages, tokenizer, template, languages)
     _check_models(setup)
+    if template:
+        _ = setup.encoder  # checks that an answer has an end
     return setup
 
 

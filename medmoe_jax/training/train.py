@@ -29,7 +29,7 @@ from medmoe_jax.training.hooks.writers import MetricsFile, TensorBoard
 from medmoe_jax.training.parts import jit_step
 from medmoe_jax.training.placement import abstract_batch
 from medmoe_jax.training.preparing import Prepared, prepare
-from medmoe_jax.training.reading import StageData, check_sources, open_data
+from medmoe_jax.training.reading import StageData, check_sources, open_data, open_rows
 from medmoe_jax.training.run import Run, StageRun
 from medmoe_jax.training.step import TrainState
 from medmoe_jax.training.terminal import note
@@ -62,12 +62,14 @@ def train(
     for stage in run.stages:
         if stage.name not in imported:
             check_sources(run.setup, stage.recipe)
+    trained = [stage.recipe for stage in run.stages if stage.name not in imported]
+    opened = open_rows(run.setup, trained)
     for stage in run.stages:
         if stage.name in imported:
             stage.check()
             note(f"stage '{stage.name}' was not trained here: skipped")
             continue
-        data = open_data(run.setup, stage.recipe)
+        data = open_data(run.setup, stage.recipe, opened)
         fingerprint = stage.claim(data.digests)
         if stage.folder.is_finished():
             note(f"stage '{stage.name}' is finished: skipped")

@@ -34,6 +34,12 @@ def test_every_id_that_ends_an_answer_is_named(tmp_path, config, generation, sto
     assert companions.generation_config(folder, IDS, stop_ids) == wanted
 
 
+def test_ends_in_plain_text_are_stop_strings(tmp_path):
+    settings = companions.generation_config(None, IDS, [7], ["</turn>"])
+    assert settings == {**IDS, "eos_token_id": 7, "stop_strings": ["</turn>"]}
+    assert "stop_strings" not in companions.generation_config(None, IDS, [7])
+
+
 def test_the_files_of_a_tokenizer(tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json", "chat_template.jinja"):
         (tmp_path / name).touch()

@@ -324,7 +324,7 @@ def test_bad_rows_name_file_and_line(config, workdir, tmp_path, capsys):
         assert words in fails(capsys, *model)
     separated = {"prompt": "a\u2028b", "completion": "c\x85"}
     bad.write_text(json.dumps(separated, ensure_ascii=False) + "\n")
-    assert read_rows(str(bad), ("prompt",)) == [separated]
+    assert read_rows(str(bad), ("prompt",)) == ([separated], [f"{bad}:1"])
     bad.write_bytes(b'{"prompt": "\xff", "completion": "b"}\n')
     assert "UTF-8" in fails(capsys, *model)
     assert not out.exists()

@@ -183,3 +183,23 @@ def test_apollo_moe_keeps_the_function_or_not():
     ):
         with pytest.raises(UserError, match=message):
             load_config([f"{APOLLO_MOE}:qwen2-0.5b{words}"])
+
+
+def test_open_mappings_take_any_key():
+    options = "--config.data.template_options"
+    config = load_config(
+        [
+            MEDCARE,
+            f"{options}.enable_thinking=false",
+            f"{options}.date=2026-01-31",
+            f"{options}.level=3",
+            "--config.data.sources.knowledge.columns.prompt=Question",
+        ]
+    )
+    wanted = {"enable_thinking": False, "date": "2026-01-31", "level": 3}
+    assert config.data.template_options.to_dict() == wanted
+    assert config.data.sources.knowledge.columns.to_dict() == {"prompt": "Question"}
+    assert config.is_locked
+    for field in ("data.template_option.x=1", "data.sources.nowhere.columns.x=1", "data.x=1"):
+        with pytest.raises(UserError, match="the configuration has no such field"):
+            load_config([MEDCARE, f"--config.{field}"])

@@ -15,6 +15,7 @@ from medmoe_jax.base import quantised, trees
 from medmoe_jax.checkpoints import files, huggingface, peft
 from medmoe_jax.cli import export
 from medmoe_jax.cli.main import main
+from medmoe_jax.data.jinja_template import Jinja
 from medmoe_jax.errors import UserError
 from medmoe_jax.training.run import Run
 from medmoe_jax.training.trained import open_trained
@@ -114,11 +115,18 @@ def test_an_export_computes_what_the_banks_did(config, workdir, reference, kind,
         assert naive.rel(got, reference(BANKS, name)) >= 0.02, f"the scale of {name} is not seen"
 
 
-def test_what_stands_beside_the_weights(config, workdir, tmp_path):
+PROMPTING = {
+    "generation_config.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+}
+
+
+def test_what_stands_beside_the_weights(config, workdir, tmp_path, capsys):
     assert run(config, workdir, "hf", tmp_path / "out") == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    wanted = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.model"}
-    assert names == wanted
+    assert names == {"config.json", "model.safetensors", *PROMPTING}
     source = json.loads((tiny.base_path() / "config.json").read_text())
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == source
     tokenizer = tiny.tokenizer()
@@ -126,6 +134,13 @@ def test_what_stands_beside_the_weights(config, workdir, tmp_path):
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
     assert ids == tuple(generation[f"{key}_token_id"] for key in ("bos", "eos", "pad"))
+    template = (tmp_path / "out" / "chat_template.jinja").read_text()
+    turns = [{"role": "user", "content": "q"}]
+    assert Jinja(template, tokenizer.names).render(turns, (), True) == "<s>User:q\nAssistant:"
+    assert run(config, workdir, "peft", tmp_path / "adapter") == 0
+    assert "other ids" not in capsys.readouterr().err
+    for name in PROMPTING:
+        assert (tmp_path / "adapter" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
     modes = {(tmp_path / "out" / name).stat().st_mode for name in names}
     assert len(modes) == 1  # whoever may read one file may read all
 

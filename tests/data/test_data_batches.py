@@ -12,9 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medmoe_jax.data import batches
+from medmoe_jax.data import batches, encoded_rows
+from medmoe_jax.data.batches import StreamSpec
 from medmoe_jax.data.encode import Encoder
-from medmoe_jax.data.templates import TEMPLATES
+from medmoe_jax.data.encoded_rows import EncodedRows
+from medmoe_jax.data.layouts import TEMPLATES
+from medmoe_jax.data.tokens import Added
 from medmoe_jax.errors import UserError
 from tests.data.samples import conversation
 
@@ -22,13 +25,25 @@ from tests.data.samples import conversation
 class Characters:
     """A tokenizer of characters: the id is the code point; 1 is bos, 2 is eos, 0 is padding."""
 
-    vocab_size, bos_id, eos_id, pad_id = 0x10FFFF, 1, 2, 0
+    vocab_size, bos_id, eos_id, pad_id, stop_ids = 0x10FFFF, 1, 2, 0, ()
     specials, chat_template, digest = {}, None, "characters"
 
     def encode(self, text, start=False):
         return [ord(character) for character in text]
 
-    encode_markup = encode
+    def parts(self, text):
+        return [text]
+
+    def encode_parts(self, parts, start=False, strip=False):
+        kept = (part for part in parts if isinstance(part, str | Added))
+        return [
+            token
+            for part in kept
+            for token in ([part.id] if isinstance(part, Added) else map(ord, part))
+        ]
+
+    def token(self, token_id):
+        return Added(token_id)
 
     def begins_after(self, ids, start=False):
         return start and not ids
@@ -56,17 +71,17 @@ ROWS = rows_of(40)
 LENGTH = 32
 
 
+def encoded(rows, length=LENGTH, tokenizer=None, languages=None, **encoder):
+    encoder = Encoder(tokenizer or Characters(), TEMPLATES["plain"], languages=languages, **encoder)
+    return EncodedRows("rows", rows, encoder, length, encoded_rows.CACHE_BYTES)
+
+
 def stream(datasets=None, weights=None, **changes):
-    given = {
-        "tokenizer": Characters(),
-        "template": TEMPLATES["plain"],
-        "mask": "completion",
-        "length": LENGTH,
-        "global_batch": 6,
-        "shards": 2,
-        "seed": 3,
-    }
-    return batches.make_stream(datasets or {"a": ROWS}, weights, **(given | changes))
+    spec = {"global_batch": 6, "shards": 2, "seed": 3}
+    names = StreamSpec.__dataclass_fields__
+    spec |= {key: changes.pop(key) for key in list(changes) if key in names}
+    rows = {name: encoded(some, **changes) for name, some in (datasets or {"a": ROWS}).items()}
+    return batches.make_stream(rows, weights, StreamSpec(**spec))
 
 
 def take(iterator, count):
@@ -331,40 +346,52 @@ def test_steps_per_epoch():
 
 def test_a_small_memory_changes_nothing(monkeypatch):
     wanted = take(stream(), 12)
-    monkeypatch.setattr(batches, "CACHE_BYTES", 3 * batches.ROW_OVERHEAD)
+    monkeypatch.setattr(encoded_rows, "CACHE_BYTES", 3 * encoded_rows.ROW_OVERHEAD)
     assert equal(take(stream(), 12), wanted)
 
 
 def test_rows_are_encoded_once(monkeypatch):
     calls = Counter()
-    encode = Encoder.__call__
+    encode = Encoder.rows
 
     def counted(self, row):
         calls[row["conversations"][0]["content"]] += 1
         return encode(self, row)
 
-    monkeypatch.setattr(Encoder, "__call__", counted)
+    monkeypatch.setattr(Encoder, "rows", counted)
     s = stream()
     s.steps_per_epoch()
     take(s, 30)
-    assert set(calls.values()) <= {1, 2}  # 2: the thread ahead and the count met on a row
+    assert set(calls.values()) == {1}
     assert len(calls) == 40
 
 
 def test_epoch_batches():
-    fixed = (Characters(), TEMPLATES["plain"], "completion", LENGTH, 6)
-    whole = list(batches.epoch_batches(ROWS, *fixed))
+    whole = list(batches.epoch_batches(encoded(ROWS), 6))
     assert [batch["tokens"].shape for batch in whole] == [(6, LENGTH)] * 7
     found = [parts for batch in whole for parts in samples(batch)]
     assert found == [[expected_sample(row)] for row in ROWS] + [[]] * 2
-    part = list(batches.epoch_batches(ROWS, *fixed, shards=3, shard_ids=[2]))
+    part = list(batches.epoch_batches(encoded(ROWS), 6, shards=3, shard_ids=[2]))
     assert equal(part, [{k: v[[2, 5]] for k, v in batch.items()} for batch in whole])
 
 
-def test_an_error_in_the_thread_reaches_the_reader():
-    rows = [*ROWS[:5], {"conversations": [{"role": "robot", "content": "?"}], "language": ""}]
-    with pytest.raises(AttributeError, match="robot"):
-        take(stream({"a": rows}), 5)
+def test_an_error_in_the_thread_reaches_the_reader(monkeypatch):
+    s = stream()
+
+    def broken(*_):
+        raise ValueError("robot")
+
+    monkeypatch.setattr(batches, "_assemble", broken)
+    with pytest.raises(ValueError, match="robot"):
+        take(s, batches.AHEAD + 2)
+
+
+def test_a_row_that_cannot_be_used_is_named_before_any_batch():
+    rows = [*ROWS[:5], {"conversations": [{"role": "tool", "content": "?"}], "language": ""}]
+    with pytest.raises(
+        UserError, match=r"row 5: this built-in template has no place for role 'tool"
+    ):
+        stream({"a": rows})
 
 
 BAD = [

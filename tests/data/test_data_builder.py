@@ -8,6 +8,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from medmoe_jax.data import builder
+from medmoe_jax.data.rows import RowReader
 from medmoe_jax.errors import UserError
 from tests.data.samples import conversation
 
@@ -25,6 +26,12 @@ def test_rows_come_back_in_order_and_pickled(tmp_path):
     with pytest.raises(IndexError):
         data[50]
     assert list(pickle.loads(pickle.dumps(data))) == ROWS
+
+
+def test_tools_are_kept(tmp_path):
+    row = {**ROWS[0], "tools": [{"name": "dose"}]}
+    data = builder.open_dataset(builder.build([row, ROWS[1]], tmp_path, "demo"))
+    assert list(data) == [row, ROWS[1]]
 
 
 def test_tfds_reads_it_as_array_record(tmp_path):
@@ -82,7 +89,8 @@ def test_bad_requests(tmp_path):
 def test_build_from_files(tmp_path):
     pairs = [{"prompt": "Q", "response": f"A{i}"} for i in range(3)]
     (tmp_path / "My data.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-    folder = builder.build_from_files([tmp_path / "My data.jsonl"], tmp_path / "out", language="en")
+    reader = RowReader("en")
+    folder = builder.build_from_files([tmp_path / "My data.jsonl"], tmp_path / "out", "", reader)
     assert folder.parent.name == "my_data"
     assert [row["language"] for row in builder.open_dataset(folder)] == ["en"] * 3
     with pytest.raises(UserError, match="no input file"):

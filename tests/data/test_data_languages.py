@@ -3,8 +3,12 @@
 import pytest
 
 from medmoe_jax.data import languages
-from medmoe_jax.data.rows import read_file
+from medmoe_jax.data.encode import Encoder
+from medmoe_jax.data.layouts import TEMPLATES
+from medmoe_jax.data.sources import open_sources
 from medmoe_jax.errors import UserError
+from medmoe_jax.training.config import recipe, source
+from tests import tiny
 from tests.data.samples import conversation
 
 KNOWN = ("en", "de", "zh", "sw")
@@ -45,7 +49,7 @@ def test_rows_get_their_language_and_are_counted():
     texts = [*TEXTS.values(), "aspirin 500", french]
     rows = [conversation(*halves(text), language="") for text in texts]
     rows.append(conversation("What helps?", "Sleep.", language="de"))  # what it names holds
-    named, counts = languages.name_languages("rows", rows, KNOWN, languages.detector(0.5))
+    named, counts = languages.name_languages(rows, KNOWN, languages.detector(0.5))
     # French is recognised, but is not among the known languages.
     assert [row["language"] for row in named] == ["en", "de", "zh", "sw", "", "", "de"]
     assert counts == {"named": 1, "detected": 4, "unknown": 2}
@@ -66,5 +70,9 @@ def test_an_unknown_code_names_row_and_file(tmp_path):
         '{"prompt": "a", "response": "b", "language": "en"}\n'
         '{"prompt": "a", "response": "b", "language": "xx"}\n'
     )
-    with pytest.raises(UserError, match=r"mine\.jsonl: row 1 .* is in 'xx', a language that"):
-        languages.name_languages(str(path), list(read_file(path)), KNOWN, languages.detector(0.0))
+    config = recipe()
+    config.data.sources.mine = source(str(path))
+    config.data.detect_language = 0.0
+    encoder = Encoder(tiny.tokenizer(), TEMPLATES["plain"], languages=dict.fromkeys(KNOWN, 0))
+    with pytest.raises(UserError, match=r"mine\.jsonl, line 2: .* is in 'xx', a language that"):
+        open_sources(config.data.to_dict(), ["mine"], encoder)

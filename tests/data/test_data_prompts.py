@@ -20,8 +20,8 @@ FORM = "Q: {text} A:"
 
 def opened(path, prompt):
     fields = source(str(path), prompt=prompt).to_dict()
-    rows, digest = open_source("mine", **fields, fit=lambda row: row)
-    return list(rows), digest
+    found = open_source("mine", fields)
+    return list(found.rows), found.digest
 
 
 @pytest.mark.parametrize("kind", ["file", "data set"])

@@ -12,7 +12,7 @@ TURNS = [{"role": "user", "content": "Q é 日"}, {"role": "assistant", "content
 AUTHORS = {
     "conversations": [{"from": "human", "value": "Q é 日"}, {"from": "gpt", "value": "A\nb"}]
 }
-PAIR = {"prompt": "Q é 日", "response": "A\nb", "language": "fr", "id": 7}
+PAIR = {"prompt": "Q é 日", "response": "A\nb", "language": "fr"}
 ROLES = {"conversations": TURNS, "language": None}
 
 
@@ -73,7 +73,7 @@ BAD_ROWS = [
     ({"conversations": [{"from": "human"}]}, "turn 0: needs 'from' and 'value'"),
     ({"conversations": [{"from": "human", "value": 3}]}, "turn 0: content must be text, found a n"),
     ({"conversations": [3]}, "turn 0: expected a JSON object, found a number"),
-    ({"prompt": "Q"}, "needs either 'conversations' or both 'prompt' and 'response'; found 'pr"),
+    ({"prompt": "Q"}, "needs one conversation (conversations or messages), or one question (pro"),
     ({"prompt": "Q", "response": ["A"]}, "'response' must be text, found a list"),
     ({"prompt": "Q", "response": "A", "language": 3}, "'language' must be text"),
     (["Q", "A"], "expected a JSON object, found a list"),
@@ -113,7 +113,7 @@ def test_bad_files(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         list(rows.read_file(tmp_path / "absent.json"))
     with pytest.raises(UserError, match=r"unknown file ending; give a file that ends in '\.json'"):
-        list(rows.read_file(write(tmp_path, "d.csv", "a,b")))
+        list(rows.read_file(write(tmp_path, "d.txt", "a,b")))
     (tmp_path / "d.jsonl.gz").write_bytes(b"not gzip")
     with pytest.raises(UserError, match="not a complete gzip file"):
         list(rows.read_file(tmp_path / "d.jsonl.gz"))
@@ -123,3 +123,154 @@ def test_bad_files(tmp_path):
     (tmp_path / "latin.json").write_bytes('[{"prompt": "é"}]'.encode("latin-1"))
     with pytest.raises(UserError, match="not UTF-8"):
         list(rows.read_file(tmp_path / "latin.json"))
+
+
+TALK = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+
+
+def turns(row, **options):
+    return rows.RowReader(**options)(row)["conversations"]
+
+
+def said(row, **options):
+    return [(turn["role"], turn["content"]) for turn in turns(row, **options)]
+
+
+def test_what_stands_beside_a_question_or_a_conversation():
+    ends = [("user", "Q"), ("assistant", "A")]
+    assert said({"conversations": TALK, "system": "S"}) == [("system", "S"), *ends]
+    assert said({"prompt": "Q", "response": "A", "system": "S"}) == [("system", "S"), *ends]
+    assert said({"prompt": "Q", "input": "I", "response": "A"})[0] == ("user", "Q\nI")
+    history = [("user", "q"), ("assistant", "a")]
+    for pairs in ([["q", "a"]], '[["q", "a"]]', (("q", "a"),)):
+        assert said({"instruction": "Q", "output": "A", "history": pairs}) == [*history, *ends]
+    for empty in ("", None, []):
+        row = {"instruction": "Q", "input": empty or "", "output": "A", "history": empty or []}
+        assert said(row) == ends
+    tools = [{"type": "function", "function": {"name": "dose"}}]
+    for given in (tools, json.dumps(tools)):
+        assert rows.parse_row({"conversations": TALK, "tools": given})["tools"] == tools
+    assert said({"messages": json.dumps(TALK)}) == ends  # a cell of a table
+
+
+STRANGE = [
+    ({"prompt": "Q", "response": "A", "id": 7}, "nothing is known of 'id'; rename it to one of"),
+    ({"conversations": TALK, "prompt": "x", "response": "y"}, "needs one conversation"),
+    ({"conversations": TALK, "messages": TALK}, "needs one conversation"),
+    ({"prompt": "Q", "question": "Q", "response": "A"}, "needs one conversation"),
+    ({"conversations": TALK, "input": "I"}, "'input' cannot stand beside the other keys"),
+    ({"conversations": TALK, "history": []}, "'history' cannot stand beside"),
+    ({"conversations": [{**TALK[0], "lang": "x"}, TALK[1]]}, "turn 0: nothing is known of 'lang'"),
+    ({"conversations": [{**TALK[0], "role": "user"}, TALK[1]]}, "'role', 'from' mean the same"),
+    (
+        {"conversations": [*TALK, {"from": "system", "value": "S"}], "system": "T"},
+        "has a system tu",
+    ),
+    ({"conversations": TALK, "tools": "no"}, "'tools' is not valid JSON"),
+    (
+        {"conversations": TALK, "tools": [{"type": "x"}]},
+        "'tools' must be a list of functions, each",
+    ),
+    (
+        {"prompt": "Q", "response": "A", "history": ["q"]},
+        "'history', pair 0: expected [question, a",
+    ),
+    ({"prompt": "half \ud83d", "response": "A"}, "holds '\\ud83d', half of a surrogate pair"),
+    ({"prompt": "Q", "response": "A", "half \udc00": 1}, "half of a surrogate pair"),
+    ({"conversations": [TALK[0], {**TALK[1], "weight": 0.5}]}, "weight of a turn is 0 or 1"),
+    ({"conversations": [TALK[0], {**TALK[1], "weight": 0}]}, "every answer has weight 0"),
+    (
+        {"conversations": [{**TALK[0], "weight": 1}, TALK[1]]},
+        "turn 0: a weight of 1 in a turn of u",
+    ),
+    (
+        {"conversations": [{**TALK[0], "reasoning": "R"}, TALK[1]]},
+        "reasoning_content in a turn of u",
+    ),
+    ({"conversations": [{**TALK[0], "name": "Eve"}, TALK[1]]}, "'name' in a turn of user"),
+    ({"conversations": [TALK[0], {"from": "function_call", "value": "x"}]}, "is not valid JSON"),
+    ({"conversations": [TALK[0], {**TALK[1], "tool_calls": [{"f": 1}]}]}, "a tool call is {'name'"),
+]
+
+
+@pytest.mark.parametrize("item,message", STRANGE)
+def test_what_is_not_understood_is_named(item, message):
+    with pytest.raises(UserError) as caught:
+        rows.parse_row(item, "d.jsonl, line 3")
+    assert str(caught.value).startswith("d.jsonl, line 3") and message in str(caught.value)
+
+
+PARTS = [{"type": "image_url", "image_url": "x"}, {"type": "text"}, {"text": "Q"}, 3]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_only_text_can_be_read_of_content_parts(part):
+    good = [{"type": "text", "text": "one "}, "two", {"type": "text", "text": ".", "image": None}]
+    row = {"messages": [{"role": "user", "content": good}, {"role": "assistant", "content": "A"}]}
+    assert said(row)[0] == ("user", "one two.")
+    row["messages"][0]["content"] = [*good, part]
+    with pytest.raises(UserError, match=r"turn 0: a part of the content is of type .*; only text"):
+        rows.parse_row(row)
+
+
+def test_what_is_to_be_ignored_is_counted():
+    talk = [{**TALK[0], "at": 1}, {**TALK[1], "at": 2, "score": 3}]
+    reader = rows.RowReader(ignore=("at", "score*", "system", "*_url"))
+    row = {"conversations": talk, "system": "S", "score_1": 1, "page_url": "x"}
+    assert [turn["role"] for turn in reader(row)["conversations"]] == ["user", "assistant"]
+    reader({"conversations": [TALK[1], *TALK], "score_1": None})
+    wanted = {"system": 1, "score_1": 1, "page_url": 1, "at": 2, "score": 1}
+    assert reader.ignored == {**wanted, "answers before the first question": 1}
+    # A pattern is for keys that nothing is known of; a name is for any.
+    everything = rows.RowReader(ignore=("*",))
+    row = everything({"conversations": talk, "system": "S", "x": 1})
+    assert [turn["content"] for turn in row["conversations"]] == ["S", "Q", "A"]
+    assert everything.ignored == {"x": 1, "at": 2, "score": 1}
+
+
+def test_columns_of_other_names():
+    columns = {"question": "Frage", "answer": "Antwort", "language": "Sprache"}
+    row = {"Frage": "Q", "Antwort": "A", "Sprache": "de"}
+    assert said(row, columns=columns) == [("user", "Q"), ("assistant", "A")]
+    assert rows.RowReader(columns=columns)(row)["language"] == "de"
+    with pytest.raises(UserError, match=r"no column 'Antwort' \(columns\.answer\); found 'Frage'"):
+        said({"Frage": "Q"}, columns=columns)
+    with pytest.raises(UserError, match="a key 'question' beside 'Frage', which columns"):
+        said({**row, "question": "x"}, columns=columns)
+    with pytest.raises(UserError, match=r"columns\.frage: no row has this key; use one of conv"):
+        rows.RowReader(columns={"frage": "Frage"})
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "loss", "train_weight"])
+def test_answers_without_weight_are_marked(key):
+    talk = [{**TALK[0], key: 0}, {**TALK[1], key: False}, TALK[0], {**TALK[1], key: 1.0}]
+    found = turns({"conversations": talk})
+    assert [turn.get("train_weight") for turn in found] == [None, 0, None, None]
+
+
+def test_tool_calls_of_every_form_become_one():
+    call = {"name": "dose", "arguments": {"drug": "aspirin"}}
+    wanted = [{"type": "function", "function": call}]
+    forms = [
+        call,
+        {"type": "function", "function": call},
+        {"function": {**call, "arguments": json.dumps(call["arguments"])}, "index": None},
+    ]
+    for form in forms:
+        talk = [TALK[0], {"role": "assistant", "content": None, "tool_calls": [form]}]
+        (_, answer) = turns({"messages": talk})
+        assert answer == {"role": "assistant", "content": "", "tool_calls": wanted}
+    share = [TALK[0], {"from": "function_call", "value": json.dumps(call)},
+             {"from": "observation", "value": "75 mg"}, TALK[1]]  # fmt: skip
+    found = turns({"conversations": share})
+    assert found[1]["tool_calls"] == wanted and found[2] == {"role": "tool", "content": "75 mg"}
+    named = {"role": "tool", "content": "75 mg", "tool_call_id": "1", "name": "dose"}
+    talk = [TALK[0], {"role": "assistant", "tool_calls": [{**forms[1], "id": "1"}]}, named, TALK[1]]
+    found = turns({"messages": talk})
+    assert found[1]["tool_calls"] == [{"id": "1", **wanted[0]}] and found[2] == named
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_is_kept(key):
+    assert turns({"messages": [TALK[0], {**TALK[1], key: "R"}]})[1]["reasoning_content"] == "R"
+    assert "reasoning_content" not in turns({"messages": [TALK[0], {**TALK[1], key: ""}]})[1]

@@ -144,3 +144,15 @@ def test_the_known_small_model(data_dir):
     upstream = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tok512.model"))
     assert t.encode(start, start=True) == upstream.encode(start)
     assert golden["token_ids"][: len(upstream.encode(start))] == upstream.encode(start)
+
+
+def test_a_file_that_contradicts_the_vocabulary(byte_level_tokenizer, tmp_path):
+    shutil.copytree(byte_level_tokenizer.path.parent, tmp_path / "t")
+    (tmp_path / "t" / "added_tokens.json").write_text('{"<new>": 405}')
+    with pytest.raises(
+        UserError, match=r"'<new>' the id 405, but in tokenizer\.json it becomes 400"
+    ):
+        tk.load(tmp_path / "t")
+    (tmp_path / "t" / "added_tokens.json").write_text("[]")
+    with pytest.raises(UserError, match=r"added_tokens\.json: expected a JSON object"):
+        tk.load(tmp_path / "t")

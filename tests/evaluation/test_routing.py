@@ -31,6 +31,7 @@ SKILLS = BankSpec("skills", ("attn.o",), 0, 2, experts=3, rank=2, gate="skill")
 PLAIN = BankSpec("plain", ("attn.v",), 0, 2, rank=2)
 SPECS = (FAMILY, LATE, PLAIN, SKILLS)
 MARGIN = 1e-5  # of the logits at the cut, beyond float32's rounding
+LENGTH = 40
 CODES = ("de", "", "en", "zh", "sw")
 
 
@@ -45,19 +46,19 @@ def parameters():
 
 @pytest.fixture(scope="module")
 def encoder():
-    return Encoder(tiny.tokenizer(), TEMPLATES["user_assistant"], length=40, languages=TABLE.ids)
+    return Encoder(tiny.tokenizer(), TEMPLATES["user_assistant"], languages=TABLE.ids)
 
 
 def texts():
     rows = [parse_row(row) for row in tiny.knowledge_rows()[:8] + tiny.alignment_rows()[:5]]
-    return routing.by_language([(r, CODES[n % 5]) for n, r in enumerate(rows)], TABLE)
+    return routing.by_language([(r, CODES[n % 5], f"row {n}") for n, r in enumerate(rows)], TABLE)
 
 
 def measured(parameters, encoder, batch, **sizes):
     mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
     execution = Execution(activations=batch_sharding(mesh, 3))
     config = AdaptedConfig(CONFIG, SPECS, execution)
-    return routing.measure(config, *parameters, mesh, texts(), encoder, batch, TABLE)
+    return routing.measure(config, *parameters, mesh, texts(), encoder, LENGTH, batch, TABLE)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def counted(parameters, encoder):
     for one in texts():
         language = one.name
         for row in one.rows:
-            ids = encoder(row).tokens
+            ids = encoder(row).cut(LENGTH).tokens
             batch, _ = naive.pack([ids], [[0]], len(ids))
             naive.logits(CONFIG, base, batch, linear)
             counts["tokens", language][0] += len(ids)
@@ -139,15 +140,17 @@ def test_the_forced_expert_is_counted(parameters, encoder):
     base, banks = parameters
     mesh = make_mesh(dict.fromkeys(("data", "expert", "tensor"), 1) | {"fsdp": -1}, jax.devices())
     model = AdaptedConfig(CONFIG, (FAMILY.replace(forcing="always"),))
-    gate, _ = routing.measure(model, base, banks, mesh, texts(), encoder, 8, TABLE)
+    gate, _ = routing.measure(model, base, banks, mesh, texts(), encoder, LENGTH, 8, TABLE)
     assert (gate.own_GxN[:3] == 1).all() and np.isnan(gate.own_GxN[3:]).all()
 
 
 def test_groups_keep_the_first_rows_of_each_language():
-    rows = [({"conversations": [n], "language": ""}, "en" if n % 2 else "zh") for n in range(6)]
+    codes = ["en" if n % 2 else "zh" for n in range(6)]
+    rows = [({"conversations": [n], "language": ""}, c, f"row {n}") for n, c in enumerate(codes)]
     english, chinese = routing.by_language(rows, TABLE, limit=2)
     assert [row["conversations"] for row in english.rows] == [[1], [3]]
     assert {row["language"] for row in chinese.rows} == {"zh"}
+    assert english.rows.place(1) == "row 3"
     assert routing.by_language(rows, None)[0].code == "en"
 
 
@@ -155,9 +158,11 @@ def test_without_a_gate_or_a_row(parameters, encoder):
     base, banks = parameters
     mesh = make_mesh({"data": 1, "fsdp": -1, "expert": 1, "tensor": 1})
     with pytest.raises(UserError, match=r"no bank .* has a router .*\(banks: plain\)"):
-        routing.measure(AdaptedConfig(CONFIG, (PLAIN,)), base, banks, mesh, texts(), encoder, 1)
+        routing.measure(
+            AdaptedConfig(CONFIG, (PLAIN,)), base, banks, mesh, texts(), encoder, LENGTH, 1
+        )
     with pytest.raises(UserError, match="no row to analyse"):
-        routing.measure(AdaptedConfig(CONFIG, SPECS), base, banks, mesh, [], encoder, 1)
+        routing.measure(AdaptedConfig(CONFIG, SPECS), base, banks, mesh, [], encoder, LENGTH, 1)
 
 
 def test_the_report_is_whole(gates, tmp_path):

@@ -13,7 +13,7 @@ from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.errors import UserError
-from medmoe_jax.inference.engine import Engine, Sampling
+from medmoe_jax.inference.engine import Engine, Sampling, generate_batch
 from medmoe_jax.parallel.mesh import batch_sharding, make_mesh
 from tests import naive
 
@@ -143,6 +143,25 @@ def test_greedy_generation(mesh):
     engine = make_engine(mesh)
     assert engine.generate(prompts, 10, stops) == want
     assert engine.generate(prompts, 10, (-1,)) == free
+
+
+def test_ids_that_follow_each_other_end_a_generation():
+    prompts = questions()[0]
+    engine = make_engine()
+    free = engine.generate(prompts, 10, (-1,))
+    runs = [tuple(free[0][3:6]), tuple(free[2][:2])]  # one from the very start
+    want = []
+    for ids in free:
+        found = [n for n in range(10) for run in runs if tuple(ids[n : n + len(run)]) == run]
+        want.append(ids[: min(found, default=10)])
+    assert len(want[0]) == 3 and want[2] == []
+    assert engine.generate(prompts, 10, runs) == want
+    weights = engine._weights(range(4), None)
+    arrays = engine._pad(prompts[:4])
+    rows = engine._put(np.arange(4, dtype=np.int32), 0)
+    stops = tuple(runs)
+    ids = generate_batch(engine.config, Sampling(), stops, 10, weights, *arrays, rows)
+    assert set(np.asarray(ids)[0, 6:].tolist()) == {runs[0][-1]}  # it ended there, not after 10
 
 
 def test_generation_alone_equals_generation_in_a_batch():

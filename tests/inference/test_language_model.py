@@ -5,6 +5,8 @@ import pytest
 
 from medmoe_jax.adapters.lifecycle import active_banks
 from medmoe_jax.adapters.model import AdaptedConfig
+from medmoe_jax.data.encode import Encoder
+from medmoe_jax.data.jinja_template import Jinja
 from medmoe_jax.data.templates import load_template
 from medmoe_jax.errors import UserError
 from medmoe_jax.inference.engine import Engine, Sampling
@@ -12,6 +14,7 @@ from medmoe_jax.inference.language_model import LanguageModel
 from medmoe_jax.training.run import Run
 from medmoe_jax.training.trained import open_trained
 from tests import naive, tiny
+from tests.data import chat_templates
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +83,65 @@ def test_generation_stops_at_the_end_of_the_turn(trained):
     assert model.generate(turns, 12) == answers
     hot = model.generate(prompts, 12, Sampling(temperature=1.5, seed=1))
     assert hot == model.generate(prompts, 12, Sampling(temperature=1.5, seed=1)) != answers
+
+
+def test_long_prompts_keep_their_frame_and_are_counted(trained):
+    model = make_model(trained)
+    tokenizer, context = model.encoder.tokenizer, tiny.DECODER.max_positions
+    frame = model.encoder.prompt([{"role": "user", "content": ""}])
+    read = []
+
+    def watch(method):
+        def watched(prompts, *rest):
+            read.extend(prompts)
+            return method(prompts, *rest)
+
+        return watched
+
+    model.engine.generate = watch(model.engine.generate)
+    model.engine.score = watch(model.engine.score)
+    long = "aspirin: yes or no, pain? " * 40
+    model.generate([long, "short"], 12)
+    model.choose([long], [["yes", "It is for pain."]])
+    assert model.shortened == 2 and model.engine.truncated == 0
+    for ids, room in ((read[0], 12), (read[2], len(tokenizer.encode("It is for pain.")) + 1)):
+        assert context - room - 3 <= len(ids) <= context - room
+        assert ids[:2] == frame[:2] and ids[-2:] == frame[-2:]
+    assert tokenizer.decode(read[0]).endswith("pain? \nAssistant:")
+
+
+@pytest.mark.parametrize(
+    ("said", "answer", "reasoning"),
+    [
+        ("<think>\n\n</think>\n\nyes", "yes", ""),
+        ("<think>\nIt thins.\n</think>\n\nyes", "yes", "It thins."),
+        ("yes", "yes", ""),
+    ],
+)
+def test_answers_come_without_what_the_template_writes_before_them(
+    trained, said, answer, reasoning
+):
+    model = make_model(trained)
+    model.encoder = Encoder(model.encoder.tokenizer, Jinja(chat_templates.THINKING))
+    model.engine.generate = lambda prompts, *_: [model.encoder.tokenizer.encode(said)]
+    assert model.answer(["q"], 4) == [(answer, reasoning)]
+    assert model.generate(["q"], 4) == [answer]
+
+
+def test_an_end_of_several_tokens_stops_the_generation(trained, monkeypatch):
+    model = make_model(trained)
+    tokenizer = model.encoder.tokenizer
+    model.stops = model.stops._replace(texts=("</turn>",))
+    asked = []
+    generate = model.engine.generate
+    monkeypatch.setattr(
+        model.engine,
+        "generate",
+        lambda p, n, stops, *a: asked.extend(stops) or generate(p, n, stops, *a),
+    )
+    model.generate(["hi"], 4)
+    run = tokenizer.encode("</turn>")
+    assert len(run) > 1 and asked == [*model.stops.ids, run]
 
 
 def test_ends_written_as_text_are_cut(trained):

@@ -131,10 +131,10 @@ def naive_loss(setup, workdir, rows, weights, penalty):
         for leaves in banks[name].values():
             leaves["scale"] = leaves["scale"] * weights_LxE[:, e, None, None]
     linear = naive.adapted([trained.roster[name][0] for name in NAMES], banks)
-    encoder = Encoder(setup.tokenizer, setup.template, length=setup.config.data.length)
+    encoder, length = Encoder(setup.tokenizer, setup.template), setup.config.data.length
     total = count = 0.0
     for row in rows:
-        encoded = encoder(parse_row(row))
+        encoded = encoder(parse_row(row)).cut(length)
         n = len(encoded.tokens)
         batch = {
             "tokens": encoded.tokens[None],

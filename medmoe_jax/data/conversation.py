@@ -1,0 +1,114 @@
+"""The types of a row: a conversation, its turns, and rows that know the place they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NotRequired, TypedDict
+
+from medmoe_jax.errors import UserError
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class Turn(TypedDict):
+    """One turn of a conversation.
+
+    Attributes:
+      role: one of ROLES.
+      content: its text; may be empty beside `tool_calls`.
+      reasoning_content: what an assistant thinks before it says the content.
+      tool_calls: `[{"type": "function", "function": {"name": str, "arguments": {...}}}, ...]`.
+      name, tool_call_id: of a tool's turn.
+      train_weight: 0 = the answer is context and no target; absent = 1.
+    """
+
+    role: str
+    content: str
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    name: NotRequired[str]
+    tool_call_id: NotRequired[str]
+    train_weight: NotRequired[int]
+
+
+class Conversation(TypedDict):
+    """A conversation row.
+
+    Attributes:
+      conversations: its turns; a system's, if any, comes first.
+      language: code of its language, "" = not named.
+      tools: descriptions of the functions that the assistant may call, as JSON schemas.
+    """
+
+    conversations: list[Turn]
+    language: str
+    tools: NotRequired[list[dict[str, Any]]]
+
+
+class Rows(Sequence[Conversation]):
+    """Conversation rows by number, each made when it is asked for.
+
+    Attributes:
+      place: `place(number)`, the file and line (or the like) of a row, for messages.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Conversation],
+        place: Callable[[int], str] = "row {}".format,
+        change: Callable[[int, Conversation], Conversation] = lambda number, row: row,
+    ):
+        """
+        Args:
+          rows: random access to rows.
+          place: of a row by its number.
+          change: applied to each row.
+        """
+        self._rows, self._change = rows, change
+        self.place = place
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Conversation:
+        return self._change(index, self._rows[index])
+
+    def __repr__(self) -> str:
+        return f"Rows({self._rows!r})"
+
+    def changed(self, change: Callable[[int, Conversation], Conversation]) -> Rows:
+        """These rows with a further change to each."""
+        return Rows(self, self.place, change)
+
+
+def as_rows(rows: Sequence[Conversation]) -> Rows:
+    """Rows that know their places; those of a plain sequence are their numbers."""
+    return rows if isinstance(rows, Rows) else Rows(rows)
+
+
+def turns_of(prompt: str | Sequence[Turn]) -> list[Turn]:
+    """The turns of a prompt, which may be the text of one user turn."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
+def check_text(value: Any, where: str) -> None:
+    """Raise UserError, with `where`, for text anywhere in a JSON value that is not Unicode.
+
+    JSON can write half of a surrogate pair ("\\ud83d"), which no encoding of text can hold.
+    """
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            half = value[error.start]
+            raise UserError(
+                f"{where}: holds '\\u{ord(half):x}', half of a surrogate pair, which is no "
+                "character; write the whole character or remove it"
+            ) from None
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            check_text(key, where)
+            check_text(item, where)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            check_text(item, where)

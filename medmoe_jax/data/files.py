@@ -1,0 +1,146 @@
+"""Items of data files of every kind, each with the place it stands at.
+
+.json .jsonl .ndjson .csv .tsv   also with .gz or .zst behind
+.parquet .arrow
+a folder of such files, one that `datasets` has saved, or one of its splits
+hf://datasets/ORG/NAME, tfds://NAME
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gzip
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+import zstandard
+
+from medmoe_jax.data import hub, tables
+from medmoe_jax.data.json_items import json_items
+from medmoe_jax.errors import UserError
+
+Items = Iterator[tuple[str, Any]]
+_TEXT: dict[str, Callable[[TextIO, str], Items]] = {
+    ".json": json_items,
+    ".jsonl": json_items,
+    ".ndjson": json_items,
+    ".csv": functools.partial(tables.csv_rows, separator=","),
+    ".tsv": functools.partial(tables.csv_rows, separator="\t"),
+}
+_TABLES: dict[str, Callable[[Path, str], Items]] = {
+    ".parquet": tables.parquet_rows,
+    ".arrow": tables.arrow_rows,
+}
+_PACKED: dict[str, Callable[[BinaryIO], Any]] = {
+    "": lambda file: file,
+    ".gz": lambda file: gzip.GzipFile(fileobj=file),
+    ".zst": lambda file: io.BufferedReader(_Zstd(file)),
+}
+_BLOCK = 1 << 16
+ENDINGS = (*(kind + packed for kind in _TEXT for packed in _PACKED), *_TABLES)
+# Files of a folder that `datasets` has saved: of one split, and of several.
+_STATE, _SPLITS = "state.json", "dataset_dict.json"
+
+
+def read_items(path: str | Path, split: str = "train") -> Items:
+    """Yields `(place, decoded item)` of a file, folder or named data set.
+
+    Args:
+      path: see the module.
+      split: of a data set that has several.
+
+    Raises:
+      UserError: there is no such file, or an item cannot be decoded; names file and line or row.
+    """
+    if str(path).startswith(hub.TFDS):
+        yield from hub.tfds_rows(str(path), split)
+    elif str(path).startswith(hub.HUB):
+        for file, shown in hub.hub_files(str(path), split, ENDINGS):
+            yield from _file_items(file, shown)
+    elif Path(path).is_dir():
+        yield from _folder_items(Path(path), split)
+    elif split != "train":
+        raise UserError(f"{path}: a file has no splits, so there is no '{split}' in it")
+    else:
+        yield from _file_items(Path(path), str(path))
+
+
+def _folder_items(folder: Path, split: str) -> Items:
+    if (folder / _SPLITS).is_file():
+        splits = json.loads((folder / _SPLITS).read_text(encoding="utf-8"))["splits"]
+        if split not in splits:
+            raise UserError(f"{folder}: has no split '{split}'; it has {', '.join(splits)}")
+        folder = folder / split
+    if (folder / _STATE).is_file():
+        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        files = [entry["filename"] for entry in state["_data_files"]]
+    else:
+        names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+        files = hub.choose_files(str(folder), names, split, ENDINGS)
+    for name in files:
+        yield from _file_items(folder / name, str(folder / name))
+
+
+def _file_items(path: Path, shown: str) -> Items:
+    if not path.name.endswith(ENDINGS):
+        raise UserError(
+            f"{shown}: unknown file ending; give a file that ends in "
+            f"{', '.join(map(repr, ENDINGS))}"
+        )
+    if not path.is_file():
+        raise UserError(f"{shown}: no such file")
+    if path.suffix in _TABLES:
+        yield from _TABLES[path.suffix](path, shown)
+        return
+    packed = path.suffix if path.suffix in _PACKED else ""
+    kind = _TEXT[Path(path.name.removesuffix(packed)).suffix]
+    try:
+        with _open(path, packed) as text:
+            yield from kind(text, shown)
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise UserError(f"{shown}: not a complete gzip file ({error}); copy it again") from error
+    except zstandard.ZstdError as error:
+        raise UserError(f"{shown}: not a complete zstd file ({error}); copy it again") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{shown}: not UTF-8 text ({error}); convert the file to UTF-8") from error
+
+
+@contextlib.contextmanager
+def _open(path: Path, packed: str) -> Iterator[TextIO]:
+    """The text of a file; line breaks inside the cells of a table stay as they are."""
+    newline = "" if {".csv", ".tsv"} & set(path.suffixes) else None
+    with open(path, "rb") as file:
+        content = _PACKED[packed](file)
+        with io.TextIOWrapper(content, encoding="utf-8-sig", newline=newline) as text:
+            yield text
+
+
+class _Zstd(io.RawIOBase):
+    """The content of a zstd file, whose end must be there."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._ready = file, b""
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._ready:
+            frame = self._frame
+            ended = frame is None or frame.eof
+            packed = (frame.unused_data if frame and ended else b"") or self._file.read(_BLOCK)
+            if not packed and not ended:
+                raise zstandard.ZstdError("it is cut short")
+            if not packed:
+                return 0
+            if ended:
+                self._frame = frame = zstandard.ZstdDecompressor().decompressobj()
+            self._ready = frame.decompress(packed)
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size

@@ -1,0 +1,162 @@
+"""Data sets with a name: on the Hugging Face hub, or prepared by TensorFlow Datasets."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medmoe_jax.errors import UserError
+
+HUB, TFDS = "hf://datasets/", "tfds://"
+_SPLITS = ("train", "training", "test", "validation", "valid", "val", "dev", "eval")
+
+
+def is_name(path: str) -> bool:
+    """Whether a path is the name of a data set and no place on this machine's disk."""
+    return path.startswith((HUB, TFDS))
+
+
+def hub_files(name: str, split: str, endings: Sequence[str]) -> Iterator[tuple[Path, str]]:
+    """Yields `(file on this machine, its name)` of one split of a data set on the hub.
+
+    Args:
+      name: `hf://datasets/ORG/NAME[@REVISION][/PART]`; PART is a subset, a folder or a file of it.
+      split: whose files; they are those that the data set's card gives it, or that have it in
+        their names.
+      endings: of files that can be read.
+
+    Raises:
+      UserError: the hub cannot provide it, or it has no such part or split.
+    """
+    from huggingface_hub import HfApi, constants, errors, snapshot_download
+
+    found = re.fullmatch(r"([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?", name.removeprefix(HUB))
+    if not found:
+        raise UserError(f"{name}: write {HUB}ORG/NAME[@REVISION][/PART]")
+    repository, revision, part = found.groups()
+    common: dict[str, Any] = {"repo_type": "dataset", "revision": revision}
+    try:
+        if constants.HF_HUB_OFFLINE:
+            folder = Path(snapshot_download(repository, local_files_only=True, **common))
+            files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+        else:
+            files = sorted(HfApi().list_repo_files(repository, **common))
+            card = snapshot_download(repository, allow_patterns=["README.md"], **common)
+            folder = Path(card)
+        chosen = _part_files(name, files, folder / "README.md", part or "", split, endings)
+        if not constants.HF_HUB_OFFLINE:
+            folder = Path(snapshot_download(repository, allow_patterns=chosen, **common))
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        raise UserError(f"{name}: {' '.join(str(error).split())}") from error
+    base = name.removesuffix(f"/{part}") if part else name
+    for file in chosen:
+        yield folder / file, f"{base}/{file}"
+
+
+def _part_files(
+    name: str, files: Sequence[str], card: Path, part: str, split: str, endings: Sequence[str]
+) -> list[str]:
+    """The files of a part and split, by the card or by their names."""
+    if part in files:
+        return [part]
+    subsets = _subsets(card)
+    if subsets:
+        subset = part or ("default" if "default" in subsets else next(iter(subsets)))
+        if not part and len(subsets) > 1 and "default" not in subsets:
+            raise UserError(f"{name}: name one of its subsets: {', '.join(subsets)}")
+        if subset in subsets:
+            patterns = subsets[subset].get(split, [])
+            chosen = [f for f in files if any(fnmatch.fnmatch(f, p) for p in patterns)]
+            if not chosen:
+                known = ", ".join(subsets[subset])
+                raise UserError(f"{name}: has no split '{split}'; it has {known or 'none'}")
+            return chosen
+    within = [f for f in files if not part or f.startswith(f"{part}/")]
+    return choose_files(name, within, split, endings)
+
+
+def _subsets(card: Path) -> dict[str, dict[str, list[str]]]:
+    """`{subset: {split: patterns of files}}` as a data set's card says."""
+    from huggingface_hub.repocard import metadata_load
+
+    if not card.is_file():
+        return {}
+    out: dict[str, dict[str, list[str]]] = {}
+    for config in (metadata_load(card) or {}).get("configs") or ():
+        given = config.get("data_files") or ()
+        given = [{"split": "train", "path": given}] if isinstance(given, str) else given
+        splits: dict[str, list[str]] = {}
+        for one in given:
+            paths = one["path"] if isinstance(one["path"], list) else [one["path"]]
+            splits[one["split"]] = paths
+        out[config["config_name"]] = splits
+    return out
+
+
+def choose_files(name: str, files: Sequence[str], split: str, endings: Sequence[str]) -> list[str]:
+    """The files that hold a split, by their names; all of them where none names a split.
+
+    Raises:
+      UserError: no file can be read, or the names tell of other splits only.
+    """
+    known = [file for file in files if file.endswith(tuple(endings))]
+    if not known:
+        raise UserError(f"{name}: holds no file that ends in {', '.join(endings)}")
+
+    def of(splits: Sequence[str]) -> list[str]:
+        word = re.compile(rf"(?:^|[/._-])(?:{'|'.join(map(re.escape, splits))})(?:[/._-]|$)")
+        return [file for file in known if word.search(file)]
+
+    chosen = of([split])
+    if chosen:
+        return chosen
+    if of(_SPLITS) or split != "train":
+        raise UserError(f"{name}: no file of split '{split}' among {', '.join(known[:8])}")
+    return known
+
+
+def tfds_rows(name: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields `(place, row)` of a data set that TensorFlow Datasets has prepared.
+
+    Args:
+      name: `tfds://NAME[/CONFIG][:VERSION]`, looked for in $TFDS_DATA_DIR.
+      split: such as `train`.
+
+    Raises:
+      UserError: it is not known or not prepared, or has no such split.
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name.removeprefix(TFDS))
+        if split not in builder.info.splits:
+            known = ", ".join(builder.info.splits) or "none: prepare it first (tfds build)"
+            raise UserError(f"{name}: has no split '{split}'; it has {known}")
+        rows = builder.as_data_source(split=split)
+    except (tfds.core.registered.DatasetNotFoundError, NotImplementedError) as error:
+        text = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{name}: {text}; prepare it with `tfds build --file_format=array_record`"
+        ) from error
+    for number, row in enumerate(rows):
+        yield f"{name}, row {number}", plain(row, builder.info.features)
+
+
+def plain(value: Any, feature: Any) -> Any:
+    """A value of TensorFlow Datasets in plain Python; a sequence of objects as a list of them."""
+    inner = getattr(feature, "feature", None)
+    if isinstance(value, Mapping) and hasattr(inner, "items"):
+        columns = {key: [plain(v, inner[key]) for v in column] for key, column in value.items()}
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    if isinstance(value, Mapping):
+        return {key: plain(item, feature[key]) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return [plain(item, inner) for item in value]
+    if isinstance(value, bytes):
+        return value.decode()
+    return value.item() if isinstance(value, np.generic) else value

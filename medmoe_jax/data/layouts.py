@@ -1,0 +1,228 @@
+"""The built-in chat templates, as data: what is written around each role's turns.
+
+Every answer of a conversation is written as it is at its end, so a conversation is one training
+row. `Layout.jinja` gives the same template in the language of tokenizer files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from medmoe_jax.data.conversation import Turn as Said
+from medmoe_jax.data.pieces import SAMPLE, Piece, filled, refuse_fields
+
+DEFAULT_SYSTEM = "You are a helpful assistant."
+_NOTHING = Piece("", "assistant", "reasoning")
+_THINKING = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How one role's turns are written; `space` stands before the content, as a part of it."""
+
+    open: str = ""
+    head: str = ""
+    space: str = ""
+    close: str = ""
+    tail: str = ""
+    bos: bool = False
+    eos: bool = False
+
+    def prompt(self, role: str) -> list[Piece]:
+        """What stands before the content."""
+        pieces = [Piece("", role, "open", "bos")] if self.bos else []
+        return pieces + filled([Piece(self.open, role, "open"), Piece(self.head, role, "head")])
+
+    def render(self, role: str, content: str, learned: bool = True) -> list[Piece]:
+        """A whole turn. Reasoning in an answer, `<think>...</think>`, is a piece of its own."""
+        text = self.space + content
+        thought = _THINKING.match(text) if role == "assistant" else None
+        at = thought.end() if thought else 0
+        said = [
+            Piece(text[:at], role, "reasoning", "text", learned),
+            Piece(text[at:], role, "content", "text", learned),
+            Piece(self.close, role, "close", learned=learned),
+        ]
+        said += [Piece("", role, "close", "eos", learned)] if self.eos else []
+        return self.prompt(role) + filled([*said, Piece(self.tail, role, "tail")])
+
+    def jinja(self, bos: str, eos: str, content: str) -> str:
+        """A whole turn as an expression; `content` is the expression of its text."""
+        before = (bos if self.bos else "") + self.open + self.head + self.space
+        after = self.close + (eos if self.eos else "") + self.tail
+        return f"{_quoted(before)} + {content} + {_quoted(after)}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A built-in template. `system_in_user` writes the system text into the first user turn."""
+
+    user: Turn
+    assistant: Turn
+    system: Turn = field(default_factory=Turn)
+    bos: bool = False
+    default_system: str = ""
+    system_in_user: str = ""
+    strip: bool = False
+
+    frames = True
+
+    @property
+    def end(self) -> str:
+        """The text that ends an answer, "" where that is eos alone."""
+        return self.assistant.close.strip()
+
+    @property
+    def ends_with_eos(self) -> bool:
+        """Whether an answer ends with the tokenizer's own eos."""
+        return self.assistant.eos
+
+    def prompt(self, turns: Sequence[Said], tools: Sequence[dict] = ()) -> list[Piece]:
+        """What the model reads before it answers these turns."""
+        return self._written(turns, tools) + self.assistant.prompt("assistant")
+
+    def rows(self, turns: Sequence[Said], tools: Sequence[dict] = ()) -> list[list[Piece]]:
+        """The conversation as one training row."""
+        return [self._written(turns, tools)]
+
+    def sample(self) -> list[Piece]:
+        """The pieces of a short conversation."""
+        return self._written(SAMPLE, ())
+
+    def lead(self) -> list[Piece]:
+        """Nothing stands between a prompt and the text of an answer."""
+        return []
+
+    def thought(self) -> tuple[Piece, Piece]:
+        """There is no place for reasoning but in the text."""
+        return _NOTHING, _NOTHING
+
+    def _written(self, turns: Sequence[Said], tools: Sequence[dict]) -> list[Piece]:
+        refuse_fields(turns, tools, "this built-in template")
+        pieces = [Piece("", "system", "open", "bos")] if self.bos else []
+        for turn in self._placed(turns):
+            content = turn["content"].strip() if self.strip else turn["content"]
+            learned = turn.get("train_weight", 1) > 0
+            pieces += getattr(self, turn["role"]).render(turn["role"], content, learned)
+        return pieces
+
+    def _placed(self, turns: Sequence[Said]) -> Sequence[Said]:
+        """The turns with the default system text added, or the system text moved."""
+        has_system = bool(turns) and turns[0]["role"] == "system"
+        if self.default_system and not has_system:
+            return [{"role": "system", "content": self.default_system}, *turns]
+        if self.system_in_user and has_system and len(turns) > 1:
+            system, first, *rest = turns
+            system = system["content"].strip() if self.strip else system["content"]
+            content = first["content"].strip() if self.strip else first["content"]
+            content = self.system_in_user.format(system=system) + content
+            return [{"role": first["role"], "content": content}, *rest]
+        return turns
+
+    def jinja(self, bos: str = "", eos: str = "", gap: str = "") -> str:
+        """The same template in Jinja, for a vocabulary with these texts of bos and eos.
+
+        `gap` follows a bos: the space that some vocabularies put before a text where it begins.
+        """
+        bos = bos and bos + gap
+        content = "(m.content | trim)" if self.strip else "m.content"
+        lines = [*self._jinja_start(bos, eos, content), "{%- for m in turns %}"]
+        place = f"(before if loop.first else '') + {content}" if self.system_in_user else content
+        for number, role in enumerate(("system", "user", "assistant")):
+            written = getattr(self, role).jinja(bos, eos, place)
+            lines.append(f"{{%- {'elif' if number else 'if'} m.role == '{role}' %}}")
+            lines.append(f"    {{{{- {written} }}}}")
+        answer = (bos if self.assistant.bos else "") + self.assistant.open + self.assistant.head
+        lines += [
+            "{%- else %}",
+            "    {{- raise_exception('this template has no place for the role ' + m.role) }}",
+            "{%- endif %}",
+            "{%- endfor %}",
+            "{%- if add_generation_prompt %}",
+            f"    {{{{- {_quoted(answer)} }}}}",
+            "{%- endif %}",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def _jinja_start(self, bos: str, eos: str, content: str) -> list[str]:
+        """What stands before the loop over `turns`."""
+        lines = ["{%- set turns = messages %}"]
+        if self.bos:
+            lines.append(f"{{{{- {_quoted(bos)} }}}}")
+        if self.default_system:
+            default = self.system.jinja(bos, eos, _quoted(self.default_system))
+            lines += [
+                "{%- if not messages or messages[0].role != 'system' %}",
+                f"    {{{{- {default} }}}}",
+                "{%- endif %}",
+            ]
+        if self.system_in_user:
+            first, last = self.system_in_user.split("{system}")
+            system = content.replace("m.", "messages[0].")
+            lines += [
+                "{%- set before = '' %}",
+                "{%- if messages | length > 1 and messages[0].role == 'system' %}",
+                f"    {{%- set before = {_quoted(first)} + {system} + {_quoted(last)} %}}",
+                "    {%- set turns = messages[1:] %}",
+                "{%- endif %}",
+            ]
+        return lines
+
+
+def _quoted(text: str) -> str:
+    """A text as a Jinja literal."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _chatml(role: str) -> Turn:
+    return Turn(open="<|im_start|>", head=f"{role}\n", close="<|im_end|>", tail="\n")
+
+
+def _llama3(role: str) -> Turn:
+    head = f"{role}<|end_header_id|>\n\n"
+    return Turn(open="<|start_header_id|>", head=head, close="<|eot_id|>")
+
+
+def _gemma(role: str) -> Turn:
+    return Turn(open="<start_of_turn>", head=f"{role}\n", close="<end_of_turn>", tail="\n")
+
+
+TEMPLATES: dict[str, Layout] = {
+    "chatml": Layout(
+        system=_chatml("system"),
+        user=_chatml("user"),
+        assistant=_chatml("assistant"),
+        default_system=DEFAULT_SYSTEM,
+    ),
+    # Every question begins a new text, as in the family's own chat format.
+    "llama2": Layout(
+        user=Turn(bos=True, open="[INST]", space=" ", tail=" [/INST]"),
+        assistant=Turn(space=" ", close=" ", eos=True),
+        system_in_user="<<SYS>>\n{system}\n<</SYS>>\n\n",
+        strip=True,
+    ),
+    "llama3": Layout(
+        system=_llama3("system"),
+        user=_llama3("user"),
+        assistant=_llama3("assistant"),
+        bos=True,
+        strip=True,
+    ),
+    "gemma": Layout(
+        user=_gemma("user"),
+        assistant=_gemma("model"),
+        bos=True,
+        system_in_user="{system}\n\n",
+        strip=True,
+    ),
+    "user_assistant": Layout(
+        system=Turn(tail="\n"),
+        user=Turn(open="User:", tail="\n"),
+        assistant=Turn(open="Assistant:", eos=True),
+        bos=True,
+    ),
+    "plain": Layout(user=Turn(), assistant=Turn(eos=True), bos=True),
+}

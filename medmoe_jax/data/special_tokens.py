@@ -1,0 +1,172 @@
+"""What the files beside a vocabulary say of its special tokens, in the order in which they count.
+
+    tokenizer_config.json    names of the tokens (bos_token, ...), `added_tokens_decoder`, the class
+    special_tokens_map.json  names, over those of the config } where the config has no
+    added_tokens.json        tokens behind the vocabulary    } `added_tokens_decoder`
+    (the class)              names that the config does not mention
+    generation_config.json   further ids that end an answer; config.json's where it is absent
+
+As transformers (5.12) reads them: `PreTrainedTokenizerBase._from_pretrained`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from medmoe_jax.errors import UserError
+
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_END = "<|endoftext|>"
+# What a tokenizer's class names where its config does not: (bos, eos, unk, pad).
+_CLASSES: dict[str, tuple[str | None, ...]] = {
+    "LlamaTokenizer": ("<s>", "</s>", "<unk>", None),
+    "CodeLlamaTokenizer": ("<s>", "</s>", "<unk>", None),
+    "GemmaTokenizer": ("<bos>", "<eos>", "<unk>", "<pad>"),
+    "Qwen2Tokenizer": (None, _END, _END, _END),
+    "GPT2Tokenizer": (_END, _END, _END, None),
+    "GPTNeoXTokenizer": (_END, _END, _END, "<|padding|>"),
+    "CohereTokenizer": ("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>", "<UNK>", "<PAD>"),
+}
+# The class of a model's tokenizers, where tokenizer_config.json names none.
+_CLASS_OF = {
+    **dict.fromkeys(("qwen2", "qwen3", "qwen2_moe", "qwen3_moe"), "Qwen2Tokenizer"),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer"),
+}
+
+
+class Token(NamedTuple):
+    """A token of its own, as the files describe it.
+
+    Attributes:
+      text: how it is written.
+      id: its id, or None where no file says.
+      lstrip, rstrip: whether it takes in the white space before or after it.
+      special: whether it vanishes when ids are decoded.
+      normalized: whether it is looked for in the normalised text.
+    """
+
+    text: str
+    id: int | None = None
+    lstrip: bool = False
+    rstrip: bool = False
+    special: bool = True
+    normalized: bool = False
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The files beside a vocabulary.
+
+    Attributes:
+      config: tokenizer_config.json, with what stands over it.
+      names: `{"eos_token": text, ...}`; None where a file says that there is none.
+      defaults: the same by the tokenizer's class, for those that `names` lacks.
+      added: tokens that the files add, in the order of their ids, those without one last.
+      stop_ids: ids that generation_config.json (or config.json) ends an answer at.
+      chat_template: in Jinja, or None.
+    """
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    names: Mapping[str, str | None] = field(default_factory=dict)
+    defaults: Mapping[str, str] = field(default_factory=dict)
+    added: tuple[Token, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    chat_template: str | None = None
+
+
+def read_beside(folder: Path) -> Beside:
+    """What the files in a vocabulary's folder say. Raises UserError for one that is not JSON."""
+    config = _json(folder / "tokenizer_config.json")
+    decoder = config.get("added_tokens_decoder")
+    if decoder is None:
+        config = config | _json(folder / "special_tokens_map.json")
+    names = {key: _text(config[key]) for key in NAMED if key in config}
+    known = {*names.values(), *map(_text, _further(config))}
+    if decoder is not None:
+        found = [_token(value, int(index)) for index, value in decoder.items()]
+    else:
+        added = _json(folder / "added_tokens.json")
+        found = [
+            Token(text, index, special=text in known, normalized=text not in known)
+            for text, index in added.items()
+        ]
+    found.sort(key=lambda token: token.id)
+    there = {None, *(token.text for token in found)}
+    described = [config[key] for key in NAMED if key in config] + list(_further(config))
+    for value in described:
+        if _text(value) not in there:
+            there.add(_text(value))
+            found.append(_token(value))
+    model = _json(folder / "config.json")
+    return Beside(
+        config,
+        names,
+        _defaults(config, model),
+        tuple(found),
+        _stop_ids(folder, model),
+        _chat_template(folder, config),
+    )
+
+
+def _defaults(config: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, str]:
+    name = config.get("tokenizer_class") or _CLASS_OF.get(model.get("model_type"), "")
+    values = _CLASSES.get(name.removesuffix("Fast"), ())
+    named = zip(("bos_token", "eos_token", "unk_token", "pad_token"), values, strict=False)
+    return {key: text for key, text in named if text and key not in config}
+
+
+def _further(config: Mapping[str, Any]) -> Iterator[Any]:
+    """Special tokens without one of the common names, as text or described."""
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        listed = config.get(key) or ()
+        yield from listed.values() if isinstance(listed, dict) else listed
+    for key, value in config.items():
+        if key.endswith("_token") and key not in NAMED and isinstance(value, str | dict):
+            yield value
+
+
+def _token(value: str | Mapping[str, Any], index: int | None = None) -> Token:
+    if isinstance(value, str):
+        return Token(value, index)
+    flags = {key: value[key] for key in ("lstrip", "rstrip", "normalized") if key in value}
+    special = value.get("special", index is None)
+    return Token(value["content"], index, special=special, **flags)
+
+
+def _text(value: str | Mapping[str, Any] | None) -> str | None:
+    return value["content"] if isinstance(value, Mapping) else value
+
+
+def _stop_ids(folder: Path, model: Mapping[str, Any]) -> tuple[int, ...]:
+    generation = folder / "generation_config.json"
+    ids = (_json(generation) if generation.is_file() else model).get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [ids]
+    return tuple(i for i in ids if isinstance(i, int))
+
+
+def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    own_file = folder / "chat_template.jinja"
+    if own_file.is_file():
+        return own_file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {item["name"]: item["template"] for item in template}
+        return named.get("default")
+    return template
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file; {} where there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return content

@@ -1,0 +1,77 @@
+"""Rows of tables, each with its place: CSV and TSV, Parquet, Arrow."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from medmoe_jax.errors import UserError
+
+Rows = Iterator[tuple[str, dict[str, Any]]]
+_LARGEST_CELL = 1 << 30  # characters; Python's own limit is 131,072
+
+
+def csv_rows(text: TextIO, shown: str, separator: str) -> Rows:
+    """Yields `(file and line, row)` of a table of text with a header.
+
+    Raises UserError for a header with a name twice, and for a row of another width.
+    """
+    csv.field_size_limit(_LARGEST_CELL)
+    reader = csv.reader(text, delimiter=separator, strict=True)
+    before = 0
+    try:
+        header = next(reader, [])
+        if len(set(header)) < len(header) or not all(header):
+            raise UserError(
+                f"{shown}, line 1: every column needs a name of its own, found {', '.join(header)}"
+            )
+        before = reader.line_num
+        for cells in reader:
+            where, before = f"{shown}, line {before + 1}", reader.line_num
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                raise UserError(
+                    f"{where}: {len(cells)} cells under {len(header)} names of columns; quote "
+                    "cells that hold the separator or a line break"
+                )
+            yield where, dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{shown}, line {before + 1}: not a table of text ({error})") from error
+
+
+def parquet_rows(path: Path, shown: str) -> Rows:
+    """Yields `(file and row, row)` of a Parquet file; rows count from 0."""
+    try:
+        with pq.ParquetFile(path) as file:
+            yield from _numbered(file.iter_batches(), shown)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{shown}: not a Parquet file that can be read ({error})") from error
+
+
+def arrow_rows(path: Path, shown: str) -> Rows:
+    """Yields `(file and row, row)` of an Arrow file or stream; rows count from 0."""
+    try:
+        with pa.memory_map(str(path)) as source:
+            try:
+                batches = pa.ipc.open_stream(source)
+            except pa.ArrowInvalid:
+                source.seek(0)
+                file = pa.ipc.open_file(source)
+                batches = (file.get_batch(i) for i in range(file.num_record_batches))
+            yield from _numbered(batches, shown)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{shown}: not an Arrow file that can be read ({error})") from error
+
+
+def _numbered(batches, shown: str) -> Rows:
+    number = 0
+    for batch in batches:
+        for row in batch.to_pylist():
+            yield f"{shown}, row {number}", row
+            number += 1

@@ -1,0 +1,258 @@
+"""Text and tokens of their own: what every tokenizer does, and what all kinds share."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from medmoe_jax.data import special_tokens
+
+
+class Added(NamedTuple):
+    """A token of its own beside the merges; see `special_tokens.Token`."""
+
+    id: int
+    lstrip: bool = False
+    rstrip: bool = False
+    special: bool = True
+
+
+class Seam(NamedTuple):
+    """A place over which no token reaches; `starts`: a text begins there."""
+
+    starts: bool = False
+
+
+CUT, START = Seam(), Seam(True)
+Part = str | Added | Seam
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back. `digest` is equal for equal content, wherever the files lie.
+
+    Attributes:
+      vocab_size: the largest id and 1.
+      bos_id, eos_id, pad_id: ids of the tokens with these names.
+      stop_ids: what ends an answer besides, as the model's own files say.
+      names: texts of the tokens with names, as chat templates ask for them (`eos_token`).
+      specials: ids of the tokens that markup may write.
+      added: the same tokens with what is known of them.
+      restarts: whether text after any special token is encoded as the beginning of a text.
+      begins_with_bos: whether the files say that texts of this vocabulary begin with bos.
+      chat_template: its own template in Jinja, or None.
+    """
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int
+    stop_ids: tuple[int, ...]
+    names: dict[str, str]
+    specials: dict[str, int]
+    added: dict[str, Added]
+    restarts: bool
+    begins_with_bos: bool
+    digest: str
+    chat_template: str | None
+
+    def encode(self, text: str, start: bool = False) -> list[int]:
+        """The ids of ordinary text; no bos, no eos. `start` begins a text, with the dummy
+        space that some vocabularies put there."""
+
+    def parts(self, text: str) -> list[Part]:
+        """Markup taken apart: ordinary text, and the tokens of their own that are written in it."""
+
+    def encode_parts(
+        self, parts: Iterable[Part], start: bool = False, strip: bool = False
+    ) -> list[int]:
+        """The ids of text and tokens; text that stands side by side is encoded as one.
+
+        White space beside a token that takes it in (`lstrip`, `rstrip`) vanishes; with `strip` that
+        at the beginning too.
+        """
+
+    def begins_after(self, ids: Sequence[int], start: bool = False) -> bool:
+        """Whether what follows `ids` is encoded as the beginning of a text; `start` if none are."""
+
+    def strips_after(self, ids: Sequence[int], strip: bool = False) -> bool:
+        """Whether white space that follows `ids` vanishes; `strip` if there are none."""
+
+    def decode(self, ids: Sequence[int], start: bool = False) -> str:
+        """The inverse of `encode`; control tokens vanish. `start` drops the dummy space."""
+
+    def special(self, text: str) -> int | None:
+        """The id of a special token, or None where the vocabulary has no such token."""
+
+    def token(self, token_id: int) -> Added:
+        """A token of its own by its id."""
+
+    def text_of(self, token_id: int | None) -> str:
+        """How a token is written in the vocabulary, "" for None."""
+
+
+class Markup:
+    """What both kinds share: special tokens, the files beside the vocabulary, pickling without
+    the processors.
+
+    A subclass has `encode`, `restarts` and what its own file holds: `_own_added: dict[str, Added]`,
+    `_own_size`, `_own_id(name)` of a token with a name, `_vocabulary_id(text)` of any.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def parts(self, text: str) -> list[Part]:
+        pieces = enumerate(self._special_pattern.split(text))
+        return [self.added[piece] if n % 2 else piece for n, piece in pieces if piece]
+
+    def encode_parts(
+        self, parts: Iterable[Part], start: bool = False, strip: bool = False
+    ) -> list[int]:
+        ids: list[int] = []
+        text, encode = "", self._encode_run
+        for part in (*parts, CUT):
+            if isinstance(part, str):
+                text += part.lstrip() if strip and not text else part
+                continue
+            if isinstance(part, Added) and part.lstrip:
+                text = text.rstrip()
+            if text:
+                ids += encode(text, start)
+                text, start, strip, encode = "", False, False, self._encode_run
+            if isinstance(part, Added):
+                ids.append(part.id)
+                start, strip = self.restarts, part.rstrip
+            elif part.starts:
+                start, encode = True, self.encode
+        return ids
+
+    def encode_markup(self, text: str, start: bool = False) -> list[int]:
+        """The ids of text in which the tokens of their own become their ids."""
+        return self.encode_parts(self.parts(text), start)
+
+    def begins_after(self, ids: Sequence[int], start: bool = False) -> bool:
+        return self.restarts and ids[-1] in self._by_id if ids else start
+
+    def strips_after(self, ids: Sequence[int], strip: bool = False) -> bool:
+        return self.token(ids[-1]).rstrip if ids else strip
+
+    def special(self, text: str) -> int | None:
+        return self.specials.get(text)
+
+    def token(self, token_id: int) -> Added:
+        return self._by_id.get(token_id, Added(token_id))
+
+    @functools.cached_property
+    def specials(self) -> dict[str, int]:
+        """Ids of the tokens that markup may write."""
+        return {text: token.id for text, token in self.added.items()}
+
+    @functools.cached_property
+    def bos_id(self) -> int | None:
+        return self._named("bos_token")
+
+    @functools.cached_property
+    def eos_id(self) -> int | None:
+        return self._named("eos_token")
+
+    @functools.cached_property
+    def pad_id(self) -> int:
+        return _first_id(self._named("pad_token"), self.eos_id)
+
+    @functools.cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """What the model's files end an answer at; an ordinary piece of text cannot."""
+        return tuple(i for i in self._beside.stop_ids if i in self._by_id)
+
+    @functools.cached_property
+    def names(self) -> dict[str, str]:
+        ids = {name: self._named(name) for name in special_tokens.NAMED}
+        return {name: self.text_of(i) for name, i in ids.items() if i is not None}
+
+    @functools.cached_property
+    def begins_with_bos(self) -> bool:
+        named = self._beside.names.get("bos_token") or self._beside.defaults.get("bos_token")
+        never = self._beside.config.get("add_bos_token") is False or self.bos_id == self.eos_id
+        return bool(named) and self.bos_id is not None and not never
+
+    @property
+    def chat_template(self) -> str | None:
+        return self._beside.chat_template
+
+    def _named(self, name: str) -> int | None:
+        """The id of a named token, by the files beside the vocabulary or by its own."""
+        names, defaults = self._beside.names, self._beside.defaults
+        if name in names:
+            return None if names[name] is None else self.added[names[name]].id
+        known = self._vocabulary_id(defaults[name]) if name in defaults else None
+        return self._own_id(name) if known is None else known
+
+    @functools.cached_property
+    def added(self) -> dict[str, Added]:
+        """The tokens of their own: the vocabulary's, and what the files beside it add."""
+        found, named = dict(self._own_added), set(self._beside.names.values())
+        free = self._own_size
+        for token in self._new_tokens:
+            index = self._vocabulary_id(token.text) if token.id is None else token.id
+            index = free if index is None else index
+            free = max(free, index + 1)
+            special = token.special or token.text in named
+            found[token.text] = Added(index, token.lstrip, token.rstrip, special)
+        return found
+
+    @functools.cached_property
+    def _new_tokens(self) -> list[special_tokens.Token]:
+        """What the files beside add or describe anew; one that they only name stays as it is."""
+        own = self._own_added
+        return [t for t in self._beside.added if t.id is not None or t.text not in own]
+
+    @functools.cached_property
+    def _texts(self) -> dict[int, str]:
+        return {token.id: text for text, token in self.added.items()}
+
+    @functools.cached_property
+    def _by_id(self) -> dict[int, Added]:
+        return {token.id: token for token in self.added.values()}
+
+    @functools.cached_property
+    def _special_pattern(self) -> re.Pattern:
+        longest_first = sorted(self.added, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+
+    @functools.cached_property
+    def _beside(self) -> special_tokens.Beside:
+        return special_tokens.read_beside(self.path.parent)
+
+    @functools.cached_property
+    def _content(self) -> bytes:
+        return self.path.read_bytes()
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A hash of all that decides the ids and the text of a conversation."""
+        ends = [self.text_of(self.bos_id) or None, self.text_of(self.eos_id) or None]
+        beside = [*ends, self._beside.config.get("legacy")]
+        tokens = sorted(self.added.items())
+        return _digest(self._content, self.chat_template, json.dumps([beside, tokens]))
+
+    def __getstate__(self) -> dict:
+        return {"path": self.path}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r})"
+
+
+def _digest(content: bytes, *parts: str | None) -> str:
+    digest = hashlib.sha256(content)
+    for part in parts:
+        digest.update(b"\0" + (part or "").encode())
+    return digest.hexdigest()
+
+
+def _first_id(*candidates: int | None) -> int:
+    return next((c for c in candidates if c is not None), 0)

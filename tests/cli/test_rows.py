@@ -1,0 +1,130 @@
+"""Every command on rows that cannot be used, that are cut, or that arguments make readable."""
+
+import json
+
+import pytest
+
+from medmoe_jax.cli.main import main
+from tests import tiny
+from tests.data import chat_templates
+
+CONFIG = """from tests import tiny
+
+def get_config():
+    return tiny.medcare_config()
+"""
+HALF = '"pill \\ud83d"'
+# Takes one question alone.
+REFUSES = (
+    "{% if messages[0].content == 'no' %}{{ raise_exception('not this') }}{% endif %}"
+    + chat_templates.THINKING
+)
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """`--config=` of the tiny recipe, with a template that refuses a question."""
+    (tmp_path / "recipe.py").write_text(CONFIG)
+    (tmp_path / "chat.jinja").write_text(REFUSES)
+    config = [f"--config={tmp_path / 'recipe.py'}"]
+    return [*config, f"--config.data.template={tmp_path / 'chat.jinja'}"]
+
+
+def commands(config, folder, rows, asked):
+    """Every command that reads rows or prompts, by its words."""
+    made, bare = f"--output={folder / 'out'}", [*config, "--stage=base"]
+    return {
+        "data build": [f"--input={rows}", made],
+        "data inspect": [f"--dataset={rows}", f"--tokenizer={tiny.tokenizer().path}",
+                         f"--template={folder / 'chat.jinja'}"],
+        "tokenizer train": [f"--input={rows}", made, "--vocab-size=300"],
+        "train": [*config, f"--workdir={folder / 'w'}",
+                  f"--config.data.sources.alignment.path={rows}"],
+        "score": [*bare, f"--input={asked}", made],
+        "generate": [*bare, f"--input={asked}", made],
+        "eval": [*bare, f"--tasks={asked}", f"--output={folder / 'report'}"],
+        "analyze routing": [*bare, f"--data={rows}", f"--out={folder / 'out'}"],
+    }  # fmt: skip
+
+
+def error_of(capsys, command, arguments):
+    capsys.readouterr()
+    assert main([*command.split(), *arguments]) == 1, command
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def files(folder, prompt):
+    """Rows and prompts of which the third, or the first, is this one."""
+    good = '{"prompt": "aspirin?", "response": "pain"}\n'
+    (folder / "rows.jsonl").write_text(good * 2 + f'{{"prompt": {prompt}, "response": "x"}}\n')
+    item = f'{{"prompt": {prompt}, "completion": "x", "answer": "x", "choices": ["x", "y"]}}\n'
+    (folder / "asked.jsonl").write_text(item)
+    return folder / "rows.jsonl", folder / "asked.jsonl"
+
+
+def test_half_a_character_is_named_by_every_command(arguments, tmp_path, capsys):
+    rows, asked = files(tmp_path, HALF)
+    for command, more in commands(arguments, tmp_path, rows, asked).items():
+        error = error_of(capsys, command, more)
+        place = f"{asked}:1: " if command in ("score", "generate", "eval") else f"{rows}, line 3: "
+        assert place in error and "half of a surrogate pair" in error, command
+    error = error_of(capsys, "generate", [*arguments, "--stage=base", "pill \udcff"])
+    assert "the prompt: holds '\\udcff'" in error
+    assert not (tmp_path / "w").exists() and not (tmp_path / "out").is_file()
+
+
+def test_a_row_that_the_template_refuses_is_named(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("medmoe_jax.cli.session.open_stage", None)  # no model is opened for it
+    rows, asked = files(tmp_path, '"no"')
+    of_templates = ("data inspect", "train", "score", "generate")
+    for command in of_templates:
+        error = error_of(capsys, command, commands(arguments, tmp_path, rows, asked)[command])
+        place = f"{asked}:1: " if command in ("score", "generate") else f"{rows}, line 3: "
+        assert place in error and "refuses this conversation: not this" in error, command
+    monkeypatch.undo()
+    for command, place in (
+        ("eval", "task 'asked', item 0: "),
+        ("analyze routing", f"{rows}, line 3: "),
+    ):
+        error = error_of(capsys, command, commands(arguments, tmp_path, rows, asked)[command])
+        assert place in error or "no bank that takes part" in error, error
+    tasks = f"--config.run.tasks=('{asked}',)"
+    error = error_of(capsys, "train", [*arguments, tasks, f"--workdir={tmp_path / 'w'}"])
+    assert "task 'asked', item 0: " in error and not (tmp_path / "w").exists()
+
+
+def test_prompts_that_were_cut_are_counted(arguments, tmp_path, capsys):
+    long = json.dumps("aspirin? " * 90)
+    rows, asked = files(tmp_path, long)
+    for command in ("score", "generate", "eval"):
+        more = commands(arguments, tmp_path, rows, asked)[command]
+        more += ["--max-tokens=4"] * (command == "generate")
+        assert main([command, *more]) == 0
+        assert "1 prompts were cut to fit 128 positions" in capsys.readouterr().err
+
+
+def test_columns_keys_splits_and_options(tmp_path, capsys):
+    rows = [{"Q": "aspirin?", "A": "pain", "id": n} for n in range(4)]
+    path = tiny.write_rows(tmp_path / "rows.jsonl", rows)
+    (tmp_path / "chat.jinja").write_text(chat_templates.THINKING)
+    reading = ["--column", "question=Q", "--column", "answer=A"]
+    build = ["--input", str(path), f"--output={tmp_path / 'd'}"]
+    assert "nothing is known of 'id'" in error_of(capsys, "data build", [*build, *reading])
+    assert main(["data", "build", *build, *reading, "--ignore=id"]) == 0
+    assert "left out: id (4)" in capsys.readouterr().out
+    look = [f"--dataset={path}", f"--tokenizer={tiny.tokenizer().path}", *reading, "--ignore=i*"]
+    look += [f"--template={tmp_path / 'chat.jinja'}"]
+    for option, count in (("--option=enable_thinking=false", 2), ("--rows=4", 4)):
+        assert main(["data", "inspect", *look, option]) == 0
+        shown = capsys.readouterr().out
+        assert shown.count("pain<|im_end|>") == max(3, count) and "exact duplicates" in shown
+        assert "left out of the rows: id (4)" in shown
+    words = error_of(capsys, "data inspect", [*look, "--option=thinking=1"])
+    assert "data.template_options.thinking: the chat template has no such variable" in words
+    assert "'x' is not NAME=VALUE" in error_of(capsys, "data inspect", [*look, "--column=x"])
+    assert "columns.x: no row has this" in error_of(capsys, "data build", [*build, "--column=x=y"])
+    assert "no splits" in error_of(capsys, "data inspect", [*look, "--split=dev"])
+    count = ["--input", str(path), str(tmp_path / "d"), *reading, "--ignore=id"]
+    assert "one split and our own columns" in error_of(capsys, "data languages", count)

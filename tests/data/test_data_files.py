@@ -1,0 +1,279 @@
+"""Files of every kind give the same rows, each named by its place; the table in docs/data.md."""
+
+import csv
+import gzip
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tensorflow_datasets as tfds
+import zstandard
+
+from medmoe_jax.data import builder
+from medmoe_jax.data.files import ENDINGS, read_items
+from medmoe_jax.data.hub import plain
+from medmoe_jax.data.rows import RowReader, parse_row, read_file
+from medmoe_jax.data.sources import open_path
+from medmoe_jax.errors import UserError
+from tests.data.samples import conversation
+
+DOCS = Path(__file__).parents[2] / "docs" / "data.md"
+ROWS = [
+    {"prompt": "Q é 日", "response": 'A,\n"b"\r\n\tc', "language": "fr"},
+    {"prompt": "second", "response": " x ", "language": "en"},
+]
+WANTED = [parse_row(row) for row in ROWS]
+
+
+def text_of(kind):
+    """The rows as the text of a file of that kind."""
+    if kind in (".csv", ".tsv"):
+        out = io.StringIO()
+        writer = csv.DictWriter(out, ROWS[0], delimiter=",\t"[kind == ".tsv"])
+        writer.writeheader()
+        writer.writerows(ROWS)
+        return out.getvalue()
+    return json.dumps(ROWS, indent=1) if kind == ".json" else "\n".join(map(json.dumps, ROWS))
+
+
+def write(path, rows=ROWS):
+    """Rows as a file of the kind that its name tells."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind, _, packed = (
+        path.name.removeprefix(path.stem.split(".")[0]).partition(".")[2].partition(".")
+    )
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=1)
+    elif kind == "arrow":
+        table = pa.Table.from_pylist(rows)
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table, max_chunksize=1)
+    else:
+        content = text_of(f".{kind}").encode()
+        pack = {"gz": gzip.compress, "zst": zstandard.compress}.get(packed, bytes)
+        path.write_bytes(pack(content))
+    return path
+
+
+def places(path, split="train"):
+    return [place for place, _ in read_items(path, split)]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_every_kind_of_file_gives_the_same_rows(ending, tmp_path):
+    path = write(tmp_path / f"rows{ending}")
+    assert list(read_file(path)) == WANTED
+    first, second = places(path)
+    assert first.startswith(str(path)) and first != second
+    if ending.startswith((".csv", ".tsv")):  # the first row is of three lines
+        assert (first, second) == (f"{path}, line 2", f"{path}, line 5")
+    elif ending in (".parquet", ".arrow"):
+        assert (first, second) == (f"{path}, row 0", f"{path}, row 1")
+
+
+def test_an_arrow_file_in_the_other_format(tmp_path):
+    path, table = tmp_path / "rows.arrow", pa.Table.from_pylist(ROWS)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    assert list(read_file(path)) == WANTED
+
+
+def test_zstd_in_several_frames_and_cut_short(tmp_path):
+    path = tmp_path / "rows.jsonl.zst"
+    lines = [json.dumps(row).encode() + b"\n" for row in ROWS * 4000]
+    path.write_bytes(b"".join(zstandard.compress(b"".join(lines[i::2])) for i in (0, 1)))
+    assert len(list(read_items(path))) == 8000
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"rows\.jsonl\.zst: not a complete zstd file"):
+        list(read_items(path))
+    path.write_bytes(b"no such thing")
+    with pytest.raises(UserError, match="not a complete zstd file"):
+        list(read_items(path))
+
+
+BAD_TABLES = [
+    ("a,a\n1,2\n", "line 1: every column needs a name of its own, found a, a"),
+    ("prompt,response\nq\n", "line 2: 1 cells under 2 names of columns"),
+    ('prompt,response\n"q\nr",a\nq,a,b\n', "line 4: 3 cells under 2 names of columns"),
+    ('prompt,response\n"q,a\n', "line 2: not a table of text"),
+    ("prompt,response,extra\nq,a,x\n", "line 2: nothing is known of 'extra'"),
+]
+
+
+@pytest.mark.parametrize("text, message", BAD_TABLES)
+def test_a_bad_table_is_named_by_line(text, message, tmp_path):
+    (tmp_path / "d.csv").write_text(text)
+    with pytest.raises(UserError) as caught:
+        list(read_file(tmp_path / "d.csv"))
+    assert f"d.csv, {message}" in str(caught.value)
+
+
+def test_a_long_cell_and_an_empty_table(tmp_path):
+    (tmp_path / "d.csv").write_text("prompt,response\n" + "q" * 200_000 + ",a\n")
+    assert len(next(read_file(tmp_path / "d.csv"))["conversations"][0]["content"]) == 200_000
+    for text in ("", "prompt,response\n"):
+        (tmp_path / "d.csv").write_text(text)
+        assert list(read_file(tmp_path / "d.csv")) == []
+
+
+@pytest.mark.parametrize("name", ["d.parquet", "d.arrow"])
+def test_damaged_tables(name, tmp_path):
+    (tmp_path / name).write_bytes(b"PAR1 and no more")
+    with pytest.raises(UserError, match=rf"{name}: not a"):
+        list(read_file(tmp_path / name))
+
+
+def test_a_key_that_stands_twice(tmp_path):
+    twice = '{"prompt": "q", "response": "a", "prompt": "r"}'
+    for name, text in (("d.jsonl", f"\n{twice}"), ("d.json", f"[\n{twice}]")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=r"line 2\)?: the key 'prompt' stands twice"):
+            list(read_items(tmp_path / name))
+
+
+def test_nulls_of_a_table_are_absent_fields(tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": "q", "tool_calls": None}], "id": None},
+        {"messages": [{"role": "assistant", "content": "a", "tool_calls": []}], "id": None},
+    ]
+    joined = {"messages": rows[0]["messages"] + rows[1]["messages"], "id": None}
+    pq.write_table(pa.Table.from_pylist([joined]), tmp_path / "d.parquet")
+    (row,) = read_file(tmp_path / "d.parquet")
+    assert row["conversations"] == [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+    ]
+
+
+def saved(folder, rows=ROWS):
+    """A folder as `datasets` saves one split, in two files."""
+    for number, row in enumerate(rows):
+        write(folder / f"data-{number}.arrow", [row])
+    names = [{"filename": f"data-{n}.arrow"} for n in range(len(rows))]
+    (folder / "state.json").write_text(json.dumps({"_data_files": names}))
+    (folder / "dataset_info.json").write_text("{}")
+    return folder
+
+
+def test_folders(tmp_path):
+    assert list(read_file(saved(tmp_path / "saved"))) == WANTED
+    several = tmp_path / "several"
+    for name, rows in (("train", ROWS), ("dev", ROWS[:1])):
+        saved(several / name, rows)
+    (several / "dataset_dict.json").write_text('{"splits": ["train", "dev"]}')
+    assert list(read_file(several)) == WANTED
+    assert len(places(several, "dev")) == 1
+    with pytest.raises(UserError, match="has no split 'test'; it has train, dev"):
+        places(several, "test")
+    write(tmp_path / "files" / "b.jsonl")
+    write(tmp_path / "files" / "a" / "x.parquet")
+    (tmp_path / "files" / "README.md").touch()
+    assert [Path(p.split(",")[0]).name for p in places(tmp_path / "files")] == [
+        "x.parquet", "x.parquet", "b.jsonl", "b.jsonl",
+    ]  # fmt: skip
+    write(tmp_path / "files" / "test-00.jsonl")
+    with pytest.raises(UserError, match=r"no file of split 'train' among a/x\.parquet, b\.jso"):
+        places(tmp_path / "files")
+    assert len(places(tmp_path / "files", "test")) == 2
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="none: holds no file that ends in"):
+        places(tmp_path / "none")
+    with pytest.raises(UserError, match="a file has no splits, so there is no 'dev' in it"):
+        places(tmp_path / "files" / "b.jsonl", "dev")
+
+
+@pytest.mark.parity
+def test_folders_that_datasets_itself_has_saved(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list(ROWS)
+    data.save_to_disk(str(tmp_path / "one"), num_shards=2)
+    datasets.DatasetDict({"train": data, "dev": data.select([1])}).save_to_disk(tmp_path / "dict")
+    assert list(read_file(tmp_path / "one")) == list(read_file(tmp_path / "dict")) == WANTED
+    assert len(places(tmp_path / "dict", "dev")) == 1
+
+
+class Quiz(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    VERSION = tfds.core.Version("1.0.0")
+    name = "quiz"
+
+    def _info(self):
+        text = tfds.features.Text()
+        turn = {"role": text, "content": text}
+        features = {"messages": tfds.features.Sequence(turn), "language": text}
+        features = tfds.features.FeaturesDict(features)
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for number, row in enumerate(WANTED):
+            yield number, {"messages": row["conversations"], "language": row["language"]}
+
+
+def test_named_data_sets_of_tfds(tmp_path, monkeypatch):
+    Quiz(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
+    real = tfds.builder
+    monkeypatch.setattr(tfds, "builder", lambda name: real(name, data_dir=tmp_path))
+    assert list(read_file("tfds://quiz")) == WANTED
+    assert places("tfds://quiz:1.0.0") == ["tfds://quiz:1.0.0, row 0", "tfds://quiz:1.0.0, row 1"]
+    with pytest.raises(UserError, match="tfds://quiz: has no split 'dev'; it has train"):
+        places("tfds://quiz", "dev")
+    with pytest.raises(UserError, match="tfds://no_such_set: "):
+        places("tfds://no_such_set")
+
+
+def test_values_of_tfds_become_plain():
+    text = tfds.features.Text()
+    features = tfds.features.FeaturesDict({"n": np.int64, "t": tfds.features.Sequence(text)})
+    value = {"n": np.int64(3), "t": np.array([b"a", "é".encode()], object)}
+    assert plain(value, features) == {"n": 3, "t": ["a", "é"]}
+
+
+def test_a_built_data_set_is_a_path_like_any_other(tmp_path):
+    rows = [conversation("q", "a"), conversation("r", "b")]
+    folder = builder.build(rows, tmp_path, "demo")
+    found = open_path(folder, RowReader())
+    assert list(found.rows) == rows and found.built
+    assert found.rows.place(1) == f"{folder}, row 1"
+    for reader, split in ((RowReader(columns={"prompt": "q"}), "train"), (RowReader(), "dev")):
+        with pytest.raises(UserError, match="one split and our own columns"):
+            open_path(folder, reader, split)
+
+
+def tables():
+    """The rows of the tables in docs/data.md, by their headings."""
+    found = {}
+    for part in DOCS.read_text(encoding="utf-8").split("\n## ")[1:]:
+        title, _, body = part.partition("\n")
+        lines = [line for line in body.splitlines() if line.startswith("| ")][1:]
+        found[title] = [re.split(r" \| ", line.strip("| "), maxsplit=1) for line in lines]
+    return found
+
+
+FORMS = {name: json.loads(row.strip("`")) for name, row in tables()["Forms of rows"]}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_forms_of_the_table_are_read(name):
+    row = parse_row(FORMS[name])
+    said = [turn["content"] for turn in row["conversations"]]
+    assert said[-1] == "A" and any(text.startswith("Q") for text in said)
+    assert ("S" in said) == ('"S"' in json.dumps(FORMS[name]))
+    assert ("tools" in row) == ("tools" in FORMS[name])
+
+
+def test_the_kinds_of_the_table_are_all():
+    kinds = tables()["Kinds of files"]
+    named = {name for _, cell in kinds for name in re.findall(r"`rows(\.[\w.]+)`", cell)}
+    assert named <= set(ENDINGS)
+    assert {ending.removesuffix(".gz").removesuffix(".zst") for ending in ENDINGS} <= named
+    assert {"hf://datasets/", "tfds://"} <= set(
+        re.findall(r"(?:hf|tfds)://(?:datasets/)?", str(kinds))
+    )
