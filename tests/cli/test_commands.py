@@ -252,7 +252,8 @@ def test_generate(config, workdir, tmp_path, capsys):
     ],
 )
 def test_numbers_that_make_no_sense(config, capsys, arguments, words):
-    assert f"error: {words}" in fails(capsys, *arguments, config)
+    command, *rest = arguments
+    assert f"error: {words}" in fails(capsys, command, config, *rest)
 
 
 def test_eval(config, workdir, tmp_path, capsys):
