@@ -103,9 +103,10 @@ def score_batch(
     """
     B, P = prompts.shape
     C = given.shape[-1]
-    cache = new_cache(config.decoder, B, P + C, config.execution.dtype)
-    _, _, cache = _run(config, weights, prompts, segments, positions, cache)
     start_Bx1 = jnp.sum(segments, axis=1, keepdims=True)
+    whole_B = start_Bx1[:, 0] + jnp.max(lengths, axis=0)
+    cache = new_cache(config.decoder, B, P + C, config.execution.dtype, whole_B)
+    _, _, cache = _run(config, weights, prompts, segments, positions, cache)
     offsets_1xC = jnp.arange(C, dtype=jnp.int32)[None]
 
     def one(_, completion):
@@ -160,11 +161,12 @@ def generate_batch(
     B, P = prompts.shape
     before = max(len(stop) for stop in stops) - 1
     filler = stops[0][-1]
-    cache = new_cache(config.decoder, B, P + max_tokens, config.execution.dtype)
+    next_position_B = jnp.sum(segments, axis=1)
+    slots, whole_B = P + max_tokens, next_position_B + max_tokens
+    cache = new_cache(config.decoder, B, slots, config.execution.dtype, whole_B)
     head, x, cache = _run(config, weights, prompts, segments, positions, cache)
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), rows)
     first_B = _pick(sampling, logits(config.decoder, head, x[:, -1:])[:, 0], keys_B, 0)
-    next_position_B = jnp.sum(segments, axis=1)
     # Slots before the first one let a stop be looked for at every step; no id is -1.
     ids = jnp.full((before + max_tokens, B), filler, jnp.int32).at[:before].set(-1)
     done_B = jnp.sum(segments, axis=1) == 0
