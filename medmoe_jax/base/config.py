@@ -69,7 +69,8 @@ class DecoderConfig:
       query_scale: multiplies q·k; 0 means `head_dim ** -0.5`.
       attn_softcap, final_softcap: `cap * tanh(x / cap)` on attention scores and logits; 0 = off.
       rope_theta, rope_scaling: rotary base and its scaling, of layers whose `ropes` is `global`.
-      local_rope_theta, local_rope_scaling: the same of those whose `ropes` is `local`.
+      local_rope_theta, local_rope_scaling: the same of those whose `ropes` is `local`; a base of 0
+        is `rope_theta`.
       ropes: `global`, `local` or `none` (not rotated) of each layer; empty = every layer global.
       rotary_dim: leading dimensions of a head that are rotated; 0 = all.
       windows: sliding window of each layer in tokens, 0 = global; empty = every layer global.
@@ -102,7 +103,7 @@ class DecoderConfig:
     final_softcap: float = 0.0
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
-    local_rope_theta: float = 10000.0
+    local_rope_theta: float = 0.0
     local_rope_scaling: RopeScaling | None = None
     ropes: tuple[str, ...] = ()
     rotary_dim: int = 0

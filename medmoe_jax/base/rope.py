@@ -87,7 +87,7 @@ def frequencies(config: DecoderConfig, kind: str) -> tuple[np.ndarray, np.ndarra
 
 def _settings(config: DecoderConfig, kind: str) -> tuple[float, RopeScaling | None]:
     if kind == "local":
-        return config.local_rope_theta, config.local_rope_scaling
+        return config.local_rope_theta or config.rope_theta, config.local_rope_scaling
     return config.rope_theta, config.rope_scaling
 
 

@@ -14,7 +14,7 @@ import jax
 from medmoe_jax.base import decoder, quantised
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.presets import preset
-from medmoe_jax.checkpoints import families, huggingface, llama2c
+from medmoe_jax.checkpoints import families, hf_config, huggingface, llama2c
 from medmoe_jax.checkpoints.files import read_json
 from medmoe_jax.errors import UserError
 
@@ -45,7 +45,7 @@ class Base:
           UserError: none can.
         """
         if self.folder is None:
-            return families.expressing(self.config)
+            return hf_config.expressing(self.config)
         return families.family_of(read_json(self.folder / "config.json"))
 
     def abstract(self, dtype):

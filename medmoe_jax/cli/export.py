@@ -20,7 +20,7 @@ import numpy as np
 from medmoe_jax.adapters import lifecycle
 from medmoe_jax.base import decoder
 from medmoe_jax.checkpoints import companions
-from medmoe_jax.checkpoints.files import check_new, read_json
+from medmoe_jax.checkpoints.files import check_new
 from medmoe_jax.checkpoints.huggingface import HUB, save_hf
 from medmoe_jax.checkpoints.peft import save_peft
 from medmoe_jax.cli.session import add_model_arguments, open_run, open_stage
@@ -81,7 +81,7 @@ def _export_hf(setup: Setup, trained: Trained, output: str, dtype: str | None) -
         base.family,
         members=_members(trained, lifecycle.ACTIVE),
         dtype=np.dtype(dtype or setup.dtype),
-        source=read_json(base.folder / "config.json") if base.folder else None,
+        source=base.folder,
         extra=None if base.folder else ids,
         companions=_prompting(setup),
     )

@@ -6,6 +6,7 @@ switches whose absence must be seen, so that a missing term cannot hide.
 
 import dataclasses
 import functools
+import shutil
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base import decoder, loss, trees
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.checkpoints import huggingface
+from medmoe_jax.checkpoints.families import FAMILIES
 from medmoe_jax.inference.engine import Engine
 from medmoe_jax.parallel.mesh import make_mesh
 
@@ -34,6 +36,23 @@ GQA = dict(num_attention_heads=6, num_key_value_heads=2)
 ALL_HEADS = dict(num_attention_heads=4, num_key_value_heads=4)
 
 
+# The parts that a model has beside the decoder, as small as they may be.
+VISION = dict(
+    vision_config=dict(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    ),
+    mm_tokens_per_image=1,
+    image_token_index=52,
+    boi_token_index=51,
+    eoi_token_index=50,
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A transformers configuration, and changes of ours that must break the equality."""
@@ -41,6 +60,13 @@ class Case:
     family: str
     options: dict[str, Any]
     without: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of transformers' configuration class."""
+        own = {**SIZES, **SPECIAL, **self.options}
+        within = FAMILIES[self.family].within
+        return {within[0]: own, **VISION} if within else own
 
 
 def rope(kind, **options):
@@ -62,6 +88,31 @@ def longrope(original):
 
 UPPER = dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)
 NO_ROPE_SCALING, NO_WINDOWS = {"rope_scaling": None}, {"windows": ()}
+GEMMA3 = Case(
+    "gemma3_text",
+    dict(
+        **GQA,
+        head_dim=10,
+        sliding_window=5,
+        sliding_window_pattern=2,
+        query_pre_attn_scalar=13,
+        rope_parameters={
+            "full_attention": rope("linear", factor=4.0),
+            "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+        },
+    ),
+    (
+        NO_WINDOWS,
+        NO_ROPE_SCALING,
+        {"ropes": ()},
+        {"local_rope_theta": 0.0},
+        {"qk_norm": False},
+        {"norm_offset": 0.0},
+        {"post_norms": False},
+        {"embed_scale": 1.0},
+        {"query_scale": 0.0},
+    ),
+)
 CASES = {
     "qwen1.5": Case("qwen2", dict(**ALL_HEADS)),
     "qwen2-tied-window": Case(
@@ -144,6 +195,8 @@ CASES = {
             {"activation": "silu"},
         ),
     ),
+    "gemma3": GEMMA3,
+    "gemma3-tower": dataclasses.replace(GEMMA3, family="gemma3"),
     "phi3": Case("phi3", dict(**GQA, sliding_window=7), (NO_WINDOWS,)),
     "phi3-longrope-within": Case("phi3", longrope(original=40), (NO_ROPE_SCALING,)),
     "phi3-longrope-beyond": Case("phi3", longrope(original=10), (NO_ROPE_SCALING,)),
@@ -160,7 +213,7 @@ FIRST_OF_FAMILY = list({case.family: name for name, case in reversed(CASES.items
 def build(case: Case, seed: int):
     """A transformers model whose every parameter is random."""
     config = transformers.AutoConfig.for_model(
-        case.family, **{**SIZES, **SPECIAL, **case.options}, attn_implementation="eager"
+        case.family, **case.arguments, attn_implementation="eager"
     )
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -298,10 +351,54 @@ def test_scores_of_completions(pair, engine):
             assert score == pytest.approx(logp.sum().item(), rel=1e-4)
 
 
+def test_gradients(pair, tmp_path):
+    """Of the mean loss in every leaf: transformers' own are read as the weights they belong to."""
+    _, model, folder, config, params = pair
+    tokens_BxT = ids(2)
+    tokens = torch.tensor(tokens_BxT)
+    model.zero_grad()
+    model(tokens, labels=tokens).loss.backward()
+    changed = {name: p.data for name, p in model.named_parameters()}
+    try:
+        for p in model.parameters():
+            p.data = torch.zeros_like(p) if p.grad is None else p.grad
+        model.save_pretrained(tmp_path)
+    finally:
+        for name, p in model.named_parameters():
+            p.data = changed[name]
+    shutil.copyfile(folder / "config.json", tmp_path / "config.json")
+    _, want = huggingface.load(tmp_path, jnp.float32)
+    got = _gradient(config, params, jnp.asarray(tokens_BxT, jnp.int32))
+    for path, leaf in trees.flatten(got):
+        assert error(np.asarray(leaf), np.asarray(trees.get(want, path))) <= 1e-4, path
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradient(config, params, tokens_BxT):
+    ones = jnp.ones_like(tokens_BxT)
+    positions = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1])[None], tokens_BxT.shape)
+    targets, weights = loss.next_token_targets(tokens_BxT, ones, ones)
+
+    def mean(params):
+        x_BxTxD, _, _ = decoder.hidden(config, params, tokens_BxT, ones, positions)
+        head = decoder.head(params)
+        total = loss.cross_entropy(config, True, head, x_BxTxD, targets, weights)
+        return total / weights.sum()
+
+    return jax.grad(mean)(params)
+
+
 def test_transformers_loads_what_we_save(pair, tmp_path):
-    case, model, _, config, params = pair
+    case, model, source, config, params = pair
+    within = FAMILIES[case.family].within
     folder = huggingface.save_hf(
-        tmp_path / "out", config, params, case.family, extra=SPECIAL, max_shard_bytes=30_000
+        tmp_path / "out",
+        config,
+        params,
+        case.family,
+        source=source if within else None,
+        extra=None if within else SPECIAL,
+        max_shard_bytes=30_000,
     )
     assert len(list(folder.glob("*.safetensors"))) > 1
     back, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -312,6 +409,9 @@ def test_transformers_loads_what_we_save(pair, tmp_path):
     assert type(back) is type(model)
     tokens_BxT = ids(2)
     assert error(theirs(back.eval(), tokens_BxT), theirs(model, tokens_BxT)) <= 1e-6
+    for name, weight in model.state_dict().items():
+        if "vision" in name or "projector" in name:
+            assert torch.equal(back.state_dict()[name], weight), name
 
 
 @pytest.mark.parametrize("pair", FIRST_OF_FAMILY, indirect=True)

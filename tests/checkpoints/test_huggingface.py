@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from medmoe_jax.base import decoder, quantised, trees
 from medmoe_jax.base.config import DecoderConfig
-from medmoe_jax.checkpoints import bases, files, huggingface
+from medmoe_jax.checkpoints import bases, files, huggingface, placing
+from medmoe_jax.checkpoints.safetensors_files import StoredTensor
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel.mesh import make_mesh
 from medmoe_jax.parallel.rules import BASE_RULES, shardings
@@ -185,9 +186,9 @@ def test_kernels_are_quantised_as_they_stream(tmp_path, monkeypatch, kind, mesh)
     if MESHES[mesh]:
         wanted = shardings(base.abstract(jnp.float32), make_mesh(MESHES[mesh]), BASE_RULES)
     seen = []
-    to_devices = huggingface._to_devices
+    to_devices = placing._to_devices
     monkeypatch.setattr(
-        huggingface, "_to_devices", lambda *args: seen.append(args[0]) or to_devices(*args)
+        placing, "_to_devices", lambda *args: seen.append(args[0]) or to_devices(*args)
     )
     params = base.load(jnp.float32, wanted)
     assert jax.tree.structure(params) == jax.tree.structure(want)
@@ -206,16 +207,16 @@ def test_large_tensors_come_in_pieces_of_rows(tmp_path, monkeypatch, mesh):
     if MESHES[mesh]:
         abstract = decoder.abstract(huggingface.read_config(tmp_path))
         wanted = shardings(abstract, make_mesh(MESHES[mesh]), BASE_RULES)
-    monkeypatch.setattr(huggingface, "_PIECE_BYTES", 10 * D * 4)
+    monkeypatch.setattr(placing, "_PIECE_BYTES", 10 * D * 4)
     sizes = {"embed": [], "head": []}
-    read = huggingface.read_rows
+    read = StoredTensor.rows
 
-    def watched(file, name, part, index):
-        rows = read(file, name, part, index)
+    def watched(stored, part, index):
+        rows = read(stored, part, index)
         sizes.get(part.path, []).append(rows.nbytes)
         return rows
 
-    monkeypatch.setattr(huggingface, "read_rows", watched)
+    monkeypatch.setattr(StoredTensor, "rows", watched)
     _, params = huggingface.load(tmp_path, jnp.float32, wanted)
     for name in sizes:
         np.testing.assert_array_equal(params[name], leaf_by_hand(tensors, name))
@@ -278,7 +279,7 @@ def test_all_problems_are_listed_at_once(tmp_path, tensors):
 
 def test_nothing_is_loaded_from_a_broken_checkpoint(tmp_path, tensors, monkeypatch):
     write(tmp_path, QWEN2, {k: v for k, v in tensors.items() if k != "model.norm.weight"})
-    monkeypatch.setattr(huggingface, "place", lambda *_, **__: pytest.fail("something was loaded"))
+    monkeypatch.setattr(huggingface, "place_all", lambda *_: pytest.fail("something was loaded"))
     broken(tmp_path, r"model\.norm\.weight: missing")
 
 
