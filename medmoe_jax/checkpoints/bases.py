@@ -29,6 +29,7 @@ class Base:
       tokenizer: where its tokenizer lies, or None.
       quantise: a key of `base.quantised.KINDS` that its kernels are stored in, or "".
       folder: the Hugging Face folder it comes from, or None.
+      notes: what was left out of it, for people.
     """
 
     config: DecoderConfig
@@ -36,6 +37,7 @@ class Base:
     tokenizer: Path | None
     quantise: str = ""
     folder: Path | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def family(self) -> str:
@@ -84,6 +86,7 @@ def open_base(
             folder,
             quantise,
             folder,
+            huggingface.notes(folder),
         )
     if Path(path).is_file() and path.endswith(".bin"):
         tokenizers = sorted(Path(path).parent.glob("*.model"))

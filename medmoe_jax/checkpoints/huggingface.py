@@ -115,25 +115,17 @@ def load(
         return config, place_all(config, readers, dtype, shardings, quantise)
 
 
-def notes(source: str | Path) -> tuple[str, ...]:
-    """What of a folder's config.json and tensors is left out, for people.
-
-    Raises:
-      UserError: see `read_config`.
-    """
-    folder = locate(source)
-    hf = read_json(folder / CONFIG)
+def notes(folder: Path) -> tuple[str, ...]:
+    """What of a local folder is left out, for people. Raises UserError: see `read_config`."""
+    path = folder / CONFIG
+    hf = read_json(path)
     out = []
     if unknown := unknown_fields(hf):
+        out.append(f"{path}: fields that are not known are left out: {', '.join(unknown)}")
+    if within := FAMILIES[family_of(hf)].within:
         out.append(
-            f"{folder / CONFIG}: fields that are not known are left out: {', '.join(unknown)}"
-        )
-    if beside := FAMILIES[family_of(hf)].beside:
-        with contextlib.ExitStack() as stack:
-            others = _others(open_files(folder, stack), beside)
-        out.append(
-            f"{folder}: the language model is read; {len(others)} tensors of the model's other "
-            "parts are left out, and an export copies them"
+            f"{path}: the decoder of '{within[0]}' is read; the model's other parts, such as what "
+            "sees images, are left out, and an export copies them as they are"
         )
     return tuple(out)
 

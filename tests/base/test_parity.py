@@ -21,6 +21,8 @@ from medmoe_jax.checkpoints import huggingface
 from medmoe_jax.checkpoints.families import FAMILIES
 from medmoe_jax.inference.engine import Engine
 from medmoe_jax.parallel.mesh import make_mesh
+from tests import tiny
+from tests.torch_side import VISION
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
@@ -34,23 +36,6 @@ SIZES = dict(vocab_size=53, hidden_size=48, intermediate_size=37, num_hidden_lay
 SPECIAL = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 GQA = dict(num_attention_heads=6, num_key_value_heads=2)
 ALL_HEADS = dict(num_attention_heads=4, num_key_value_heads=4)
-
-
-# The parts that a model has beside the decoder, as small as they may be.
-VISION = dict(
-    vision_config=dict(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=28,
-        patch_size=14,
-    ),
-    mm_tokens_per_image=1,
-    image_token_index=52,
-    boi_token_index=51,
-    eoi_token_index=50,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,6 +211,13 @@ def build(case: Case, seed: int):
             else:
                 weight.copy_(1.5 * torch.randn_like(weight) / weight.shape[-1] ** 0.5)
     return model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    """See `tiny.quick_compiles`."""
+    with tiny.quick_compiles():
+        yield
 
 
 @pytest.fixture(scope="module", params=list(CASES))
