@@ -5,6 +5,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
+# The models are tiny: threads would wait for each other longer than they work.
+torch.set_num_threads(1)
 
 # The parts that a model has beside the decoder, as small as they may be.
 VISION = dict(

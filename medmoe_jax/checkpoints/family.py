@@ -100,6 +100,7 @@ class Family:
       activation: the field with the activation's name.
       slides: which layers have a sliding window, where there are no `layer_types`.
       ropes: each layer's `DecoderConfig.ropes`, given which layers slide; empty = all global.
+      rope_kinds: rope scalings that its class takes; empty = all.
       rope_aliases: other names of rope scalings.
       layer: tensor names of a layer, each with the leaves that make up its rows.
       spellings: of the tensors' names; the first is that of transformers' modules.
@@ -119,6 +120,7 @@ class Family:
     activation: str = "hidden_act"
     slides: Callable[[Json], list[bool]] = no_layer
     ropes: Callable[[Json, Sequence[bool]], tuple[str, ...]] = lambda values, sliding: ()
+    rope_kinds: tuple[str, ...] = ()
     rope_aliases: Mapping[str, str] = field(default_factory=dict)
     layer: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     spellings: tuple[Spelling, ...] = PLAIN

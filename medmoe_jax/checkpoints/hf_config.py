@@ -140,11 +140,11 @@ def _decoder_part(family: Family, hf: Json) -> Json:
     if not isinstance(inner, Mapping) or inner.get("model_type", kind) != kind:
         found = inner.get("model_type") if isinstance(inner, Mapping) else inner
         raise UserError(f"{key}: not the fields of a '{kind}' model, but {found!r}")
-    for name in ("tie_word_embeddings", "quantization_config"):
-        if hf.get(name) is not None and hf[name] != inner.get(name, hf[name]):
-            raise UserError(f"{name}: {hf[name]!r}, but {inner[name]!r} in {key}")
-    outer = ("tie_word_embeddings", "quantization_config")
-    return {**{name: hf[name] for name in outer if name in hf}, **inner}
+    tie = "tie_word_embeddings"
+    tied = hf.get(tie, family.defaults[tie])
+    if inner.get(tie, tied) != tied:
+        raise UserError(f"{tie}: {tied!r}, but {inner[tie]!r} in {key}")
+    return {**inner, tie: tied, "quantization_config": hf.get("quantization_config")}
 
 
 def _values(family: Family, hf: Json) -> dict[str, Any]:
@@ -221,6 +221,8 @@ def _normal_form(config: DecoderConfig) -> DecoderConfig:
         "rotary_dim": config.rotary_dim or config.head_dim,
         "qk_norm_whole": config.qk_norm and config.qk_norm_whole,
     }
+    if config.ropes and "global" not in config.ropes:
+        changes |= {"rope_theta": 0.0, "rope_scaling": None}
     local = "local" in config.ropes
     changes["local_rope_theta"] = local and (config.local_rope_theta or config.rope_theta)
     changes["local_rope_scaling"] = config.local_rope_scaling if local else None

@@ -57,6 +57,8 @@ def read(family: Family, values: Json, hf: Json) -> dict[str, Any]:
     # One type of layers only leaves a default at the level of the types.
     if new not in ({}, {"rope_type": "default"}):
         raise UserError(f"rope_parameters: needs one set a layer type, has {sorted(new)}")
+    if "type" in old:
+        raise UserError("rope_scaling: 'type' is read by some releases only; write 'rope_type'")
     given = {key: _not_null(by_layer.get(key) or {}) for key in (_FULL, _SLIDING)}
     given[_FULL] |= old
     theta, scaling, dim = _embedding(family, values, hf, given[_FULL], values["rope_theta"])
@@ -113,8 +115,9 @@ def _embedding(
     kind = kinds[0] or kinds[1] or "default"
     kind = family.rope_aliases.get(kind, kind)
     dim = _rotated(family, values, given.pop(PARTIAL, None) or hf.get(PARTIAL) or 1.0)
-    if kind not in _KEYS:
-        raise UserError(f"rope_scaling: '{kind}' is none of {', '.join(_KEYS)}")
+    if kind not in (family.rope_kinds or _KEYS):
+        known = ", ".join(family.rope_kinds or _KEYS)
+        raise UserError(f"rope_scaling: '{kind}' is none of {known}")
     required, optional = _KEYS[kind]
     missing = [key for key in required if key not in given]
     unknown = sorted(set(given) - {*required, *optional} - _IGNORED)
