@@ -91,6 +91,13 @@ def _settings(config: DecoderConfig, kind: str) -> tuple[float, RopeScaling | No
     return config.rope_theta, config.rope_scaling
 
 
+def switches_at(config: DecoderConfig) -> int | None:
+    """The length beyond which texts have other frequencies; None = they never have."""
+    scalings = (config.rope_scaling, config.local_rope_scaling)
+    longrope = [s.original_max_positions for s in scalings if s and s.kind == "longrope"]
+    return longrope[0] if longrope else None
+
+
 def kinds(config: DecoderConfig) -> list[str]:
     """The layers' different embeddings, in the order of `tables`."""
     return sorted(set(config.ropes)) or ["global"]
