@@ -17,6 +17,7 @@ REQUIRES = [
     "array_record>=0.8,<0.9",
     "cma>=4.4,<5",
     "flax>=0.12.8,<0.13",
+    "gguf>=0.17,<0.20",
     "grain>=0.2.18,<0.3",
     "huggingface_hub>=1.0,<3",
     "importlib_resources>=6.4,<8",

@@ -21,6 +21,7 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
+_MOST_LAYERS = 4096  # of a file that tells the truth
 _LAYER_TYPES = {"full_attention": False, "sliding_attention": True}
 
 
@@ -165,6 +166,8 @@ def _values(family: Family, hf: Json) -> dict[str, Any]:
         count = isinstance(value, int) and not isinstance(value, bool) and value > 0
         if key in values and not count and not (value is None and key in optional):
             raise UserError(f"{key}: {value!r} is not a positive whole number")
+    if values["num_hidden_layers"] > _MOST_LAYERS:
+        raise UserError(f"num_hidden_layers: {values['num_hidden_layers']} is absurd")
     for key in (
         *("rms_norm_eps", "query_pre_attn_scalar", "logits_scaling"),
         *("embedding_multiplier", "attention_multiplier", "residual_multiplier"),

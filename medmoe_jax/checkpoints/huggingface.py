@@ -76,7 +76,21 @@ def read_config(source: str | Path) -> DecoderConfig:
     Raises:
       UserError: see `locate` and `config_from_hf`; the message names the file.
     """
-    return _read_config(locate(source))[1]
+    return describe(locate(source))[1]
+
+
+def describe(folder: Path) -> tuple[str, DecoderConfig]:
+    """The family, a key of `FAMILIES`, and the decoder's configuration of a local folder.
+
+    Raises:
+      UserError: see `config_from_hf`; the message names the file.
+    """
+    path = folder / CONFIG
+    hf = read_json(path)
+    try:
+        return family_of(hf), config_from_hf(hf)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def load(
@@ -103,7 +117,7 @@ def load(
         another shape. One error lists all of them, and nothing has been loaded by then.
     """
     folder = locate(source)
-    family, config = _read_config(folder)
+    family, config = describe(folder)
     with contextlib.ExitStack() as stack:
         opened = open_files(folder, stack)
         plan = _plan(opened, family, config)
@@ -209,14 +223,6 @@ def _with_dtype(hf: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
     inner = FAMILIES[family_of(hf)].within[:1]
     return said(hf) | {key: said(hf[key]) for key in inner}
-
-
-def _read_config(folder: Path) -> tuple[str, DecoderConfig]:
-    hf = read_json(folder / CONFIG)
-    try:
-        return family_of(hf), config_from_hf(hf)
-    except UserError as error:
-        raise UserError(f"{folder / CONFIG}: {error}") from None
 
 
 def write_companions(files: Mapping[str, Any], folder: Path) -> None:
