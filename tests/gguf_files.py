@@ -86,6 +86,7 @@ def add_fields(writer, arch, hf):
     """The fields of the architecture."""
     heads = hf["num_attention_heads"]
     head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
+    writer.add_vocab_size(hf["vocab_size"])
     writer.add_context_length(hf["max_position_embeddings"])
     writer.add_embedding_length(hf["hidden_size"])
     writer.add_block_count(hf["num_hidden_layers"])
