@@ -22,7 +22,6 @@ from medmoe_jax.checkpoints import huggingface
 from medmoe_jax.checkpoints.families import FAMILIES
 from medmoe_jax.inference.engine import Engine
 from medmoe_jax.parallel.mesh import make_mesh
-from tests import tiny
 from tests.torch_side import VISION
 
 pytestmark = pytest.mark.parity
@@ -299,13 +298,6 @@ def build(case: Case, seed: int):
             else:
                 weight.copy_(1.5 * torch.randn_like(weight) / weight.shape[-1] ** 0.5)
     return case.repair(model)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """See `tiny.quick_compiles`."""
-    with tiny.quick_compiles():
-        yield
 
 
 @pytest.fixture(scope="module", params=list(CASES))

@@ -21,15 +21,7 @@ from medmoe_jax.checkpoints.hf_config import config_from_hf, differences
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel.mesh import make_mesh
 from medmoe_jax.parallel.rules import BASE_RULES, shardings
-from tests import tiny
 from tests.gguf_files import HF, hf_config, quantise, write
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """See `tiny.quick_compiles`."""
-    with tiny.quick_compiles():
-        yield
 
 
 def leaves_by_hand(name, tensors):

@@ -13,7 +13,6 @@ import pytest
 from medmoe_jax.checkpoints import gguf_models
 from medmoe_jax.checkpoints.bases import open_base
 from medmoe_jax.data import tokenizers
-from tests import tiny
 from tests.base.test_parity import error, ours, theirs
 from tests.gguf_files import write
 from tests.torch_side import torch, transformers
@@ -51,8 +50,7 @@ def test_small_files(name, tmp_path):
     write(path, name, "Q8_0", more=ends, **CHANGES[name])
     config, params = gguf_models.load(path, jnp.float32)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 17))
-    with tiny.quick_compiles():
-        got = ours(config, params, tokens)[1]
+    got = ours(config, params, tokens)[1]
     assert error(got, theirs(read_by_transformers(path), tokens)) <= 2e-5
 
 

@@ -28,7 +28,6 @@ from medmoe_jax.checkpoints.hf_config import (
     unknown_fields,
 )
 from medmoe_jax.errors import UserError
-from tests import tiny
 from tests.base.test_parity import GQA, SIZES, SPECIAL, error, ids, ours, theirs
 from tests.torch_side import VISION, torch, transformers
 
@@ -91,13 +90,6 @@ DEVIATIONS = [
     {"attention_dropout": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5},
     {"initializer_range": 0.5, "use_cache": False, "pretraining_tp": 2},
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """See `tiny.quick_compiles`."""
-    with tiny.quick_compiles():
-        yield
 
 
 def fields_read(family):
