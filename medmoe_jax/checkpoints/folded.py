@@ -14,7 +14,7 @@ from medmoe_jax.adapters import lifecycle
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.base import trees
 from medmoe_jax.checkpoints.families import Part, Tensor, transposed
-from medmoe_jax.checkpoints.processes import to_host
+from medmoe_jax.parallel.host import to_host
 
 
 class FoldedWeights:
