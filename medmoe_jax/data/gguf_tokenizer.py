@@ -31,6 +31,8 @@ _SPECIALS = {
     "pad_token": "padding_token_id",
 }
 _SPACE = "\u2581"
+_MAIN = ("tokenizer.json", "tokenizer.model")
+_FORM = 1  # of the files that `tokenizer_files` makes; counts up when they change
 # All that may end an answer.
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
@@ -95,29 +97,31 @@ def unpack(fields: Mapping[str, Any], where: str, cache: Path | None = None) -> 
       UserError: there is no tokenizer, or one of a kind that is not known; or the cache cannot be
         written.
     """
-    files = tokenizer_files(fields, where)
     if cache is None:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         cache = Path(home) / "medmoe_jax" / "tokenizers"
-    digest = hashlib.sha256()
-    for name, content in sorted(files.items()):
-        digest.update(f"{name} {len(content)} ".encode() + content)
-    folder = cache / digest.hexdigest()[:24]
-    main = next(name for name in files if name in ("tokenizer.json", "tokenizer.model"))
+    own = {key: value for key, value in fields.items() if key.startswith("tokenizer.")}
+    digest = hashlib.sha256(json.dumps([_FORM, own], sort_keys=True).encode()).hexdigest()
+    folder = cache / digest[:24]
     if not folder.is_dir():
-        partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-        try:
-            partial.mkdir(parents=True, exist_ok=True)
-            for name, content in files.items():
-                (partial / name).write_bytes(content)
-            partial.rename(folder)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if not folder.is_dir():  # else another process was faster
-                raise UserError(
-                    f"{cache}: cannot be written ({error}); set XDG_CACHE_HOME"
-                ) from None
-    return folder / main
+        _write(folder, tokenizer_files(fields, where))
+    return next(path for path in map(folder.joinpath, _MAIN) if path.is_file())
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    """A folder with these files, which appears whole or not at all."""
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
+        partial.rename(folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not folder.is_dir():  # else another process was faster
+            raise UserError(
+                f"{folder.parent}: cannot be written ({error}); set XDG_CACHE_HOME"
+            ) from None
 
 
 def tokenizer_files(fields: Mapping[str, Any], where: str) -> dict[str, bytes]:
@@ -127,14 +131,14 @@ def tokenizer_files(fields: Mapping[str, Any], where: str) -> dict[str, bytes]:
     if kind not in _KINDS:
         raise UserError(f"{where}: {PREFIX}model: '{kind}' is none of {', '.join(_KINDS)}")
     tokens, types = reader.tokens()
-    name, content = _KINDS[kind](reader, tokens, types)
+    name, content, config = _KINDS[kind](reader, tokens, types)
     files = {name: content}
     texts = {key: reader.id(field) for key, field in _SPECIALS.items()}
-    config: dict[str, Any] = {key: tokens[i] for key, i in texts.items() if i is not None}
+    config |= {key: tokens[i] for key, i in texts.items() if i is not None}
     for key in ("add_bos_token", "add_eos_token"):
         if (value := reader.get(key, bool, None)) is not None:
             config[key] = value
-    files["tokenizer_config.json"] = _json(config | {"tokenizer_class": _CLASSES[kind]})
+    files["tokenizer_config.json"] = _json(config | {"clean_up_tokenization_spaces": False})
     ends = [i for i in dict.fromkeys(map(reader.id, _ENDS)) if i is not None]
     if ends:
         files["generation_config.json"] = _json({"eos_token_id": ends})
@@ -177,7 +181,16 @@ class _Fields:
         return token_id
 
 
-def _byte_pairs(reader: _Fields, tokens: list[str], types: list[int]) -> tuple[str, bytes]:
+_Files = tuple[str, bytes, dict[str, Any]]  # main file, its content, its class's own settings
+
+
+def _added(token: str, kind: int) -> dict[str, Any]:
+    """A token of its own, as tokenizer files describe it."""
+    sides = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"content": token, **sides, "special": kind == CONTROL}
+
+
+def _byte_pairs(reader: _Fields, tokens: list[str], types: list[int]) -> _Files:
     """A tokenizer.json of byte-level BPE."""
     cut = reader.get("pre", str, "default")
     if cut not in CUTS:
@@ -192,12 +205,7 @@ def _byte_pairs(reader: _Fields, tokens: list[str], types: list[int]) -> tuple[s
     if strange:
         raise UserError(f"{reader.where}: {PREFIX}merges: {' '.join(strange[0])!r} is no merge")
     added = [
-        {
-            "id": i,
-            "content": token,
-            **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
-            "special": kind == CONTROL,
-        }
+        {"id": i, **_added(token, kind)}
         for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
         if kind in (CONTROL, USER_DEFINED)
     ]
@@ -218,10 +226,10 @@ def _byte_pairs(reader: _Fields, tokens: list[str], types: list[int]) -> tuple[s
         "decoder": _byte_level(use_regex=True),
         "model": model,
     }
-    return "tokenizer.json", _json(content)
+    return "tokenizer.json", _json(content), {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
-def _pieces(reader: _Fields, tokens: list[str], types: list[int]) -> tuple[str, bytes]:
+def _pieces(reader: _Fields, tokens: list[str], types: list[int]) -> _Files:
     """A sentencepiece model."""
     scores = reader.get("scores", list)
     if len(scores) != len(tokens):
@@ -257,9 +265,17 @@ def _pieces(reader: _Fields, tokens: list[str], types: list[int]) -> tuple[str, 
     normalizer.add_dummy_prefix = reader.get("add_space_prefix", bool, True)
     normalizer.remove_extra_whitespaces = False
     normalizer.escape_whitespaces = True
-    return "tokenizer.model", model.SerializeToString()
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "added_tokens_decoder": {
+            str(i): _added(token.replace(_SPACE, " "), kind)
+            for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+            if kind in (CONTROL, USER_DEFINED)
+        },
+        "add_prefix_space": normalizer.add_dummy_prefix,
+        "legacy": True,  # text after a special token begins as a text does, as in llama.cpp
+    }
+    return "tokenizer.model", model.SerializeToString(), config
 
 
 _KINDS = {"gpt2": _byte_pairs, "llama": _pieces}
-# For transformers; the second makes a fast one of the model's pieces.
-_CLASSES = {"gpt2": "PreTrainedTokenizerFast", "llama": "LlamaTokenizer"}
