@@ -51,13 +51,19 @@ def run(arguments, rest) -> None:
     rows = list(_rows(setup, arguments.data))
     texts = routing.by_language(rows, setup.languages, arguments.limit)
     engine = open_model(opened, arguments.stage, arguments.off).engine
-    base, banks, *_ = engine.weights
     ids = setup.languages.ids if setup.languages else None
     encoder = Encoder(
         setup.tokenizer, setup.template, length=setup.config.data.length, languages=ids
     )
     gates = routing.measure(
-        engine.config, base, banks, setup.mesh, texts, encoder, engine.batch, setup.languages
+        engine.config,
+        engine.base,
+        engine.banks,
+        setup.mesh,
+        texts,
+        encoder,
+        engine.batch,
+        setup.languages,
     )
     written = routing_report.save(arguments.out, texts, gates, "Routing by language")
     for gate in gates:
