@@ -172,7 +172,9 @@ class HuggingFace(Markup):
 
     @property
     def _own_size(self) -> int:
-        return max(self._bare.get_vocab().values()) + 1
+        """Where the library puts a further token: behind the last, whatever ids are left free."""
+        added = (token.id + 1 for token in self._own_added.values())
+        return max([self._bare.get_vocab_size(with_added_tokens=False), *added])
 
     @functools.cached_property
     def _bare(self) -> hf.Tokenizer:
