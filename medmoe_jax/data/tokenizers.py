@@ -83,6 +83,9 @@ class SentencePiece(Markup):
             if p.type in kinds
         }
 
+    def _writes_bos(self) -> bool:
+        return False
+
     def _is_own(self, token_id: int) -> bool:
         return token_id < self._pieces
 
@@ -172,7 +175,12 @@ class HuggingFace(Markup):
 
     @property
     def _own_size(self) -> int:
-        return max(self._bare.get_vocab().values()) + 1
+        """Where the library puts a further token: behind the last, whatever ids are left free."""
+        added = (token.id + 1 for token in self._own_added.values())
+        return max([self._bare.get_vocab_size(with_added_tokens=False), *added])
+
+    def _writes_bos(self) -> bool:
+        return self._bare.encode("x").ids[:1] == [self.bos_id]
 
     @functools.cached_property
     def _bare(self) -> hf.Tokenizer:

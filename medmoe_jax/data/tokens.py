@@ -100,7 +100,8 @@ class Markup:
     the processors.
 
     A subclass has `encode`, `restarts` and what its own file holds: `_own_added: dict[str, Added]`,
-    `_own_size`, `_own_id(name)` of a token with a name, `_vocabulary_id(text)` of any.
+    `_own_size`, `_own_id(name)` of a token with a name, `_vocabulary_id(text)` of any, and
+    `_writes_bos()`, whether it puts bos before texts by itself.
     """
 
     def __init__(self, path: str | Path):
@@ -176,9 +177,12 @@ class Markup:
 
     @functools.cached_property
     def begins_with_bos(self) -> bool:
+        if self.bos_id is None or self.bos_id == self.eos_id:
+            return False
+        if self._beside.config.get("add_bos_token") is False:
+            return False
         named = self._beside.names.get("bos_token") or self._beside.defaults.get("bos_token")
-        never = self._beside.config.get("add_bos_token") is False or self.bos_id == self.eos_id
-        return bool(named) and self.bos_id is not None and not never
+        return bool(named) or self._writes_bos()
 
     @property
     def chat_template(self) -> str | None:

@@ -55,7 +55,7 @@ def recipe() -> ConfigDict:
                 "ignore": (),  # keys of rows that are left out and counted; "*_id" is a pattern
                 "template": "chatml",
                 "template_options": {},  # variables of a Jinja template, such as enable_thinking
-                "mask": "completion",
+                "mask": "completion",  # what is learned: completion, answer, qwen_legacy
                 "languages": "",  # table of language experts: a published one's name, or a file
                 # Rows that name no language get the detected one, if it is at least this probable;
                 # 0 = none is detected.

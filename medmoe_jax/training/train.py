@@ -74,15 +74,27 @@ def train(
         if stage.folder.is_finished():
             note(f"stage '{stage.name}' is finished: skipped")
         else:
-            prepared, state, read = _train_stage(stage, data, stop, more_hooks)
-            finish(prepared, state, read, fingerprint, evaluate)
+            _run_stage(stage, data, fingerprint, evaluate, stop, more_hooks)
         data.stream.close()
 
 
-def _train_stage(
+def _run_stage(
+    stage: StageRun,
+    data: StageData,
+    fingerprint: str,
+    evaluate: Evaluate,
+    stop: Callable[[], bool],
+    more_hooks: MakeHooks,
+) -> None:
+    """Train a stage and finish it; none of its arrays are held when the next one begins."""
+    prepared, state, read = _make_steps(stage, data, stop, more_hooks)
+    finish(prepared, state, read, fingerprint, evaluate)
+
+
+def _make_steps(
     stage: StageRun, data: StageData, stop: Callable[[], bool], more_hooks: MakeHooks
 ) -> tuple[Prepared, TrainState, dict[str, Any]]:
-    """Make the stage's steps; gives its end, and what it has read."""
+    """The stage after its last step, and what it has read."""
     config, section = stage.setup.config, stage.recipe.config
     steps = section.steps or max(1, round(section.epochs * data.stream.steps_per_epoch(union)))
     prepared, state = prepare(stage, steps)

@@ -31,8 +31,8 @@ REAL = BATCH["segment_ids"] > 0
 @functools.cache
 def base_of(kind):
     """The quantised base, and the floats it stands for."""
-    base = quantised.quantise(naive.random_params(CONFIG), kind)
-    return base, quantised.dequantise(base, jnp.float32)
+    base = jax.jit(functools.partial(quantised.quantise, kind=kind))(naive.random_params(CONFIG))
+    return base, jax.jit(lambda x: quantised.dequantise(x, jnp.float32))(base)
 
 
 def run(base, specs, banks):

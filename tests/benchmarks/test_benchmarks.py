@@ -37,7 +37,7 @@ def test_the_baselines_are_reference(name):
 
     def value_and_grad(strategy):
         lora = strategy(Execution()).lora
-        return jax.value_and_grad(lambda p: jnp.sum(lora(_terms(p))["up"] * mix))(params)
+        return jax.jit(jax.value_and_grad(lambda p: jnp.sum(lora(_terms(p))["up"] * mix)))(params)
 
     got, want = map(value_and_grad, (dense_gather.BASELINES[name], Reference))
     assert rel(got[0], want[0]) < 1e-5
@@ -48,13 +48,14 @@ def test_frozen_step_gives_the_gradient_of_the_embedded_tokens():
     """Summed over equal tokens it is the gradient of the embedding's rows."""
     params = random_params(TINY)
     batch = variants.make_batch(TINY, 2, 8)
-    grad, loss = variants.frozen_step(TINY, Execution(), jnp.zeros((2, 8, 16)), params, batch)
+    step = jax.jit(functools.partial(variants.frozen_step, TINY, Execution()))
+    grad, loss = step(jnp.zeros((2, 8, 16)), params, batch)
 
     def through_rows(embed):
         x = embed[batch["tokens"]]
         return variants.frozen_loss(TINY, Execution(), x, params, batch)
 
-    rows = jax.grad(through_rows)(params["embed"])
+    rows = jax.jit(jax.grad(through_rows))(params["embed"])
     want = np.zeros(params["embed"].shape)
     np.add.at(want, np.asarray(batch["tokens"]), np.asarray(grad))
     assert rel(rows, want) < 1e-5
@@ -89,7 +90,7 @@ def test_adapted_variants_take_the_same_step():
 def test_every_strategy_gives_the_same_gradient_on_a_swept_site(monkeypatch):
     monkeypatch.setattr(sweeps, "DECODER", TINY)
     inputs = sweeps._inputs(8, 16)
-    want = sweeps.site_step("reference", inputs)
+    want = jax.jit(functools.partial(sweeps.site_step, "reference"))(inputs)
     for name in ("stacked", "grouped", "auto"):
         assert tree_rel(jax.jit(functools.partial(sweeps.site_step, name))(inputs), want) < 1e-4
 

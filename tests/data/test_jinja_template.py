@@ -306,6 +306,26 @@ def test_doubts_about_a_template(words, plain_tokenizer, tmp_path):
     (bos,) = doubts(load_template("chatml"), begins)
     assert "never writes <|return|>" in bos and "(bos)" in bos
     assert doubts(load_template("user_assistant"), begins) == []
+    begins = json.loads((tmp_path / "tokenizer.json").read_text())
+    single = [
+        {"SpecialToken": {"id": "<s>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ]
+    token = {"<s>": {"id": "<s>", "ids": [0], "tokens": ["!"]}}
+    begins["post_processor"] = {
+        "type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": token,
+    }  # fmt: skip
+    begins["added_tokens"].append(
+        begins["added_tokens"][0] | {"id": 0, "content": "<s>", "special": True}
+    )
+    del begins["model"]["vocab"]["!"]
+    begins["model"]["vocab"]["<s>"] = 0
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "tokenizer.json").write_text(json.dumps(begins))
+    assert any(
+        "never writes <s>" in doubt for doubt in doubts(load_template("chatml"), tk.load(bare))
+    )
     never = byte_level(tmp_path, config={"bos_token": "<|return|>", "add_bos_token": False})
     assert doubts(load_template("chatml"), never) == []
 

@@ -77,6 +77,15 @@ def named_but_nowhere(folder):
     byte_level(folder, config={"eos_token": "<|end|>", "additional_special_tokens": ["<|tool|>"]})
 
 
+def free_ids(folder):
+    """A vocabulary with free ids; a token that is only named comes behind those with one."""
+    byte_level(folder, config={"eos_token": "<|end|>"})
+    content = json.loads((folder / "tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        token["id"] += 20
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
 def by_class_qwen(folder):
     byte_level(folder)
     save(folder, tokenizer_config={"tokenizer_class": "Qwen2Tokenizer"})
@@ -101,6 +110,7 @@ FOLDERS = (
     the_map_over_the_config,
     the_decoder_over_the_map,
     named_but_nowhere,
+    free_ids,
     by_class_qwen,
     by_class_llama,
     null_beats_the_class,

@@ -122,6 +122,7 @@ def test_stats_exclude_padding():
 def test_stats_add_up():
     z = jnp.asarray(np.random.default_rng(0).standard_normal((4, 3, 4)), jnp.float32)
 
+    @jax.jit
     def stats(z):
         return router_stats(z, choose_experts(z, 2, renormalise=True), jnp.ones(z.shape[:2], bool))
 

@@ -105,7 +105,7 @@ def test_a_row_in_a_language_without_an_expert(tmp_path):
     config = config_of(tmp_path)
     rows = [{"prompt": "a", "response": "b", "language": code} for code in ("en", "xx")]
     config.data.sources.rows.path = str(tiny.write_rows(tmp_path / "bad.jsonl", rows))
-    with pytest.raises(UserError, match=r"data\.sources\.rows: .*bad\.jsonl: row 1 .*'xx'"):
+    with pytest.raises(UserError, match=r"bad\.jsonl, line 2: the row is in 'xx'"):
         train(Run(open_setup(config), tmp_path / "work"))
     assert not (tmp_path / "work").exists()
 

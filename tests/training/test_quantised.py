@@ -61,7 +61,7 @@ def test_the_model_is_the_one_whose_banks_fold(done):
     base, banks = setup.load_base(), naive.random_banks(specs, setup.base.config)
     staged = Trained("", roster, banks, base)
     got = run_logits(setup, staged)[..., :300]
-    values = quantised.dequantise(base, jnp.float32)
+    values = jax.jit(lambda x: quantised.dequantise(x, jnp.float32))(base)
     config = setup.base.config
 
     def twin(members):

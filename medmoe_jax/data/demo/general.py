@@ -5,6 +5,7 @@ terms included, each apart from what it is linked to), reading of short made-up 
 of words, small sums and tiny stories. Each maker returns (prompt, answer).
 """
 
+import functools
 import random
 from collections.abc import Iterator
 
@@ -54,11 +55,12 @@ def _fixed_pairs() -> Iterator[tuple[str, str, str]]:
             yield f"翻译成英文：{term['zh']}", term["en"], "zh"
 
 
-def _terms() -> list[Text]:
+@functools.cache
+def _terms() -> tuple[Text, ...]:
     """Return all terms once: subjects and objects of medical facts, and the word lists."""
     entries = [f.subject for f in facts()] + [f.object for f in facts()]
     entries += [entry for kind in words().values() for entry in kind]
-    return list({(entry["en"], entry["zh"]): entry for entry in entries}.values())
+    return tuple({(entry["en"], entry["zh"]): entry for entry in entries}.values())
 
 
 def _sample(rng: random.Random, language: str, count: int) -> list[str]:

@@ -81,18 +81,17 @@ def words() -> dict[str, tuple[Text, ...]]:
 
 def leaks(text: str) -> bool:
     """Say whether `text` holds the subject of a medical fact together with its object."""
-    return any(_leaks(text.lower(), subjects, objects) for subjects, objects in _fact_strings())
-
-
-def _leaks(text, subjects, objects):
-    return any(s in text for s in subjects) and any(o in text for o in objects)
+    lowered = text.lower()
+    return any(s in lowered and any(o in lowered for o in objects) for s, objects in _links())
 
 
 @functools.cache
-def _fact_strings():
+def _links() -> tuple[tuple[str, set[str]], ...]:
+    """Every name of a subject, with the names of its object."""
     return tuple(
-        ({t.lower() for t in f.subject.values()}, {t.lower() for t in f.object.values()})
-        for f in facts()
+        (subject.lower(), {text.lower() for text in fact.object.values()})
+        for fact in facts()
+        for subject in fact.subject.values()
     )
 
 
