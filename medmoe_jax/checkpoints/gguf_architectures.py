@@ -13,6 +13,7 @@ from typing import Any
 import gguf
 import numpy as np
 
+from medmoe_jax.base import rope
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.checkpoints.family import ORIGINAL, PARTIAL
 from medmoe_jax.checkpoints.gguf_file import GgufFile
@@ -58,6 +59,8 @@ class Architecture:
       offset: what norms have beyond those of the Hugging Face checkpoint.
       windows: whether the file may name a sliding window.
       query: the square of what scores are divided by, where it is not the head's dimension.
+      caps: whether the file has caps of scores and logits.
+      factors: the tensors, of `FACTORS`, with which llama.cpp scales frequencies one by one.
       more: further fields of config.json.
     """
 
@@ -68,6 +71,7 @@ class Architecture:
     windows: bool = False
     query: Callable[[Json], int] | None = None
     caps: bool = False
+    factors: tuple[str, ...] = ()
     more: Callable[[GgufFile], Json] = lambda file: {}
 
 
@@ -102,7 +106,7 @@ def _llama_biases(file: GgufFile) -> Json:
 ARCHITECTURES = {
     one.name: one
     for one in (
-        Architecture("llama", "llama", paired=True, more=_llama_biases),
+        Architecture("llama", "llama", paired=True, factors=FACTORS[2:], more=_llama_biases),
         Architecture("qwen2", "qwen2"),
         Architecture("qwen3", "qwen3"),
         Architecture(
@@ -116,7 +120,7 @@ ARCHITECTURES = {
             query=_gemma_query(62),
             more=_gemma3_layers,
         ),
-        Architecture("phi3", "phi3", windows=True),
+        Architecture("phi3", "phi3", windows=True, factors=FACTORS[:2]),
     )
 }
 
@@ -216,6 +220,32 @@ def _rope(file: GgufFile, get: Callable, hf: Json) -> Json:
         raise UserError(f"{file.path}: {_SCALING}attn_factor: {attention} with '{kind}'")
     scaling = {"rope_type": kind, "factor": _shortest(factor)}
     return {"rope_scaling": scaling | ({ORIGINAL: original} if kind == "yarn" else {})}
+
+
+def architecture_fields(arch: Architecture, config: DecoderConfig, hf: Json) -> Json:
+    """The fields that say what config.json does, as `hf` and `config`, of the same decoder."""
+    scaling = config.rope_scaling
+    own: Json = {name: hf[theirs] for theirs, name in _SIZES.items()}
+    own |= {
+        "vocab_size": config.vocab_size,
+        _EPSILON: float(config.norm_eps),
+        _THETA: float(config.rope_theta),
+        _HEADS: config.n_kv_heads,
+        _KEY: config.head_dim,
+        _VALUE: config.head_dim,
+        _ROTATED: config.rotary_dim or config.head_dim,
+    }
+    if arch.windows and any(config.windows):
+        own[_WINDOW] = max(config.windows)
+    if arch.caps:
+        own |= {name: float(hf[theirs] or 0) for theirs, name in _CAPS.items()}
+    if scaling is not None and scaling.kind in ("linear", "yarn"):
+        own |= {_SCALING + "type": scaling.kind, _SCALING + "factor": float(scaling.factor)}
+    if scaling is not None and scaling.kind in ("yarn", "longrope"):
+        own[_SCALING + "original_context_length"] = scaling.original_max_positions
+    if scaling is not None and scaling.kind == "longrope":
+        own[_SCALING + "attn_factor"] = float(rope.frequencies(config, "global")[2])
+    return {f"{arch.name}.{name}": value for name, value in own.items()}
 
 
 def name_of(arch: Architecture, layers: int) -> Callable[[str], str]:

@@ -30,7 +30,7 @@ _SPECIALS = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
-_SPACE = "\u2581"
+SPACE = "\u2581"
 _MAIN = ("tokenizer.json", "tokenizer.model")
 _FORM = 1  # of the files that `tokenizer_files` makes; counts up when they change
 # All that may end an answer.
@@ -247,7 +247,7 @@ def _pieces(reader: _Fields, tokens: list[str], types: list[int]) -> _Files:
     model = model_pb2.ModelProto()
     for token, score, kind in zip(tokens, scores, types, strict=True):
         # The file has user-defined pieces as they stand in a text, the model with its marked space.
-        piece = token.replace(" ", _SPACE) if kind == USER_DEFINED else token
+        piece = token.replace(" ", SPACE) if kind == USER_DEFINED else token
         model.pieces.add(piece=piece, score=score, type=kind)
     trainer = model.trainer_spec
     trainer.model_type = model_pb2.TrainerSpec.BPE
@@ -268,7 +268,7 @@ def _pieces(reader: _Fields, tokens: list[str], types: list[int]) -> _Files:
     config = {
         "tokenizer_class": "LlamaTokenizer",
         "added_tokens_decoder": {
-            str(i): _added(token.replace(_SPACE, " "), kind)
+            str(i): _added(token.replace(SPACE, " "), kind)
             for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
             if kind in (CONTROL, USER_DEFINED)
         },

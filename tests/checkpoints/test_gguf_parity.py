@@ -10,9 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from medmoe_jax.adapters import lifecycle
+from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.checkpoints import gguf_models
 from medmoe_jax.checkpoints.bases import open_base
+from medmoe_jax.checkpoints.gguf_architectures import ARCHITECTURES
+from medmoe_jax.checkpoints.gguf_export import save_gguf
 from medmoe_jax.data import tokenizers
+from tests import naive
 from tests.base.test_parity import error, ours, theirs
 from tests.gguf_files import write
 from tests.torch_side import torch, transformers
@@ -52,6 +57,35 @@ def test_small_files(name, tmp_path):
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 17))
     got = ours(config, params, tokens)[1]
     assert error(got, theirs(read_by_transformers(path), tokens)) <= 2e-5
+
+
+SPECS = (
+    BankSpec("attention", ("attn.q", "attn.k", "attn.v", "attn.o"), 0, 3, rank=3, alpha=6.0),
+    BankSpec("mlp", ("mlp.gate", "mlp.up", "mlp.down"), 1, 3, experts=2, rank=2, alpha=8.0),
+)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_exported_files(name, tmp_path):
+    """Our files, with banks folded in, give transformers the logits of base and banks."""
+    (tmp_path / "base").mkdir()
+    write(tmp_path / "base" / "m.gguf", name, more=ends, **CHANGES[name])
+    config, params = gguf_models.load(tmp_path / "base" / "m.gguf", jnp.float32)
+    banks = naive.random_banks(SPECS, config, size=2.0)
+    members = [(spec, banks[spec.name]) for spec in SPECS]
+    ids = {f"tokenizer.ggml.{key}_token_id": i for key, i in (("bos", 1), ("eos", 2))}
+    family = {arch.name: arch.family for arch in ARCHITECTURES.values()}[name]
+    save_gguf(
+        *(tmp_path / "out", config, params, family),
+        kind="float32",
+        members=members,
+        fields={**ids, "tokenizer.ggml.padding_token_id": 0},
+    )
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 17))
+    got = theirs(read_by_transformers(tmp_path / "out" / "model.gguf"), tokens)
+    want = ours(config, lifecycle.merge_into(params, members), tokens)[1]
+    assert error(got, want) <= 2e-5
+    assert error(got, ours(config, params, tokens)[1]) >= 0.1
 
 
 def real(name):
