@@ -2,9 +2,9 @@
 
 import pytest
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
+torch = pytest.importorskip("torch", exc_type=ImportError)
+transformers = pytest.importorskip("transformers", exc_type=ImportError)
+peft = pytest.importorskip("peft", exc_type=ImportError)
 # The models are tiny: threads would wait for each other longer than they work.
 torch.set_num_threads(1)
 

@@ -18,7 +18,7 @@ from tests.base.test_parity import ours
 from tests.checkpoints.test_gguf_parity import TEXTS, real
 from tests.gguf_files import HF, hf_config, write
 
-llama_cpp = pytest.importorskip("llama_cpp")
+llama_cpp = pytest.importorskip("llama_cpp", exc_type=ImportError)
 pytestmark = pytest.mark.parity
 F32 = 0  # ggml's number of the type, here of the cache
 
