@@ -1,6 +1,6 @@
-"""Decoder weights as a GGUF file, with the fields that `gguf_models` and llama.cpp read.
+"""Decoders, and adapters over them, as GGUF files for llama.cpp.
 
-The fields are read back before a tensor is made: a decoder that the file would not describe as it
+A decoder's fields are read back before a tensor is made: one that the file would not describe as it
 is, is an error and nothing is written.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,10 @@ from medmoe_jax.checkpoints.gguf_architectures import (
 from medmoe_jax.checkpoints.gguf_file import GgufFile, StoredTensor
 from medmoe_jax.checkpoints.hf_config import config_from_hf, config_to_hf, differences
 from medmoe_jax.checkpoints.huggingface import write_companions
+from medmoe_jax.checkpoints.peft import linear_modules, stacked
 from medmoe_jax.errors import UserError
 
-MODEL = "model.gguf"
+MODEL, ADAPTER = "model.gguf", "adapter.gguf"
 # What matrices can be written as, by the names of `--dtype`; vectors are float32.
 KINDS = {
     "float32": "F32",
@@ -84,10 +85,8 @@ def save_gguf(
     for spec, _ in members:
         lifecycle.check_mergeable(spec)
     arch, hf = _architecture(config, family)
-    plan = {
-        name_of(arch, config.n_layers)(tensor.name): tensor
-        for tensor in families.tensors(config, arch.family)
-    }
+    name_in_file = name_of(arch, config.n_layers)
+    plan = {name_in_file(tensor.name): tensor for tensor in families.tensors(config, arch.family)}
     divisors = _divisors(arch, config)
     own = architecture_fields(arch, config, hf)
     _check(arch, config, own, plan, divisors)
@@ -98,15 +97,63 @@ def save_gguf(
         "general.file_type": int(gguf.LlamaFileType[_FILE_TYPES[kind]]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
     }
-    with new_folder(directory) as write, _file(arch.name, {**own, **(fields or {})}) as file:
+
+    def value(name: str) -> np.ndarray:
+        if name in divisors:
+            return divisors[name]
+        return _as_filed(arch, config, plan[name], weights.tensor(plan[name]))
+
+    _write(directory, MODEL, arch, {**own, **(fields or {})}, described, value, companions)
+    return Path(directory)
+
+
+def save_gguf_adapter(
+    directory: str | Path,
+    config: DecoderConfig,
+    family: str,
+    members: Sequence[tuple[BankSpec, Any]],
+    *,
+    kind: str = "float32",
+    companions: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a folder with `adapter.gguf`: banks as one LoRA adapter over a model in a GGUF file.
+
+    Arguments as of `peft.save_peft`, whose ranks and factors these are, and of `save_gguf`.
+
+    Raises:
+      UserError: see `peft.stacked` and `save_gguf`.
+    """
+    arch, _ = _architecture(config, family)
+    weights = linear_modules(config, arch.family)
+    name = name_of(arch, config.n_layers)
+    arrays = {}
+    for module, (a_RxD, b_OxR) in stacked(config, arch.family, members, np.float32).items():
+        weight = weights[module]
+        arrays[f"{name(weight.name)}.lora_a"] = a_RxD
+        arrays[f"{name(weight.name)}.lora_b"] = _as_filed(arch, config, weight, b_OxR)
+    described = {name: (x.shape, KINDS[kind]) for name, x in arrays.items()}
+    # An alpha of 0 says that s is inside the factors, whose ranks differ.
+    fields = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 0.0}
+    _write(directory, ADAPTER, arch, fields, described, arrays.__getitem__, companions)
+    return Path(directory)
+
+
+def _write(
+    directory: str | Path,
+    name: str,
+    arch: Architecture,
+    fields: Mapping[str, Any],
+    described: Mapping[str, tuple[tuple[int, ...], str]],
+    value: Callable[[str], np.ndarray],
+    companions: Mapping[str, Any] | None,
+) -> None:
+    """Write a folder with a file, whose tensors are made one by one, and what stands beside it."""
+    with new_folder(directory) as write, _file(name, arch.name, fields) as file:
         write(functools.partial(write_companions, companions or {}))
         write(functools.partial(file.begin, described))
-        for name in described:
-            x = divisors.get(name)
-            x = _value(arch, config, plan[name], weights) if x is None else x
-            write(functools.partial(file.add, name, x))
+        for tensor in described:
+            write(functools.partial(file.add, tensor, value(tensor)))
         write(file.end)
-    return Path(directory)
 
 
 _FILE_TYPES = {
@@ -178,11 +225,10 @@ def _described(tensor: families.Tensor, kind: str) -> tuple[tuple[int, ...], str
     return tensor.shape, kind if tensor.shape[-1] % numbers == 0 else "F16"
 
 
-def _value(
-    arch: Architecture, config: DecoderConfig, tensor: families.Tensor, weights: FoldedWeights
+def _as_filed(
+    arch: Architecture, config: DecoderConfig, tensor: families.Tensor, x: np.ndarray
 ) -> np.ndarray:
-    """A tensor in float32 as the file has it."""
-    x = weights.tensor(tensor)
+    """A tensor, or the B of an adapter on it, with rows and offset as the file has them."""
     path = tensor.parts[0].path
     if arch.paired and path.startswith(("layers.attn.q.", "layers.attn.k.")):
         heads = x.reshape(-1, config.head_dim, *x.shape[1:])
@@ -191,9 +237,9 @@ def _value(
 
 
 @contextlib.contextmanager
-def _file(arch: str, fields: Mapping[str, Any]) -> Iterator[_File]:
+def _file(name: str, arch: str, fields: Mapping[str, Any]) -> Iterator[_File]:
     """A file that is closed at the end, also of a failure."""
-    file = _File(arch, fields)
+    file = _File(name, arch, fields)
     try:
         yield file
     finally:
@@ -203,7 +249,8 @@ def _file(arch: str, fields: Mapping[str, Any]) -> Iterator[_File]:
 class _File:
     """A GGUF file that grows in a folder; only the first process opens one."""
 
-    def __init__(self, arch: str, fields: Mapping[str, Any]):
+    def __init__(self, name: str, arch: str, fields: Mapping[str, Any]):
+        self._name = name
         self._writer = gguf.GGUFWriter(None, arch)
         self._kinds: dict[str, str] = {}
         for name, value in fields.items():
@@ -221,7 +268,7 @@ class _File:
             stored = gguf.quant_shape_to_byte_shape(shape, number)
             size = int(np.prod(stored))
             writer.add_tensor_info(name, stored, np.dtype(np.uint8), size, raw_dtype=number)
-        writer.write_header_to_file(folder / MODEL)
+        writer.write_header_to_file(folder / self._name)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
 

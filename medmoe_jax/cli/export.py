@@ -3,10 +3,12 @@
   medmoe export --config=FILE --workdir=DIR --format=hf --output=merged
   medmoe export --config=FILE --workdir=DIR --format=peft --output=adapter
   medmoe export --config=FILE --workdir=DIR --format=gguf --dtype=q8_0 --output=model
+  medmoe export --config=FILE --workdir=DIR --format=gguf-adapter --output=adapter
 
 hf: every bank folded into the weights, as a folder that transformers loads.
 peft: every bank, merged ones too, as one LoRA adapter of summed rank over the base as it was.
 gguf: every bank folded into the weights, as one file for llama.cpp, and a Modelfile for Ollama.
+gguf-adapter: the adapter of peft as a file that llama.cpp puts over the base in a GGUF file.
 Beside or in them stand the tokenizer, the chat template that was trained with its options, and the
 ids that end an answer.
 A bank whose gate depends on the token fits none of them; --off=BANK leaves it out.
@@ -48,7 +50,7 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--dtype",
         choices=list(gguf_export.KINDS),
-        help="of the tensors (default: the base's for hf and gguf, float32 for peft); all but "
+        help="of the tensors (default: the base's for hf and gguf, float32 for adapters); all but "
         "float32 and bfloat16 are gguf's alone",
     )
 
@@ -102,6 +104,19 @@ def _export_hf(setup: Setup, trained: Trained, output: str, dtype: str | None) -
 
 
 def _export_peft(setup: Setup, trained: Trained, output: str, dtype: str | None) -> None:
+    save_peft(
+        output,
+        setup.base.config,
+        setup.base.family,
+        _adapter(setup, trained),
+        base=setup.config.base.path.removeprefix(HUB),
+        dtype=np.dtype(dtype or "float32"),
+        companions=_prompting(setup),
+    )
+
+
+def _adapter(setup: Setup, trained: Trained):
+    """All banks, merged ones too, over a base that must be as it was."""
     leaves = decoder.shapes(setup.base.config)
     trained_leaves = [
         leaf
@@ -113,15 +128,7 @@ def _export_peft(setup: Setup, trained: Trained, output: str, dtype: str | None)
             f"leaves of the base were trained ({', '.join(dict.fromkeys(trained_leaves))}), which "
             "an adapter cannot express; use --format=hf"
         )
-    save_peft(
-        output,
-        setup.base.config,
-        setup.base.family,
-        _members(trained, (*lifecycle.ACTIVE, "merged")),
-        base=setup.config.base.path.removeprefix(HUB),
-        dtype=np.dtype(dtype or "float32"),
-        companions=_prompting(setup),
-    )
+    return _members(trained, (*lifecycle.ACTIVE, "merged"))
 
 
 def _prompting(setup: Setup) -> dict[str, Any]:
@@ -172,6 +179,18 @@ def _export_gguf(setup: Setup, trained: Trained, output: str, dtype: str | None)
     )
 
 
+def _export_gguf_adapter(setup: Setup, trained: Trained, output: str, dtype: str | None) -> None:
+    template = portable_template(setup.encoder).source
+    gguf_export.save_gguf_adapter(
+        output,
+        setup.base.config,
+        setup.base.family,
+        _adapter(setup, trained),
+        kind=dtype or "float32",
+        companions={companions.TEMPLATE: template.encode()},
+    )
+
+
 class Format(NamedTuple):
     """How a model is written: `write(setup, trained, output, dtype)`, and in what `dtypes`."""
 
@@ -183,4 +202,5 @@ FORMATS = {
     "hf": Format(_export_hf, ("float32", "bfloat16")),
     "peft": Format(_export_peft, ("float32", "bfloat16")),
     "gguf": Format(_export_gguf, tuple(gguf_export.KINDS)),
+    "gguf-adapter": Format(_export_gguf_adapter, ("float32", "float16", "bfloat16")),
 }

@@ -12,7 +12,7 @@ from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.base import quantised, rope, trees
 from medmoe_jax.base.config import RopeScaling
 from medmoe_jax.checkpoints import families, gguf_export, gguf_models
-from medmoe_jax.checkpoints.gguf_export import KINDS, save_gguf
+from medmoe_jax.checkpoints.gguf_export import KINDS, save_gguf, save_gguf_adapter
 from medmoe_jax.checkpoints.hf_config import config_from_hf, differences
 from medmoe_jax.errors import UserError
 from tests import naive
@@ -101,6 +101,32 @@ def test_banks_are_folded(name, tmp_path):
     by_token = dataclasses.replace(SPECS[0], experts=2, gate="token", top_k=1)
     with pytest.raises(UserError, match="bank 'attention' has gate 'token'"):
         save_gguf(tmp_path / "no", config, params, family, members=[(by_token, {})])
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_an_adapter_over_the_file_of_the_base(name, tmp_path):
+    """The base's tensors and B A, in the rows of the file, are the tensors of the folded model."""
+    family, config, params, theirs = model_of(name, tmp_path)
+    banks = naive.random_banks(SPECS, config)
+    members = [(spec, banks[spec.name]) for spec in SPECS]
+    save_gguf_adapter(tmp_path / "adapter", config, family, members)
+    save_gguf(tmp_path / "out", config, params, family, kind="float32", members=members)
+    fields, factors = read(tmp_path / "adapter" / "adapter.gguf")
+    assert fields["general.architecture"] == name and fields["adapter.lora.alpha"] == 0
+    assert (fields["general.type"], fields["adapter.type"]) == ("adapter", "lora")
+
+    def array(tensors, tensor):
+        kind, shape, content = tensors[tensor]
+        assert kind == "F32"
+        return np.frombuffer(content, "f4").reshape(shape[::-1])
+
+    base, folded = read(theirs)[1], read(tmp_path / "out" / "model.gguf")[1]
+    adapted = {tensor.rsplit(".", 1)[0] for tensor in factors}
+    assert adapted == {tensor for tensor in base if base[tensor][2] != folded[tensor][2]}
+    for tensor in adapted:
+        a, b = (array(factors, f"{tensor}.{leaf}") for leaf in ("lora_a", "lora_b"))
+        want = array(folded, tensor)
+        np.testing.assert_allclose(array(base, tensor) + b @ a, want, rtol=0, atol=1e-5)
 
 
 def test_a_quantised_base_is_written_as_the_values_it_stands_for(tmp_path):

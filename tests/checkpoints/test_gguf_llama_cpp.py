@@ -4,9 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from medmoe_jax.adapters import lifecycle
 from medmoe_jax.checkpoints import gguf_models
 from medmoe_jax.checkpoints.bases import open_base
-from medmoe_jax.checkpoints.gguf_export import save_gguf
+from medmoe_jax.checkpoints.gguf_export import save_gguf, save_gguf_adapter
 from medmoe_jax.data import tokenizers
 from medmoe_jax.data.encode import Encoder
 from medmoe_jax.data.gguf_fields import tokenizer_fields
@@ -15,17 +16,27 @@ from medmoe_jax.data.portable import portable_template
 from medmoe_jax.data.templates import load_template
 from tests import naive, tiny
 from tests.base.test_parity import ours
-from tests.checkpoints.test_gguf_parity import TEXTS, real
+from tests.checkpoints.test_gguf_parity import SPECS, TEXTS, real
 from tests.gguf_files import HF, hf_config, write
 
 llama_cpp = pytest.importorskip("llama_cpp", exc_type=ImportError)
 pytestmark = pytest.mark.parity
+VOCABULARY = {"vocab_size": 300}
+# llama.cpp takes phi3's window for a mistake of the file.
+CHANGES = {"phi3": {**VOCABULARY, "sliding_window": 64}}
 F32 = 0  # ggml's number of the type, here of the cache
 
 
-def opened(path):
+def opened(path, **options):
     return llama_cpp.Llama(
-        str(path), logits_all=True, verbose=False, n_ctx=256, n_threads=2, type_k=F32, type_v=F32
+        str(path),
+        **options,
+        logits_all=True,
+        verbose=False,
+        n_ctx=256,
+        n_threads=2,
+        type_k=F32,
+        type_v=F32,
     )
 
 
@@ -52,9 +63,7 @@ def export(folder, config, params, family, encoder):
 @pytest.mark.parametrize("name", HF)
 def test_every_architecture(name, tmp_path):
     encoder = Encoder(tiny.tokenizer(), TEMPLATES["user_assistant"])
-    # It takes phi3's window for a mistake of the file.
-    changes = {"sliding_window": 64} if name == "phi3" else {}
-    write(tmp_path / "m.gguf", name, vocab_size=tiny.tokenizer().vocab_size, **changes)
+    write(tmp_path / "m.gguf", name, **CHANGES.get(name, VOCABULARY))
     config, params = gguf_models.load(tmp_path / "m.gguf", jnp.float32)
     path = export(tmp_path / "out", config, params, hf_config(name)["model_type"], encoder)
     ids = list(map(int, np.random.default_rng(0).integers(4, 300, 17)))
@@ -78,6 +87,26 @@ def test_prompts_have_the_ids_that_were_trained(template, tmp_path):
         turns = [{"role": "user", "content": text}]
         prompt = read.render(turns, (), True).encode()
         assert model.tokenize(prompt, add_bos=True, special=True) == encoder.prompt(turns)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_an_adapter_does_what_folding_does(name, tmp_path):
+    encoder = Encoder(tiny.tokenizer(), TEMPLATES["user_assistant"])
+    write(tmp_path / "m.gguf", name, **CHANGES.get(name, VOCABULARY))
+    config, params = gguf_models.load(tmp_path / "m.gguf", jnp.float32)
+    banks = naive.random_banks(SPECS, config, size=2.0)
+    members = [(spec, banks[spec.name]) for spec in SPECS]
+    base = export(tmp_path / "base", config, params, name, encoder)
+    save_gguf_adapter(tmp_path / "adapter", config, name, members)
+    ids = list(map(int, np.random.default_rng(0).integers(4, 300, 17)))
+    model = opened(base, lora_path=str(tmp_path / "adapter" / "adapter.gguf"))
+    model.eval(ids)
+    got = log_probabilities(model.scores[: len(ids)])
+    folded = lifecycle.merge_into(params, members)
+    want, bare = (
+        log_probabilities(ours(config, tree, np.array([ids]))[1][0]) for tree in (folded, params)
+    )
+    assert np.abs(got - want).max() <= 5e-3 and np.abs(bare - want).max() >= 0.1
 
 
 @pytest.mark.slow

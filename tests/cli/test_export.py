@@ -14,6 +14,7 @@ from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.base import quantised, trees
 from medmoe_jax.checkpoints import files, gguf_models, huggingface, peft
 from medmoe_jax.checkpoints.bases import open_base
+from medmoe_jax.checkpoints.gguf_file import open_gguf
 from medmoe_jax.cli import export
 from medmoe_jax.cli.main import main
 from medmoe_jax.data import tokenizers
@@ -180,6 +181,15 @@ def test_what_stands_in_a_gguf_file(config, workdir, tmp_path, capsys):
     )
 
 
+def test_what_stands_beside_a_gguf_adapter(config, workdir, tmp_path):
+    assert run(config, workdir, "gguf-adapter", tmp_path / "out") == 0
+    assert run(config, workdir, "peft", tmp_path / "peft") == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"adapter.gguf", "chat_template.jinja"}
+    stored = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert len(open_gguf(tmp_path / "out" / "adapter.gguf").tensors) == len(stored)
+
+
 def test_each_format_has_its_dtypes(config, workdir, tmp_path, capsys):
     for kind in ("hf", "peft"):
         error = fails(capsys, config, workdir, kind, tmp_path / "out", "--dtype=q8_0")
@@ -226,7 +236,8 @@ def test_a_bank_that_looks_at_tokens_must_be_left_out(config, workdir, reference
     assert "there is no bank to write" in error
 
 
-def test_trained_leaves_of_the_base_do_not_fit_an_adapter(workdir, tmp_path):
+@pytest.mark.parametrize("kind", ["peft", "gguf-adapter"])
+def test_trained_leaves_of_the_base_do_not_fit_an_adapter(kind, workdir, tmp_path):
     setup, _ = tiny.trained()
     trained = open_trained(Run(setup, workdir), "align")
     first, *others = setup.stages
@@ -234,7 +245,7 @@ def test_trained_leaves_of_the_base_do_not_fit_an_adapter(workdir, tmp_path):
     setup = dataclasses.replace(setup, stages=(changed, *others))
     leaves = "final_norm, layers.attn_norm, layers.mlp_norm"
     with pytest.raises(UserError, match=rf"\({leaves}\).* use --format=hf"):
-        export.FORMATS["peft"].write(setup, trained, str(tmp_path / "out"), None)
+        export.FORMATS[kind].write(setup, trained, str(tmp_path / "out"), None)
 
 
 def test_nothing_is_left_when_the_disk_is_full(config, workdir, tmp_path, capsys, monkeypatch):
