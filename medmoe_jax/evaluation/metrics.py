@@ -15,7 +15,7 @@ import numpy as np
 from sacrebleu.metrics import CHRF
 
 from medmoe_jax.errors import UserError
-from medmoe_jax.evaluation import answers as grammar
+from medmoe_jax.evaluation import answers, grammars
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _letters_overlap(prediction: str, answer: str) -> float:
 
 
 def _letter_set(text: str) -> frozenset[str]:
-    return grammar.letters(text, "ABCDEFGH")
+    return answers.letters(text, "ABCDEFGH")
 
 
 def _rouge_l(prediction: str, answer: str) -> float:
@@ -178,10 +178,10 @@ METRICS: dict[str, Metric] = {
         Metric("letters_exact", _each(_letters_same), _mean, binary=True),
         # Intersection over union of the letters, as the authors of FrenchMedMCQA score.
         Metric("letters_hamming", _each(_letters_overlap), _mean),
-        Metric("entity_f1", _set_counts(grammar.entities), _set_f1),
-        Metric("relation_f1", _set_counts(grammar.relations), _set_f1),
-        Metric("labelled_f1", _set_counts(grammar.labelled), _set_f1),
-        Metric("term_f1", _set_counts(grammar.terms), _set_f1),
+        Metric("entity_f1", _set_counts(grammars.entities), _set_f1),
+        Metric("relation_f1", _set_counts(grammars.relations), _set_f1),
+        Metric("labelled_f1", _set_counts(grammars.labelled), _set_f1),
+        Metric("term_f1", _set_counts(grammars.terms), _set_f1),
         Metric("rouge_l", _each(_rouge_l), _mean),
         Metric("chrf", _chrf_counts, _chrf),
     )
