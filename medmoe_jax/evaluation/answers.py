@@ -80,6 +80,19 @@ def pick(text: str, choices: Sequence[str], texts: Sequence[str] = ()) -> str | 
     return _word(text, tuple(choices))
 
 
+def last_said(text: str) -> str:
+    """What a free text gives as its answer: what is in its box, or what follows "the answer is".
+
+    Where it says neither, the whole text.
+    """
+    boxed = _boxed(text)
+    found = list(re.finditer(_SAID, tokens.spoken(text), re.I))
+    return boxed or (found[-1][1] if found else text)
+
+
+_SAID = r"(?:answer\s*(?:is|:|=)|答案(?:为|是|：|:))\s*(.+)"
+
+
 def _best(text: str, choices: tuple[str, ...], texts: tuple[str, ...]) -> Run | None:
     """The run of letters that is the text's answer."""
     boxed = _boxed(text)

@@ -1,5 +1,6 @@
 """The grammars of structured answers."""
 
+from medmoe_jax.data.medical import forms
 from medmoe_jax.evaluation import grammars
 
 
@@ -15,6 +16,19 @@ def test_entities():
         ("Disease", "x"),
     }
     assert grammars.entities("无") == grammars.entities("") == frozenset()
+
+
+def test_mentions_that_hold_a_sign_of_the_grammar_survive():
+    """As they are written by the sets' readers, and read again."""
+    found = [("Disease", "flu; severe"), ("Disease", "cough"), ("Drug", 'a "b" c')]
+    text = forms.answer_lines(found, ["Disease", "Drug"], suffix=": ", comma="; ", none="none")
+    assert text == 'Disease: "flu; severe"; cough\nDrug: a "b" c'
+    assert grammars.entities(text) == set(found)
+    chinese = [("疾病", "感冒，重"), ("疾病", "发热")]
+    text = forms.answer_lines(chinese, ["疾病"], suffix="实体：", comma="，", none="无")
+    assert grammars.entities(text) == set(chinese)
+    japanese = "表現: 発熱，嚥下障害; 咳"
+    assert grammars.entities(japanese) == {("表現", "発熱，嚥下障害"), ("表現", "咳")}
 
 
 def test_relations():
