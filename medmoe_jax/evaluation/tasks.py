@@ -21,6 +21,7 @@ from medmoe_jax.evaluation.shots import Fitter, Shots
 
 _SUITES = Path(__file__).with_name("tables") / "suites.toml"
 _SUITE = "suite:"
+_MOST_BYTES = 256 * 2**20  # of training files that are read for the commonest answer alone
 _GUESSED = ("accuracy", "weighted_f1", "macro_f1", "letters_exact")
 
 
@@ -180,14 +181,15 @@ def load_task(
     entry, _ = medical.find(base)
     split = asked or split or medical.default_split(entry, root)
     found = medical.read_split(base, split, root)
-    rows, pool = found.rows, _pool(base, entry, split, root, few)
+    guessed = entry.metric in _GUESSED
+    train = _train(base, entry, root, few.count > 0) if few.count or guessed else []
+    rows, pool = found.rows, [] if split == "train" else train
     if few.count and not pool:
         rows, pool = shots.part(rows, few.count, seed)
     examples = shots.draw(base, pool, few.count, seed)
     sample = _sample(rows, limit, seed)
     before = fit.shortened if fit else 0
     items = tuple(_item(row, examples, few, entry.max_tokens, guided, fit) for row in sample)
-    answers = _answers(base, entry, root) if entry.metric in _GUESSED else []
     languages = {item.language for item in items}
     return Task(
         name=base,
@@ -195,7 +197,7 @@ def load_task(
         kind=entry.kind,
         metric=entry.metric,
         items=items,
-        majority=_majority(entry.metric, items, answers),
+        majority=_majority(entry.metric, items, [row.response for row in train]),
         group=entry.group,
         max_tokens=entry.max_tokens,
         also=entry.also,
@@ -208,11 +210,16 @@ def load_task(
     )
 
 
-def _pool(base: str, entry: MedicalSet, split: str, root, few: Shots) -> list[Row]:
-    """Rows that examples may be drawn from: training rows where there are any."""
-    if not few.count or split == "train" or "train" not in entry.splits:
+def _train(base: str, entry: MedicalSet, root, needed: bool) -> list[Row]:
+    """The training rows, as far as they are there.
+
+    needed: also where the files are so large that the commonest answer is not worth reading them.
+    """
+    if "train" not in entry.splits:
         return []
     try:
+        if not needed and medical.size(entry, "train", root) > _MOST_BYTES:
+            return []
         return medical.read_split(base, "train", root).rows
     except FileNotFoundError:
         return []
@@ -238,16 +245,6 @@ def _item(row: Row, examples, few: Shots, max_tokens: int, guided: bool, fit) ->
         source=row.prompt[slice(*row.body)],
         spans=row.spans,
     )
-
-
-def _answers(base: str, entry: MedicalSet, root) -> list[str]:
-    """The training answers, as far as they are there."""
-    if "train" not in entry.splits:
-        return []
-    try:
-        return [row.response for row in medical.read_split(base, "train", root).rows]
-    except (FileNotFoundError, UserError):
-        return []
 
 
 def _demo_task(name: str, limit: int | None, seed: int) -> Task:

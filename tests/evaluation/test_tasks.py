@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -255,3 +256,12 @@ def test_metrics_of_all_cards_are_known():
     for entry in medical.SETS.values():
         for name in (entry.metric, *entry.also):
             assert not metrics.find(name).ranked or entry.kind == "choice"
+
+
+def test_the_page_on_tasks_names_every_set_and_suite():
+    text = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    for name, entry in medical.SETS.items():
+        assert f"| `{name}` | {entry.title} |" in text
+        assert f"| {', '.join(entry.splits)} | {entry.licence} | {entry.checked} |" in text
+    for name, entry in suites().items():
+        assert f"| `suite:{name}` | {len(entry['tasks'])} | {entry['about']} |" in text

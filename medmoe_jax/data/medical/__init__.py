@@ -11,6 +11,7 @@ from medmoe_jax.data.medical.registry import (
     find,
     read_split,
     rows,
+    size,
     training_rows,
 )
 from medmoe_jax.data.medical.row import Row, shorten
@@ -28,5 +29,6 @@ __all__ = [
     "read_split",
     "rows",
     "shorten",
+    "size",
     "training_rows",
 ]

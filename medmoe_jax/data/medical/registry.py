@@ -72,6 +72,12 @@ def default_split(entry: MedicalSet, root: str | os.PathLike | None = None) -> s
     return there[0] if there else "train"
 
 
+def size(entry: MedicalSet, split: str, root: str | os.PathLike | None = None) -> int:
+    """Bytes of the files of a split that are there."""
+    found, _ = find_files(entry, _source(entry, split), root)
+    return sum(file.path.stat().st_size for file in found)
+
+
 def read_split(name: str, split: str, root: str | os.PathLike | None = None) -> Split:
     """The rows of a split of the set `name`, or of one language or part of it (`tico19:fr`).
 
