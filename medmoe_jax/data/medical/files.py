@@ -160,7 +160,7 @@ def _csv_rows(text: str, path: object, delimiter: str) -> Iterator[tuple[str, li
     reader = csv.reader(io.StringIO(text), strict=True, delimiter=delimiter)
     try:
         for fields in reader:
-            if fields:
+            if any(field.strip() for field in fields):
                 yield f"{path}:{reader.line_num}", fields
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: not CSV ({error}); {REPAIR}") from error
