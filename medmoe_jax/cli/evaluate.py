@@ -34,6 +34,7 @@ from medmoe_jax.evaluation.run import evaluate
 from medmoe_jax.evaluation.shots import FORMS, Fitter, Shots
 from medmoe_jax.evaluation.tasks import Task, expand, list_tasks, load_task, suites
 from medmoe_jax.evaluation.ways import ANSWERS, SCORES, Way
+from medmoe_jax.parallel import processes
 from medmoe_jax.ranges import COUNT
 from medmoe_jax.training.setup import Setup
 from medmoe_jax.training.terminal import console, note
@@ -174,8 +175,9 @@ def _show(report: Report, folder: Path) -> None:
     console.print(report.table())
     for line in report.notes():
         note(line)
-    found = records.read(folder / "records.jsonl")
-    report_html(folder / "report.html", page.of_report(report, found), "Evaluation")
+    if processes.index() == 0:
+        found = records.read(folder / "records.jsonl")
+        report_html(folder / "report.html", page.of_report(report, found), "Evaluation")
     print(f"written to {folder / 'report.json'}")
 
 

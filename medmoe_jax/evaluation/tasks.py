@@ -174,9 +174,13 @@ def load_task(
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}: give a number of items of at least 1")
     if str(name).endswith((".jsonl", ".jsonl.gz")):
+        if split:
+            raise UserError(f"{name} has no splits, of which {split!r} was asked for")
         return _of_user(Path(name), limit, seed, few)
     if name in _DEMO:
-        return _demo_task(str(name), limit, seed)
+        if split not in (None, "dev"):
+            raise UserError(f"{name} has no split {split!r}; it has dev")
+        return _demo_task(str(name), limit, seed, few)
     base, _, asked = str(name).partition("@")
     entry, _ = medical.find(base)
     split = asked or split or medical.default_split(entry, root)
@@ -247,39 +251,54 @@ def _item(row: Row, examples, few: Shots, max_tokens: int, guided: bool, fit) ->
     )
 
 
-def _demo_task(name: str, limit: int | None, seed: int) -> Task:
+def _demo_task(name: str, limit: int | None, seed: int, few: Shots) -> Task:
     group, kind, metric, read = _DEMO[name]
-    rows = _sample(read(), limit, seed)
-    items = tuple(
+    items = [
         Item(row["prompt"], row["answer"], tuple(row["choices"]), language=row.get("language", ""))
-        for row in rows
+        for row in read()
+    ]
+    return _of_items(
+        name, items, kind, metric, limit, seed, few, group=group, split="dev", max_tokens=48
     )
-    majority = _majority(metric, items, [])
-    return Task(name, "mul", kind, metric, items, majority, group, max_tokens=48, split="dev")
 
 
 def _of_user(path: Path, limit: int | None, seed: int, few: Shots) -> Task:
-    """A user's task; examples are drawn from its own items, which are then not asked."""
     read = user_tasks.read(path)
-    items, examples = read.items, []
+    name = path.name.removesuffix(".gz").removesuffix(".jsonl")
+    return _of_items(
+        name, read.items, read.kind, read.metric, limit, seed, few, max_tokens=256, also=read.also
+    )
+
+
+def _of_items(
+    name: str,
+    items: Sequence[Item],
+    kind: str,
+    metric: str,
+    limit: int | None,
+    seed: int,
+    few: Shots,
+    **rest,
+) -> Task:
+    """A task of given items; examples are drawn from among them, which are then not asked."""
+    asked, examples = items, []
     if few.count:
-        items, examples = shots.part(items, few.count, seed)
-    chosen = tuple(_sample(list(items), limit, seed))
+        asked, examples = shots.part(items, few.count, seed)
+    chosen = tuple(_sample(list(asked), limit, seed))
     chosen = tuple(shots.before_item(item, examples, few.form) for item in chosen)
     languages = {item.language for item in chosen}
-    prompts = [str(item.prompt) for item in read.items]
+    prompts = [str(item.prompt) for item in items]
     return Task(
-        name=path.name.removesuffix(".gz").removesuffix(".jsonl"),
+        name=name,
         language=languages.pop() if len(languages) == 1 else "mul",
-        kind=read.kind,
-        metric=read.metric,
+        kind=kind,
+        metric=metric,
         items=chosen,
-        majority=_majority(read.metric, chosen, [item.answer for item in read.items]),
-        max_tokens=256,
-        also=read.also,
+        majority=_majority(metric, chosen, [item.answer for item in items]),
         duplicates=len(prompts) - len(set(prompts)),
         shots=len(examples),
         until=shots.PARTED if examples and few.form == "prompt" else (),
+        **rest,
     )
 
 

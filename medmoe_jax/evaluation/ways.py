@@ -27,6 +27,7 @@ from medmoe_jax.inference.engine import Sampling
 
 ANSWERS = ("letter", "text", "constrained", "free", "reason")
 SCORES = ("sum", "token", "byte", "unconditional")
+_SCORED = ("letter", "text")
 _WRITTEN = ("free", "reason")
 _LEAST = {"free": 512, "reason": 1024}  # tokens to answer a choice in text
 # What a model is asked to do first, by language; English for the others.
@@ -93,6 +94,13 @@ class Way:
                 "several samples need a temperature above 0, and an answer that is written "
                 f"({' or '.join(_WRITTEN)})"
             )
+        if self.answer not in _SCORED and (self.score != "sum" or self.ending):
+            raise UserError(
+                "a score, and the mark that ends a turn in it, need an answer that is scored "
+                f"({' or '.join(_SCORED)})"
+            )
+        if self.reading and self.answer in _SCORED:
+            raise UserError(f"{self.reading} reads what is written; {self.answer} is scored")
 
     def room(self, task: Task) -> int:
         """Most tokens of a written answer to a task."""

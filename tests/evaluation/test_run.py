@@ -133,6 +133,9 @@ def test_an_example_that_a_model_goes_on_to_is_cut():
         ({"samples": 3}, "several samples need a temperature above 0"),
         ({"samples": 3, "temperature": 1.0}, "and an answer that is written"),
         ({"samples": 0}, "at least 1"),
+        ({"answer": "free", "score": "byte"}, "need an answer that is scored"),
+        ({"answer": "constrained", "ending": True}, "need an answer that is scored"),
+        ({"reading": "first-capital"}, "reads what is written; letter is scored"),
     ],
 )
 def test_ways_that_there_are_not(wrong, message):

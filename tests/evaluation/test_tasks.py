@@ -203,6 +203,19 @@ def test_shots_of_a_user_task_are_not_asked(tmp_path):
     assert all(len(item.turns) == 5 for item in turns.items)
 
 
+def test_shots_of_the_demonstration_are_not_asked():
+    plain, shot = (load_task("demo_knowledge", few=Shots(n)) for n in (0, 2))
+    assert len(shot.items) == len(plain.items) - 2 and shot.shots == 2 and shot.split == "dev"
+    assert all(len(item.prompt.split("\n\n")) >= 3 for item in shot.items)
+
+
+def test_a_split_of_what_has_none():
+    with pytest.raises(UserError, match="has no splits, of which 'test' was asked for"):
+        load_task("mine.jsonl", split="test")
+    with pytest.raises(UserError, match="demo_alignment has no split 'test'; it has dev"):
+        load_task("demo_alignment", split="test")
+
+
 @pytest.mark.parametrize("wrong", [{"count": -1}, {"form": "poem"}])
 def test_shots_that_there_are_not(wrong):
     with pytest.raises(UserError, match="shots: "):
