@@ -100,7 +100,7 @@ hi नहीं नही
 ko 아니라 아니고
 """
 BUT = """
-en but yet
+en but yet rather instead
 zh 而是 而 但是 但 应是 应该是
 fr mais
 es sino pero

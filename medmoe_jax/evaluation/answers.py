@@ -282,7 +282,12 @@ _POINTERS = ("it", "that", "this", "这", "它", "其")
 
 
 def _crossed(found: list[Token], at: int) -> bool:
-    """Whether a line ends in "the answer is:", so that its answer stands in the next."""
+    """Whether a line ends in "the answer is:", so that its answer stands in the next.
+
+    A semicolon before "but" ends nothing either.
+    """
+    if found[at].text == ";" and found[at + 1].role == "BUT":
+        return True
     while at > 0 and found[at].text == "\n":
         at -= 1
     return found[at].role in ("COLON", "COPULA", "ANSWER")
