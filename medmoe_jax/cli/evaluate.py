@@ -75,11 +75,11 @@ def run(arguments, rest) -> None:
         no_rest(rest)
         _print_known(arguments.list_suites)
         return
+    if arguments.limit is not None:
+        COUNT.check("limit", arguments.limit)
     names = expand([name for name in arguments.tasks.split(",") if name])
     if not names:
         raise UserError("--tasks is empty; `medmoe eval --list` prints the known ones")
-    if arguments.limit is not None:
-        COUNT.check("limit", arguments.limit)
     output = arguments.output or arguments.workdir
     if not output:
         raise UserError("give --output (or --workdir) for report.json")

@@ -334,7 +334,7 @@ def test_overlap(tmp_path, capsys):
     out = f"--output={tmp_path / 'o'}"
     assert main(["overlap", f"--train={train}", f"--tasks={tasks}", out]) == 0
     (found,) = read(tmp_path / "o" / "overlap.jsonl")
-    assert found["item"] == 0 and found["row"].endswith("train.jsonl:1")
+    assert found["item"] == 0 and found["row"].endswith("train.jsonl, line 1")
     assert found["row_text"] == "what is flu? a virus"
     assert "give --tasks to look for" in fails(capsys, "overlap", f"--tasks={tasks}", out)
 

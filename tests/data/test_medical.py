@@ -13,6 +13,7 @@ from medmoe_jax.data import medical
 from medmoe_jax.data.medical import cards, files, formats, forms, locate, registry, row
 from medmoe_jax.data.sources import open_source
 from medmoe_jax.errors import UserError
+from medmoe_jax.training.config import source
 from tests.data import upstream
 
 NAMES = list(medical.SETS)
@@ -219,10 +220,10 @@ def test_every_file_of_the_upstream_layout_is_read_in_its_split(name, laid_out, 
 def test_a_source_of_a_recipe_is_no_test_split(tmp_path, monkeypatch):
     upstream.write("cmedic", tmp_path)
     monkeypatch.setenv("MEDMOE_DATA", str(tmp_path))
-    rows, _ = open_source("x", "", "cmedic", "train", "{text}", lambda r: r)
-    assert len(rows) == 2
+    fields = source(reader="cmedic").to_dict()
+    assert len(open_source("x", fields).rows) == 2
     with pytest.raises(UserError, match="cmedic: its split 'test' is for evaluation only"):
-        open_source("x", "", "cmedic", "test", "{text}", lambda r: r)
+        open_source("x", fields | {"split": "test"})
 
 
 def test_expected_rows_of_some_layouts(laid_out):

@@ -207,7 +207,7 @@ def test_a_stop_ends_after_a_batch_and_keeps_the_tasks_that_are_finished(tmp_pat
 
 def test_a_task_that_cannot_be_done_does_not_lose_the_others(tmp_path):
     class Narrow(Constant):
-        def write(self, prompts, max_tokens, sampling):
+        def answer(self, prompts, max_tokens, sampling):
             raise UserError(f"{max_tokens} new tokens do not fit a context of 512")
 
     note = Task("note", "en", "generate", "rouge_l", (Item("q", "a"),), max_tokens=1024)
