@@ -51,7 +51,7 @@ def open_run(arguments: Sequence[str], workdir: str) -> Run:
     )
     keep_compiled(config.run.compilation_cache, workdir)
     setup = open_setup(config)
-    for text in doubts(setup.template, setup.tokenizer):
+    for text in (*setup.base.notes, *doubts(setup.template, setup.tokenizer)):
         note(text)
     return Run(setup, workdir)
 
