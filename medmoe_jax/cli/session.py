@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from medmoe_jax import json_text
 from medmoe_jax.adapters import lifecycle
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.checkpoints.agreement import check_alike
@@ -235,7 +236,7 @@ def read_rows(path: str, fields: Sequence[str]) -> tuple[list[dict], list[str]]:
             continue
         place = f"{path}:{number}"
         try:
-            row = json.loads(line)
+            row = json_text.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{place}: not JSON ({error.msg})") from None
         for field in fields:
