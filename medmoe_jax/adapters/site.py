@@ -14,34 +14,36 @@ import jax.numpy as jnp
 
 from medmoe_jax.adapters.bank import BankSpec, site_params
 from medmoe_jax.base.seam import Context
+from medmoe_jax.kernels.router_equations import RouterStats
 from medmoe_jax.routing.dispatch import Strategy
 from medmoe_jax.routing.gating import Decision, Router
 from medmoe_jax.routing.terms import LoraTerm
 
 
 def dropped_inputs(
-    banks: Sequence[BankSpec], group: str, x_BxTxD, context: Context
+    banks: Sequence[BankSpec], group: str, x_BxTxD: jax.Array, context: Context
 ) -> dict[float, Any]:
     """`{rate: x after dropout}`: one draw a group, so that equal rates share one array."""
     key = context.dropout_key
-    rates = {bank.dropout if key is not None else 0.0 for bank in banks}
-    inputs = {0.0: x_BxTxD}
-    if rates - {0.0}:
+    if key is None:
+        return {bank.dropout: x_BxTxD for bank in banks}
+    inputs, rates = {0.0: x_BxTxD}, {bank.dropout for bank in banks} - {0.0}
+    if rates:
         key = jax.random.fold_in(key, context.layer)
         key = jax.random.fold_in(key, zlib.crc32(group.encode()))
         # Sixteen bits a draw: the rate is exact to 1 in 65,536.
         bits = jax.random.bits(key, x_BxTxD.shape, jnp.uint16)
-        for rate in rates - {0.0}:
+        for rate in rates:
             cut = round(rate * 65536)
             keep = (bits >= cut).astype(x_BxTxD.dtype)
             inputs[rate] = x_BxTxD * keep * (1.0 / (1.0 - cut / 65536))
-    return inputs if key is not None else {bank.dropout: x_BxTxD for bank in banks}
+    return inputs
 
 
 def decide(
     strategy: Strategy,
     routed: Sequence[tuple[BankSpec, str, Mapping[str, Any]]],
-    x_BxTxD,
+    x_BxTxD: jax.Array,
     context: Context,
 ) -> list[Decision]:
     """Gates and statistics of every router that reads x; padding picks no expert.
@@ -63,7 +65,7 @@ def decide(
 
 
 def _router(
-    bank: BankSpec, name: str, params: Mapping[str, Any], shape: tuple[int, int], context: Context
+    bank: BankSpec, name: str, params: Mapping[str, Any], shape: tuple[int, ...], context: Context
 ) -> Router:
     key, noise_BxTxE = context.dropout_key, None
     if bank.router_noise and key is not None:
@@ -87,11 +89,11 @@ def adapted_linear(
     banks: tuple[BankSpec, ...],
     strategy: Strategy,
     group: str,
-    x_BxTxD,
+    x_BxTxD: jax.Array,
     weights: Mapping[str, Any],
     params: Mapping[str, Any],
     context: Context,
-):
+) -> tuple[dict[str, Any], dict[str, RouterStats]]:
     """The sites of a projection group with their banks: `y = x W + Σ_banks s B(gate ∘ Λ ∘ A x)`.
 
     Args:

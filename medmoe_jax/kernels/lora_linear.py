@@ -256,7 +256,16 @@ def _lora_linear_bwd(backend, columns, saved, dy_TxO):
 _lora_linear.defvjp(_lora_linear_fwd, _lora_linear_bwd, symbolic_zeros=True)
 
 
-def lora_linear(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, *, backend: str, columns: str = RANK_COLUMNS):
+def lora_linear(
+    x_TxD: jax.Array,
+    w_DxO: jax.Array,
+    a_DxR: jax.Array,
+    gate_TxR: jax.Array | None,
+    b_RxO: jax.Array,
+    *,
+    backend: str,
+    columns: str = RANK_COLUMNS,
+) -> jax.Array:
     """`y = x·W + ((x·A) ∘ gate)·B`: a frozen linear layer and all banks of its site.
 
     Args:
