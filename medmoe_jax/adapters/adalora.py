@@ -153,7 +153,7 @@ def threshold(triplet_scores: Mapping[str, jax.Array], cut: jax.Array | int) -> 
 
 
 def advance(
-    schedule: BudgetSchedule, t: jax.Array, params: Params, gradients: Params, state: Allocation
+    schedule: BudgetSchedule, t: jax.Array, params: Any, gradients: Any, state: Allocation
 ) -> tuple[dict[str, jax.Array], Allocation]:
     """The allocation after update t.
 

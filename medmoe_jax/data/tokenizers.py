@@ -1,4 +1,4 @@
-"""Tokenizers: sentencepiece models and `tokenizer.json` files behind one small protocol.
+"""Tokenizers: sentencepiece models and `tokenizer.json` files.
 
 Training texts are encoded run by run and the ids are concatenated. So `encode` by default
 *continues* a text: it never adds the dummy space that many vocabularies put before a text.
@@ -18,7 +18,7 @@ import tokenizers as hf
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
-from medmoe_jax.data.tokens import Added, Markup, Tokenizer
+from medmoe_jax.data.tokens import Added, Tokenizer
 from medmoe_jax.errors import UserError
 
 # Tried in this order when no file beside a tokenizer.json says anything.
@@ -28,9 +28,9 @@ GUESSES = {
 }
 
 
-class SentencePiece(Markup):
+class SentencePiece(Tokenizer):
     """A sentencepiece `.model` file, with the files beside it that name its special tokens and add
-    tokens behind the model's. Loaded at first use. Implements `Tokenizer`.
+    tokens behind the model's.
     """
 
     def encode(self, text: str, start: bool = False) -> list[int]:
@@ -125,9 +125,8 @@ class SentencePiece(Markup):
         return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 
 
-class HuggingFace(Markup):
+class HuggingFace(Tokenizer):
     """A `tokenizer.json` file, with the files beside it that name its special tokens and add more.
-    Loaded at first use. Implements `Tokenizer`.
 
     Special tokens written in ordinary text are text to it, never their ids.
     """
@@ -222,7 +221,7 @@ class HuggingFace(Markup):
         return tokenizer
 
 
-def load(path: str | Path) -> SentencePiece | HuggingFace:
+def load(path: str | Path) -> Tokenizer:
     """Loads a sentencepiece model, a `tokenizer.json`, or a folder that holds one of them.
 
     A folder's `tokenizer.json` comes before its `tokenizer.model`; the chat template is taken from
@@ -251,7 +250,7 @@ def load(path: str | Path) -> SentencePiece | HuggingFace:
 
 def train(
     texts: Iterable[str], vocab_size: int, out: str | Path, symbols: Sequence[str] = ()
-) -> SentencePiece:
+) -> Tokenizer:
     """Trains a byte-fallback BPE sentencepiece model and writes it to the file `out`.
 
     Ids: 0 unknown, 1 bos, 2 eos, 3 pad, then `symbols` in order. White space is kept and no dummy
