@@ -44,6 +44,7 @@ REQUIRES = [
 ]
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10,<0.12"],
+    "gpu": ["jax[cuda13]>=0.10,<0.12"],
     # Compiles for TPU slices on a machine without one: the release that jax[tpu] itself asks for.
     # jaxlib cannot print every program that a later one compiles.
     "aot": ["libtpu>=0.0.42,<0.0.43"],

@@ -2,9 +2,9 @@
 
 import pytest
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
+torch = pytest.importorskip("torch", exc_type=ImportError)
+transformers = pytest.importorskip("transformers", exc_type=ImportError)
+peft = pytest.importorskip("peft", exc_type=ImportError)
 
 
 def load_model(folder, dtype=torch.float32):

@@ -8,6 +8,7 @@ the layer's window. Segment 0 is padding and sees only itself, so that its softm
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -149,7 +150,7 @@ def splash_attention(
     segments_BxT,
     window,
 ):
-    """TPU splash attention; layers of both kinds share one compiled loop through `lax.switch`.
+    """TPU splash attention.
 
     Within a packed row, segments are contiguous, so order in the row is order in the segment.
     On a mesh, each device runs it on its own rows, on its own queries where the axis `sequence`
@@ -159,14 +160,15 @@ def splash_attention(
     _, T, H, _ = q_BxTxHxh.shape
     sequence, tensor = execution.sequence_axis(T), execution.tensor_axis(k_BxTxKxh.shape[2])
     heads, shards = H // execution.size(tensor), execution.size(sequence)
-    kernels = [
-        _splash_kernel(heads, T, size, config.attn_softcap, shards) for size in _windows(config)
-    ]
+    kernels = {
+        size: _splash_kernel(heads, T, size, config.attn_softcap, shards)
+        for size in _windows(config)
+    }
     run = functools.partial(_local_splash, config, sequence)
     if execution.mesh is not None:
         tokens, by_head = execution.spec(T), execution.spec(T, tensor, None)
         masks = NamedSharding(execution.mesh, PartitionSpec(None, sequence))
-        here = [kernel.manual_sharding_spec(masks) for kernel in kernels]
+        here = {size: kernel.manual_sharding_spec(masks) for size, kernel in kernels.items()}
         inputs = (here, by_head, by_head, by_head, tokens, PartitionSpec())
         run = execution.per_device(run, inputs, by_head)
     return run(kernels, q_BxTxHxh, k_BxTxKxh, v_BxTxKxh, segments_BxT, window)
@@ -175,6 +177,15 @@ def splash_attention(
 def _windows(config: DecoderConfig) -> list[int]:
     """The layers' different windows, 0 = unlimited."""
     return sorted(set(config.windows)) or [0]
+
+
+def by_window(config: DecoderConfig, window, run: Callable[[int], jax.Array]) -> jax.Array:
+    """`run(size)` for the layer's window: layers of all kinds share one compiled loop."""
+    sizes = _windows(config)
+    if len(sizes) == 1:
+        return run(sizes[0])
+    which = jnp.searchsorted(jnp.asarray(sizes), window)
+    return jax.lax.switch(which, [functools.partial(run, size) for size in sizes])
 
 
 def _local_splash(
@@ -204,14 +215,10 @@ def _local_splash(
     )
     ids = splash.SegmentIds(segments_BxT, segments_BxS)
 
-    def run(kernel):
-        return jax.vmap(kernel)(q, k, v, segment_ids=ids)
+    def run(size: int):
+        return jax.vmap(kernels[size])(q, k, v, segment_ids=ids)
 
-    if len(kernels) == 1:
-        return jnp.swapaxes(run(kernels[0]), 1, 2)
-    branches = [functools.partial(run, kernel) for kernel in kernels]
-    which = jnp.searchsorted(jnp.asarray(_windows(config)), window)
-    return jnp.swapaxes(jax.lax.switch(which, branches), 1, 2)
+    return jnp.swapaxes(by_window(config, window, run), 1, 2)
 
 
 def _divisor(n: int, most: int) -> int:

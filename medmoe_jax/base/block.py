@@ -7,6 +7,7 @@ heads, h head dimension, L layers.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ class Tokens(NamedTuple):
       k_segments_BxS, k_positions_BxS: int32, of the keys.
       written: [] int32, cache slots written before.
       rope: the tables of `rope.tables`.
-      splash: whether TPU splash attention runs.
+      attend: runs attention without a cache, as `attention.splash_attention` does; None = masked.
     """
 
     segments_BxT: jax.Array
@@ -35,7 +36,7 @@ class Tokens(NamedTuple):
     k_positions_BxS: jax.Array
     written: jax.Array
     rope: tuple[jax.Array, jax.Array]
-    splash: bool
+    attend: Callable | None
 
 
 class Layer(NamedTuple):
@@ -108,10 +109,8 @@ def _attention(config, execution, seam, layer: Layer, x_BxTxD, tokens: Tokens, c
     q, k = rope.rotate(q, *tokens.rope), rope.rotate(k, *tokens.rope)
     if cache is not None:
         cache, (k, v) = _append(cache, (k, v), context.layer, tokens.written)
-    if tokens.splash:
-        out = attention.splash_attention(
-            config, execution, q, k, v, tokens.segments_BxT, layer.window
-        )
+    if tokens.attend:
+        out = tokens.attend(config, execution, q, k, v, tokens.segments_BxT, layer.window)
     else:
         k, v = execution.gather_tokens(k), execution.gather_tokens(v)
         mask = attention.visible(

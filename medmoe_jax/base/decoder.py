@@ -15,12 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from medmoe_jax.base import rope, trees
+from medmoe_jax.base import attention, cudnn, rope, trees
 from medmoe_jax.base.block import Layer, Tokens, block, rms_norm
 from medmoe_jax.base.cache import Cache
 from medmoe_jax.base.config import GROUPS, DecoderConfig, site_shapes
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.base.seam import BareSeam, Context, LayerRange, Params, activation
+from medmoe_jax.errors import ParameterError
 
 # What turns a stack into a layer's weights. Keeping the output of any of these for the backward
 # pass would copy the base; recomputing them costs nothing.
@@ -38,7 +39,8 @@ def _checkpointed(body: Callable, remat: str, kept: tuple[str, ...]) -> Callable
     """
     policies = jax.checkpoint_policies
     named = policies.save_only_these_names(*kept)
-    dots = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, named)
+    outputs = policies.save_only_these_names(*kept, cudnn.OUTPUT)
+    dots = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, outputs)
     policy = {"none": _all_but_weights, "dots": dots, "full": named}[remat]
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
@@ -130,7 +132,7 @@ def hidden(
         k_positions,
         written,
         rope.tables(config, positions_BxT),
-        execution.splash and cache is None,
+        _flash(config, execution, tokens_BxT.shape[1]) if cache is None else None,
     )
     context = context._replace(segment_ids_BxT=segment_ids_BxT)
     layers, trained_layers = params["layers"], trained.get("layers", {})
@@ -144,6 +146,20 @@ def hidden(
     if cache is not None:
         cache = Cache(*kv, k_segments, k_positions, written + tokens_BxT.shape[1])
     return x_BxTxD, cache, tuple(every)
+
+
+def _flash(config: DecoderConfig, execution: Execution, tokens: int) -> Callable | None:
+    """The flash attention that runs rows of that many tokens, or None."""
+    chosen = execution.attention
+    if chosen == "splash" or (chosen == "auto" and execution.platform == "tpu"):
+        return attention.splash_attention
+    if chosen in ("auto", "cudnn"):
+        against = cudnn.obstacle(config, execution, tokens)
+        if against is None:
+            return cudnn.cudnn_attention
+        if chosen == "cudnn":
+            raise ParameterError(f"attention: 'cudnn' cannot run this: {against}; use 'auto'")
+    return None
 
 
 def head(params: Params, trained: Params | None = None):

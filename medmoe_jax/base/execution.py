@@ -19,7 +19,7 @@ from medmoe_jax.errors import ParameterError
 from medmoe_jax.mesh_axes import EXPERT, FSDP, SEQUENCE, TENSOR
 
 REMAT = ("none", "dots", "full")
-ATTENTION = ("auto", "xla", "splash")
+ATTENTION = ("auto", "xla", "splash", "cudnn")
 KERNELS = ("auto", "xla", "pallas", "interpret")
 
 
@@ -31,7 +31,8 @@ class Execution:
       dtype: activations' and products' dtype (`float32` or `bfloat16`).
       remat: what the backward pass recomputes: `none`, everything but `dots`, or the `full` layer.
       unroll: layers a loop iteration holds.
-      attention: `splash` (TPU only), `xla`, or `auto`.
+      attention: `splash` (TPU only), `cudnn` (NVIDIA GPUs only), `xla`, or `auto`, the first that
+        the devices and the decoder allow.
       kernels: what runs routing and experts: `pallas` (TPU only), `xla`, `interpret` (the Pallas
         kernels on a processor, for tests), or `auto`.
       activations: sharding of `[B, T, D]` arrays, or None to leave it to the compiler.
@@ -77,12 +78,6 @@ class Execution:
         if self.kernels != "auto":
             return self.kernels
         return "pallas" if self.platform == "tpu" else "xla"
-
-    @property
-    def splash(self) -> bool:
-        """Whether attention without a cache is TPU splash attention."""
-        chosen = self.attention == "auto" and self.platform == "tpu"
-        return chosen or self.attention == "splash"
 
     @property
     def row_axes(self) -> tuple[str, ...]:

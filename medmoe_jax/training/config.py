@@ -79,7 +79,7 @@ def recipe() -> ConfigDict:
                 "accumulation": 1,  # micro-batches a step
                 "remat": "full",
                 "unroll": 1,
-                "attention": "auto",
+                "attention": "auto",  # splash (TPU), cudnn (NVIDIA GPU), xla, or the fitting one
                 "kernels": "auto",  # of routing and experts: pallas (TPU), xla, or the fitting one
                 "dispatch": "auto",
                 "compilation_cache": "",  # directory; empty = JAX's own, or one in the workdir
