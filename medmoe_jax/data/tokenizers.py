@@ -16,7 +16,7 @@ from pathlib import Path
 import sentencepiece
 import tokenizers as hf
 from google.protobuf.message import DecodeError
-from sentencepiece import sentencepiece_model_pb2 as model_pb2
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from medmoe_jax.data.tokens import Added, Tokenizer
 from medmoe_jax.errors import UserError
@@ -75,7 +75,7 @@ class SentencePiece(Tokenizer):
     @functools.cached_property
     def _own_added(self) -> dict[str, Added]:
         """Control and user-defined pieces."""
-        piece = model_pb2.ModelProto.SentencePiece
+        piece = ModelProto.SentencePiece
         kinds = {piece.CONTROL: True, piece.USER_DEFINED: False}
         return {
             p.piece: Added(i, special=kinds[p.type])
@@ -101,8 +101,8 @@ class SentencePiece(Tokenizer):
         return self._starting.get_piece_size()
 
     @functools.cached_property
-    def _model(self) -> model_pb2.ModelProto:
-        return model_pb2.ModelProto.FromString(self._content)
+    def _model(self) -> ModelProto:
+        return ModelProto.FromString(self._content)
 
     @functools.cached_property
     def _dummy_prefix(self) -> bool:
@@ -118,7 +118,7 @@ class SentencePiece(Tokenizer):
 
     def _processor(self, dummy_prefix: bool) -> sentencepiece.SentencePieceProcessor:
         """White space is kept as it is, so that decoding gives back the text."""
-        model = model_pb2.ModelProto()
+        model = ModelProto()
         model.CopyFrom(self._model)
         model.normalizer_spec.add_dummy_prefix = dummy_prefix
         model.normalizer_spec.remove_extra_whitespaces = False
