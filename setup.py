@@ -26,6 +26,7 @@ REQUIRES = [
     "ml-collections>=1.1,<2",
     "ml_dtypes>=0.5,<0.7",
     "numpy>=2.1,<3",
+    "openpyxl>=3.1,<4",
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
     "py3langid>=0.4,<0.5",
@@ -35,6 +36,7 @@ REQUIRES = [
     "sacrebleu>=2.5,<3",
     "safetensors>=0.6,<0.9",
     "scikit-learn>=1.6,<2",
+    "scipy>=1.14,<2",
     "sentencepiece>=0.2.1,<0.3",
     "tensorboardX>=2.6.4,<3",
     "tensorflow-datasets>=4.9.10,<5",
@@ -89,7 +91,18 @@ setup(
     package_data={
         "medmoe_jax": [
             f"**/*.{suffix}"
-            for suffix in ("json", "jsonl", "csv", "tsv", "txt", "jinja", "model", "typed", "html")
+            for suffix in (
+                "json",
+                "jsonl",
+                "csv",
+                "tsv",
+                "txt",
+                "toml",
+                "jinja",
+                "model",
+                "typed",
+                "html",
+            )
         ]
     },
     install_requires=REQUIRES,
