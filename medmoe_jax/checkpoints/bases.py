@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.typing import DTypeLike
 
 from medmoe_jax.base import decoder, quantised
 from medmoe_jax.base.config import DecoderConfig
@@ -48,7 +49,7 @@ class Base:
             return families.expressing(self.config)
         return families.family_of(read_json(self.folder / "config.json"))
 
-    def abstract(self, dtype):
+    def abstract(self, dtype: DTypeLike) -> dict[str, Any]:
         """The parameters that `load` gives, as `ShapeDtypeStruct`s."""
         encode = functools.partial(quantised.quantise, kind=self.quantise)
         return jax.eval_shape(encode, decoder.abstract(self.config, dtype))

@@ -12,6 +12,7 @@ A bank whose gate depends on the token fits neither; --off=BANK leaves it out.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from typing import Any
 
@@ -33,7 +34,7 @@ from medmoe_jax.training.terminal import note
 from medmoe_jax.training.trained import Trained
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
     add_model_arguments(parser)
     parser.add_argument("--format", required=True, choices=list(FORMATS), help="what to write")
@@ -45,7 +46,7 @@ def add_arguments(parser) -> None:
     )
 
 
-def run(arguments, rest) -> None:
+def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Run the command."""
     check_new(arguments.output)
     opened = open_run(rest, arguments.workdir)

@@ -116,6 +116,10 @@ class Template(Protocol):
     def lead(self) -> list[Piece]:
         """What stands between a prompt and the text of a plain answer."""
 
+    def sources(self, bos: str, eos: str) -> list[str]:
+        """Its text in Jinja, for a vocabulary with these texts of bos and eos: the forms that are
+        to be tried, the first of them where none gives the trained ids."""
+
     def thought(self) -> tuple[Piece, Piece]:
         """What stands before and after the reasoning of an answer; empty where it has no place."""
 

@@ -95,7 +95,7 @@ class Tokenizer(ABC):
     def _encode_run(self, text: str, start: bool) -> list[int]:
         """The ids of text that stands between tokens of their own."""
 
-    def parts(self, text: str) -> list[Part]:
+    def parts(self, text: str) -> list[str | Added]:
         """Markup taken apart: ordinary text, and the tokens of their own that are written in it."""
         pieces = enumerate(self._special_pattern.split(text))
         return [self.added[piece] if n % 2 else piece for n, piece in pieces if piece]

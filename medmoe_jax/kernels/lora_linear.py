@@ -140,7 +140,7 @@ def _kernel(x_ref, w_ref, a_ref, b_ref, *refs, K: int, transposed: bool, rate: f
         w, a = (keep(block, contracted, 0, K - k * tk) for block in (w, a))
 
     def drop(block):
-        return dropped(block, *(ref[...] for ref in word_refs), rate) if word_refs else block
+        return block if rate is None else dropped(block, *(ref[...] for ref in word_refs), rate)
 
     @pl.when(first)
     def _():
