@@ -17,6 +17,7 @@ REQUIRES = [
     "array_record>=0.8,<0.9",
     "cma>=4.4,<5",
     "flax>=0.12.8,<0.13",
+    "gguf>=0.17,<0.20",
     "grain>=0.2.18,<0.3",
     "huggingface_hub>=1.0,<3",
     "importlib_resources>=6.4,<8",
@@ -69,6 +70,8 @@ EXTRAS = {
     "notebooks": ["ipywidgets>=8.1,<9", "jupyter>=1.1,<2"],
 }
 EXTRAS["all"] = sorted({requirement for group in EXTRAS.values() for requirement in group})
+# Tries exported GGUF files. Not of `all`: it compiles llama.cpp, with cmake and a C++ compiler.
+EXTRAS["llama-cpp"] = ["llama-cpp-python>=0.3.16,<0.4"]
 
 setup(
     name="medmoe_jax",

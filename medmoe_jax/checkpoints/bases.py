@@ -15,8 +15,9 @@ from jax.typing import DTypeLike
 from medmoe_jax.base import decoder, quantised
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.presets import preset
-from medmoe_jax.checkpoints import families, huggingface, llama2c
-from medmoe_jax.checkpoints.files import read_json
+from medmoe_jax.checkpoints import gguf_models, hf_config, huggingface, llama2c
+from medmoe_jax.checkpoints.gguf_file import open_gguf
+from medmoe_jax.data import gguf_tokenizer
 from medmoe_jax.errors import UserError
 
 
@@ -27,27 +28,34 @@ class Base:
     Attributes:
       config: its shapes.
       load: `load(dtype, shardings) -> parameters`; `shardings` is a tree like `abstract(dtype)`.
-      tokenizer: where its tokenizer lies, or None.
+      find_tokenizer: tells where its tokenizer lies, or None; may raise UserError.
       quantise: a key of `base.quantised.KINDS` that its kernels are stored in, or "".
       folder: the Hugging Face folder it comes from, or None.
+      known_family: the Hugging Face family that its files name, or "".
+      notes: what was left out of its files, for people.
     """
 
     config: DecoderConfig
     load: Callable[[Any, Any], Any]
-    tokenizer: Path | None
+    find_tokenizer: Callable[[], Path | None] = lambda: None
     quantise: str = ""
     folder: Path | None = None
+    known_family: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """Where its tokenizer lies, or None. Raises UserError for one that cannot be read."""
+        return self.find_tokenizer()
 
     @property
     def family(self) -> str:
-        """Its Hugging Face family: its folder's, or the first that can express the decoder.
+        """Its Hugging Face family: its files', or the first that can express the decoder.
 
         Raises:
           UserError: none can.
         """
-        if self.folder is None:
-            return families.expressing(self.config)
-        return families.family_of(read_json(self.folder / "config.json"))
+        return self.known_family or hf_config.expressing(self.config)
 
     def abstract(self, dtype: DTypeLike) -> dict[str, Any]:
         """The parameters that `load` gives, as `ShapeDtypeStruct`s."""
@@ -61,7 +69,8 @@ def open_base(
     """The base at `path`, or a random one of a preset with some fields overridden.
 
     Args:
-      path: a Hugging Face directory, `hf://org/name`, or a llama2.c `.bin` file; "" = random.
+      path: a Hugging Face directory, `hf://org/name`, a `.gguf` file or a llama2.c `.bin` file;
+        "" = random.
       preset_name, overrides: architecture of a random base; a base on disk brings its own.
       seed: of random weights.
       quantise: how its kernels are stored: a key of `base.quantised.KINDS`, or "" = in floats.
@@ -78,25 +87,50 @@ def open_base(
     if not path:
         return _random(preset_name, overrides, seed, quantise)
     if path.startswith("hf://") or (Path(path) / "config.json").is_file():
-        folder = huggingface.locate(path)
-        return Base(
-            huggingface.read_config(folder),
-            lambda dtype, shardings: huggingface.load(folder, dtype, shardings, quantise)[1],
-            folder,
-            quantise,
-            folder,
-        )
+        return _hugging_face(path, quantise)
     if Path(path).is_file() and path.endswith(".bin"):
-        tokenizers = sorted(Path(path).parent.glob("*.model"))
-        return Base(
-            llama2c.read_config(path),
-            lambda dtype, shardings: _stored(quantise, shardings)(llama2c.load(path, dtype)[1]),
-            tokenizers[0] if len(tokenizers) == 1 else None,
-            quantise,
-        )
+        return _llama2c(path, quantise)
+    if path.endswith(".gguf"):
+        return _gguf(path, quantise)
     raise UserError(
         f"base.path: '{path}' is neither a directory with a config.json, nor 'hf://org/name', nor "
-        "a llama2.c .bin file"
+        "a .gguf file, nor a llama2.c .bin file"
+    )
+
+
+def _hugging_face(path: str, quantise: str) -> Base:
+    folder = huggingface.locate(path)
+    family, config = huggingface.describe(folder)
+    return Base(
+        config,
+        lambda dtype, shardings: huggingface.load(folder, dtype, shardings, quantise)[1],
+        lambda: folder,
+        quantise,
+        folder,
+        family,
+        huggingface.notes(folder),
+    )
+
+
+def _llama2c(path: str, quantise: str) -> Base:
+    beside = sorted(Path(path).parent.glob("*.model"))
+    return Base(
+        llama2c.read_config(path),
+        lambda dtype, shardings: _stored(quantise, shardings)(llama2c.load(path, dtype)[1]),
+        lambda: beside[0] if len(beside) == 1 else None,
+        quantise,
+    )
+
+
+def _gguf(path: str, quantise: str) -> Base:
+    file = open_gguf(path)
+    family, config = gguf_models.describe(file)
+    return Base(
+        config,
+        lambda dtype, shardings: gguf_models.load(path, dtype, shardings, quantise)[1],
+        lambda: gguf_tokenizer.unpack(file.fields, path),
+        quantise,
+        known_family=family,
     )
 
 
@@ -121,4 +155,4 @@ def _random(preset_name: str, overrides: Mapping[str, Any], seed: int, quantise:
         build = functools.partial(decoder.init, config, dtype=dtype)
         return _stored(quantise, shardings, build)(jax.random.key(seed))
 
-    return Base(config, load, None, quantise)
+    return Base(config, load, quantise=quantise)

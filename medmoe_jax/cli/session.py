@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from medmoe_jax import json_text
 from medmoe_jax.adapters import lifecycle
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.checkpoints.agreement import check_alike
@@ -52,7 +53,7 @@ def open_run(arguments: Sequence[str], workdir: str) -> Run:
     )
     keep_compiled(config.run.compilation_cache, workdir)
     setup = open_setup(config)
-    for text in doubts(setup.template, setup.tokenizer):
+    for text in (*setup.base.notes, *doubts(setup.template, setup.tokenizer)):
         note(text)
     return Run(setup, workdir)
 
@@ -244,7 +245,7 @@ def read_rows(path: str, fields: Sequence[str]) -> tuple[list[dict], list[str]]:
             continue
         place = f"{path}:{number}"
         try:
-            row = json.loads(line)
+            row = json_text.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{place}: not JSON ({error.msg})") from None
         for field in fields:

@@ -18,6 +18,7 @@ import tokenizers as hf
 from google.protobuf.message import DecodeError
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
+from medmoe_jax import json_text
 from medmoe_jax.data.tokens import Added, Tokenizer
 from medmoe_jax.errors import UserError
 
@@ -196,7 +197,7 @@ class HuggingFace(Tokenizer):
 
     @functools.cached_property
     def _parsed(self) -> dict:
-        content = json.loads(self._content)
+        content = json_text.loads(self._content)
         if not isinstance(content, dict) or not {"model", "added_tokens"} <= content.keys():
             raise ValueError("it lacks the fields 'model' and 'added_tokens'")
         return content

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from medmoe_jax import json_text
 from medmoe_jax.checkpoints.files import write_text
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import metrics
@@ -90,7 +91,7 @@ def read(path: str | Path) -> list[dict]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json_text.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{number}: not JSON ({error.msg})") from error
         lacking = [f for f in _NEEDED if not isinstance(record, dict) or f not in record]

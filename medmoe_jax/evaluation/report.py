@@ -10,6 +10,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
+from medmoe_jax import json_text
 from medmoe_jax.checkpoints.files import write_text
 from medmoe_jax.errors import UserError
 
@@ -144,7 +145,7 @@ class Report:
     def load(cls, path: str | Path) -> Report:
         """Reads a saved report. Raises UserError where the file is not one."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = json_text.loads(Path(path).read_text(encoding="utf-8"))
             results = [Result(**result) for result in data["results"]]
             return cls(
                 results, data["settings"], data.get("about", {}), tuple(data.get("failures", ()))

@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from medmoe_jax import json_text
 from medmoe_jax.data.conversation import check_text
 from medmoe_jax.data.medical.files import decode, read_bytes
 from medmoe_jax.errors import UserError
@@ -61,7 +62,7 @@ def read(path: Path) -> UserTask:
 
 def _item(line: str, where: str) -> tuple[Item, str]:
     try:
-        record = json.loads(line)
+        record = json_text.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON ({error.msg})") from error
     if not isinstance(record, dict):

@@ -6,12 +6,12 @@ A path is `question`, `context.contexts`, or several by `|`, of which the first 
 from __future__ import annotations
 
 import ast
-import json
 import math
 import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from medmoe_jax import json_text
 from medmoe_jax.data.medical.files import REPAIR
 from medmoe_jax.errors import UserError
 
@@ -128,7 +128,7 @@ def _literal(value: str):
     """A list or object that is written as JSON or Python in a text; otherwise the text."""
     if value.lstrip()[:1] not in ("{", "["):
         return value
-    for read in (json.loads, ast.literal_eval):
+    for read in (json_text.loads, ast.literal_eval):
         try:
             return read(value)
         except (ValueError, SyntaxError, MemoryError, RecursionError):

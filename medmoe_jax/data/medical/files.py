@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from medmoe_jax import json_text
 from medmoe_jax.errors import UserError
 
 REPAIR = "restore the file from its source"
@@ -123,8 +124,8 @@ def _object(value, where: str) -> dict:
 def parse_json(text: str, where: object) -> Any:
     """What a JSON text holds."""
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        return json_text.loads(text)
+    except json.JSONDecodeError as error:
         line = getattr(error, "lineno", 1)
         place = where if ":" in str(where).rpartition("/")[2] else f"{where}:{line}"
         raise UserError(f"{place}: not JSON ({getattr(error, 'msg', error)}); {REPAIR}") from error
