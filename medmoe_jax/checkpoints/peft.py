@@ -141,7 +141,7 @@ def save_peft(
 
 
 def stacked(
-    config: DecoderConfig, family: str, members: Sequence[tuple[BankSpec, Any]], dtype
+    config: DecoderConfig, family: str, members: Sequence[tuple[BankSpec, Any]], dtype: DTypeLike
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """`{module: (A [r, D], B [O, r])}` of banks as one adapter; arguments as of `save_peft`.
 
