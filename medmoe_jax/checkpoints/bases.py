@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from medmoe_jax.base import decoder, quantised
+from medmoe_jax.base import decoder, quantised, trees
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.presets import preset
 from medmoe_jax.checkpoints import gguf_models, hf_config, huggingface, llama2c
@@ -28,6 +29,7 @@ class Base:
     Attributes:
       config: its shapes.
       load: `load(dtype, shardings) -> parameters`; `shardings` is a tree like `abstract(dtype)`.
+        Raises UserError for files that are damaged, or hold what is not finite.
       find_tokenizer: tells where its tokenizer lies, or None; may raise UserError.
       quantise: a key of `base.quantised.KINDS` that its kernels are stored in, or "".
       folder: the Hugging Face folder it comes from, or None.
@@ -103,7 +105,9 @@ def _hugging_face(path: str, quantise: str) -> Base:
     family, config = huggingface.describe(folder)
     return Base(
         config,
-        lambda dtype, shardings: huggingface.load(folder, dtype, shardings, quantise)[1],
+        _finite(
+            path, lambda dtype, shardings: huggingface.load(folder, dtype, shardings, quantise)[1]
+        ),
         lambda: folder,
         quantise,
         folder,
@@ -116,7 +120,10 @@ def _llama2c(path: str, quantise: str) -> Base:
     beside = sorted(Path(path).parent.glob("*.model"))
     return Base(
         llama2c.read_config(path),
-        lambda dtype, shardings: _stored(quantise, shardings)(llama2c.load(path, dtype)[1]),
+        _finite(
+            path,
+            lambda dtype, shardings: _stored(quantise, shardings)(llama2c.load(path, dtype)[1]),
+        ),
         lambda: beside[0] if len(beside) == 1 else None,
         quantise,
     )
@@ -127,11 +134,37 @@ def _gguf(path: str, quantise: str) -> Base:
     family, config = gguf_models.describe(file)
     return Base(
         config,
-        lambda dtype, shardings: gguf_models.load(path, dtype, shardings, quantise)[1],
+        _finite(
+            path, lambda dtype, shardings: gguf_models.load(path, dtype, shardings, quantise)[1]
+        ),
         lambda: gguf_tokenizer.unpack(file.fields, path),
         quantise,
         known_family=family,
     )
+
+
+def _finite(path: str, load: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """`load`, but NaN and infinity are refused: whatever is made of them is worth nothing."""
+
+    def checked(dtype, shardings) -> Any:
+        params = load(dtype, shardings)
+        finite = jax.device_get(_all_finite(params))
+        bad = [path for path, fine in trees.flatten(finite) if not all(jax.tree.leaves(fine))]
+        if bad:
+            more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+            raise UserError(
+                f"{path}: NaN or infinity in {', '.join(bad[:3])}{more}; the file is damaged, or "
+                "was written by a run that had failed: fetch it again"
+            )
+        return params
+
+    return checked
+
+
+@jax.jit
+def _all_finite(params: Any) -> Any:
+    """Of every array, whether all its values are finite."""
+    return jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), params)
 
 
 def _stored(quantise: str, shardings, build: Callable = lambda params: params):

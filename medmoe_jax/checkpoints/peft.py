@@ -8,6 +8,7 @@ A module is a linear layer of the Hugging Face model, fused ones included; PEFT 
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -212,7 +213,7 @@ def _unsupported(options: Mapping[str, Any]) -> list[str]:
 def _bad_number(key: str, fields: Mapping[str, Any], whole: bool = False) -> list[str]:
     value = fields.get(key)
     fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if fits and (value > 0 or not whole):
+    if fits and math.isfinite(value) and (value > 0 or not whole):
         return []
     return [f"{key}: {value!r} is not a {'positive whole ' if whole else ''}number"]
 
@@ -276,6 +277,11 @@ def _read_tensors(path: Path, kind: str, modules, scalings):
                 if keys.issuperset(names):
                     found[module] = [file.get_tensor(name).astype(np.float32) for name in names]
                     problems += _misshapen(names, found[module], modules[module].shape, scaling)
+                    problems += [
+                        f"{name}: NaN or infinity"
+                        for name, tensor in zip(names, found[module], strict=True)
+                        if not np.isfinite(tensor).all()
+                    ]
                 keys -= set(names)
     except FileNotFoundError:
         return {}, [f"{path.name}: missing (other formats must be converted first)"]
