@@ -1,10 +1,13 @@
 """Build and look at data sets.
 
   medmoe data build --input rows.jsonl more.parquet --output data/mine --name mine
+  medmoe data build --input rows.jsonl --output data/clean --dedupe --against held_out.jsonl
   medmoe data inspect --dataset rows.jsonl --tokenizer DIR --template chatml --length 3072
   medmoe data languages --input rows.jsonl data/mine --table families
 
 Rows of many forms are read, from files of many kinds, folders and named data sets: docs/data.md.
+`build` leaves out rows that repeat earlier ones (--dedupe), and those that stand in data held out
+for evaluation (--against); what it left out is written beside the data.
 `inspect` shows the first rows as they will be trained, targets in green, and what all rows hold.
 `languages` counts the rows of each language, named or detected, and shows its expert.
 """
@@ -12,7 +15,7 @@ Rows of many forms are read, from files of many kinds, folders and named data se
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -20,7 +23,8 @@ from rich.table import Table
 
 from medmoe_jax.cli.session import no_rest
 from medmoe_jax.data import tokenizers
-from medmoe_jax.data.builder import build_from_files
+from medmoe_jax.data.builder import REMOVED, build_from_files, read_rows
+from medmoe_jax.data.duplicates import SIMILARITY, Placed, Repeats, find_repeats
 from medmoe_jax.data.encode import Encoder
 from medmoe_jax.data.languages import census, detector
 from medmoe_jax.data.preview import inspect
@@ -39,6 +43,9 @@ def add_arguments(parser) -> None:
     build.add_argument("--output", required=True, help="folder to write into")
     build.add_argument("--name", default="", help="of the data set (default: the first file's)")
     build.add_argument("--language", default="", help="of rows that name none")
+    build.add_argument(
+        "--dedupe", action="store_true", help="leave out exact and near duplicates of earlier rows"
+    )
     look = actions.add_parser("inspect", help="rows with their loss mask, and what all hold")
     look.add_argument("--dataset", required=True, help="a file, folder or named data set")
     look.add_argument("--tokenizer", required=True, help="file or folder")
@@ -63,6 +70,20 @@ def add_arguments(parser) -> None:
             type=float,
             default=0.5,
             help="least probability of a language that a row does not name (%(default)s)",
+        )
+    for one in (build, look):
+        one.add_argument(
+            "--against",
+            action="append",
+            default=[],
+            metavar="PATH",
+            help="rows held out for evaluation: a file, folder or named data set; repeatable",
+        )
+        one.add_argument(
+            "--similarity",
+            type=float,
+            default=SIMILARITY,
+            help="Jaccard similarity at which two rows are near duplicates (%(default)s)",
         )
     for one in (build, look, count):
         add_row_arguments(one)
@@ -100,12 +121,7 @@ def run(arguments, rest) -> None:
     """Run the command."""
     no_rest(rest)
     if arguments.action == "build":
-        reader = row_reader(arguments, arguments.language)
-        folder = build_from_files(
-            arguments.input, arguments.output, arguments.name, reader, arguments.split
-        )
-        _print_ignored(reader)
-        print(f"built {folder}")
+        _build(arguments)
     elif arguments.action == "languages":
         _print_languages(arguments)
     else:
@@ -121,12 +137,34 @@ def run(arguments, rest) -> None:
             arguments.row,
             arguments.rows,
             arguments.detect,
+            repeats=_repeats(arguments, source.rows.placed, within=True),
         )
 
 
-def _print_ignored(reader: RowReader) -> None:
+def _build(arguments) -> None:
+    inputs, split = arguments.input, arguments.split
+    reader = row_reader(arguments, arguments.language)
+    repeats = None
+    if arguments.dedupe or arguments.against:
+        repeats = _repeats(
+            arguments, lambda: read_rows(inputs, reader.again(), split), arguments.dedupe
+        )
+    folder = build_from_files(inputs, arguments.output, arguments.name, reader, split, repeats)
     for key, count in reader.ignored.items():
         print(f"left out: {key} ({count:,})")
+    if repeats is not None:
+        counts = ", ".join(f"{kind} {count:,}" for kind, count in repeats.counts.items())
+        print(f"left out of {repeats.rows:,} rows: {counts}; see {folder / REMOVED}")
+    print(f"built {folder}")
+
+
+def _repeats(arguments, rows: Callable[[], Placed], within: bool) -> Repeats:
+    """The rows that repeat others, or what --against names."""
+    # Of held-out rows all keys are known enough: only what they say is compared.
+    columns = _pairs("--column", arguments.column)
+    reader = RowReader(columns=columns, ignore=(*arguments.ignore, "*"))
+    held_out = read_rows(arguments.against, reader)
+    return find_repeats(rows(), held_out, similarity=arguments.similarity, within=within)
 
 
 def _pairs(option: str, given: Sequence[str]) -> dict[str, str]:

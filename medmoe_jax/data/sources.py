@@ -15,7 +15,6 @@ from medmoe_jax.data.conversation import Conversation, Rows
 from medmoe_jax.data.demo import corpus
 from medmoe_jax.data.encode import Encoder
 from medmoe_jax.data.encoded_rows import CACHE_BYTES, EncodedRows
-from medmoe_jax.data.files import read_items
 from medmoe_jax.data.hub import is_name
 from medmoe_jax.data.languages import detector, name_languages
 from medmoe_jax.data.medical.row import Row, shorten
@@ -192,14 +191,12 @@ def open_path(path: str | Path, reader: RowReader, split: str = "train") -> Sour
     Raises:
       UserError: nothing readable is there, or a row cannot be used.
     """
-    if not is_name(str(path)) and builder.is_dataset(path):
-        if reader.columns or split != builder.SPLIT:
-            raise UserError(f"{path}: a data set that was built has one split and our own columns")
-        built = Rows(builder.open_dataset(path), f"{path}, row {{}}".format)
+    if builder.is_built(path):
+        built = builder.open_rows(path, reader, split)
         return Source(built, builder.content_digest(path), built=True)
     found, places = [], []
-    for place, item in read_items(path, split):
-        found.append(reader(item, place))
+    for place, row in builder.read_rows([path], reader, split):
+        found.append(row)
         places.append(place)
     return Source(Rows(found, places.__getitem__), _digest(found), reader.ignored)
 
