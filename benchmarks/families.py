@@ -28,18 +28,31 @@ CASES = {
     "qwen2-tied-window": ("Qwen2", "tied; grouped heads; window from layer 1 up"),
     "qwen2.5-yarn": ("Qwen2.5", "YaRN"),
     "qwen3": ("Qwen3", "norms on q and k; tied"),
+    "qwen3-biases": ("Qwen3", "biases in attention"),
     "qwen3-window": ("Qwen3", "window from layer 1 up"),
     "llama2": ("Llama 2", "all heads"),
     "llama3.2": ("Llama 3.x", "RoPE scaling `llama3`; tied; grouped heads"),
     "llama-linear": ("Llama", "RoPE scaling `linear`"),
     "llama-yarn": ("Llama", "YaRN with mscale, not truncated"),
+    "llama-biases": ("Llama", "biases in attention and MLP"),
     "llama3": ("Llama 3", "grouped heads, no scaling"),
     "mistral": ("Mistral", "window on every layer"),
     "mistral-gelu": ("Mistral", "GELU, no window"),
+    "ministral": ("Ministral", "windows as `layer_types` say"),
+    "smollm3": ("SmolLM3", "layers that are not rotated; tied"),
+    "smollm3-window": ("SmolLM3", "windows where layers are not rotated; biases"),
+    "olmo2": ("OLMo 2", "norms after only; norms on all of q and k"),
+    "olmo3": ("OLMo 3", "the same, and windows"),
+    "olmo3-yarn": ("OLMo 3", "YaRN in the layers without a window"),
+    "granite": ("Granite", "multipliers of embedding, scores, residual sum and logits"),
     "gemma2": ("Gemma 2", "alternating window, soft-caps, four norms"),
+    "gemma3": ("Gemma 3", "norms on q and k; two rotary embeddings, one scaled"),
+    "gemma3-tower": ("Gemma 3", "the text of a model that sees images"),
     "phi3": ("Phi-3", "fused projections; window"),
     "phi3-longrope-within": ("Phi-3", "LongRoPE, within the first context"),
     "phi3-longrope-beyond": ("Phi-3", "LongRoPE, beyond it"),
+    "phi3-longrope-across": ("Phi-3", "LongRoPE, rows on both sides of it"),
+    "phi4-mini": ("Phi-4-mini", "half of a head rotated; LongRoPE"),
 }
 
 
@@ -62,19 +75,11 @@ def measure(name: str) -> tuple[float, float, bool]:
     engine = Engine(AdaptedConfig(config), params, {}, mesh, batch=len(prompts))
     got = engine.generate(prompts, max_tokens=6, stop_ids=[config.vocab_size])
     equal = all(
-        continuation == greedy(model, prompt)
+        continuation == parity.greedy(model, prompt)
         for prompt, continuation in zip(prompts, got, strict=True)
     )
     error = parity.error(logits, parity.theirs(model, tokens))
     return float(error), abs(float(total) / want - 1), equal
-
-
-def greedy(model, prompt: list[int], count: int = 6) -> list[int]:
-    """A continuation by transformers, without a cache."""
-    ids = list(prompt)
-    for _ in range(count):
-        ids.append(int(parity.theirs(model, [ids])[0, -1].argmax()))
-    return ids[len(prompt) :]
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from medmoe_jax.checkpoints.files import new_folder
 from medmoe_jax.data import medical
 from medmoe_jax.data.encode import Encoder
 from medmoe_jax.data.medical import Row
+from medmoe_jax.data.medical.row import held_out
 from medmoe_jax.data.sources import RowFitter
 from medmoe_jax.data.templates import load_template
 from medmoe_jax.data.tokenizers import load
@@ -113,14 +114,25 @@ def write(name: str, folder: Path, seed: int) -> None:
         put(save)
 
 
+DEV_ONLY = ("medmcqa", "vihealth")  # of these the data folder holds official dev rows alone
+
+
+def rows_of(name: str, split: str) -> list[Row]:
+    """The rows of a set's split; of DEV_ONLY, those of dev, a fifth of which is held out here."""
+    if name not in DEV_ONLY:
+        return list(medical.rows(name, split))
+    rows = medical.rows(name, "dev")
+    return [r for r in rows if held_out(r.prompt[slice(*r.body)]) == (split == "dev")]
+
+
 def _of_set(name: str, split: str, count: int, seed: int, fit: RowFitter) -> list[Row]:
     """A draw of a set, with what is too long for a row of a batch shortened in its body."""
-    return [fit(row) for row in draw(list(medical.rows(name, split)), count, seed)]
+    return [fit(row) for row in draw(rows_of(name, split), count, seed)]
 
 
 def _by_language(name: str, split: str) -> dict[str, list[Row]]:
     out: dict[str, list[Row]] = defaultdict(list)
-    for row in medical.rows(name, split):
+    for row in rows_of(name, split):
         out[row.language].append(row)
     return out
 

@@ -21,7 +21,7 @@ project are in docs/.
 
 from ml_collections import ConfigDict
 
-from medmoe_jax.base.presets import HUB
+from medmoe_jax.base.presets import CHAT, HUB
 from medmoe_jax.training.config import bank, orthogonality, recipe, source, stage
 
 
@@ -67,7 +67,7 @@ def get_config(arg: str = "qwen1.5-1.8b") -> ConfigDict:
     config = recipe()
     config.base.path = HUB[base]
     config.base.dtype = "bfloat16"
-    config.data.template = "chatml"
+    config.data.template = CHAT.get(base, "chatml")
     config.data.length = 3072
     config.data.global_batch = 128
     config.data.shards = 64

@@ -17,7 +17,7 @@ tokens asks for a v5e-8 or larger.
 
 from ml_collections import ConfigDict
 
-from medmoe_jax.base.presets import HUB
+from medmoe_jax.base.presets import CHAT, HUB
 from medmoe_jax.training.config import bank, recipe, source, stage
 
 
@@ -39,7 +39,7 @@ def get_config(arg: str = "qwen1.5-1.8b") -> ConfigDict:
     config = recipe()
     config.base.path = HUB[arg]
     config.base.dtype = "bfloat16"
-    config.data.template = "chatml"
+    config.data.template = CHAT.get(arg, "chatml")
     config.data.length = 3072
     config.data.global_batch = 128
     config.data.shards = 64

@@ -29,7 +29,7 @@ docs/.
 
 from ml_collections import ConfigDict
 
-from medmoe_jax.base.presets import HUB
+from medmoe_jax.base.presets import CHAT, HUB
 from medmoe_jax.training.config import (
     allocator,
     bank,
@@ -159,7 +159,7 @@ def get_config(arg: str = "qwen1.5-1.8b") -> ConfigDict:
     config = recipe()
     config.base.path = HUB[base]
     config.base.dtype = "bfloat16"
-    config.data.template = "chatml"
+    config.data.template = CHAT.get(base, "chatml")
     config.data.length = 2048
     config.data.global_batch = 32
     config.data.shards = 8

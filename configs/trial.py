@@ -5,8 +5,9 @@
 The folder of the sets is $MEDMOE_DATA (default ../shared/data); the base is its
 tiny_lm_stories260K, a story teller of 512 pieces and 512 positions. Chinese takes three byte
 tokens a character, and cases longer than a row of 192 tokens are shortened. Stage `aggregate`
-reads knowledge and alignment sets in English, Chinese, Japanese, French, Russian and eleven
-African languages, `align` the alignment sets only; both end with the dev splits.
+reads knowledge and alignment sets in English, Chinese, French, Russian and eleven African
+languages, `align` the alignment sets only; both end with the dev splits, and the test splits of
+exams in English and Japanese, of which nothing is trained on.
 
 Named beforehand: CLEAR_OF_MAJORITY are the alignment sets that must end at least 5 points above
 always giving the commonest answer. Two CPU cores, under 30 minutes; the table is in docs/trial.md.
@@ -19,13 +20,13 @@ from medmoe_jax.training.config import bank, orthogonality, recipe, source, stag
 
 # Set -> weight in the mixture.
 KNOWLEDGE = {
-    "medmcqa": 1.0,
-    "mmlu": 1.0,
-    "jmmlu": 0.5,
+    "pubmedqa": 1.0,
     "mmlu_african": 0.5,
     "frenchmedmcqa": 1.0,
+    "rumed_danet": 1.0,
     "rumed_top3": 1.0,
 }
+EXAMS = ("medmcqa", "mmlu", "jmmlu")  # evaluated only: the folder holds no training rows of them
 ALIGNMENT = {
     "cmedtc": 4.0,
     "cmedic": 0.5,
@@ -76,6 +77,6 @@ def get_config() -> ConfigDict:
     config.run.remat = "full"
     config.run.save_every = 100
     config.run.score_batch = 64
-    config.run.tasks = (*KNOWLEDGE, *ALIGNMENT)
+    config.run.tasks = (*EXAMS, *KNOWLEDGE, *ALIGNMENT)
     config.run.task_limit = 300
     return config

@@ -20,7 +20,7 @@ SOURCES = (
     *("tico_ar", "tico_bn", "tico_es", "tico_fa", "tico_fr", "tico_ha", "tico_hi", "tico_id"),
     *("tico_ne", "tico_ps", "tico_ru", "tico_so", "tico_sw", "tico_ta", "tico_tl", "tico_ur"),
     *("tico_zh", "tico_zu"),
-    *("jmmlu", "vihealth", "mmlu_african", "frenchmedmcqa", "rumed_top3", "cmedtc"),
+    *("vihealth", "mmlu_african", "frenchmedmcqa", "rumed_top3", "cmedtc"),
 )
 
 

@@ -24,6 +24,11 @@ SWITCHES = {
     "final_softcap": {"final_softcap": 2.0},
     "tied": {"tied": True},
     "windows": {"windows": (3, 0, 2)},
+    "biases": {"o_bias": True, "mlp_bias": True},
+    "norms_after": {"qk_norm": True, "qk_norm_whole": True, "pre_norms": False, "post_norms": True},
+    "multipliers": {"residual_scale": 0.3, "output_scale": 0.25},
+    "ropes": {"ropes": ("local", "none", "global"), "local_rope_theta": 5.0},
+    "rotary_dim": {"rotary_dim": 4},
     "gelu": {"activation": "gelu_tanh"},
     "vocab_used": {"vocab_used": 23},
     "all": {
@@ -37,6 +42,13 @@ SWITCHES = {
         "final_softcap": 2.0,
         "tied": True,
         "windows": (3, 0, 2),
+        "o_bias": True,
+        "mlp_bias": True,
+        "residual_scale": 0.6,
+        "output_scale": 0.5,
+        "ropes": ("local", "global", "none"),
+        "local_rope_theta": 5.0,
+        "rotary_dim": 4,
         "activation": "gelu_tanh",
         "vocab_used": 23,
     },
@@ -128,7 +140,8 @@ def norm(x, weight, config):
 def rotate(x_TxHxh, positions_T, inv_freq_F, factor=1.0):
     """RoPE, one pair (i, i + h/2) at a time."""
     out = np.empty_like(x_TxHxh)
-    half = x_TxHxh.shape[-1] // 2
+    half = len(inv_freq_F)
+    out[..., 2 * half :] = x_TxHxh[..., 2 * half :]
     for t, p in enumerate(positions_T):
         for i in range(half):
             c, s = factor * np.cos(p * inv_freq_F[i]), factor * np.sin(p * inv_freq_F[i])
@@ -185,7 +198,7 @@ def logits(config, params, batch, linear=bare):
         for i in range(config.n_layers):
             w = jax.tree.map(lambda leaf, i=i: leaf[i], p["layers"])
             x = _block(config, w, i, x, segments, positions, linear)
-        x = norm(x, p["final_norm"], config)
+        x = config.output_scale * norm(x, p["final_norm"], config)
         z = x @ (p["embed"] if config.tied else p["head"]).T
         if config.final_softcap:
             z = config.final_softcap * np.tanh(z / config.final_softcap)
@@ -195,23 +208,42 @@ def logits(config, params, batch, linear=bare):
     return np.stack(out)
 
 
+def _head_norm(x_TxHxh, weight, config):
+    """Each head alone, or all of a token's as one vector."""
+    if config.qk_norm_whole:
+        return norm(x_TxHxh.reshape(len(x_TxHxh), -1), weight, config).reshape(x_TxHxh.shape)
+    return norm(x_TxHxh, weight, config)
+
+
+def _inv_freq(config, i):
+    r = config.rotary_dim or config.head_dim
+    kind = config.ropes[i] if config.ropes else "global"
+    theta = {"global": config.rope_theta, "local": config.local_rope_theta, "none": np.inf}[kind]
+    return np.array([theta ** (-2 * n / r) if np.isfinite(theta) else 0 for n in range(r // 2)])
+
+
 def _block(config, w, i, x, segments, positions, linear):
     T, h = len(x), config.head_dim
-    inv_freq = config.rope_theta ** (-2 * np.arange(h // 2) / h)
-    u = norm(x, w["attn_norm"], config)
+
+    def before(x, name):
+        return norm(x, w[name], config) if config.pre_norms else x
+
+    def after(y, name):
+        return config.residual_scale * (norm(y, w[name], config) if config.post_norms else y)
+
+    u = before(x, "attn_norm")
     q, k, v = (linear(i, f"attn.{n}", u, w["attn"][n]).reshape(T, -1, h) for n in "qkv")
     if config.qk_norm:
-        q, k = norm(q, w["attn"]["q_norm"], config), norm(k, w["attn"]["k_norm"], config)
-    q, k = rotate(q, positions, inv_freq), rotate(k, positions, inv_freq)
+        q, k = (_head_norm(y, w["attn"][f"{n}_norm"], config) for n, y in (("q", q), ("k", k)))
+    q, k = (rotate(y, positions, _inv_freq(config, i)) for y in (q, k))
     window = config.windows[i] if config.windows else 0
     scale = config.query_scale or h**-0.5
     y = attention(q, k, v, segments, positions, window, scale, config.attn_softcap)
-    y = linear(i, "attn.o", y.reshape(T, -1), w["attn"]["o"])
-    x = x + (norm(y, w["attn_post_norm"], config) if config.post_norms else y)
-    u = norm(x, w["mlp_norm"], config)
+    x = x + after(linear(i, "attn.o", y.reshape(T, -1), w["attn"]["o"]), "attn_post_norm")
+    u = before(x, "mlp_norm")
     gate, up = (linear(i, f"mlp.{n}", u, w["mlp"][n]) for n in ("gate", "up"))
     y = linear(i, "mlp.down", activate(config, gate) * up, w["mlp"]["down"])
-    return x + (norm(y, w["mlp_post_norm"], config) if config.post_norms else y)
+    return x + after(y, "mlp_post_norm")
 
 
 def nll(config, params, batch, linear=bare):

@@ -5,6 +5,24 @@ import pytest
 torch = pytest.importorskip("torch", exc_type=ImportError)
 transformers = pytest.importorskip("transformers", exc_type=ImportError)
 peft = pytest.importorskip("peft", exc_type=ImportError)
+# The models are tiny: threads would wait for each other longer than they work.
+torch.set_num_threads(1)
+
+# The parts that a model has beside the decoder, as small as they may be.
+VISION = dict(
+    vision_config=dict(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    ),
+    mm_tokens_per_image=1,
+    image_token_index=52,
+    boi_token_index=51,
+    eoi_token_index=50,
+)
 
 
 def load_model(folder, dtype=torch.float32):

@@ -69,7 +69,7 @@ def _shared_ffn(bank, strategy, seam, activation, gates: Gates, x_BxTxD, weights
     """
     inner = {site: weights[site] for site in GROUPS[_IN]}
     base, stats_in = seam.linear(_IN, x_BxTxD, inner, params, context)
-    x = dropped_inputs([bank], _IN, x_BxTxD, context)[bank.dropout]
+    x = dropped_inputs([bank], _IN, x_BxTxD, context)[bank.dropout].x_BxTxD
     sites = {site: site_params(bank, params[bank.name], site) for site in bank.sites}
 
     def term(site, x, pick: Gates) -> LoraTerm:
@@ -85,7 +85,7 @@ def _shared_ffn(bank, strategy, seam, activation, gates: Gates, x_BxTxD, weights
         )
         total_BxTxF += weighted.weights_BxTxK.astype(h_BxTxF.dtype) * h_BxTxF
         h_dropped = dropped_inputs([bank], f"{_OUT}/{k}", h_BxTxF, context)[bank.dropout]
-        down.append(term("mlp.down", h_dropped, weighted))
+        down.append(term("mlp.down", h_dropped.x_BxTxD, weighted))
     outer = {"mlp.down": weights["mlp.down"]}
     y, stats_out = seam.linear(_OUT, total_BxTxF, outer, params, context)
     y_BxTxD = y["mlp.down"] + strategy.lora({"mlp.down": down})["mlp.down"]

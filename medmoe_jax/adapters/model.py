@@ -51,6 +51,11 @@ class AdaptedConfig:
         for bank in self.banks:
             if bank.routed:
                 run.check(f"bank '{bank.name}'", bank.experts)
+            if bank.form != "lora" and self.decoder.mlp_bias:
+                raise UserError(
+                    f"bank '{bank.name}': feed-forward experts have no biases, and this base's "
+                    "network has; use banks of form 'lora'"
+                )
             for other in self.banks:
                 if other is not bank and _clash(bank, other):
                     raise UserError(

@@ -7,35 +7,41 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from medmoe_jax.adapters.bank import BankSpec, site_params
 from medmoe_jax.base.seam import Context
+from medmoe_jax.kernels.dropout import Dropout, counter
 from medmoe_jax.routing.dispatch import Strategy
 from medmoe_jax.routing.gating import Decision, Router
 from medmoe_jax.routing.terms import LoraTerm
 
 
+class Input(NamedTuple):
+    """What a bank reads: x after a draw of dropout, or x itself where that is None."""
+
+    x_BxTxD: Any
+    dropout: Dropout | None
+
+
 def dropped_inputs(
     banks: Sequence[BankSpec], group: str, x_BxTxD, context: Context
-) -> dict[float, Any]:
+) -> dict[float, Input]:
     """`{rate: x after dropout}`: one draw a group, so that equal rates share one array."""
     key = context.dropout_key
-    rates = {bank.dropout if key is not None else 0.0 for bank in banks}
-    inputs = {0.0: x_BxTxD}
-    if rates - {0.0}:
+    if key is None:
+        return {bank.dropout: Input(x_BxTxD, None) for bank in banks}
+    inputs = {0.0: Input(x_BxTxD, None)}
+    rates = {bank.dropout for bank in banks} - {0.0}
+    if rates:
         key = jax.random.fold_in(key, context.layer)
         key = jax.random.fold_in(key, zlib.crc32(group.encode()))
-        # Sixteen bits a draw: the rate is exact to 1 in 65,536.
-        bits = jax.random.bits(key, x_BxTxD.shape, jnp.uint16)
-        for rate in rates - {0.0}:
-            cut = round(rate * 65536)
-            keep = (bits >= cut).astype(x_BxTxD.dtype)
-            inputs[rate] = x_BxTxD * keep * (1.0 / (1.0 - cut / 65536))
-    return inputs if key is not None else {bank.dropout: x_BxTxD for bank in banks}
+        count = counter(key, x_BxTxD.shape)
+        for draw in (Dropout(count, rate) for rate in rates):
+            inputs[draw.rate] = Input(draw(x_BxTxD), draw)
+    return inputs
 
 
 def decide(
@@ -119,12 +125,13 @@ def adapted_linear(
     for bank, site in present:
         p = site_params(bank, params[bank.name], site)
         term = LoraTerm(
-            inputs[bank.dropout],
+            inputs[bank.dropout].x_BxTxD,
             p["lora_a"],
             p["lora_b"],
             gates.get(f"{bank.name}/{site}"),
             p.get("scale"),
             bank.s,
+            inputs[bank.dropout].dropout,
         )
         terms.setdefault(site, []).append(term)
     return strategy.linear(x_BxTxD, weights, terms), stats

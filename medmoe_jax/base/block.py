@@ -45,12 +45,14 @@ class Layer(NamedTuple):
     Attributes:
       weights: the base's.
       window: [] int32, tokens that attention reaches back, 0 = all.
+      rope: [] int32, the row of the rotary tables that it takes.
       params: the seam's own parameters.
       context: for the seam.
     """
 
     weights: Params
     window: jax.Array
+    rope: jax.Array
     params: Any
     context: Context
 
@@ -84,13 +86,21 @@ def block(
     """
     norm = functools.partial(rms_norm, eps=config.norm_eps, offset=config.norm_offset)
     w, params, context = layer.weights, layer.params, layer.context
+
+    def before(x, name: str):
+        return norm(x, w[name]) if config.pre_norms else x
+
+    def after(y, name: str):
+        y = norm(y, w[name]) if config.post_norms else y
+        return y if config.residual_scale == 1.0 else y * config.residual_scale
+
     y, cache, stats = _attention(
-        config, execution, seam, layer, norm(x_BxTxD, w["attn_norm"]), tokens, cache
+        config, execution, seam, layer, before(x_BxTxD, "attn_norm"), tokens, cache
     )
-    x_BxTxD += norm(y, w["attn_post_norm"]) if config.post_norms else y
+    x_BxTxD += after(y, "attn_post_norm")
     sites = {f"mlp.{name}": leaf for name, leaf in w["mlp"].items()}
-    y, stats_mlp = seam.mlp(norm(x_BxTxD, w["mlp_norm"]), sites, params, context)
-    x_BxTxD += norm(y, w["mlp_post_norm"]) if config.post_norms else y
+    y, stats_mlp = seam.mlp(before(x_BxTxD, "mlp_norm"), sites, params, context)
+    x_BxTxD += after(y, "mlp_post_norm")
     return execution.constrain(x_BxTxD), cache, stats | stats_mlp
 
 
@@ -104,9 +114,9 @@ def _attention(config, execution, seam, layer: Layer, x_BxTxD, tokens: Tokens, c
     k = y["attn.k"].reshape(B, T, config.n_kv_heads, h)
     v = y["attn.v"].reshape(B, T, config.n_kv_heads, h)
     if config.qk_norm:
-        norm = functools.partial(rms_norm, eps=config.norm_eps, offset=config.norm_offset)
-        q, k = norm(q, w["q_norm"]), norm(k, w["k_norm"])
-    q, k = rope.rotate(q, *tokens.rope), rope.rotate(k, *tokens.rope)
+        q, k = _head_norm(config, q, w["q_norm"]), _head_norm(config, k, w["k_norm"])
+    tables = [jax.lax.dynamic_index_in_dim(x, layer.rope, keepdims=False) for x in tokens.rope]
+    q, k = rope.rotate(q, *tables), rope.rotate(k, *tables)
     if cache is not None:
         cache, (k, v) = _append(cache, (k, v), context.layer, tokens.written)
     if tokens.attend:
@@ -126,6 +136,13 @@ def _attention(config, execution, seam, layer: Layer, x_BxTxD, tokens: Tokens, c
     out = out.reshape(B, T, config.n_heads * h)
     y, stats_out = seam.linear("attn.out", out, {"attn.o": w["o"]}, layer.params, context)
     return y["attn.o"], cache, stats | stats_out
+
+
+def _head_norm(config: DecoderConfig, x_BxTxHxh, weight):
+    """RMSNorm over each head, or over all of them at once, as the weight is long."""
+    x = x_BxTxHxh.reshape(*x_BxTxHxh.shape[:2], -1, weight.shape[-1])
+    x = rms_norm(x, weight, eps=config.norm_eps, offset=config.norm_offset)
+    return x.reshape(x_BxTxHxh.shape)
 
 
 def _append(cache, new, layer, written):

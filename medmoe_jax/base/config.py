@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from medmoe_jax.errors import UserError
 
 ROPE_KINDS = ("linear", "llama3", "yarn", "longrope")
+ROPES = ("global", "local", "none")
 ACTIVATIONS = ("silu", "gelu_tanh")
 
 
@@ -60,12 +61,18 @@ class DecoderConfig:
       activation: `silu` (SwiGLU) or `gelu_tanh` (GeGLU).
       norm_eps, norm_offset: RMSNorm multiplies by `weight + norm_offset` (1 for Gemma).
       tied: logits use the embedding; there is no `head`.
-      qkv_bias, qk_norm, post_norms: biases on q, k, v; RMSNorm on each head's q and k; a norm
-        after attention and MLP as well as before.
-      embed_scale: multiplies the embeddings.
+      qkv_bias, o_bias, mlp_bias: biases on q, k and v; on o; on gate, up and down.
+      qk_norm: RMSNorm on each head's q and k, or on all heads of a token as one (`qk_norm_whole`).
+      pre_norms, post_norms: a norm before attention and MLP, and one after.
+      embed_scale, residual_scale, output_scale: multiply the embeddings, what attention and MLP add
+        to the residual sum, and the final hidden states.
       query_scale: multiplies q·k; 0 means `head_dim ** -0.5`.
       attn_softcap, final_softcap: `cap * tanh(x / cap)` on attention scores and logits; 0 = off.
-      rope_theta, rope_scaling: rotary base and its scaling.
+      rope_theta, rope_scaling: rotary base and its scaling, of layers whose `ropes` is `global`.
+      local_rope_theta, local_rope_scaling: the same of those whose `ropes` is `local`; a base of 0
+        is `rope_theta`.
+      ropes: `global`, `local` or `none` (not rotated) of each layer; empty = every layer global.
+      rotary_dim: leading dimensions of a head that are rotated; 0 = all.
       windows: sliding window of each layer in tokens, 0 = global; empty = every layer global.
       max_positions: context length.
     """
@@ -82,14 +89,24 @@ class DecoderConfig:
     norm_offset: float = 0.0
     tied: bool = False
     qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_whole: bool = False
+    pre_norms: bool = True
     post_norms: bool = False
     embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    output_scale: float = 1.0
     query_scale: float = 0.0
     attn_softcap: float = 0.0
     final_softcap: float = 0.0
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    local_rope_theta: float = 0.0
+    local_rope_scaling: RopeScaling | None = None
+    ropes: tuple[str, ...] = ()
+    rotary_dim: int = 0
     windows: tuple[int, ...] = ()
     max_positions: int = 2048
     vocab_used: int = 0
@@ -101,8 +118,17 @@ class DecoderConfig:
             raise UserError(
                 f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})"
             )
-        if self.windows and len(self.windows) != self.n_layers:
-            raise UserError(f"windows: {len(self.windows)} entries for {self.n_layers} layers")
+        for name in ("windows", "ropes"):
+            entries = len(getattr(self, name))
+            if entries not in (0, self.n_layers):
+                raise UserError(f"{name}: {entries} entries for {self.n_layers} layers")
+        if unknown := sorted(set(self.ropes) - set(ROPES)):
+            raise UserError(f"ropes: '{unknown[0]}' is none of {', '.join(ROPES)}")
+        if self.head_dim % 2 or self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
+            raise UserError(
+                f"head_dim {self.head_dim}, rotary_dim {self.rotary_dim}: both must be even, and "
+                "the second at most the first"
+            )
         if self.vocab_used > self.vocab_size:
             raise UserError(f"vocab_used ({self.vocab_used}) exceeds vocab_size {self.vocab_size}")
 

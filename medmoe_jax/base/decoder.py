@@ -59,23 +59,24 @@ def _run_range(
     """Scan the block over the layer indices of one range: `(x_BxTxD, cache, statistics)`."""
     span = slice(here.start, here.stop)
     windows = jnp.asarray((config.windows or (0,) * config.n_layers)[span], jnp.int32)
+    ropes = jnp.asarray(rope.which(config)[span])
     indices = jnp.arange(here.start, here.stop, dtype=jnp.int32)
     trained = jax.tree.map(lambda leaf: leaf[span], trained)
     seam = here.seam or BareSeam(activation(config))
 
     def body(carry, xs):
         x_BxTxD, cache = carry
-        index, window, params, trained_i = xs
+        index, window, table, params, trained_i = xs
         # Indexing the whole stack reads a layer in place; slicing a stack per range copies it.
         take = functools.partial(jax.lax.dynamic_index_in_dim, index=index, keepdims=False)
         weights = trees.overlay(jax.tree.map(take, layers), trained_i)
-        layer = Layer(weights, window, params, context._replace(layer=index))
+        layer = Layer(weights, window, table, params, context._replace(layer=index))
         x_BxTxD, cache, stats = block(config, execution, seam, layer, x_BxTxD, tokens, cache)
         return (x_BxTxD, cache), stats
 
     if cache is None:
         body = _checkpointed(body, execution.remat, here.kept.get(execution.remat, ()))
-    xs = (indices, windows, here.params, trained)
+    xs = (indices, windows, ropes, here.params, trained)
     (x_BxTxD, cache), stats = jax.lax.scan(body, (x_BxTxD, cache), xs, unroll=execution.unroll)
     return x_BxTxD, cache, stats
 
@@ -119,8 +120,9 @@ def hidden(
         x_BxTxD *= jnp.asarray(config.embed_scale, execution.dtype)
     x_BxTxD = execution.constrain(x_BxTxD)
     k_segments, k_positions, written = segment_ids_BxT, positions_BxT, jnp.int32(0)
-    kv = None
+    kv, lengths_BxT = None, rope.text_lengths(segment_ids_BxT, positions_BxT)
     if cache is not None:
+        lengths_BxT = jnp.broadcast_to(cache.lengths[:, None], positions_BxT.shape)
         written, kv = cache.length, (cache.k, cache.v)
         write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=written, axis=1)
         k_segments = write(cache.segments, segment_ids_BxT)
@@ -131,7 +133,7 @@ def hidden(
         k_segments,
         k_positions,
         written,
-        rope.tables(config, positions_BxT),
+        rope.tables(config, positions_BxT, lengths_BxT),
         _flash(config, execution, tokens_BxT.shape[1]) if cache is None else None,
     )
     context = context._replace(segment_ids_BxT=segment_ids_BxT)
@@ -143,8 +145,11 @@ def hidden(
         )
         every.append(stats)
     x_BxTxD = rms_norm(x_BxTxD, top["final_norm"], eps=config.norm_eps, offset=config.norm_offset)
+    if config.output_scale != 1.0:
+        x_BxTxD *= jnp.asarray(config.output_scale, execution.dtype)
     if cache is not None:
-        cache = Cache(*kv, k_segments, k_positions, written + tokens_BxT.shape[1])
+        written += tokens_BxT.shape[1]
+        cache = Cache(*kv, k_segments, k_positions, written, cache.lengths)
     return x_BxTxD, cache, tuple(every)
 
 
@@ -170,22 +175,29 @@ def head(params: Params, trained: Params | None = None):
 
 def shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """`{path: shape}` of every leaf of the base."""
-    L, D, V, h = config.n_layers, config.d_model, config.vocab_size, config.head_dim
+    L, D, V = config.n_layers, config.d_model, config.vocab_size
+    biased = {site for group in GROUPS for site in GROUPS[group] if _biased(config, group)}
     out: dict[str, tuple[int, ...]] = {"embed": (V, D)}
     if not config.tied:
         out["head"] = (V, D)
     out["final_norm"] = (D,)
     for site, (d_in, d_out) in site_shapes(config).items():
         out[f"layers.{site}.kernel"] = (L, d_in, d_out)
-        if config.qkv_bias and site in GROUPS["attn.qkv"]:
+        if site in biased:
             out[f"layers.{site}.bias"] = (L, d_out)
-    if config.qk_norm:
-        out["layers.attn.q_norm"] = out["layers.attn.k_norm"] = (L, h)
-    norms = ["attn_norm", "mlp_norm"]
+    for site in ("attn.q", "attn.k") if config.qk_norm else ():
+        width = site_shapes(config)[site][1] if config.qk_norm_whole else config.head_dim
+        out[f"layers.{site}_norm"] = (L, width)
+    norms = ["attn_norm", "mlp_norm"] if config.pre_norms else []
     norms += ["attn_post_norm", "mlp_post_norm"] if config.post_norms else []
     for name in norms:
         out[f"layers.{name}"] = (L, D)
     return out
+
+
+def _biased(config: DecoderConfig, group: str) -> bool:
+    wanted = {"attn.qkv": config.qkv_bias, "attn.out": config.o_bias}
+    return wanted.get(group, config.mlp_bias)
 
 
 def abstract(config: DecoderConfig, dtype=jnp.float32):

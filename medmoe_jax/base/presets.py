@@ -73,6 +73,39 @@ def _gemma2(layers: int, width: int, heads: int, kv_heads: int, ff: int) -> Deco
     )
 
 
+def _gemma3(
+    *sizes,
+    window: int,
+    head_dim: int = 256,
+    query: int = 256,
+    vocab: int = 262208,
+    long: bool = True,
+) -> DecoderConfig:
+    """Gemma 3, its text: every sixth layer sees everything, its rotary embedding apart."""
+    layers, width = sizes[:2]
+    local = [(i + 1) % 6 != 0 for i in range(layers)]
+    return DecoderConfig(
+        vocab_size=vocab,
+        **_sizes(*sizes, head_dim=head_dim),
+        activation="gelu_tanh",
+        norm_offset=1.0,
+        tied=True,
+        qk_norm=True,
+        post_norms=True,
+        embed_scale=width**0.5,
+        query_scale=query**-0.5,
+        rope_theta=1e6,
+        rope_scaling=RopeScaling("linear", factor=8.0) if long else None,
+        local_rope_theta=1e4,
+        ropes=tuple("local" if here else "global" for here in local),
+        windows=tuple(window * here for here in local),
+        max_positions=131072 if long else 32768,
+    )
+
+
+_GEMMA3_4B = _gemma3(34, 2560, 8, 4, 10240, window=1024)
+_GEMMA3_27B = _gemma3(62, 5376, 32, 16, 21504, window=1024, head_dim=128, query=168)
+
 PRESETS: dict[str, DecoderConfig] = {
     "qwen1.5-0.5b": _qwen(24, 1024, 16, 16, 2816, tied=True),
     "qwen1.5-1.8b": _qwen(24, 2048, 16, 16, 5504),
@@ -104,6 +137,22 @@ PRESETS: dict[str, DecoderConfig] = {
     ),
     "gemma2-2b": _gemma2(26, 2304, 8, 4, 9216),
     "gemma2-9b": _gemma2(42, 3584, 16, 8, 14336),
+    "gemma3-270m": _gemma3(18, 640, 4, 1, 2048, window=512, vocab=262144, long=False),
+    "gemma3-1b": _gemma3(26, 1152, 4, 1, 6912, window=512, vocab=262144, long=False),
+    # The text of the models that see images too.
+    "gemma3-4b": _GEMMA3_4B,
+    "gemma3-12b": _gemma3(48, 3840, 16, 8, 15360, window=1024),
+    "gemma3-27b": _GEMMA3_27B,
+    "medgemma-4b": _GEMMA3_4B,
+    "medgemma-27b": _GEMMA3_27B.replace(vocab_size=262144),  # published as text alone
+    "smollm2-135m": DecoderConfig(
+        vocab_size=49152,
+        **_sizes(30, 576, 9, 3, 1536),
+        norm_eps=1e-5,
+        tied=True,
+        rope_theta=1e5,
+        max_positions=8192,
+    ),
     "phi3-mini": DecoderConfig(
         vocab_size=32064,
         **_sizes(32, 3072, 32, 32, 8192),
@@ -114,7 +163,7 @@ PRESETS: dict[str, DecoderConfig] = {
 }
 
 
-# Where the bases of the published methods lie.
+# Where the bases of the published methods lie, and others to run them on.
 HUB = {
     "qwen1.5-1.8b": "hf://Qwen/Qwen1.5-1.8B",
     "qwen1.5-4b": "hf://Qwen/Qwen1.5-4B",
@@ -123,7 +172,14 @@ HUB = {
     "qwen2-0.5b": "hf://Qwen/Qwen2-0.5B",
     "qwen2-1.5b": "hf://Qwen/Qwen2-1.5B",
     "qwen2-7b": "hf://Qwen/Qwen2-7B",
+    "smollm2-135m": "hf://HuggingFaceTB/SmolLM2-135M-Instruct",
+    "gemma3-1b": "hf://google/gemma-3-1b-it",
+    "gemma3-4b": "hf://google/gemma-3-4b-it",
+    "medgemma-4b": "hf://google/medgemma-4b-it",
+    "medgemma-27b": "hf://google/medgemma-27b-text-it",
 }
+# The built-in chat template of those that do not speak ChatML.
+CHAT = {name: "gemma" for name in HUB if "gemma" in name}
 
 
 def preset(name: str) -> DecoderConfig:

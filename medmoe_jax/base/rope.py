@@ -1,12 +1,14 @@
 """Rotary position embeddings in the half-split layout, with the published scalings.
 
-Axes: B batch, T tokens, H heads, h head dimension, F = h/2 frequencies.
+Axes: B batch, T tokens, H heads, h head dimension, F frequencies: half of the dimensions that are
+rotated, R different embeddings, L layers.
 """
 
 from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -53,14 +55,21 @@ def _longrope_attention(s: RopeScaling) -> float:
     return math.sqrt(1 + math.log(s.factor) / math.log(s.original_max_positions))
 
 
-def frequencies(config: DecoderConfig) -> tuple[np.ndarray, np.ndarray, float]:
+def frequencies(config: DecoderConfig, kind: str) -> tuple[np.ndarray, np.ndarray, float]:
     """Inverse frequencies within and beyond the pretraining context, and the cos/sin factor.
+
+    Args:
+      config: of the decoder.
+      kind: of `base.config.ROPES`; frequencies of `none` are 0.
 
     Returns:
       `(short_F, long_F, attention_factor)` in float64; the two tables differ for `longrope` only.
     """
-    h, s = config.head_dim, config.rope_scaling
-    inv_freq_F = config.rope_theta ** -(np.arange(0, h, 2, dtype=np.float64) / h)
+    h = config.rotary_dim or config.head_dim
+    if kind == "none":
+        return np.zeros(h // 2), np.zeros(h // 2), 1.0
+    theta, s = _settings(config, kind)
+    inv_freq_F = theta ** -(np.arange(0, h, 2, dtype=np.float64) / h)
     if s is None:
         return inv_freq_F, inv_freq_F, 1.0
     if s.kind == "longrope":
@@ -72,25 +81,78 @@ def frequencies(config: DecoderConfig) -> tuple[np.ndarray, np.ndarray, float]:
     elif s.kind == "llama3":
         inv_freq_F = _llama3(inv_freq_F, s)
     else:
-        inv_freq_F, attention_factor = _yarn(inv_freq_F, s, config.rope_theta)
+        inv_freq_F, attention_factor = _yarn(inv_freq_F, s, theta)
     return inv_freq_F, inv_freq_F, attention_factor
 
 
-def tables(config: DecoderConfig, positions_BxT):
-    """cos and sin of the rotation angles, float32 `[B, T, 1, F]`."""
-    short_F, long_F, factor = frequencies(config)
-    inv_freq_F = jnp.asarray(short_F, jnp.float32)
-    if config.rope_scaling is not None and config.rope_scaling.kind == "longrope":
-        beyond = jnp.max(positions_BxT) >= config.rope_scaling.original_max_positions
-        inv_freq_F = jnp.where(beyond, jnp.asarray(long_F, jnp.float32), inv_freq_F)
-    angle_BxTx1xF = (
-        positions_BxT[:, :, None, None].astype(jnp.float32) * inv_freq_F[None, None, None]
-    )
-    return jnp.cos(angle_BxTx1xF) * factor, jnp.sin(angle_BxTx1xF) * factor
+def _settings(config: DecoderConfig, kind: str) -> tuple[float, RopeScaling | None]:
+    if kind == "local":
+        return config.local_rope_theta or config.rope_theta, config.local_rope_scaling
+    return config.rope_theta, config.rope_scaling
+
+
+def switches_at(config: DecoderConfig) -> int | None:
+    """The length beyond which texts have other frequencies; None = they never have."""
+    scalings = (config.rope_scaling, config.local_rope_scaling)
+    longrope = [s.original_max_positions for s in scalings if s and s.kind == "longrope"]
+    return longrope[0] if longrope else None
+
+
+def kinds(config: DecoderConfig) -> list[str]:
+    """The layers' different embeddings, in the order of `tables`."""
+    return sorted(set(config.ropes)) or ["global"]
+
+
+def which(config: DecoderConfig) -> np.ndarray:
+    """The row of `tables` that each layer takes, int32 `[L]`."""
+    rows = kinds(config)
+    return np.array([rows.index(kind) for kind in config.ropes or rows * config.n_layers], np.int32)
+
+
+def tables(config: DecoderConfig, positions_BxT, lengths_BxT):
+    """cos and sin of the rotation angles, float32 `[R, B, T, 1, F]`, a row for each of `kinds`.
+
+    Args:
+      config: of the decoder.
+      positions_BxT: int32.
+      lengths_BxT: int32, of the whole text that a token belongs to, be it given here or not:
+        `longrope` has other frequencies for texts longer than the pretraining context.
+    """
+    angles = [_angles(config, kind, positions_BxT, lengths_BxT) for kind in kinds(config)]
+    cos = jnp.stack([jnp.cos(angle) * factor for angle, factor in angles])
+    return cos, jnp.stack([jnp.sin(angle) * factor for angle, factor in angles])
+
+
+def _angles(config: DecoderConfig, kind: str, positions_BxT, lengths_BxT):
+    short_F, long_F, factor = frequencies(config, kind)
+    inv_freq = jnp.asarray(short_F, jnp.float32)[None, None, None]
+    if np.any(short_F != long_F):
+        _, scaling = _settings(config, kind)
+        beyond_BxT = lengths_BxT > scaling.original_max_positions
+        long = jnp.asarray(long_F, jnp.float32)[None, None, None]
+        inv_freq = jnp.where(beyond_BxT[:, :, None, None], long, inv_freq)
+    return positions_BxT[:, :, None, None].astype(jnp.float32) * inv_freq, factor
+
+
+def text_lengths(segment_ids_BxT, positions_BxT):
+    """Tokens of the text that each token belongs to, where rows hold whole texts: int32 `[B, T]`.
+
+    A text is a segment, whose tokens lie side by side at positions from 0 on.
+    """
+    T = segment_ids_BxT.shape[1]
+    index_1xT = jnp.arange(T, dtype=jnp.int32)[None]
+    after_BxT = jnp.roll(segment_ids_BxT, -1, axis=1)
+    last_BxT = (segment_ids_BxT != after_BxT) | (index_1xT == T - 1)
+    end_BxT = jax.lax.cummin(jnp.where(last_BxT, index_1xT, T), axis=1, reverse=True)
+    return positions_BxT + end_BxT - index_1xT + 1
 
 
 def rotate(x_BxTxHxh, cos_BxTx1xF, sin_BxTx1xF):
-    """Rotate the pairs (i, i + h/2) of every head; float32 inside, the input's dtype outside."""
-    a, b = jnp.split(x_BxTxHxh.astype(jnp.float32), 2, axis=-1)
+    """Rotate the pairs (i, i + F) of every head and leave what lies beyond 2F as it is.
+
+    Float32 inside, the input's dtype outside.
+    """
+    F = cos_BxTx1xF.shape[-1]
+    a, b, rest = jnp.split(x_BxTxHxh.astype(jnp.float32), [F, 2 * F], axis=-1)
     cos, sin = cos_BxTx1xF, sin_BxTx1xF
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BxTxHxh.dtype)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1).astype(x_BxTxHxh.dtype)

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from medmoe_jax.base import decoder, quantised
+from medmoe_jax.base import decoder, quantised, trees
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.presets import preset
-from medmoe_jax.checkpoints import families, huggingface, llama2c
-from medmoe_jax.checkpoints.files import read_json
+from medmoe_jax.checkpoints import gguf_models, hf_config, huggingface, llama2c
+from medmoe_jax.checkpoints.gguf_file import open_gguf
+from medmoe_jax.data import gguf_tokenizer
 from medmoe_jax.errors import UserError
 
 
@@ -26,27 +28,35 @@ class Base:
     Attributes:
       config: its shapes.
       load: `load(dtype, shardings) -> parameters`; `shardings` is a tree like `abstract(dtype)`.
-      tokenizer: where its tokenizer lies, or None.
+        Raises UserError for files that are damaged, or hold what is not finite.
+      find_tokenizer: tells where its tokenizer lies, or None; may raise UserError.
       quantise: a key of `base.quantised.KINDS` that its kernels are stored in, or "".
       folder: the Hugging Face folder it comes from, or None.
+      known_family: the Hugging Face family that its files name, or "".
+      notes: what was left out of its files, for people.
     """
 
     config: DecoderConfig
     load: Callable[[Any, Any], Any]
-    tokenizer: Path | None
+    find_tokenizer: Callable[[], Path | None] = lambda: None
     quantise: str = ""
     folder: Path | None = None
+    known_family: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """Where its tokenizer lies, or None. Raises UserError for one that cannot be read."""
+        return self.find_tokenizer()
 
     @property
     def family(self) -> str:
-        """Its Hugging Face family: its folder's, or the first that can express the decoder.
+        """Its Hugging Face family: its files', or the first that can express the decoder.
 
         Raises:
           UserError: none can.
         """
-        if self.folder is None:
-            return families.expressing(self.config)
-        return families.family_of(read_json(self.folder / "config.json"))
+        return self.known_family or hf_config.expressing(self.config)
 
     def abstract(self, dtype):
         """The parameters that `load` gives, as `ShapeDtypeStruct`s."""
@@ -60,7 +70,8 @@ def open_base(
     """The base at `path`, or a random one of a preset with some fields overridden.
 
     Args:
-      path: a Hugging Face directory, `hf://org/name`, or a llama2.c `.bin` file; "" = random.
+      path: a Hugging Face directory, `hf://org/name`, a `.gguf` file or a llama2.c `.bin` file;
+        "" = random.
       preset_name, overrides: architecture of a random base; a base on disk brings its own.
       seed: of random weights.
       quantise: how its kernels are stored: a key of `base.quantised.KINDS`, or "" = in floats.
@@ -77,26 +88,82 @@ def open_base(
     if not path:
         return _random(preset_name, overrides, seed, quantise)
     if path.startswith("hf://") or (Path(path) / "config.json").is_file():
-        folder = huggingface.locate(path)
-        return Base(
-            huggingface.read_config(folder),
-            lambda dtype, shardings: huggingface.load(folder, dtype, shardings, quantise)[1],
-            folder,
-            quantise,
-            folder,
-        )
+        return _hugging_face(path, quantise)
     if Path(path).is_file() and path.endswith(".bin"):
-        tokenizers = sorted(Path(path).parent.glob("*.model"))
-        return Base(
-            llama2c.read_config(path),
-            lambda dtype, shardings: _stored(quantise, shardings)(llama2c.load(path, dtype)[1]),
-            tokenizers[0] if len(tokenizers) == 1 else None,
-            quantise,
-        )
+        return _llama2c(path, quantise)
+    if path.endswith(".gguf"):
+        return _gguf(path, quantise)
     raise UserError(
         f"base.path: '{path}' is neither a directory with a config.json, nor 'hf://org/name', nor "
-        "a llama2.c .bin file"
+        "a .gguf file, nor a llama2.c .bin file"
     )
+
+
+def _hugging_face(path: str, quantise: str) -> Base:
+    folder = huggingface.locate(path)
+    family, config = huggingface.describe(folder)
+    return Base(
+        config,
+        _finite(
+            path, lambda dtype, shardings: huggingface.load(folder, dtype, shardings, quantise)[1]
+        ),
+        lambda: folder,
+        quantise,
+        folder,
+        family,
+        huggingface.notes(folder),
+    )
+
+
+def _llama2c(path: str, quantise: str) -> Base:
+    beside = sorted(Path(path).parent.glob("*.model"))
+    return Base(
+        llama2c.read_config(path),
+        _finite(
+            path,
+            lambda dtype, shardings: _stored(quantise, shardings)(llama2c.load(path, dtype)[1]),
+        ),
+        lambda: beside[0] if len(beside) == 1 else None,
+        quantise,
+    )
+
+
+def _gguf(path: str, quantise: str) -> Base:
+    file = open_gguf(path)
+    family, config = gguf_models.describe(file)
+    return Base(
+        config,
+        _finite(
+            path, lambda dtype, shardings: gguf_models.load(path, dtype, shardings, quantise)[1]
+        ),
+        lambda: gguf_tokenizer.unpack(file.fields, path),
+        quantise,
+        known_family=family,
+    )
+
+
+def _finite(path: str, load: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """`load`, but NaN and infinity are refused: whatever is made of them is worth nothing."""
+
+    def checked(dtype, shardings) -> Any:
+        params = load(dtype, shardings)
+        finite = jax.device_get(_all_finite(params))
+        bad = [path for path, fine in trees.flatten(finite) if not all(jax.tree.leaves(fine))]
+        if bad:
+            more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+            raise UserError(
+                f"{path}: NaN or infinity in {', '.join(bad[:3])}{more}; the file is damaged, or "
+                "was written by a run that had failed: fetch it again"
+            )
+        return params
+
+    return checked
+
+
+@jax.jit
+def _all_finite(params: Any) -> Any:
+    """Of every array, whether all its values are finite."""
+    return jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), params)
 
 
 def _stored(quantise: str, shardings, build: Callable = lambda params: params):
@@ -120,4 +187,4 @@ def _random(preset_name: str, overrides: Mapping[str, Any], seed: int, quantise:
         build = functools.partial(decoder.init, config, dtype=dtype)
         return _stored(quantise, shardings, build)(jax.random.key(seed))
 
-    return Base(config, load, None, quantise)
+    return Base(config, load, quantise=quantise)

@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from medmoe_jax import json_text
 from medmoe_jax.checkpoints.agreement import from_first_process
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel import processes
@@ -65,7 +66,7 @@ def read_json(path: str | Path) -> Any:
       UserError: the file is absent, or is not JSON; the message names the file and the line.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json_text.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except json.JSONDecodeError as error:
@@ -196,7 +197,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 def _parse(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json_text.loads(line)
     except ValueError:
         row = None
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):

@@ -8,6 +8,7 @@ A module is a linear layer of the Hugging Face model, fused ones included; PEFT 
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -126,26 +127,40 @@ def save_peft(
       UserError: the folder is not empty or cannot be written, there is no bank or nothing in
         them, or one's gate depends on the token.
     """
-    for spec, _ in members:
-        lifecycle.check_mergeable(spec)
-    if not members:
-        raise UserError("there is no bank to write as an adapter")
-    at = {site: lifecycle.members_at(members, site) for site in site_shapes(config)}
     ranks, arrays = {}, {}
-    for module, weight in linear_modules(config, family).items():
-        a_RxD, b_OxR = _stacked(weight, at, np.dtype(dtype))
-        if len(a_RxD):
-            ranks[module] = len(a_RxD)
-            names = (f"{_PREFIX}{module}.{leaf}" for leaf in _LAYOUTS["LORA"])
-            arrays |= zip(names, (a_RxD, b_OxR), strict=True)
-    if not ranks:
-        raise UserError("every Λ of the banks to write is 0: there is nothing to write")
+    for module, factors in stacked(config, family, members, dtype).items():
+        ranks[module] = len(factors[0])
+        names = (f"{_PREFIX}{module}.{leaf}" for leaf in _LAYOUTS["LORA"])
+        arrays |= zip(names, factors, strict=True)
     options = _options(ranks, base)
     with new_folder(directory) as write:
         write(lambda folder: write_json(folder / CONFIG, options))
         write(lambda folder: save_tensors(folder / WEIGHTS, arrays))
         write(functools.partial(write_companions, companions or {}))
     return Path(directory)
+
+
+def stacked(
+    config: DecoderConfig, family: str, members: Sequence[tuple[BankSpec, Any]], dtype
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """`{module: (A [r, D], B [O, r])}` of banks as one adapter; arguments as of `save_peft`.
+
+    Raises:
+      UserError: there is no bank or nothing in them, or one's gate depends on the token.
+    """
+    for spec, _ in members:
+        lifecycle.check_mergeable(spec)
+    if not members:
+        raise UserError("there is no bank to write as an adapter")
+    at = {site: lifecycle.members_at(members, site) for site in site_shapes(config)}
+    modules = {
+        module: _stacked(weight, at, np.dtype(dtype))
+        for module, weight in linear_modules(config, family).items()
+    }
+    found = {module: factors for module, factors in modules.items() if len(factors[0])}
+    if not found:
+        raise UserError("every Λ of the banks to write is 0: there is nothing to write")
+    return found
 
 
 def linear_modules(config: DecoderConfig, family: str) -> dict[str, families.Tensor]:
@@ -197,7 +212,7 @@ def _unsupported(options: Mapping[str, Any]) -> list[str]:
 def _bad_number(key: str, fields: Mapping[str, Any], whole: bool = False) -> list[str]:
     value = fields.get(key)
     fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if fits and (value > 0 or not whole):
+    if fits and math.isfinite(value) and (value > 0 or not whole):
         return []
     return [f"{key}: {value!r} is not a {'positive whole ' if whole else ''}number"]
 
@@ -261,6 +276,11 @@ def _read_tensors(path: Path, kind: str, modules, scalings):
                 if keys.issuperset(names):
                     found[module] = [file.get_tensor(name).astype(np.float32) for name in names]
                     problems += _misshapen(names, found[module], modules[module].shape, scaling)
+                    problems += [
+                        f"{name}: NaN or infinity"
+                        for name, tensor in zip(names, found[module], strict=True)
+                        if not np.isfinite(tensor).all()
+                    ]
                 keys -= set(names)
     except FileNotFoundError:
         return {}, [f"{path.name}: missing (other formats must be converted first)"]

@@ -27,10 +27,12 @@ from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.lifecycle import Roster
 from medmoe_jax.base import decoder, trees
 from medmoe_jax.base.config import DecoderConfig
-from medmoe_jax.checkpoints import families, huggingface
+from medmoe_jax.checkpoints import families, hf_config, huggingface
 from medmoe_jax.checkpoints.files import read_json
 from medmoe_jax.checkpoints.fingerprint import file_fingerprint
+from medmoe_jax.checkpoints.placing import place
 from medmoe_jax.checkpoints.released import TRAINED, Imported, check_fit
+from medmoe_jax.checkpoints.safetensors_files import INDEX, listed, open_files
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel.rules import path_name
 
@@ -51,8 +53,7 @@ _Entry = tuple[families.Tensor, bool, tuple]
 def holds_experts(folder: str | Path) -> bool:
     """Whether a directory has tensors of whole feed-forward experts."""
     folder = Path(folder)
-    if (folder / huggingface.INDEX).is_file():
-        names = huggingface.listed(folder)[0]
+    if (folder / INDEX).is_file() and (names := listed(folder)[0]):
         return any(_EXPERT.match(name) for name in names)
     for path in folder.glob("*.safetensors"):
         # A damaged file tells nothing here; whoever reads the directory names it.
@@ -95,17 +96,17 @@ def read_upcycled(
     bank = _check_stage(folder, config, family, roster, trained)
     plan = list(_plan(bank, config, family))
     with contextlib.ExitStack() as stack:
-        files = huggingface.open_tensors(folder, config.tied, [t for t, *_ in plan], stack)
+        opened = open_files(folder, stack)
+        tied = families.FAMILIES[family].spellings[0].ends if config.tied else None
+        opened.check([tensor for tensor, *_ in plan], tied)
         pieces: dict[bool, dict[str, list]] = {True: {}, False: {}}
         for tensor, in_bank, index in plan:
             for part in tensor.parts:
-                read = functools.partial(
-                    huggingface.read_rows, files[tensor.name], tensor.name, part
-                )
+                read = functools.partial(opened.tensors[tensor.name].rows, part)
                 pieces[in_bank].setdefault(part.path, []).append((index, read))
         params = _place_bank(bank, config, pieces[True], shardings)
         base = _place_base(config, trained, pieces[False], base_before(), shardings)
-    read = (*huggingface.listed(folder)[1], huggingface.CONFIG, huggingface.INDEX)
+    read = (*listed(folder)[1], huggingface.CONFIG, INDEX)
     note = f"layers {bank.start} to {bank.stop - 1} are bank '{bank.name}': {bank.experts} whole "
     note += f"experts, top {bank.top_k}; all else is {len(pieces[False])} leaves of the base"
     return Imported(
@@ -152,12 +153,12 @@ def _check_stage(folder: Path, config, family, roster: Roster, trained) -> BankS
 def _architecture(folder: Path, hf, config: DecoderConfig, family: str) -> Iterator[str]:
     """How the checkpoint's dense parts differ from the base."""
     try:
-        theirs = families.config_from_hf({**hf, "model_type": family})
+        theirs = hf_config.config_from_hf({**hf, "model_type": family})
     except UserError as error:
         raise UserError(f"{folder / huggingface.CONFIG}: {error}") from None
     # How long a text may be is no part of the function.
     theirs = theirs.replace(max_positions=config.max_positions)
-    for name, got, want in families.differences(theirs, config):
+    for name, got, want in hf_config.differences(theirs, config):
         yield f"{huggingface.CONFIG}: {name} is {got!r}, the base's is {want!r}"
 
 
@@ -204,7 +205,7 @@ def _place_bank(bank: BankSpec, config, pieces: Mapping[str, list], shardings):
 
     def leaf(path, struct, sharding):
         source = f"layers.{path_name(path).replace('.experts', '.kernel')}"
-        return huggingface.place(source, struct, sharding, pieces[source])
+        return place(source, struct, sharding, pieces[source])
 
     return jax.tree_util.tree_map_with_path(leaf, abstract, shardings(abstract))
 
@@ -219,6 +220,6 @@ def _place_base(config, trained, pieces: Mapping[str, list], before, shardings):
         readers = pieces.get(path, [])
         whole = not path.startswith("layers.") or len(readers) == config.n_layers
         start = None if whole else trees.get(before, path)
-        return huggingface.place(path, leaf, trees.get(where, path), readers, start=start)
+        return place(path, leaf, trees.get(where, path), readers, start=start)
 
     return trees.unflatten((path, placed(path, leaf)) for path, leaf in trees.flatten(tree))

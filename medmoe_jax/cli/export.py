@@ -2,28 +2,37 @@
 
   medmoe export --config=FILE --workdir=DIR --format=hf --output=merged
   medmoe export --config=FILE --workdir=DIR --format=peft --output=adapter
+  medmoe export --config=FILE --workdir=DIR --format=gguf --dtype=q8_0 --output=model
+  medmoe export --config=FILE --workdir=DIR --format=gguf-adapter --output=adapter
 
 hf: every bank folded into the weights, as a folder that transformers loads.
 peft: every bank, merged ones too, as one LoRA adapter of summed rank over the base as it was.
-Beside them stand the tokenizer, the chat template that was trained with its options, and the ids
-that end an answer.
-A bank whose gate depends on the token fits neither; --off=BANK leaves it out.
+gguf: every bank folded into the weights, as one file for llama.cpp, and a Modelfile for Ollama.
+gguf-adapter: the adapter of peft as a file that llama.cpp puts over the base in a GGUF file.
+Beside or in them stand the tokenizer, the chat template that was trained with its options, and the
+ids that end an answer.
+A bank whose gate depends on the token fits none of them; --off=BANK leaves it out.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from medmoe_jax.adapters import lifecycle
 from medmoe_jax.base import decoder
-from medmoe_jax.checkpoints import companions
-from medmoe_jax.checkpoints.files import check_new, read_json
+from medmoe_jax.checkpoints import companions, gguf_export
+from medmoe_jax.checkpoints.families import FAMILIES
+from medmoe_jax.checkpoints.files import check_new
 from medmoe_jax.checkpoints.huggingface import HUB, save_hf
 from medmoe_jax.checkpoints.peft import save_peft
 from medmoe_jax.cli.session import add_model_arguments, open_run, open_stage
+from medmoe_jax.data import ollama
+from medmoe_jax.data.gguf_fields import tokenizer_fields
+from medmoe_jax.data.jinja_template import Jinja
 from medmoe_jax.data.portable import portable_template
 from medmoe_jax.errors import UserError
 from medmoe_jax.training.leaves import match_leaves
@@ -40,21 +49,28 @@ def add_arguments(parser) -> None:
     parser.add_argument("--output", required=True, help="the folder to write; a new one")
     parser.add_argument(
         "--dtype",
-        choices=["float32", "bfloat16"],
-        help="of the tensors (default: the base's for hf, float32 for peft)",
+        choices=list(gguf_export.KINDS),
+        help="of the tensors (default: the base's for hf and gguf, float32 for adapters); all but "
+        "float32 and bfloat16 are gguf's alone",
     )
 
 
 def run(arguments, rest) -> None:
     """Run the command."""
     check_new(arguments.output)
+    export = FORMATS[arguments.format]
+    if arguments.dtype and arguments.dtype not in export.dtypes:
+        raise UserError(
+            f"--dtype={arguments.dtype}: --format={arguments.format} writes "
+            f"{', '.join(export.dtypes)}"
+        )
     opened = open_run(rest, arguments.workdir)
     trained = open_stage(opened, arguments.stage)
     roster = trained.roster
     for name in arguments.off:
         roster = lifecycle.set_state(roster, name, "off")
     trained = dataclasses.replace(trained, roster=roster)
-    FORMATS[arguments.format](opened.setup, trained, arguments.output, arguments.dtype)
+    export.write(opened.setup, trained, arguments.output, arguments.dtype)
     print(f"written to {arguments.output}")
 
 
@@ -81,13 +97,26 @@ def _export_hf(setup: Setup, trained: Trained, output: str, dtype: str | None) -
         base.family,
         members=_members(trained, lifecycle.ACTIVE),
         dtype=np.dtype(dtype or setup.dtype),
-        source=read_json(base.folder / "config.json") if base.folder else None,
+        source=base.folder,
         extra=None if base.folder else ids,
         companions=_prompting(setup),
     )
 
 
 def _export_peft(setup: Setup, trained: Trained, output: str, dtype: str | None) -> None:
+    save_peft(
+        output,
+        setup.base.config,
+        setup.base.family,
+        _adapter(setup, trained),
+        base=setup.config.base.path.removeprefix(HUB),
+        dtype=np.dtype(dtype or "float32"),
+        companions=_prompting(setup),
+    )
+
+
+def _adapter(setup: Setup, trained: Trained):
+    """All banks, merged ones too, over a base that must be as it was."""
     leaves = decoder.shapes(setup.base.config)
     trained_leaves = [
         leaf
@@ -99,15 +128,7 @@ def _export_peft(setup: Setup, trained: Trained, output: str, dtype: str | None)
             f"leaves of the base were trained ({', '.join(dict.fromkeys(trained_leaves))}), which "
             "an adapter cannot express; use --format=hf"
         )
-    save_peft(
-        output,
-        setup.base.config,
-        setup.base.family,
-        _members(trained, (*lifecycle.ACTIVE, "merged")),
-        base=setup.config.base.path.removeprefix(HUB),
-        dtype=np.dtype(dtype or "float32"),
-        companions=_prompting(setup),
-    )
+    return _members(trained, (*lifecycle.ACTIVE, "merged"))
 
 
 def _prompting(setup: Setup) -> dict[str, Any]:
@@ -127,4 +148,59 @@ def _prompting(setup: Setup) -> dict[str, Any]:
     }
 
 
-FORMATS = {"hf": _export_hf, "peft": _export_peft}
+def _export_gguf(setup: Setup, trained: Trained, output: str, dtype: str | None) -> None:
+    base, encoder, tokenizer = setup.base, setup.encoder, setup.tokenizer
+    template = portable_template(encoder).source
+    fields = tokenizer_fields(encoder, base.config.vocab_size, template)
+    jinja = Jinja(template, tokenizer.names, tokenizer.specials)
+    frame = ollama.frame_of(lambda turns: jinja.render(turns, (), True))
+    ends = [*map(tokenizer.text_of, encoder.stops.ids), *encoder.stops.texts]
+    for lacking, what in (
+        (not fields.same, "llama.cpp gives prompts other ids than were trained"),
+        (fields.unnamed, "the file names three tokens that end an answer, and there are more"),
+        (encoder.stops.texts, f"the file cannot say that answers end with {encoder.stops.texts}"),
+        (
+            not frame,
+            "the chat template cannot be said in Ollama's language; the Modelfile has none",
+        ),
+        (FAMILIES[base.family].within, "the decoder alone is written, without what sees images"),
+    ):
+        if lacking:
+            note(what)
+    gguf_export.save_gguf(
+        output,
+        base.config,
+        trained.base,
+        base.family,
+        kind=dtype or str(np.dtype(setup.dtype)),
+        members=_members(trained, lifecycle.ACTIVE),
+        fields=fields.values,
+        companions={ollama.MODELFILE: ollama.modelfile(gguf_export.MODEL, frame, ends).encode()},
+    )
+
+
+def _export_gguf_adapter(setup: Setup, trained: Trained, output: str, dtype: str | None) -> None:
+    template = portable_template(setup.encoder).source
+    gguf_export.save_gguf_adapter(
+        output,
+        setup.base.config,
+        setup.base.family,
+        _adapter(setup, trained),
+        kind=dtype or "float32",
+        companions={companions.TEMPLATE: template.encode()},
+    )
+
+
+class Format(NamedTuple):
+    """How a model is written: `write(setup, trained, output, dtype)`, and in what `dtypes`."""
+
+    write: Callable[[Setup, Trained, str, str | None], None]
+    dtypes: tuple[str, ...]
+
+
+FORMATS = {
+    "hf": Format(_export_hf, ("float32", "bfloat16")),
+    "peft": Format(_export_peft, ("float32", "bfloat16")),
+    "gguf": Format(_export_gguf, tuple(gguf_export.KINDS)),
+    "gguf-adapter": Format(_export_gguf_adapter, ("float32", "float16", "bfloat16")),
+}

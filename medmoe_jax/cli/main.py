@@ -17,12 +17,14 @@ from collections.abc import Iterator, Sequence
 import medmoe_jax
 from medmoe_jax.cli import (
     analyze,
+    compare,
     data,
     demo,
     evaluate,
     export,
     generate,
     import_,
+    overlap,
     plan,
     route,
     score,
@@ -41,6 +43,8 @@ COMMANDS = {
     "route": route,
     "import": import_,
     "eval": evaluate,
+    "compare": compare,
+    "overlap": overlap,
     "generate": generate,
     "score": score,
     "export": export,

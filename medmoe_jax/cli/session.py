@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from medmoe_jax import json_text
 from medmoe_jax.adapters import lifecycle
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.checkpoints.agreement import check_alike
@@ -14,12 +15,12 @@ from medmoe_jax.checkpoints.manifest import library_versions
 from medmoe_jax.cli.configs import load_config
 from medmoe_jax.data.conversation import Turn, check_text, turns_of
 from medmoe_jax.data.languages import detector
-from medmoe_jax.data.sources import RowFitter
 from medmoe_jax.data.templates import doubts
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation.report import Report
 from medmoe_jax.evaluation.run import evaluate
-from medmoe_jax.evaluation.tasks import Task, load_task
+from medmoe_jax.evaluation.shots import Fitter
+from medmoe_jax.evaluation.tasks import Task, expand, load_task
 from medmoe_jax.inference.engine import Engine
 from medmoe_jax.inference.language_model import LanguageModel
 from medmoe_jax.training.compiling import keep_compiled
@@ -50,7 +51,7 @@ def open_run(arguments: Sequence[str], workdir: str) -> Run:
     )
     keep_compiled(config.run.compilation_cache, workdir)
     setup = open_setup(config)
-    for text in doubts(setup.template, setup.tokenizer):
+    for text in (*setup.base.notes, *doubts(setup.template, setup.tokenizer)):
         note(text)
     return Run(setup, workdir)
 
@@ -122,23 +123,29 @@ def open_stage(run: Run, stage: str | None = None) -> Trained:
 
 
 def run_tasks(setup: Setup, model: LanguageModel, names, limit=None, **options) -> Report:
-    """Evaluate on tasks by name; prompts too long for the context are shortened in their body."""
-    fit = RowFitter(model.encoder, setup.base.config.max_positions)
+    """Evaluate on tasks by name, with prompts as training rows have them.
+
+    Those too long for the context are shortened in their body.
+    """
+    fit = Fitter(model.encoder, setup.base.config.max_positions)
     tasks = [name if isinstance(name, Task) else load_task(name, limit, fit=fit) for name in names]
     for task in tasks:
-        check_prompts(
-            setup, [i.prompt for i in task.items], f"task '{task.name}', item {{}}".format
-        )
+        check_items(setup, task)
     report = evaluate(model, tasks, limit=limit, batch=8 * model.engine.batch, **options)
-    if fit.shortened:
-        note(f"{fit.shortened} prompts were shortened to fit {fit.length} positions")
+    for line in report.notes():
+        note(line)
     note_cut(model)
     return report
 
 
+def check_items(setup: Setup, task: Task) -> None:
+    """Raise UserError, with its place, for an item of a task that the template refuses."""
+    check_prompts(setup, [i.turns for i in task.items], f"task '{task.name}', item {{}}".format)
+
+
 def check_prompts(
     setup: Setup,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[Turn]],
     place: Callable[[int], str],
     answers: Sequence[str] | None = None,
 ) -> None:
@@ -169,13 +176,10 @@ def stage_evaluator(run: Run, stop: Callable[[], bool]):
       stop: asked after every batch of items, whether to end there (`Stopped`).
     """
     setup = run.setup
-    names = list(setup.config.run.tasks)
+    names = expand(setup.config.run.tasks)
     limit = setup.config.run.task_limit or None
     for name in names:  # an unknown name or a bad item shows now, not after the training
-        task = load_task(name, limit)
-        check_prompts(
-            setup, [i.prompt for i in task.items], f"task '{task.name}', item {{}}".format
-        )
+        check_items(setup, load_task(name, limit))
 
     def evaluate_stage(trained: Trained) -> dict:
         if not names:
@@ -232,7 +236,7 @@ def read_rows(path: str, fields: Sequence[str]) -> tuple[list[dict], list[str]]:
             continue
         place = f"{path}:{number}"
         try:
-            row = json.loads(line)
+            row = json_text.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{place}: not JSON ({error.msg})") from None
         for field in fields:

@@ -98,6 +98,19 @@ class Encoder:
         runs = self._runs(self.template.prompt(turns, tools))
         return [token for run in runs for token in run.ids]
 
+    def answered(self, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
+        """The ids of a conversation up to the text of its last answer, and up to that text's end.
+
+        The second begin with the first, unless a token reaches over where the text begins.
+        """
+        pieces = self.template.rows(turns)[-1]
+        at = max(i for i, piece in enumerate(pieces) if piece.said and piece.part == "content")
+        before, with_text = (
+            [token for run in self._runs(some) for token in run.ids]
+            for some in (pieces[:at], pieces[: at + 1])
+        )
+        return before, with_text
+
     def read(self, text: str) -> tuple[str, str]:
         """`(answer, reasoning)` of what a model said, decoded, without the template's own words."""
         lead = self._shown(self.template.lead())

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
+from medmoe_jax import json_text
 from medmoe_jax.errors import UserError
 
 Items = Iterator[tuple[str, Any]]
@@ -38,7 +39,7 @@ def _lines(lines: Iterable[str], shown: str) -> Items:
 def decode_line(line: str, where: Callable[[], str]) -> Any:
     """The item of one line. Raises UserError that begins with what `where` gives."""
     try:
-        return json.loads(line, object_pairs_hook=_object)
+        return json_text.loads(line, _object)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{where()}: not valid JSON ({error.msg}, column {error.colno}); "
@@ -55,7 +56,8 @@ def _list_items(text: str, shown: str) -> Items:
         line, seen = line + text.count("\n", seen, at), at
         where = f"{shown}, item {number} (line {line})"
         try:
-            item, at = decoder.raw_decode(text, at)
+            with json_text.one_error(text):
+                item, at = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{where}: not valid JSON ({error.msg}, line {error.lineno}); correct this item"

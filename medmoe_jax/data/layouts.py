@@ -224,5 +224,6 @@ TEMPLATES: dict[str, Layout] = {
         assistant=Turn(open="Assistant:", eos=True),
         bos=True,
     ),
-    "plain": Layout(user=Turn(), assistant=Turn(eos=True), bos=True),
+    # A space before the answer, where the field's evaluation tools put it as well.
+    "plain": Layout(user=Turn(), assistant=Turn(space=" ", eos=True), bos=True),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from medmoe_jax.data.conversation import Turn
@@ -51,14 +52,24 @@ def portable_template(encoder: Encoder) -> Portable:
 def _same(encoder: Encoder, source: str) -> bool:
     """Whether whole texts of a template, as other tools encode them, have the encoder's ids."""
     tokenizer = encoder.tokenizer
-    template = Jinja(source, tokenizer.names, tokenizer.specials)
+    return agrees(encoder, source, lambda text: tokenizer.encode_parts(tokenizer.parts(text), True))
+
+
+def agrees(encoder: Encoder, source: str, read: Callable[[str], list[int]]) -> bool:
+    """Whether prompts that a Jinja template writes have the encoder's ids where `read` reads them.
+
+    Args:
+      encoder: what the model was trained with.
+      source: of the template.
+      read: the ids of a text with markup.
+    """
+    template = Jinja(source, encoder.tokenizer.names, encoder.tokenizer.specials)
     for turns in _PROMPTS:
         try:
             wanted = encoder.prompt(turns)
         except UserError:
             continue
-        text = template.render(turns, (), True)
-        if tokenizer.encode_parts(tokenizer.parts(text), True) != wanted:
+        if read(template.render(turns, (), True)) != wanted:
             return False
     return True
 

@@ -194,7 +194,7 @@ def open_source(
 
     Raises:
       UserError: an unknown reader, a path with a reader that takes none, a prompt without a place
-        for the row's own text, or bad rows.
+        for the row's own text, a collection's test split, or bad rows.
     """
     check_source(name, fields)
     path, reader = fields["path"], fields["reader"]
@@ -209,7 +209,7 @@ def open_source(
     if reader in _DEMO:
         found = [form.conversation(row) for row in _DEMO[reader]()]
         return Source(Rows(found, f"{reader}, row {{}}".format), _digest(found))
-    whole = [form.row(row) for row in medical.rows(reader, fields["split"])]
+    whole = [form.row(row) for row in medical.training_rows(reader, fields["split"])]
     found = [(fit(row) if fit else row).conversation() for row in whole]
     shortened = fit.shortened if fit else 0
     return Source(Rows(found, f"{reader}, row {{}}".format), _digest(found), Counter(), shortened)

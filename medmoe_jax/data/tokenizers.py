@@ -18,6 +18,7 @@ import tokenizers as hf
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
+from medmoe_jax import json_text
 from medmoe_jax.data.tokens import Added, Markup, Tokenizer
 from medmoe_jax.errors import UserError
 
@@ -197,7 +198,7 @@ class HuggingFace(Markup):
 
     @functools.cached_property
     def _parsed(self) -> dict:
-        content = json.loads(self._content)
+        content = json_text.loads(self._content)
         if not isinstance(content, dict) or not {"model", "added_tokens"} <= content.keys():
             raise ValueError("it lacks the fields 'model' and 'added_tokens'")
         return content

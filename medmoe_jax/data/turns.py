@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from medmoe_jax import json_text
 from medmoe_jax.data.conversation import Turn
 from medmoe_jax.errors import UserError
 
@@ -157,7 +158,7 @@ def decoded(value: Any) -> Any:
     """A list or object that stands as JSON text in a table's cell."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return json.loads(value)
+            return json_text.loads(value)
         except json.JSONDecodeError:
             return value
     return value
@@ -165,7 +166,7 @@ def decoded(value: Any) -> Any:
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json_text.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{where} is not valid JSON ({error.msg}): {text[:40]!r}") from error
 

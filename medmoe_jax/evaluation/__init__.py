@@ -1,15 +1,21 @@
 """Tasks, metrics, intervals and reports; a model is known by its `LanguageModel` methods alone."""
 
+from medmoe_jax.evaluation.items import Item
 from medmoe_jax.evaluation.report import Report, Result
-from medmoe_jax.evaluation.run import LanguageModel, evaluate
-from medmoe_jax.evaluation.tasks import Item, Task, list_tasks, load_task
+from medmoe_jax.evaluation.run import evaluate
+from medmoe_jax.evaluation.shots import Fitter, Shots
+from medmoe_jax.evaluation.tasks import Task, list_tasks, load_task
+from medmoe_jax.evaluation.ways import LanguageModel, Way
 
 __all__ = [
+    "Fitter",
     "Item",
     "LanguageModel",
     "Report",
     "Result",
+    "Shots",
     "Task",
+    "Way",
     "evaluate",
     "list_tasks",
     "load_task",

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from medmoe_jax.checkpoints.files import write_bytes, write_text
-from medmoe_jax.evaluation.report import COLUMNS, Report
+from medmoe_jax.evaluation.report import COLUMNS, Report, percent
 
 INK = "#010203"  # stands for the page's text colour in figures
 LINE_COLOURS = ("#3b82f6", "#f97316", "#10b981", "#e11d48", "#8b5cf6", "#ca8a04", "#0891b2")
@@ -200,15 +200,20 @@ class ResultsSection:
 
     title: str
     report: Report
-    note: str = "Bar: score; pale: 95% interval; red mark: always the commonest training answer."
+    note: str = (
+        "Bar: score; pale: 95% interval; red mark: always the commonest training answer; "
+        "grey mark: chance."
+    )
 
     def body(self) -> str:
-        columns = [*COLUMNS[:4], "0 … 100", *COLUMNS[4:]]
+        columns = [*COLUMNS[:3], "0 … 100", *COLUMNS[3:]]
         head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
         rows = ""
         for result in self.report.results:
             cells = [_cell(text) for text in result.cells()]
-            rows += f"<tr>{''.join([*cells[:4], f'<td>{_bar(result)}</td>', *cells[4:]])}</tr>"
+            rows += f"<tr>{''.join([*cells[:3], f'<td>{_bar(result)}</td>', *cells[3:]])}</tr>"
+            for name, value in result.also.items():
+                rows += f"<tr><td></td>{_cell(name)}{_cell(percent(value))}</tr>"
         return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
@@ -259,11 +264,12 @@ def _cell(value: object) -> str:
 
 
 def _bar(result) -> str:
-    """Score, interval and majority on a line from 0 to 100."""
+    """Score, interval, chance and majority on a line from 0 to 100."""
     mark = ""
-    if result.majority is not None:
-        x = 100 * result.majority - 0.6
-        mark = f'<rect x="{x:.1f}" width="1.2" height="14" fill="var(--mark)"/>'
+    for value, colour in ((result.chance, "--soft"), (result.majority, "--mark")):
+        if value is not None:
+            x = 100 * value - 0.6
+            mark += f'<rect x="{x:.1f}" width="1.2" height="14" fill="var({colour})"/>'
     return (
         '<svg width="120" height="14" viewBox="0 0 100 14" preserveAspectRatio="none">'
         '<rect y="6" width="100" height="2" fill="var(--edge)"/>'

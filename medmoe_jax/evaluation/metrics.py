@@ -7,15 +7,17 @@ alone), then the rows into one score (`reduce`), so that a resample of items is 
 from __future__ import annotations
 
 import functools
-import unicodedata
+import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from sacrebleu.metrics import CHRF
 
+from medmoe_jax.data.words import words
 from medmoe_jax.errors import UserError
-from medmoe_jax.evaluation import answers as grammar
+from medmoe_jax.evaluation import answers, grammars
 
 
 @dataclass(frozen=True)
@@ -26,16 +28,20 @@ class Metric:
     reduce: such an array -> score.
     binary: each row is 0 or 1 and the score their mean.
     ranked: a prediction is the list of choices, best first, instead of a text.
+    whole: an answer is the item, instead of its answer's text.
+    readable: whether a prediction is in the form that the metric reads.
     """
 
     name: str
-    prepare: Callable[[Sequence, Sequence[str]], np.ndarray]
+    prepare: Callable[[Sequence, Sequence], np.ndarray]
     reduce: Callable[[np.ndarray], float]
     binary: bool = False
     ranked: bool = False
+    whole: bool = False
+    readable: Callable[[str], bool] = lambda text: bool(text.strip())
 
 
-def compute(name: str, predictions: Sequence, answers: Sequence[str]) -> float:
+def compute(name: str, predictions: Sequence, answers: Sequence) -> float:
     """The score of a metric by name. Raises UserError for an unknown name."""
     metric = find(name)
     return metric.reduce(metric.prepare(predictions, answers))
@@ -48,26 +54,9 @@ def find(name: str) -> Metric:
     return METRICS[name]
 
 
-def tokens(text: str) -> list[str]:
-    """Lower-case words in any script; each Chinese or Japanese character is a token."""
-    found, word = [], ""
-    for character in unicodedata.normalize("NFC", text).lower():
-        name = unicodedata.name(character, "")
-        alone = name.startswith(("CJK UNIFIED", "HIRAGANA", "KATAKANA"))
-        goes_on = unicodedata.category(character)[0] in "LMN" and not alone
-        if word and not goes_on:
-            found.append(word)
-            word = ""
-        if alone:
-            found.append(character)
-        elif goes_on:
-            word += character
-    return [*found, word] if word else found
-
-
 class _Tokenizer:
     def tokenize(self, text: str) -> list[str]:
-        return tokens(text)
+        return words(text)
 
 
 # rouge_score and scikit-learn are imported where they are used: with what they bring along (nltk,
@@ -83,8 +72,8 @@ _CHRF = CHRF()
 
 
 def _each(score: Callable[[str, str], float]):
-    def prepare(predictions, answers):
-        pairs = zip(predictions, answers, strict=True)
+    def prepare(predictions, golds):
+        pairs = zip(predictions, golds, strict=True)
         return np.array([score(p, a) for p, a in pairs], np.float64)
 
     return prepare
@@ -94,12 +83,13 @@ def _mean(rows_N: np.ndarray) -> float:
     return float(rows_N.mean())
 
 
-def _same(prediction: str, answer: str) -> float:
+def same(prediction: str, answer: str) -> float:
+    """1 where two texts are equal up to spaces, else 0."""
     return float(" ".join(prediction.split()) == " ".join(answer.split()))
 
 
 def _same_caseless(prediction: str, answer: str) -> float:
-    return _same(prediction.casefold(), answer.casefold())
+    return same(prediction.casefold(), answer.casefold())
 
 
 def _letters_same(prediction: str, answer: str) -> float:
@@ -111,17 +101,28 @@ def _letters_overlap(prediction: str, answer: str) -> float:
     return len(chosen & right) / max(1, len(chosen | right))
 
 
+def _letters_inside(prediction: str, answer: str) -> float:
+    return float(bool(_letter_set(answer)) and _letter_set(answer) <= _letter_set(prediction))
+
+
 def _letter_set(text: str) -> frozenset[str]:
-    return grammar.letters(text, "ABCDEFGH")
+    return answers.letters(text, "ABCDEFGHIJ")
 
 
 def _rouge_l(prediction: str, answer: str) -> float:
     return _rouge().score(answer, prediction)["rougeL"].fmeasure
 
 
-def _codes(predictions, answers) -> np.ndarray:
+def _sections_rouge_l(prediction: str, answer: str) -> float:
+    """Mean over the answer's sections; one that is empty counts as 无."""
+    written, right = grammars.sections(prediction), grammars.sections(answer)
+    scores = [_rouge_l(written.get(head, "") or "无", body or "无") for head, body in right.items()]
+    return sum(scores) / len(scores) if scores else 0.0
+
+
+def _codes(predictions, golds) -> np.ndarray:
     """`[N, 2]` label numbers of prediction and answer."""
-    _, codes = np.unique([*predictions, *answers], return_inverse=True)
+    _, codes = np.unique([*predictions, *golds], return_inverse=True)
     return codes.reshape(2, -1).T
 
 
@@ -135,17 +136,62 @@ def _f1(average: str):
     return reduce
 
 
+def _kappa(weights: str | None):
+    def reduce(rows_Nx2: np.ndarray) -> float:
+        from sklearn.metrics import cohen_kappa_score
+
+        predicted_N, right_N = rows_Nx2.T
+        if len(np.unique(rows_Nx2)) == 1:
+            return 1.0  # all the same, and all right: chance agrees as well, which leaves 0 / 0
+        return float(cohen_kappa_score(right_N, predicted_N, weights=weights))
+
+    return reduce
+
+
 def _set_counts(parse: Callable[[str], frozenset]):
     """`[N, 3]`: tuples found and right, found, right."""
 
-    def prepare(predictions, answers):
+    def prepare(predictions, golds):
         counts = []
-        for prediction, answer in zip(predictions, answers, strict=True):
+        for prediction, answer in zip(predictions, golds, strict=True):
             found, right = parse(prediction), parse(answer)
             counts.append((len(found & right), len(found), len(right)))
         return np.array(counts, np.int64)
 
     return prepare
+
+
+def _term_counts(predictions, items) -> np.ndarray:
+    """As of sets; a term that the item's list does not allow is none."""
+    counts = []
+    for prediction, item in zip(predictions, items, strict=True):
+        found, right = grammars.terms(prediction), grammars.terms(item.answer)
+        if item.allowed:
+            found = {term for term in found if term[0] in item.allowed}
+        counts.append((len(found & right), len(found), len(right)))
+    return np.array(counts, np.int64)
+
+
+def _span_counts(predictions, items) -> np.ndarray:
+    """As of sets, of places: a mention is found wherever it stands in the text."""
+    counts = []
+    for prediction, item in zip(predictions, items, strict=True):
+        found = {
+            (kind, at, at + len(mention))
+            for kind, mention in grammars.entities(prediction)
+            for at in _places(mention, item.source)
+        }
+        right = set(item.spans)
+        counts.append((len(found & right), len(found), len(right)))
+    return np.array(counts, np.int64)
+
+
+def _places(mention: str, text: str) -> list[int]:
+    """Where a mention stands in a text, not within a longer word of letters."""
+    spaced = re.compile(r"[A-Za-z\u00c0-\u052f]")
+    before = r"(?<![A-Za-z\u00c0-\u052f])" if spaced.match(mention[:1]) else ""
+    after = r"(?![A-Za-z\u00c0-\u052f])" if spaced.match(mention[-1:]) else ""
+    return [m.start() for m in re.finditer(before + re.escape(mention) + after, text)]
 
 
 def _set_f1(rows_Nx3: np.ndarray) -> float:
@@ -154,35 +200,77 @@ def _set_f1(rows_Nx3: np.ndarray) -> float:
     return float(2 * hits / (found + right)) if found + right else 1.0
 
 
+def _within(prediction: str, item) -> float:
+    """Whether the last number lies within the item's limits; a date must be the same."""
+    limits = [grammars.numbers(limit) for limit in item.allowed]
+    said = grammars.numbers(answers.last_said(prediction))
+    if len(limits) != 2 or not all(len(limit) == 1 for limit in limits):
+        return float(bool(said) and said == grammars.numbers(item.answer))
+    return float(bool(said) and limits[0][0] <= said[-1] <= limits[1][0])
+
+
 def _hit(count: int):
     return _each(lambda ranking, answer: float(answer in ranking[:count]))
 
 
-def _chrf_counts(predictions, answers) -> np.ndarray:
+def _chrf_counts(predictions, golds) -> np.ndarray:
     """`[N, S]` n-gram counts, which chrF adds over the corpus."""
-    return np.array(_CHRF._extract_corpus_statistics(predictions, [answers]), np.int64)
+    return np.array(_CHRF._extract_corpus_statistics(predictions, [golds]), np.int64)
 
 
 def _chrf(rows_NxS: np.ndarray) -> float:
     return _CHRF._aggregate_and_compute(rows_NxS.tolist()).score / 100
 
 
+def _listed(parse: Callable[[str], frozenset]):
+    """Whether a text is a list in its grammar, if one with nothing in it."""
+    return lambda text: bool(parse(text)) or text.strip(" .。").casefold() in grammars.NOTHING
+
+
+def _has_letters(text: str) -> bool:
+    return bool(_letter_set(text))
+
+
+def _set_metric(name: str, parse: Callable[[str], frozenset]) -> Metric:
+    return Metric(name, _set_counts(parse), _set_f1, readable=_listed(parse))
+
+
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("accuracy", _each(_same), _mean, binary=True),
+        Metric("accuracy", _each(same), _mean, binary=True),
         Metric("macro_f1", _codes, _f1("macro")),
         Metric("weighted_f1", _codes, _f1("weighted")),
+        Metric("kappa", _codes, _kappa(None)),
+        Metric("kappa_linear", _codes, _kappa("linear")),
         Metric("hit_at_3", _hit(3), _mean, binary=True, ranked=True),
         Metric("exact_match", _each(_same_caseless), _mean, binary=True),
-        Metric("letters_exact", _each(_letters_same), _mean, binary=True),
+        Metric("letters_exact", _each(_letters_same), _mean, binary=True, readable=_has_letters),
         # Intersection over union of the letters, as the authors of FrenchMedMCQA score.
-        Metric("letters_hamming", _each(_letters_overlap), _mean),
-        Metric("entity_f1", _set_counts(grammar.entities), _set_f1),
-        Metric("relation_f1", _set_counts(grammar.relations), _set_f1),
-        Metric("labelled_f1", _set_counts(grammar.labelled), _set_f1),
-        Metric("term_f1", _set_counts(grammar.terms), _set_f1),
+        Metric("letters_hamming", _each(_letters_overlap), _mean, readable=_has_letters),
+        Metric("letters_inside", _each(_letters_inside), _mean, binary=True, readable=_has_letters),
+        _set_metric("entity_f1", grammars.entities),
+        _set_metric("relation_f1", grammars.relations),
+        _set_metric("event_f1", grammars.events),
+        _set_metric("labelled_f1", grammars.labelled),
+        Metric("term_f1", _term_counts, _set_f1, whole=True),
+        Metric("span_f1", _span_counts, _set_f1, whole=True),
         Metric("rouge_l", _each(_rouge_l), _mean),
+        Metric("sections_rouge_l", _each(_sections_rouge_l), _mean),
         Metric("chrf", _chrf_counts, _chrf),
+        Metric(
+            "number_within",
+            _each(_within),
+            _mean,
+            binary=True,
+            whole=True,
+            readable=lambda text: bool(grammars.numbers(text)),
+        ),
     )
 }
+
+
+def one(rows_N: np.ndarray, n: int) -> float | None:
+    """What row n says of its item alone, where a row is one number."""
+    value = float(rows_N[n]) if rows_N.ndim == 1 else math.nan
+    return None if math.isnan(value) else value

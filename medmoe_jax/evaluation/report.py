@@ -8,17 +8,25 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 
+from medmoe_jax import json_text
 from medmoe_jax.checkpoints.files import write_text
 from medmoe_jax.errors import UserError
 
-COLUMNS = ("task", "language", "metric", "score", "95% interval", "majority", "n", "also")
+COLUMNS = ("task", "metric", "score", "95% interval", "chance", "majority", "n")
 
 
 @dataclass(frozen=True)
 class Result:
-    """A task's score between 0 and 1, its 95% interval, and that of the majority answer."""
+    """A task's score between 0 and 1, its 95% interval, and those of chance and of one answer.
+
+    majority: of always giving the commonest training answer. chance: of choosing blindly.
+    also: further metrics. split, shots: of the items. duplicates: prompts that stood before.
+    unparsed: items in whose answer nothing could be read. cut: answers cut at the most tokens.
+    shortened: prompts shortened to fit the context. missing: files of the split that lacked.
+    """
 
     task: str
     language: str
@@ -31,27 +39,63 @@ class Result:
     majority: float | None
     n: int
     also: dict[str, float] = field(default_factory=dict)
+    split: str = ""
+    chance: float | None = None
+    shots: int = 0
+    duplicates: int = 0
+    unparsed: int = 0
+    cut: int = 0
+    shortened: int = 0
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """The task with its split, as it is asked for."""
+        return f"{self.task}@{self.split}" if self.split else self.task
 
     def cells(self) -> list[str]:
         """The texts of a table row, in the order of `COLUMNS`, scores in percent."""
         return [
-            self.task,
-            self.language,
+            self.title,
             self.metric,
-            f"{100 * self.score:.1f}",
-            f"{100 * self.low:.1f} – {100 * self.high:.1f}",
-            "" if self.majority is None else f"{100 * self.majority:.1f}",
+            percent(self.score),
+            f"{percent(self.low)}–{percent(self.high)}",
+            percent(self.chance),
+            percent(self.majority),
             str(self.n),
-            ", ".join(f"{name} {100 * value:.1f}" for name, value in self.also.items()),
         ]
+
+    def notes(self) -> list[str]:
+        """What must be known of the score besides."""
+        told = {
+            "answers could not be read": self.unparsed,
+            "answers were cut at the most tokens": self.cut,
+            "prompts were shortened to fit the context": self.shortened,
+            "prompts stand twice": self.duplicates,
+        }
+        notes = [f"{number} {what}" for what, number in told.items() if number]
+        if self.missing:
+            notes.append(f"{len(self.missing)} files lacked ({', '.join(self.missing[:3])} …)")
+        return notes
+
+
+def percent(value: float | None) -> str:
+    """A share in percent with one decimal; nothing for None."""
+    return "" if value is None else f"{100 * value:.1f}"
 
 
 @dataclass(frozen=True)
 class Report:
-    """Results of tasks, and the settings they were got with."""
+    """Results of tasks, and what they were got with.
+
+    settings: how the items were asked. about: the model and the versions.
+    failures: tasks that could not be done, each with `task` and `error`.
+    """
 
     results: Sequence[Result]
     settings: dict = field(default_factory=dict)
+    about: dict = field(default_factory=dict)
+    failures: Sequence[dict] = ()
 
     def average(self, group: str) -> float | None:
         """Mean score of a group's tasks, each weighing the same; None without any."""
@@ -59,18 +103,38 @@ class Report:
         return sum(scores) / len(scores) if scores else None
 
     def table(self) -> Table:
-        """The results as a table for the terminal."""
-        table = Table(title="Evaluation", header_style="bold")
+        """The results as a table for the terminal, at most 80 characters wide."""
+        table = Table(
+            header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+        )
         for name in COLUMNS:
-            numeric = name in ("score", "95% interval", "majority", "n")
-            table.add_column(name, justify="right" if numeric else "left")
+            numeric = name not in ("task", "metric")
+            justify = "right" if numeric else "left"
+            if name == "task":
+                table.add_column(name, justify=justify, overflow="fold", max_width=22)
+            else:
+                table.add_column(name, justify=justify, no_wrap=True)
         for result in self.results:
             table.add_row(*result.cells())
+            for name, value in result.also.items():
+                table.add_row("", name, percent(value))
         return table
+
+    def notes(self) -> list[str]:
+        """Lines on the model, on single results, and on tasks that could not be done."""
+        about = [f"{key}: {value}" for key, value in self.about.items() if isinstance(value, str)]
+        lines = ["; ".join(about)] if about else []
+        lines += [f"{r.title}: {', '.join(r.notes())}" for r in self.results if r.notes()]
+        return lines + [f"{f['task']}: not done: {f['error']}" for f in self.failures]
 
     def to_dict(self) -> dict:
         """The report as plain JSON data."""
-        return {"settings": self.settings, "results": [asdict(r) for r in self.results]}
+        return {
+            "settings": self.settings,
+            "about": self.about,
+            "results": [asdict(r) for r in self.results],
+            "failures": list(self.failures),
+        }
 
     def save(self, path: str | os.PathLike) -> Path:
         """Writes the report as JSON; the file is whole or absent at any time."""
@@ -82,7 +146,10 @@ class Report:
     def load(cls, path: str | os.PathLike) -> Report:
         """Reads a saved report. Raises UserError where the file is not one."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls([Result(**result) for result in data["results"]], data["settings"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            data = json_text.loads(Path(path).read_text(encoding="utf-8"))
+            results = [Result(**result) for result in data["results"]]
+            return cls(
+                results, data["settings"], data.get("about", {}), tuple(data.get("failures", ()))
+            )
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise UserError(f"{path}: not a saved evaluation report ({error})") from error

@@ -2,143 +2,129 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from dataclasses import asdict
 
 from tqdm import tqdm
 
-from medmoe_jax.checkpoints.files import write_text
-from medmoe_jax.errors import Stopped
-from medmoe_jax.evaluation import answers, metrics
+from medmoe_jax.errors import Stopped, UserError
+from medmoe_jax.evaluation import metrics, records, ways
 from medmoe_jax.evaluation.intervals import interval
+from medmoe_jax.evaluation.items import Item
 from medmoe_jax.evaluation.report import Report, Result
-from medmoe_jax.evaluation.tasks import Item, Task, load_task
+from medmoe_jax.evaluation.tasks import Task, load_task
+from medmoe_jax.evaluation.ways import Answer, LanguageModel, Way
 from medmoe_jax.parallel import processes
-
-
-class LanguageModel(Protocol):
-    """All that evaluation asks of a model. A prompt is the text of the user's turn."""
-
-    def choose(
-        self, prompts: Sequence[str], choices: Sequence[Sequence[str]]
-    ) -> list[list[tuple[float, int]]]:
-        """For each prompt and choice: (sum of log probabilities, number of tokens)."""
-
-    def generate(self, prompts: Sequence[str], max_tokens: int) -> list[str]:
-        """Greedy completions, up to the end of the turn."""
 
 
 def evaluate(
     model: LanguageModel,
     tasks: Sequence[Task | str | os.PathLike],
     *,
+    way: Way = Way(),
     limit: int | None = None,
     seed: int = 0,
-    normalise: bool = False,
-    free: bool = False,
     batch: int = 32,
-    records: str | os.PathLike | None = None,
+    written: str | os.PathLike | None = None,
     progress: bool = True,
     resamples: int = 1000,
     stop: Callable[[], bool] = lambda: False,
+    finished: Callable[[Report], None] = lambda report: None,
+    about: dict | None = None,
+    failures: Sequence[dict] = (),
 ) -> Report:
     """Scores a model on tasks, given as such or by name (then `limit` and `seed` hold).
 
-    normalise: a choice's log probability is divided by its number of tokens.
-    free: items with choices are answered in free text, and the choice is read out of it.
-    records: a file that gets one JSON line an item: prompt hash, prediction, answer.
-    resamples: bootstrap draws for the intervals of scores that are no plain share.
-    stop: asked after every batch of items, whether to end there.
-    Raises ValueError where the model returns NaN, and Stopped where `stop` said so.
+    A task that the model cannot be asked (UserError, say for want of context) is a failure in the
+    report, and the others go on.
+
+    Args:
+      way: how items are answered.
+      written: a file that gets a JSON line an item, whole after every task.
+      resamples: bootstrap draws for the intervals of scores that are no plain share.
+      stop: asked after every batch of items, whether to end there.
+      finished: called after every task with the report so far.
+      about, failures: for the report: the model, and tasks that failed before.
+
+    Raises:
+      ValueError: the model's scores are NaN.
+      Stopped: `stop` said so.
     """
     loaded = [t if isinstance(t, Task) else load_task(t, limit, seed) for t in tasks]
-    results, lines = [], []
+    settings = {"seed": seed, "limit": limit, "resamples": resamples, **asdict(way)}
+    report = Report([], settings, about or {}, list(failures))
+    lines: list[dict] = []
     quiet = not progress or processes.index() > 0
     with tqdm(total=sum(len(t.items) for t in loaded), disable=quiet) as bar:
         for task in loaded:
             bar.set_description(task.name)
-            predictions, rankings = [], []
-            for items in _batches(task.items, batch):
-                if task.kind == "choice" and not free:
-                    ranked = _rank(model, task, items, normalise)
-                    rankings += ranked
-                    predictions += [ranking[0] for ranking in ranked]
-                else:
-                    predictions += _write(model, task, items, free)
-                bar.update(len(items))
-                if stop():
-                    raise Stopped(f"evaluation was asked to stop, in task '{task.name}'")
-            results.append(_score(task, predictions, rankings, seed, resamples))
-            lines += _records(task, predictions)
-    if records is not None:
-        write_text(records, "".join(line + "\n" for line in lines))
-    settings = {"seed": seed, "normalise": normalise, "free": free, "limit": limit}
-    return Report(results, settings)
+            try:
+                given = _answers(model, task, way, seed, batch, bar, stop)
+            except UserError as error:
+                failure = {"task": task.name, "error": str(error)}
+                report = Report(report.results, settings, report.about, [*report.failures, failure])
+            else:
+                result, rows_N = _score(task, given, seed, resamples)
+                results = [*report.results, result]
+                report = Report(results, settings, report.about, report.failures)
+                lines += records.records(task, given, rows_N)
+            if written is not None and lines:
+                records.write(written, lines)
+            finished(report)
+    return report
+
+
+def _answers(model, task: Task, way: Way, seed: int, batch: int, bar, stop) -> list[Answer]:
+    given: list[Answer] = []
+    for items in _batches(task.items, batch):
+        given += ways.ask(model, task, items, way, seed)
+        bar.update(len(items))
+        if stop():
+            raise Stopped(f"evaluation was asked to stop, in task '{task.name}'")
+    return given
 
 
 def _batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
     return (items[i : i + size] for i in range(0, len(items), size))
 
 
-def _rank(model, task: Task, items: Sequence[Item], normalise: bool) -> list[list[str]]:
-    """The choices of each item, best first; of equals the one that stands first."""
-    scores = model.choose([i.prompt for i in items], [i.choices for i in items])
-    rankings = []
-    for item, pairs in zip(items, scores, strict=True):
-        values = [total / max(1, count) if normalise else total for total, count in pairs]
-        if any(math.isnan(value) for value in values):
-            raise ValueError(f"{task.name}: the model's score of a choice is NaN")
-        by_value = sorted(zip(values, item.choices, strict=True), key=lambda pair: -pair[0])
-        rankings.append([choice for _, choice in by_value])
-    return rankings
-
-
-def _write(model, task: Task, items: Sequence[Item], free: bool) -> list[str]:
-    """Generated answers; in free form, the choice named in them ('' for none)."""
-    most = max(task.max_tokens, 512) if free and task.kind == "choice" else task.max_tokens
-    texts = model.generate([item.prompt for item in items], most)
-    if task.kind == "generate":
-        return list(texts)
-    return [answers.pick(text, item.choices) or "" for text, item in zip(texts, items, strict=True)]
-
-
-def _score(task: Task, predictions, rankings, seed: int, resamples: int) -> Result:
-    right = [item.answer for item in task.items]
+def _score(task: Task, given: Sequence[Answer], seed: int, resamples: int):
+    """The result of a task, and what its metric sees of each item."""
     metric = metrics.find(task.metric)
-    rows = metric.prepare(rankings if metric.ranked else predictions, right)
-    low, high = interval(metric, rows, seed, resamples)
+    rows_N = rows(metric, given, task.items)
+    low, high = interval(metric, rows_N, seed, resamples)
     also = {}
     for name in task.also:
         further = metrics.find(name)
-        given = rankings if further.ranked else predictions
-        if given:
-            also[name] = further.reduce(further.prepare(given, right))
-    return Result(
+        if all(answer.ranking for answer in given) or not further.ranked:
+            also[name] = further.reduce(rows(further, given, task.items))
+    result = Result(
         task=task.name,
         language=task.language,
         group=task.group,
         kind=task.kind,
         metric=task.metric,
-        score=metric.reduce(rows),
+        score=metric.reduce(rows_N),
         low=low,
         high=high,
         majority=task.majority,
-        n=len(right),
+        n=len(given),
         also=also,
+        split=task.split,
+        chance=task.chance,
+        shots=task.shots,
+        duplicates=task.duplicates,
+        unparsed=sum(not answer.parsed for answer in given),
+        cut=sum(answer.cut for answer in given),
+        shortened=task.shortened,
+        missing=list(task.missing),
     )
+    return result, rows_N
 
 
-def _records(task: Task, predictions: Sequence[str]) -> Iterator[str]:
-    for item, prediction in zip(task.items, predictions, strict=True):
-        digest = hashlib.sha256(item.prompt.encode()).hexdigest()
-        record = {
-            "task": task.name,
-            "prompt_sha256": digest,
-            "prediction": prediction,
-            "answer": item.answer,
-        }
-        yield json.dumps(record, ensure_ascii=False)
+def rows(metric: metrics.Metric, given: Sequence[Answer], items: Sequence[Item]):
+    """What a metric sees of answers to items, before it reduces them to a score."""
+    said = [answer.ranking if metric.ranked else answer.text for answer in given]
+    golds = list(items) if metric.whole else [item.answer for item in items]
+    return metric.prepare(said, golds)

@@ -1,39 +1,42 @@
-"""Tasks: items to answer, how they are scored, and the score of always giving one answer."""
+"""Tasks: items to answer, how they are scored, and what chance and the commonest answer score."""
 
 from __future__ import annotations
 
-import json
+import difflib
 import os
 import random
+import tomllib
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from medmoe_jax.data import medical
-from medmoe_jax.data.conversation import check_text
 from medmoe_jax.data.demo import corpus
-from medmoe_jax.data.medical import Row
+from medmoe_jax.data.medical import MedicalSet, Row
 from medmoe_jax.errors import UserError
-from medmoe_jax.evaluation import metrics
+from medmoe_jax.evaluation import metrics, shots, user_tasks
+from medmoe_jax.evaluation.items import Item, Prompt
+from medmoe_jax.evaluation.shots import Fitter, Shots
 
-
-@dataclass(frozen=True)
-class Item:
-    """A user turn and its right answer; `choices` is empty for free text."""
-
-    prompt: str
-    answer: str
-    choices: tuple[str, ...] = ()
+_SUITES = Path(__file__).with_name("tables") / "suites.toml"
+_SUITE = "suite:"
+_MOST_BYTES = 256 * 2**20  # of training files that are read for the commonest answer alone
+_GUESSED = ("accuracy", "weighted_f1", "macro_f1", "letters_exact")
 
 
 @dataclass(frozen=True)
 class Task:
     """Items of one kind.
 
-    kind: 'choice' (the model's likeliest choice) or 'generate' (greedy text).
+    kind: 'choice' (the model's choice) or 'generate' (its text).
     metric, also: the main metric and further ones, by name.
-    majority: score of always giving the commonest training answer; None for free text.
+    majority: score of always giving the commonest training answer; None where it means nothing.
+    chance: expected score of choosing blindly; None where there is nothing to choose.
+    split, duplicates: of the set's rows; how many prompts an earlier item has too.
+    missing: files of the split that were not there.
+    shortened: items whose text was cut to fit the model's context.
+    shots: examples before each item. until: what ends a written answer, besides its own end.
     """
 
     name: str
@@ -45,6 +48,19 @@ class Task:
     group: str = "knowledge"
     max_tokens: int = 16
     also: tuple[str, ...] = ()
+    split: str = ""
+    duplicates: int = 0
+    missing: tuple[str, ...] = ()
+    shortened: int = 0
+    shots: int = 0
+    until: tuple[str, ...] = ()
+    chance: float | None = field(init=False)
+
+    def __post_init__(self):
+        guessed = self.kind == "choice" and self.metric == "accuracy" and self.items
+        shares = [1 / len(item.choices) for item in self.items] if guessed else []
+        chance = sum(shares) / len(shares) if shares else None
+        object.__setattr__(self, "chance", chance)
 
 
 @dataclass(frozen=True)
@@ -58,35 +74,7 @@ class TaskInfo:
     metric: str
     splits: tuple[str, ...]
     split_rule: str
-
-
-_LABELS = ("accuracy", ("macro_f1", "weighted_f1"), 16)
-_CODES = ("accuracy", ("hit_at_3", "macro_f1"), 16)
-_EXAM = ("accuracy", (), 16)
-# Set -> main metric, further metrics, most tokens to generate.
-_SCORING = {
-    "cmedtc": _LABELS,
-    "cmedic": _LABELS,
-    "cmedqq": _LABELS,
-    "rqe": _LABELS,
-    "pubmedqa": _LABELS,
-    "mts_section": _LABELS,
-    "medquad_type": _LABELS,
-    "rumed_top3": _CODES,
-    "rumed_symptom": _CODES,
-    "frenchmedmcqa": ("letters_exact", ("letters_hamming",), 16),
-    "cmedqaner": ("entity_f1", (), 256),
-    "rumed_ner": ("entity_f1", (), 256),
-    "ncbi_disease": ("entity_f1", (), 128),
-    "bc5cdr": ("entity_f1", (), 128),
-    "bc5cdr_relations": ("relation_f1", (), 256),
-    "mts_dialog": ("rouge_l", (), 256),
-    "aci_bench": ("rouge_l", (), 1024),
-    "meqsum": ("rouge_l", (), 64),
-    "vihealth": ("rouge_l", (), 128),
-    "medquad": ("rouge_l", (), 512),
-    "tico19": ("chrf", (), 512),
-}
+    title: str = ""
 
 
 # Held-out items of the demonstration's corpus: name -> (group, kind, metric, items).
@@ -100,7 +88,14 @@ def list_tasks() -> list[TaskInfo]:
     """All tasks by name; a set in several languages is also had as `name:language`."""
     demo = [
         TaskInfo(
-            name, ("en", "zh"), kind, group, metric, ("dev",), "paraphrases and inputs held out"
+            name,
+            ("en", "zh"),
+            kind,
+            group,
+            metric,
+            ("dev",),
+            "paraphrases and inputs held out",
+            "held-out items of the demonstration",
         )
         for name, (group, kind, metric, _) in _DEMO.items()
     ]
@@ -110,12 +105,50 @@ def list_tasks() -> list[TaskInfo]:
             s.languages,
             s.kind,
             s.group,
-            _SCORING.get(s.name, _EXAM)[0],
+            s.metric,
             tuple(part for part in s.splits if part != "train"),
             s.split_rule,
+            s.title,
         )
         for s in medical.SETS.values()
     ]
+
+
+def suites() -> dict[str, dict]:
+    """Suite -> `about` and `tasks`."""
+    return tomllib.loads(_SUITES.read_text(encoding="utf-8"))
+
+
+def expand(names: Sequence[str]) -> list[str]:
+    """Task names with suites (`suite:cblue`) and files of cards in their places.
+
+    Raises UserError for a name that there is not, with the closest one.
+    """
+    known = suites()
+    out: list[str] = []
+    for name in names:
+        if name.startswith(_SUITE):
+            suite = name.removeprefix(_SUITE)
+            if suite not in known:
+                near = difflib.get_close_matches(suite, known, n=1, cutoff=0.3)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise UserError(f"there is no suite {suite!r}; {hint}known are {', '.join(known)}")
+            out += known[suite]["tasks"]
+        elif name.endswith(".toml"):
+            out += medical.add_cards(name)
+        else:
+            out.append(name)
+    for name in out:
+        _check_name(name)
+    return out
+
+
+def _check_name(name: str) -> None:
+    if not name.endswith((".jsonl", ".jsonl.gz")) and name not in _DEMO:
+        base, _, split = name.partition("@")
+        entry, _ = medical.find(base)
+        if split and split not in entry.splits:
+            raise UserError(f"{base} has no split {split!r}; it has {', '.join(entry.splits)}")
 
 
 def load_task(
@@ -123,58 +156,155 @@ def load_task(
     limit: int | None = None,
     seed: int = 0,
     *,
-    split: str = "dev",
-    shots: int = 0,
+    split: str | None = None,
+    few: Shots = Shots(),
     root: str | os.PathLike | None = None,
-    fit: Callable[[Row], Row] | None = None,
+    guided: bool = False,
+    fit: Fitter | None = None,
 ) -> Task:
-    """A task by its set's name (`cmedtc`, `tico19:fr`), or of a user's JSON Lines file.
+    """A task by its set's name (`cmedtc`, `tico19:fr`, `mmlu@test`), or of a user's JSON Lines.
 
     limit: at most so many items, a seeded sample in the set's order.
-    shots: so many seeded training examples stand before each prompt.
-    fit: applied to each row first, say `partial(shorten, limit=400, measure=count_tokens)`.
+    split: of the rows, unless the name has one; by default dev, or test where no dev is there.
+    few: examples before each item.
+    guided: prompts begin with what a model that has not been trained on the set must be told.
+    fit: shortens what does not fit the model's context.
     Raises UserError for an unknown name, a bad file or no items; FileNotFoundError without data.
     """
-    if str(name).endswith(".jsonl"):
-        return _user_task(Path(name), limit, seed)
+    if limit is not None and limit < 1:
+        raise UserError(f"limit is {limit}: give a number of items of at least 1")
+    if str(name).endswith((".jsonl", ".jsonl.gz")):
+        if split:
+            raise UserError(f"{name} has no splits, of which {split!r} was asked for")
+        return _of_user(Path(name), limit, seed, few)
     if name in _DEMO:
-        return _demo_task(str(name), limit, seed)
-    entry, language = medical.find(str(name))
-    rows = list(medical.rows(str(name), split, root))
-    train = list(medical.rows(str(name), "train", root)) if "train" in entry.splits else []
-    if shots and len(train) < shots:
-        raise UserError(f"{name}: {shots} shots asked for, {len(train)} training rows to take from")
+        if split not in (None, "dev"):
+            raise UserError(f"{name} has no split {split!r}; it has dev")
+        return _demo_task(str(name), limit, seed, few)
+    base, _, asked = str(name).partition("@")
+    entry, _ = medical.find(base)
+    split = asked or split or medical.default_split(entry, root)
+    found = medical.read_split(base, split, root)
+    guessed = entry.metric in _GUESSED
+    train = _train(base, entry, root, few.count > 0) if few.count or guessed else []
+    rows, pool = found.rows, [] if split == "train" else train
+    if few.count and not pool:
+        rows, pool = shots.part(rows, few.count, seed)
+    examples = shots.draw(base, pool, few.count, seed)
     sample = _sample(rows, limit, seed)
-    if fit:
-        sample = [fit(row) for row in sample]
-    examples = random.Random(f"{seed} shots").sample(train, shots)
-    before = "".join(f"{row.prompt}\n{row.response}\n\n" for row in examples)
-    items = tuple(Item(before + row.prompt, row.response, row.choices) for row in sample)
-    metric, also, most = _SCORING.get(entry.name, _EXAM)
+    before = fit.shortened if fit else 0
+    items = tuple(_item(row, examples, few, entry.max_tokens, guided, fit) for row in sample)
+    languages = {item.language for item in items}
     return Task(
-        name=str(name),
-        language=language or (entry.languages[0] if len(entry.languages) == 1 else "mul"),
+        name=base,
+        language=languages.pop() if len(languages) == 1 else "mul",
         kind=entry.kind,
-        metric=metric,
+        metric=entry.metric,
         items=items,
-        majority=_majority(metric, items, [row.response for row in train]),
+        majority=_majority(entry.metric, items, [row.response for row in train]),
         group=entry.group,
-        max_tokens=most,
-        also=also,
+        max_tokens=entry.max_tokens,
+        also=entry.also,
+        split=split,
+        duplicates=found.duplicates,
+        missing=tuple(found.missing),
+        shortened=fit.shortened - before if fit else 0,
+        shots=len(examples),
+        until=shots.PARTED if examples and few.form == "prompt" else (),
     )
 
 
-def _demo_task(name: str, limit: int | None, seed: int) -> Task:
+def _train(base: str, entry: MedicalSet, root, needed: bool) -> list[Row]:
+    """The training rows, as far as they are there.
+
+    needed: also where the files are so large that the commonest answer is not worth reading them.
+    """
+    if "train" not in entry.splits:
+        return []
+    try:
+        if not needed and medical.size(entry, "train", root) > _MOST_BYTES:
+            return []
+        return medical.read_split(base, "train", root).rows
+    except FileNotFoundError:
+        return []
+
+
+def _item(row: Row, examples, few: Shots, max_tokens: int, guided: bool, fit) -> Item:
+    """The item of a row, with examples before it, cut where it does not fit."""
+    guide = row.guide if guided else ""
+
+    def whole(prompt: str) -> Prompt:
+        return shots.prompt(prompt, examples, few.form, guide)
+
+    if fit:
+        row = fit(row, whole, max_tokens)
+    return Item(
+        prompt=whole(row.prompt),
+        answer=row.response,
+        choices=row.choices,
+        texts=row.texts,
+        language=row.language,
+        part=row.part,
+        allowed=row.allowed,
+        source=row.prompt[slice(*row.body)],
+        spans=row.spans,
+    )
+
+
+def _demo_task(name: str, limit: int | None, seed: int, few: Shots) -> Task:
     group, kind, metric, read = _DEMO[name]
-    rows = _sample(read(), limit, seed)
-    items = tuple(Item(row["prompt"], row["answer"], tuple(row["choices"])) for row in rows)
-    majority = _majority(metric, items, [])
-    return Task(name, "mul", kind, metric, items, majority, group, max_tokens=48)
+    items = [
+        Item(row["prompt"], row["answer"], tuple(row["choices"]), language=row.get("language", ""))
+        for row in read()
+    ]
+    return _of_items(
+        name, items, kind, metric, limit, seed, few, group=group, split="dev", max_tokens=48
+    )
+
+
+def _of_user(path: Path, limit: int | None, seed: int, few: Shots) -> Task:
+    read = user_tasks.read(path)
+    name = path.name.removesuffix(".gz").removesuffix(".jsonl")
+    return _of_items(
+        name, read.items, read.kind, read.metric, limit, seed, few, max_tokens=256, also=read.also
+    )
+
+
+def _of_items(
+    name: str,
+    items: Sequence[Item],
+    kind: str,
+    metric: str,
+    limit: int | None,
+    seed: int,
+    few: Shots,
+    **rest,
+) -> Task:
+    """A task of given items; examples are drawn from among them, which are then not asked."""
+    asked, examples = items, []
+    if few.count:
+        asked, examples = shots.part(items, few.count, seed)
+    chosen = tuple(_sample(list(asked), limit, seed))
+    chosen = tuple(shots.before_item(item, examples, few.form) for item in chosen)
+    languages = {item.language for item in chosen}
+    prompts = [str(item.prompt) for item in items]
+    return Task(
+        name=name,
+        language=languages.pop() if len(languages) == 1 else "mul",
+        kind=kind,
+        metric=metric,
+        items=chosen,
+        majority=_majority(metric, chosen, [item.answer for item in items]),
+        duplicates=len(prompts) - len(set(prompts)),
+        shots=len(examples),
+        until=shots.PARTED if examples and few.form == "prompt" else (),
+        **rest,
+    )
 
 
 def _majority(metric: str, items: Sequence[Item], training_answers: Sequence[str]) -> float | None:
     """Score on the items of the commonest training answer (of the items', without training)."""
-    if metric not in ("accuracy", "letters_exact"):
+    if metric not in _GUESSED:
         return None
     answers = [item.answer for item in items]
     commonest = Counter(training_answers or answers).most_common(1)[0][0]
@@ -182,58 +312,7 @@ def _majority(metric: str, items: Sequence[Item], training_answers: Sequence[str
 
 
 def _sample(rows: list, limit: int | None, seed: int) -> list:
-    if limit is not None and limit < 1:
-        raise UserError(f"limit is {limit}: give a number of items of at least 1")
     if limit is None or limit >= len(rows):
         return rows
     kept = random.Random(seed).sample(range(len(rows)), limit)
     return [rows[i] for i in sorted(kept)]
-
-
-def _user_task(path: Path, limit: int | None, seed: int) -> Task:
-    """A task of lines `{"prompt": …, "answer": …, "choices": […]}`; all with choices or none."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such task file")
-    items, languages = [], set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if line.strip():
-            item, language = _user_item(line, f"{path}:{number}")
-            items.append(item)
-            languages.add(language)
-    if not items:
-        raise UserError(f"{path}: no items; write one JSON object a line")
-    if len({bool(item.choices) for item in items}) > 1:
-        raise UserError(f"{path}: some items have choices and some have none; use two files")
-    choice = bool(items[0].choices)
-    chosen = tuple(_sample(items, limit, seed))
-    metric = "accuracy" if choice else "exact_match"
-    return Task(
-        name=path.stem,
-        language=languages.pop() if len(languages) == 1 else "mul",
-        kind="choice" if choice else "generate",
-        metric=metric,
-        items=chosen,
-        majority=_majority(metric, chosen, [item.answer for item in items]),
-        max_tokens=256,
-        also=() if choice else ("rouge_l",),
-    )
-
-
-def _user_item(line: str, where: str) -> tuple[Item, str]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg})") from error
-    if not isinstance(record, dict):
-        raise UserError(f'{where}: write an object such as {{"prompt": "…", "answer": "…"}}')
-    check_text(record, where)
-    for field in ("prompt", "answer"):
-        if not isinstance(record.get(field), str) or not record[field]:
-            raise UserError(f"{where}: field {field!r} must be a text")
-    choices = record.get("choices") or []
-    if not isinstance(choices, list) or not all(isinstance(c, str) and c for c in choices):
-        raise UserError(f"{where}: field 'choices' must be a list of texts")
-    if choices and record["answer"] not in choices:
-        raise UserError(f"{where}: the answer {record['answer']!r} is not among the choices")
-    item = Item(record["prompt"], record["answer"], tuple(choices))
-    return item, str(record.get("language", "und"))

@@ -18,7 +18,7 @@ import numpy as np
 
 from medmoe_jax.adapters import model as adapted
 from medmoe_jax.adapters.model import AdaptedConfig
-from medmoe_jax.base import decoder
+from medmoe_jax.base import decoder, rope
 from medmoe_jax.base.cache import new_cache
 from medmoe_jax.base.loss import logits, token_log_probs
 from medmoe_jax.base.seam import Context
@@ -103,9 +103,10 @@ def score_batch(
     """
     B, P = prompts.shape
     C = given.shape[-1]
-    cache = new_cache(config.decoder, B, P + C, config.execution.dtype)
-    _, _, cache = _run(config, weights, prompts, segments, positions, cache)
     start_Bx1 = jnp.sum(segments, axis=1, keepdims=True)
+    whole_B = start_Bx1[:, 0] + 1 + jnp.max(lengths, axis=0)
+    cache = new_cache(config.decoder, B, P + C, config.execution.dtype, whole_B)
+    _, _, cache = _run(config, weights, prompts, segments, positions, cache)
     offsets_1xC = jnp.arange(C, dtype=jnp.int32)[None]
 
     def one(_, completion):
@@ -160,11 +161,12 @@ def generate_batch(
     B, P = prompts.shape
     before = max(len(stop) for stop in stops) - 1
     filler = stops[0][-1]
-    cache = new_cache(config.decoder, B, P + max_tokens, config.execution.dtype)
+    next_position_B = jnp.sum(segments, axis=1)
+    slots, whole_B = P + max_tokens, next_position_B + max_tokens
+    cache = new_cache(config.decoder, B, slots, config.execution.dtype, whole_B)
     head, x, cache = _run(config, weights, prompts, segments, positions, cache)
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), rows)
     first_B = _pick(sampling, logits(config.decoder, head, x[:, -1:])[:, 0], keys_B, 0)
-    next_position_B = jnp.sum(segments, axis=1)
     # Slots before the first one let a stop be looked for at every step; no id is -1.
     ids = jnp.full((before + max_tokens, B), filler, jnp.int32).at[:before].set(-1)
     done_B = jnp.sum(segments, axis=1) == 0
@@ -243,16 +245,34 @@ class Engine:
         """
         if any(not p for p in prompts) or any(not c for cs in completions for c in cs):
             raise UserError("score: every prompt and every completion needs at least one token")
-        room = [max(len(c) for c in cs) for cs in completions]
-        prompts = self._fit(prompts, room)
-        out: list[list[float]] = [[] for _ in prompts]
-        for rows in self._batches([len(p) + r for p, r in zip(prompts, room, strict=True)]):
-            weights = self._weights(rows, languages)
-            chosen = [prompts[i] for i in rows], [completions[i] for i in rows]
-            sums = self._score_rows(weights, *chosen)
-            for column, i in enumerate(rows):
-                out[i] = [float(s) for s in sums[: len(completions[i]), column]]
+        prompts = self._fit(prompts, [max(map(len, cs)) for cs in completions])
+        out = [[0.0] * len(cs) for cs in completions]
+        texts = [
+            (i, same)
+            for i, cs in enumerate(completions)
+            for same in self._alike(len(prompts[i]), [len(c) for c in cs])
+        ]
+        longest = [len(prompts[i]) + max(len(completions[i][n]) for n in same) for i, same in texts]
+        for rows in self._batches(longest):
+            items = [texts[row] for row in rows]
+            weights = self._weights([i for i, _ in items], languages)
+            options = [[completions[i][n] for n in same] for i, same in items]
+            sums = self._score_rows(weights, [prompts[i] for i, _ in items], options)
+            for column, (i, same) in enumerate(items):
+                for n, s in zip(same, sums[:, column], strict=False):
+                    out[i][n] = float(s)
         return out
+
+    def _alike(self, prompt: int, completions: Sequence[int]) -> list[list[int]]:
+        """Completions whose texts have the same rotary frequencies, so that they share a prompt.
+
+        Args:
+          prompt, completions: their lengths.
+        """
+        limit = rope.switches_at(self.config.decoder)
+        beyond = [limit is not None and prompt + length > limit for length in completions]
+        groups = ([n for n, one in enumerate(beyond) if one == side] for side in (False, True))
+        return [group for group in groups if group]
 
     def _score_rows(self, weights: Weights, prompts, completions) -> np.ndarray:
         B = self.batch

@@ -23,19 +23,20 @@ class Answer(NamedTuple):
     Attributes:
       text: the answer.
       reasoning: what it thinks before it, where the template has a place for that.
+      ended: whether it ended the answer itself, before the most tokens.
     """
 
     text: str
     reasoning: str = ""
+    ended: bool = True
 
 
 class LanguageModel:
     """Applies the chat template around an `Engine`.
 
     A prompt is the text of one user turn, or a list of turns `{"role", "content"}` that ends with
-    a user's. A completion's tokens are those a training run would count as targets: all that the
-    model says after the prompt, up to what ends the turn. `expert_of` gives the expert of a text's
-    language, or -1, for gates that always force it.
+    a user's. `expert_of` gives the expert of a text's language, or -1, for gates that always force
+    it.
 
     Attributes:
       shortened: prompts that were cut so far, because they did not fit the context.
@@ -57,29 +58,53 @@ class LanguageModel:
     def score(
         self, prompts: Sequence[Prompt], completions: Sequence[str]
     ) -> list[tuple[float, int]]:
-        """`(summed log-probability, tokens)` of one completion a prompt."""
-        return [row[0] for row in self.choose(prompts, [[c] for c in completions])]
+        """`(summed log-probability, tokens)` of one completion a prompt.
+
+        Its tokens are those a training run would count as targets: all that the model says after
+        the prompt, up to what ends the turn.
+        """
+        return [row[0] for row in self.choose(prompts, [[c] for c in completions], ending=True)]
 
     def choose(
-        self, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]]
+        self, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]], ending: bool = False
     ) -> list[list[tuple[float, int]]]:
-        """`(summed log-probability, tokens)` of every choice of every prompt."""
-        prompt_ids, choice_ids = [], []
-        for prompt, options in zip(prompts, choices, strict=True):
-            turns = turns_of(prompt)
-            ids = self._prompt(turns)
-            said = [self._completion(turns, len(ids), choice) for choice in options]
-            room = max(map(len, said))
-            if len(ids) + room > self._context:
-                turns, ids = self._fitted(turns, ids, room)
-                said = [self._completion(turns, len(ids), choice) for choice in options]
-            prompt_ids.append(ids)
-            choice_ids.append(said)
+        """`(summed log-probability, tokens)` of every choice of every prompt.
+
+        ending: not of the choice's text alone, but of all that the model says around it as well.
+        """
+        prompt_ids, choice_ids = self._encoded(prompts, choices, ending)
         sums = self.engine.score(prompt_ids, choice_ids, self._experts(prompts))
         return [
             [(s, len(ids)) for s, ids in zip(row, options, strict=True)]
             for row, options in zip(sums, choice_ids, strict=True)
         ]
+
+    def constrained(self, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]]) -> list[int]:
+        """The number of the choice that each prompt's greedy answer is, among its choices alone.
+
+        Token by token the likeliest is taken of those that some choice goes on with; a choice that
+        another one begins with ends with the template's mark, where it has one.
+        """
+        prompt_ids, choice_ids = self._encoded(prompts, choices, ending=True)
+        experts = self._experts(prompts)
+        left = [list(range(len(options))) for options in choice_ids]
+        for depth in range(max((len(ids) for row in choice_ids for ids in row), default=0)):
+            nexts = [
+                sorted({row[c][depth] for c in alive if depth < len(row[c])}) if alive[1:] else []
+                for row, alive in zip(choice_ids, left, strict=True)
+            ]
+            open_ = [i for i, tokens in enumerate(nexts) if tokens[1:]]
+            sums = self.engine.score(
+                [prompt_ids[i] + choice_ids[i][left[i][0]][:depth] for i in open_],
+                [[[token] for token in nexts[i]] for i in open_],
+                [experts[i] for i in open_],
+            )
+            best = {i: tokens[0] for i, tokens in enumerate(nexts) if tokens}
+            for i, row in zip(open_, sums, strict=True):
+                best[i] = nexts[i][max(range(len(row)), key=row.__getitem__)]
+            for i, token in best.items():
+                left[i] = [c for c in left[i] if choice_ids[i][c][depth : depth + 1] == [token]]
+        return [alive[0] for alive in left]
 
     def generate(
         self, prompts: Sequence[Prompt], max_tokens: int, sampling: Sampling = Sampling()
@@ -99,11 +124,12 @@ class LanguageModel:
         stops = [*self.stops.ids, *(tokenizer.encode(text) for text in self.stops.texts)]
         experts = self._experts(prompts)
         answers = self.engine.generate(prompt_ids, max_tokens, stops, sampling, experts)
-        texts = (
-            self._cut(tokenizer.decode(ids, start=tokenizer.begins_after(prompt)))
-            for prompt, ids in zip(prompt_ids, answers, strict=True)
-        )
-        return [Answer(*self.encoder.read(text)) for text in texts]
+        out = []
+        for prompt, ids in zip(prompt_ids, answers, strict=True):
+            text = tokenizer.decode(ids, start=tokenizer.begins_after(prompt))
+            cut = self._cut(text)
+            out.append(Answer(*self.encoder.read(cut), len(ids) < max_tokens or cut != text))
+        return out
 
     def _cut(self, text: str) -> str:
         ends = [text.find(stop) for stop in self.stops.texts if stop in text]
@@ -133,9 +159,36 @@ class LanguageModel:
             raise UserError("the prompt is empty and the template adds nothing to it")
         return ids
 
-    def _completion(self, turns: Sequence[Turn], prompt: int, text: str) -> list[int]:
-        """The ids that the model says after a prompt of so many in order to give this answer."""
-        answered = [*turns, {"role": "assistant", "content": text}]
-        row = self.encoder({"conversations": answered, "language": ""})
-        end = int(row.loss_mask.nonzero()[0].max(initial=-1)) + 1
-        return row.tokens[prompt:end].tolist()
+    def _encoded(
+        self, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]], ending: bool
+    ) -> tuple[list[list[int]], list[list[list[int]]]]:
+        """The ids of prompts that fit the context, and of their choices."""
+        prompt_ids, choice_ids = [], []
+        for prompt, options in zip(prompts, choices, strict=True):
+            turns = turns_of(prompt)
+            ids, said = self._said(turns, options, ending)
+            room = max(map(len, said))
+            if len(ids) + room > self._context:
+                turns, _ = self._fitted(turns, ids, room)
+                ids, said = self._said(turns, options, ending)
+            prompt_ids.append(ids)
+            choice_ids.append(said)
+        return prompt_ids, choice_ids
+
+    def _said(
+        self, turns: Sequence[Turn], choices: Sequence[str], ending: bool
+    ) -> tuple[list[int], list[list[int]]]:
+        """What the model reads, and what it says in order to give each of the answers."""
+        ids = self._prompt(turns)
+        answered = [[*turns, {"role": "assistant", "content": text}] for text in choices]
+        if ending:
+            rows = [self.encoder({"conversations": some, "language": ""}) for some in answered]
+            ends = [int(row.loss_mask.nonzero()[0].max(initial=-1)) + 1 for row in rows]
+            return ids, [
+                row.tokens[len(ids) : end].tolist() for row, end in zip(rows, ends, strict=True)
+            ]
+        (led, *_), texts = zip(*map(self.encoder.answered, answered), strict=True)
+        # What the template writes before an answer's text is read, where no token holds both.
+        if all(text[: len(led)] == led for text in texts):
+            ids = led
+        return ids, [text[len(ids) :] for text in texts]

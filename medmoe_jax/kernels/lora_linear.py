@@ -3,18 +3,21 @@
 Axes: T tokens, D input width, O output width, R rank columns of all banks on the site; K is the
 contracted and N the output width of the kernel: D and O forward, O and D in the input gradient.
 
-    y = x·W + ((x·A) ∘ gate)·B
+    y = x·W + ((drop(x)·A) ∘ gate)·B
 
 As separate products, the adapter reads x again, writes an output-sized term, and reads both terms
 to add them. Here each block of x that is in VMEM for W is multiplied by A too, and the low-rank
 term joins the accumulator of x·W before that is written. The input gradient has the same form,
 
-    dx = dy·Wᵀ + ((dy·Bᵀ) ∘ gate)·Aᵀ
+    dx = dy·Wᵀ + drop(((dy·Bᵀ) ∘ gate)·Aᵀ)
 
-and runs in the same kernel. The sites of a projection group have each its own A: one call a site
-computes nothing twice and reads x no more often than the base products alone, whereas h = x·A made
-for the group beforehand would cost one more reading of x. Where W is frozen, as it mostly is, no
-gradient of it is computed and no buffer of its size is made for one.
+and runs in the same kernel. Dropout is made there, block by block, by the counts of
+`kernels.dropout`; the dropped x is never in memory.
+
+The sites of a projection group have each its own A: one call a site computes nothing twice and
+reads x no more often than the base products alone, whereas h = x·A made for the group beforehand
+would cost one more reading of x. Where W is frozen, as it mostly is, no gradient of it is computed
+and no buffer of its size is made for one.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from medmoe_jax.errors import UserError
+from medmoe_jax.kernels.dropout import Counter, Dropout, dropped
 from medmoe_jax.kernels.tiles import (
     Tiles,
     ceil_div,
@@ -46,7 +50,13 @@ PRODUCT, RANK_COLUMNS, LAST_RANK_COLUMNS = "product", "rank_columns", "last_rank
 
 
 class Shape(NamedTuple):
-    """What block sizes depend on: tokens, widths, rank columns, bytes of a value and of a gate."""
+    """What block sizes depend on.
+
+    Attributes:
+      T, K, N, R: tokens, widths, rank columns.
+      itemsize, gate_itemsize: bytes of a value, and of a gate or 0.
+      dropout: whether there is any.
+    """
 
     T: int
     K: int
@@ -54,6 +64,7 @@ class Shape(NamedTuple):
     R: int
     itemsize: int
     gate_itemsize: int
+    dropout: bool = False
 
     def grid(self, t: Tiles) -> tuple[int, int, int]:
         """Blocks of rows, of outputs and of the contracted width."""
@@ -63,7 +74,9 @@ class Shape(NamedTuple):
         """Bytes of all blocks and accumulators."""
         moving = t.m * (t.k + t.n + self.R) + t.k * (t.n + self.R) + self.R * t.n
         kept = t.m * (4 * t.n + 4 * self.R + self.itemsize * self.R)
-        return 2 * self.itemsize * moving + 2 * self.gate_itemsize * t.m * self.R + kept
+        # A column of words fills whole tiles, 128 wide; so does a mask over the wider block.
+        words = 4 * t.m * (2 * 128 + max(t.k, t.n)) if self.dropout else 0
+        return 2 * self.itemsize * moving + 2 * self.gate_itemsize * t.m * self.R + kept + words
 
     def traffic(self, t: Tiles) -> int:
         """HBM bytes: a block that does not change between two steps is not fetched again."""
@@ -92,8 +105,8 @@ def _candidates(shape: Shape) -> list[Tiles]:
 
 
 def fits(T: int, D: int, O: int, R: int, itemsize: int) -> bool:
-    """Whether the kernel can tile these shapes, forward and backward, with a float32 gate."""
-    both = (Shape(T, D, O, R, itemsize, 4), Shape(T, O, D, R, itemsize, 4))
+    """Whether the kernel can tile these shapes, forward and backward, with all it may be given."""
+    both = (Shape(T, D, O, R, itemsize, 4, True), Shape(T, O, D, R, itemsize, 4, True))
     return all(fitting(_candidates(shape), shape.vmem) for shape in both)
 
 
@@ -115,8 +128,9 @@ def _dot(x, w, transposed: bool):
     return jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
 
 
-def _kernel(x_ref, w_ref, a_ref, b_ref, *refs, K: int, transposed: bool):
-    *gate_ref, y_ref, h_ref, y_sum, h_sum, gated = refs
+def _kernel(x_ref, w_ref, a_ref, b_ref, *refs, K: int, transposed: bool, rate: float | None):
+    *given, y_ref, h_ref, y_sum, h_sum, gated = refs
+    gate_ref, word_refs = (given, ()) if rate is None else (given[:-2], given[-2:])
     n, k = pl.program_id(1), pl.program_id(2)
     first, last = k == 0, k == pl.num_programs(2) - 1
     tk, contracted = x_ref.shape[1], 1 if transposed else 0
@@ -124,6 +138,9 @@ def _kernel(x_ref, w_ref, a_ref, b_ref, *refs, K: int, transposed: bool):
     if K % tk:
         x = keep(x, 1, 0, K - k * tk)
         w, a = (keep(block, contracted, 0, K - k * tk) for block in (w, a))
+
+    def drop(block):
+        return dropped(block, *(ref[...] for ref in word_refs), rate) if word_refs else block
 
     @pl.when(first)
     def _():
@@ -138,7 +155,7 @@ def _kernel(x_ref, w_ref, a_ref, b_ref, *refs, K: int, transposed: bool):
         def _():
             h_sum[...] = jnp.zeros_like(h_sum)
 
-        h_sum[...] += _dot(x, a, transposed)
+        h_sum[...] += _dot(x if transposed else drop(x), a, transposed)
 
         @pl.when(last)
         def _():
@@ -150,17 +167,18 @@ def _kernel(x_ref, w_ref, a_ref, b_ref, *refs, K: int, transposed: bool):
 
     @pl.when(last)
     def _():
-        y = y_sum[...] + _dot(gated[...], b_ref[...], transposed)
+        low_rank = _dot(gated[...], b_ref[...], transposed)
+        y = y_sum[...] + (drop(low_rank) if transposed else low_rank)
         y_ref[...] = y.astype(y_ref.dtype)
 
 
-def _pallas(x_TxK, w_KxN, a_KxR, gate_TxR, b_RxN, transposed: bool, backend: str):
+def _pallas(x_TxK, w_KxN, a_KxR, gate_TxR, b_RxN, dropout, transposed: bool, backend: str):
     """`(y, h)`; where `transposed`, W, A and B are given as `[N, K]`, `[R, K]` and `[N, R]`."""
     T, K = x_TxK.shape
     R, N = a_KxR.shape[0 if transposed else 1], w_KxN.shape[0 if transposed else 1]
     gates = () if gate_TxR is None else (gate_TxR,)
     gate_itemsize = sum(gate.dtype.itemsize for gate in gates)
-    shape = Shape(T, K, N, R, x_TxK.dtype.itemsize, gate_itemsize)
+    shape = Shape(T, K, N, R, x_TxK.dtype.itemsize, gate_itemsize, dropout is not None)
     t, cost = tiling(shape)
     grid = shape.grid(t)
     last_k = grid[2] - 1
@@ -172,8 +190,17 @@ def _pallas(x_TxK, w_KxN, a_KxR, gate_TxR, b_RxN, transposed: bool, backend: str
         return pl.BlockSpec(shape, index)
 
     per_row = pl.BlockSpec((t.m, R), lambda m, n, k: (m, 0))
+    words, word_specs = (), ()
+    if dropout is not None:
+        token_T, column_D = dropout.counter
+        words = (token_T[:, None], column_D[None])
+        width, axis = (t.n, 1) if transposed else (t.k, 2)
+        along_d = pl.BlockSpec((1, width), lambda *step: (0, step[axis]))
+        word_specs = (pl.BlockSpec((t.m, 1), lambda m, n, k: (m, 0)), along_d)
     y_TxN, h_TxR = pl.pallas_call(
-        functools.partial(_kernel, K=K, transposed=transposed),
+        functools.partial(
+            _kernel, K=K, transposed=transposed, rate=None if dropout is None else dropout.rate
+        ),
         out_shape=(
             jax.ShapeDtypeStruct((T, N), x_TxK.dtype),
             jax.ShapeDtypeStruct((T, R), x_TxK.dtype),
@@ -186,6 +213,7 @@ def _pallas(x_TxK, w_KxN, a_KxR, gate_TxR, b_RxN, transposed: bool, backend: str
             oriented((t.k, R), lambda m, n, k: (jnp.where(n == 0, k, last_k), 0)),
             oriented((R, t.n), lambda m, n, k: (0, n)),
             *(per_row for _ in gates),
+            *word_specs,
         ],
         out_specs=(pl.BlockSpec((t.m, t.n), lambda m, n, k: (m, n)), per_row),
         scratch_shapes=[
@@ -196,7 +224,7 @@ def _pallas(x_TxK, w_KxN, a_KxR, gate_TxR, b_RxN, transposed: bool, backend: str
         cost_estimate=cost,
         **options(backend, ("parallel", "arbitrary", "arbitrary")),
         name="lora_linear",
-    )(x_TxK, w_KxN, a_KxR, b_RxN, *gates)
+    )(x_TxK, w_KxN, a_KxR, b_RxN, *gates, *words)
     # A loop that stacks a result would take the kernel into its own fusion, where the VMEM that it
     # asks for is not granted.
     return jax.lax.optimization_barrier((y_TxN, h_TxR))
@@ -209,55 +237,77 @@ def _gate(h_TxR, gate_TxR):
     return (h_TxR.astype(jnp.float32) * gate_TxR.astype(jnp.float32)).astype(h_TxR.dtype)
 
 
-def _xla(x_TxK, w_KxN, a_KxR, gate_TxR, b_RxN, transposed: bool):
-    h_TxR = _dot(x_TxK, a_KxR, transposed).astype(x_TxK.dtype)
+def _drop(x_TxD, dropout: Dropout | None):
+    """x after dropout, which may be none."""
+    return x_TxD if dropout is None else dropout(x_TxD)
+
+
+def _xla(x_TxK, w_KxN, a_KxR, gate_TxR, b_RxN, dropout, transposed: bool):
+    read_TxK = x_TxK if transposed else _drop(x_TxK, dropout)
+    h_TxR = _dot(read_TxK, a_KxR, transposed).astype(x_TxK.dtype)
     low_rank_TxN = _dot(_gate(h_TxR, gate_TxR), b_RxN, transposed)
+    low_rank_TxN = _drop(low_rank_TxN, dropout) if transposed else low_rank_TxN
     return (_dot(x_TxK, w_KxN, transposed) + low_rank_TxN).astype(x_TxK.dtype), h_TxR
 
 
-def _forward(x, w, a, gate, b, transposed, backend):
-    operands = (x, w.astype(x.dtype), a.astype(x.dtype), gate, b.astype(x.dtype), transposed)
+def _forward(x, w, a, gate, b, dropout, transposed, backend):
+    matrices = (w.astype(x.dtype), a.astype(x.dtype), gate, b.astype(x.dtype))
+    operands = (x, *matrices, dropout, transposed)
     return _xla(*operands) if backend == "xla" else _pallas(*operands, backend)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _lora_linear(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, backend: str, columns: str):
-    return _forward(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, False, backend)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _lora_linear(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, counter, rate: float, backend, columns):
+    dropout = None if counter is None else Dropout(counter, rate)
+    return _forward(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, dropout, False, backend)[0]
 
 
-def _lora_linear_fwd(x, w, a, gate, b, backend, columns):
+def _lora_linear_fwd(x, w, a, gate, b, counter, rate, backend, columns):
     """Each argument comes as its value and whether its derivative is asked for."""
     x_TxD, a_DxR, b_RxO, w_DxO = x.value, a.value, b.value, w.value
     gate_TxR = None if gate is None else gate.value
-    y_TxO, h_TxR = _forward(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, False, backend)
+    dropout = None if counter is None else Dropout(Counter(*(c.value for c in counter)), rate)
+    y_TxO, h_TxR = _forward(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, dropout, False, backend)
     # For the policies of `jax.checkpoint`: who keeps h need not run the kernel again for it.
     y_TxO, h_TxR = checkpoint_name(y_TxO, PRODUCT), checkpoint_name(h_TxR, columns)
     trained = w_DxO if w.perturbed else None
-    return y_TxO, (x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, h_TxR, trained)
+    counter = None if dropout is None else dropout.counter
+    return y_TxO, (x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, counter, h_TxR, trained)
 
 
-def _lora_linear_bwd(backend, columns, saved, dy_TxO):
+def _lora_linear_bwd(rate, backend, columns, saved, dy_TxO):
     del columns
-    x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, h_TxR, trained = saved
-    dx_TxD, dh_TxR = _forward(dy_TxO, w_DxO, b_RxO, gate_TxR, a_DxR, True, backend)
+    x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, counter, h_TxR, trained = saved
+    dropout = None if counter is None else Dropout(counter, rate)
+    dx_TxD, dh_TxR = _forward(dy_TxO, w_DxO, b_RxO, gate_TxR, a_DxR, dropout, True, backend)
 
     def over_tokens(left, right, dtype):
         dims = (((0,), (0,)), ((), ()))
         sums = jax.lax.dot_general(left, right, dims, preferred_element_type=jnp.float32)
         return sums.astype(dtype)
 
-    da_DxR = over_tokens(x_TxD, _gate(dh_TxR, gate_TxR), a_DxR.dtype)
+    da_DxR = over_tokens(_drop(x_TxD, dropout), _gate(dh_TxR, gate_TxR), a_DxR.dtype)
     db_RxO = over_tokens(_gate(h_TxR, gate_TxR), dy_TxO, b_RxO.dtype)
     dw_DxO = None if trained is None else over_tokens(x_TxD, dy_TxO, w_DxO.dtype)
     dgate = None if gate_TxR is None else _gate(h_TxR, dh_TxR).astype(gate_TxR.dtype)
-    return dx_TxD, dw_DxO, da_DxR, dgate, db_RxO
+    return dx_TxD, dw_DxO, da_DxR, dgate, db_RxO, None
 
 
 _lora_linear.defvjp(_lora_linear_fwd, _lora_linear_bwd, symbolic_zeros=True)
 
 
-def lora_linear(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, *, backend: str, columns: str = RANK_COLUMNS):
-    """`y = x·W + ((x·A) ∘ gate)·B`: a frozen linear layer and all banks of its site.
+def lora_linear(
+    x_TxD,
+    w_DxO,
+    a_DxR,
+    gate_TxR,
+    b_RxO,
+    *,
+    backend: str,
+    columns: str = RANK_COLUMNS,
+    dropout: Dropout | None = None,
+):
+    """`y = x·W + ((drop(x)·A) ∘ gate)·B`: a frozen linear layer and all banks of its site.
 
     Args:
       x_TxD: float32 or bfloat16.
@@ -267,6 +317,7 @@ def lora_linear(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, *, backend: str, columns: 
       gate_TxR: weights in rank space, s and Λ folded in (or into B); None for ones.
       backend: see `medmoe_jax.kernels`.
       columns: the name by which a policy of `jax.checkpoint` may keep x·A; that of y is PRODUCT.
+      dropout: on the input of A; its counter has words `[T]` and `[D]`. None = none.
 
     Returns:
       `y_TxO` in x's dtype, accumulated in float32.
@@ -286,4 +337,5 @@ def lora_linear(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, *, backend: str, columns: 
                 f"{name} has shape {array.shape}; with x {x_TxD.shape} and b {b_RxO.shape} it "
                 f"must have {expected[name]}"
             )
-    return _lora_linear(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, backend, columns)
+    counter, rate = (None, 0.0) if dropout is None else dropout
+    return _lora_linear(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, counter, rate, backend, columns)

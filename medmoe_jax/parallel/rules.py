@@ -31,6 +31,7 @@ BASE_RULES: tuple[Rule, ...] = (
     (rf"layers\.{_COLUMN}\.kernel{_PARTS}", (None, _SHARD, TENSOR)),
     (rf"layers\.{_COLUMN}\.bias$", (None, TENSOR)),
     (rf"layers\.{_ROW}\.kernel{_PARTS}", (None, TENSOR, _SHARD)),
+    (rf"layers\.{_ROW}\.bias$", ()),
     (r"norm$", ()),
 )
 

@@ -2,7 +2,7 @@
 
 Axes: B batch, T tokens, D input width, O output width, E experts, r rank, R = Σ E·r of the terms.
 
-    y = x W + ((x A) ∘ gate) B,    the terms side by side, s and Λ inside B
+    y = x W + ((drop(x) A) ∘ gate) B,    the terms side by side, s and Λ inside B
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from medmoe_jax.base.execution import Execution
 from medmoe_jax.base.quantised import Quantised
 from medmoe_jax.base.seam import add_bias
 from medmoe_jax.kernels import lora_linear as kernel
+from medmoe_jax.kernels.dropout import Counter, Dropout
 from medmoe_jax.parallel.rules import RULES, row_parallel, spec_for
 from medmoe_jax.routing import dense
 from medmoe_jax.routing.terms import LoraTerm, Terms
@@ -36,8 +37,8 @@ def linear(
 ) -> dict[str, Any]:
     """`{site: x W (+ b) + its terms}`; sites that the kernel can take go through it.
 
-    It takes a site with float weights whose terms all read x itself (no dropout) and whose rank
-    columns fit its memory.
+    It takes a site with float weights whose terms all read x itself, or all read it after the same
+    draw of dropout, and whose rank columns fit its memory.
     """
     # In the order of the weights: every process of a run has to compile the same program.
     one_pass = [
@@ -62,7 +63,7 @@ def _cut(execution: Execution, site: str, kernel_DxO) -> tuple[str | None, str |
 
 
 def _fits(execution: Execution, site, x_BxTxD, kernel_DxO, terms: Sequence[LoraTerm]) -> bool:
-    if isinstance(kernel_DxO, Quantised) or any(t.x_BxTxD is not x_BxTxD for t in terms):
+    if isinstance(kernel_DxO, Quantised) or any(t.dropout is not terms[0].dropout for t in terms):
         return False
     B, T, _ = x_BxTxD.shape
     D, O = (
@@ -76,16 +77,21 @@ def _fits(execution: Execution, site, x_BxTxD, kernel_DxO, terms: Sequence[LoraT
 def _product(execution: Execution, site: str, x_BxTxD, kernel_DxO, terms: Sequence[LoraTerm]):
     on_in, on_out = _cut(execution, site, kernel_DxO)
     T, spec = x_BxTxD.shape[1], PartitionSpec
+    dropout = terms[0].dropout
+    rate = 0.0 if dropout is None else dropout.rate
     # Where the inputs are cut, every device has a part of the sum. They are added outside, where
     # the gradient of a sum costs no exchange.
     run = execution.per_device(
-        functools.partial(_local, execution.backend, row_parallel(site)),
+        functools.partial(_local, execution.backend, row_parallel(site), rate),
         (
             execution.spec(T, on_in),
             spec(on_in, on_out),
             spec(on_in),
             spec(None, on_out),
             execution.spec(T),
+            # A draw's counter: the words of this device's tokens and columns make the mask here
+            # that they make anywhere.
+            None if dropout is None else Counter(execution.spec(T), spec(on_in)),
         ),
         spec(on_in, *execution.spec(T, on_out)),
     )
@@ -95,6 +101,7 @@ def _product(execution: Execution, site: str, x_BxTxD, kernel_DxO, terms: Sequen
         kernel_DxO.astype(x_BxTxD.dtype),
         *zip(*(_flat(execution, site, t) for t in terms), strict=True),
         [None if t.gates is None else t.gates.dense_BxTxE for t in terms],
+        None if dropout is None else dropout.counter,
     )
     return jax.lax.reduce_sum(y_PxBxTxO, (0,))
 
@@ -122,7 +129,9 @@ def _flat(execution: Execution, site: str, term: LoraTerm):
     )
 
 
-def _local(backend: str, last: bool, x_BxTxD, w_DxO, lora_a, lora_b, dense_gates):
+def _local(
+    backend: str, last: bool, rate: float, x_BxTxD, w_DxO, lora_a, lora_b, dense_gates, counter
+):
     """One device's `[1, B, T, O]`; A, B and gates have an entry a term.
 
     `last` says that y goes to a residual sum alone. Then the backward pass needs x·A, but not y.
@@ -135,8 +144,11 @@ def _local(backend: str, last: bool, x_BxTxD, w_DxO, lora_a, lora_b, dense_gates
         gate_TxR = jnp.concatenate([_gate(x_TxD.shape[0], *part) for part in parts], axis=1)
     a_DxR, b_RxO = jnp.concatenate(lora_a, axis=1), jnp.concatenate(lora_b, axis=0)
     columns = kernel.LAST_RANK_COLUMNS if last else kernel.RANK_COLUMNS
+    dropout = None
+    if counter is not None:
+        dropout = Dropout(Counter(counter.token.reshape(-1), counter.column_D), rate)
     y_TxO = kernel.lora_linear(
-        x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, backend=backend, columns=columns
+        x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, backend=backend, columns=columns, dropout=dropout
     )
     return y_TxO.reshape(1, *x_BxTxD.shape[:2], O)
 

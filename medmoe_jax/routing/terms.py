@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from medmoe_jax.kernels.dropout import Dropout
 from medmoe_jax.kernels.router_equations import Gates
 
 
@@ -16,6 +17,7 @@ class LoraTerm(NamedTuple):
 
     Attributes:
       x_BxTxD: the bank's input (after its dropout); terms with the same array share one product.
+      dropout: the draw by which that came from the site's input; None where it is the input.
       lora_a_DxExr, lora_b_ExrxO: the experts, float32.
       gates: a router's decision, or None for ones.
       scale_Exr: Λ, or None for ones.
@@ -28,6 +30,7 @@ class LoraTerm(NamedTuple):
     gates: Gates | None
     scale_Exr: Any
     s: float
+    dropout: Dropout | None = None
 
 
 Terms = Mapping[str, Sequence[LoraTerm]]  # by site

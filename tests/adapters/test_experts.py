@@ -207,5 +207,7 @@ def test_bad_banks():
         WHOLE.replace(form="dense")
     with pytest.raises(UserError, match=r"'family'.*'lora' sits on mlp sites too"):
         AdaptedConfig(TINY, (BESIDE, WHOLE))
+    with pytest.raises(UserError, match="experts have no biases, and this base's network has"):
+        AdaptedConfig(TINY.replace(mlp_bias=True), (INSIDE,))
     AdaptedConfig(TINY, (BESIDE.replace(stop=1), WHOLE))
     AdaptedConfig(TINY, (BESIDE, INSIDE))

@@ -113,10 +113,39 @@ def test_rope(name):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, 8, 3, h))
     positions = np.array([[0, 1, 2, 7, 20, 33, 62, 63]])
-    tables = rope.tables(config, jnp.asarray(positions, jnp.int32))
-    got = rope.rotate(jnp.asarray(x, jnp.float32), *tables)
+    tables = rope.tables(config, jnp.asarray(positions, jnp.int32), jnp.full((1, 8), 64))
+    got = rope.rotate(jnp.asarray(x, jnp.float32), *(table[0] for table in tables))
     want = naive.rotate(x[0], positions[0], inv_freq, FACTORS.get(name, 1.0))
     assert rel(got[0], want) < 1e-5
+
+
+def test_every_text_has_the_frequencies_of_its_own_length():
+    """Packed texts of 3, 5 and 2 tokens beside one of 6: of those, two exceed a context of 4."""
+    scaling = RopeScaling(
+        "longrope", original_max_positions=4, short_factor=(1.0, 2.0), long_factor=(3.0, 5.0)
+    )
+    config = TINY.replace(
+        head_dim=4, rope_scaling=scaling, local_rope_theta=7.0, ropes=("none", "global", "local")
+    )
+    rows = [(3, 5, 2), (6,)]
+    segments, positions, lengths = np.zeros((3, 2, 11), np.int32)
+    for b, texts in enumerate(rows):
+        end = 0
+        for n, length in enumerate(texts, 1):
+            span = slice(end, end := end + length)
+            segments[b, span], positions[b, span], lengths[b, span] = n, np.arange(length), length
+    got = rope.text_lengths(jnp.asarray(segments), jnp.asarray(positions))
+    np.testing.assert_array_equal(np.where(segments, got, 0), lengths)
+    cos, sin = rope.tables(config, jnp.asarray(positions), got)
+    assert cos.shape == sin.shape == (3, 2, 11, 1, 2)
+    np.testing.assert_array_equal(rope.which(config), [2, 0, 1])
+    short, long = 10000.0 ** np.array([0, -0.5]) / [1, 2], 10000.0 ** np.array([0, -0.5]) / [3, 5]
+    inv_freq = np.where(lengths[..., None] > 4, long, short)
+    angles = positions[..., None] * inv_freq, positions[..., None] * 7.0 ** np.array([0, -0.5])
+    for row, angle in enumerate((*angles, 0 * angles[0])):
+        real = segments > 0
+        assert rel(np.asarray(cos)[row, :, :, 0][real], np.cos(angle)[real]) < 1e-6
+        assert np.abs(np.asarray(sin)[row, :, :, 0][real] - np.sin(angle)[real]).max() < 1e-6
 
 
 @pytest.mark.parametrize("softcap", [0.0, 1.3])

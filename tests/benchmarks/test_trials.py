@@ -83,7 +83,8 @@ def test_rows_of_the_families_and_of_the_base(data_dir, monkeypatch, tmp_path):
             name: str(tmp_path / "rows" / "train" / f"{name}.jsonl") for name in train
         }
     families = read_languages(str(trial_families.TABLE))
-    assert set(scored) == {*families.experts, trial_families.HELD_OUT}
+    # No training rows in Japanese: what the folder holds of it are test questions.
+    assert set(scored) == {*families.experts, trial_families.HELD_OUT} - {"japonic"}
     for name, rows in scored.items():
         inside = {name} if name == trial_families.HELD_OUT else {
             code for code, expert in families.ids.items() if families.experts[expert] == name

@@ -14,6 +14,7 @@ from medmoe_jax.checkpoints.fingerprint import tree_fingerprint
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel.mesh import make_mesh
 from medmoe_jax.parallel.rules import RULES, shardings
+from tests.checkpoints import test_huggingface
 from tests.checkpoints.test_llama2c import write
 
 RANDOM = dict(vocab_size=32, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=150)
@@ -68,3 +69,24 @@ def test_a_fingerprint_covers_codes_and_scales(tmp_path):
             assert tree_fingerprint(here) != prints[kind]
             array[0, 0, 0] = old
         assert tree_fingerprint(here) == prints[kind]
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize("kind", ["", *sorted(quantised.KINDS)])
+def test_what_is_not_finite_is_refused_by_name(tmp_path, kind, value):
+    path = tmp_path / "m.bin"
+    write(path)
+    content = bytearray(path.read_bytes())
+    content[28:32] = np.float32(value).tobytes()  # the first value behind the header
+    content[-4:] = np.float32(value).tobytes()  # rotary tables are not read
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{path}: NaN or infinity in embed;"):
+        load((str(path), "", {}), kind)
+
+
+def test_a_folder_with_one_bad_value(tmp_path):
+    tensors = test_huggingface.qwen2_tensors(np.random.default_rng(0))
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 1] = np.nan
+    test_huggingface.write(tmp_path, test_huggingface.QWEN2, tensors)
+    with pytest.raises(UserError, match=r"NaN or infinity in layers\.mlp\.up\.kernel;"):
+        open_base(str(tmp_path), "", {}, 0).load(jnp.bfloat16, None)

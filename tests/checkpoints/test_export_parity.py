@@ -13,10 +13,10 @@ from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.model import AdaptedConfig, hidden
 from medmoe_jax.base import decoder
 from medmoe_jax.base.loss import logits
-from medmoe_jax.checkpoints import huggingface
+from medmoe_jax.checkpoints import families, huggingface
 from medmoe_jax.checkpoints.peft import read_peft, save_peft
 from tests import naive
-from tests.torch_side import load_adapter, load_model, peft, torch, transformers
+from tests.torch_side import VISION, load_adapter, load_model, peft, torch, transformers
 from tests.torch_side import logits as theirs
 
 pytestmark = pytest.mark.parity
@@ -30,6 +30,7 @@ FAMILIES = {
     "llama": dict(tie_word_embeddings=False),
     "mistral": dict(head_dim=14, sliding_window=6),
     "gemma2": dict(head_dim=10, sliding_window=5, query_pre_attn_scalar=13),
+    "gemma3": dict(head_dim=10, sliding_window=5, sliding_window_pattern=2),
     "phi3": dict(sliding_window=7),
 }
 ATTENTION = ("attn.q", "attn.k", "attn.v", "attn.o")
@@ -47,6 +48,8 @@ SPECS = (
 def build(family, seed=0):
     """A transformers model whose every weight is random."""
     options = {**SIZES, **GQA, **SPECIAL, **FAMILIES[family]}
+    if within := families.FAMILIES[family].within:
+        options = {within[0]: options, **VISION}
     config = transformers.AutoConfig.for_model(family, **options, attn_implementation="eager")
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -92,8 +95,15 @@ def test_transformers_and_peft_load_equal_logits(case, tmp_path):
     want = ours(config, params, members, tokens())
     assert naive.rel(ours(config, params, [], tokens()), want) >= 0.1
     merged = lifecycle.merge_into(params, members[:1])
-    save = functools.partial(huggingface.save_hf, config=config, params=merged, family=family)
-    save(tmp_path / "hf", members=members[1:], extra=SPECIAL, max_shard_bytes=40_000)
+    huggingface.save_hf(
+        tmp_path / "hf",
+        config,
+        merged,
+        family,
+        members=members[1:],
+        source=base if families.FAMILIES[family].within else None,
+        max_shard_bytes=40_000,
+    )
     save_peft(tmp_path / "peft", config, family, members)
     folded = theirs(load_model(tmp_path / "hf"), tokens())
     adapted = theirs(load_adapter(base, tmp_path / "peft"), tokens())

@@ -4,8 +4,9 @@ import pytest
 
 from medmoe_jax.base.config import DecoderConfig, RopeScaling
 from medmoe_jax.base.presets import PRESETS
-from medmoe_jax.checkpoints import families
-from medmoe_jax.checkpoints.families import config_from_hf, config_to_hf
+from medmoe_jax.checkpoints import hf_config
+from medmoe_jax.checkpoints.families import FAMILIES
+from medmoe_jax.checkpoints.hf_config import config_from_hf, config_to_hf
 from medmoe_jax.errors import UserError
 
 SIZES = {
@@ -113,15 +114,17 @@ def test_published_files_give_the_presets(name, hf):
 
 
 FAMILY_OF = {"qwen1": "qwen2", "qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama"}
-FAMILY_OF |= {"mistr": "mistral", "gemma": "gemma2", "phi3-": "phi3"}
+FAMILY_OF |= {"mistr": "mistral", "gemma2": "gemma2", "phi3-": "phi3"}
+FAMILY_OF |= {"gemma3": "gemma3_text", "medgem": "gemma3_text", "phi4-": "phi3"}
+FAMILY_OF |= {"smoll": "llama", "smollm3": "smollm3", "olmo2-": "olmo2", "olmo3-": "olmo3"}
+FAMILY_OF |= {"granit": "granite"}
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_survive_the_round_trip(name):
-    read = config_from_hf(config_to_hf(PRESETS[name], FAMILY_OF[name[:5]]))
-    assert read.replace(query_scale=read.scale) == PRESETS[name].replace(
-        query_scale=PRESETS[name].scale
-    )
+    family = next(FAMILY_OF[name[:n]] for n in (7, 6, 5) if name[:n] in FAMILY_OF)
+    read = config_from_hf(config_to_hf(PRESETS[name], family))
+    assert not list(hf_config.differences(read, PRESETS[name]))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +167,7 @@ def test_presets_survive_the_round_trip(name):
     ],
 )
 def test_old_and_new_forms_mean_the_same(family, old, new):
-    hf = {**SIZES, "model_type": family}
+    hf = {**SIZES, "num_key_value_heads": 2, "model_type": family}
     assert config_from_hf({**hf, **old}) == config_from_hf({**hf, **new})
     assert config_from_hf({**hf, **old}) != config_from_hf(hf) or family == "gemma2"
 
@@ -175,11 +178,12 @@ def test_what_a_file_leaves_out_is_the_family_default():
 
     assert read("llama").n_kv_heads == 4 and read("llama").head_dim == 8
     assert read("gemma2", head_dim=8).tied and not read("llama").tied
-    assert read("qwen3").head_dim == 128
+    assert read("qwen3", num_key_value_heads=1).head_dim == 128
+    assert read("qwen2", num_attention_heads=32, head_dim=2).n_kv_heads == 32
     assert read("phi3").norm_eps == 1e-5
     assert read("mistral", num_key_value_heads=2).windows == (4096,) * 4
     assert read("mistral", num_key_value_heads=2, sliding_window=None).windows == ()
-    assert read("qwen2", sliding_window=8, max_window_layers=0).windows == ()
+    assert read("qwen2", num_key_value_heads=1, sliding_window=8, max_window_layers=0).windows == ()
     assert read("gemma2", attn_logit_softcapping=None).attn_softcap == 0.0
 
 
@@ -207,20 +211,30 @@ def test_rope_scalings():
 @pytest.mark.parametrize(
     "family, change, message",
     [
-        ("mixtral", {}, "model_type: 'mixtral' is none of gemma2, llama, mistral, phi3"),
+        ("mixtral", {}, "model_type: 'mixtral' is none of gemma2, gemma3, gemma3_text, granite"),
         ("llama", {"hidden_act": "relu"}, "hidden_act: 'relu' is not supported"),
         ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation: 'gelu' is not supported"),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling: 'dynamic'"),
         ("llama", {"rope_scaling": {"type": "linear"}}, r"'linear': missing \['factor'\]"),
         ("llama", {"rope_scaling": {"type": "linear", "factor": 2, "x": 1}}, r"supported \['x'\]"),
-        ("phi3", {"partial_rotary_factor": 0.75}, "partial_rotary_factor: 0.75 is not supported"),
+        ("llama", {"partial_rotary_factor": 0.75}, "partial_rotary_factor: 0.75 is not supported"),
+        ("phi3", {"partial_rotary_factor": 0.4}, "head_dim 8, rotary_dim 3: both must be even"),
+        ("llama", {"rope_scaling": "yarn"}, "rope_scaling: 'yarn' is not a set of fields"),
+        ("llama", {"rope_theta": "1e6"}, "rope_theta: '1e6' is not a number"),
+        ("llama", {"rope_scaling": {"type": "default", "factor": 2.0}}, r"supported \['factor'\]"),
+        ("gemma3_text", {"rope_parameters": {"rope_theta": 5.0}}, "needs one set a layer type"),
+        ("llama", {"is_causal": False}, "is_causal: False is not supported"),
+        ("llama", {"sliding_window": 7}, "sliding_window: 7 is not supported"),
+        ("llama", {"layer_types": ["sliding_attention"] * 4}, "layer_types: not supported in this"),
+        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers: 1 entries for 4 layers"),
+        ("granite", {"logits_scaling": 0}, "logits_scaling: 0 is not a positive number"),
         (
             "phi3",
             {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
             r"rope_scaling\.short_factor: 1 numbers, expected 4",
         ),
         ("llama", {"rope_parameters": {"full_attention": {}}}, "one set a layer type"),
-        ("llama", {"attention_bias": True}, "attention_bias: True is not supported"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention: True"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config: .* not supported"),
         ("qwen2", {"layer_types": ["full_attention"]}, "layer_types: 1 entries for 4 layers"),
         ("qwen2", {"layer_types": ["chunked"] * 4}, "layer_types: .*not supported: chunked"),
@@ -260,7 +274,10 @@ def test_the_first_family_that_can_express_a_decoder():
     config = DecoderConfig(32, 16, 2, 2, 2, 8, 24)
     changes = {"llama": {}, "mistral": {"windows": (4, 4)}, "qwen2": {"qkv_bias": True}}
     for family, change in changes.items():
-        assert families.expressing(config.replace(**change)) == family
+        assert hf_config.expressing(config.replace(**change)) == family
     with pytest.raises(UserError, match="no Hugging Face family can express this decoder") as error:
-        families.expressing(config.replace(qkv_bias=True, qk_norm=True))
-    assert all(f"a '{family}' model cannot" in str(error.value) for family in families.FAMILIES)
+        hf_config.expressing(config.replace(qkv_bias=True, qk_norm=True))
+    alone = [name for name, family in FAMILIES.items() if not family.within]
+    assert all(f"a '{family}' model cannot" in str(error.value) for family in alone)
+    with pytest.raises(UserError, match="a 'gemma3' model has other parts too"):
+        config_to_hf(config, "gemma3")

@@ -377,6 +377,18 @@ def test_an_adapter_of_another_base_is_one_error(tmp_path):
     assert f"{name}: 'lm_head.weight' is no linear layer" in refused(tmp_path)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_refused_by_name(tmp_path, value):
+    tensors = write(tmp_path, PLAIN, every("self_attn.q_proj"))
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+    tensors[name] = tensors[name].copy()
+    tensors[name][0, 0] = value
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    assert f"{name}: NaN or infinity" in refused(tmp_path)
+    write(tmp_path, {**PLAIN, "lora_alpha": value}, every("self_attn.q_proj"))
+    assert "adapter_config.json: lora_alpha: " in refused(tmp_path)
+
+
 def test_files_that_do_not_fit_their_config(tmp_path):
     ranks = every("self_attn.q_proj", "mlp.down_proj")
     write(tmp_path, {**PLAIN, "target_modules": ["q_proj"]}, ranks)

@@ -15,7 +15,7 @@ from medmoe_jax.adapters.lifecycle import active_banks
 from medmoe_jax.checkpoints import stages
 from medmoe_jax.cli.main import COMMANDS, main
 from medmoe_jax.cli.session import read_rows
-from medmoe_jax.evaluation import run as evaluation
+from medmoe_jax.evaluation import ways
 from medmoe_jax.evaluation.tasks import list_tasks
 from medmoe_jax.training.run import Run
 from medmoe_jax.training.trained import open_trained
@@ -88,15 +88,15 @@ def test_a_notice_while_a_stage_is_evaluated(tmp_path, config, monkeypatch, caps
     command = ["train", config, f"--workdir={tmp_path / 'w'}", f"--config.run.tasks=('{items}',)"]
     command += ["--config.stages.order=('aggregate',)", "--config.stages.aggregate.steps=2"]
     command += ["--config.run.score_batch=1"]  # eight at a time
-    asked, real = [], evaluation._rank
+    asked, real = [], ways.ask
 
-    def rank(*arguments):
+    def ask(*arguments):
         asked.append(0)
         if len(asked) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments)
 
-    monkeypatch.setattr(evaluation, "_rank", rank)
+    monkeypatch.setattr(ways, "ask", ask)
     assert main(command) == 75
     said = capsys.readouterr().err
     assert "evaluation was asked to stop, in task 'items'; the same command continues" in said
@@ -270,7 +270,11 @@ def test_eval(config, workdir, tmp_path, capsys):
     assert result["n"] == len(records) == 16
     right = [r["prediction"] == r["answer"] for r in records]
     assert result["score"] == pytest.approx(np.mean(right))
-    assert result["majority"] == 0.5
+    assert result["majority"] == result["chance"] == 0.5
+    about = json.loads((out / "report.json").read_text())["about"]
+    assert about["stage"] == "align" and about["template"] and about["versions"]["jax"]
+    page = (out / "report.html").read_text()
+    assert "Right answers" in page and "Confusion: formats" in page
     capsys.readouterr()
     assert main(["eval", "--list"]) == 0
     assert capsys.readouterr().out.split() == [task.name for task in list_tasks()]
@@ -282,6 +286,57 @@ def test_eval(config, workdir, tmp_path, capsys):
     assert f"{bad}:2" in fails(capsys, "eval", *model, f"--tasks={bad}", f"--output={tmp_path}/x")
     assert not (tmp_path / "x" / "report.json").exists()
     assert "unknown argument '--wat'" in fails(capsys, "eval", "--list", "--wat")
+    line = fails(capsys, "eval", *model, "--tasks=suite:cblu", f"--output={tmp_path}/x")
+    assert "did you mean 'cblue'" in line
+    assert "'appolo'" in fails(capsys, "eval", *model, f"--tasks={task}", "--compat=appolo")
+    assert main(["eval", "--list-suites"]) == 0
+    assert "suite:medcare-exams: " in capsys.readouterr().out
+
+
+def test_eval_in_several_ways_and_compared(config, workdir, tmp_path, capsys, monkeypatch):
+    """A stage against the base on the same items; a task that is not there does not stop it."""
+    rows = [
+        {"prompt": r["prompt"], "answer": r["response"], "choices": ["yes", "no"]}
+        for r in tiny.alignment_rows()
+    ]
+    task = write_rows(tmp_path / "formats.jsonl", rows)
+    monkeypatch.setenv("MEDMOE_DATA", str(tmp_path))
+    asked = ["eval", config, f"--workdir={workdir}", f"--tasks={task},medqa", "--limit=8"]
+    for name, more in {
+        "base": ["--stage=base"],
+        "last": [],
+        "constrained": ["--answer=constrained"],
+        "free": ["--free", "--samples=2", "--temperature=0.5", "--max-tokens=8", "--shots=1"],
+    }.items():
+        assert main([*asked, f"--output={tmp_path / name}", *more]) == 0
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        assert [f["task"] for f in report["failures"]] == ["medqa"]
+        assert report["results"][0]["n"] == 8
+    assert report["settings"]["samples"] == 2 and report["results"][0]["shots"] == 1
+    assert all(len(r["raw"]) == 2 for r in read(tmp_path / "free" / "records.jsonl"))
+    runs = [str(tmp_path / name) for name in ("base", "last")]
+    assert main(["compare", *runs, f"--output={tmp_path / 'both'}"]) == 0
+    compared = json.loads((tmp_path / "both" / "compared.json").read_text())
+    (found,) = compared["runs"][runs[1]]
+    right = [[r["right"] for r in read(f"{run}/records.jsonl")] for run in runs]
+    assert found["difference"] == pytest.approx(np.mean(right[1]) - np.mean(right[0]))
+    assert "Side by side" in (tmp_path / "both" / "compared.html").read_text()
+    assert "at least two runs" in fails(capsys, "compare", runs[0])
+    assert "no such file" in fails(capsys, "compare", runs[0], str(tmp_path / "none"))
+
+
+def test_overlap(tmp_path, capsys):
+    train = write_rows(
+        tmp_path / "train.jsonl", [{"prompt": "what is flu?", "response": "a virus"}]
+    )
+    items = [{"prompt": "What is flu", "answer": "x"}, {"prompt": "What is gout", "answer": "y"}]
+    tasks = write_rows(tmp_path / "items.jsonl", items)
+    out = f"--output={tmp_path / 'o'}"
+    assert main(["overlap", f"--train={train}", f"--tasks={tasks}", out]) == 0
+    (found,) = read(tmp_path / "o" / "overlap.jsonl")
+    assert found["item"] == 0 and found["row"].endswith("train.jsonl, line 1")
+    assert found["row_text"] == "what is flu? a virus"
+    assert "give --tasks to look for" in fails(capsys, "overlap", f"--tasks={tasks}", out)
 
 
 def test_data_and_tokenizer(tmp_path, capsys):

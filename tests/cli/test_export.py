@@ -12,10 +12,15 @@ from safetensors.numpy import load_file
 
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.base import quantised, trees
-from medmoe_jax.checkpoints import files, huggingface, peft
+from medmoe_jax.checkpoints import files, gguf_models, huggingface, peft
+from medmoe_jax.checkpoints.bases import open_base
+from medmoe_jax.checkpoints.gguf_file import open_gguf
 from medmoe_jax.cli import export
 from medmoe_jax.cli.main import main
+from medmoe_jax.data import tokenizers
+from medmoe_jax.data.encode import Encoder
 from medmoe_jax.data.jinja_template import Jinja
+from medmoe_jax.data.templates import load_template
 from medmoe_jax.errors import UserError
 from medmoe_jax.training.run import Run
 from medmoe_jax.training.trained import open_trained
@@ -93,6 +98,13 @@ def logits_of(folder):
     return used(naive.logits(config, naive.f64(params), batch))
 
 
+def gguf_logits(folder):
+    """Float64 logits of the model in a GGUF file."""
+    config, params = gguf_models.load(folder / "model.gguf", jnp.float32)
+    batch = naive.random_batch(tiny.trained()[0].base.config)
+    return used(naive.logits(config, naive.f64(params), batch))
+
+
 def adapted_logits(folder):
     """Float64 logits of the original base under an exported adapter."""
     setup, _ = tiny.trained()
@@ -102,11 +114,14 @@ def adapted_logits(folder):
     return used(naive.logits(setup.base.config, base, batch, linear))
 
 
-@pytest.mark.parametrize("kind", ["hf", "peft"])
+LOGITS = {"hf": logits_of, "peft": adapted_logits, "gguf": gguf_logits}
+
+
+@pytest.mark.parametrize("kind", LOGITS)
 def test_an_export_computes_what_the_banks_did(config, workdir, reference, kind, tmp_path, capsys):
     assert run(config, workdir, kind, tmp_path / "deep" / "out") == 0
     assert f"written to {tmp_path}" in capsys.readouterr().out
-    got = {"hf": logits_of, "peft": adapted_logits}[kind](tmp_path / "deep" / "out")
+    got = LOGITS[kind](tmp_path / "deep" / "out")
     assert naive.rel(got, reference(BANKS)) <= 1e-5
     assert naive.rel(got, reference(())) >= 0.1
     for name in BANKS:
@@ -145,6 +160,43 @@ def test_what_stands_beside_the_weights(config, workdir, tmp_path, capsys):
     assert len(modes) == 1  # whoever may read one file may read all
 
 
+def test_what_stands_in_a_gguf_file(config, workdir, tmp_path, capsys):
+    """A base like any other, which asks as the model was trained to be asked."""
+    assert run(config, workdir, "gguf", tmp_path / "out", "--dtype=q8_0") == 0
+    printed = capsys.readouterr()
+    assert "other ids" not in printed.err and "Ollama" not in printed.err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.gguf", "Modelfile"}
+    base = open_base(str(tmp_path / "out" / "model.gguf"), "", {}, 0)
+    tokenizer = tokenizers.load(base.tokenizer)
+    encoder, trained = (
+        Encoder(tokenizer, load_template("tokenizer", tokenizer)),
+        tiny.trained()[0].encoder,
+    )
+    turns = [{"role": "user", "content": "What is a fever?"}]
+    assert encoder.prompt(turns) == trained.prompt(turns)
+    assert set(encoder.stops.ids) == set(trained.stops.ids)
+    modelfile = (tmp_path / "out" / "Modelfile").read_text()
+    assert (
+        modelfile.startswith('FROM ./model.gguf\nTEMPLATE """') and 'stop """</s>"""' in modelfile
+    )
+
+
+def test_what_stands_beside_a_gguf_adapter(config, workdir, tmp_path):
+    assert run(config, workdir, "gguf-adapter", tmp_path / "out") == 0
+    assert run(config, workdir, "peft", tmp_path / "peft") == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"adapter.gguf", "chat_template.jinja"}
+    stored = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert len(open_gguf(tmp_path / "out" / "adapter.gguf").tensors) == len(stored)
+
+
+def test_each_format_has_its_dtypes(config, workdir, tmp_path, capsys):
+    for kind in ("hf", "peft"):
+        error = fails(capsys, config, workdir, kind, tmp_path / "out", "--dtype=q8_0")
+        assert f"--dtype=q8_0: --format={kind} writes float32, bfloat16" in error
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("kind", ["hf", "peft"])
 def test_a_sharded_model_gives_the_same_files(config, workdir, kind, tmp_path):
     for name, sizes in {"one": (8, 1, 1), "many": (1, 4, 2)}.items():
@@ -170,12 +222,12 @@ def test_bfloat16_is_one_rounding(config, workdir, tmp_path):
 
 
 def test_a_bank_that_looks_at_tokens_must_be_left_out(config, workdir, reference, tmp_path, capsys):
-    for kind in ("hf", "peft"):
+    for kind in LOGITS:
         error = fails(capsys, config, workdir, kind, tmp_path / "out", "--stage=aggregate")
         assert "bank 'noise' has gate 'token'" in error and "--off=noise leaves it out" in error
         output = tmp_path / kind
         assert run(config, workdir, kind, output, "--stage=aggregate", "--off=noise") == 0
-        got = {"hf": logits_of, "peft": adapted_logits}[kind](output)
+        got = LOGITS[kind](output)
         assert naive.rel(got, reference(("attention", "knowledge"))) <= 1e-5
     assert not (tmp_path / "out").exists()
     error = fails(capsys, config, workdir, "hf", tmp_path / "out", "--off=attention")
@@ -184,7 +236,8 @@ def test_a_bank_that_looks_at_tokens_must_be_left_out(config, workdir, reference
     assert "there is no bank to write" in error
 
 
-def test_trained_leaves_of_the_base_do_not_fit_an_adapter(workdir, tmp_path):
+@pytest.mark.parametrize("kind", ["peft", "gguf-adapter"])
+def test_trained_leaves_of_the_base_do_not_fit_an_adapter(kind, workdir, tmp_path):
     setup, _ = tiny.trained()
     trained = open_trained(Run(setup, workdir), "align")
     first, *others = setup.stages
@@ -192,7 +245,7 @@ def test_trained_leaves_of_the_base_do_not_fit_an_adapter(workdir, tmp_path):
     setup = dataclasses.replace(setup, stages=(changed, *others))
     leaves = "final_norm, layers.attn_norm, layers.mlp_norm"
     with pytest.raises(UserError, match=rf"\({leaves}\).* use --format=hf"):
-        export.FORMATS["peft"](setup, trained, str(tmp_path / "out"), None)
+        export.FORMATS[kind].write(setup, trained, str(tmp_path / "out"), None)
 
 
 def test_nothing_is_left_when_the_disk_is_full(config, workdir, tmp_path, capsys, monkeypatch):

@@ -42,7 +42,7 @@ def commands(config, folder, rows, asked):
                   f"--config.data.sources.alignment.path={rows}"],
         "score": [*bare, f"--input={asked}", made],
         "generate": [*bare, f"--input={asked}", made],
-        "eval": [*bare, f"--tasks={asked}", f"--output={folder / 'report'}"],
+        "eval": [*bare, f"--tasks={folder / 'items.jsonl'}", f"--output={folder / 'report'}"],
         "analyze routing": [*bare, f"--data={rows}", f"--out={folder / 'out'}"],
     }  # fmt: skip
 
@@ -59,8 +59,10 @@ def files(folder, prompt):
     """Rows and prompts of which the third, or the first, is this one."""
     good = '{"prompt": "aspirin?", "response": "pain"}\n'
     (folder / "rows.jsonl").write_text(good * 2 + f'{{"prompt": {prompt}, "response": "x"}}\n')
-    item = f'{{"prompt": {prompt}, "completion": "x", "answer": "x", "choices": ["x", "y"]}}\n'
-    (folder / "asked.jsonl").write_text(item)
+    asked = f'{{"prompt": {prompt}, "completion": "x"}}\n'
+    (folder / "asked.jsonl").write_text(asked)
+    item = f'{{"prompt": {prompt}, "answer": "x", "choices": ["x", "y"]}}\n'
+    (folder / "items.jsonl").write_text(item)
     return folder / "rows.jsonl", folder / "asked.jsonl"
 
 
@@ -68,7 +70,11 @@ def test_half_a_character_is_named_by_every_command(arguments, tmp_path, capsys)
     rows, asked = files(tmp_path, HALF)
     for command, more in commands(arguments, tmp_path, rows, asked).items():
         error = error_of(capsys, command, more)
-        place = f"{asked}:1: " if command in ("score", "generate", "eval") else f"{rows}, line 3: "
+        place = {
+            "score": f"{asked}:1: ",
+            "generate": f"{asked}:1: ",
+            "eval": f"{tmp_path / 'items.jsonl'}:1: ",
+        }.get(command, f"{rows}, line 3: ")
         assert place in error and "half of a surrogate pair" in error, command
     error = error_of(capsys, "generate", [*arguments, "--stage=base", "pill \udcff"])
     assert "the prompt: holds '\\udcff'" in error
@@ -85,14 +91,14 @@ def test_a_row_that_the_template_refuses_is_named(arguments, tmp_path, capsys, m
         assert place in error and "refuses this conversation: not this" in error, command
     monkeypatch.undo()
     for command, place in (
-        ("eval", "task 'asked', item 0: "),
+        ("eval", "task 'items', item 0: "),
         ("analyze routing", f"{rows}, line 3: "),
     ):
         error = error_of(capsys, command, commands(arguments, tmp_path, rows, asked)[command])
         assert place in error or "no bank that takes part" in error, error
-    tasks = f"--config.run.tasks=('{asked}',)"
+    tasks = f"--config.run.tasks=('{tmp_path / 'items.jsonl'}',)"
     error = error_of(capsys, "train", [*arguments, tasks, f"--workdir={tmp_path / 'w'}"])
-    assert "task 'asked', item 0: " in error and not (tmp_path / "w").exists()
+    assert "task 'items', item 0: " in error and not (tmp_path / "w").exists()
 
 
 def test_prompts_that_were_cut_are_counted(arguments, tmp_path, capsys):

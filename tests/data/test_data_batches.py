@@ -59,7 +59,7 @@ class Characters:
 
 
 def rows_of(count, first=0, seed=0):
-    """Rows of 3 to 19 tokens; each names itself: its first letter is 1000 + its number."""
+    """Rows of 4 to 20 tokens; each names itself: its first letter is 1000 + its number."""
     sizes = np.random.default_rng(seed).integers(0, 9, (count, 2))
     return [
         conversation(chr(1000 + first + i) + "q" * q, "a" * a, language="de" if i % 2 else "xx")
@@ -116,8 +116,8 @@ def samples(batch):
 
 def expected_sample(row, length=LENGTH):
     question, answer = (turn["content"] for turn in row["conversations"])
-    tokens = [1, *map(ord, question), *map(ord, answer), 2]
-    mask = [0] * (1 + len(question)) + [1] * (len(answer) + 1)
+    tokens = [1, *map(ord, question), *map(ord, f" {answer}"), 2]
+    mask = [0] * (1 + len(question)) + [1] * (len(answer) + 2)
     return tuple(tokens[:length]), tuple(mask[:length])
 
 

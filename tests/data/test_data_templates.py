@@ -30,8 +30,8 @@ PUBLISHED = {
     "user_assistant": "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}User:"
     "{{ m.content }}\n{% else %}Assistant:{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}",
-    "plain": "{{ bos_token }}{% for m in messages %}{{ m.content }}"
-    "{{ eos_token if m.role == 'assistant' else '' }}{% endfor %}",
+    "plain": "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{{ ' ' + m.content + eos_token }}{% else %}{{ m.content }}{% endif %}{% endfor %}",
 }
 ROWS = [
     conversation("What is fever?", "A sign."),
@@ -86,7 +86,7 @@ def test_system_text_where_the_family_has_no_system_turn():
         "gemma": "<s><start_of_turn>user\nYou are a doctor.\n\nQ<end_of_turn>\n"
         "<start_of_turn>model\nA<end_of_turn>\n",
         "user_assistant": "<s>You are a doctor.\nUser:Q\nAssistant:A</s>",
-        "plain": "<s>You are a doctor.QA</s>",
+        "plain": "<s>You are a doctor.Q A</s>",
     }
     for name, text in expected.items():
         assert written(tp.TEMPLATES[name].rows(turns)[0]) == text
@@ -108,7 +108,7 @@ SPOKEN = {
     "llama3": ["Check\nglucose.<|eot_id|>", "75 mg<|eot_id|>"],
     "gemma": ["Check\nglucose.<end_of_turn>", "75 mg<end_of_turn>"],
     "user_assistant": ["Check\nglucose. </s>", "75 mg</s>"],
-    "plain": ["Check\nglucose. </s>", "75 mg</s>"],
+    "plain": [" Check\nglucose. </s>", " 75 mg</s>"],
 }
 
 

@@ -1,73 +1,89 @@
 """The medical sets: sizes, known rows, splits that do not leak, strictness on corrupt files."""
 
-import csv
 import gzip
 import json
+import shutil
 import zipfile
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from medmoe_jax.data import medical
-from medmoe_jax.data.medical import entities, exams, files, row, texts
+from medmoe_jax.data.medical import cards, files, formats, forms, locate, registry, row
+from medmoe_jax.data.sources import open_source
 from medmoe_jax.errors import UserError
+from medmoe_jax.training.config import source
+from tests.data import upstream
 
-SIZES = {  # train, dev
-    "cmedtc": (14604, 1550),
-    "cmedic": (1683, 123),
-    "cmedqq": (16071, 1793),
-    "cmedqaner": (1673, 175),
-    "rumed_danet": (1052, 256),
-    "rumed_top3": (4690, 848),
-    "rumed_symptom": (2470, 415),
-    "rumed_ner": (3419, 676),
-    "pubmedqa": (397, 103),
-    "medqa": (655, 145),
-    "medmcqa": (1606, 394),
-    "mmlu": (977, 248),
-    "jmmlu": (575, 248),
-    "mmlu_african": (180, 828),
-    "frenchmedmcqa": (2171, 312),
-    "jmed_crade": (0, 100),
-    "jmed_smdis": (0, 100),
-    "mts_dialog": (1199, 100),
-    "mts_section": (1198, 100),
-    "aci_bench": (67, 20),
-    "meqsum": (785, 215),
-    "vihealth": (1066, 260),
-    "rqe": (6881, 1706),
-    "medquad": (2558, 721),
-    "medquad_type": (2558, 721),
-    "ncbi_disease": (5420, 923),
-    "bc5cdr": (4566, 4590),
-    "bc5cdr_relations": (500, 500),
-    "tico19": (40901, 3781),
+NAMES = list(medical.SETS)
+SIZES = {  # rows of the data folder: train, dev, test; 0 where no file is there
+    "cmedtc": (14443, 1550, 0),
+    "cmedic": (1683, 123, 0),
+    "cmedqq": (16063, 1793, 0),
+    "cmedqaner": (1673, 175, 0),
+    "rumed_danet": (1052, 256, 0),
+    "rumed_top3": (4690, 848, 0),
+    "rumed_symptom": (2470, 415, 0),
+    "rumed_ner": (3416, 676, 0),
+    "pubmedqa": (397, 103, 0),
+    "medqa": (0, 0, 800),
+    "medmcqa": (0, 2000, 0),
+    "mmlu": (45, 0, 1180),
+    "jmmlu": (0, 0, 823),
+    "mmlu_african": (180, 828, 0),
+    "frenchmedmcqa": (2170, 312, 0),
+    "jmed_crade": (0, 0, 100),
+    "jmed_smdis": (0, 0, 100),
+    "mts_dialog": (1198, 100, 200),
+    "mts_section": (1197, 100, 200),
+    "aci_bench": (67, 20, 0),
+    "meqsum": (785, 215, 0),
+    "vihealth": (0, 1326, 0),
+    "rqe": (6881, 1706, 0),
+    "medquad": (2558, 721, 0),
+    "medquad_type": (2558, 721, 0),
+    "ncbi_disease": (5420, 923, 0),
+    "bc5cdr": (4566, 4590, 0),
+    "bc5cdr_relations": (500, 500, 0),
+    "tico19": (40901, 3781, 0),
 }
 
 
-def read(name, split, data_dir):
-    return list(medical.rows(name, split, data_dir))
+def read(name, split, root):
+    return list(medical.rows(name, split, root))
 
 
-@pytest.mark.data
-@pytest.mark.parametrize("name", list(medical.SETS))
-def test_every_set_reads_with_its_size_and_does_not_leak(name, data_dir):
+def there(name, root):
+    """The splits of a set whose files are there."""
     entry = medical.SETS[name]
-    dev = read(name, "dev", data_dir)
-    train = read(name, "train", data_dir) if "train" in entry.splits else []
-    assert (len(train), len(dev)) == SIZES[name]
-    for item in train + dev:
+    source = {s: s if s in entry.files else "train" for s in entry.splits}
+    return [s for s in entry.splits if locate.has_files(entry, source[s], root)]
+
+
+def check_rows(name, rows):
+    entry = medical.SETS[name]
+    for item in rows:
         assert item.prompt and item.response and item.name == name and item.kind == entry.kind
         assert item.language in entry.languages
         assert bool(item.choices) == (item.kind == "choice")
         assert not item.choices or item.response in item.choices
-        assert item.prompt[slice(*item.body)].strip()
-    evaluated = [r for s in entry.splits if s != "train" for r in read(name, s, data_dir)]
-    assert not {row.normal(r.prompt) for r in train} & {row.normal(r.prompt) for r in evaluated}
-    assert {r.language for r in dev} == set(entry.languages)
+        assert item.prompt[slice(*item.body)].strip() and "{" not in item.guide
+        assert not item.texts or len(item.texts) >= 2
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("name", [name for name in medical.SETS if name != "tico19"])
+@pytest.mark.parametrize("name", SIZES)
+def test_every_set_reads_with_its_size_and_does_not_leak(name, data_dir):
+    rows = {split: read(name, split, data_dir) for split in there(name, data_dir)}
+    assert tuple(len(rows.get(s, ())) for s in cards.SPLITS) == SIZES[name]
+    check_rows(name, [r for split in rows.values() for r in split])
+    seen = {row.normal(r.prompt) for s in rows if s != "train" for r in rows[s]}
+    assert not {row.normal(r.prompt) for r in rows.get("train", ())} & seen
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", ["medquad", "pubmedqa", "rqe", "meqsum"])
 def test_the_held_out_rows_do_not_depend_on_where_the_data_lies(name, data_dir, tmp_path):
     (tmp_path / "moved").symlink_to(data_dir)
     assert read(name, "dev", tmp_path / "moved") == read(name, "dev", data_dir)
@@ -85,60 +101,53 @@ def test_known_rows(data_dir):
     assert first["bc5cdr"].response == (
         "Chemical: lithium carbonate\nDisease: Tricuspid valve regurgitation; toxicity"
     )
+    text = first["bc5cdr"].prompt[slice(*first["bc5cdr"].body)]
+    assert [(kind, text[a:b]) for kind, a, b in first["bc5cdr"].spans] == [
+        ("Disease", "Tricuspid valve regurgitation"),
+        ("Chemical", "lithium carbonate"),
+        ("Disease", "toxicity"),
+    ]
     several = {r.response for r in read("frenchmedmcqa", "dev", data_dir)}
     assert "E" in several and any("," in answer for answer in several)
 
 
 @pytest.mark.data
-def test_english_and_japanese_hold_out_the_same_mmlu_questions(data_dir):
-    def answers(path):
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            return [fields[5].strip() for fields in csv.reader(file)]
-
-    for subject, (start, stop, ja_start) in exams.MMLU_HELD_OUT.items():
-        en = answers(data_dir / f"mmlu_medical_en/{subject}_test.csv")[1:]
-        en = ["ABCD"[int(a)] for a in en]
-        ja = answers(data_dir / f"jmmlu_medical_ja/{subject}.csv")
-        # Every Japanese question follows the English order, none is added.
-        rest = iter(en[:start])
-        assert all(a in rest for a in ja[:ja_start])
-        rest = iter(en[start:stop])
-        assert all(a in rest for a in ja[ja_start:])
-        assert 0 <= (stop - start) - (len(ja) - ja_start) <= 2
+@pytest.mark.parametrize("name", ["cmedqaner", "rumed_ner", "ncbi_disease", "bc5cdr"])
+def test_spans_stand_where_they_say(name, data_dir):
+    for item in read(name, "dev", data_dir)[:400]:
+        text = item.prompt[slice(*item.body)]
+        named = {(kind, text[start:stop]) for kind, start, stop in item.spans}
+        for kind, mention in named:
+            assert mention == mention.strip() and kind in item.response and mention in item.response
+        assert bool(named) == (
+            "\n" in item.response or ": " in item.response or "：" in item.response
+        )
 
 
 @pytest.mark.data
-def test_exam_questions_of_one_set_are_not_held_out_in_another(data_dir):
+def test_exam_questions_of_one_set_are_not_evaluated_in_another(data_dir):
+    """What trains in one set, and the test questions of the others."""
     names = ("medqa", "medmcqa", "mmlu", "mmlu_african")
     question = {
-        split: {
+        trained: {
             row.normal(r.prompt[slice(*r.body)])
             for n in names
-            for r in read(n, split, data_dir)
+            for s in there(n, data_dir)
+            if (s == "train") == trained
+            for r in read(n, s, data_dir)
             if r.body[1] - r.body[0] > 80
         }
-        for split in ("train", "dev")
+        for trained in (True, False)
     }
-    assert not question["train"] & question["dev"]
+    assert not question[True] & question[False]
 
 
 @pytest.mark.data
-def test_tico_is_split_by_document_in_every_language(data_dir):
-    for code in texts.LANGUAGE_NAMES:
-        with gzip.open(data_dir / f"tico19_multilingual/en-{code}.jsonl.gz", "rt") as file:
-            documents = {json.loads(line)["id"].split(":")[0] for line in file}
-        assert documents >= texts.TICO_HELD_OUT
-    english = {
-        split: {r.prompt[slice(*r.body)] for r in read("tico19", split, data_dir)}
-        for split in ("train", "dev")
-    }
-    assert not english["train"] & english["dev"]
-
-
-@pytest.mark.data
-def test_one_language_of_a_set(data_dir):
+def test_one_language_or_subject_of_a_set(data_dir):
     zulu = read("mmlu_african:zu", "dev", data_dir)
     assert len(zulu) == 69 and {r.language for r in zulu} == {"zu"}
+    anatomy = read("mmlu:anatomy", "test", data_dir)
+    assert len(anatomy) == 135 and {r.part for r in anatomy} == {"anatomy"}
 
 
 @pytest.mark.data
@@ -148,17 +157,228 @@ def test_the_two_tests_of_a_document_are_on_one_side(data_dir):
     assert not answers & types
 
 
+@pytest.mark.data
+def test_near_duplicates_of_dev_leave_train_and_are_counted(data_dir):
+    """Width, punctuation and spaces are folded; signs that change the meaning are not."""
+    split = medical.read_split("cmedtc", "train", data_dir)
+    dev = medical.read_split("cmedtc", "dev", data_dir)
+    assert split.left_out == 167 and dev.duplicates == 11
+    assert row.normal("（2）年龄18～70岁，男女不限；") == row.normal("2 年龄18-70岁,男女不限")
+    assert row.normal("年龄＞18岁") != row.normal("年龄<18岁")
+    assert row.normal("Ｆever, chills.") == row.normal("fever chills")
+
+
+# Upstream's layouts.
+
+
+@pytest.fixture(scope="module")
+def laid_out(tmp_path_factory):
+    """The folder of a set in its upstream layout, made once."""
+    made = {}
+
+    def of(name):
+        if name not in made:
+            root = tmp_path_factory.mktemp(name)
+            made[name] = root, upstream.write(name, root)
+        return made[name]
+
+    return of
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_file_of_the_upstream_layout_is_read_in_its_split(name, laid_out, monkeypatch):
+    root, paths = laid_out(name)
+    entry = medical.SETS[name]
+    opened = []
+    real = formats.records
+
+    def records(card, found):
+        opened.append(found.path)
+        return real(card, found)
+
+    monkeypatch.setattr(registry.formats, "records", records)
+    rows = {}
+    for split in entry.splits:
+        opened.clear()
+        rows[split] = registry._read(entry, split, root, None)[0]
+        collected = entry.read.get("labels") == "collected"
+        own = paths.get(split, paths.get("train"))
+        assert set(opened) >= set(own) and (collected or set(opened) == set(own))
+        check_rows(name, rows[split])
+    assert {r.language for split in rows.values() for r in split} <= set(entry.languages)
+    trained = (
+        {r.prompt for r in medical.read_split(name, "train", root).rows}
+        if "train" in rows
+        else set()
+    )
+    assert not trained & {r.prompt for r in rows.get("test", ())}
+    if "test" in rows:
+        with pytest.raises(UserError, match="'test' is for evaluation only"):
+            medical.training_rows(name, "test", root)
+
+
+def test_a_source_of_a_recipe_is_no_test_split(tmp_path, monkeypatch):
+    upstream.write("cmedic", tmp_path)
+    monkeypatch.setenv("MEDMOE_DATA", str(tmp_path))
+    fields = source(reader="cmedic").to_dict()
+    assert len(open_source("x", fields).rows) == 2
+    with pytest.raises(UserError, match="cmedic: its split 'test' is for evaluation only"):
+        open_source("x", fields | {"split": "test"})
+
+
+def test_expected_rows_of_some_layouts(laid_out):
+    def first(name, split="test"):
+        return medical.read_split(name, split, laid_out(name)[0]).rows[0]
+
+    assert (
+        first("medmcqa", "dev").response == "B" and first("medmcqa", "dev").part == "Pharmacology"
+    )
+    assert first("medxpertqa").prompt.startswith("Which drug, test 0?\nA. aspirin\nB.")
+    assert first("mmlu_pro_health").choices == tuple("ABCDEFGHIJ")
+    assert first("headqa").language == "es" and first("headqa").prompt.endswith("/D/E):")
+    assert first("xmedbench").language == "en" and first("xmedbench").part == "medmcqa"
+    assert first("cmb").choices == tuple("ABCD")  # an option without text is none
+    assert first("cmb_several").response == "B, D"
+    assert (
+        first("pubmedqa").prompt == "We asked test. We saw.\nDoes it help, test 0? (yes/no/maybe):"
+    )
+    case = first("ddxplus")
+    assert case.prompt.startswith("Age: 30, sex: female\nDo you cough? yes\nWhat colour? red\nA. ")
+    assert (
+        case.texts["ABCDEFGHIJ".index(case.response)] == "Disease 3" and "Disease 4" in case.texts
+    )
+    assert first("ncbi_disease").response == 'Disease: "flu ;"'
+    assert first("jmed_mrner_disease").response == '表現: "発熱;嚥下障害"; 咳'
+    assert first("cblue_ctc", "dev").choices == ("年龄", "性别", "非上述类型")
+    assert first("cblue_cdn", "dev").allowed == ("感冒", "咳嗽", "肺炎")
+    assert first("medcalc").allowed == ("19.0", "21.0")
+    assert first("medec_correction").response == "Treated with aspirin."
+    assert first("bioasq").prompt == "It is 0.\nIs it so, test 0? (yes/no):"
+    assert first("medquad", "dev").response == "Rest 1."
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def test_mmlu_with_and_without_a_header(tmp_path):
+    """As upstream has it, and with the header and number of other copies."""
+    plain = 'Which, "one"?,a,b,c,d,C\n'
+    named = "question,choice0,choice1,choice2,choice3,answer\nWhich?,a,b,c,d,2\n"
+    for place, text in (("data/test/anatomy_test.csv", plain), ("anatomy_test.csv", named)):
+        write(tmp_path / place.replace("/", "") / "mmlu" / place, text.replace(', "one"', ""))
+        split = medical.read_split("mmlu:anatomy", "test", tmp_path / place.replace("/", ""))
+        assert [r.response for r in split.rows] == ["C"] and split.rows[0].texts == tuple("abcd")
+
+
+def test_medmcqa_counts_from_one_in_json_and_from_zero_in_parquet(tmp_path):
+    record = {"question": "Which?", "opa": "a", "opb": "b", "opc": "c", "opd": "d", "cop": 2}
+    write(tmp_path / "json/medmcqa/dev.json", json.dumps(record) + "\n")
+    path = tmp_path / "parquet/medmcqa/data/validation-00000-of-00001.parquet"
+    path.parent.mkdir(parents=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), path)
+    found = [read("medmcqa", "dev", tmp_path / kind)[0].response for kind in ("json", "parquet")]
+    assert found == ["B", "C"]
+
+
+def test_pubmedqa_in_its_forms(tmp_path):
+    """One file with the list of test rows or without it, as an object or as a list."""
+    record = {"QUESTION": "Q?", "CONTEXTS": ["c"], "final_decision": "no"}
+    whole = {str(i): {**record, "QUESTION": f"Q{i}?"} for i in range(20)}
+    base = tmp_path / "pubmedqa" / "data"
+    write(base / "ori_pqal.json", json.dumps(whole))
+    with pytest.raises(UserError, match=r"test_ground_truth\.json, which names the test rows"):
+        read("pubmedqa", "test", tmp_path)
+    write(base / "test_ground_truth.json", json.dumps({str(i): "no" for i in range(10)}))
+    splits = {s: {r.prompt for r in read("pubmedqa", s, tmp_path)} for s in cards.SPLITS}
+    assert len(splits["test"]) == 10 and len(splits["train"]) + len(splits["dev"]) == 10
+    assert splits["test"] == {f"c\nQ{i}? (yes/no/maybe):" for i in range(10)}
+    listed = [{"pubid": int(k), **v} for k, v in whole.items()]
+    write(base / "ori_pqal.json", json.dumps(listed))
+    assert {r.prompt for r in read("pubmedqa", "test", tmp_path)} == splits["test"]
+
+
+def test_what_is_missing_is_said_and_the_rest_is_read(tmp_path, caplog):
+    paths = upstream.write("tico19", tmp_path)["train"]
+    for path in paths:
+        if "en-fr" in path.name or "en-zu" in path.name:
+            path.unlink()
+    split = medical.read_split("tico19", "dev", tmp_path)
+    assert len(split.missing) == 2 and "2 files of dev are not there" in caplog.text
+    assert {r.language for r in split.rows} == set(medical.SETS["tico19"].languages) - {"fr", "zu"}
+    assert len(read("tico19:ar", "dev", tmp_path)) == 1
+    with pytest.raises(FileNotFoundError, match=r"tico19: no file .*get it from https://"):
+        read("tico19:fr", "dev", tmp_path)
+    for path in paths:
+        path.unlink(missing_ok=True)
+    with pytest.raises(FileNotFoundError, match="tico19: no file of split 'train'"):
+        read("tico19", "train", tmp_path)
+
+
+def test_the_default_split_is_dev_or_test_where_no_dev_is_there(tmp_path):
+    paths = upstream.write("medqa", tmp_path)
+    entry = medical.SETS["medqa"]
+    assert medical.default_split(entry, tmp_path) == "dev"
+    paths["dev"][0].unlink()
+    assert medical.default_split(entry, tmp_path) == "test"
+    shutil.rmtree(tmp_path / "MedQA")
+    assert medical.default_split(entry, tmp_path) == "dev"
+
+
+def test_more_options_than_letters(tmp_path):
+    path = tmp_path / "mmlu_pro" / "data" / "test-0.parquet"
+    path.parent.mkdir(parents=True)
+    for count in (26, 27):
+        record = {"question": "Q", "options": [f"o{i}" for i in range(count)], "answer": "Z"}
+        table = pyarrow.Table.from_pylist([{**record, "category": "health"}])
+        pyarrow.parquet.write_table(table, path)
+        if count == 26:
+            assert read("mmlu_pro_health", "test", tmp_path)[0].response == "Z"
+    with pytest.raises(UserError, match="row 1: 27 options in field 'options'"):
+        read("mmlu_pro_health", "test", tmp_path)
+
+
+def test_sets_on_the_hub(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def download(name, repo_type, allow_patterns):
+        asked.append((name, repo_type, allow_patterns))
+        return str(tmp_path / "medmcqa")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    upstream.write("medmcqa", tmp_path)
+    rows = read("medmcqa", "dev", "hf://")
+    assert len(rows) == 2 and asked[0][:2] == ("openlifescienceai/medmcqa", "dataset")
+    assert "data/train-*.parquet" in asked[0][2]
+    with pytest.raises(UserError, match=r"cmedtc is not read from the hub; get it from https"):
+        read("cmedtc", "dev", "hf://")
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda *a, **k: (_ for _ in ()).throw(OSError("no net")),
+    )
+    with pytest.raises(UserError, match=r"medmcqa: hf://openlife.* cannot be read \(no net\)"):
+        read("medmcqa", "dev", "hf://")
+
+
+# Bad input.
+
+
 def test_unknown_names_and_splits(tmp_path):
-    with pytest.raises(UserError, match="cmedtd"):
+    with pytest.raises(UserError, match="'cmedtd' is not a medical set; did you mean cmedtc"):
         next(medical.rows("cmedtd", "dev", tmp_path))
     with pytest.raises(UserError, match="tico19 has no language 'xx'"):
         next(medical.rows("tico19:xx", "dev", tmp_path))
-    with pytest.raises(UserError, match="jmed_smdis has no split 'train'"):
+    with pytest.raises(UserError, match="jmed_smdis has no split 'train'; it has test"):
         next(medical.rows("jmed_smdis", "train", tmp_path))
 
 
 def test_missing_folder_names_the_variable(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"MEDMOE_DATA.*chineseblue_zh"):
+    with pytest.raises(FileNotFoundError, match=r"MEDMOE_DATA.*chineseblue_zh.*https://github"):
         next(medical.rows("cmedtc", "dev", tmp_path))
     monkeypatch.setenv("MEDMOE_DATA", str(tmp_path / "none"))
     with pytest.raises(FileNotFoundError, match="MEDMOE_DATA"):
@@ -166,40 +386,94 @@ def test_missing_folder_names_the_variable(tmp_path, monkeypatch):
 
 
 CORRUPT = [
-    ("cmedtc", "chineseblue_zh/cMedTC/dev.txt", "Disease\t文\nDisease 文\n", r"dev\.txt:2: 1 col"),
+    ("cmedtc", "cMedTC/dev.txt", "Disease\t文\nDisease 文\n", r"dev\.txt:2: 1 col"),
     (
         "cmedtc",
-        "chineseblue_zh/cMedTC/dev.txt",
+        "cMedTC/dev.txt",
         "Disease\t文\nFoo\t文\n",
-        r"dev\.txt:2: topic 'Foo'",
+        r"dev\.txt:2: label 'Foo' is not one of",
     ),
-    ("cmedqaner", "chineseblue_zh/cMedQANER/dev.txt", "好 O\n好X\n", r"dev\.txt:2"),
-    ("rumed_danet", "rumedbench_ru/RuMedDaNet/dev_v1.jsonl", "{}\n", r"jsonl:1: field 'answer'"),
-    ("rumed_danet", "rumedbench_ru/RuMedDaNet/dev_v1.jsonl", "\n{,\n", r"jsonl:2: not JSON"),
-    ("medqa", "medqa_usmle_en/medqa_rows_0001_0800.jsonl", "[1]\n", r"jsonl:1: not a JSON obj"),
-    ("jmed_smdis", "jmed_llm_ja/smdis.csv", "tag,question\na\n", r"smdis\.csv:2: 1 columns"),
-    ("jmed_smdis", "jmed_llm_ja/smdis.csv", 'tag,q\na,"b"c\n', r"smdis\.csv:2: not CSV"),
-    ("rqe", "rqe_en/RQE_Train_8588_AMIA2016.xml", "<a>\n<b></a>", r"xml:2: not XML"),
-    ("medquad", "medquad_en/1_CancerGov_QA.zip", "no zip", r"QA\.zip: not a whole zip"),
-    ("tico19", "tico19_multilingual/en-ar.jsonl.gz", "no gzip", r"gz: not a whole gzip"),
-    ("frenchmedmcqa", "frenchmedmcqa_fr/dev.json", "[\n{]", r"dev\.json:2: not JSON"),
+    ("cmedqaner", "cMedQANER/dev.txt", "好 O\n好X\n", r"dev\.txt:2"),
+    ("rumed_danet", "RuMedDaNet/dev_v1.jsonl", "{}\n", r"jsonl:1: field 'answer' is missing"),
+    ("rumed_danet", "RuMedDaNet/dev_v1.jsonl", "\n{,\n", r"jsonl:2: not JSON"),
+    ("medqa", "medqa_test.jsonl", "[1]\n", r"jsonl:1: not a JSON obj"),
+    ("medqa", "medqa_test.jsonl", '{"question": "q", "options": {"A": "x"}}', r"1 options in"),
     (
-        "bc5cdr",
-        "bc5cdr_en/CDR_DevelopmentSet.PubTator.txt",
-        "1|t|a b\n1\t0\t1\tx\tD\ti\n",
-        r"txt:2",
+        "medqa",
+        "medqa_test.jsonl",
+        '{"question": "q", "options": {"A": "x", "B": "y"}, "answer_idx": "C"}',
+        r"jsonl:1: answer 'C' names none of the options A, B",
     ),
-    ("ncbi_disease", "ncbi_disease_en/devel.tsv", b"a\tO\n\xff\xfe\tO\n", r"tsv:2: not UTF-8"),
+    (
+        "medqa",
+        "medqa_test.jsonl",
+        '{"question": "q", "options": {"A": "x", "B": "y"}}',
+        r"jsonl:1: field 'answer_idx' is missing",
+    ),
+    ("jmed_smdis", "smdis.csv", "tag,question\na\n", r"smdis\.csv:2: 1 columns"),
+    ("jmed_smdis", "smdis.csv", 'tag,q\na,"b"c\n', r"smdis\.csv:2: not CSV"),
+    ("rqe", "RQE_Test_302_pairs_AMIA2016.xml", "<a>\n<b></a>", r"xml:2: not XML"),
+    ("medquad", "1_CancerGov_QA.zip", "no zip", r"QA\.zip: not a whole zip"),
+    ("tico19", "en-ar.jsonl.gz", "no gzip", r"gz: not a whole gzip"),
+    ("frenchmedmcqa", "dev.json", "[\n{]", r"dev\.json:2: not JSON"),
+    ("frenchmedmcqa", "dev.json", "3", r"dev\.json: neither a list nor an object of records"),
+    ("headqa", "dev_HEAD.json", '{"version": 1}', r"no 'exams\.\*\.data' in it"),
+    ("bc5cdr", "CDR_DevelopmentSet.PubTator.txt", "1|t|a b\n1\t0\t1\tx\tD\ti\n", r"txt:2"),
+    ("ncbi_disease", "devel.tsv", b"a\tO\n\xff\xfe\tO\n", r"tsv:2: not UTF-8"),
+    ("meqsum", "MeQSum_ACL2019_BenAbacha_Demner-Fushman.xlsx", "x", r"not a whole Excel file"),
+    ("mmlu_pro_health", "data/test-0.parquet", "x", r"not a whole Parquet file"),
+    ("cmedtc", "cMedTC/dev.txt", "", r"dev\.txt: the file is empty"),
+    ("medqa", "medqa_test.jsonl", "\n\n", r"jsonl: the file is empty"),
+    ("medbullets", "medbullets_op4.csv", "question,opa\n", r"op4\.csv: no record is in the file"),
 ]
 
 
 @pytest.mark.parametrize(("name", "file", "text", "message"), CORRUPT)
 def test_a_corrupt_file_is_named_with_its_line(tmp_path, name, file, text, message):
-    path = tmp_path / file
-    path.parent.mkdir(parents=True)
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    entry = medical.SETS[name]
+    write(tmp_path / entry.folder[0] / file, text)
+    split = "test" if "est" in file or "test" in entry.splits[:1] else "dev"
     with pytest.raises(UserError, match=message):
-        list(medical.rows(name, "dev", tmp_path))
+        list(medical.rows(name, split, tmp_path))
+
+
+ODD = [
+    *(
+        b"",
+        b"\n",
+        b"[]",
+        b"{}",
+        b"null",
+        b"[null]",
+        b'[{"a": []}]',
+        b'{"a": {"b": 1}}',
+        b"\x00\x00",
+    ),
+    *(b'{"question": 5, "options": [], "answer_idx": {}}', b"a,b\n1,2\n", b"a\tb\n", b"x", b"<a/>"),
+    *(
+        b'[{"question": null, "options": {"A": 1}}]',
+        b'"text"',
+        b"1|t|x\n",
+        b"\xef\xbb\xbf",
+        b"[" * 999,
+    ),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_odd_files_give_one_clear_error(name, tmp_path):
+    paths = upstream.write(name, tmp_path)
+    (split, own), refused = next(iter(paths.items())), 0
+    own = [file for path in own for file in (path.iterdir() if path.is_dir() else [path])]
+    for content in ODD:
+        for path in own:
+            path.write_bytes(content)
+        try:
+            assert medical.read_split(name, split, tmp_path).rows  # it was a file of this format
+        except UserError as error:
+            refused += 1
+            assert str(tmp_path) in str(error) or name in str(error)
+    assert refused >= len(ODD) - 3
 
 
 def test_a_truncated_member_of_a_zip_file(tmp_path):
@@ -210,17 +484,19 @@ def test_a_truncated_member_of_a_zip_file(tmp_path):
     data[50:60] = b"\0" * 10
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"a\.zip"):
-        list(files.read_zip(path, ".xml"))
+        list(files.members(path, ".xml"))
 
 
-def test_duplicates_of_dev_leave_train(tmp_path):
+def test_duplicates_of_dev_and_test_leave_train(tmp_path, caplog):
+    caplog.set_level("INFO")
     folder = tmp_path / "chineseblue_zh" / "cMedIC"
-    folder.mkdir(parents=True)
-    (folder / "train.txt").write_text("1\t头 痛\n2\t发烧\n1\t发烧\n", encoding="utf-8")
-    (folder / "dev.txt").write_text("2\t发烧\n", encoding="utf-8")
-    train = list(medical.rows("cmedic", "train", tmp_path))
-    assert [r.prompt for r in train] == ["头 痛\n就医意图："]
-    assert train[0].conversation() == {
+    write(folder / "train.txt", "1\t头 痛\n2\t发烧！\n1\t发烧\n2\t咳嗽。\n")
+    write(folder / "dev.txt", "2\t发烧\n")
+    write(folder / "test.txt", "2\t(咳嗽)\n")
+    split = medical.read_split("cmedic", "train", tmp_path)
+    assert [r.prompt for r in split.rows] == ["头 痛\n就医意图："] and split.left_out == 3
+    assert "cmedic: 3 of 4 training rows left out" in caplog.text
+    assert split.rows[0].conversation() == {
         "conversations": [
             {"role": "user", "content": "头 痛\n就医意图："},
             {"role": "assistant", "content": "弱"},
@@ -229,9 +505,63 @@ def test_duplicates_of_dev_leave_train(tmp_path):
     }
 
 
+CARD = """
+[mine]
+title = "Mine"
+folder = "mine"
+get = "me"
+licence = "CC0"
+checked = "files"
+group = "knowledge"
+form = "exam"
+question = "q"
+options = "a, b"
+answer = "right"
+files = { test = ["items.csv"] }
+"""
+
+
+def test_cards_of_a_user(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "SETS", dict(medical.SETS))
+    path = write(tmp_path / "mine.toml", CARD)
+    assert medical.add_cards(path) == ["mine"]
+    write(tmp_path / "mine" / "items.csv", "q,a,b,right\nWhich?,x,y,y\n")
+    assert [r.response for r in medical.rows("mine", "test", tmp_path)] == ["B"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (('form = "exam"', 'form = "poem"'), "mine.form: 'poem' is none of exam"),
+        (('question = "q"\n', ""), "mine: the field 'question' is missing"),
+        (('get = "me"\n', ""), "mine: the field 'get' is missing"),
+        (('question = "q"', 'question = "q"\nqestion = "q"'), "has no field 'qestion'"),
+        (("files = {", "files = { testing = [], "), "mine.files: write lists of files for some of"),
+        (('["items.csv"]', '"items.csv"'), "mine.files.test: must be a list of texts"),
+        (("[mine]", "[mine"), "not TOML"),
+        (('form = "exam"', 'form = "exam"\nlike = "yours"'), "mine.like: there is no card 'yours'"),
+    ],
+)
+def test_bad_cards(tmp_path, change, message):
+    path = write(tmp_path / "mine.toml", CARD.replace(*change))
+    with pytest.raises(UserError, match=message):
+        cards.load_cards(path)
+
+
+def test_every_card_says_what_people_need():
+    for entry in medical.SETS.values():
+        assert entry.title and "http" in entry.get and entry.licence
+        assert entry.checked in ("files", "code", "docs")
+        assert (
+            entry.form != "label"
+            or entry.read["labels"] != "collected"
+            or "{labels}" in entry.guide
+        )
+
+
 def test_spans_of_bio_tags():
     tags = ["B-A", "I-A", "I-B", "O", "I-A", "B-A", "B-A"]
-    assert list(entities.spans(tags)) == [
+    assert list(forms.spans(tags)) == [
         ("A", 0, 2),
         ("B", 2, 3),
         ("A", 4, 5),
@@ -254,3 +584,16 @@ def test_hold_out_is_fixed_and_near_its_share():
     assert row.held_out("A  question") == row.held_out("a question")
     share = sum(row.held_out(f"question {i}") for i in range(4000)) / 4000
     assert abs(share - 0.2) < 0.02
+
+
+@pytest.mark.data
+def test_tico_is_split_by_document_in_every_language(data_dir):
+    for path in sorted((data_dir / "tico19_multilingual").glob("en-*.jsonl.gz"))[:4]:
+        with gzip.open(path, "rt") as file:
+            documents = {json.loads(line)["id"].split(":")[0] for line in file}
+        assert documents >= formats._TICO_HELD_OUT
+    english = {
+        split: {r.prompt[slice(*r.body)] for r in read("tico19:fr", split, data_dir)}
+        for split in ("train", "dev")
+    }
+    assert not english["train"] & english["dev"]

@@ -7,8 +7,9 @@ from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import binomtest
 from sklearn import metrics as reference
 
+from medmoe_jax.data.words import words
 from medmoe_jax.errors import UserError
-from medmoe_jax.evaluation import metrics
+from medmoe_jax.evaluation import Item, metrics
 from medmoe_jax.evaluation.intervals import bootstrap, interval, wilson
 
 RIGHT = ["a", "b", "c", "a", "b", "a", "a", "d"]
@@ -47,10 +48,102 @@ def test_rouge_l_reads_chinese_by_character():
     assert metrics.compute("rouge_l", ["患者咳嗽"], ["患者有咳痰"]) == pytest.approx(2 * 3 / 9)
 
 
-def test_tokens_in_several_scripts():
-    assert metrics.tokens("Bệnh nhân, ho 3 ngày.") == ["bệnh", "nhân", "ho", "3", "ngày"]
-    assert metrics.tokens("हिन्दी में") == ["हिन्दी", "में"]
-    assert metrics.tokens("咳CT検査のあと") == ["咳", "ct", "検", "査", "の", "あ", "と"]
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("Bệnh nhân, ho 3 ngày.", ["bệnh", "nhân", "ho", "3", "ngày"]),
+        ("हिन्दी में", ["हिन्दी", "में"]),
+        ("咳CT検査のあと", ["咳", "ct", "検", "査", "の", "あ", "と"]),
+        ("ｶﾞﾝ細胞", ["ガ", "ン", "細", "胞"]),  # half-width kana
+        ("ＣＴ検査", ["ct", "検", "査"]),
+        ("人々と時々", ["人", "々", "と", "時", "々"]),
+        ("คนไข้", ["ค", "น", "ไ", "ข้"]),  # a tone mark belongs to its sign
+        ("ជំងឺ flu", ["ជំ", "ងឺ", "flu"]),
+        ("", []),
+    ],
+)
+def test_words_in_several_scripts(text, wanted):
+    assert words(text) == wanted
+
+
+def test_kappa_matches_scikit_learn():
+    right, guess = list("AABCBACB"), list("ABBCBACA")
+    for name, weights in (("kappa", None), ("kappa_linear", "linear")):
+        expected = reference.cohen_kappa_score(right, guess, weights=weights)
+        assert metrics.compute(name, guess, right) == pytest.approx(expected)
+    assert metrics.compute("kappa", ["A", "A"], ["A", "A"]) == 1.0
+
+
+def item(answer, **more):
+    return Item("q", answer, **more)
+
+
+def test_spans_count_places_where_sets_count_mentions():
+    text = "Flu and flu; not influenza. flu"
+    gold = item("Disease: Flu; flu", source=text, spans=(("Disease", 0, 3), ("Disease", 8, 11)))
+    # "flu" stands twice by itself, once of which is no entity
+    assert metrics.compute("span_f1", ["Disease: Flu; flu"], [gold]) == pytest.approx(2 * 2 / 5)
+    assert metrics.compute("span_f1", ["Disease: flu"], [gold]) == pytest.approx(2 * 1 / 4)
+    assert metrics.compute("span_f1", ["Drug: Flu"], [gold]) == 0.0
+    chinese = item("疾病实体：感冒", source="流行性感冒", spans=(("疾病", 3, 5),))
+    assert metrics.compute("span_f1", ["疾病实体：感冒"], [chinese]) == 1.0
+
+
+def test_terms_that_are_not_allowed_are_none():
+    gold = item("感冒，咳嗽", allowed=("感冒", "咳嗽", "肺炎"))
+    assert metrics.compute("term_f1", ["感冒，头痛"], [gold]) == pytest.approx(2 * 1 / 3)
+    nothing = item("没有对应的标准化实体", allowed=("感冒",))
+    assert metrics.compute("term_f1", ["没有对应的标准化实体"], [nothing]) == 1.0
+
+
+def test_events_and_sections():
+    event = "主体词：疼痛；发生状态：否定；描述词：持续，轻；解剖部位：头"
+    assert metrics.compute("event_f1", [event], [f"事件如下：\n{event}"]) == 1.0
+    assert metrics.compute("event_f1", [event.replace("，轻", "")], [event]) == 0.0
+    right = "报告如下：\n主诉：咳嗽三天\n既往史："
+    # the first section has four signs, of which two are said; the second is empty in both
+    score = metrics.compute("sections_rouge_l", ["主诉：咳嗽"], [right])
+    assert score == pytest.approx((2 * 2 / 6 + 1) / 2)
+    assert metrics.compute("sections_rouge_l", ["no report"], [right]) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ("80 / 2² = 20. The answer is 20.4", 1.0),
+        ("The answer is 20.4, not 18", 0.0),
+        ("\\boxed{19}", 1.0),
+        ("The answer is 1,020.4", 0.0),
+        ("The answer is high", 0.0),
+        ("20", 1.0),
+    ],
+)
+def test_numbers_within_limits(said, wanted):
+    gold = item("20.0", allowed=("19.0", "21.0"))
+    assert metrics.compute("number_within", [said], [gold]) == wanted
+
+
+def test_dates_and_weeks_must_be_the_same():
+    date = item("03/05/2021", allowed=("03/05/2021", "03/05/2021"))
+    assert metrics.compute("number_within", ["The answer is 3/5/2021."], [date]) == 1.0
+    assert metrics.compute("number_within", ["The answer is 3/6/2021."], [date]) == 0.0
+    weeks = item("('17 weeks', '4 days')", allowed=("('17 weeks', '4 days')",) * 2)
+    assert metrics.compute("number_within", ["17 weeks and 4 days"], [weeks]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("metric", "good", "bad"),
+    [
+        ("entity_f1", ["疾病实体：感冒", "none", "无。"], ["感冒", "I think flu", ""]),
+        ("relation_f1", ["a -> b", "none"], ["a and b"]),
+        ("letters_exact", ["A, C"], ["all of them"]),
+        ("number_within", ["20"], ["much"]),
+        ("rouge_l", ["some text"], ["  "]),
+    ],
+)
+def test_what_can_be_read(metric, good, bad):
+    readable = metrics.find(metric).readable
+    assert all(map(readable, good)) and not any(map(readable, bad))
 
 
 def test_chrf_matches_sacrebleu():

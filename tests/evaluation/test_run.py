@@ -1,128 +1,239 @@
-"""Tasks, evaluation with models whose scores are known, and reports."""
+"""Evaluation with models whose scores are known, ways to answer, and reports."""
 
-import functools
-import hashlib
+import dataclasses
+import io
 import json
 import random
 
 import pytest
+from rich.console import Console
 
-from medmoe_jax.data import medical
 from medmoe_jax.errors import Stopped, UserError
-from medmoe_jax.evaluation import Item, Report, Task, evaluate, html, list_tasks, load_task
+from medmoe_jax.evaluation import Item, Report, Task, Way, evaluate, html, readings, records, ways
+from medmoe_jax.evaluation.items import as_turns
+from tests.evaluation.models import Constant, Guesser, Oracle, Scripted
 
 
-class Oracle:
-    """Knows the answers by prompt."""
-
-    def __init__(self, *tasks):
-        self.answers = {i.prompt: i.answer for task in tasks for i in task.items}
-        self.asked = 0
-
-    def choose(self, prompts, choices):
-        self.asked += len(prompts)
-        return [
-            [(0.0 if c == self.answers[p] else -5.0, 1) for c in options]
-            for p, options in zip(prompts, choices, strict=True)
-        ]
-
-    def generate(self, prompts, max_tokens):
-        return [self.answers[p] for p in prompts]
-
-
-class Constant:
-    """Always says the same."""
-
-    def __init__(self, text):
-        self.text = text
-
-    def choose(self, prompts, choices):
-        return [[(float(c == self.text), 1) for c in options] for options in choices]
-
-    def generate(self, prompts, max_tokens):
-        return [self.text] * len(prompts)
-
-
-class Guesser(Constant):
-    """Chooses at random."""
-
-    def __init__(self, seed):
-        self.random = random.Random(seed)
-
-    def choose(self, prompts, choices):
-        return [[(self.random.random(), 1) for _ in options] for options in choices]
-
-
-def exam(n=400, seed=0):
+def exam(n=400, seed=0, name="exam"):
     generator = random.Random(seed)
     items = tuple(Item(f"q{i}", generator.choice("ABCD"), tuple("ABCD")) for i in range(n))
-    return Task("exam", "en", "choice", "accuracy", items)
+    return Task(name, "en", "choice", "accuracy", items)
+
+
+def one(model, task, **more):
+    return evaluate(model, [task], progress=False, **more).results[0]
 
 
 def test_an_oracle_is_right_and_a_guesser_is_at_chance():
     task = exam()
-    best = evaluate(Oracle(task), [task], progress=False).results[0]
+    best = one(Oracle(task), task)
     assert best.score == 1.0 and best.high == pytest.approx(1.0) and best.n == 400
-    chance = evaluate(Guesser(3), [task], progress=False).results[0]
+    chance = one(Guesser(3), task)
     assert chance.low < 0.25 < chance.high and chance.high - chance.low < 0.1
+    assert chance.chance == 0.25
 
 
 def test_a_constant_scores_the_share_of_its_letter():
     task = exam()
     share = sum(item.answer == "B" for item in task.items) / len(task.items)
-    assert evaluate(Constant("B"), [task], progress=False).results[0].score == share
+    assert one(Constant("B"), task).score == share
+    assert one(Constant("B"), task, way=Way("constrained")).score == share
 
 
-def test_length_normalisation_changes_the_choice():
-    class Lengths:
-        def choose(self, prompts, choices):
-            return [[(-2.0, 1), (-3.0, 3)] for _ in prompts]
+class Lengths:
+    """The second choice is less likely, but longer in tokens and bytes."""
 
-    task = Task("t", "en", "choice", "accuracy", (Item("q", "a b c", ("a", "a b c")),))
-    assert evaluate(Lengths(), [task], progress=False).results[0].score == 0.0
-    assert evaluate(Lengths(), [task], progress=False, normalise=True).results[0].score == 1.0
+    def choose(self, prompts, choices, ending=False):
+        self.ending = ending
+        alone = [len(p) < 4 for p in prompts]
+        return [[(-1.0, 1), (-9.0, 3)] if a else [(-2.0, 1), (-3.0, 3)] for a in alone]
 
 
-def test_free_answers_are_read_out_of_text():
+LONG = Task("t", "en", "choice", "accuracy", (Item("the question\ncue", "a b c", ("a", "a b c")),))
+
+
+@pytest.mark.parametrize(
+    ("score", "wanted", "scores"),
+    [
+        ("sum", 0.0, [-2.0, -3.0]),
+        ("token", 1.0, [-2.0, -1.0]),
+        ("byte", 1.0, [-2.0, -0.6]),
+        ("unconditional", 1.0, [-1.0, 6.0]),  # less the scores after "cue" alone
+    ],
+)
+def test_scores_of_a_likelihood(score, wanted, scores, tmp_path):
+    result = one(Lengths(), LONG, way=Way(score=score), written=tmp_path / "r")
+    assert result.score == wanted
+    (record,) = records.read(tmp_path / "r")
+    assert record["scores"] == pytest.approx(scores)
+    assert record["ranking"] == (["a b c", "a"] if wanted else ["a", "a b c"])
+
+
+def test_the_end_of_the_turn_counts_only_where_it_is_asked_for():
+    model = Lengths()
+    one(model, LONG)
+    assert model.ending is False
+    one(model, LONG, way=Way(ending=True))
+    assert model.ending is True
+
+
+def test_option_texts_are_scored_in_place_of_letters():
+    item = Item("q", "B", ("A", "B"), ("aspirin", "heparin"))
+    task = Task("t", "en", "choice", "accuracy", (item,))
+    assert one(Constant("heparin"), task, way=Way("text")).score == 1.0
+    assert one(Constant("aspirin"), task, way=Way("text")).score == 0.0
+    assert one(Constant("B"), task, way=Way("text")).score == 0.0  # all alike: the first
+
+
+def test_free_answers_are_read_and_kept_as_they_were(tmp_path):
     task = exam(8)
-    report = evaluate(Constant("Let us see. The answer is C."), [task], free=True, progress=False)
-    share = sum(item.answer == "C" for item in task.items) / 8
-    assert report.results[0].score == share
-    assert evaluate(Constant("?"), [task], free=True, progress=False).results[0].score == 0.0
+    text = "Let us see. The answer is C."
+    result = one(Constant(text), task, way=Way("free"), written=tmp_path / "r")
+    assert result.score == sum(item.answer == "C" for item in task.items) / 8
+    assert (result.unparsed, result.cut) == (0, 0)
+    assert {tuple(r["raw"]) for r in records.read(tmp_path / "r")} == {(text,)}
+    lost = one(Constant("?", ended=False), task, way=Way("free"))
+    assert (lost.score, lost.unparsed, lost.cut) == (0.0, 8, 8)
+    assert lost.notes() == [
+        "8 answers could not be read",
+        "8 answers were cut at the most tokens",
+    ]
+
+
+def test_reasoning_is_asked_for_in_the_item_s_language():
+    items = tuple(Item(q, "B", ("A", "B"), language=c) for q, c in (("q0", "zh"), ("q1", "xx")))
+    task = Task("t", "mul", "choice", "accuracy", items)
+    model = Scripted({"q0": ["因为……答案为B。"], "q1": ["So the answer is B."]})
+    assert one(model, task, way=Way("reason")).score == 1.0
+    assert model.prompts == ["q0" + ways.REASON["zh"], "q1" + ways.REASON["en"]]
+
+
+def test_most_samples_decide():
+    task = Task("t", "en", "choice", "accuracy", (Item("q0", "B", tuple("ABC")),))
+    said = ["The answer is A.", "I do not know", "The answer is B.", "B", "The answer is C"]
+    way = Way("free", samples=5, temperature=0.7)
+    model = Scripted({"q0": said})
+    result = one(model, task, way=way)
+    assert result.score == 1.0 and result.unparsed == 0 and model.sampling.temperature == 0.7
+    tie = Scripted({"q0": ["C", "B", "A", "B", "C"]})
+    assert one(tie, task, way=way).score == 0.0  # of equals the one that came first
+
+
+def test_an_example_that_a_model_goes_on_to_is_cut():
+    item = Item("q0", "a b", ())
+    task = Task("t", "en", "generate", "exact_match", (item,), until=("\n\n",))
+    assert one(Scripted({"q0": ["a b\n\nWhat is next?\nx"]}), task).score == 1.0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"answer": "guess"}, "answer: 'guess' is none of letter, text"),
+        ({"score": "mean"}, "score: 'mean' is none of sum"),
+        ({"samples": 3}, "several samples need a temperature above 0"),
+        ({"samples": 3, "temperature": 1.0}, "and an answer that is written"),
+        ({"samples": 0}, "at least 1"),
+        ({"answer": "free", "score": "byte"}, "need an answer that is scored"),
+        ({"answer": "constrained", "ending": True}, "need an answer that is scored"),
+        ({"reading": "first-capital"}, "reads what is written; letter is scored"),
+    ],
+)
+def test_ways_that_there_are_not(wrong, message):
+    with pytest.raises(UserError, match=message):
+        Way(**wrong)
+
+
+READ = [
+    ("ming", "It is (C), not B", "C"),
+    ("ming", "none", None),
+    ("medcare", "解析：A对。\n答案为C", "C"),
+    ("medcare", "答案为A\n所以答案为BD", None),
+    ("medcare", "The answer is D.", "D"),
+    ("medcare", "D", None),
+    ("apollo", "\nThe correct answer is (b), not (C) or (b).\n(A)(A)(A)", "B"),
+    ("apollo", "Answer C then A then C", "A"),  # so it does: the A of "Answer" is one
+    ("apollo", "Yes.", "A"),
+    ("apollo", "nothing here", None),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "wanted"), READ)
+def test_letters_as_published_code_reads_them(name, text, wanted):
+    assert readings.read(readings.find(name), text, tuple("ABCDE")) == wanted
+
+
+def test_an_unknown_reading_is_named_with_the_closest():
+    with pytest.raises(UserError, match="did you mean 'apollo'"):
+        readings.find("appolo")
+
+
+def test_a_reading_takes_the_place_of_ours():
+    task = Task("t", "en", "choice", "accuracy", (Item("q", "C", tuple("ABCD")),))
+    model = Constant("A patient. The answer is C.")
+    assert one(model, task, way=Way("free")).score == 1.0
+    assert one(model, task, way=Way("free", reading="first-capital")).score == 0.0
 
 
 def test_nan_is_an_error():
     class Broken:
-        def choose(self, prompts, choices):
+        def choose(self, prompts, choices, ending=False):
             return [[(float("nan"), 1)] * 4 for _ in prompts]
 
     with pytest.raises(ValueError, match=r"exam: .*NaN"):
         evaluate(Broken(), [exam(4)], progress=False)
 
 
-def test_a_stop_ends_after_a_batch(tmp_path):
-    """Nothing is written of an evaluation that was not finished."""
-    task, asked = exam(), []
+def test_a_stop_ends_after_a_batch_and_keeps_the_tasks_that_are_finished(tmp_path):
+    task, asked, saved = exam(), [], []
 
     def stop():
         asked.append(oracle.asked)
-        return len(asked) == 3
+        return len(asked) == 3 + 13
 
     oracle = Oracle(task)
-    with pytest.raises(Stopped, match="evaluation was asked to stop, in task 'exam'"):
-        evaluate(oracle, [task], batch=32, records=tmp_path / "records", stop=stop)
-    assert asked == [32, 64, 96] and not list(tmp_path.iterdir())
+    with pytest.raises(Stopped, match="evaluation was asked to stop, in task 'second'"):
+        evaluate(
+            oracle,
+            [task, exam(name="second")],
+            batch=32,
+            written=tmp_path / "records",
+            stop=stop,
+            finished=lambda report: saved.append([r.task for r in report.results]),
+            progress=False,
+        )
+    assert asked[:2] == [32, 64] and asked[-1] == 400 + 3 * 32
+    assert saved == [["exam"]] and len(records.read(tmp_path / "records")) == 400
+
+
+def test_a_task_that_cannot_be_done_does_not_lose_the_others(tmp_path):
+    class Narrow(Constant):
+        def answer(self, prompts, max_tokens, sampling):
+            raise UserError(f"{max_tokens} new tokens do not fit a context of 512")
+
+    note = Task("note", "en", "generate", "rouge_l", (Item("q", "a"),), max_tokens=1024)
+    saved = []
+    report = evaluate(
+        Narrow("A"),
+        [exam(4), note, exam(4, name="other")],
+        progress=False,
+        finished=lambda so_far: saved.append(len(so_far.results)),
+        written=tmp_path / "records",
+        failures=[{"task": "gone", "error": "no file"}],
+    )
+    assert [r.task for r in report.results] == ["exam", "other"] and saved == [1, 1, 2]
+    assert [f["task"] for f in report.failures] == ["gone", "note"]
+    assert "note: not done: 1024 new tokens do not fit a context of 512" in report.notes()
 
 
 def test_further_scores_and_rankings():
     class Ranker:
-        def choose(self, prompts, choices):
+        def choose(self, prompts, choices, ending=False):
             return [[(-float(i), 1) for i, _ in enumerate(c)] for c in choices]
 
     labels = ("a", "b", "c", "d")
     items = tuple(Item(f"q{i}", answer, labels) for i, answer in enumerate("abcd"))
     task = Task("t", "en", "choice", "accuracy", items, also=("hit_at_3", "macro_f1"))
-    result = evaluate(Ranker(), [task], progress=False).results[0]
+    result = one(Ranker(), task)
     assert result.score == 0.25
     assert result.also == {"hit_at_3": 0.75, "macro_f1": pytest.approx(0.4 / 4)}
 
@@ -130,118 +241,55 @@ def test_further_scores_and_rankings():
 def test_records(tmp_path):
     task = exam(3)
     path = tmp_path / "records.jsonl"
-    evaluate(Constant("A"), [task, task], progress=False, records=path)
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(records) == 6
-    assert records[0] == {
-        "task": "exam",
-        "prompt_sha256": hashlib.sha256(b"q0").hexdigest(),
-        "prediction": "A",
-        "answer": task.items[0].answer,
-    }
-
-
-def write(path, *records):
-    path.write_text("".join(json.dumps(r) + "\n" for r in records))
-    return path
-
-
-def test_user_tasks(tmp_path):
-    rows = [{"prompt": f"q{i}", "answer": "yes", "choices": ["yes", "no"]} for i in range(9)]
-    rows.append({"prompt": "q9", "answer": "no", "choices": ["yes", "no"]})
-    task = load_task(write(tmp_path / "mine.jsonl", *rows))
-    assert (task.name, task.kind, task.metric, task.majority) == ("mine", "choice", "accuracy", 0.9)
-    some = load_task(tmp_path / "mine.jsonl", limit=4, seed=1)
-    assert len(some.items) == 4 and some == load_task(tmp_path / "mine.jsonl", limit=4, seed=1)
-    free = load_task(write(tmp_path / "free.jsonl", {"prompt": "q", "answer": "a b"}))
-    result = evaluate(Constant("A  b"), [free], progress=False).results[0]
-    assert (result.metric, result.score, result.also) == ("exact_match", 1.0, {"rouge_l": 1.0})
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "no items"),
-        ('{"prompt": "q"}', r"jsonl:1: field 'answer'"),
-        ("{", r"jsonl:1: not JSON"),
-        ("[]", r"jsonl:1: write an object"),
-        ('{"prompt": "q", "answer": "c", "choices": ["a"]}', r"jsonl:1: the answer 'c'"),
-        ('{"prompt": "q", "answer": "a", "choices": "a"}', r"jsonl:1: field 'choices'"),
-        (
-            '{"prompt": "q", "answer": "a", "choices": ["a"]}\n{"prompt": "q", "answer": "a"}',
-            "some items have choices",
-        ),
-    ],
-)
-def test_bad_user_tasks(tmp_path, text, message):
-    path = tmp_path / "t.jsonl"
-    path.write_text(text)
-    with pytest.raises(UserError, match=message):
-        load_task(path)
-
-
-def test_missing_and_unknown_tasks(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):
-        load_task(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match="'medqb' is not a medical set"):
-        load_task("medqb")
-    write(tmp_path / "t.jsonl", {"prompt": "q", "answer": "a"})
-    with pytest.raises(UserError, match="limit is 0"):
-        load_task(tmp_path / "t.jsonl", limit=0)
-
-
-@pytest.mark.data
-@pytest.mark.parametrize("name", [info.name for info in list_tasks()])
-def test_every_task_is_solved_by_its_own_answers(name, data_dir):
-    task = load_task(name, limit=40, root=data_dir)
-    if len({i.prompt for i in task.items}) < len(task.items):  # pairs asked twice
-        task = Task(**{**vars(task), "items": tuple({i.prompt: i for i in task.items}.values())})
-    result = evaluate(Oracle(task), [task], progress=False, resamples=20).results[0]
-    assert result.score == pytest.approx(1.0) and 0 < result.n <= 40
-    assert all(value == pytest.approx(1.0) for value in result.also.values())
-    assert (task.majority is None) == (task.metric not in ("accuracy", "letters_exact"))
-
-
-@pytest.mark.data
-def test_majority_comes_from_training_answers(data_dir):
-    task = load_task("cmedtc", root=data_dir)
-    assert task.majority == pytest.approx(357 / 1550)
-    result = evaluate(Constant("Disease"), [task], progress=False).results[0]
-    assert result.score == task.majority
-    assert result.also["macro_f1"] < 0.02
-
-
-@pytest.mark.data
-def test_shots_come_from_training_rows(data_dir):
-    plain, shot = (load_task("mmlu", 5, root=data_dir, shots=n) for n in (0, 2))
-    train = {row.prompt for row in medical.rows("mmlu", "train", data_dir)}
-    for a, b in zip(plain.items, shot.items, strict=True):
-        assert b.prompt.endswith(a.prompt) and a.prompt not in train
-        first = b.prompt.removesuffix(a.prompt).split("\n\n")[0]
-        assert first.rpartition("\n")[0] in train
-    with pytest.raises(UserError, match="0 training rows"):
-        load_task("jmed_smdis", root=data_dir, shots=1)
-
-
-@pytest.mark.data
-def test_prompts_can_be_fitted(data_dir):
-    fit = functools.partial(medical.shorten, limit=300)
-    task = load_task("pubmedqa", 20, root=data_dir, fit=fit)
-    assert all(len(i.prompt) <= 300 and i.prompt.endswith("(yes/no/maybe):") for i in task.items)
+    evaluate(Constant("A"), [task, task], progress=False, written=path)
+    found = records.read(path)
+    assert len(found) == 6
+    first = found[0]
+    assert first["task"] == "exam" and first["prompt"] == "q0" and first["choices"] == list("ABCD")
+    assert first["scores"] == [1.0, 0.0, 0.0, 0.0] and first["prediction"] == "A"
+    assert first["answer"] == task.items[0].answer and first["right"] == float(
+        first["answer"] == "A"
+    )
+    assert len({r["id"] for r in found}) == 3
+    turns = Item((("user", "a"), ("assistant", "b"), ("user", "c")), "x")
+    assert records.item_of({"prompt": as_turns(turns.prompt), "answer": "x"}) == turns
+    path.write_text('{"task": "x"}\n')
+    with pytest.raises(UserError, match=r"records\.jsonl:1: not a record of medmoe eval: no 'id'"):
+        records.read(path)
+    with pytest.raises(UserError, match="no such file"):
+        records.read(tmp_path / "none")
 
 
 def test_reports_survive_saving(tmp_path):
     task = exam(20)
-    report = evaluate(Guesser(0), [task], progress=False)
+    about = {"base": "b", "versions": {"x": "1"}}
+    report = evaluate(Guesser(0), [task], progress=False, about=about)
     path = report.save(tmp_path / "deep" / "report.json")
     assert Report.load(path).to_dict() == report.to_dict()
     assert [p.name for p in path.parent.iterdir()] == ["report.json"]
     assert report.average("knowledge") == report.results[0].score
     assert report.average("alignment") is None
-    assert report.table().row_count == 1
+    assert report.table().row_count == 1 and report.notes() == ["base: b"]
+    saved = json.loads(path.read_text())
+    assert saved["about"]["versions"] == {"x": "1"} and saved["settings"]["answer"] == "letter"
     path.write_text("{}")
     with pytest.raises(UserError, match=r"report\.json"):
         Report.load(path)
+
+
+def test_a_table_keeps_its_columns_at_eighty_characters():
+    long = exam(12345 // 100, name="medqa_mainland_4:a_long_part")
+    long = dataclasses.replace(long, split="test")
+    report = evaluate(Oracle(long), [long], progress=False)
+    also = {"letters_hamming": 0.5, "sections_rouge_l": 1.0}
+    results = [dataclasses.replace(report.results[0], also=also, majority=1.0)]
+    out = io.StringIO()
+    Console(file=out, width=80).print(Report(results).table())
+    text = out.getvalue()
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    for column in ("task", "metric", "score", "95% interval", "chance", "majority", "n"):
+        assert column in text.splitlines()[1 if not text.splitlines()[0].strip() else 0]
+    assert "97.0–100.0" in text and "sections_rouge_l" in text
 
 
 def test_the_page_stands_alone(tmp_path):

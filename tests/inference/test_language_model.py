@@ -31,13 +31,13 @@ def make_model(trained, template="user_assistant", batch=8):
     return LanguageModel(engine, setup.tokenizer, load_template(template, setup.tokenizer))
 
 
-def naive_score(trained, prompt_text, completion_text):
-    """From text by hand: `User:` prompt newline `Assistant:` completion eos."""
+def naive_score(trained, prompt_text, completion_text, ending=True):
+    """From text by hand: `User:` prompt newline `Assistant:` completion, and eos or not."""
     setup, model = trained
     t = setup.tokenizer
     prompt = [t.bos_id, *t.encode("User:"), *t.encode(prompt_text), *t.encode("\n")]
     prompt += t.encode("Assistant:")
-    ids = [*prompt, *t.encode(completion_text), t.eos_id]
+    ids = [*prompt, *t.encode(completion_text), *[t.eos_id] * ending]
     batch, _ = naive.pack([ids], [[0]], len(ids))
     linear = naive.adapted(active_banks(model.roster), model.banks)
     z = naive.logits(setup.base.config, model.base, batch, linear)[0]
@@ -53,12 +53,88 @@ def test_scores_and_choices(trained):
     want = [
         [naive_score(trained, p, c) for c in cs] for p, cs in zip(prompts, choices, strict=True)
     ]
-    got = model.choose(prompts, choices)
+    got = model.choose(prompts, choices, ending=True)
     for one, other in zip(got, want, strict=True):
         assert [n for _, n in one] == [n for _, n in other]
         np.testing.assert_allclose([s for s, _ in one], [s for s, _ in other], rtol=1e-5, atol=1e-4)
     alone = model.score(prompts[:2], ["no", "It is for sugar."])
     np.testing.assert_allclose(alone, [got[0][1], got[1][0]], rtol=1e-5)
+
+
+def test_the_end_of_the_turn_does_not_count_in_a_choice(trained):
+    """Not unless it is asked for; under each template that has one."""
+    model = make_model(trained)
+    prompts, choices = ["aspirin: yes or no, pain?", "x"], [["yes", "no"], ["a b c d", "a"]]
+    want = [
+        [naive_score(trained, p, c, ending=False) for c in cs]
+        for p, cs in zip(prompts, choices, strict=True)
+    ]
+    got = model.choose(prompts, choices)
+    assert [[n for _, n in row] for row in got] == [[n for _, n in row] for row in want]
+    for row, other in zip(got, want, strict=True):
+        np.testing.assert_allclose([s for s, _ in row], [s for s, _ in other], rtol=1e-5)
+    encode = trained[0].tokenizer.encode
+    for template, text in {
+        "chatml": "yes",
+        "gemma": "yes",
+        "llama2": " yes",
+        "plain": " yes",
+    }.items():
+        model = make_model(trained, template)
+        (alone,), (ended,) = (model.choose(["x"], [["yes"]], e)[0] for e in (False, True))
+        assert alone[1] == len(encode(text)) < ended[1] and alone[0] > ended[0]
+
+
+def test_what_a_template_writes_before_an_answer_is_read_and_not_scored(trained):
+    """An empty thought, say; with all around it, it counts as in training."""
+    model = make_model(trained)
+    tokenizer = model.encoder.tokenizer
+    model.encoder = Encoder(tokenizer, Jinja(chat_templates.THINKING))
+    read = []
+    score = model.engine.score
+    model.engine.score = lambda prompts, *rest: read.extend(prompts) or score(prompts, *rest)
+    ((alone, longer),) = model.choose(["q"], [["yes", "It is for pain."]])
+    assert tokenizer.decode(read[0]).endswith("<think>\n\n</think>\n\n")
+    assert [alone[1], longer[1]] == [len(tokenizer.encode(t)) for t in ("yes", "It is for pain.")]
+    ((whole,),) = model.choose(["q"], [["yes"]], ending=True)
+    assert whole[1] > alone[1] and whole[0] < alone[0]
+
+
+def test_the_constrained_answer_is_the_greedy_one_among_the_choices(trained):
+    """Token by token, by hand; also where one choice begins another."""
+    setup, _ = trained
+    model = make_model(trained)
+    prompts = ["aspirin: yes or no, pain?", "What is insulin for?", "x"]
+    choices = [["yes", "no", "yes no"], ["It is", "It is for sugar.", "no"], ["maybe"]]
+    for prompt, options, got in zip(
+        prompts, choices, model.constrained(prompts, choices), strict=True
+    ):
+        ids = [[*setup.tokenizer.encode(c), setup.tokenizer.eos_id] for c in options]
+        left, depth = list(range(len(options))), 0
+        while len(left) > 1:
+            begun = options[left[0]], ids[left[0]][:depth]
+            start = setup.tokenizer.decode(begun[1]) if depth else ""
+            nexts = sorted({ids[c][depth] for c in left})
+            sums = {}
+            for token in nexts:
+                text = setup.tokenizer.decode([*begun[1], token])
+                ended = token == setup.tokenizer.eos_id
+                whole, _ = naive_score(trained, prompt, start if ended else text, ending=ended)
+                before = naive_score(trained, prompt, start, ending=False)[0] if depth else 0.0
+                sums[token] = whole - before
+            best = max(sums, key=sums.get)
+            left = [c for c in left if ids[c][depth] == best]
+            depth += 1
+        assert got == left[0]
+
+
+def test_an_answer_that_was_cut_says_so(trained):
+    model = make_model(trained)
+    prompts = [row["prompt"] for row in tiny.alignment_rows()[:4]]
+    short, long = model.answer(prompts, 3), model.answer(prompts, 24)
+    assert [w.text for w in short] == model.generate(prompts, 3)
+    assert [w.ended for w in short] == [w.text == o.text for w, o in zip(short, long, strict=True)]
+    assert not all(w.ended for w in short)
 
 
 def test_a_completion_counts_what_training_counts(trained):
@@ -102,7 +178,7 @@ def test_long_prompts_keep_their_frame_and_are_counted(trained):
     model.engine.score = watch(model.engine.score)
     long = "aspirin: yes or no, pain? " * 40
     model.generate([long, "short"], 12)
-    model.choose([long], [["yes", "It is for pain."]])
+    model.choose([long], [["yes", "It is for pain."]], ending=True)
     assert model.shortened == 2 and model.engine.truncated == 0
     for ids, room in ((read[0], 12), (read[2], len(tokenizer.encode("It is for pain.")) + 1)):
         assert context - room - 3 <= len(ids) <= context - room
@@ -124,7 +200,7 @@ def test_answers_come_without_what_the_template_writes_before_them(
     model = make_model(trained)
     model.encoder = Encoder(model.encoder.tokenizer, Jinja(chat_templates.THINKING))
     model.engine.generate = lambda prompts, *_: [model.encoder.tokenizer.encode(said)]
-    assert model.answer(["q"], 4) == [(answer, reasoning)]
+    assert [said[:2] for said in model.answer(["q"], 4)] == [(answer, reasoning)]
     assert model.generate(["q"], 4) == [answer]
 
 

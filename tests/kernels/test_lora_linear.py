@@ -9,6 +9,7 @@ import pytest
 from medmoe_jax.errors import UserError
 from medmoe_jax.kernels import lora_linear as kernel
 from medmoe_jax.kernels import tiles
+from medmoe_jax.kernels.dropout import Counter, Dropout, counter, kept
 
 BACKENDS = ("xla", "interpret")
 
@@ -21,19 +22,26 @@ def problem(T=19, D=24, O=40, R=6, gated=True):
     return x, w, a, gate if gated else None, b, dy
 
 
-def naive(x, w, a, gate, b, dy):
-    h, gate_or_1 = x @ a, 1.0 if gate is None else gate
+def draw(T=19, D=24, rate=0.3):
+    """A draw of dropout, and its mask over 1 − rate in float64."""
+    count = counter(jax.random.key(5), (1, T, D))
+    mask = np.asarray(kept(count.token[0, :, None], count.column_D[None], rate))
+    return Dropout(Counter(count.token[0], count.column_D), rate), mask / (1 - rate)
+
+
+def naive(x, w, a, gate, b, dy, mask=1.0):
+    h, gate_or_1 = (x * mask) @ a, 1.0 if gate is None else gate
     dh = dy @ b.T
     result = {
         "y": x @ w + (h * gate_or_1) @ b,
-        "dx": dy @ w.T + (dh * gate_or_1) @ a.T,
-        "da": x.T @ (dh * gate_or_1),
+        "dx": dy @ w.T + mask * ((dh * gate_or_1) @ a.T),
+        "da": (x * mask).T @ (dh * gate_or_1),
         "db": (h * gate_or_1).T @ dy,
     }
     return result if gate is None else {**result, "dgate": h * dh}
 
 
-def run(x, w, a, gate, b, dy, backend, dtype=jnp.float32, plain=None):
+def run(x, w, a, gate, b, dy, backend, dtype=jnp.float32, plain=None, dropout=None):
     """What `naive` gives, by the kernel or by `plain`; x, w and dy in `dtype`, else float32."""
     x, w, dy = (jnp.asarray(v, dtype) for v in (x, w, dy))
     a, b = jnp.float32(a), jnp.float32(b)
@@ -44,7 +52,7 @@ def run(x, w, a, gate, b, dy, backend, dtype=jnp.float32, plain=None):
         def f(x, a, gate, b):
             if plain is not None:
                 return plain(x, w, a, gate, b)
-            return kernel.lora_linear(x, w, a, gate, b, backend=backend)
+            return kernel.lora_linear(x, w, a, gate, b, backend=backend, dropout=dropout)
 
         y, vjp = jax.vjp(f, x, a, gate, b)
         dx, da, dgate, db = vjp(dy)
@@ -77,15 +85,26 @@ def test_values_and_gradients_equal_the_equations(gated, backend):
     assert_equal(run(*arrays, backend), expected)
 
 
-def test_blocks_in_every_dimension_with_tails(monkeypatch):
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gated", [True, False])
+def test_dropout_is_on_the_adapters_input_alone(gated, backend):
+    arrays, (dropout, mask) = problem(gated=gated), draw()
+    expected = naive(*arrays, mask)
+    assert min(error(v, naive(*arrays)[k]) for k, v in expected.items() if k != "dgate") > 0.05
+    assert_equal(run(*arrays, backend, dropout=dropout), expected)
+
+
+@pytest.mark.parametrize("dropping", [False, True])
+def test_blocks_in_every_dimension_with_tails(monkeypatch, dropping):
     arrays = problem(T=150, D=300, O=270)
     # Too little for all of the contracted width, in either direction.
-    monkeypatch.setattr(tiles, "BLOCKS_BYTES", 990_000)
+    monkeypatch.setattr(tiles, "BLOCKS_BYTES", 1_150_000 if dropping else 990_000)
     for K, N in ((300, 270), (270, 300)):
-        shape = kernel.Shape(T=150, K=K, N=N, R=6, itemsize=4, gate_itemsize=4)
+        shape = kernel.Shape(150, K, N, R=6, itemsize=4, gate_itemsize=4, dropout=dropping)
         chosen, _ = kernel.tiling(shape)
         assert shape.grid(chosen) == (2, 2, 2) and K % chosen.k and N % chosen.n
-    assert_equal(run(*arrays, "interpret"), naive(*arrays))
+    dropout, mask = draw(150, 300) if dropping else (None, 1.0)
+    assert_equal(run(*arrays, "interpret", dropout=dropout), naive(*arrays, mask))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

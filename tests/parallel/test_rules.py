@@ -31,7 +31,7 @@ from medmoe_jax.training.summary import print_undivided
 
 CONFIG = DecoderConfig(
     vocab_size=32, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=24,
-    qkv_bias=True, qk_norm=True, post_norms=True,
+    qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True, post_norms=True,
 )  # fmt: skip
 SPEC = BankSpec(
     "noise", tuple(site_shapes(CONFIG)), 0, 2, experts=4, rank=2, gate="token", learned_scale=True
@@ -56,6 +56,8 @@ def mesh():
         ("layers.attn.q_norm", (2, 4), P()),
         ("layers.attn.q.kernel", (2, 16, 16), P(None, SHARD, ("tensor",))),
         ("layers.attn.k.bias", (2, 8), P(None, ("tensor",))),
+        ("layers.mlp.up.bias", (2, 24), P(None, ("tensor",))),
+        ("layers.mlp.down.bias", (2, 16), P()),
         ("layers.mlp.up.kernel", (2, 16, 24), P(None, SHARD, ("tensor",))),
         ("layers.attn.o.kernel", (2, 16, 16), P(None, ("tensor",), SHARD)),
         ("layers.mlp.up.kernel.codes", (2, 32, 24), P(None, SHARD, ("tensor",))),
@@ -116,7 +118,8 @@ def test_every_leaf_has_a_rule(mesh):
         tree = decoder.abstract(config)
         table = list(describe(tree, shardings(tree, mesh, BASE_RULES)))
         assert len(table) == len(jax.tree.leaves(tree))
-        big = [path for path, shape, spec in table if len(shape) > 1 and "norm" not in path]
+        small = ("norm", "o.bias", "down.bias")
+        big = [path for path, shape, _ in table if len(shape) > 1 and not path.endswith(small)]
         whole = [path for path, _, spec in table if "fsdp" not in spec and "tensor" not in spec]
         assert not set(big) & set(whole)
     banks = {"noise": bank.abstract(SPEC, CONFIG)}

@@ -83,11 +83,11 @@ class ByKernels(Stacked):
         return gating.decide_by_kernel(self.execution, x, valid, routers)
 
 
-def gradient(run):
+def gradient(run, specs=SPECS):
     """`(tree, context) -> (gradients, (outputs, statistics))`, router losses included."""
 
     def loss(tree, context):
-        y, stats = outputs(run, SPECS, tree, context)
+        y, stats = outputs(run, specs, tree, context)
         mix = np.cos(np.arange(B * T * O)).reshape(B, T, O)
         total = sum(jnp.sum(v * mix) for v in y.values())
         for one in stats.values():
@@ -141,6 +141,28 @@ def test_values_statistics_and_gradients(kernels, sizes):
     assert tree_rel(grads, want_grads) < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("kernels", "sizes"),
+    [
+        ("interpret", {}),
+        ("interpret", {"fsdp": 2, "tensor": 2}),
+        ("xla", {"sequence": 2, "tensor": 4}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "x".join(value) or "one",
+)
+def test_dropout_on_any_mesh(kernels, sizes):
+    """The masks are those of one device, whichever tokens and columns a device has."""
+    specs = tuple(spec.replace(dropout=0.3) for spec in SPECS)
+    tree, context = problem(specs)
+    context = context._replace(dropout_key=jax.random.key(3))
+    want_grads, (want, _) = gradient(strategy("stacked"), specs)(tree, context)
+    assert all(rel(want[site], expected()[1][0][site]) > 0.05 for site in want)
+    execution = on(kernels, **sizes) if sizes else Execution(kernels=kernels)
+    grads, (y, _) = gradient(ByKernels(execution), specs)(tree, context)
+    assert all(rel(y[site], want[site]) < 1e-5 for site in want)
+    assert tree_rel(grads, want_grads) < 1e-4
+
+
 def kernels(execution, specs=SPECS, change=None, dispatch="stacked"):
     """`(routers, sites)` by a kernel, of the program as traced."""
     tree, context = problem(specs)
@@ -156,9 +178,11 @@ def test_what_runs_by_a_kernel(monkeypatch):
     assert kernels(interpret) == kernels(interpret, dispatch="auto") == (4, 3)
     assert kernels(Execution()) == (0, 0)
     assert kernels(interpret, dispatch="reference") == (0, 0)
-    # Noise on a router's logits; dropout; a base without floats; a site without banks.
+    dropping = tuple(spec.replace(dropout=0.1) for spec in SPECS)
+    assert kernels(interpret, dropping) == (4, 3)
+    # Noise on a router's logits; two rates on a site; a base without floats; a site without banks.
     assert kernels(interpret, (TOKEN.replace(router_noise=1.0), LANGUAGE, PLAIN)) == (2, 3)
-    assert kernels(interpret, (TOKEN, LANGUAGE, PLAIN.replace(dropout=0.1))) == (4, 0)
+    assert kernels(interpret, (TOKEN, LANGUAGE, PLAIN.replace(dropout=0.1))) == (4, 1)
     small = lambda w: {**w, "kernel": quantised.to_int8(w["kernel"])}  # noqa: E731
     assert kernels(interpret, change=small) == (4, 0)
     assert kernels(interpret, (TOKEN, LANGUAGE)) == (4, 2)

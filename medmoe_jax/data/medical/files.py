@@ -9,29 +9,44 @@ import json
 import xml.etree.ElementTree as ET
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from medmoe_jax import json_text
 from medmoe_jax.errors import UserError
 
 REPAIR = "restore the file from its source"
+Records = Iterator[tuple[str, dict]]  # `(where, record)`; `where` is `path:line` or the like
+
+
+def read_bytes(path: Path) -> bytes:
+    """The whole file, gunzipped where its name ends in .gz."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: {REPAIR}, or set $MEDMOE_DATA")
+    raw = path.read_bytes()
+    if path.suffix != ".gz":
+        return raw
+    try:
+        return gzip.decompress(raw)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: not a whole gzip file ({error}); {REPAIR}") from error
+
+
+def decode(raw: bytes, where: object) -> str:
+    """UTF-8 text that is not empty, with plain line ends."""
+    try:
+        text = raw.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise UserError(f"{where}:{line}: not UTF-8 text; {REPAIR}") from error
+    if not text.strip():
+        raise UserError(f"{where}: the file is empty; {REPAIR}")
+    return text
 
 
 def read_text(path: Path) -> str:
     """The whole file as UTF-8, gunzipped where its name ends in .gz."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: {REPAIR}, or set $MEDMOE_DATA")
-    raw = path.read_bytes()
-    try:
-        if path.suffix == ".gz":
-            raw = gzip.decompress(raw)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: not a whole gzip file ({error}); {REPAIR}") from error
-    try:
-        return raw.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: not UTF-8 text; {REPAIR}") from error
+    return decode(read_bytes(path), path)
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -41,59 +56,152 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
             yield f"{path}:{number}", line
 
 
-def read_columns(path: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
-    """`(where, fields)` of a tab-separated file with a fixed number of columns."""
+def read_columns(path: Path, columns: Sequence[str]) -> Records:
+    """Records of a tab-separated file with these columns; a first line that names them is none."""
     for where, line in read_lines(path):
         fields = line.split("\t")
-        if len(fields) != columns:
-            raise UserError(f"{where}: {len(fields)} columns instead of {columns}; {REPAIR}")
-        yield where, fields
+        if len(fields) != len(columns):
+            raise UserError(f"{where}: {len(fields)} columns instead of {len(columns)}; {REPAIR}")
+        if not _is_header(fields, columns):
+            yield where, dict(zip(columns, fields, strict=True))
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
-    """`(where, object)` of a JSON Lines file."""
-    for where, line in read_lines(path):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON ({error.msg}); {REPAIR}") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: not a JSON object; {REPAIR}")
-        yield where, record
+def read_jsonl(text: str, path: object) -> Records:
+    """Records of JSON Lines."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            where = f"{path}:{number}"
+            yield where, _object(parse_json(line, where), where)
 
 
-def read_json(path: Path) -> list | dict:
-    """A JSON file with one list or object."""
+def read_json(text: str, path: object, root: str = "") -> Records:
+    """Records of a JSON file: a list, an object of objects, or lines of JSON.
+
+    root: where in the file they lie, such as `exams.*.data`; `*` stands for every key. A record of
+    an object of objects has its key as `_key`.
+    """
+    lines = [line for line in text.split("\n") if line.strip()]
+    if not root and all(line.lstrip().startswith("{") for line in lines[:2]):
+        first = parse_json(text, path) if len(lines) == 1 else {}
+        if not all(isinstance(value, dict) for value in first.values()) or len(lines) > 1:
+            yield from read_jsonl(text, path)
+            return
+    found = [("", parse_json(text, path))]
+    for key in root.split(".") if root else []:
+        found = [
+            pair for at, value in found for pair in _inside(_object(value, f"{path}{at}"), key, at)
+        ]
+        if not found:
+            raise UserError(f"{path}: there is no {root!r} in it; {REPAIR}")
+    for at, value in found:
+        yield from _records(value, f"{path}{': ' if at else ''}{at}")
+
+
+def _inside(value: dict, key: str, at: str) -> list:
+    if key == "*":
+        return [(f"{at} {name}", inner) for name, inner in value.items()]
+    return [(at, value[key])] if key in value else []
+
+
+def _records(value, where: str) -> Records:
+    if isinstance(value, list):
+        pairs = [(f"{where}: record {i}", record) for i, record in enumerate(value, 1)]
+    elif isinstance(value, dict) and value and all(isinstance(v, dict) for v in value.values()):
+        pairs = [(f"{where}: record {k}", {"_key": k, **v}) for k, v in value.items()]
+    else:
+        raise UserError(f"{where}: neither a list nor an object of records; {REPAIR}")
+    for at, record in pairs:
+        yield at, _object(record, at)
+
+
+def _object(value, where: str) -> dict:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: not a JSON object; {REPAIR}")
+    return value
+
+
+def parse_json(text: str, where: object):
+    """What a JSON text holds."""
     try:
-        return json.loads(read_text(path))
+        return json_text.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}); {REPAIR}") from error
+        line = getattr(error, "lineno", 1)
+        place = where if ":" in str(where).rpartition("/")[2] else f"{where}:{line}"
+        raise UserError(f"{place}: not JSON ({getattr(error, 'msg', error)}); {REPAIR}") from error
 
 
-def read_table(path: Path, columns: int | None = None) -> Iterator[tuple[str, list[str]]]:
-    """`(where, fields)` of a CSV file without header; `columns` each, where given."""
-    reader = csv.reader(io.StringIO(read_text(path)), strict=True)
-    try:
-        for fields in reader:
-            where = f"{path}:{reader.line_num}"
-            if columns is not None and len(fields) != columns:
-                raise UserError(f"{where}: {len(fields)} columns instead of {columns}; {REPAIR}")
-            yield where, fields
-    except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: not CSV ({error}); {REPAIR}") from error
+def read_csv(text: str, path: object, columns: Sequence[str] = (), delimiter: str = ",") -> Records:
+    """Records of a CSV file.
 
-
-def read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """`(where, record)` of a CSV file whose first row names the columns."""
-    rows = read_table(path)
-    _, header = next(rows, ("", []))
+    columns: of a file without header; where its first row is a header after all, that holds.
+    """
+    rows = _csv_rows(text, path, delimiter)
+    first = next(rows, None)
+    if first is None:
+        raise UserError(f"{path}: the file is empty; {REPAIR}")
+    where, fields = first
+    header = [name.strip() for name in fields]
+    if columns and not _is_header(header, columns):
+        header = list(columns)
+        rows = iter([first, *rows])
     for where, fields in rows:
         if len(fields) != len(header):
             raise UserError(f"{where}: {len(fields)} columns instead of {len(header)}; {REPAIR}")
         yield where, dict(zip(header, fields, strict=True))
 
 
-def parse_xml(text: str | bytes, where: str) -> ET.Element:
+def _is_header(fields: Sequence[str], columns: Sequence[str]) -> bool:
+    """Whether a first row names columns: some field is the name of one, in any case."""
+    names = {name.casefold() for name in columns if len(name) > 1}
+    return any(field.strip().casefold() in names for field in fields)
+
+
+def _csv_rows(text: str, path: object, delimiter: str) -> Iterator[tuple[str, list[str]]]:
+    csv.field_size_limit(1 << 30)
+    reader = csv.reader(io.StringIO(text), strict=True, delimiter=delimiter)
+    try:
+        for fields in reader:
+            if any(field.strip() for field in fields):
+                yield f"{path}:{reader.line_num}", fields
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: not CSV ({error}); {REPAIR}") from error
+
+
+def read_parquet(path: Path) -> Records:
+    """Records of a Parquet file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+        number = 0
+        for batch in table.iter_batches():
+            for record in batch.to_pylist():
+                number += 1
+                yield f"{path}: row {number}", record
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a whole Parquet file ({error}); {REPAIR}") from error
+
+
+def read_xlsx(path: Path) -> Records:
+    """Records of the first sheet of an Excel file, whose first row names the columns."""
+    import openpyxl
+    from openpyxl.utils.exceptions import InvalidFileException
+
+    try:
+        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+    except (zipfile.BadZipFile, InvalidFileException, KeyError, OSError) as error:
+        raise UserError(f"{path}: not a whole Excel file ({error}); {REPAIR}") from error
+    rows = book.worksheets[0].iter_rows(values_only=True)
+    header = [str(name or "").strip() for name in next(rows, ())]
+    for number, fields in enumerate(rows, 2):
+        if any(field not in (None, "") for field in fields):
+            record = dict(zip(header, fields, strict=False))
+            yield f"{path}: row {number}", record
+    book.close()
+
+
+def parse_xml(text: str | bytes, where: object) -> ET.Element:
     """The root element of an XML text."""
     try:
         return ET.fromstring(text)
@@ -101,8 +209,12 @@ def parse_xml(text: str | bytes, where: str) -> ET.Element:
         raise UserError(f"{where}:{error.position[0]}: not XML ({error}); {REPAIR}") from error
 
 
-def read_zip(path: Path, suffix: str) -> Iterator[tuple[str, bytes]]:
-    """`(where, bytes)` of the members of a zip file whose names end in `suffix`, sorted."""
+def members(path: Path, suffix: str) -> Iterator[tuple[str, bytes]]:
+    """`(where, bytes)` of the files with a suffix in a zip file or a folder, sorted."""
+    if path.is_dir():
+        for file in sorted(path.rglob(f"*{suffix}")):
+            yield str(file), file.read_bytes()
+        return
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {REPAIR}, or set $MEDMOE_DATA")
     try:
@@ -111,18 +223,3 @@ def read_zip(path: Path, suffix: str) -> Iterator[tuple[str, bytes]]:
                 yield f"{path}!{member}", archive.read(member)
     except (zipfile.BadZipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: not a whole zip file ({error}); {REPAIR}") from error
-
-
-def need(record: dict, field: str, where: str):
-    """`record[field]`; an absent or empty field is an error that names it."""
-    value = record.get(field) if isinstance(record, dict) else None
-    if value is None or value == "":
-        raise UserError(f"{where}: field {field!r} is missing; {REPAIR}")
-    return value
-
-
-def one_of(value: str, allowed, field: str, where: str) -> str:
-    """`value` where it is one of `allowed`; an error that names field and file otherwise."""
-    if value not in allowed:
-        raise UserError(f"{where}: {field} {value!r} is not one of {sorted(allowed)}; {REPAIR}")
-    return value

@@ -1,177 +1,210 @@
-"""The medical sets by name, with their splits."""
+"""All sets by name, and the rows of their splits."""
 
 from __future__ import annotations
 
+import difflib
+import logging
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from medmoe_jax.data.medical import entities, exams, labels, texts
-from medmoe_jax.data.medical.row import Row, normal
+from medmoe_jax.data.medical import formats, forms
+from medmoe_jax.data.medical.cards import MedicalSet, load_cards
+from medmoe_jax.data.medical.fields import look, text
+from medmoe_jax.data.medical.locate import find_files, has_files
+from medmoe_jax.data.medical.row import Row, held_out, normal
 from medmoe_jax.errors import UserError
 
-OFFICIAL = "official train and dev files"
-BY_QUESTION = "a fifth of the questions, drawn by a hash of the text, is held out"
+LOG = logging.getLogger(__name__)
+SETS: dict[str, MedicalSet] = {
+    name: entry
+    for path in sorted((Path(__file__).parent / "cards").glob("*.toml"))
+    for name, entry in load_cards(path).items()
+}
 
 
 @dataclass(frozen=True)
-class MedicalSet:
-    """A set: where it lies, how it is read, how it is split.
+class Split:
+    """The rows of a split, and what there is to say of them.
 
-    read: `(folder, split) -> rows`, before the removal of duplicates.
-    group: 'knowledge' or 'alignment'.
-    splits: 'dev' alone means that the set is for evaluation only.
-    languages: the answers' languages; with several, `name:language` names a part of the set.
+    missing: files of the split that were not there.
+    left_out: rows of 'train' that stand in another split as well, and are not among the rows.
+    duplicates: rows whose prompt an earlier row of the split has too.
     """
 
-    name: str
-    folder: str
-    kind: str
-    group: str
-    split_rule: str
-    read: Callable[[Path, str], Iterator[Row]]
-    languages: tuple[str, ...] = ("en",)
-    splits: tuple[str, ...] = ("train", "dev")
+    rows: list[Row]
+    missing: list[str]
+    left_out: int = 0
+    duplicates: int = 0
 
 
-_EXAM_HOLD_OUT = "the same questions are held out in English and Japanese, by ranges"
-_MEDQUAD_RULE = "a fifth of the documents, drawn by a hash of the topic, is held out"
-_TICO_RULE = "six documents are held out, the same in every language"
-_AFRICAN_RULE = "official dev files (5 a subject) train, official val files evaluate"
-_JMED_RULE = "official evaluation subset: for evaluation only"
-_ZH, _RU, _EN, _JA = ("zh",), ("ru",), ("en",), ("ja",)
-_TICO = tuple(texts.TICO_LANGUAGES.values())
-_AFRICAN = tuple(exams.AFRICAN_LANGUAGES)
-
-_top3 = labels.read_complaints("rumed_top3", "RuMedTop3", "Код МКБ-10")
-_symptom = labels.read_complaints("rumed_symptom", "RuMedSymptomRec", "Ещё симптом")
-_medqa = exams.read_letter_jsonl("medqa", "medqa_rows_0001_0800.jsonl")
-_medmcqa = exams.read_letter_jsonl("medmcqa", "medmcqa_rows_0001_2000.jsonl")
-_crade = exams.read_jmed("jmed_crade", "crade.csv")
-_smdis = exams.read_jmed("jmed_smdis", "smdis.csv")
-_BLUE, _RUMED, _MTS = "chineseblue_zh", "rumedbench_ru", "mts_dialog_en"
-_SPLITS3 = ("train", "dev", "test")
-
-
-def _table() -> Iterator[MedicalSet]:
-    know, align = "knowledge", "alignment"
-    new = MedicalSet
-    yield new("cmedtc", _BLUE, "choice", align, OFFICIAL, labels.read_cmedtc, _ZH)
-    yield new("cmedic", _BLUE, "choice", align, OFFICIAL, labels.read_cmedic, _ZH)
-    yield new("cmedqq", _BLUE, "choice", align, OFFICIAL, labels.read_cmedqq, _ZH)
-    yield new("cmedqaner", _BLUE, "generate", align, OFFICIAL, entities.read_cmedqaner, _ZH)
-    yield new("rumed_danet", _RUMED, "choice", know, OFFICIAL, labels.read_danet, _RU)
-    yield new("rumed_top3", _RUMED, "choice", know, OFFICIAL, _top3, _RU)
-    yield new("rumed_symptom", _RUMED, "choice", know, OFFICIAL, _symptom, _RU)
-    yield new("rumed_ner", _RUMED, "generate", align, OFFICIAL, entities.read_rumed_ner, _RU)
-    yield new("pubmedqa", "pubmedqa_en", "choice", know, BY_QUESTION, exams.read_pubmedqa)
-    yield new("medqa", "medqa_usmle_en", "choice", know, BY_QUESTION, _medqa)
-    yield new("medmcqa", "medmcqa_en", "choice", know, BY_QUESTION, _medmcqa)
-    yield new("mmlu", "mmlu_medical_en", "choice", know, _EXAM_HOLD_OUT, exams.read_mmlu)
-    yield new("jmmlu", "jmmlu_medical_ja", "choice", know, _EXAM_HOLD_OUT, exams.read_jmmlu, _JA)
-    yield new(
-        "mmlu_african",
-        "mmlu_clinical_african",
-        "choice",
-        know,
-        _AFRICAN_RULE,
-        exams.read_african,
-        _AFRICAN,
-    )
-    yield new(
-        "frenchmedmcqa",
-        "frenchmedmcqa_fr",
-        "generate",
-        know,
-        OFFICIAL,
-        exams.read_french,
-        ("fr",),
-    )
-    yield new("jmed_crade", "jmed_llm_ja", "choice", align, _JMED_RULE, _crade, _JA, ("dev",))
-    yield new("jmed_smdis", "jmed_llm_ja", "choice", align, _JMED_RULE, _smdis, _JA, ("dev",))
-    yield new("mts_dialog", _MTS, "generate", align, OFFICIAL, texts.read_mts, _EN, _SPLITS3)
-    yield new(
-        "mts_section", _MTS, "choice", align, OFFICIAL, labels.read_mts_section, _EN, _SPLITS3
-    )
-    yield new("aci_bench", "aci_bench_en", "generate", align, OFFICIAL, texts.read_aci)
-    yield new("meqsum", "meqsum_en", "generate", align, BY_QUESTION, texts.read_meqsum)
-    yield new(
-        "vihealth", "vihealth_vi", "generate", align, BY_QUESTION, texts.read_vihealth, ("vi",)
-    )
-    yield new("rqe", "rqe_en", "choice", align, BY_QUESTION, labels.read_rqe)
-    yield new("medquad", "medquad_en", "generate", know, _MEDQUAD_RULE, texts.read_medquad)
-    yield new(
-        "medquad_type", "medquad_en", "choice", align, _MEDQUAD_RULE, labels.read_medquad_type
-    )
-    yield new("ncbi_disease", "ncbi_disease_en", "generate", align, OFFICIAL, entities.read_ncbi)
-    yield new("bc5cdr", "bc5cdr_en", "generate", align, OFFICIAL, entities.read_bc5cdr)
-    yield new(
-        "bc5cdr_relations",
-        "bc5cdr_en",
-        "generate",
-        align,
-        OFFICIAL,
-        entities.read_bc5cdr_relations,
-    )
-    yield new(
-        "tico19", "tico19_multilingual", "generate", align, _TICO_RULE, texts.read_tico, _TICO
-    )
-
-
-SETS: dict[str, MedicalSet] = {entry.name: entry for entry in _table()}
-
-
-def data_root(root: str | os.PathLike | None = None) -> Path:
-    """The folder of the sets: `root`, else $MEDMOE_DATA, else ../shared/data.
-
-    Raises FileNotFoundError where it is no folder.
-    """
-    path = Path(root or os.environ.get("MEDMOE_DATA") or "../shared/data")
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"{path} is no folder: set $MEDMOE_DATA to the folder of the medical sets"
-        )
-    return path
+def add_cards(path: str | os.PathLike) -> list[str]:
+    """Makes the sets of a user's file of cards known; returns their names."""
+    cards = load_cards(Path(path))
+    SETS.update(cards)
+    return list(cards)
 
 
 def find(name: str) -> tuple[MedicalSet, str | None]:
-    """The set of `name`, and the language asked for in `name:language`."""
-    base, _, language = name.partition(":")
+    """The set of `name`, and the language or part asked for in `name:language`."""
+    base, _, part = name.partition(":")
     if base not in SETS:
-        raise UserError(f"{base!r} is not a medical set; choose one of {', '.join(SETS)}")
+        near = difflib.get_close_matches(base, SETS, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else "medmoe eval --list names them"
+        raise UserError(f"{base!r} is not a medical set; {hint}")
     entry = SETS[base]
-    if language and language not in entry.languages:
-        raise UserError(f"{base} has no language {language!r}; it has {', '.join(entry.languages)}")
-    return entry, language or None
+    places = [key for table in entry.expand.values() for key in table]
+    named = dict.fromkeys([*entry.languages, *places])
+    if part and part not in named and not entry.part:
+        near = difflib.get_close_matches(part, named, n=1, cutoff=0.5)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise UserError(f"{base} has no language {part!r}{hint}; it has {', '.join(named)}")
+    return entry, part or None
 
 
-def rows(name: str, split: str, root: str | os.PathLike | None = None) -> Iterator[Row]:
-    """The rows of a split of the set `name`, or of one language of it (`tico19:fr`).
+def default_split(entry: MedicalSet, root: str | os.PathLike | None = None) -> str:
+    """The split that is scored where none is asked for: dev, or test where no dev lies there."""
+    there = [s for s in ("dev", "test") if s in entry.splits]
+    for split in there:
+        if has_files(entry, _source(entry, split), root):
+            return split
+    return there[0] if there else "train"
+
+
+def size(entry: MedicalSet, split: str, root: str | os.PathLike | None = None) -> int:
+    """Bytes of the files of a split that are there."""
+    found, _ = find_files(entry, _source(entry, split), root)
+    return sum(file.path.stat().st_size for file in found)
+
+
+def read_split(name: str, split: str, root: str | os.PathLike | None = None) -> Split:
+    """The rows of a split of the set `name`, or of one language or part of it (`tico19:fr`).
 
     Rows of 'train' whose prompt also stands in another split are left out.
     Raises UserError for an unknown name or split and for a corrupt file, FileNotFoundError where
-    the data folder is missing.
+    the data folder or all files of the split are missing.
     """
-    entry, language = find(name)
+    entry, part = find(name)
     if split not in entry.splits:
         raise UserError(f"{name} has no split {split!r}; it has {', '.join(entry.splits)}")
-    folder = data_root(root) / entry.folder
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder} is missing: $MEDMOE_DATA must name the folder that holds {entry.folder}"
+    rows, missing = _read(entry, split, root, part)
+    if missing:
+        some = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+        LOG.warning("%s: %d files of %s are not there: %s", name, len(missing), split, some)
+    distinct = {normal(row.prompt) for row in rows}
+    kept = rows
+    if split == "train":
+        seen = _evaluated(entry, root)
+        kept = [row for row in rows if normal(row.prompt) not in seen]
+    left_out = len(rows) - len(kept)
+    if left_out:
+        LOG.info(
+            "%s: %d of %d training rows left out, as they stand in another split too",
+            *(name, left_out, len(rows)),
         )
-    seen = {
-        normal(row.prompt)
-        for other in entry.splits
-        if split == "train" and other != "train"
-        for row in entry.read(folder, other)
-    }
-    for row in entry.read(folder, split):
-        if language in (None, row.language) and normal(row.prompt) not in seen:
-            yield row
+    return Split(kept, missing, left_out, len(rows) - len(distinct))
+
+
+def rows(name: str, split: str, root: str | os.PathLike | None = None) -> Iterator[Row]:
+    """The rows of `read_split`."""
+    yield from read_split(name, split, root).rows
+
+
+def training_rows(name: str, split: str, root: str | os.PathLike | None = None) -> list[Row]:
+    """Rows to train on. Raises UserError for the split 'test': it is for evaluation only."""
+    if split == "test":
+        raise UserError(f"{name}: its split 'test' is for evaluation only, and not trained on")
+    return read_split(name, split, root).rows
 
 
 def conversations(name: str, split: str, root: str | os.PathLike | None = None) -> list[dict]:
     """The rows of a split as conversations for training."""
-    return [row.conversation() for row in rows(name, split, root)]
+    return [row.conversation() for row in training_rows(name, split, root)]
+
+
+def _evaluated(entry: MedicalSet, root: str | os.PathLike | None) -> frozenset[str]:
+    """What stands in the splits of a set that are not trained on, as far as they are there."""
+    others = [s for s in entry.splits if s != "train" and has_files(entry, _source(entry, s), root)]
+    return frozenset(normal(row.prompt) for s in others for row in _read(entry, s, root, None)[0])
+
+
+def _source(entry: MedicalSet, split: str) -> str:
+    """The split whose files hold the rows of a split."""
+    return split if split in entry.files else "train"
+
+
+def _read(
+    entry: MedicalSet, split: str, root: str | os.PathLike | None, part: str | None
+) -> tuple[list[Row], list[str]]:
+    """All rows of a split, before any is left out, and the files that are not there."""
+    source = _source(entry, split)
+    places = {key for table in entry.expand.values() for key in table}
+    found, missing = find_files(entry, source, root, part if part in places else "")
+    labels = _labels(entry, root)
+    out = []
+    for file in found:
+        card = entry.for_file(file.path.suffix)
+        for where, record in formats.records(card, file):
+            if not _belongs(card, split, record, where):
+                continue
+            language = _language(card, record, file.values, where)
+            row = forms.FORMS[card.form](card, record, where, language, labels)
+            of = _part(card, record, file.values)
+            if row is not None and part in (None, language, of, *file.values.values()):
+                out.append(replace(row, part=of))
+    if not out:
+        raise UserError(f"{entry.name}: no row of split {split!r} is in {found[0].path}")
+    return out, missing
+
+
+def _belongs(entry: MedicalSet, split: str, record: dict, where: str) -> bool:
+    """Whether a record is of the set, and of the split."""
+    wanted = {**entry.where, **entry.rows_of.get(split, {})}
+    if "_split" in record:
+        return record["_split"] == split
+    for path, values in wanted.items():
+        value = look(record, path)
+        if value is None or (str(value) not in values and "*" not in values):
+            return False
+    if entry.hold_out and "dev" not in entry.files and split != "test":
+        return held_out(text(record, entry.hold_out, where)) == (split == "dev")
+    return True
+
+
+def _language(entry: MedicalSet, record: dict, values: dict[str, str], where: str) -> str:
+    if "language" in values:
+        return values["language"]
+    if entry.language_by:
+        key = text(record, str(entry.language_by["field"]), where)
+        table = entry.language_by.get("table")
+        if isinstance(table, dict) and key not in table:
+            raise UserError(f"{where}: {entry.language_by['field']} {key!r} has no language")
+        return str(table[key]) if isinstance(table, dict) else key
+    return entry.languages[0]
+
+
+def _part(entry: MedicalSet, record: dict, values: dict[str, str]) -> str:
+    if entry.part and entry.part not in values:
+        return str(look(record, entry.part) or "")
+    return values.get(entry.part or "subject", "")
+
+
+def _labels(entry: MedicalSet, root: str | os.PathLike | None) -> dict[str, str]:
+    """Label in the files -> label in answers; empty where each record lists its own.
+
+    The card gives them, or says `collected`: then they are all answers of the files that are there.
+    """
+    given = entry.read.get("labels")
+    if isinstance(given, dict):
+        return dict(given)
+    if isinstance(given, list):
+        return {label: label for label in given}
+    if given != "collected":
+        return {}
+    found = set()
+    for split in entry.files:
+        for file in find_files(entry, split, root)[0] if has_files(entry, split, root) else ():
+            for where, record in formats.records(entry, file):
+                found.add(text(record, str(entry.read["answer"]), where).strip())
+    return {label: label for label in sorted(found)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,6 +19,12 @@ class Row:
     name: the set's name.
     kind: 'choice' or 'generate'.
     body: span of `prompt` holding the text that may be shortened (see `shorten`).
+    guide: what a model that has not been trained on the set must be told besides: the labels, the
+      form of an answer. It is no part of `prompt`.
+    texts: what the letters of an exam stand for.
+    part: subject or source within the set, where it has such.
+    allowed: of a list as the answer, the terms that may stand in it.
+    spans: `(type, start, stop)` of entities in the body.
     """
 
     prompt: str
@@ -27,6 +34,11 @@ class Row:
     name: str
     kind: str
     body: tuple[int, int]
+    guide: str = ""
+    texts: tuple[str, ...] = ()
+    part: str = ""
+    allowed: tuple[str, ...] = ()
+    spans: tuple[tuple[str, int, int], ...] = ()
 
     def conversation(self) -> dict:
         """The row in the conversation format of the training data."""
@@ -48,6 +60,7 @@ def build(
     before: str = "",
     after: str = "",
     choices: Sequence[str] = (),
+    **more,
 ) -> Row:
     """A row whose prompt is `before + text + after`; its kind follows from `choices`."""
     text = text.strip()
@@ -59,6 +72,7 @@ def build(
         name=name,
         kind="choice" if choices else "generate",
         body=(len(before), len(before) + len(text)),
+        **more,
     )
 
 
@@ -85,10 +99,15 @@ def held_out(key: str, share: float = 0.2) -> bool:
 
     The same key (up to case and spaces) always falls on the same side.
     """
-    digest = hashlib.sha256(f"medmoe hold-out 1:{normal(key)}".encode()).digest()
+    plain = " ".join(key.casefold().split())
+    digest = hashlib.sha256(f"medmoe hold-out 1:{plain}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def normal(text: str) -> str:
-    """Text without differences of case and spaces: two texts equal here are duplicates."""
-    return " ".join(text.casefold().split())
+    """Text without differences of width, case, spaces and punctuation: equals are duplicates.
+
+    Signs that change the meaning stay, as in "<5" and ">5", and letters' marks with them.
+    """
+    plain = unicodedata.normalize("NFKC", text).casefold()
+    return "".join(c for c in plain if unicodedata.category(c)[0] in "LMNS" and c != "~")

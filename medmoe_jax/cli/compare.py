@@ -1,0 +1,82 @@
+"""Compare evaluations of the same items.
+
+  medmoe compare runs/a runs/b
+  medmoe compare runs/base runs/stage1 runs/stage2 --output=compared
+
+A run is a folder in which `medmoe eval` wrote records.jsonl and report.json. Every run is set
+against the first: the difference of each task and of their mean with its 95% interval (paired
+bootstrap), and McNemar's exact test. With --output, compared.json and one page, compared.html.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+
+from medmoe_jax.checkpoints.files import write_text
+from medmoe_jax.cli.session import no_rest
+from medmoe_jax.errors import UserError
+from medmoe_jax.evaluation import page, records
+from medmoe_jax.evaluation.compare import Difference, compare
+from medmoe_jax.evaluation.html import report_html
+from medmoe_jax.evaluation.report import Report
+from medmoe_jax.training.terminal import console, note
+
+
+def add_arguments(parser) -> None:
+    """Declare the command's own arguments."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of an evaluation")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--resamples", type=int, default=2000, help="draws of the bootstrap")
+    parser.add_argument("--output", help="folder of compared.json and compared.html")
+
+
+def run(arguments, rest) -> None:
+    """Run the command."""
+    no_rest(rest)
+    if len(arguments.runs) < 2:
+        raise UserError("give at least two runs to compare")
+    if len(set(arguments.runs)) < len(arguments.runs):
+        raise UserError("a run stands twice among those to compare")
+    found = {name: records.read(Path(name) / "records.jsonl") for name in arguments.runs}
+    first, *others = arguments.runs
+    differences = {
+        name: compare(found[first], found[name], seed=arguments.seed, resamples=arguments.resamples)
+        for name in others
+    }
+    for name, of in differences.items():
+        note(f"A: {first}\nB: {name}")
+        console.print(_table(of))
+        left = sum(one.unpaired for one in of[:1] if len(of) == 1) or of[-1].unpaired
+        if left:
+            note(f"{left} items are in one of the two runs only, and not compared")
+    if arguments.output:
+        _write(Path(arguments.output), arguments.runs, differences)
+
+
+def _table(found: list[Difference]) -> Table:
+    """Differences for the terminal, at most 80 characters wide."""
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for name in page.COLUMNS:
+        if name == "task":
+            table.add_column(name, overflow="fold", max_width=18)
+        elif name != "metric":
+            table.add_column(name, justify="right", no_wrap=True)
+    for one in found:
+        task, _, *numbers = page.difference_cells(one)
+        table.add_row(task, *numbers)
+    return table
+
+
+def _write(folder: Path, runs: list[str], differences: dict[str, list[Difference]]) -> None:
+    reports = {name: Report.load(Path(name) / "report.json") for name in runs}
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = {name: [asdict(one) for one in of] for name, of in differences.items()}
+    text = json.dumps({"against": runs[0], "runs": plain}, ensure_ascii=False, indent=2) + "\n"
+    write_text(folder / "compared.json", text)
+    report_html(folder / "compared.html", page.beside(reports, differences), "Compared")
+    print(f"written to {folder / 'compared.json'}")

@@ -1,0 +1,75 @@
+"""Look for items of tasks that stand in training rows.
+
+  medmoe overlap --train=rows.jsonl --train=medquad --tasks=medqa@test,suite:cblue --output=overlap
+
+Training rows are files, or known sets by name. An item whose text shares a run of --words words (of
+signs, in scripts without spaces) with a row is counted, and written with that row to overlap.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+
+from medmoe_jax.checkpoints.files import write_text
+from medmoe_jax.cli.session import no_rest
+from medmoe_jax.data import medical
+from medmoe_jax.data.hub import is_name
+from medmoe_jax.data.rows import RowReader
+from medmoe_jax.data.sources import open_path
+from medmoe_jax.errors import UserError
+from medmoe_jax.evaluation.overlap import overlaps
+from medmoe_jax.evaluation.tasks import expand, load_task
+from medmoe_jax.training.terminal import console
+
+
+def add_arguments(parser) -> None:
+    """Declare the command's own arguments."""
+    parser.add_argument("--train", action="append", default=[], help="a file or set; repeatable")
+    parser.add_argument("--tasks", default="", help="as of medmoe eval")
+    parser.add_argument("--split", help="of the tasks' sets")
+    parser.add_argument("--words", type=int, default=13, help="in a run that counts")
+    parser.add_argument("--output", required=True, help="folder of overlap.jsonl")
+
+
+def run(arguments, rest) -> None:
+    """Run the command."""
+    no_rest(rest)
+    names = expand([name for name in arguments.tasks.split(",") if name])
+    if not names or not arguments.train:
+        raise UserError("give --tasks to look for, and --train to look in")
+    if arguments.words < 1:
+        raise UserError(f"--words: {arguments.words} is below 1")
+    tasks = [load_task(name, split=arguments.split) for name in names]
+    items = {f"{task.name}@{task.split}".rstrip("@"): task.items for task in tasks}
+    texts = [pair for source in arguments.train for pair in _texts(source)]
+    found = overlaps(items, (text for _, text in texts), arguments.words)
+    counts = Counter(one.task for one in found)
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for column in ("task", "items", "in training rows", "share"):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    for name, of in items.items():
+        table.add_row(name, str(len(of)), str(counts[name]), f"{100 * counts[name] / len(of):.1f}%")
+    console.print(table)
+    lines = ({**asdict(one), "row": texts[one.row][0]} for one in found)
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    Path(arguments.output).mkdir(parents=True, exist_ok=True)
+    write_text(Path(arguments.output) / "overlap.jsonl", text)
+    print(f"written to {Path(arguments.output) / 'overlap.jsonl'}")
+
+
+def _texts(source: str) -> Iterator[tuple[str, str]]:
+    """`(where, text)` of every row of a file or a set."""
+    if is_name(source) or Path(source).exists():
+        rows = open_path(source, RowReader()).rows
+        for number, row in enumerate(rows):
+            yield rows.place(number), " ".join(turn["content"] for turn in row["conversations"])
+        return
+    for number, row in enumerate(medical.training_rows(source, "train"), 1):
+        yield f"{source}: row {number}", f"{row.prompt} {row.response}"

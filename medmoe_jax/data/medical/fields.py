@@ -1,0 +1,173 @@
+"""Values of a record by the paths that a card names, and the options and answers of exams.
+
+A path is `question`, `context.contexts`, or several by `|`, of which the first that is there holds.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from collections.abc import Sequence
+
+from medmoe_jax import json_text
+from medmoe_jax.data.medical.files import REPAIR
+from medmoe_jax.errors import UserError
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def look(record: dict, path: str):
+    """The value at a path, or None where it is absent or empty."""
+    for one in path.split("|"):
+        value = _walk(record, one.strip().split("."))
+        if value is not None and value != "" and value != []:
+            return value
+    return None
+
+
+def _walk(value, keys: Sequence[str]):
+    for i, key in enumerate(keys):
+        if isinstance(value, list):
+            return [_walk(item, keys[i:]) for item in value]
+        if not isinstance(value, dict):
+            return None
+        value = value.get(key)
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def need(record: dict, path: str, where: str):
+    """The value at a path; an absent or empty one is an error that names it."""
+    value = look(record, path)
+    if value is None:
+        raise UserError(f"{where}: field {path!r} is missing; {REPAIR}")
+    return value
+
+
+def text(record: dict, path: str, where: str) -> str:
+    """The value at a path as text; a list of texts is joined by spaces."""
+    value = need(record, path, where)
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return " ".join(value)
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise UserError(f"{where}: field {path!r} is no text; {REPAIR}")
+    return str(value)
+
+
+def filled(template: str, record: dict, where: str) -> str:
+    """A template in which `{path}` stands for the text at that path."""
+
+    def put(match: re.Match) -> str:
+        return text(record, match[1], where).strip()
+
+    return re.sub(r"\{([^{}]+)\}", put, template)
+
+
+def one_of(value, allowed, field: str, where: str):
+    """`value` where it is one of `allowed`; an error that names field and file otherwise."""
+    if not isinstance(value, str) or value not in allowed:
+        known = sorted(allowed)
+        shown = ", ".join(known[:12]) + (", …" if len(known) > 12 else "")
+        raise UserError(f"{where}: {field} {value!r} is not one of {shown}; {REPAIR}")
+    return value
+
+
+def options_of(record: dict, path: str, where: str) -> list[tuple[str, str]]:
+    """`(key, text)` of an exam question's options, in their order.
+
+    They are several paths by `,`, a list, an object by letter, a list of objects, or one text with
+    a line for each. Options without text are left out.
+    """
+    for one in path.split("|"):
+        paths = [p.strip() for p in one.split(",")]
+        values = [look(record, p) for p in paths]
+        if len(paths) > 1 and any(value is not None for value in values):
+            return _kept(zip(LETTERS, values, strict=False), path, where)
+        if len(paths) == 1 and values[0] is not None:
+            return _kept(_pairs(values[0], path, where), path, where)
+    raise UserError(f"{where}: field {path!r} is missing; {REPAIR}")
+
+
+def _kept(pairs, path: str, where: str) -> list[tuple[str, str]]:
+    kept = [
+        (str(key).strip(), str(value).strip())
+        for key, value in pairs
+        if value is not None and str(value).strip().casefold() not in ("", "n/a", "nan")
+    ]
+    if not 2 <= len(kept) <= len(LETTERS):
+        raise UserError(f"{where}: {len(kept)} options in field {path!r}; {REPAIR}")
+    if len({key for key, _ in kept}) < len(kept):
+        raise UserError(f"{where}: options of field {path!r} have the same letter; {REPAIR}")
+    return kept
+
+
+_KEYS = ("letter", "key", "aid", "label", "id")
+_TEXTS = ("content", "value", "atext", "text", "option")
+
+
+def _pairs(value, path: str, where: str):
+    if isinstance(value, str):
+        value = _literal(value)
+    if isinstance(value, dict):
+        lettered = all(len(str(key)) == 1 for key in value)
+        return sorted(value.items()) if lettered else value.items()
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        return [(look(item, " | ".join(_KEYS)), look(item, " | ".join(_TEXTS))) for item in value]
+    if isinstance(value, list):
+        return [(LETTERS[i : i + 1] or str(i), option) for i, option in enumerate(value)]
+    if isinstance(value, str):
+        found = re.findall(r"(?m)^\s*\(?([A-Z])(?:[.):、：]|\s)\s*(.+?)\s*$", value)
+        if len(found) < 2:
+            found = re.findall(r"\(([A-Z])\)\s*(.+?)(?=\s*\([A-Z]\)|\s*$)", value, re.S)
+        return found
+    raise UserError(f"{where}: field {path!r} holds no options; {REPAIR}")
+
+
+def _literal(value: str):
+    """A list or object that is written as JSON or Python in a text; otherwise the text."""
+    if value.lstrip()[:1] not in ("{", "["):
+        return value
+    for read in (json_text.loads, ast.literal_eval):
+        try:
+            return read(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+    return value
+
+
+def answers_of(
+    record: dict, path: str, options: Sequence[tuple[str, str]], counts_from: int, where: str
+) -> list[int]:
+    """The places of the right options.
+
+    They are named by key, letter, number or their own text; several as a list, `ABD` or `A,B,D`.
+    """
+    value = need(record, path, where)
+    value = _literal(value) if isinstance(value, str) else value
+    given = value if isinstance(value, list) else [value]
+    places = [place for one in given for place in _places(one, options, counts_from)]
+    if not places or None in places:
+        keys = ", ".join(key for key, _ in options)
+        raise UserError(f"{where}: answer {value!r} names none of the options {keys}; {REPAIR}")
+    return sorted(set(places))
+
+
+def _places(value, options, counts_from: int) -> list[int | None]:
+    keys = [key for key, _ in options]
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        return [None]
+    named = str(value).strip()
+    if named in keys:
+        return [keys.index(named)]
+    if re.fullmatch(r"\d+", named):
+        place = int(named) - counts_from
+        return [place if 0 <= place < len(options) else None]
+    texts = [option.casefold() for _, option in options]
+    if named.casefold() in texts:
+        return [texts.index(named.casefold())]
+    bare = named.strip("()[].。 ")
+    upper = [key.upper() for key in keys]
+    if bare.upper() in upper:
+        return [upper.index(bare.upper())]
+    parts = re.split(r"[,，、;；\s]+", bare) if re.search(r"[,，、;；\s]", bare) else list(bare)
+    return [upper.index(p.upper()) if p.upper() in upper else None for p in parts if p]

@@ -1,0 +1,343 @@
+"""Cuts a free text into tokens that know what they do in a sentence (`answer_words`).
+
+A choice becomes a token of role `CHOICE` only where it is a word of its own: "B12", "B-cell",
+"E. coli" and "unknown" hold none.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from medmoe_jax.evaluation import answer_words as words_of
+
+CHOICE = "CHOICE"
+ROLES = (
+    *("ANSWER", "CHOOSE", "OPTION", "RIGHT", "WRONG", "NOT", "NOT_AFTER", "BUT", "SO", "AND"),
+    *("OR", "COPULA", "FILLER", "TAIL", "OTHER"),
+)
+
+
+class Token(NamedTuple):
+    """A piece of a text.
+
+    role: one of `ROLES`, `CHOICE`, `WORD`, `SEP` (a comma), `COLON` (or a dash) or `END`.
+    choices: of a `CHOICE`, what it names. marked: in brackets, bold or the like.
+    """
+
+    role: str
+    text: str
+    choices: tuple[str, ...] = ()
+    marked: bool = False
+
+
+def spoken(text: str) -> str:
+    """The text in one form of its signs, without thoughts before the answer.
+
+    Thoughts that never end leave nothing.
+    """
+    text = unicodedata.normalize("NFKC", text)
+    text = text.rpartition("</think>")[2]
+    text = text.partition("<think>")[0]
+    text = re.sub(
+        r"\\(?:text|textbf|mathrm|mathbf|mathsf|operatorname)\s*\{([^{}]*)\}", r"\1", text
+    )
+    text = re.sub(r"\\[()\[\]]", "$", text)
+    text = re.sub(r"</?(?:b|i|u|p|em|code|mark|span|strong)(?: [^>]*)?>", "*", text, flags=re.I)
+    return re.sub(r"[^\S\n]+", " ", text)
+
+
+def read(
+    text: str,
+    *,
+    letters: Sequence[str] = (),
+    words: Sequence[str] = (),
+    texts: Sequence[str] = (),
+) -> list[Token]:
+    """The tokens of a text in which letters or words may be chosen.
+
+    texts: what the letters stand for. Questions are left out, unless nothing else names a choice.
+    """
+    found = _Reader(spoken(text), letters, words, texts).tokens()
+    told = _without_questions(found)
+    return told if any(token.role == CHOICE for token in told) else found
+
+
+def _without_questions(found: Sequence[Token]) -> list[Token]:
+    kept: list[Token] = []
+    start = 0
+    for token in found:
+        if token.role == "END" and token.text == "?":
+            del kept[start:]
+        kept.append(token)
+        if token.role == "END":
+            start = len(kept)
+    return kept
+
+
+@functools.cache
+def _table() -> tuple[dict[str, str], dict[str, str], int]:
+    """(entry -> role, beginning of a word -> role, length of the longest entry)."""
+    whole, begins = {}, {}
+    for role in reversed(ROLES):  # of an entry in two roles, the first in ROLES holds
+        for line in getattr(words_of, role).split("\n"):
+            for entry in line.split()[1:]:
+                entry = entry.replace("_", " ").lower()
+                if entry.endswith("*"):
+                    begins[entry[:-1]] = role
+                else:
+                    whole[entry] = role
+    return whole, begins, max(map(len, whole))
+
+
+def _is_word(character: str) -> bool:
+    return unicodedata.category(character)[0] in "LMN"
+
+
+def _unspaced(character: str) -> bool:
+    """Whether words of this script stand together without spaces."""
+    name = unicodedata.name(character, "")
+    return name.startswith(("CJK UNIFIED", "HIRAGANA", "KATAKANA", "HANGUL"))
+
+
+def _kana(character: str) -> bool:
+    return unicodedata.name(character, "").startswith(("HIRAGANA", "KATAKANA"))
+
+
+_ENDS, _SEPS, _COLONS = ".!?;。؟।…\n", ",、،/", ":=—–"
+_SIGNS = {"؟": "?"}
+_OPENERS, _CLOSERS = "([{<«“\"'‘「『【《〈*`$|_", ")]}>»”\"'’」』】》〉*`$|_"
+_AFTER_KANA = ("です", "だ", "と", "である", "でしょう")
+_BEFORE_LONE = "为是选很较应即属于は가이"
+
+
+class _Reader:
+    """One text under its choices."""
+
+    def __init__(self, text: str, letters, words, texts):
+        self.text = text
+        self.low = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
+        self.letters = tuple(letters)
+        self.texts = [" ".join(unicodedata.normalize("NFKC", t).lower().split()) for t in texts]
+        normal = {" ".join(unicodedata.normalize("NFKC", w).lower().split()): w for w in words}
+        self.words = dict(sorted(normal.items(), key=lambda pair: -len(pair[0])))
+        cyrillic = re.search(r"(?<!\w)[БГД](?!\w)", text)
+        self.names = {**words_of.LETTER_NAMES, **(words_of.CYRILLIC_ORDER if cyrillic else {})}
+
+    def tokens(self) -> list[Token]:
+        found: list[Token] = []
+        glued: list[bool] = []  # whether a token touches the one before it
+        at, free = 0, True
+        while at < len(self.text):
+            token, length = self._next(at, found)
+            if token is not None:
+                found.append(token)
+                glued.append(not free)
+                free = False
+            elif self.text[at : at + length].isspace():
+                free = True
+            at += length
+        return _standing(found, glued, bool(self.words))
+
+    def _next(self, at: int, found: Sequence[Token]) -> tuple[Token | None, int]:
+        """The token at a place, if there is one, and how far it goes."""
+        sign = self.text[at]
+        if not _is_word(sign):
+            return self._sign(at), 1
+        choice = self._word(at) if self.words else self._letter(at, found)
+        known = self._known(at)
+        if choice and not (self.words and known and known[1] > choice[1]):
+            return choice
+        if known:
+            return known
+        if _unspaced(sign):
+            return Token("WORD", sign), 1
+        stop = self._word_end(at)
+        return Token("WORD", self.low[at:stop]), stop - at
+
+    def _sign(self, at: int) -> Token | None:
+        sign = _SIGNS.get(self.text[at], self.text[at])
+        before, after = self._char(at - 1), self._char(at + 1)
+        inside = _is_word(before) and _is_word(after)
+        if sign in _ENDS:
+            if sign == "." and inside and before.isdigit():
+                return None
+            return Token("END", sign)
+        if sign in _SEPS:
+            return Token("SEP", sign)
+        if sign in _COLONS or (sign == "-" and not inside and before in " \n*"):
+            return Token("COLON", sign)
+        return Token("AND", sign) if sign in "&+" and not inside else None
+
+    def _char(self, at: int) -> str:
+        return self.text[at] if 0 <= at < len(self.text) else " "
+
+    def _word_end(self, at: int) -> int:
+        """Where the word at a place ends; an apostrophe or hyphen inside belongs to it."""
+        stop = at
+        while stop < len(self.text):
+            sign, after = self.text[stop], self._char(stop + 1)
+            joint = sign in "'’-" and _is_word(after) and not _unspaced(after) and stop > at
+            if not joint and (not _is_word(sign) or (_unspaced(sign) and stop > at)):
+                break
+            stop += 1
+        return max(stop, at + 1)
+
+    def _known(self, at: int) -> tuple[Token, int] | None:
+        """The longest entry of the table at a place."""
+        whole, begins, longest = _table()
+        apostrophes = self.low[at : at + longest].replace("’", "'")
+        for length in range(len(apostrophes), 0, -1):
+            entry = apostrophes[:length]
+            if entry in whole and self._apart(at, at + length):
+                return Token(whole[entry], entry), length
+        stop = self._word_end(at)
+        word = self.low[at:stop]
+        for length in range(len(word), 2, -1):
+            if word[:length] in begins:
+                return Token(begins[word[:length]], word), stop - at
+        return None
+
+    def _apart(self, start: int, stop: int) -> bool:
+        """Whether a text between two places is no part of a longer word."""
+        first, last = self.text[start], self.text[stop - 1]
+        before, after = self._char(start - 1), self._char(stop)
+        if not _unspaced(first) and (_is_word(before) and not _unspaced(before)):
+            return False
+        if not _unspaced(last) and (_is_word(after) and not _unspaced(after)):
+            return False
+        if after in "'’-" and _is_word(self._char(stop + 1)) and not _unspaced(last):
+            return False
+        return not (before in "'’-" and _is_word(self._char(start - 2)) and not _unspaced(first))
+
+    def _word(self, at: int) -> tuple[Token, int] | None:
+        """The longest word among the choices at a place."""
+        for folded, choice in self.words.items():
+            stop = at + len(folded)
+            if not self.low.startswith(folded, at) or not self._apart(at, stop):
+                continue
+            if self._lone(folded, at, stop):
+                return Token(CHOICE, folded, (choice,), self._bracketed(at, stop)), len(folded)
+        return None
+
+    def _lone(self, folded: str, start: int, stop: int) -> bool:
+        """Whether one Chinese sign, or kana, stands as a word of its own."""
+        before, after = self._char(start - 1), self._char(stop)
+        rest = self.text[stop:]
+        if all(map(_kana, folded)):
+            ends = not _kana(after) or rest.startswith(_AFTER_KANA)
+            return ends and (not _kana(before) or before in "はがもの")
+        if len(folded) == 1 and _unspaced(folded):
+            ends = not _unspaced(after) or after in "的了" or rest.startswith(_AFTER_KANA)
+            return ends and (not _unspaced(before) or before in _BEFORE_LONE)
+        return True
+
+    def _letter(self, at: int, found: Sequence[Token]) -> tuple[Token, int] | None:
+        """The letter, or letters such as "ABD", at a place."""
+        before = self._char(at - 1)
+        if _is_word(before) and not _unspaced(before):
+            return None
+        if before == "." and self._char(at - 2).isalpha() and not _is_word(self._char(at - 3)):
+            return None
+        lone = self._named(self.text[at])
+        if lone and not _is_word(self._char(at + 1)) and self._option_follows(lone[0], at + 1):
+            return Token(CHOICE, self.text[at], lone, True), 1
+        stop = self._word_end(at)
+        named = self._named(self.text[at:stop])
+        if not named or (before in "'’-" and _is_word(self._char(at - 2))):
+            return None
+        bracketed = self._bracketed(at, stop)
+        if self.text[at:stop].islower() and not bracketed and not self._asked(found, stop):
+            return None
+        if self._species(stop) or self._part(at, stop) or self._pronoun(at, stop):
+            return None
+        return Token(CHOICE, self.text[at:stop], named, bracketed), stop - at
+
+    def _named(self, word: str) -> tuple[str, ...]:
+        """The letters that a word is made of, in order; () where it is another word."""
+        if word in self.names:
+            word = self.names[word]
+        if len(word) == 1 and word.upper() in self.letters:
+            return (word.upper(),)
+        rising = all(a < b for a, b in itertools.pairwise(word))
+        return tuple(word) if rising and word and set(word) <= set(self.letters) else ()
+
+    def _bracketed(self, start: int, stop: int) -> bool:
+        """Whether a text stands between signs: (C), **C**, "C", $C$; C) counts as well."""
+        after = self.text[stop:].lstrip(".: ")[:1] if self._char(stop) in ".:" else self._char(stop)
+        if self._char(stop) == ")":
+            return True
+        before = self.text[:start].rstrip(" ")[-1:]
+        return bool(after) and before in _OPENERS and after in _CLOSERS and bool(before)
+
+    def _option_follows(self, letter: str, stop: int) -> bool:
+        """Whether the option's own text follows its letter."""
+        if not self.texts:
+            return False
+        wanted = self.texts[self.letters.index(letter)]
+        rest = self.low[stop:].lstrip(" .):：-—–*_\n,，、")
+        return bool(wanted) and " ".join(rest[: len(wanted) + 20].split()).startswith(wanted)
+
+    def _asked(self, found: Sequence[Token], stop: int) -> bool:
+        """Whether a small letter stands where an answer is expected, and a sentence ends."""
+        before = next((t.role for t in reversed(found) if t.role != "FILLER"), "COLON")
+        ends = self._char(stop) in ".,)\n*" or stop >= len(self.text)
+        return ends and before in ("COLON", "COPULA", "OPTION", "ANSWER", "CHOOSE", "END")
+
+    def _species(self, stop: int) -> bool:
+        """Whether "E" is the beginning of "E. coli"."""
+        follows = re.match(r"\. ?([^\W\d_]+)", self.low[stop:])
+        return bool(follows) and follows[1] in words_of.SPECIES
+
+    def _part(self, start: int, stop: int) -> bool:
+        """Whether a letter is a part of a name: B12, B-cell, C', A+, B.1."""
+        after, then = self._char(stop), self._char(stop + 1)
+        if after in "-'’_" and _is_word(then) and not _unspaced(then):
+            return True
+        if after == "." and then.isdigit():
+            return True
+        return after in "+%°^" or self._char(start - 1) in "-@#%"
+
+    def _pronoun(self, start: int, stop: int) -> bool:
+        """Whether "I" speaks of the writer."""
+        follows = re.match(r" ([a-z]+)", self.text[stop:])
+        said = bool(follows) and follows[1] not in ("is", "because", "since", "as", "and", "or")
+        return self.text[start:stop] == "I" and said
+
+
+def _heads(found: list[Token], glued: Sequence[bool], at: int) -> bool:
+    """Whether a letter begins a line, and Chinese or the like follows after a space."""
+    first = at == 0 or found[at - 1].text == "\n"
+    return first and not glued[at + 1] and _unspaced(found[at + 1].text[0])
+
+
+_DENIALS = ("NOT", "NOT_AFTER", "AND", "BUT", "OR")
+
+
+def _standing(found: list[Token], glued: Sequence[bool], words: bool) -> list[Token]:
+    """The tokens, where a choice that belongs to the word beside it is a word as well.
+
+    "A patient", "C difficile", "B细胞" and "No difference" name no choice.
+    """
+    whole = _table()[0]
+    out = list(found)
+    for i, token in enumerate(found):
+        if token.role != CHOICE or token.marked:
+            continue
+        after = found[i + 1].role if i + 1 < len(found) else "END"
+        denies = whole.get(token.text) in ("NOT", "AND", "BUT", "OR") and not _unspaced(
+            token.text[-1]
+        )
+        heads = not words and after == "WORD" and _heads(found, glued, i)
+        part = after in ("WORD", "OTHER") and (denies if words else not heads)
+        before = found[i - 1] if i else None
+        glued_on = before is not None and before.role == "WORD" and glued[i] and not words
+        if part or (glued_on and _unspaced(before.text[-1])):
+            out[i] = Token("WORD", token.text)
+        elif heads:
+            out[i] = token._replace(marked=True)
+    return out

@@ -1,0 +1,104 @@
+"""One record an item: what was asked, what was said, and whether it was right."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from medmoe_jax import json_text
+from medmoe_jax.checkpoints.files import write_text
+from medmoe_jax.errors import UserError
+from medmoe_jax.evaluation import metrics
+from medmoe_jax.evaluation.items import Item
+from medmoe_jax.evaluation.tasks import Task
+from medmoe_jax.evaluation.ways import Answer
+
+_NEEDED = ("task", "id", "metric", "prediction", "answer", "right")
+
+
+def records(task: Task, given: Sequence[Answer], rows_N: np.ndarray) -> Iterator[dict]:
+    """The records of a task.
+
+    `right` is the item's own score where the metric has one, else whether the answer is the same.
+    """
+    for n, (item, answer) in enumerate(zip(task.items, given, strict=True)):
+        own = metrics.one(rows_N, n)
+        yield {
+            "task": task.name,
+            "split": task.split,
+            "language": item.language,
+            "part": item.part,
+            "id": identity(item),
+            "metric": task.metric,
+            "prompt": item.turns,
+            "choices": list(item.choices),
+            "texts": list(item.texts),
+            "allowed": list(item.allowed),
+            "source": item.source if item.spans else "",
+            "spans": [list(span) for span in item.spans],
+            "scores": list(answer.scores),
+            "ranking": list(answer.ranking),
+            "raw": list(answer.raw),
+            "prediction": answer.text,
+            "answer": item.answer,
+            "right": metrics.same(answer.text, item.answer) if own is None else own,
+            "parsed": answer.parsed,
+            "cut": answer.cut,
+        }
+
+
+def identity(item: Item) -> str:
+    """A hash of what an item asks: the same whatever stands before its own last turn's text."""
+    asked = json.dumps([item.source or item.turns, item.answer, item.texts], ensure_ascii=False)
+    return hashlib.sha256(asked.encode()).hexdigest()[:24]
+
+
+def item_of(record: dict) -> Item:
+    """The item of a record, as far as metrics look at it."""
+    prompt = record.get("prompt", "")
+    if not isinstance(prompt, str):
+        prompt = tuple((turn["role"], turn["content"]) for turn in prompt)
+    return Item(
+        prompt,
+        record["answer"],
+        tuple(record.get("choices", ())),
+        tuple(record.get("texts", ())),
+        record.get("language", ""),
+        record.get("part", ""),
+        tuple(record.get("allowed", ())),
+        record.get("source", ""),
+        tuple(tuple(span) for span in record.get("spans", ())),
+    )
+
+
+def write(path: str | os.PathLike, lines: Iterable[dict]) -> None:
+    """Writes records as JSON Lines; the file is whole or absent at any time."""
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in lines)
+    write_text(path, text)
+
+
+def read(path: str | os.PathLike) -> list[dict]:
+    """The records of a file. Raises UserError where it is not one, naming the line."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; medmoe eval writes it beside report.json")
+    out = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json_text.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number}: not JSON ({error.msg})") from error
+        lacking = [f for f in _NEEDED if not isinstance(record, dict) or f not in record]
+        if lacking:
+            raise UserError(f"{path}:{number}: not a record of medmoe eval: no {lacking[0]!r}")
+        out.append(record)
+    if not out:
+        raise UserError(f"{path}: there is no record in it")
+    return out

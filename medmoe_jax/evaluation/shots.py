@@ -1,0 +1,167 @@
+"""Examples before a prompt, and prompts that fit a model's context."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from medmoe_jax.data.medical import Row, shorten
+from medmoe_jax.data.medical.row import normal
+from medmoe_jax.errors import UserError
+from medmoe_jax.evaluation.items import Item, Prompt, as_turns
+
+FORMS = ("prompt", "turns")
+PARTED = ("\n\n",)  # parts examples within one prompt: an answer that goes on beyond is cut there
+
+
+@dataclass(frozen=True)
+class Shots:
+    """How many examples stand before each item, and whether in its prompt or as turns before it."""
+
+    count: int = 0
+    form: str = "prompt"
+
+    def __post_init__(self):
+        if self.count < 0:
+            raise UserError(f"shots: {self.count} is below 0")
+        if self.form not in FORMS:
+            raise UserError(f"shots: the form {self.form!r} is none of {', '.join(FORMS)}")
+
+
+def draw(name: str, pool: Sequence, count: int, seed: int) -> list:
+    """Seeded examples, the same for every item. Raises UserError where the pool is too small."""
+    if count > len(pool):
+        raise UserError(f"{name}: {count} shots asked for, {len(pool)} rows to take from")
+    return random.Random(f"{seed} shots").sample(list(pool), count)
+
+
+def part(rows: Sequence, count: int, seed: int) -> tuple[list, list]:
+    """(rows to ask, pool of `count` rows) of a set without training rows; none is in both."""
+    pool = draw("shots", rows, min(count, max(0, len(rows) - 1)), seed)
+    taken = {normal(str(row.prompt)) for row in pool}
+    return [row for row in rows if normal(str(row.prompt)) not in taken], pool
+
+
+def prompt(text: str, examples: Sequence[Row], form: str, guide: str = "") -> Prompt:
+    """A row's prompt with a guide and examples before it."""
+    if not examples:
+        return guide + text
+    if form == "prompt":
+        told = "".join(f"{r.prompt}{_joint(r.prompt)}{r.response}{PARTED[0]}" for r in examples)
+        return guide + told + text
+    turns = [pair for r in examples for pair in (("user", r.prompt), ("assistant", r.response))]
+    turns[0] = ("user", guide + turns[0][1])
+    return (*turns, ("user", text))
+
+
+def before_item(item: Item, examples: Sequence[Item], form: str) -> Item:
+    """A user's item with examples before it; of several turns they are further turns."""
+    if not examples:
+        return item
+    if isinstance(item.prompt, str) and all(isinstance(e.prompt, str) for e in examples):
+        rows = [_Pair(e.prompt, e.answer) for e in examples]
+        return replace(item, prompt=prompt(item.prompt, rows, form))
+    told = [turn for e in examples for turn in (*_turns(e.prompt), ("assistant", e.answer))]
+    return replace(item, prompt=(*told, *_turns(item.prompt)))
+
+
+@dataclass(frozen=True)
+class _Pair:
+    prompt: str
+    response: str
+
+
+def _turns(prompt: Prompt) -> tuple:
+    return (("user", prompt),) if isinstance(prompt, str) else prompt
+
+
+def _joint(text: str) -> str:
+    """What stands between an example's prompt and its answer: a space after a cue."""
+    return " " if text.rstrip()[-1:] in ":：?？)）" else "\n"
+
+
+class _Encoder(Protocol):
+    def prompt(self, turns: Sequence[dict]) -> list[int]: ...
+
+
+class Fitter:
+    """Shortens the text of a row so that prompt and answer fit a context of `length` tokens.
+
+    Attributes:
+      shortened: rows it has shortened so far.
+    """
+
+    def __init__(
+        self,
+        encoder: _Encoder,
+        length: int,
+        max_tokens: int | None = None,
+        written_choices: int = 0,
+        added: Sequence[str] = (),
+    ):
+        """
+        Args:
+          encoder: gives the ids of a prompt.
+          length: of the context.
+          max_tokens: of a written answer; None = as the task says.
+          written_choices: least room for a choice that is answered in text; 0 = it is scored.
+          added: texts, of which one will stand after the prompt of such a choice.
+        """
+        self.encoder = encoder
+        self.length = length
+        self.max_tokens = max_tokens
+        self.written_choices = written_choices
+        self.added = added
+        self.shortened = 0
+        self._sizes: dict[str, int] = {}
+
+    def __call__(self, row: Row, whole: Callable[[str], Prompt], max_tokens: int) -> Row:
+        """The row, or one with less text.
+
+        Args:
+          row: of a set.
+          whole: its prompt with all that stands before it.
+          max_tokens: of a written answer.
+
+        Raises:
+          UserError: what may not be cut does not fit.
+        """
+
+        def measure(text: str) -> int:
+            prompt = as_turns(whole(text))
+            turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            return len(self.encoder.prompt(turns))
+
+        room = self._room(row, max_tokens)
+        needed = measure(row.prompt)
+        if needed + room <= self.length:
+            return row
+        self.shortened += 1
+        short = shorten(row, self.length - room, measure)
+        least = measure(short.prompt)
+        if least + room > self.length:
+            raise UserError(
+                f"{row.name}: a prompt of {needed} tokens cannot be cut below {least}, and with "
+                f"{room} for the answer it does not fit a context of {self.length}"
+            )
+        return short
+
+    def _room(self, row: Row, max_tokens: int) -> int:
+        """Tokens for the answer."""
+        if row.kind == "generate" or self.written_choices:
+            written = row.kind == "choice"
+            least = max(max_tokens, self.written_choices if written else 0)
+            asked = max(map(self._size, self.added), default=0) if written else 0
+            return asked + (least if self.max_tokens is None else self.max_tokens)
+        # A space may come before it, and the mark that ends a turn after it.
+        return max(map(self._size, {*row.choices, *row.texts}), default=0) + 2
+
+    def _size(self, text: str) -> int:
+        if text not in self._sizes:
+            given, empty = (
+                len(self.encoder.prompt([{"role": "user", "content": t}])) for t in (text, "")
+            )
+            self._sizes[text] = max(1, given - empty)
+        return self._sizes[text]

@@ -1,0 +1,230 @@
+"""Ways to have an item answered, and what a model said to it.
+
+| way | the model |
+|---|---|
+| `letter` | scores each letter or label as its answer; the likeliest is taken |
+| `text` | scores each option's own text |
+| `constrained` | answers greedily, among the letters or labels alone |
+| `free` | answers in free text, in which the choice is read |
+| `reason` | is asked to reason and to end with "the answer is", and the choice is read |
+
+Tasks without choices are answered in text, whatever the way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from medmoe_jax.errors import UserError
+from medmoe_jax.evaluation import answers, metrics, readings
+from medmoe_jax.evaluation.items import Item, as_turns, last_line, with_text
+from medmoe_jax.evaluation.tasks import Task
+from medmoe_jax.inference.engine import Sampling
+
+ANSWERS = ("letter", "text", "constrained", "free", "reason")
+SCORES = ("sum", "token", "byte", "unconditional")
+_SCORED = ("letter", "text")
+_WRITTEN = ("free", "reason")
+_LEAST = {"free": 512, "reason": 1024}  # tokens to answer a choice in text
+# What a model is asked to do first, by language; English for the others.
+REASON = {
+    "en": "\nReason step by step first. Then end with “The answer is …”.",
+    "zh": "\n请先逐步分析，再以“答案为……”结尾。",
+    "ja": "\nまず順を追って考え、最後に「答えは…」と書いてください。",
+    "fr": "\nRaisonnez d'abord étape par étape, puis terminez par « La réponse est … ».",
+    "es": "\nRazone primero paso a paso y termine con «La respuesta es …».",
+    "ru": "\nСначала рассуждайте по шагам и закончите словами «Ответ: …».",
+    "ar": "\nفكّر أولاً خطوة بخطوة، ثم اختم بعبارة «الإجابة هي …».",
+    "hi": "\nपहले चरण-दर-चरण सोचिए, फिर अंत में लिखिए: «उत्तर … है»।",
+}
+
+
+class LanguageModel(Protocol):
+    """All that evaluation asks of a model. A prompt is a text or a list of turns."""
+
+    def choose(
+        self, prompts: Sequence, choices: Sequence[Sequence[str]], ending: bool = False
+    ) -> list[list[tuple[float, int]]]:
+        """For each prompt and choice: (sum of log probabilities, number of tokens)."""
+
+    def constrained(self, prompts: Sequence, choices: Sequence[Sequence[str]]) -> list[int]:
+        """The place of the choice that each prompt's greedy answer is, among its choices."""
+
+    def answer(self, prompts: Sequence, max_tokens: int, sampling: Sampling) -> list:
+        """Answers with `text`, and `ended` where the model came to its end itself."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How items are answered.
+
+    answer: one of the ways above.
+    score: of a likelihood: `sum`, a `token`, a `byte`, or less that after the last line alone
+      (`unconditional`).
+    ending: the mark that ends a turn counts in a likelihood.
+    samples, temperature: of a written choice, how many are drawn; most of them decide.
+    reading: how a choice is read in text: "" by where it stands, or a name of `readings`.
+    max_tokens: of a written answer; None = as the task says.
+    """
+
+    answer: str = "letter"
+    score: str = "sum"
+    ending: bool = False
+    samples: int = 1
+    temperature: float = 0.0
+    reading: str = ""
+    max_tokens: int | None = None
+
+    def __post_init__(self):
+        for name, value, known in (
+            ("answer", self.answer, ANSWERS),
+            ("score", self.score, SCORES),
+            ("reading", self.reading, ("", *readings.READINGS)),
+        ):
+            if value not in known:
+                raise UserError(f"{name}: {value!r} is none of {', '.join(filter(None, known))}")
+        if self.samples < 1 or (self.max_tokens is not None and self.max_tokens < 1):
+            raise UserError("samples and the most tokens must be at least 1")
+        if self.samples > 1 and (self.temperature <= 0 or self.answer not in _WRITTEN):
+            raise UserError(
+                "several samples need a temperature above 0, and an answer that is written "
+                f"({' or '.join(_WRITTEN)})"
+            )
+        if self.answer not in _SCORED and (self.score != "sum" or self.ending):
+            raise UserError(
+                "a score, and the mark that ends a turn in it, need an answer that is scored "
+                f"({' or '.join(_SCORED)})"
+            )
+        if self.reading and self.answer in _SCORED:
+            raise UserError(f"{self.reading} reads what is written; {self.answer} is scored")
+
+    def room(self, task: Task) -> int:
+        """Most tokens of a written answer to a task."""
+        if self.max_tokens is not None:
+            return self.max_tokens
+        return max(task.max_tokens, self.least if task.kind == "choice" else 0)
+
+    @property
+    def asks(self) -> tuple[str, ...]:
+        """What may stand after a prompt, to ask for reasoning."""
+        return tuple(REASON.values()) if self.answer == "reason" else ()
+
+    @property
+    def least(self) -> int:
+        """Least tokens for a choice that is answered in text; 0 where it is scored."""
+        return _LEAST.get(self.answer, 0)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to an item.
+
+    text: its choice, '' for none; or what it wrote.
+    ranking, scores: the choices, best first, and the score of each in the item's order; empty
+      where none was scored.
+    raw: all that it wrote.
+    parsed: whether an answer could be read. cut: whether it was cut at the most tokens.
+    """
+
+    text: str
+    ranking: tuple[str, ...] = ()
+    scores: tuple[float, ...] = ()
+    raw: tuple[str, ...] = ()
+    parsed: bool = True
+    cut: bool = False
+
+
+def ask(
+    model: LanguageModel, task: Task, items: Sequence[Item], way: Way, seed: int
+) -> list[Answer]:
+    """The answers to items of a task. Raises ValueError where the model's scores are NaN."""
+    if task.kind == "generate":
+        return _written(model, task, items, way, seed)
+    if way.least:
+        return _read(model, task, items, way, seed)
+    if way.answer == "constrained":
+        places = model.constrained([i.turns for i in items], [i.choices for i in items])
+        chosen = (item.choices[place] for item, place in zip(items, places, strict=True))
+        return [Answer(choice, (choice,)) for choice in chosen]
+    return _likeliest(model, task, items, way)
+
+
+def _likeliest(model: LanguageModel, task: Task, items: Sequence[Item], way: Way) -> list[Answer]:
+    """The choices of each item, best first; of equals the one that stands first."""
+    given = [i.texts if way.answer == "text" and i.texts else i.choices for i in items]
+    pairs = model.choose([i.turns for i in items], given, way.ending)
+    base: list[list[float]] = [[0.0] * len(texts) for texts in given]
+    if way.score == "unconditional":
+        alone = model.choose([last_line(i.prompt) or " " for i in items], given, way.ending)
+        base = [[total for total, _ in row] for row in alone]
+    out = []
+    for item, texts, row, less in zip(items, given, pairs, base, strict=True):
+        values = tuple(
+            _score(way.score, total, count, text) - b
+            for (total, count), text, b in zip(row, texts, less, strict=True)
+        )
+        if any(math.isnan(value) for value in values):
+            raise ValueError(f"{task.name}: the model's score of a choice is NaN")
+        order = sorted(range(len(values)), key=lambda place, of=values: -of[place])
+        ranking = tuple(item.choices[place] for place in order)
+        out.append(Answer(ranking[0], ranking, values))
+    return out
+
+
+def _score(kind: str, total: float, count: int, text: str) -> float:
+    if kind == "token":
+        return total / max(1, count)
+    return total / max(1, len(text.encode())) if kind == "byte" else total
+
+
+def _write(model, task, items, way: Way, seed: int, prompts) -> list:
+    """Written answers, cut where an example would follow."""
+    sampling = Sampling(temperature=way.temperature, seed=seed)
+    until = task.until if way.answer != "reason" else ()
+    out = []
+    for written in model.answer(prompts, way.room(task), sampling):
+        ends = [written.text.find(u) for u in until if u in written.text.strip("\n")]
+        ends = [end for end in ends if end > 0]
+        text = written.text[: min(ends)] if ends else written.text
+        out.append((text, written.ended or bool(ends)))
+    return out
+
+
+def _written(model, task: Task, items: Sequence[Item], way: Way, seed: int) -> list[Answer]:
+    """Answers to a task without choices."""
+    readable = metrics.find(task.metric).readable
+    found = _write(model, task, items, way, seed, [item.turns for item in items])
+    return [
+        Answer(text, raw=(text,), parsed=readable(text), cut=not ended) for text, ended in found
+    ]
+
+
+def _read(model, task: Task, items: Sequence[Item], way: Way, seed: int) -> list[Answer]:
+    """Choices read in written answers; of several samples the commonest, of equals the first."""
+    prompts = [item.prompt for item in items]
+    if way.answer == "reason":
+        asked = [REASON.get(item.language, REASON["en"]) for item in items]
+        prompts = [with_text(p, text) for p, text in zip(prompts, asked, strict=True)]
+    drawn = [
+        _write(model, task, items, way, seed + n, [as_turns(p) for p in prompts])
+        for n in range(way.samples)
+    ]
+    out = []
+    for item, samples in zip(items, zip(*drawn, strict=True), strict=True):
+        named = [_choice(text, item, way.reading) for text, _ in samples]
+        votes = Counter(choice for choice in named if choice)
+        text = votes.most_common(1)[0][0] if votes else ""
+        ranking = tuple(choice for choice, _ in votes.most_common())
+        raw = tuple(text for text, _ in samples)
+        out.append(Answer(text, ranking, (), raw, bool(votes), any(not e for _, e in samples)))
+    return out
+
+
+def _choice(text: str, item: Item, reading: str) -> str | None:
+    if reading:
+        return readings.read(reading, text, item.choices)
+    return answers.pick(text, item.choices, item.texts)
