@@ -1,7 +1,7 @@
 """Build and look at data sets.
 
   medmoe data build --input rows.jsonl more.parquet --output data/mine --name mine
-  medmoe data build --input rows.jsonl --output data/clean --dedupe --against held_out.jsonl
+  medmoe data build --input rows.jsonl --output data/clean --dedupe --against suite:cblue
   medmoe data inspect --dataset rows.jsonl --tokenizer DIR --template chatml --length 3072
   medmoe data languages --input rows.jsonl data/mine --table families
 
@@ -15,7 +15,8 @@ for evaluation (--against); what it left out is written beside the data.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -24,15 +25,28 @@ from rich.table import Table
 from medmoe_jax.cli.session import no_rest
 from medmoe_jax.data import tokenizers
 from medmoe_jax.data.builder import REMOVED, build_from_files, read_rows
-from medmoe_jax.data.duplicates import SIMILARITY, Placed, Repeats, find_repeats
+from medmoe_jax.data.duplicates import (
+    HELD_OUT,
+    SIMILARITY,
+    Placed,
+    Repeat,
+    Repeats,
+    find_repeats,
+)
 from medmoe_jax.data.encode import Encoder
+from medmoe_jax.data.hub import is_name
 from medmoe_jax.data.languages import census, detector
 from medmoe_jax.data.preview import inspect
 from medmoe_jax.data.rows import RowReader
 from medmoe_jax.data.sources import open_path
 from medmoe_jax.data.templates import load_template
 from medmoe_jax.errors import UserError
+from medmoe_jax.evaluation.items import Item
+from medmoe_jax.evaluation.overlap import ItemIndex, row_text
+from medmoe_jax.evaluation.tasks import expand, load_items
 from medmoe_jax.routing.languages import read_languages
+
+_TASK = "task:"  # before a file of items, as one of rows has the same ending
 
 
 def add_arguments(parser) -> None:
@@ -76,8 +90,9 @@ def add_arguments(parser) -> None:
             "--against",
             action="append",
             default=[],
-            metavar="PATH",
-            help="rows held out for evaluation: a file, folder or named data set; repeatable",
+            metavar="PATH|TASK",
+            help="held out for evaluation: rows in a file, folder or named data set; or a task as "
+            "of medmoe eval (medqa@test, suite:NAME, cards.toml, task:FILE.jsonl); repeatable",
         )
         one.add_argument(
             "--similarity",
@@ -163,8 +178,25 @@ def _repeats(arguments, rows: Callable[[], Placed], within: bool) -> Repeats:
     # Of held-out rows all keys are known enough: only what they say is compared.
     columns = _pairs("--column", arguments.column)
     reader = RowReader(columns=columns, ignore=(*arguments.ignore, "*"))
-    held_out = read_rows(arguments.against, reader)
-    return find_repeats(rows(), held_out, similarity=arguments.similarity, within=within)
+    paths = [name for name in arguments.against if _holds_rows(name)]
+    tasks = [name.removeprefix(_TASK) for name in arguments.against if name not in paths]
+    leaks = _leaks(load_items(expand(tasks)), rows()) if tasks else {}
+    return find_repeats(rows(), read_rows(paths, reader), leaks, arguments.similarity, within)
+
+
+def _holds_rows(name: str) -> bool:
+    return is_name(name) or (Path(name).exists() and not name.endswith(".toml"))
+
+
+def _leaks(tasks: Mapping[str, Sequence[Item]], rows: Placed) -> dict[int, Repeat]:
+    """The rows in which items of tasks stand, as `medmoe overlap` finds them."""
+    index, found = ItemIndex(tasks), {}
+    for number, (place, row) in enumerate(rows):
+        items = index.found_in(row_text(row))
+        if items:
+            (task, item), (share, _) = max(items.items(), key=lambda one: one[1][0])
+            found[number] = Repeat(place, HELD_OUT, f"{task}, item {item}", share)
+    return found
 
 
 def _pairs(option: str, given: Sequence[str]) -> dict[str, str]:

@@ -167,3 +167,29 @@ def test_rows_that_repeat_others_are_counted_and_left_out(tmp_path, capsys):
     error = error_of(capsys, "data build", [*out, "--name=c", "--dedupe", "--similarity=1.2"])
     assert "similarity 1.2: give a number from 0.5 to 1" in error
     assert not (tmp_path / "out" / "c").exists()
+
+
+def test_rows_with_items_of_tasks_are_left_out(tmp_path, capsys):
+    question = "Which drug is first given against a fever of unknown origin in small children today"
+    texts = ["aspirin?", f"Exam: {question}? Think.", "cough?", f"{question} or not", question]
+    rows, items = tmp_path / "rows.jsonl", tmp_path / "items.jsonl"
+    pairs = [{"prompt": text, "response": "x"} for text in texts]
+    rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    other = {"prompt": "cough", "answer": "x", "choices": ["x", "y"]}
+    item = {"prompt": f"{question}?", "answer": "x", "choices": ["x", "y"]}
+    items.write_text(json.dumps(other) + "\n" + json.dumps(item) + "\n")
+    out = ["--input", str(rows), f"--output={tmp_path / 'out'}", "--name=a"]
+    assert main(["data", "build", *out, f"--against=task:{items}"]) == 0
+    assert "left out of 5 rows: exact 0, near 0, held out 4; see " in capsys.readouterr().out
+    removed = (tmp_path / "out" / "a" / "1.0.0" / "removed.jsonl").read_text().splitlines()
+    found = {(one["place"], one["of"]) for one in map(json.loads, removed)}
+    lines = ((2, 1), (3, 0), (4, 1), (5, 1))
+    assert found == {(f"{rows}, line {line}", f"items, item {i}") for line, i in lines}
+    overlap = [f"--train={rows}", f"--tasks={items}", f"--output={tmp_path / 'overlap'}"]
+    assert main(["overlap", *overlap]) == 0  # which is the same rule
+    named = (tmp_path / "overlap" / "overlap.jsonl").read_text().splitlines()
+    assert [len(json.loads(line)["also"]) + 1 for line in named] == [1, 3]
+    error = error_of(capsys, "data build", [*out[:3], "--name=b", "--against=suite:none"])
+    assert "there is no suite 'none'" in error
+    error = error_of(capsys, "data build", [*out[:3], "--name=b", "--against=absent.jsonl"])
+    assert "absent.jsonl" in error and not (tmp_path / "out" / "b").exists()
