@@ -27,7 +27,7 @@ from medmoe_jax.errors import UserError
 SIMILARITY = 0.8
 LEAST_SIMILARITY = 0.5  # below it, rows share little more than a form
 EXACT, NEAR, HELD_OUT = "exact", "near", "held out"
-_AT_ONCE = 64
+_AT_ONCE = 64  # rows that are compared with one, at first
 
 Placed = Iterable[tuple[str, Conversation]]
 
@@ -159,11 +159,11 @@ def _find_groups(
         if not len(groups.apart(bucket[0], bucket)):
             continue
         for at in range(1, len(bucket)):
-            number, others = bucket[at], groups.apart(bucket[at], bucket[:at])
+            number, others, some = bucket[at], groups.apart(bucket[at], bucket[:at]), _AT_ONCE
             while len(others):
-                other = next(sketches.near(number, others[:_AT_ONCE], similarity), None)
+                other = next(sketches.near(number, others[:some], similarity), None)
                 if other is None:
-                    others = others[_AT_ONCE:]
+                    others, some = others[some:], 4 * some
                 else:
                     groups.join(number, other)
                     others = groups.apart(number, others)

@@ -98,8 +98,9 @@ class Sketches:
 
     def near(self, number: int, others: np.ndarray, similarity: float) -> Iterator[int]:
         """Those of some rows that are at least so similar to a row."""
-        agree = (self._minhashes[others] == self._minhashes[number]).mean(axis=1)
-        for other in others[agree >= similarity - SLACK].tolist():
+        same = self._minhashes[others] == self._minhashes[number]
+        agree = np.count_nonzero(same, axis=1)
+        for other in others[agree >= HASHES * (similarity - SLACK)].tolist():
             if self.similarity(number, other) >= similarity:
                 yield other
 

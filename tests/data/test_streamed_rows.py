@@ -267,7 +267,7 @@ def test_what_cannot_be_streamed_is_refused(tmp_path):
     with pytest.raises(UserError, match="have 0 rows or blocks, fewer than the 2 data shards"):
         streamed(path)
     write(path, ROWS[:1])
-    lonely = stream(path, shards=2)
+    lonely = stream(path, shards=2, window=2)
     with pytest.raises(UserError, match=r"data shard \d of 2 holds no row; use fewer data shards"):
         take(lonely, 9)
     with pytest.raises(UserError, match="of TensorFlow Datasets cannot be streamed"):
