@@ -101,7 +101,7 @@ class BatchStream(Iterator[Batch]):
 
     def __init__(
         self, sources: Sequence[TrainingRows], weights: Sequence[float] | None, spec: StreamSpec
-    ):
+    ) -> None:
         self._sources, self._weights, self._spec = sources, weights, spec
         self.shard_ids = spec.own_shards
         rows = {shard: iter(self._packed(self._rows(shard), shard)) for shard in self.shard_ids}
@@ -112,6 +112,11 @@ class BatchStream(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         return next(self._batches)
+
+    @property
+    def _encoded(self) -> list[EncodedRows]:
+        """Those sources that are not streamed."""
+        return [source for source in self._sources if isinstance(source, EncodedRows)]
 
     @property
     def _knows_languages(self) -> bool:
@@ -154,13 +159,13 @@ class BatchStream(Iterator[Batch]):
 
     def _sequences(self, shard: int) -> int:
         """How many an epoch of the shard packs into."""
-        rows = sum(len(_shard_of(source, shard, self._spec.shards)) for source in self._sources)
+        rows = sum(len(_shard_of(source, shard, self._spec.shards)) for source in self._encoded)
         epoch = self._mixed(shard).slice(slice(rows)).to_iter_dataset(INLINE)
         return sum(1 for _ in self._packed(epoch, shard))
 
     def _rows(self, shard: int) -> grain.IterDataset:
         """The endless sequence of this shard's rows."""
-        if not any(isinstance(source, StreamedRows) for source in self._sources):
+        if len(self._encoded) == len(self._sources):
             return self._mixed(shard).to_iter_dataset(INLINE)
         parts = [
             source.endless(shard, self._spec.shards, seed)
@@ -176,7 +181,7 @@ class BatchStream(Iterator[Batch]):
 
     def _mixed(self, shard: int) -> grain.MapDataset:
         """The same of rows with random access."""
-        parts = [_shard_of(source, shard, self._spec.shards) for source in self._sources]
+        parts = [_shard_of(source, shard, self._spec.shards) for source in self._encoded]
         if self._weights is None:
             parts = [grain.MapDataset.concatenate(parts)]
         parts = [
@@ -211,12 +216,13 @@ def make_stream(
     names = _used(datasets, weights)
     spec.check()
     for name in names:
-        if isinstance(datasets[name], StreamedRows):
+        source = datasets[name]
+        if isinstance(source, StreamedRows):
             if weights is None:
                 raise UserError(f"data set {name!r} is streamed, so it needs a mixture weight")
-        elif len(datasets[name]) < spec.shards:
+        elif len(source) < spec.shards:
             raise UserError(
-                f"data set {name!r} has {len(datasets[name])} rows, fewer than the {spec.shards} "
+                f"data set {name!r} has {len(source)} rows, fewer than the {spec.shards} "
                 "data shards; use fewer shards or leave it out"
             )
     shares = None if weights is None else [float(weights[name]) for name in names]
@@ -315,7 +321,7 @@ def _alone(rows: EncodedRows, number: int, length: int) -> Packed:
     }
 
 
-def _used(datasets: Mapping[str, Sequence], weights: Mapping[str, float] | None) -> list[str]:
+def _used(datasets: Mapping[str, TrainingRows], weights: Mapping[str, float] | None) -> list[str]:
     """The names of the data sets that rows are drawn from, in sorted order."""
     given = dict.fromkeys(datasets, 1.0) if weights is None else weights
     if set(given) != set(datasets):

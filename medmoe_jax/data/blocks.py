@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from medmoe_jax.data import hub
 from medmoe_jax.data.files import local_files
 from medmoe_jax.data.json_items import decode_line
+from medmoe_jax.data.on_demand import OnDemand
 from medmoe_jax.errors import UserError
 
 LINES, PARQUET = (".jsonl", ".ndjson"), ".parquet"
@@ -44,7 +45,7 @@ class File:
     """
 
     shown: str
-    open: Callable[[], BinaryIO]
+    open: Callable[[], io.RawIOBase]
     size: int
     digest: Callable[[], str]
 
@@ -96,8 +97,7 @@ class Lines:
         """The number of a line is counted when it is asked for."""
         number, left = 1, row[0]
         with self.file.open() as file:
-            while left:
-                read = file.read(min(left, _READ_BYTES))
+            while left and (read := file.read(min(left, _READ_BYTES))):
                 number, left = number + read.count(b"\n"), left - len(read)
         return f"{self.file.shown}, line {number}"
 
@@ -146,16 +146,16 @@ class Group:
             raise _unreadable(self.file, error) from error
 
 
-class _GroupRows(Sequence):
+class _GroupRows(OnDemand[tuple[int, dict[str, Any]]]):
     """The rows of a group, fast where they are asked for in order."""
 
-    def __init__(self, group: Group):
-        self._group, self._rows, self._next = group, iter(()), math.inf
+    def __init__(self, group: Group) -> None:
+        self._group, self._rows, self._next = group, group.rows(), 0
 
     def __len__(self) -> int:
         return self._group.stop - self._group.start
 
-    def __getitem__(self, index: int) -> tuple[int, dict[str, Any]]:
+    def item(self, index: int) -> tuple[int, dict[str, Any]]:
         if index < self._next:
             self._rows, self._next = self._group.rows(), 0
         for row in self._rows:
@@ -182,7 +182,7 @@ def open_files(path: str, split: str) -> list[File]:
                 f"{shown}: only files that end in {', '.join(ENDINGS)} can be streamed; leave out "
                 "the source's window, or build a data set of it"
             )
-        opens = functools.partial(open, file, "rb")
+        opens = functools.partial(io.FileIO, file)
         files.append(File(shown, opens, file.stat().st_size, functools.partial(_sha256, file)))
     return files
 

@@ -176,7 +176,7 @@ def _find_groups(
 class _Groups:
     """Disjoint sets of numbers; each is known by its smallest."""
 
-    def __init__(self, count: int):
+    def __init__(self, count: int) -> None:
         self._parent_N = np.arange(count)
 
     def heads(self, numbers: np.ndarray) -> np.ndarray:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -67,7 +68,7 @@ def hub_files(name: str, split: str, endings: Sequence[str]) -> Iterator[tuple[P
 
 def remote_files(
     name: str, split: str, endings: Sequence[str]
-) -> Iterator[tuple[str, Callable[[], BinaryIO], int, Callable[[], str]]]:
+) -> Iterator[tuple[str, Callable[[], io.RawIOBase], int, Callable[[], str]]]:
     """Yields `(name, what opens it, bytes, what gives its hash)` of files that stay on the hub.
 
     Arguments and errors are those of `hub_files`.
@@ -78,10 +79,8 @@ def remote_files(
     try:
         system = HfFileSystem()
         base = f"datasets/{repository}" + (f"@{revision}" if revision else "")
-        found = {
-            path.removeprefix(f"{base}/"): info
-            for path, info in system.find(base, detail=True).items()
-        }
+        listed: Any = system.find(base, detail=True)  # a dict of what is known of each
+        found = {path.removeprefix(f"{base}/"): info for path, info in listed.items()}
         card = Path(
             snapshot_download(
                 repository, repo_type="dataset", revision=revision, allow_patterns=["README.md"]

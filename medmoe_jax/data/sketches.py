@@ -46,7 +46,7 @@ class Sketches:
     Memory is 32 bytes a row. The disk (in $TMPDIR) takes 1 KiB a row and 8 bytes a word.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._open = ExitStack()
         folder = self._open.enter_context(tempfile.TemporaryDirectory(prefix="medmoe-sketches-"))
 
@@ -61,7 +61,7 @@ class Sketches:
     def __enter__(self) -> Sketches:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._open.close()
 
     def __len__(self) -> int:
@@ -146,7 +146,7 @@ class Sketches:
 class _Spool:
     """Byte strings on the disk, by number."""
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._ends = array("q", [0])
 

@@ -38,7 +38,7 @@ class RowFitter:
       shortened: rows it has shortened so far.
     """
 
-    def __init__(self, encoder: Encoder, length: int):
+    def __init__(self, encoder: Encoder, length: int) -> None:
         self.encoder = encoder
         self.length = length
         self.shortened = 0
@@ -134,11 +134,11 @@ def _open_streamed(data: Mapping[str, Any], name: str, encoder: Encoder) -> Open
     form = Prompt(f"data.sources.{name}.prompt", fields["prompt"])
     own = _row_reader(name, fields, data["ignore"])
     known = encoder.languages
-    detect = None if known is None else detector(data["detect_language"])
+    detect = detector(data["detect_language"] if known else 0.0)
 
     def read(item: Any, place: str) -> Conversation:
         row = form.conversation(own(item, place))
-        return row if detect is None else name_language(row, known, detect, place)
+        return row if known is None else name_language(row, known, detect, place)
 
     files = open_files(fields["path"], fields["split"])
     rows = StreamedRows(name, files, read, encoder, length, fields["window"], shards)

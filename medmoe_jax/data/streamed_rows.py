@@ -22,6 +22,7 @@ from medmoe_jax.data.blocks import Block, File, make_blocks
 from medmoe_jax.data.conversation import Conversation
 from medmoe_jax.data.encode import Encoder
 from medmoe_jax.data.encoded_rows import Element, element
+from medmoe_jax.data.on_demand import OnDemand
 from medmoe_jax.errors import UserError
 
 _TRIED = 100
@@ -38,27 +39,27 @@ class _Reading(grain.experimental.FlatMapTransform):
 
     max_fan_out = 1 << 40
 
-    def __init__(self, blocks: int, where: str):
+    def __init__(self, blocks: int, where: str) -> None:
         self._blocks, self._where, self._empty = blocks, where, 0
 
-    def flat_map(self, block: Block) -> Sequence[tuple[Block, Any]]:
-        rows = block.read()
+    def flat_map(self, element: Block) -> Sequence[tuple[Block, Any]]:
+        rows = element.read()
         self._empty = 0 if len(rows) else self._empty + 1
         if self._empty > 2 * self._blocks:  # a whole epoch
             raise UserError(f"{self._where} holds no row; use fewer data shards")
-        return _OfBlock(block, rows)
+        return _OfBlock(element, rows)
 
 
-class _OfBlock(Sequence):
+class _OfBlock(OnDemand[tuple[Block, Any]]):
     """Rows, each with the block that it is of."""
 
-    def __init__(self, block: Block, rows: Sequence[Any]):
+    def __init__(self, block: Block, rows: Sequence[Any]) -> None:
         self._block, self._rows = block, rows
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> tuple[Block, Any]:
+    def item(self, index: int) -> tuple[Block, Any]:
         return self._block, self._rows[index]
 
 
@@ -67,7 +68,7 @@ class _Each(grain.experimental.FlatMapTransform):
 
     max_fan_out = 1 << 40
 
-    def __init__(self, parts: Callable[[Any], Sequence[Any]]):
+    def __init__(self, parts: Callable[[Any], Sequence[Any]]) -> None:
         self._parts = parts
 
     def flat_map(self, element: Any) -> Sequence[Any]:
@@ -101,7 +102,7 @@ class StreamedRows:
         length: int,
         window: int,
         shards: int,
-    ):
+    ) -> None:
         """
         Args:
           name, encoder, length, window: see the class.

@@ -44,7 +44,7 @@ def row_text(row: Conversation) -> str:
 class ItemIndex:
     """The n-grams of items, by which an item is found in a text."""
 
-    def __init__(self, tasks: Mapping[str, Sequence[Item]], n: int = RUN):
+    def __init__(self, tasks: Mapping[str, Sequence[Item]], n: int = RUN) -> None:
         """
         Args:
           tasks: name -> items.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,9 @@ def _mixed(stage: Stage, roster: Roster) -> list[str]:
     return [bank for bank in stage.stack if roster[bank][0].gate == "skill"]
 
 
-def mixing_weights(stage: Stage, roster: Roster, banks) -> tuple[list[str], list[list[float]]]:
+def mixing_weights(
+    stage: Stage, roster: Roster, banks: Mapping[str, Any]
+) -> tuple[list[str], list[list[float]]]:
     """The skills that a stage of `find` has stacked, and their mixing weights `[N][E]`."""
     (name,) = _mixed(stage, roster)
     weights_NxE = mixing(roster[name][0], banks[name]["mix"]["weight"])
