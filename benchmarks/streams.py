@@ -3,7 +3,7 @@
   python benchmarks/streams.py               # 5 GB of JSON lines, then 5 GB of Parquet, an hour
   python benchmarks/streams.py --gb 0.2      # for a first look
 
-Rows of about 2 kB are generated; the Parquet file has 100,000 of them in a row group. A process of
+Rows of about 2 kB are generated; the Parquet file has 20,000 of them in a row group. A process of
 its own reads each file once through a training stream: a window of 8,192 rows over 8 data shards,
 packed to 2,048 tokens, 8 sequences a step. Its anonymous and shared memory (RssAnon + RssShmem of
 /proc/PID/status) is sampled after every step: mapped file pages are left out, because the kernel
@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-GROUP = 100_000
+GROUP = 20_000
 KINDS = ("jsonl", "parquet")
 LIMIT = 1.15
 WINDOW, SHARDS, LENGTH, BATCH = 8192, 8, 2048, 8

@@ -128,7 +128,12 @@ class Group:
         number = 0
         with self.file.open() as opened:
             file = self._tried(
-                lambda: pq.ParquetFile(opened, metadata=self.metadata, buffer_size=_READ_BYTES)
+                lambda: pq.ParquetFile(
+                    opened,
+                    metadata=self.metadata,
+                    buffer_size=_READ_BYTES,
+                    pre_buffer=False,  # which would bring a whole row group
+                )
             )
             batches = file.iter_batches(_READ_ROWS, row_groups=[self.group])
             while number < self.stop and (batch := self._tried(lambda: next(batches, None))):

@@ -218,6 +218,34 @@ def test_only_some_blocks_are_read_at_a_time(tmp_path, monkeypatch):
     assert 0 < sum(read) < file.size / 10
 
 
+def test_only_some_pages_of_a_row_group_are_read(tmp_path, monkeypatch):
+    path, read = tmp_path / "rows.parquet", []
+    rows = [{"prompt": f"{i} " + "q" * 50, "response": "a" * 50} for i in range(4000)]
+    pq.write_table(
+        pa.Table.from_pylist(rows),
+        path,
+        use_dictionary=False,
+        compression=None,
+        data_page_size=1024,
+        write_batch_size=16,
+    )
+
+    class Opened(io.FileIO):
+        def read(self, size=-1):
+            read.append(len(found := super().read(size)))
+            return found
+
+    (file,) = open_files(str(path), "train")
+    file = File(file.shown, lambda: Opened(path), file.size, file.digest)
+    (block,) = make_blocks([file], 1)
+    monkeypatch.setattr(blocks, "_READ_BYTES", 4096)
+    monkeypatch.setattr(blocks, "_READ_ROWS", 16)
+    del read[:]
+    found = block.read()
+    assert [found[i][1] for i in range(100)] == rows[:100]
+    assert 100 * 100 < sum(read) < file.size / 4
+
+
 def test_bad_rows_are_named_when_they_come(tmp_path):
     good = [json.dumps(row) + "\n" for row in ROWS]
     for line, message in (
