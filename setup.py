@@ -16,6 +16,7 @@ REQUIRES = [
     "absl-py>=2.1,<3",
     "array_record>=0.8,<0.9",
     "cma>=4.4,<5",
+    "datasketch>=2.0,<3",
     "flax>=0.12.8,<0.13",
     "gguf>=0.17,<0.20",
     "grain>=0.2.18,<0.3",

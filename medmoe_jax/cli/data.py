@@ -1,10 +1,13 @@
 """Build and look at data sets.
 
   medmoe data build --input rows.jsonl more.parquet --output data/mine --name mine
+  medmoe data build --input rows.jsonl --output data/clean --dedupe --against suite:cblue
   medmoe data inspect --dataset rows.jsonl --tokenizer DIR --template chatml --length 3072
   medmoe data languages --input rows.jsonl data/mine --table families
 
 Rows of many forms are read, from files of many kinds, folders and named data sets: docs/data.md.
+`build` leaves out rows that repeat earlier ones (--dedupe), and those that stand in data held out
+for evaluation (--against); what it left out is written beside the data.
 `inspect` shows the first rows as they will be trained, targets in green, and what all rows hold.
 `languages` counts the rows of each language, named or detected, and shows its expert.
 """
@@ -13,7 +16,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -21,15 +25,29 @@ from rich.table import Table
 
 from medmoe_jax.cli.session import no_rest
 from medmoe_jax.data import tokenizers
-from medmoe_jax.data.builder import build_from_files
+from medmoe_jax.data.builder import REMOVED, build_from_files, read_rows
+from medmoe_jax.data.duplicates import (
+    HELD_OUT,
+    SIMILARITY,
+    Placed,
+    Repeat,
+    Repeats,
+    find_repeats,
+)
 from medmoe_jax.data.encode import Encoder
+from medmoe_jax.data.hub import is_name
 from medmoe_jax.data.languages import census, detector
 from medmoe_jax.data.preview import inspect
 from medmoe_jax.data.rows import RowReader
 from medmoe_jax.data.sources import open_path
 from medmoe_jax.data.templates import load_template
 from medmoe_jax.errors import UserError
+from medmoe_jax.evaluation.items import Item
+from medmoe_jax.evaluation.overlap import ItemIndex, row_text
+from medmoe_jax.evaluation.tasks import expand, load_items
 from medmoe_jax.routing.languages import read_languages
+
+_TASK = "task:"  # before a file of items, as one of rows has the same ending
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--output", required=True, help="folder to write into")
     build.add_argument("--name", default="", help="of the data set (default: the first file's)")
     build.add_argument("--language", default="", help="of rows that name none")
+    build.add_argument(
+        "--dedupe", action="store_true", help="leave out exact and near duplicates of earlier rows"
+    )
     look = actions.add_parser("inspect", help="rows with their loss mask, and what all hold")
     look.add_argument("--dataset", required=True, help="a file, folder or named data set")
     look.add_argument("--tokenizer", required=True, help="file or folder")
@@ -64,6 +85,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             type=float,
             default=0.5,
             help="least probability of a language that a row does not name (%(default)s)",
+        )
+    for one in (build, look):
+        one.add_argument(
+            "--against",
+            action="append",
+            default=[],
+            metavar="PATH|TASK",
+            help="held out for evaluation: rows in a file, folder or named data set; or a task as "
+            "of medmoe eval (medqa@test, suite:NAME, cards.toml, task:FILE.jsonl); repeatable",
+        )
+        one.add_argument(
+            "--similarity",
+            type=float,
+            default=SIMILARITY,
+            help="Jaccard similarity at which two rows are near duplicates (%(default)s)",
         )
     for one in (build, look, count):
         add_row_arguments(one)
@@ -101,12 +137,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Run the command."""
     no_rest(rest)
     if arguments.action == "build":
-        reader = row_reader(arguments, arguments.language)
-        folder = build_from_files(
-            arguments.input, arguments.output, arguments.name, reader, arguments.split
-        )
-        _print_ignored(reader)
-        print(f"built {folder}")
+        _build(arguments)
     elif arguments.action == "languages":
         _print_languages(arguments)
     else:
@@ -122,12 +153,51 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
             arguments.row,
             arguments.rows,
             arguments.detect,
+            repeats=_repeats(arguments, source.rows.placed, within=True),
         )
 
 
-def _print_ignored(reader: RowReader) -> None:
+def _build(arguments) -> None:
+    inputs, split = arguments.input, arguments.split
+    reader = row_reader(arguments, arguments.language)
+    repeats = None
+    if arguments.dedupe or arguments.against:
+        repeats = _repeats(
+            arguments, lambda: read_rows(inputs, reader.again(), split), arguments.dedupe
+        )
+    folder = build_from_files(inputs, arguments.output, arguments.name, reader, split, repeats)
     for key, count in reader.ignored.items():
         print(f"left out: {key} ({count:,})")
+    if repeats is not None:
+        counts = ", ".join(f"{kind} {count:,}" for kind, count in repeats.counts.items())
+        print(f"left out of {repeats.rows:,} rows: {counts}; see {folder / REMOVED}")
+    print(f"built {folder}")
+
+
+def _repeats(arguments, rows: Callable[[], Placed], within: bool) -> Repeats:
+    """The rows that repeat others, or what --against names."""
+    # Of held-out rows all keys are known enough: only what they say is compared.
+    columns = _pairs("--column", arguments.column)
+    reader = RowReader(columns=columns, ignore=(*arguments.ignore, "*"))
+    paths = [name for name in arguments.against if _holds_rows(name)]
+    tasks = [name.removeprefix(_TASK) for name in arguments.against if name not in paths]
+    leaks = _leaks(load_items(expand(tasks)), rows()) if tasks else {}
+    return find_repeats(rows(), read_rows(paths, reader), leaks, arguments.similarity, within)
+
+
+def _holds_rows(name: str) -> bool:
+    return is_name(name) or (Path(name).exists() and not name.endswith(".toml"))
+
+
+def _leaks(tasks: Mapping[str, Sequence[Item]], rows: Placed) -> dict[int, Repeat]:
+    """The rows in which items of tasks stand, as `medmoe overlap` finds them."""
+    index, found = ItemIndex(tasks), {}
+    for number, (place, row) in enumerate(rows):
+        items = index.found_in(row_text(row))
+        if items:
+            (task, item), (share, _) = max(items.items(), key=lambda one: one[1][0])
+            found[number] = Repeat(place, HELD_OUT, f"{task}, item {item}", share)
+    return found
 
 
 def _pairs(option: str, given: Sequence[str]) -> dict[str, str]:

@@ -25,8 +25,8 @@ from medmoe_jax.data.hub import is_name
 from medmoe_jax.data.rows import RowReader
 from medmoe_jax.data.sources import open_path
 from medmoe_jax.errors import UserError
-from medmoe_jax.evaluation.overlap import overlaps
-from medmoe_jax.evaluation.tasks import expand, load_task
+from medmoe_jax.evaluation.overlap import RUN, overlaps, row_text
+from medmoe_jax.evaluation.tasks import expand, load_items
 from medmoe_jax.training.terminal import console
 
 
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train", action="append", default=[], help="a file or set; repeatable")
     parser.add_argument("--tasks", default="", help="as of medmoe eval")
     parser.add_argument("--split", help="of the tasks' sets")
-    parser.add_argument("--words", type=int, default=13, help="in a run that counts")
+    parser.add_argument("--words", type=int, default=RUN, help="in a run that counts")
     parser.add_argument("--output", required=True, help="folder of overlap.jsonl")
 
 
@@ -47,8 +47,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
         raise UserError("give --tasks to look for, and --train to look in")
     if arguments.words < 1:
         raise UserError(f"--words: {arguments.words} is below 1")
-    tasks = [load_task(name, split=arguments.split) for name in names]
-    items = {f"{task.name}@{task.split}".rstrip("@"): task.items for task in tasks}
+    items = load_items(names, arguments.split)
     texts = [pair for source in arguments.train for pair in _texts(source)]
     found = overlaps(items, (text for _, text in texts), arguments.words)
     counts = Counter(one.task for one in found)
@@ -70,7 +69,7 @@ def _texts(source: str) -> Iterator[tuple[str, str]]:
     if is_name(source) or Path(source).exists():
         rows = open_path(source, RowReader()).rows
         for number, row in enumerate(rows):
-            yield rows.place(number), " ".join(turn["content"] for turn in row["conversations"])
+            yield rows.place(number), row_text(row)
         return
     for number, row in enumerate(medical.training_rows(source, "train"), 1):
         yield f"{source}: row {number}", f"{row.prompt} {row.response}"

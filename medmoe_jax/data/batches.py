@@ -1,9 +1,10 @@
 """Batches of packed rows, the same for every number of processes, and exact after a resume.
 
-A stream has S *virtual shards*, fixed by the recipe. Each shard owns every S-th row of each data
-set, shuffles them anew in every epoch, mixes the data sets by weight and packs rows first-fit into
-sequences of T tokens. Row i of every global batch comes from shard i mod S. A process reads the
-shards it was given; states are kept by shard, so another number of processes continues the stream.
+A stream has S *virtual shards*, fixed by the recipe. Each shard owns every S-th row (of streamed
+files: block) of each data set, shuffles them anew in every epoch, mixes the data sets by weight and
+packs rows first-fit into sequences of T tokens. Row i of every global batch comes from shard i mod
+S. A process reads the shards it was given; states are kept by shard, so another number of processes
+continues the stream.
 
 Axis legend: B rows of this process's part of the global batch, T tokens of a row.
 """
@@ -22,6 +23,7 @@ import numpy as np
 from grain.experimental import FirstFitPackIterDataset, ThreadPrefetchDatasetIterator
 
 from medmoe_jax.data.encoded_rows import Counts, EncodedRows, Facts
+from medmoe_jax.data.streamed_rows import INLINE, StreamedRows
 from medmoe_jax.errors import UserError
 
 ARRAYS = ("tokens", "loss_mask", "segment_ids", "positions")
@@ -30,6 +32,7 @@ PACK_BINS = 32
 AHEAD = 4
 
 Batch = dict[str, np.ndarray]
+TrainingRows = EncodedRows | StreamedRows
 
 
 def array_names(languages: bool) -> tuple[str, ...]:
@@ -97,11 +100,11 @@ class BatchStream(Iterator[Batch]):
     """
 
     def __init__(
-        self, sources: Sequence[EncodedRows], weights: Sequence[float] | None, spec: StreamSpec
+        self, sources: Sequence[TrainingRows], weights: Sequence[float] | None, spec: StreamSpec
     ) -> None:
         self._sources, self._weights, self._spec = sources, weights, spec
         self.shard_ids = spec.own_shards
-        rows = {shard: iter(self._packed(self._mixed(shard), shard)) for shard in self.shard_ids}
+        rows = {shard: iter(self._packed(self._rows(shard), shard)) for shard in self.shard_ids}
         batches = _ShardRows(rows, spec.global_batch // spec.shards, self._knows_languages)
         self._batches = ThreadPrefetchDatasetIterator(batches, AHEAD)
         # Ends the thread while the interpreter is still whole.
@@ -109,6 +112,11 @@ class BatchStream(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         return next(self._batches)
+
+    @property
+    def _encoded(self) -> list[EncodedRows]:
+        """Those sources that are not streamed."""
+        return [source for source in self._sources if isinstance(source, EncodedRows)]
 
     @property
     def _knows_languages(self) -> bool:
@@ -151,12 +159,29 @@ class BatchStream(Iterator[Batch]):
 
     def _sequences(self, shard: int) -> int:
         """How many an epoch of the shard packs into."""
-        rows = sum(len(_shard_of(source, shard, self._spec.shards)) for source in self._sources)
-        return sum(1 for _ in self._packed(self._mixed(shard).slice(slice(rows)), shard))
+        rows = sum(len(_shard_of(source, shard, self._spec.shards)) for source in self._encoded)
+        epoch = self._mixed(shard).slice(slice(rows)).to_iter_dataset(INLINE)
+        return sum(1 for _ in self._packed(epoch, shard))
+
+    def _rows(self, shard: int) -> grain.IterDataset:
+        """The endless sequence of this shard's rows."""
+        if len(self._encoded) == len(self._sources):
+            return self._mixed(shard).to_iter_dataset(INLINE)
+        parts = [
+            source.endless(shard, self._spec.shards, seed)
+            if isinstance(source, StreamedRows)
+            else _shard_of(source, shard, self._spec.shards)
+            .shuffle(seed=seed)
+            .repeat()
+            .to_iter_dataset(INLINE)
+            for number, source in enumerate(self._sources)
+            for seed in (_seed(self._spec.seed, shard, number),)
+        ]
+        return grain.IterDataset.mix(parts, self._weights)
 
     def _mixed(self, shard: int) -> grain.MapDataset:
-        """The endless sequence of this shard's rows."""
-        parts = [_shard_of(source, shard, self._spec.shards) for source in self._sources]
+        """The same of rows with random access."""
+        parts = [_shard_of(source, shard, self._spec.shards) for source in self._encoded]
         if self._weights is None:
             parts = [grain.MapDataset.concatenate(parts)]
         parts = [
@@ -165,12 +190,11 @@ class BatchStream(Iterator[Batch]):
         ]
         return grain.MapDataset.mix(parts, self._weights)
 
-    def _packed(self, rows: grain.MapDataset, shard: int) -> grain.IterDataset:
+    def _packed(self, rows: grain.IterDataset, shard: int) -> grain.IterDataset:
         """Sequences of T tokens. Unpacked is packed with one row to a sequence."""
-        inline = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         source, pack = self._sources[0], self._spec.pack
         return FirstFitPackIterDataset(
-            rows.to_iter_dataset(inline),
+            rows,
             length_struct={"tokens": source.length, "loss_mask": source.length},
             num_packing_bins=PACK_BINS if pack else 1,
             max_sequences_per_bin=None if pack else 1,
@@ -181,19 +205,24 @@ class BatchStream(Iterator[Batch]):
 
 
 def make_stream(
-    datasets: Mapping[str, EncodedRows], weights: Mapping[str, float] | None, spec: StreamSpec
+    datasets: Mapping[str, TrainingRows], weights: Mapping[str, float] | None, spec: StreamSpec
 ) -> BatchStream:
     """The training stream over named data sets of one encoder and length.
 
     `weights` are relative rows drawn from each data set (0 leaves one out); None draws every row of
-    all data sets once an epoch. Raises UserError when the parts do not fit together.
+    all data sets once an epoch, which those that are streamed cannot do. Raises UserError when the
+    parts do not fit together.
     """
     names = _used(datasets, weights)
     spec.check()
     for name in names:
-        if len(datasets[name]) < spec.shards:
+        source = datasets[name]
+        if isinstance(source, StreamedRows):
+            if weights is None:
+                raise UserError(f"data set {name!r} is streamed, so it needs a mixture weight")
+        elif len(source) < spec.shards:
             raise UserError(
-                f"data set {name!r} has {len(datasets[name])} rows, fewer than the {spec.shards} "
+                f"data set {name!r} has {len(source)} rows, fewer than the {spec.shards} "
                 "data shards; use fewer shards or leave it out"
             )
     shares = None if weights is None else [float(weights[name]) for name in names]
@@ -292,7 +321,7 @@ def _alone(rows: EncodedRows, number: int, length: int) -> Packed:
     }
 
 
-def _used(datasets: Mapping[str, Sequence], weights: Mapping[str, float] | None) -> list[str]:
+def _used(datasets: Mapping[str, TrainingRows], weights: Mapping[str, float] | None) -> list[str]:
     """The names of the data sets that rows are drawn from, in sorted order."""
     given = dict.fromkeys(datasets, 1.0) if weights is None else weights
     if set(given) != set(datasets):

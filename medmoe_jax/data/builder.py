@@ -18,14 +18,18 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from medmoe_jax.data.conversation import Conversation
+from medmoe_jax.data.conversation import Conversation, Rows
+from medmoe_jax.data.duplicates import Placed, Repeats
 from medmoe_jax.data.files import read_items
+from medmoe_jax.data.hub import is_name
 from medmoe_jax.data.on_demand import OnDemand
 from medmoe_jax.data.rows import RowReader
 from medmoe_jax.errors import UserError
 
 VERSION = "1.0.0"
 SPLIT = "train"
+# Beside the records of a data set from which rows were left out: how many, and a line for each.
+CLEANED, REMOVED = "cleaned.json", "removed.jsonl"
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -86,11 +90,17 @@ class Conversations(OnDemand[Conversation]):
         return Conversations, (self.folder,)
 
 
-def build(rows: Iterable[Conversation], out_dir: str | Path, name: str) -> Path:
+def build(
+    rows: Iterable[Conversation],
+    out_dir: str | Path,
+    name: str,
+    repeats: Repeats | None = None,
+) -> Path:
     """Writes conversation rows to the data set folder `out_dir/name/1.0.0` and returns its path.
 
     The folder appears whole or not at all: an error or a kill in between leaves nothing under the
-    final name. Raises UserError for a bad name, for a name that is taken, and when there is no row.
+    final name. Rows that are `repeats` are left out, and CLEANED and REMOVED say so. Raises
+    UserError for a bad name, for a name that is taken, and when there is no row to write.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise UserError(
@@ -100,7 +110,7 @@ def build(rows: Iterable[Conversation], out_dir: str | Path, name: str) -> Path:
     final = Path(out_dir) / name / VERSION
     if final.exists():
         raise UserError(f"{final} already exists; choose another name or delete that folder first")
-    rows = _not_empty(rows, name)
+    rows = _not_empty(rows if repeats is None else _kept(rows, repeats), name)
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".partial-{name}-", dir=out_dir))
     try:
@@ -108,6 +118,8 @@ def build(rows: Iterable[Conversation], out_dir: str | Path, name: str) -> Path:
         with contextlib.redirect_stdout(io.StringIO()):
             builder = _Builder(name, rows, str(partial))
             builder.download_and_prepare()
+        if repeats is not None:
+            _tell(repeats, Path(builder.data_dir))
         final.parent.mkdir(exist_ok=True)
         Path(builder.data_dir).rename(final)
     finally:
@@ -120,11 +132,13 @@ def build_from_files(
     output: str | Path,
     name: str = "",
     reader: RowReader | None = None,
-    split: str = "train",
+    split: str = SPLIT,
+    repeats: Repeats | None = None,
 ) -> Path:
-    """Builds a data set under `output` from all that `data.files` reads; returns its folder.
+    """Builds a data set under `output` from all that `read_rows` reads; returns its folder.
 
-    `name` defaults to the first file's name; `reader` says what is made of a row.
+    `name` defaults to the first file's name; `reader` says what is made of a row; `repeats` are
+    rows of the same inputs that are left out.
     Raises UserError for bad files or rows; see `data.rows` and `build`.
     """
     if not inputs:
@@ -132,8 +146,33 @@ def build_from_files(
     stem = Path(inputs[0]).name.split(".")[0]
     name = name or re.sub(r"^[^a-z]+|[^a-z0-9]+", "_", stem.lower()).strip("_") or "conversations"
     reader = reader or RowReader()
-    items = (item for path in inputs for item in read_items(path, split))
-    return build((reader(item, place) for place, item in items), output, name)
+    return build((row for _, row in read_rows(inputs, reader, split)), output, name, repeats)
+
+
+def read_rows(inputs: Sequence[str | Path], reader: RowReader, split: str = SPLIT) -> Placed:
+    """Yields `(place, row)` of built data sets and all that `data.files` reads, one at a time.
+
+    Raises:
+      UserError: nothing readable is there, or a row cannot be used.
+    """
+    for path in inputs:
+        if is_built(path):
+            yield from open_rows(path, reader, split).placed()
+        else:
+            for place, item in read_items(path, split):
+                yield place, reader(item, place)
+
+
+def is_built(path: str | Path) -> bool:
+    """Whether a path is that of a built data set, and no name or file."""
+    return not is_name(str(path)) and is_dataset(path)
+
+
+def open_rows(path: str | Path, reader: RowReader, split: str = SPLIT) -> Rows:
+    """The rows of a built data set. Raises UserError where the reader asks for other columns."""
+    if reader.columns or split != SPLIT:
+        raise UserError(f"{path}: a data set that was built has one split and our own columns")
+    return Rows(open_dataset(path), f"{path}, row {{}}".format)
 
 
 def open_dataset(folder: str | Path) -> Conversations:
@@ -190,6 +229,31 @@ def _not_empty(rows: Iterable[Conversation], name: str) -> Iterator[Conversation
     if first is None:
         raise UserError(f"data set {name!r}: there is no row to write; check the input files")
     return itertools.chain([first], rows)
+
+
+def _kept(rows: Iterable[Conversation], repeats: Repeats) -> Iterator[Conversation]:
+    """The rows that repeat no other. Raises UserError where they are not the rows looked at."""
+    if len(repeats.by_number) == repeats.rows > 0:
+        raise UserError(f"each of the {repeats.rows:,} rows is held out; there is none to write")
+    count = 0
+    for number, row in enumerate(rows):
+        count += 1
+        if number not in repeats.by_number:
+            yield row
+    if count != repeats.rows:
+        raise UserError(
+            f"the input held {repeats.rows:,} rows when they were compared and {count:,} when they "
+            "were written; build it again when nothing changes it"
+        )
+
+
+def _tell(repeats: Repeats, folder: Path) -> None:
+    """Writes CLEANED and REMOVED."""
+    told = {"rows": repeats.rows, "kept": repeats.rows - len(repeats.by_number), **repeats.told}
+    (folder / CLEANED).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    with open(folder / REMOVED, "w", encoding="utf-8") as file:
+        for repeat in repeats.by_number.values():
+            file.write(json.dumps(repeat._asdict(), ensure_ascii=False) + "\n")
 
 
 def _decoded(value: bytes | str) -> str:

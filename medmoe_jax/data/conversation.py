@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NotRequired, TypedDict
 
 from medmoe_jax.data.on_demand import OnDemand
@@ -78,6 +79,10 @@ class Rows(OnDemand[Conversation]):
     def __repr__(self) -> str:
         return f"Rows({self._rows!r})"
 
+    def placed(self) -> Iterator[tuple[str, Conversation]]:
+        """Yields `(place, row)`."""
+        return ((self.place(number), self[number]) for number in range(len(self)))
+
     def changed(self, change: Callable[[int, Conversation], Conversation]) -> Rows:
         """These rows with a further change to each."""
         return Rows(self, self.place, change)
@@ -86,6 +91,17 @@ class Rows(OnDemand[Conversation]):
 def as_rows(rows: Sequence[Conversation]) -> Rows:
     """Rows that know their places; those of a plain sequence are their numbers."""
     return rows if isinstance(rows, Rows) else Rows(rows)
+
+
+def said(row: Conversation) -> str:
+    """The text of all turns but the system's, thoughts and calls of functions with them."""
+    parts = []
+    for turn in row["conversations"]:
+        if turn["role"] != "system":
+            calls = turn.get("tool_calls")
+            parts += [turn.get("reasoning_content", ""), turn["content"]]
+            parts += [json.dumps(calls, ensure_ascii=False, sort_keys=True)] if calls else []
+    return "\n".join(parts)
 
 
 def turns_of(prompt: str | Sequence[Turn]) -> list[Turn]:

@@ -119,7 +119,7 @@ class EncodedRows(OnDemand[Element]):
     def _encode(self, number: int) -> list[Element]:
         """The training rows of a conversation, remembered while there is room."""
         encoded = encoded_at(self._rows, number, self.encoder.rows)
-        parts = [_element(one.cut(self.length)) for one in encoded]
+        parts = [element(one.cut(self.length)) for one in encoded]
         if self._left > 0 and number not in self._memory:
             size = sum(part["tokens"].nbytes + part["loss_mask"].nbytes for part in parts)
             self._left -= size + ROW_OVERHEAD * len(parts)
@@ -137,7 +137,8 @@ def encoded_at(
         raise UserError(f"{rows.place(number)}: {error}") from error
 
 
-def _element(row: Encoded) -> Element:
+def element(row: Encoded) -> Element:
+    """The training row of an encoded one."""
     size, targets = len(row.tokens), int(row.loss_mask.sum())
     counts = Counts(1, size, targets, int(row.truncated), int(targets == 0))
     return {

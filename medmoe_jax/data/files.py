@@ -13,7 +13,7 @@ import functools
 import gzip
 import io
 import json
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -61,15 +61,31 @@ def read_items(path: str | Path, split: str = "train") -> Items:
     elif str(path).startswith(hub.HUB):
         for file, shown in hub.hub_files(str(path), split, ENDINGS):
             yield from _file_items(file, shown)
-    elif Path(path).is_dir():
-        yield from _folder_items(Path(path), split)
+    else:
+        for file, shown in local_files(Path(path), split, ENDINGS):
+            yield from _file_items(file, shown)
+
+
+def local_files(path: Path, split: str, endings: Sequence[str]) -> Iterator[tuple[Path, str]]:
+    """Yields `(file, its name)` of a file, or of those of a folder that hold a split.
+
+    Args:
+      path: of the file or folder.
+      split: of a folder that has several.
+      endings: of the files of a folder that can be read.
+
+    Raises:
+      UserError: there is no such split.
+    """
+    if path.is_dir():
+        yield from _folder_files(path, split, endings)
     elif split != "train":
         raise UserError(f"{path}: a file has no splits, so there is no '{split}' in it")
     else:
-        yield from _file_items(Path(path), str(path))
+        yield path, str(path)
 
 
-def _folder_items(folder: Path, split: str) -> Items:
+def _folder_files(folder: Path, split: str, endings: Sequence[str]) -> Iterator[tuple[Path, str]]:
     if (folder / _SPLITS).is_file():
         splits = json.loads((folder / _SPLITS).read_text(encoding="utf-8"))["splits"]
         if split not in splits:
@@ -80,9 +96,9 @@ def _folder_items(folder: Path, split: str) -> Items:
         files = [entry["filename"] for entry in state["_data_files"]]
     else:
         names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-        files = hub.choose_files(str(folder), names, split, ENDINGS)
+        files = hub.choose_files(str(folder), names, split, endings)
     for name in files:
-        yield from _file_items(folder / name, str(folder / name))
+        yield folder / name, str(folder / name)
 
 
 def _file_items(path: Path, shown: str) -> Items:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
+import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,15 @@ def is_name(path: str) -> bool:
     return path.startswith((HUB, TFDS))
 
 
+def _parts(name: str) -> tuple[str, str | None, str | None]:
+    """(repository, revision, part) of a name on the hub. Raises UserError."""
+    found = re.fullmatch(r"([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?", name.removeprefix(HUB))
+    if not found:
+        raise UserError(f"{name}: write {HUB}ORG/NAME[@REVISION][/PART]")
+    repository, revision, part = found.groups()
+    return repository, revision, part
+
+
 def hub_files(name: str, split: str, endings: Sequence[str]) -> Iterator[tuple[Path, str]]:
     """Yields `(file on this machine, its name)` of one split of a data set on the hub.
 
@@ -35,10 +46,7 @@ def hub_files(name: str, split: str, endings: Sequence[str]) -> Iterator[tuple[P
     """
     from huggingface_hub import HfApi, constants, errors, snapshot_download
 
-    found = re.fullmatch(r"([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?", name.removeprefix(HUB))
-    if not found:
-        raise UserError(f"{name}: write {HUB}ORG/NAME[@REVISION][/PART]")
-    repository, revision, part = found.groups()
+    repository, revision, part = _parts(name)
     common: dict[str, Any] = {"repo_type": "dataset", "revision": revision}
     try:
         if constants.HF_HUB_OFFLINE:
@@ -56,6 +64,41 @@ def hub_files(name: str, split: str, endings: Sequence[str]) -> Iterator[tuple[P
     base = name.removesuffix(f"/{part}") if part else name
     for file in chosen:
         yield folder / file, f"{base}/{file}"
+
+
+def remote_files(
+    name: str, split: str, endings: Sequence[str]
+) -> Iterator[tuple[str, Callable[[], io.RawIOBase], int, Callable[[], str]]]:
+    """Yields `(name, what opens it, bytes, what gives its hash)` of files that stay on the hub.
+
+    Arguments and errors are those of `hub_files`.
+    """
+    from huggingface_hub import HfFileSystem, errors, snapshot_download
+
+    repository, revision, part = _parts(name)
+    try:
+        system = HfFileSystem()
+        base = f"datasets/{repository}" + (f"@{revision}" if revision else "")
+        listed: Any = system.find(base, detail=True)  # a dict of what is known of each
+        found = {path.removeprefix(f"{base}/"): info for path, info in listed.items()}
+        card = Path(
+            snapshot_download(
+                repository, repo_type="dataset", revision=revision, allow_patterns=["README.md"]
+            )
+        )
+        chosen = _part_files(name, sorted(found), card / "README.md", part or "", split, endings)
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        raise UserError(f"{name}: {' '.join(str(error).split())}") from error
+    shown = name.removesuffix(f"/{part}") if part else name
+    for file in chosen:
+        info = found[file]
+        opens = functools.partial(system.open, info["name"], "rb")
+        yield f"{shown}/{file}", opens, info["size"], functools.partial(_content_hash, info)
+
+
+def _content_hash(info: Mapping[str, Any]) -> str:
+    """The hash by which the hub knows a file's content."""
+    return str((info.get("lfs") or {}).get("sha256") or info["blob_id"])
 
 
 def _part_files(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
 from medmoe_jax import json_text
@@ -33,15 +33,20 @@ def _lines(lines: Iterable[str], shown: str) -> Items:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             where = f"{shown}, line {number}"
-            try:
-                yield where, json_text.loads(line, _object)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{where}: not valid JSON ({error.msg}, column {error.colno}); "
-                    "write one JSON object on each line, or one JSON list for the whole file"
-                ) from error
-            except _TwiceError as error:
-                raise UserError(f"{where}: {error}") from None
+            yield where, decode_line(line, lambda where=where: where)
+
+
+def decode_line(line: str, where: Callable[[], str]) -> Any:
+    """The item of one line. Raises UserError that begins with what `where` gives."""
+    try:
+        return json_text.loads(line, _object)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{where()}: not valid JSON ({error.msg}, column {error.colno}); "
+            "write one JSON object on each line, or one JSON list for the whole file"
+        ) from error
+    except _TwiceError as error:
+        raise UserError(f"{where()}: {error}") from None
 
 
 def _list_items(text: str, shown: str) -> Items:

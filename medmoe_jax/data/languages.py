@@ -85,12 +85,27 @@ def name_languages(
     codes = []
     counts = {"named": 0, "detected": 0, "unknown": 0}
     for number, (code, named) in enumerate(row_languages(rows, detect)):
-        if named and code not in known:
-            raise UserError(
-                f"{rows.place(number)}: the row is in '{code}', a language that the table of "
-                "data.languages does not have; add it there, or correct the row"
-            )
+        if named:
+            _check_known(code, known, rows.place(number))
         code = code if code in known else UNKNOWN
         codes.append(code)
         counts["named" if named else "detected" if code else "unknown"] += 1
     return rows.changed(lambda number, row: {**row, "language": codes[number]}), counts
+
+
+def name_language(
+    row: Conversation, known: Container[str], detect: Detect, place: str
+) -> Conversation:
+    """One row with its language, as `name_languages` gives it. Raises UserError."""
+    ((code, named),) = row_languages([row], detect)
+    if named:
+        _check_known(code, known, place)
+    return {**row, "language": code if code in known else UNKNOWN}
+
+
+def _check_known(code: str, known: Container[str], place: str) -> None:
+    if code not in known:
+        raise UserError(
+            f"{place}: the row is in '{code}', a language that the table of data.languages does "
+            "not have; add it there, or correct the row"
+        )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from medmoe_jax.data import tokenizers
-from medmoe_jax.data.conversation import Conversation, Rows, Turn
+from medmoe_jax.data.conversation import Rows, Turn
+from medmoe_jax.data.duplicates import EXACT, HELD_OUT, NEAR, Repeats, find_repeats
 from medmoe_jax.data.encode import Encoder, Run
 from medmoe_jax.data.encoded_rows import encoded_at
 from medmoe_jax.data.languages import census, detector
@@ -25,8 +24,9 @@ from medmoe_jax.data.tokens import Tokenizer
 from medmoe_jax.errors import UserError
 
 TARGET, CONTEXT, CUT = "bold green", "dim", "red"
+_DUPLICATES = {EXACT: "exact duplicates", NEAR: "near duplicates", HELD_OUT: "held-out rows"}
 PERCENTILES = (0, 50, 90, 99, 100)
-_SHOWN = 5  # languages and duplicates named
+_SHOWN = 5  # languages, and duplicates of a kind, that are named
 
 
 def inspect(
@@ -37,6 +37,7 @@ def inspect(
     count: int = 1,
     detect: float = 0.5,
     console: Console | None = None,
+    repeats: Repeats | None = None,
 ) -> dict[str, float]:
     """Prints some rows as they will be trained, and what all of them hold.
 
@@ -47,9 +48,10 @@ def inspect(
       first, count: the rows to show. Green is a target, dim is context, red lies beyond `length`.
       detect: the least probability of a language that a row does not name; 0 = none is detected.
       console: where to print.
+      repeats: rows that repeat others; None = what `data.duplicates` finds in the rows alone.
 
     Returns:
-      The statistics that it prints.
+      The statistics that it prints, of duplicates too.
 
     Raises:
       UserError: a row that does not exist or cannot be used; it is named by its place.
@@ -65,16 +67,33 @@ def inspect(
     for text in (f"an answer ends at: {_stop_names(encoder)}", *_warnings(source, encoder)):
         console.print(Text(text))
     statistics = row_statistics(rows, encoder, length)
-    table = Table("statistic", "value", title=f"all {len(rows):,} rows, in tokens")
-    for name, value in statistics.items():
-        table.add_row(name, f"{value:,.1f}".removesuffix(".0"))
-    console.print(table)
+    _print_table(f"all {len(rows):,} rows, in tokens", statistics, console)
+    repeats = find_repeats(rows.placed()) if repeats is None else repeats
+    counts = {_DUPLICATES[kind]: float(count) for kind, count in repeats.counts.items()}
+    _print_table("rows that repeat others", counts, console)
+    for text in _examples(repeats):
+        console.print(Text(text))
     for code, (named, detected) in list(census(rows, detector(detect)).items())[:_SHOWN]:
         language = code or "unknown"
         console.print(
             Text(f"language {language}: {named:,} rows name it, in {detected:,} detected")
         )
-    return statistics
+    return statistics | counts
+
+
+def _print_table(title: str, values: Mapping[str, float], console: Console) -> None:
+    table = Table("statistic", "value", title=title)
+    for name, value in values.items():
+        table.add_row(name, f"{value:,.1f}".removesuffix(".0"))
+    console.print(table)
+
+
+def _examples(repeats: Repeats) -> Iterator[str]:
+    """The first rows of each kind, each with what it repeats."""
+    for kind, name in _DUPLICATES.items():
+        some = [one for one in repeats.by_number.values() if one.kind == kind][:_SHOWN]
+        for place, _, of, similarity in some:
+            yield f"{name}: {place} {'=' if kind == EXACT else f'~ {similarity:.2f} ~'} {of}"
 
 
 def _show(rows: Rows, number: int, encoder: Encoder, length: int, console: Console) -> None:
@@ -108,7 +127,7 @@ def _written(piece: Piece, tokenizer: Tokenizer) -> str:
 
 
 def row_statistics(rows: Rows, encoder: Encoder, length: int) -> dict[str, float]:
-    """Length percentiles, target share, shares of rows cut or left untaught, and duplicates."""
+    """Length percentiles, target share, and shares of rows cut or left untaught."""
     encoded = [one for number in range(len(rows)) for one in encoded_at(rows, number, encoder.rows)]
     sizes = np.array([len(e.tokens) for e in encoded])
     targets = np.array([e.loss_mask.sum() for e in encoded])
@@ -121,14 +140,7 @@ def row_statistics(rows: Rows, encoder: Encoder, length: int) -> dict[str, float
         "targets %": 100.0 * float(targets.sum() / sizes.sum()),
         "truncated rows %": 100.0 * float((sizes > length).mean()),
         "rows without target %": 100.0 * float((kept == 0).mean()),
-        "exact duplicates": float(len(rows) - len(set(map(_content, rows)))),
     }
-
-
-def _content(row: Conversation) -> bytes:
-    """A hash of what a row says, whatever it says of its language."""
-    said = [row["conversations"], row.get("tools")]
-    return hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16).digest()
 
 
 def _warnings(source: Source, encoder: Encoder) -> Iterator[str]:
@@ -136,14 +148,6 @@ def _warnings(source: Source, encoder: Encoder) -> Iterator[str]:
     if source.ignored:
         left = ", ".join(f"{key} ({count:,})" for key, count in source.ignored.items())
         yield f"left out of the rows: {left}"
-    first: dict[bytes, int] = {}
-    pairs = [
-        f"{source.rows.place(number)} = {source.rows.place(before)}"
-        for number, row in enumerate(source.rows)
-        if (before := first.setdefault(_content(row), number)) != number
-    ]
-    if pairs:
-        yield f"exact duplicates: {'; '.join(pairs[:_SHOWN])}"
 
 
 def _stop_names(encoder: Encoder) -> str:

@@ -63,6 +63,10 @@ class RowReader:
             if key not in KEYS:
                 raise UserError(f"columns.{key}: no row has this key; use one of {', '.join(KEYS)}")
 
+    def again(self) -> RowReader:
+        """A reader that does the same and has counted nothing."""
+        return RowReader(self._language, self.columns, self._ignore)
+
     def __call__(self, item: Any, where: str = "row") -> Conversation:
         """The conversation row of one decoded row. Raises UserError that starts with `where`."""
         if not isinstance(item, Mapping):

@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from medmoe_jax.data import builder, medical
+from medmoe_jax.data.blocks import open_files
 from medmoe_jax.data.conversation import Conversation, Rows
 from medmoe_jax.data.demo import corpus
 from medmoe_jax.data.encode import Encoder
 from medmoe_jax.data.encoded_rows import CACHE_BYTES, EncodedRows
-from medmoe_jax.data.files import read_items
 from medmoe_jax.data.hub import is_name
-from medmoe_jax.data.languages import detector, name_languages
+from medmoe_jax.data.languages import detector, name_language, name_languages
 from medmoe_jax.data.medical.row import Row, shorten
 from medmoe_jax.data.prompts import Prompt
 from medmoe_jax.data.rows import RowReader
+from medmoe_jax.data.streamed_rows import StreamedRows
 from medmoe_jax.errors import UserError
 
 _DEMO = {
@@ -79,14 +80,14 @@ class Opened:
     """The training rows of a source.
 
     Attributes:
-      rows: encoded.
+      rows: encoded, or to be encoded as they come.
       digest: of the source's content.
       languages: how many rows named their language, had it detected, or are of unknown language;
         empty without a table of languages.
       notes: what a person should know of it, a sentence each.
     """
 
-    rows: EncodedRows
+    rows: EncodedRows | StreamedRows
     digest: str
     languages: dict[str, int]
     notes: tuple[str, ...]
@@ -110,6 +111,8 @@ def open_sources(
 
 
 def _open_encoded(data: Mapping[str, Any], name: str, encoder: Encoder, budget: int) -> Opened:
+    if data["sources"][name]["window"]:
+        return _open_streamed(data, name, encoder)
     fit = RowFitter(encoder, data["length"])
     source = open_source(name, data["sources"][name], data["ignore"], fit)
     rows, languages = source.rows, {}
@@ -123,6 +126,36 @@ def _open_encoded(data: Mapping[str, Any], name: str, encoder: Encoder, budget: 
             f"{encoded.length} tokens, so nothing can be learned from it; raise data.length"
         )
     return Opened(encoded, source.digest, languages, tuple(_notes(name, source, encoded)))
+
+
+def _open_streamed(data: Mapping[str, Any], name: str, encoder: Encoder) -> Opened:
+    fields, length, shards = data["sources"][name], data["length"], data["shards"]
+    check_source(name, fields)
+    form = Prompt(f"data.sources.{name}.prompt", fields["prompt"])
+    own = _row_reader(name, fields, data["ignore"])
+    known = encoder.languages
+    detect = detector(data["detect_language"] if known else 0.0)
+
+    def read(item: Any, place: str) -> Conversation:
+        row = form.conversation(own(item, place))
+        return row if known is None else name_language(row, known, detect, place)
+
+    files = open_files(fields["path"], fields["split"])
+    rows = StreamedRows(name, files, read, encoder, length, fields["window"], shards)
+    told = [rows.digest, fields["prompt"], fields["columns"], *data["ignore"]]
+    digest = hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=16)
+    note = (
+        f"source '{name}': streamed from {len(files)} files in {len(rows.blocks):,} blocks, "
+        f"shuffled in a window of {rows.window:,} rows; a row is checked when it comes"
+    )
+    return Opened(rows, digest.hexdigest(), {}, (note,))
+
+
+def _row_reader(name: str, fields: Mapping[str, Any], ignore: Sequence[str]) -> RowReader:
+    try:
+        return RowReader(columns=fields["columns"], ignore=ignore)
+    except UserError as error:
+        raise UserError(f"data.sources.{name}.{error}") from None
 
 
 def _notes(name: str, source: Source, rows: EncodedRows):
@@ -169,11 +202,7 @@ def open_source(
         raise UserError(f"data.sources.{name}.columns: reader '{reader}' names its own columns")
     form = Prompt(f"data.sources.{name}.prompt", fields["prompt"])
     if reader == "rows":
-        try:
-            own = RowReader(columns=fields["columns"], ignore=ignore)
-        except UserError as error:
-            raise UserError(f"data.sources.{name}.{error}") from None
-        found = open_path(path, own, fields["split"])
+        found = open_path(path, _row_reader(name, fields, ignore), fields["split"])
         rows = found.rows.changed(lambda number, row: form.conversation(row))
         digest = form.digest(found.digest) if found.built else _digest(rows)
         return replace(found, rows=rows, digest=digest)
@@ -192,14 +221,12 @@ def open_path(path: str | Path, reader: RowReader, split: str = "train") -> Sour
     Raises:
       UserError: nothing readable is there, or a row cannot be used.
     """
-    if not is_name(str(path)) and builder.is_dataset(path):
-        if reader.columns or split != builder.SPLIT:
-            raise UserError(f"{path}: a data set that was built has one split and our own columns")
-        built = Rows(builder.open_dataset(path), f"{path}, row {{}}".format)
+    if builder.is_built(path):
+        built = builder.open_rows(path, reader, split)
         return Source(built, builder.content_digest(path), built=True)
     found, places = [], []
-    for place, item in read_items(path, split):
-        found.append(reader(item, place))
+    for place, row in builder.read_rows([path], reader, split):
+        found.append(row)
         places.append(place)
     return Source(Rows(found, places.__getitem__), _digest(found), reader.ignored)
 
@@ -221,6 +248,9 @@ def check_source(name: str, fields: Mapping[str, Any]) -> None:
         raise UserError(f"{where}.reader: '{reader}' is none of {known}")
     elif path:
         raise UserError(f"{where}: reader '{reader}' takes no path")
+    if fields["window"] and (reader != "rows" or builder.is_built(path)):
+        what = "a built data set" if reader == "rows" else f"reader '{reader}'"
+        raise UserError(f"{where}.window: {what} is not streamed; leave it out")
 
 
 def _digest(rows: Sequence[Conversation]) -> str:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 from sacrebleu.metrics import CHRF
 
+from medmoe_jax.data.words import words
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import answers, grammars
-from medmoe_jax.evaluation.tokens import words
 
 
 @dataclass(frozen=True)

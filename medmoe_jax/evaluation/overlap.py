@@ -6,8 +6,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from medmoe_jax.data.conversation import Conversation
+from medmoe_jax.data.words import words
 from medmoe_jax.evaluation.items import Item
-from medmoe_jax.evaluation.tokens import words
+
+RUN = 13  # words that an item and a row share
 
 
 @dataclass
@@ -33,8 +36,38 @@ def item_text(item: Item) -> str:
     return " ".join([asked, *item.texts])
 
 
+def row_text(row: Conversation) -> str:
+    """What of a training row is looked through: all that its turns say."""
+    return " ".join(turn["content"] for turn in row["conversations"])
+
+
+class ItemIndex:
+    """The n-grams of items, by which an item is found in a text."""
+
+    def __init__(self, tasks: Mapping[str, Sequence[Item]], n: int = RUN) -> None:
+        """
+        Args:
+          tasks: name -> items.
+          n: words in a row (signs in scripts without spaces); an item that is shorter counts as a
+            whole.
+        """
+        self._grams, whole = _index(tasks, n)
+        self._sizes = {key: len(own) for key, own in whole.items()}
+
+    def found_in(self, text: str) -> dict[tuple[str, int], tuple[float, str]]:
+        """(task, item) -> the share of its n-grams that a text has, and one of them."""
+        hits: dict[tuple[str, int], set] = defaultdict(set)
+        for gram in _grams(words(text), self._grams):
+            for key in self._grams[len(gram)].get(gram, ()):
+                hits[key].add(gram)
+        return {
+            key: (len(shared) / self._sizes[key], " ".join(min(shared)))
+            for key, shared in hits.items()
+        }
+
+
 def overlaps(
-    tasks: Mapping[str, Sequence[Item]], rows: Iterable[str], n: int = 13
+    tasks: Mapping[str, Sequence[Item]], rows: Iterable[str], n: int = RUN
 ) -> list[Overlap]:
     """For every item the training row that shares most of its n-grams, if any does.
 
@@ -47,23 +80,17 @@ def overlaps(
     Returns:
       in the order of the items; `also` are further rows by number.
     """
-    grams, whole = _index(tasks, n)
+    index = ItemIndex(tasks, n)
     best: dict[tuple[str, int], Overlap] = {}
-    sizes = {key: len(own) for key, own in whole.items()}
     for number, text in enumerate(rows):
-        hits: dict[tuple[str, int], set] = defaultdict(set)
-        for gram in _grams(words(text), grams):
-            for key in grams[len(gram)].get(gram, ()):
-                hits[key].add(gram)
-        for key, shared in hits.items():
-            share = len(shared) / sizes[key]
+        for key, (share, shared) in index.found_in(text).items():
             found = best.get(key)
             if found is None or share > found.share:
                 further = [found.row, *found.also] if found else []
                 item = tasks[key[0]][key[1]]
                 best[key] = Overlap(
                     *(key[0], key[1], item_text(item), number, text, share),
-                    " ".join(min(shared)),
+                    shared,
                     further,
                 )
             else:

@@ -143,6 +143,12 @@ def expand(names: Sequence[str]) -> list[str]:
     return out
 
 
+def load_items(names: Sequence[str], split: str | None = None) -> dict[str, tuple[Item, ...]]:
+    """All items of some tasks, by `NAME@SPLIT`. Raises what `load_task` does."""
+    tasks = [load_task(name, split=split) for name in names]
+    return {f"{task.name}@{task.split}".rstrip("@"): task.items for task in tasks}
+
+
 def _check_name(name: str) -> None:
     if not name.endswith((".jsonl", ".jsonl.gz")) and name not in _DEMO:
         base, _, split = name.partition("@")

@@ -153,13 +153,16 @@ def source(
     split: str = "train",
     prompt: str = "{text}",
     columns: Mapping[str, str] | None = None,
+    window: int = 0,
 ) -> ConfigDict:
     """Rows of conversations: a file or built data set (docs/data.md), or a named reader's split.
 
     `prompt` is what the first user turn of every row is put into, at `{text}`. `columns` maps the
-    keys of a form of rows to the names that these rows give them, `{"prompt": "Question"}`.
+    keys of a form of rows to the names that these rows give them, `{"prompt": "Question"}`. With a
+    `window`, JSON lines and Parquet files of any size are streamed and shuffled in a window of so
+    many rows; otherwise all rows are read, checked and counted before the first step.
     """
-    fields = {"path": path, "reader": reader, "split": split, "prompt": prompt}
+    fields = {"path": path, "reader": reader, "split": split, "prompt": prompt, "window": window}
     return ConfigDict({**fields, "columns": dict(columns or {})})
 
 

@@ -26,6 +26,7 @@ from medmoe_jax.ranges import (
 LIMITS: Mapping[str, Range] = {
     "base.seed": SEED,
     "data.detect_language": SHARE,
+    "data.sources.*.window": NOT_NEGATIVE,
     "data.length": NOT_NEGATIVE,
     "data.global_batch": COUNT,
     "data.shards": COUNT,

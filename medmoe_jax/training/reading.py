@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from medmoe_jax.data.batches import BatchStream, StreamSpec, make_stream
 from medmoe_jax.data.sources import Opened, check_source, open_sources
-from medmoe_jax.errors import field_names
+from medmoe_jax.errors import UserError, field_names
 from medmoe_jax.training.placement import Placement
 from medmoe_jax.training.setup import Setup
 from medmoe_jax.training.stage import Stage
@@ -34,7 +34,13 @@ class StageData(NamedTuple):
 def check_sources(setup: Setup, stage: Stage) -> None:
     """Raise UserError for a source of the stage that cannot be there, before any is read."""
     for name in stage.sources:
-        check_source(name, setup.config.data.sources[name])
+        fields = setup.config.data.sources[name]
+        check_source(name, fields)
+        if fields.window and not stage.config.steps:
+            raise UserError(
+                f"stages.{stage.name}.steps is 0, but the rows of source '{name}' are streamed and "
+                "not counted; say how many steps"
+            )
 
 
 def open_rows(setup: Setup, stages: Sequence[Stage]) -> dict[str, Opened]:

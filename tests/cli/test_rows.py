@@ -134,3 +134,62 @@ def test_columns_keys_splits_and_options(tmp_path, capsys):
     assert "no splits" in error_of(capsys, "data inspect", [*look, "--split=dev"])
     count = ["--input", str(path), str(tmp_path / "d"), *reading, "--ignore=id"]
     assert "one split and our own columns" in error_of(capsys, "data languages", count)
+
+
+def test_rows_that_repeat_others_are_counted_and_left_out(tmp_path, capsys):
+    answer = " ".join(f"word{i}" for i in range(50))
+    said = [answer, "other " + answer, f"{answer} held out", answer, "short", f"{answer}!"]
+    rows, held, more = tmp_path / "rows.jsonl", tmp_path / "held.jsonl", tmp_path / "more.jsonl"
+    pairs = [{"prompt": "q", "response": text, "id": 1} for text in said]
+    rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    held.write_text(json.dumps({"question": "q", "answer": said[2], "source": "exam"}) + "\n")
+    more.write_text(json.dumps({"prompt": "q", "response": "short"}) + "\n")
+    keep = ["--ignore=id"]
+    tokenizer = f"--tokenizer={tiny.tokenizer().path}"
+    assert main(["data", "inspect", f"--dataset={rows}", tokenizer, *keep]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "exact duplicates │ 1" in shown and "near duplicates │ 3" in shown
+    assert f"exact duplicates: {rows}, line 4 = {rows}, line 1" in shown
+    assert f"near duplicates: {rows}, line 6 ~ 1.00 ~ {rows}, line 1" in shown
+    out = [f"--output={tmp_path / 'out'}", "--input", str(rows), str(more), *keep]
+    assert main(["data", "build", *out, "--name=a", "--dedupe"]) == 0
+    shown = capsys.readouterr().out
+    assert "left out of 7 rows: exact 2, near 3, held out 0; see " in shown
+    assert shown.count("left out: id (6)") == 1  # they are read twice
+    against = [f"--against={held}", "--similarity=0.97"]
+    assert main(["data", "build", *out, "--name=b", *against]) == 0
+    assert "exact 0, near 0, held out 1; see " in capsys.readouterr().out
+    built = tmp_path / "out" / "b"
+    look = ["data", "inspect", f"--dataset={built}", tokenizer, f"--against={held}"]
+    assert main(look) == 0
+    assert "held-out rows │ 5" not in (shown := " ".join(capsys.readouterr().out.split()))
+    assert "held-out rows │ 4" in shown and f"~ {held}, line 1" in shown
+    error = error_of(capsys, "data build", [*out, "--name=c", "--dedupe", "--similarity=1.2"])
+    assert "similarity 1.2: give a number from 0.5 to 1" in error
+    assert not (tmp_path / "out" / "c").exists()
+
+
+def test_rows_with_items_of_tasks_are_left_out(tmp_path, capsys):
+    question = "Which drug is first given against a fever of unknown origin in small children today"
+    texts = ["aspirin?", f"Exam: {question}? Think.", "cough?", f"{question} or not", question]
+    rows, items = tmp_path / "rows.jsonl", tmp_path / "items.jsonl"
+    pairs = [{"prompt": text, "response": "x"} for text in texts]
+    rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    other = {"prompt": "cough", "answer": "x", "choices": ["x", "y"]}
+    item = {"prompt": f"{question}?", "answer": "x", "choices": ["x", "y"]}
+    items.write_text(json.dumps(other) + "\n" + json.dumps(item) + "\n")
+    out = ["--input", str(rows), f"--output={tmp_path / 'out'}", "--name=a"]
+    assert main(["data", "build", *out, f"--against=task:{items}"]) == 0
+    assert "left out of 5 rows: exact 0, near 0, held out 4; see " in capsys.readouterr().out
+    removed = (tmp_path / "out" / "a" / "1.0.0" / "removed.jsonl").read_text().splitlines()
+    found = {(one["place"], one["of"]) for one in map(json.loads, removed)}
+    lines = ((2, 1), (3, 0), (4, 1), (5, 1))
+    assert found == {(f"{rows}, line {line}", f"items, item {i}") for line, i in lines}
+    overlap = [f"--train={rows}", f"--tasks={items}", f"--output={tmp_path / 'overlap'}"]
+    assert main(["overlap", *overlap]) == 0  # which is the same rule
+    named = (tmp_path / "overlap" / "overlap.jsonl").read_text().splitlines()
+    assert [len(json.loads(line)["also"]) + 1 for line in named] == [1, 3]
+    error = error_of(capsys, "data build", [*out[:3], "--name=b", "--against=suite:none"])
+    assert "there is no suite 'none'" in error
+    error = error_of(capsys, "data build", [*out[:3], "--name=b", "--against=absent.jsonl"])
+    assert "absent.jsonl" in error and not (tmp_path / "out" / "b").exists()

@@ -6,12 +6,15 @@ import json
 import threading
 import urllib.parse
 
+import pyarrow
 import pytest
 from huggingface_hub import constants
+from pyarrow import parquet
 
+from medmoe_jax.data.blocks import make_blocks, open_files
 from medmoe_jax.data.files import read_items
 from medmoe_jax.data.hub import choose_files
-from medmoe_jax.data.rows import read_file
+from medmoe_jax.data.rows import RowReader, read_file
 from medmoe_jax.errors import UserError
 from tests.data.test_data_files import ROWS, WANTED, write
 
@@ -21,7 +24,7 @@ COMMIT = "0123456789" * 4
 class Hub(http.server.BaseHTTPRequestHandler):
     """Repositories are folders below `root`, the only revision is main."""
 
-    root, asked = None, []
+    root, asked, ranges = None, [], []
 
     def log_message(self, *_):
         pass
@@ -31,6 +34,15 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         self._answer()
+
+    def do_POST(self):
+        """What is known of some files (`paths-info`)."""
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        name = "/".join(self.path.split("/")[3:5])
+        files = [(path, self.root / name / path) for path in asked["paths"]]
+        self._send(
+            200, json.dumps([_entry(*one) for one in files if one[1].is_file()]).encode(), {}
+        )
 
     def _answer(self):
         path = urllib.parse.unquote(self.path.split("?")[0])
@@ -43,6 +55,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
         content = file.read_bytes()
         etag = hashlib.sha1(content).hexdigest()
+        wanted = self.headers.get("Range")
+        if wanted:
+            first, last = map(int, wanted.removeprefix("bytes=").split("-"))
+            self.ranges.append((rest.partition("/")[2], last + 1 - first))
+            place = f"bytes {first}-{last}/{len(content)}"
+            return self._send(206, content[first : last + 1], {"Content-Range": place})
         return self._send(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
 
     def _describe(self, organisation, name, what="revision", revision="main"):
@@ -52,10 +70,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
         files = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file()}
         if what == "tree":
-            answer = [
-                {"type": "file", "path": path, "size": file.stat().st_size, "oid": COMMIT}
-                for path, file in files.items()
-            ]
+            answer = [_entry(path, file) for path, file in files.items()]
         else:
             siblings = [{"rfilename": path} for path in files]
             answer = {"id": f"{organisation}/{name}", "sha": COMMIT, "siblings": siblings}
@@ -66,8 +81,14 @@ class Hub(http.server.BaseHTTPRequestHandler):
         for name, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(content)
+
+
+def _entry(path, file):
+    content = file.read_bytes()
+    digest = hashlib.sha1(content).hexdigest()
+    return {"type": "file", "path": path, "size": len(content), "oid": digest}
 
 
 @pytest.fixture
@@ -75,6 +96,7 @@ def hub(tmp_path, monkeypatch):
     """A folder whose `org/name` are data sets on the hub."""
     monkeypatch.setattr(Hub, "root", tmp_path / "hub")
     monkeypatch.setattr(Hub, "asked", [])
+    monkeypatch.setattr(Hub, "ranges", [])
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -176,3 +198,31 @@ def test_files_of_a_split_by_their_names():
     for names, split in ((["dev.csv"], "train"), (["a.csv"], "dev"), (["a.txt"], "train")):
         with pytest.raises(UserError, match=r"no file (of split|that ends)"):
             choose(names, split)
+
+
+@pytest.mark.parametrize("name", ["hf://datasets/org/name", "hf://datasets/org/name@main/data"])
+def test_files_that_stay_on_the_hub_are_read_in_ranges(hub, name):
+    rows = [{"prompt": "q", "response": f"{i} " + "word " * 2000} for i in range(40)]
+    for file in ("data/train-0.parquet", "data/test-0.parquet"):
+        (hub / "org" / "name" / "data").mkdir(parents=True, exist_ok=True)
+        table = pyarrow.Table.from_pylist(rows)
+        parquet.write_table(
+            table, hub / "org" / "name" / file, row_group_size=10, compression=None,
+            use_dictionary=False,
+        )  # fmt: skip
+    write(hub / "org" / "name" / "data" / "train-1.jsonl")
+    table, lines = open_files(name, "train")
+    blocks = make_blocks([table, lines], 1)
+    assert [type(block).__name__ for block in blocks] == ["Group"] * 4 + ["Lines"]
+    whole = (hub / "org" / "name" / "data" / "train-0.parquet").read_bytes()
+    assert table.digest() == hashlib.sha1(whole).hexdigest() and table.size == len(whole)
+    assert [row["response"][:2] for _, row in blocks[2].read()] == [f"{i}" for i in range(20, 30)]
+    assert blocks[2].place(blocks[2].read()[3]).endswith("data/train-0.parquet, row 23")
+    assert [RowReader()(blocks[4].decode(row)) for row in blocks[4].read()] == WANTED
+    assert blocks[4].place(blocks[4].read()[1]).endswith("data/train-1.jsonl, line 2")
+    assert {file for file, _ in Hub.ranges} == {"data/train-0.parquet", "data/train-1.jsonl"}
+    assert not any("/resolve/" in p and "test-0" in p for p in Hub.asked)
+    with pytest.raises(UserError, match="no file of split 'dev' among"):
+        open_files(name, "dev")
+    with pytest.raises(UserError, match="hf://datasets/org/none"):
+        open_files("hf://datasets/org/none", "train")

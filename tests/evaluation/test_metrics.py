@@ -7,10 +7,10 @@ from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import binomtest
 from sklearn import metrics as reference
 
+from medmoe_jax.data.words import words
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import Item, metrics
 from medmoe_jax.evaluation.intervals import bootstrap, interval, wilson
-from medmoe_jax.evaluation.tokens import words
 
 RIGHT = ["a", "b", "c", "a", "b", "a", "a", "d"]
 GUESS = ["a", "b", "a", "a", "c", "a", "b", "e"]

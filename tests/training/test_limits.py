@@ -84,6 +84,7 @@ REFUSED = {
     "data.global_batch": (0, "0 is below 1"),
     "data.shards": (0, "0 is below 1"),
     "data.detect_language": (1.5, "1.5 is above 1"),
+    "data.sources.rows.window": (-1, "-1 is below 0"),
     "run.accumulation": (0, "0 is below 1"),
     "run.unroll": (0, "0 is below 1"),
     "run.log_every": (0, "0 is below 1"),

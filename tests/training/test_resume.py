@@ -19,7 +19,7 @@ from medmoe_jax.checkpoints import stages as store
 from medmoe_jax.checkpoints.files import read_metrics
 from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.data.batches import BatchStream
-from medmoe_jax.errors import Stopped
+from medmoe_jax.errors import Stopped, UserError
 from medmoe_jax.parallel.processes import Notice
 from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import open_setup
@@ -229,3 +229,28 @@ def test_killed_in_the_middle_of_each_stage(tmp_path):
     assert_same_run(workdir, reference)
     train(Run(open_setup(tiny.medcare_config()), tmp_path / "aggregate"))
     assert_same_run(tmp_path / "aggregate", reference)
+
+
+def test_a_streamed_source_is_trained_and_resumed_bit_for_bit(tmp_path):
+    def setup(steps=6):
+        config = tiny.medcare_config()
+        config.stages.order = ("aggregate",)
+        config.stages.aggregate.steps = steps
+        config.stages.aggregate.epochs = 1.0
+        config.data.sources.knowledge.window = 2048
+        return open_setup(config)
+
+    with pytest.raises(UserError, match=r"stages\.aggregate\.steps is 0, but the rows of source"):
+        train(Run(setup(0), tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+    train(Run(setup(), tmp_path / "whole"))
+    asked = []
+    with pytest.raises(Stopped):
+        train(Run(setup(), tmp_path / "cut"), stop=lambda: asked.append(0) or len(asked) == 3)
+    train(Run(setup(), tmp_path / "cut"))
+    assert curve(tmp_path / "cut", "aggregate") == curve(tmp_path / "whole", "aggregate")
+    assert len(curve(tmp_path / "cut", "aggregate")) == 6
+    changed = setup()
+    changed.config.data.sources.knowledge.window = 1024
+    with pytest.raises(UserError, match="another recipe"):
+        train(Run(changed, tmp_path / "whole"))

@@ -1,7 +1,8 @@
-"""Words of any script, for scores that compare texts word by word."""
+"""Words of any script: what texts are compared by, word by word."""
 
 from __future__ import annotations
 
+import functools
 import unicodedata
 
 # Scripts that are written without spaces: each sign, with the marks that belong to it, is a word.
@@ -17,21 +18,27 @@ def words(text: str) -> list[str]:
     word = ""
     alone = False  # whether the last word is a sign of a script without spaces
     for character in unicodedata.normalize("NFKC", text).lower():
-        category = unicodedata.category(character)
-        if category[0] == "M" and (word or alone):  # belongs to what it stands on
+        category, unspaced = _kind(character)
+        if category == "M" and (word or alone):  # belongs to what it stands on
             if alone:
                 found[-1] += character
             else:
                 word += character
             continue
-        unspaced = unicodedata.name(character, "").startswith(_UNSPACED)
-        goes_on = category[0] in "LMN" and not unspaced
+        goes_on = category in "LMN" and not unspaced
         if word and not goes_on:
             found.append(word)
             word = ""
-        alone = unspaced and category[0] in "LMN"
+        alone = unspaced and category in "LMN"
         if alone:
             found.append(character)
         elif goes_on:
             word += character
     return [*found, word] if word else found
+
+
+@functools.lru_cache(1 << 16)
+def _kind(character: str) -> tuple[str, bool]:
+    """The first letter of a sign's category, and whether its script has no spaces."""
+    unspaced = unicodedata.name(character, "").startswith(_UNSPACED)
+    return unicodedata.category(character)[0], unspaced

@@ -1,0 +1,250 @@
+"""Files that are read in blocks, any block at any time, so that no file has to fit into memory.
+
+A block is a range of bytes of a file of JSON lines, or of rows of a row group of a Parquet file.
+Files lie on this machine, or on the Hugging Face hub, of which only the ranges that are asked for
+are brought.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from medmoe_jax.data import hub
+from medmoe_jax.data.files import local_files
+from medmoe_jax.data.json_items import decode_line
+from medmoe_jax.data.on_demand import OnDemand
+from medmoe_jax.errors import UserError
+
+LINES, PARQUET = (".jsonl", ".ndjson"), ".parquet"
+ENDINGS = (*LINES, PARQUET)
+BLOCK_BYTES = 1 << 20
+_READ_BYTES = 1 << 20
+_READ_ROWS = 256
+
+
+@dataclass(frozen=True)
+class File:
+    """A file whose ranges can be read.
+
+    Attributes:
+      shown: its name for messages.
+      open: opens it.
+      size: in bytes.
+      digest: gives a hash of its content.
+    """
+
+    shown: str
+    open: Callable[[], io.RawIOBase]
+    size: int
+    digest: Callable[[], str]
+
+
+class Block(Protocol):
+    """Rows that are read together."""
+
+    def read(self) -> Sequence[Any]:
+        """The rows as they stand in the file. Raises UserError."""
+
+    def decode(self, row: Any) -> Any:
+        """A row's item (`data.rows`). Raises UserError that begins with its place."""
+
+    def place(self, row: Any) -> str:
+        """The file and the line or number of a row."""
+
+
+@dataclass(frozen=True)
+class Lines:
+    """The lines of a file that begin from byte `start` up to byte `stop`."""
+
+    file: File
+    start: int
+    stop: int
+
+    def read(self) -> Sequence[tuple[int, bytes]]:
+        """`(first byte, line)` of each that is not empty."""
+        found = []
+        with io.BufferedReader(self.file.open(), _READ_BYTES) as file:
+            at = self.start
+            if at:  # a line that begins before belongs to the block before
+                file.seek(at - 1)
+                at += len(file.readline()) - 1
+            while at < self.stop and (line := file.readline()):
+                if line.strip():
+                    found.append((at, line))
+                at += len(line)
+        return found
+
+    def decode(self, row: tuple[int, bytes]) -> Any:
+        at, line = row
+        try:
+            text = line.decode("utf-8" if at else "utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.place(row)}: not UTF-8 text ({error})") from error
+        return decode_line(text, lambda: self.place(row))
+
+    def place(self, row: tuple[int, bytes]) -> str:
+        """The number of a line is counted when it is asked for."""
+        number, left = 1, row[0]
+        with self.file.open() as file:
+            while left and (read := file.read(min(left, _READ_BYTES))):
+                number, left = number + read.count(b"\n"), left - len(read)
+        return f"{self.file.shown}, line {number}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows `start` up to `stop` of a row group of a Parquet file, whose first row is `first`."""
+
+    file: File
+    metadata: pq.FileMetaData
+    group: int
+    first: int
+    start: int
+    stop: int
+
+    def read(self) -> Sequence[tuple[int, dict[str, Any]]]:
+        """`(number in the file, row)`; a few rows at a time are in memory."""
+        return _GroupRows(self)
+
+    def decode(self, row: tuple[int, dict[str, Any]]) -> Any:
+        return row[1]
+
+    def place(self, row: tuple[int, dict[str, Any]]) -> str:
+        return f"{self.file.shown}, row {row[0]}"
+
+    def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The rows, read from the file as they are asked for. Raises UserError."""
+        number = 0
+        with self.file.open() as opened:
+            file = self._tried(
+                lambda: pq.ParquetFile(
+                    opened,
+                    metadata=self.metadata,
+                    buffer_size=_READ_BYTES,
+                    pre_buffer=False,  # which would bring a whole row group
+                )
+            )
+            batches = file.iter_batches(_READ_ROWS, row_groups=[self.group])
+            while number < self.stop and (batch := self._tried(lambda: next(batches, None))):
+                skipped = max(0, self.start - number)
+                for row in batch[skipped : self.stop - number].to_pylist():
+                    yield self.first + number + skipped, row
+                    skipped += 1
+                number += len(batch)
+
+    def _tried(self, step: Callable[[], Any]) -> Any:
+        """What a step of reading gives. Raises UserError."""
+        try:
+            return step()
+        except (pa.ArrowException, OSError) as error:
+            raise _unreadable(self.file, error) from error
+
+
+class _GroupRows(OnDemand[tuple[int, dict[str, Any]]]):
+    """The rows of a group, fast where they are asked for in order."""
+
+    def __init__(self, group: Group) -> None:
+        self._group, self._rows, self._next = group, group.rows(), 0
+
+    def __len__(self) -> int:
+        return self._group.stop - self._group.start
+
+    def item(self, index: int) -> tuple[int, dict[str, Any]]:
+        if index < self._next:
+            self._rows, self._next = self._group.rows(), 0
+        for row in self._rows:
+            self._next += 1
+            if self._next > index:
+                return row
+        raise IndexError(f"row {index} of {len(self)}")
+
+
+def open_files(path: str, split: str) -> list[File]:
+    """The files of a path or of a name on the hub (`data.files`) that can be read in blocks.
+
+    Raises:
+      UserError: there are none, or one is of another kind.
+    """
+    if path.startswith(hub.TFDS):
+        raise UserError(f"{path}: a data set of TensorFlow Datasets cannot be streamed")
+    if path.startswith(hub.HUB):
+        return [File(*found) for found in hub.remote_files(path, split, ENDINGS)]
+    files = []
+    for file, shown in local_files(Path(path), split, ENDINGS):
+        if not file.name.endswith(ENDINGS):
+            raise UserError(
+                f"{shown}: only files that end in {', '.join(ENDINGS)} can be streamed; leave out "
+                "the source's window, or build a data set of it"
+            )
+        opens = functools.partial(io.FileIO, file)
+        files.append(File(shown, opens, file.stat().st_size, functools.partial(_sha256, file)))
+    return files
+
+
+def make_blocks(files: Sequence[File], least: int) -> list[Block]:
+    """All blocks of some files, in order; at least so many if the files have the rows for it.
+
+    Raises:
+      UserError: a file cannot be read.
+    """
+    size = min(BLOCK_BYTES, max(1, sum(file.size for file in files) // least))
+    tables = [file for file in files if file.shown.endswith(PARQUET)]
+    metadata = {file.shown: _metadata(file) for file in tables}
+    groups = sum(one.num_row_groups for one in metadata.values())
+    parts = math.ceil(least / groups) if groups else 1
+    return [
+        block
+        for file in files
+        for block in (
+            _groups(file, metadata[file.shown], parts)
+            if file.shown in metadata
+            else _lines(file, size)
+        )
+    ]
+
+
+def _lines(file: File, size: int) -> Iterator[Lines]:
+    with file.open() as opened:
+        if opened.read(_READ_ROWS).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            raise UserError(f"{file.shown}: is one JSON list; write one object a line to stream it")
+    for start in range(0, file.size, size):
+        yield Lines(file, start, min(start + size, file.size))
+
+
+def _groups(file: File, metadata: pq.FileMetaData, parts: int) -> Iterator[Group]:
+    first = 0
+    for number in range(metadata.num_row_groups):
+        rows = metadata.row_group(number).num_rows
+        cuts = [rows * part // parts for part in range(parts + 1)]
+        for start, stop in itertools.pairwise(cuts):
+            if start < stop:
+                yield Group(file, metadata, number, first, start, stop)
+        first += rows
+
+
+def _metadata(file: File) -> pq.FileMetaData:
+    try:
+        with file.open() as opened:
+            return pq.read_metadata(opened)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: File, error: Exception) -> UserError:
+    return UserError(f"{file.shown}: not a Parquet file that can be read ({error})")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
