@@ -156,6 +156,13 @@ def test_the_page_of_several_runs(runs, tmp_path):
     assert page.beside({"A": first, "B": alone}, {})[0].rows[1][-1] == ""
 
 
+def test_questions_on_one_text_are_told_apart():
+    """What stands before the text is no part of what is asked, what stands after it is."""
+    prompts = ("fever, cough\nA or B?", "fever, cough\nC or D?", "Guide.\nfever, cough\nA or B?")
+    ids = [records.identity(Item(p, "yes", LABELS, source="fever, cough")) for p in prompts]
+    assert ids[0] == ids[2] != ids[1]
+
+
 # Contamination.
 
 
