@@ -96,6 +96,12 @@ def test_missing_and_unknown_tasks(tmp_path):
 def test_names_are_checked_with_suites_in_their_places():
     assert expand(["suite:cblue", "demo_knowledge"])[-1] == "demo_knowledge"
     assert len(expand(["suite:cblue"])) == 16 and len(expand(["suite:apollo12"])) == 12
+    both = expand(["suite:medcare-exams", "suite:multimedqa", "medqa@test"])
+    assert both.count("medqa@test") == 1 and both.count("medmcqa@dev") == 1
+    assert expand(["demo_knowledge@dev"]) == ["demo_knowledge@dev"]
+    assert load_task("demo_knowledge@dev", 3) == load_task("demo_knowledge", 3)
+    with pytest.raises(UserError, match="demo_knowledge has no split 'test'"):
+        load_task("demo_knowledge@test")
     with pytest.raises(UserError, match="no suite 'cblu'; did you mean 'cblue'"):
         expand(["suite:cblu"])
     with pytest.raises(UserError, match="'cmedtx' is not a medical set; did you mean cmedtc"):
