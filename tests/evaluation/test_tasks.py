@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from medmoe_jax.data import medical
+from medmoe_jax.data.medical import registry
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import Fitter, Shots, evaluate, list_tasks, load_task, metrics
 from medmoe_jax.evaluation.tasks import expand, suites
@@ -269,6 +270,13 @@ def test_written_answers_leave_their_room(tmp_path):
     upstream.write("meqsum", tmp_path)
     task = load_task("meqsum", root=tmp_path, fit=Fitter(Characters(), 64 + 30))
     assert all(len(item.prompt) + 2 <= 30 for item in task.items) and task.shortened
+
+
+def test_a_metric_of_a_user_s_card_is_known_before_its_rows_are_read(monkeypatch):
+    cards = {"mine": dataclasses.replace(medical.SETS["medqa"], name="mine", also=("acuracy",))}
+    monkeypatch.setattr(registry, "SETS", cards)
+    with pytest.raises(UserError, match="metric 'acuracy' is not one of accuracy"):
+        load_task("mine@test")
 
 
 def test_metrics_of_all_cards_are_known():
