@@ -280,9 +280,11 @@ def test_a_plain_adapter(tmp_path, root):
     check_bank(bank, tensors, lambda _: 6 / (2 if root else 4))
 
 
-def test_unequal_ranks_and_alphas(tmp_path):
+@pytest.mark.parametrize("root", [False, True])
+def test_unequal_ranks_and_alphas(tmp_path, root):
     options = {
         **PLAIN,
+        "use_rslora": root,
         "target_modules": r".*\.(1|2)\..*(q|down)_proj",
         "rank_pattern": {"down_proj": 2, "layers.1.self_attn.q_proj": 7},
         "alpha_pattern": {"model.layers.2.self_attn.q_proj": 10},
@@ -297,7 +299,7 @@ def test_unequal_ranks_and_alphas(tmp_path):
     bank = peft.read_peft(tmp_path, TINY, "llama", "lora")
     assert (bank[0].rank, bank[0].s, bank[0].start, bank[0].stop) == (7, 1.0, 1, 3)
     alphas = {"model.layers.2.self_attn.q_proj": 10}
-    check_bank(bank, tensors, lambda m: alphas.get(m, 6) / ranks[m])
+    check_bank(bank, tensors, lambda m: alphas.get(m, 6) / ranks[m] ** (0.5 if root else 1))
 
 
 @pytest.mark.parametrize("layers", [[0, 2], 2])
