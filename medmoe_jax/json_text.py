@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
+
+from medmoe_jax.errors import UserError
 
 
 @contextlib.contextmanager
@@ -43,3 +45,27 @@ def loads(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | Non
     """
     with one_error(text):
         return json.loads(text, object_pairs_hook=pairs)
+
+
+def lines(content: bytes, shown: object) -> Iterator[tuple[str, Any]]:
+    """`(file:line, value)` of each line of JSON Lines that is not blank.
+
+    Args:
+      content: of the file.
+      shown: what it is called.
+
+    Raises:
+      UserError: it is not UTF-8, or a line is not JSON; names file and line.
+    """
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = content[: error.start].count(b"\n") + 1
+        raise UserError(f"{shown}:{number}: not UTF-8 text ({error.reason})") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            where = f"{shown}:{number}"
+            try:
+                yield where, loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{where}: not JSON ({error.msg})") from None

@@ -46,6 +46,21 @@ def test_every_reader_names_the_file(tmp_path: Path, reader, text):
         READERS[reader](path)
 
 
+def test_lines_have_their_numbers():
+    content = '\ufeff{"a": 1}\r\n\n[2]\n'.encode()
+    assert list(json_text.lines(content, "f")) == [("f:1", {"a": 1}), ("f:3", [2])]
+    with pytest.raises(UserError, match="f:2: not JSON"):
+        list(json_text.lines(b"1\n{\n", "f"))
+
+
+@pytest.mark.parametrize("reader", ["a user's task", "records of an evaluation", "rows to score"])
+def test_a_file_in_another_encoding_is_named_with_its_line(tmp_path: Path, reader):
+    path = tmp_path / "empty.jsonl"
+    path.write_bytes(b"\n" + '{"prompt": "é"}'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"empty\.jsonl:2: not UTF-8"):
+        READERS[reader](path)
+
+
 def test_bytes_that_are_no_text():
     with pytest.raises(json.JSONDecodeError, match="not text"):
         json_text.loads(b'"\xff"')

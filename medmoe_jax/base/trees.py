@@ -1,4 +1,4 @@
-"""Small helpers on nested dicts of arrays; a leaf's path joins its keys with dots."""
+"""Small functions on nested dicts of arrays; a leaf's path joins its keys with dots."""
 
 from __future__ import annotations
 

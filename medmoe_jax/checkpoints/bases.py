@@ -163,7 +163,7 @@ def _finite(path: str, load: Callable[[Any, Any], Any]) -> Callable[[Any, Any], 
 
 @jax.jit
 def _all_finite(params: Any) -> Any:
-    """Of every array, whether all its values are finite."""
+    """Whether all values are finite, array by array."""
     return jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), params)
 
 

@@ -78,7 +78,7 @@ class StoredTensor:
         return self._view[index]
 
     def _mapped(self) -> np.ndarray:
-        """Of a file that `safe_open` has checked: header size, JSON header, numbers."""
+        """The tensor in a file that `safe_open` has checked: header size, JSON header, numbers."""
         with open(self._path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
             start, _ = json.loads(file.read(size))[self._name]["data_offsets"]

@@ -52,9 +52,8 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     for name, of in differences.items():
         note(f"A: {first}\nB: {name}")
         console.print(_table(of))
-        left = sum(one.unpaired for one in of[:1] if len(of) == 1) or of[-1].unpaired
-        if left:
-            note(f"{left} items are in one of the two runs only, and not compared")
+        if left := of[-1].unpaired:
+            note(f"{left} items of these tasks are in one of the two runs only, and not compared")
     if arguments.output:
         _write(Path(arguments.output), arguments.runs, differences)
 

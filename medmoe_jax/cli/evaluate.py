@@ -7,8 +7,8 @@
 
 A task is the name of a known set, with a language or part after `:` and a split after `@`; a suite
 of them; a JSONL file of {"prompt", "answer"[, "choices"]}; or a TOML file of sets. Writes
-report.json, records.jsonl (a line an item) and report.html, after every task, and prints a table
-with 95% intervals beside chance and the commonest answer.
+report.json and records.jsonl (a line an item) after every task and report.html at the end, and
+prints a table with 95% intervals beside chance and the commonest answer.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from medmoe_jax.evaluation.shots import FORMS, Fitter, Shots
 from medmoe_jax.evaluation.tasks import Task, expand, list_tasks, load_task, suites
 from medmoe_jax.evaluation.ways import ANSWERS, SCORES, Way
 from medmoe_jax.parallel import processes
-from medmoe_jax.ranges import COUNT
+from medmoe_jax.ranges import COUNT, NOT_NEGATIVE
 from medmoe_jax.training.setup import Setup
 from medmoe_jax.training.terminal import console, note
 
@@ -78,6 +78,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
         return
     if arguments.limit is not None:
         COUNT.check("limit", arguments.limit)
+    NOT_NEGATIVE.check("seed", arguments.seed)
     names = expand([name for name in arguments.tasks.split(",") if name])
     if not names:
         raise UserError("--tasks is empty; `medmoe eval --list` prints the known ones")
@@ -171,11 +172,12 @@ def _about(setup: Setup, stage: str, arguments) -> dict:
 
 def _show(report: Report, folder: Path) -> None:
     """Prints the report and writes its page."""
-    if not report.results:
-        raise UserError("no task could be done; the notes above say why")
-    console.print(report.table())
+    if report.results:
+        console.print(report.table())
     for line in report.notes():
         note(line)
+    if not report.results:
+        raise UserError("no task could be done; the notes above say why")
     if processes.index() == 0:
         found = records.read(folder / "records.jsonl")
         report_html(folder / "report.html", page.of_report(report, found), "Evaluation")

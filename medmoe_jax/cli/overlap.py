@@ -27,6 +27,7 @@ from medmoe_jax.data.sources import open_path
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation.overlap import RUN, overlaps, row_text
 from medmoe_jax.evaluation.tasks import expand, load_items
+from medmoe_jax.ranges import COUNT
 from medmoe_jax.training.terminal import console
 
 
@@ -45,8 +46,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     names = expand([name for name in arguments.tasks.split(",") if name])
     if not names or not arguments.train:
         raise UserError("give --tasks to look for, and --train to look in")
-    if arguments.words < 1:
-        raise UserError(f"--words: {arguments.words} is below 1")
+    COUNT.check("words", arguments.words)
     items = load_items(names, arguments.split)
     texts = [pair for source in arguments.train for pair in _texts(source)]
     found = overlaps(items, (text for _, text in texts), arguments.words)
@@ -57,7 +57,11 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     for name, of in items.items():
         table.add_row(name, str(len(of)), str(counts[name]), f"{100 * counts[name] / len(of):.1f}%")
     console.print(table)
-    lines = ({**asdict(one), "row": texts[one.row][0]} for one in found)
+    places = [where for where, _ in texts]
+    lines = (
+        {**asdict(one), "row": places[one.row], "also": [places[row] for row in one.also]}
+        for one in found
+    )
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     Path(arguments.output).mkdir(parents=True, exist_ok=True)
     write_text(Path(arguments.output) / "overlap.jsonl", text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -235,19 +234,8 @@ def read_rows(path: str, fields: Sequence[str]) -> tuple[list[dict], list[str]]:
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error})") from None
     rows, places = [], []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        try:
-            row = json_text.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{place}: not JSON ({error.msg})") from None
+    for place, row in json_text.lines(Path(path).read_bytes(), path):
         for field in fields:
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
                 raise UserError(f'{place}: the row needs a text field "{field}"')

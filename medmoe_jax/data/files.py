@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, TextIO
 
 import zstandard
 
+from medmoe_jax import json_text
 from medmoe_jax.data import hub, tables
 from medmoe_jax.data.json_items import json_items
 from medmoe_jax.errors import UserError
@@ -87,18 +88,28 @@ def local_files(path: Path, split: str, endings: Sequence[str]) -> Iterator[tupl
 
 def _folder_files(folder: Path, split: str, endings: Sequence[str]) -> Iterator[tuple[Path, str]]:
     if (folder / _SPLITS).is_file():
-        splits = json.loads((folder / _SPLITS).read_text(encoding="utf-8"))["splits"]
+        splits = _saved(folder / _SPLITS, "splits")
         if split not in splits:
             raise UserError(f"{folder}: has no split '{split}'; it has {', '.join(splits)}")
         folder = folder / split
     if (folder / _STATE).is_file():
-        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-        files = [entry["filename"] for entry in state["_data_files"]]
+        files = [entry["filename"] for entry in _saved(folder / _STATE, "_data_files")]
     else:
         names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
         files = hub.choose_files(str(folder), names, split, endings)
     for name in files:
         yield folder / name, str(folder / name)
+
+
+def _saved(path: Path, key: str) -> list:
+    """The list under a key of what `datasets` has saved beside its files."""
+    try:
+        content = json_text.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON ({error.msg}); save the data set again") from None
+    if not isinstance(content, dict) or not isinstance(content.get(key), list):
+        raise UserError(f"{path}: has no list '{key}'; save the data set again")
+    return content[key]
 
 
 def _file_items(path: Path, shown: str) -> Items:

@@ -315,9 +315,6 @@ def _heads(found: list[Token], glued: Sequence[bool], at: int) -> bool:
     return first and not glued[at + 1] and _unspaced(found[at + 1].text[0])
 
 
-_DENIALS = ("NOT", "NOT_AFTER", "AND", "BUT", "OR")
-
-
 def _standing(found: list[Token], glued: Sequence[bool], words: bool) -> list[Token]:
     """The tokens, where a choice that belongs to the word beside it is a word as well.
 

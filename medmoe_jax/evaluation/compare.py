@@ -15,8 +15,10 @@ import numpy as np
 
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import metrics, records
+from medmoe_jax.evaluation.report import titled
 from medmoe_jax.evaluation.run import rows
 from medmoe_jax.evaluation.ways import Answer
+from medmoe_jax.ranges import COUNT, NOT_NEGATIVE
 
 POOLED = "all tasks"
 
@@ -29,7 +31,7 @@ class Difference:
     difference, low, high: B − A with its 95% interval.
     only_a, only_b: items that one alone has right; p: McNemar's, None where the metric has no
       right and wrong.
-    unpaired: items that one run alone has.
+    unpaired: items of the task that one run alone has.
     """
 
     task: str
@@ -67,8 +69,10 @@ def compare(
       seed, resamples: of the bootstrap.
 
     Raises:
-      UserError: they have no item in common, or a task's metric differs.
+      UserError: they have no item in common, a task's metric differs, or a number is out of range.
     """
+    NOT_NEGATIVE.check("seed", seed)
+    COUNT.check("resamples", resamples)
     pairs = _paired(a, b)
     if not pairs:
         raise UserError("the two runs have no item in common: they asked other tasks or items")
@@ -145,7 +149,7 @@ def _pooled(found: Sequence[Difference], pairs: Sequence[_Pairs], gains: np.ndar
 
 
 def _paired(a: Sequence[dict], b: Sequence[dict]) -> list[_Pairs]:
-    of_a, of_b = _by_task(a), _by_task(b)
+    of_a, of_b = _by_item(a), _by_item(b)
     out = []
     for task in of_a:
         shared = [key for key in of_a[task] if key in of_b.get(task, {})]
@@ -157,21 +161,30 @@ def _paired(a: Sequence[dict], b: Sequence[dict]) -> list[_Pairs]:
             raise UserError(f"{task}: scored by {' and by '.join(sorted(names))}: not comparable")
         metric = metrics.find(names.pop())
         unpaired = len(of_a[task]) + len(of_b[task]) - 2 * len(shared)
-        out.append(_Pairs(task, metric, *(_rows(metric, r) for r in (one, other)), unpaired))
+        out.append(_Pairs(task, metric, *(rows_of(metric, r) for r in (one, other)), unpaired))
     return out
 
 
-def _by_task(found: Sequence[dict]) -> dict[str, dict[tuple[str, int], dict]]:
+def by_task(found: Sequence[dict]) -> dict[str, list[dict]]:
+    """Task with split -> its records."""
+    out: dict[str, list[dict]] = defaultdict(list)
+    for record in found:
+        out[titled(record["task"], record.get("split", ""))].append(record)
+    return out
+
+
+def _by_item(found: Sequence[dict]) -> dict[str, dict[tuple[str, int], dict]]:
     """Task -> item -> record; of items that are asked twice, each by its number."""
     out: dict[str, dict[tuple[str, int], dict]] = defaultdict(dict)
-    seen: Counter = Counter()
-    for record in found:
-        task = f"{record['task']}@{record['split']}" if record.get("split") else record["task"]
-        out[task][record["id"], seen[task, record["id"]]] = record
-        seen[task, record["id"]] += 1
+    for task, of in by_task(found).items():
+        seen: Counter = Counter()
+        for record in of:
+            out[task][record["id"], seen[record["id"]]] = record
+            seen[record["id"]] += 1
     return out
 
 
-def _rows(metric: metrics.Metric, found: Sequence[dict]) -> np.ndarray:
+def rows_of(metric: metrics.Metric, found: Sequence[dict]) -> np.ndarray:
+    """What a metric sees of records, before it reduces them to a score."""
     given = [Answer(r["prediction"], tuple(r.get("ranking", ()))) for r in found]
     return rows(metric, given, [records.item_of(r) for r in found])

@@ -9,13 +9,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from medmoe_jax.evaluation import metrics, records
-from medmoe_jax.evaluation.compare import Difference
+from medmoe_jax.evaluation import metrics
+from medmoe_jax.evaluation.compare import Difference, by_task, rows_of
 from medmoe_jax.evaluation.html import HeatMapSection, ResultsSection, Section, TableSection
 from medmoe_jax.evaluation.intervals import interval
 from medmoe_jax.evaluation.report import Report, percent
-from medmoe_jax.evaluation.run import rows
-from medmoe_jax.evaluation.ways import Answer
 
 EXAMPLES = 20  # of right and of wrong answers
 _MOST_LABELS = 30  # of a confusion matrix
@@ -28,8 +26,7 @@ def of_report(report: Report, found: Sequence[dict], seed: int = 0) -> list[Sect
     out += _about(report)
     out += _by(found, "language", "Languages")
     out += _by(found, "part", "Parts")
-    tasks = _by_task(found)
-    out += [section for name, of in tasks.items() for section in _confusion(name, of)]
+    out += [section for name, of in by_task(found).items() for section in _confusion(name, of)]
     out += _examples(found, seed, right=True)
     out += _examples(found, seed, right=False)
     return out
@@ -67,11 +64,11 @@ def difference_cells(one: Difference) -> list[str]:
 
 def difference_table(title: str, found: Sequence[Difference]) -> TableSection:
     """Differences as a table."""
-    unpaired = sum(d.unpaired for d in found[:-1] or found)
+    unpaired = found[-1].unpaired
     note = (
         "Interval: paired bootstrap. p: McNemar's exact test on the items that one alone has right."
     )
-    note += f" {unpaired} items are in one run only." if unpaired else ""
+    note += f" {unpaired} items of these tasks are in one run only." if unpaired else ""
     return TableSection(title, COLUMNS, [difference_cells(one) for one in found], note)
 
 
@@ -109,25 +106,17 @@ def _about(report: Report) -> list[Section]:
     return [*out, TableSection("To know besides", ("task", "note"), told)] if told else out
 
 
-def _by_task(found: Sequence[dict]) -> dict[str, list[dict]]:
-    out: dict[str, list[dict]] = defaultdict(list)
-    for record in found:
-        out[record["task"]].append(record)
-    return out
-
-
 def _by(found: Sequence[dict], field: str, title: str) -> list[Section]:
     """A table of scores by a field of the records, for tasks in which it has several values."""
     lines = []
-    for task, of in _by_task(found).items():
+    for task, of in by_task(found).items():
         groups: dict[str, list[dict]] = defaultdict(list)
         for record in of:
             groups[record.get(field, "")].append(record)
         if len(groups) > 1:
             metric = metrics.find(of[0]["metric"])
             for value, some in sorted(groups.items()):
-                given = [Answer(r["prediction"], tuple(r["ranking"])) for r in some]
-                rows_N = rows(metric, given, [records.item_of(r) for r in some])
+                rows_N = rows_of(metric, some)
                 low, high = interval(metric, rows_N)
                 score = percent(metric.reduce(rows_N))
                 lines.append([task, value, metric.name, score, _reach(low, high), len(some)])

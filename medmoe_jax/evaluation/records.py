@@ -52,8 +52,10 @@ def records(task: Task, given: Sequence[Answer], rows_N: np.ndarray) -> Iterator
 
 
 def identity(item: Item) -> str:
-    """A hash of what an item asks: the same whatever stands before its own last turn's text."""
-    asked = json.dumps([item.source or item.turns, item.answer, item.texts], ensure_ascii=False)
+    """A hash of what an item asks: the same whatever guide and examples stand before its text."""
+    whole = item.prompt if isinstance(item.prompt, str) else item.prompt[-1][1]
+    after = whole.rpartition(item.source)[2] if item.source else item.turns
+    asked = json.dumps([item.source, after, item.answer, item.texts], ensure_ascii=False)
     return hashlib.sha256(asked.encode()).hexdigest()[:24]
 
 
@@ -87,16 +89,10 @@ def read(path: str | Path) -> list[dict]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; medmoe eval writes it beside report.json")
     out = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json_text.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not JSON ({error.msg})") from error
+    for where, record in json_text.lines(path.read_bytes(), path):
         lacking = [f for f in _NEEDED if not isinstance(record, dict) or f not in record]
         if lacking:
-            raise UserError(f"{path}:{number}: not a record of medmoe eval: no {lacking[0]!r}")
+            raise UserError(f"{where}: not a record of medmoe eval: no {lacking[0]!r}")
         out.append(record)
     if not out:
         raise UserError(f"{path}: there is no record in it")

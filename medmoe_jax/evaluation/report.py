@@ -17,6 +17,11 @@ from medmoe_jax.errors import UserError
 COLUMNS = ("task", "metric", "score", "95% interval", "chance", "majority", "n")
 
 
+def titled(task: str, split: str) -> str:
+    """A task with its split, as it is asked for."""
+    return f"{task}@{split}" if split else task
+
+
 @dataclass(frozen=True)
 class Result:
     """A task's score between 0 and 1, its 95% interval, and those of chance and of one answer.
@@ -50,7 +55,7 @@ class Result:
     @property
     def title(self) -> str:
         """The task with its split, as it is asked for."""
-        return f"{self.task}@{self.split}" if self.split else self.task
+        return titled(self.task, self.split)
 
     def cells(self) -> list[str]:
         """The texts of a table row, in the order of `COLUMNS`, scores in percent."""

@@ -17,6 +17,7 @@ from medmoe_jax.data.medical import MedicalSet, Row
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import metrics, shots, user_tasks
 from medmoe_jax.evaluation.items import Item, Prompt
+from medmoe_jax.evaluation.report import titled
 from medmoe_jax.evaluation.shots import Fitter, Shots
 
 _SUITES = Path(__file__).with_name("tables") / "suites.toml"
@@ -120,7 +121,7 @@ def suites() -> dict[str, dict]:
 
 
 def expand(names: Sequence[str]) -> list[str]:
-    """Task names with suites (`suite:cblue`) and files of cards in their places.
+    """Task names with suites (`suite:cblue`) and files of cards in their places, each name once.
 
     Raises UserError for a name that there is not, with the closest one.
     """
@@ -138,6 +139,7 @@ def expand(names: Sequence[str]) -> list[str]:
             out += medical.add_cards(name)
         else:
             out.append(name)
+    out = list(dict.fromkeys(out))
     for name in out:
         _check_name(name)
     return out
@@ -146,12 +148,12 @@ def expand(names: Sequence[str]) -> list[str]:
 def load_items(names: Sequence[str], split: str | None = None) -> dict[str, tuple[Item, ...]]:
     """All items of some tasks, by `NAME@SPLIT`. Raises what `load_task` does."""
     tasks = [load_task(name, split=split) for name in names]
-    return {f"{task.name}@{task.split}".rstrip("@"): task.items for task in tasks}
+    return {titled(task.name, task.split): task.items for task in tasks}
 
 
 def _check_name(name: str) -> None:
-    if not name.endswith((".jsonl", ".jsonl.gz")) and name not in _DEMO:
-        base, _, split = name.partition("@")
+    base, _, split = name.partition("@")
+    if not name.endswith((".jsonl", ".jsonl.gz")) and base not in _DEMO:
         entry, _ = medical.find(base)
         if split and split not in entry.splits:
             raise UserError(f"{base} has no split {split!r}; it has {', '.join(entry.splits)}")
@@ -183,13 +185,16 @@ def load_task(
         if split:
             raise UserError(f"{name} has no splits, of which {split!r} was asked for")
         return _of_user(Path(name), limit, seed, few)
-    if name in _DEMO:
-        if split not in (None, "dev"):
-            raise UserError(f"{name} has no split {split!r}; it has dev")
-        return _demo_task(str(name), limit, seed, few)
     base, _, asked = str(name).partition("@")
+    split = asked or split
+    if base in _DEMO:
+        if split not in (None, "dev"):
+            raise UserError(f"{base} has no split {split!r}; it has dev")
+        return _demo_task(base, limit, seed, few)
     entry, _ = medical.find(base)
-    split = asked or split or medical.default_split(entry, root)
+    for metric in (entry.metric, *entry.also):
+        metrics.find(metric)
+    split = split or medical.default_split(entry, root)
     found = medical.read_split(base, split, root)
     guessed = entry.metric in _GUESSED
     train = _train(base, entry, root, few.count > 0) if few.count or guessed else []

@@ -9,13 +9,12 @@ All lines have choices or none, and one metric or none.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from medmoe_jax import json_text
 from medmoe_jax.data.conversation import check_text
-from medmoe_jax.data.medical.files import decode, read_bytes
+from medmoe_jax.data.medical.files import read_bytes
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import metrics
 from medmoe_jax.evaluation.items import Item, Prompt
@@ -38,17 +37,12 @@ def read(path: Path) -> UserTask:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such task file")
     items, named = [], set()
-    try:
-        text = decode(read_bytes(path), path)
-    except UserError as error:
-        if "empty" in str(error):
-            raise UserError(f"{path}: no items; write one JSON object a line") from None
-        raise
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            item, metric = _item(line, f"{path}:{number}")
-            items.append(item)
-            named.add(metric)
+    for where, record in json_text.lines(read_bytes(path), path):
+        item, metric = _item(record, where)
+        items.append(item)
+        named.add(metric)
+    if not items:
+        raise UserError(f"{path}: no items; write one JSON object a line")
     if len({bool(item.choices) for item in items}) > 1:
         raise UserError(f"{path}: some items have choices and some have none; use two files")
     if len(named) > 1:
@@ -60,11 +54,7 @@ def read(path: Path) -> UserTask:
     return UserTask(items, "choice" if choice else "generate", asked or standard, also)
 
 
-def _item(line: str, where: str) -> tuple[Item, str]:
-    try:
-        record = json_text.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg})") from error
+def _item(record: Any, where: str) -> tuple[Item, str]:
     if not isinstance(record, dict):
         raise UserError(f'{where}: write an object such as {{"prompt": "…", "answer": "…"}}')
     check_text(record, where)

@@ -187,9 +187,9 @@ def _write(model, task, items, way: Way, seed: int, prompts) -> list:
     until = task.until if way.answer != "reason" else ()
     out = []
     for written in model.answer(prompts, way.room(task), sampling):
-        ends = [written.text.find(u) for u in until if u in written.text.strip("\n")]
-        ends = [end for end in ends if end > 0]
-        text = written.text[: min(ends)] if ends else written.text
+        said = written.text.lstrip("\n") if until else written.text
+        ends = [end for end in map(said.find, until) if end > 0]
+        text = said[: min(ends)] if ends else said
         out.append((text, written.ended or bool(ends)))
     return out
 

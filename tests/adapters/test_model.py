@@ -81,7 +81,7 @@ def test_execution_changes_nothing(base, banks, batch, execution, dispatch):
 
 
 def test_fresh_banks_change_nothing(base, batch):
-    """Of LoRA experts with a router, and of a bank with a learned scale."""
+    """LoRA experts with a router, and a bank with a learned scale."""
     specs = (SPECS[1], SPECS[3])
     banks = {s.name: bank.init(s, TINY, jax.random.key(0)) for s in specs}
     fresh, _ = compiled_logits(specs)(base, banks, batch)

@@ -184,7 +184,7 @@ def _plain_attention(config, q, k, v, mask):
 @pytest.mark.parametrize("chunk", [1, 2**20])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
 def test_gradient_of_attention(monkeypatch, heads, chunk, softcap):
-    """Of queries, keys and values; a row at a time and all at once."""
+    """Gradients of queries, keys and values; a row at a time and all at once."""
     monkeypatch.setattr(attention, "_CHUNK_SCORES", chunk)
     config = TINY.replace(head_dim=8, attn_softcap=softcap)
     rng = np.random.default_rng(0)

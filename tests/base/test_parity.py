@@ -49,7 +49,7 @@ class Case:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Of transformers' configuration class."""
+        """What transformers' configuration class takes."""
         own = {**SIZES, **SPECIAL, **self.options}
         within = FAMILIES[self.family].within
         return {within[0]: own, **VISION} if within else own
@@ -431,7 +431,7 @@ def test_scores_of_completions(pair, engine):
 
 
 def test_gradients(pair, tmp_path):
-    """Of the mean loss in every leaf: transformers' own are read as the weights they belong to."""
+    """Gradients of the mean loss: transformers' own are read as the weights they belong to."""
     _, model, folder, config, params = pair
     tokens_BxT = ids(2)
     tokens = torch.tensor(tokens_BxT)

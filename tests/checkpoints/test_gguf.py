@@ -107,7 +107,7 @@ def test_leaves_are_born_in_their_shardings(tmp_path):
 
 
 def test_the_host_never_holds_the_model(tmp_path, monkeypatch):
-    """Of 12 layers, no more than a few tensors at once; of an embedding, some rows."""
+    """No more than a few tensors of 12 layers at once, and some rows of an embedding."""
     sizes = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=24, vocab_size=4096)
     write(tmp_path / "m.gguf", "llama", "Q8_0", **sizes)
     monkeypatch.setattr(placing, "_PIECE_BYTES", 2**17)

@@ -118,7 +118,7 @@ def test_every_field_is_known(family):
 
 
 def test_the_table_deviates_in_every_field():
-    """Of those that change a model; the sizes of its arrays are seen by their shapes."""
+    """Fields that change a model; the sizes of its arrays are seen by their shapes."""
     used = set().union(*(known_fields(family) for family in FAMILIES.values()))
     deviating = {key for change in DEVIATIONS for key in change}
     apart = {*IGNORED, *FIXED, *SIZE_FIELDS.values()}

@@ -327,7 +327,7 @@ def test_eval_in_several_ways_and_compared(config, workdir, tmp_path, capsys, mo
 
 def test_overlap(tmp_path, capsys):
     train = write_rows(
-        tmp_path / "train.jsonl", [{"prompt": "what is flu?", "response": "a virus"}]
+        tmp_path / "train.jsonl", [{"prompt": "what is flu?", "response": "a virus"}] * 2
     )
     items = [{"prompt": "What is flu", "answer": "x"}, {"prompt": "What is gout", "answer": "y"}]
     tasks = write_rows(tmp_path / "items.jsonl", items)
@@ -336,6 +336,7 @@ def test_overlap(tmp_path, capsys):
     (found,) = read(tmp_path / "o" / "overlap.jsonl")
     assert found["item"] == 0 and found["row"].endswith("train.jsonl, line 1")
     assert found["row_text"] == "what is flu? a virus"
+    assert [place.rpartition(", ")[2] for place in found["also"]] == ["line 2"]
     assert "give --tasks to look for" in fails(capsys, "overlap", f"--tasks={tasks}", out)
 
 

@@ -211,7 +211,7 @@ def test_bad_rows(config, tmp_path, capsys):
     for name, text, words in (
         ("empty.jsonl", "", "no row in the file"),
         ("bad.jsonl", '{"prompt": "a", "response": "b"}\n{"prompt"\n', "line 2: not valid JSON"),
-        ("half.jsonl", '{"prompt": "a"}\n', "needs either 'conversations' or both"),
+        ("half.jsonl", '{"prompt": "a"}\n', "needs one conversation"),
         ("rows.txt", "a", "unknown file ending"),
     ):
         (tmp_path / name).write_text(text)

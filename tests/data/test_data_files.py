@@ -160,6 +160,15 @@ def saved(folder, rows=ROWS):
     return folder
 
 
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", "not JSON"), ("[]", "no list '_data_files'"), ("{}", "no list")]
+)
+def test_a_damaged_folder_is_named(tmp_path, content, message):
+    (saved(tmp_path) / "state.json").write_text(content)
+    with pytest.raises(UserError, match=rf"state\.json: .*{message}"):
+        list(read_file(tmp_path))
+
+
 def test_folders(tmp_path):
     assert list(read_file(saved(tmp_path / "saved"))) == WANTED
     several = tmp_path / "several"

@@ -27,7 +27,7 @@ SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
 def pieces_fields():
-    """Of the tests' sentencepiece model, as llama.cpp's converter writes it."""
+    """The tests' sentencepiece model, as llama.cpp's converter writes it."""
     model = model_pb2.ModelProto.FromString(tiny.tokenizer().path.read_bytes())
     own = model_pb2.ModelProto.SentencePiece
     return {

@@ -539,6 +539,9 @@ def test_cards_of_a_user(tmp_path, monkeypatch):
         (("files = {", "files = { testing = [], "), "mine.files: write lists of files for some of"),
         (('["items.csv"]', '"items.csv"'), "mine.files.test: must be a list of texts"),
         (("[mine]", "[mine"), "not TOML"),
+        (('get = "me"', 'get = "me"\nlanguages = "en"'), "mine.languages: 'en' must be a list"),
+        (('get = "me"', 'get = "me"\nmax_tokens = "8"'), "mine.max_tokens: '8' must be a whole"),
+        (('get = "me"', "get = 1"), "mine.get: 1 must be a text"),
         (('form = "exam"', 'form = "exam"\nlike = "yours"'), "mine.like: there is no card 'yours'"),
     ],
 )

@@ -92,6 +92,10 @@ def test_only_shared_items_are_compared(runs):
     assert [d.n for d in found] == [50, 20, 70] and [d.unpaired for d in found] == [10, 40, 50]
     with pytest.raises(UserError, match="no item in common"):
         compare(a[:10], b[10:20])
+    with pytest.raises(UserError, match="resamples: 0 is below 1"):
+        compare(a, b, resamples=0)
+    with pytest.raises(UserError, match="seed: -1 is below 0"):
+        compare(a, b, seed=-1)
     other = [{**r, "metric": "exact_match"} for r in b]
     with pytest.raises(UserError, match="one@dev: scored by accuracy and by exact_match"):
         compare(a, other)
@@ -129,7 +133,7 @@ def test_the_page_of_an_evaluation(tmp_path):
     sections = page.of_report(report, records.read(path))
     titles = [s.title for s in sections]
     assert titles == [
-        *("Scores", "What was asked, and whom", "Languages", "Confusion: t"),
+        *("Scores", "What was asked, and whom", "Languages", "Confusion: t@dev"),
         *("Right answers", "Wrong answers"),
     ]
     by = {s.title: s for s in sections}
@@ -137,7 +141,7 @@ def test_the_page_of_an_evaluation(tmp_path):
     for language, row in zip(("en", "zh"), by["Languages"].rows, strict=True):
         own = [i.answer == "yes" for i in items if i.language == language]
         assert row[3] == f"{100 * np.mean(own):.1f}" and row[5] == len(own)
-    np.testing.assert_allclose(by["Confusion: t"].matrix, [[0, 1], [0, 1]])
+    np.testing.assert_allclose(by["Confusion: t@dev"].matrix, [[0, 1], [0, 1]])
     assert len(by["Right answers"].rows) == len(by["Wrong answers"].rows) == 20
     assert all(row[2] == row[3] == "yes" for row in by["Right answers"].rows)
     assert all((row[2], row[3]) == ("no", "yes") for row in by["Wrong answers"].rows)
@@ -154,6 +158,13 @@ def test_the_page_of_several_runs(runs, tmp_path):
     assert html.report_html(tmp_path / "p.html", found).is_file()
     alone = Report(first.results[:1])
     assert page.beside({"A": first, "B": alone}, {})[0].rows[1][-1] == ""
+
+
+def test_questions_on_one_text_are_told_apart():
+    """What stands before the text is no part of what is asked, what stands after it is."""
+    prompts = ("fever, cough\nA or B?", "fever, cough\nC or D?", "Guide.\nfever, cough\nA or B?")
+    ids = [records.identity(Item(p, "yes", LABELS, source="fever, cough")) for p in prompts]
+    assert ids[0] == ids[2] != ids[1]
 
 
 # Contamination.

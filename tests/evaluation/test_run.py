@@ -122,7 +122,8 @@ def test_most_samples_decide():
 def test_an_example_that_a_model_goes_on_to_is_cut():
     item = Item("q0", "a b", ())
     task = Task("t", "en", "generate", "exact_match", (item,), until=("\n\n",))
-    assert one(Scripted({"q0": ["a b\n\nWhat is next?\nx"]}), task).score == 1.0
+    for said in ("a b\n\nWhat is next?\nx", "\n\na b\n\nWhat is next?\nx"):
+        assert one(Scripted({"q0": [said]}), task).score == 1.0
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from medmoe_jax.data import medical
+from medmoe_jax.data.medical import registry
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import Fitter, Shots, evaluate, list_tasks, load_task, metrics
 from medmoe_jax.evaluation.tasks import expand, suites
@@ -96,6 +97,12 @@ def test_missing_and_unknown_tasks(tmp_path):
 def test_names_are_checked_with_suites_in_their_places():
     assert expand(["suite:cblue", "demo_knowledge"])[-1] == "demo_knowledge"
     assert len(expand(["suite:cblue"])) == 16 and len(expand(["suite:apollo12"])) == 12
+    both = expand(["suite:medcare-exams", "suite:multimedqa", "medqa@test"])
+    assert both.count("medqa@test") == 1 and both.count("medmcqa@dev") == 1
+    assert expand(["demo_knowledge@dev"]) == ["demo_knowledge@dev"]
+    assert load_task("demo_knowledge@dev", 3) == load_task("demo_knowledge", 3)
+    with pytest.raises(UserError, match="demo_knowledge has no split 'test'"):
+        load_task("demo_knowledge@test")
     with pytest.raises(UserError, match="no suite 'cblu'; did you mean 'cblue'"):
         expand(["suite:cblu"])
     with pytest.raises(UserError, match="'cmedtx' is not a medical set; did you mean cmedtc"):
@@ -263,6 +270,13 @@ def test_written_answers_leave_their_room(tmp_path):
     upstream.write("meqsum", tmp_path)
     task = load_task("meqsum", root=tmp_path, fit=Fitter(Characters(), 64 + 30))
     assert all(len(item.prompt) + 2 <= 30 for item in task.items) and task.shortened
+
+
+def test_a_metric_of_a_user_s_card_is_known_before_its_rows_are_read(monkeypatch):
+    cards = {"mine": dataclasses.replace(medical.SETS["medqa"], name="mine", also=("acuracy",))}
+    monkeypatch.setattr(registry, "SETS", cards)
+    with pytest.raises(UserError, match="metric 'acuracy' is not one of accuracy"):
+        load_task("mine@test")
 
 
 def test_metrics_of_all_cards_are_known():

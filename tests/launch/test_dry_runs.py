@@ -205,7 +205,7 @@ def test_the_real_gcloud_reads_every_command(plan, gcloud):
     ],
 )
 def test_the_real_gcloud_filters_and_prints_as_the_launcher_reads(gcloud, line, found, printed):
-    """Of what Cloud TPU answers, the machine of that name and no other."""
+    """The machine of that name and no other, out of what Cloud TPU answers."""
     asked = " ".join(shlex.quote(w) for w in shlex.split(line) if re.match("--(filter|format)=", w))
     names = ("projects/p/locations/z/nodes/med", "projects/p/locations/z/nodes/med2", "amed")
     answer = json.dumps([{"name": name, **found} for name in names])

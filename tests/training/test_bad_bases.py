@@ -60,12 +60,12 @@ def test_all_that_is_wrong_with_the_tensors(folder, quantise):
 
 def test_an_unsupported_model(folder):
     change(folder, model_type="mamba")
-    refused(folder, r"config\.json: model_type: 'mamba' is none of gemma2, llama")
+    refused(folder, r"config\.json: model_type: 'mamba' is none of gemma2, gemma3")
 
 
 def test_an_unsupported_rope_scaling(folder):
     change(folder, rope_scaling={"rope_type": "dynamic", "factor": 2.0})
-    refused(folder, r"config\.json: rope_scaling: 'dynamic' is none of linear, llama3")
+    refused(folder, r"config\.json: rope_scaling: 'dynamic' is none of default, linear, llama3")
 
 
 def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows(folder, tmp_path):

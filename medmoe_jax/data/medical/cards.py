@@ -22,6 +22,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -42,6 +43,13 @@ FORMS: dict[str, dict[str, bool]] = {
     "relations": dict(text=True, before=False),
 }
 _OVERRIDES = "parquet"
+# By the beginning of a field's type: what TOML must have there, and its name.
+_TYPES = {
+    "str": (str, "a text"),
+    "int": (int, "a whole number"),
+    "tuple": (list, "a list"),
+    "Mapping": (dict, "a table"),
+}
 
 
 @dataclass(frozen=True)
@@ -136,7 +144,7 @@ def _card(name: str, table: dict, path: Path) -> MedicalSet:
     form = table.get("form")
     if form not in FORMS:
         raise UserError(f"{where}.form: {form!r} is none of {', '.join(FORMS)}")
-    own = {f.name: f for f in dataclasses.fields(MedicalSet)} | {}
+    own = {f.name: f for f in dataclasses.fields(MedicalSet)}
     given = {k: v for k, v in table.items() if k in own and k not in ("name", "read")}
     read = {k: v for k, v in table.items() if k not in given}
     unknown = [k for k in read if k not in FORMS[form]]
@@ -152,12 +160,16 @@ def _card(name: str, table: dict, path: Path) -> MedicalSet:
     ]
     if lacking:
         raise UserError(f"{where}: the field {lacking[0]!r} is missing")
+    for key, value in given.items():
+        kind, named = _TYPES[re.split(r"\W", str(own[key].type))[0]]
+        if not isinstance(value, kind) and not (key == "folder" and isinstance(value, str)):
+            raise UserError(f"{where}.{key}: {value!r} must be {named}")
     _check_files(given["files"], where)
     return MedicalSet(name=name, read=read, **{k: _frozen(k, v) for k, v in given.items()})
 
 
-def _check_files(files: object, where: str) -> None:
-    if not isinstance(files, dict) or not files or set(files) - set(SPLITS):
+def _check_files(files: dict, where: str) -> None:
+    if not files or set(files) - set(SPLITS):
         raise UserError(f"{where}.files: write lists of files for some of {', '.join(SPLITS)}")
     for split, sources in files.items():
         if not isinstance(sources, list) or not all(isinstance(s, str) for s in sources):

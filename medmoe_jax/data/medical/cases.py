@@ -94,7 +94,8 @@ def _rows(path) -> Records:
         yield from read_csv(read_text(path), path)
         return
     try:
-        names = zipfile.ZipFile(path).namelist()
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
     except (zipfile.BadZipFile, OSError) as error:
         raise UserError(f"{path}: not a whole zip file ({error}); {REPAIR}") from error
     for where, raw in members(path, names[0] if names else ""):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
@@ -174,12 +175,12 @@ def read_parquet(path: Path) -> Records:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(path)
-        number = 0
-        for batch in table.iter_batches():
-            for record in batch.to_pylist():
-                number += 1
-                yield f"{path}: row {number}", record
+        with pyarrow.parquet.ParquetFile(path) as table:
+            number = 0
+            for batch in table.iter_batches():
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{path}: row {number}", record
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a whole Parquet file ({error}); {REPAIR}") from error
 
@@ -193,13 +194,12 @@ def read_xlsx(path: Path) -> Records:
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
     except (zipfile.BadZipFile, InvalidFileException, KeyError, OSError) as error:
         raise UserError(f"{path}: not a whole Excel file ({error}); {REPAIR}") from error
-    rows = book.worksheets[0].iter_rows(values_only=True)
-    header = [str(name or "").strip() for name in next(rows, ())]
-    for number, fields in enumerate(rows, 2):
-        if any(field not in (None, "") for field in fields):
-            record = dict(zip(header, fields, strict=False))
-            yield f"{path}: row {number}", record
-    book.close()
+    with contextlib.closing(book):
+        rows = book.worksheets[0].iter_rows(values_only=True)
+        header = [str(name or "").strip() for name in next(rows, ())]
+        for number, fields in enumerate(rows, 2):
+            if any(field not in (None, "") for field in fields):
+                yield f"{path}: row {number}", dict(zip(header, fields, strict=False))
 
 
 def parse_xml(text: str | bytes, where: object) -> ET.Element:
