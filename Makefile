@@ -35,7 +35,7 @@ help:
 	@echo "make test     lint, then the fast, the slow, the parity and the compiled-program tests"
 	@echo "make test T=tests/base/test_loss.py    one file or folder, or one test of it"
 	@echo "make fast     lint and the fast tests; needs no torch"
-	@echo "make lint     ruff check and ruff format --check"
+	@echo "make lint     ruff check, ruff format --check and ty check"
 	@echo "make format   let ruff mend what it can"
 	@echo "make clean    remove the virtual environment and caches"
 
@@ -86,6 +86,7 @@ lint: $(VENV)/.installed-fast
 	@echo "== lint =="
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/ty check --python $(VENV)
 
 format: $(VENV)/.installed-fast
 	$(BIN)/ruff check --fix .

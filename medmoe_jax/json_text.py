@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 
 @contextlib.contextmanager
-def one_error(text: str | bytes) -> Iterator[None]:
+def one_error(text: str | bytes) -> Generator[None]:
     """Turns what Python's decoder raises beside `JSONDecodeError` into that.
 
     It gives up on values nested a thousand deep with RecursionError, on integers of more than 4,300

@@ -185,6 +185,49 @@ def test_public_functions_and_classes_have_docstrings():
     assert not missing, "\n".join(missing)
 
 
+def unannotated(tree: ast.Module | ast.ClassDef, within: str = "") -> list[str]:
+    """Public functions and methods of a module that do not say what each argument and result is."""
+    faults = []
+    for node in tree.body:
+        name = getattr(node, "name", "_")
+        if name.startswith("_") and not re.fullmatch(r"__\w+__", name):
+            continue
+        if isinstance(node, ast.ClassDef):
+            faults += unannotated(node, f"{name}.")
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            given = node.args
+            arguments = [*given.posonlyargs, *given.args, *given.kwonlyargs]
+            arguments += [one for one in (given.vararg, given.kwarg) if one]
+            unsaid = [one.arg for one in arguments if one.annotation is None]
+            own = unsaid[:1] if within and unsaid[:1] in (["self"], ["cls"]) else []
+            if node.returns is None or unsaid != own:
+                faults.append(f"{node.lineno} {within}{name}")
+    return faults
+
+
+def test_public_functions_say_what_they_take_and_give():
+    faults = [f"{source}:{fault}" for source in SOURCES for fault in unannotated(parse(source))]
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize(
+    "code, faults",
+    [
+        ("def f(x: int, *y: int, z: int = 0, **w: int) -> None: ...", []),
+        ("def f(x) -> None: ...", ["1 f"]),
+        ("def f(self) -> None: ...", ["1 f"]),
+        ("def f(*x) -> None: ...", ["1 f"]),
+        ("def f(*, x) -> None: ...", ["1 f"]),
+        ("def f(x: int): ...", ["1 f"]),
+        ("class A:\n    def __init__(self, x): ...", ["2 A.__init__"]),
+        ("class A:\n    @classmethod\n    def f(cls, x: int) -> None: ...", []),
+        ("class _A:\n    def f(self, x): ...\ndef _f(x): ...", []),
+    ],
+)
+def test_the_check_for_annotations_sees_every_kind_of_argument(code, faults):
+    assert unannotated(ast.parse(code)) == faults
+
+
 def test_no_error_is_swallowed_by_a_broad_except():
     broad = []
     for source in SOURCES:

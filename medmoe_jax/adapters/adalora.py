@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from medmoe_jax.adapters.bank import BankSpec
+from medmoe_jax.base.seam import Params
 from medmoe_jax.errors import UserError
 
 _FACTORS = ("lora_a", "lora_b", "scale")
@@ -43,7 +44,7 @@ class Allocator:
     beta1: float = 0.85
     beta2: float = 0.85
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.target_rank < 1:
             raise UserError(f"target_rank: {self.target_rank} is below one rank a matrix")
         for name in ("t_init", "t_final"):
@@ -80,7 +81,7 @@ class BudgetSchedule:
     spec: BankSpec
     steps: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         a = self.allocator
         if a.t_init + a.t_final >= self.steps:
             raise UserError(
@@ -123,7 +124,7 @@ class Allocation(NamedTuple):
     kept: Any
 
 
-def start(spec: BankSpec, params) -> Allocation:
+def start(spec: BankSpec, params: Params) -> Allocation:
     """The state before the first update: no importance, every triplet kept."""
     zeros = jax.tree.map(jnp.zeros_like, _factors(spec, params))
     kept = {site: jnp.ones(params[site]["scale"].shape, bool) for site in spec.sites}
@@ -145,13 +146,15 @@ def scores(state: Allocation) -> dict[str, jax.Array]:
     }
 
 
-def threshold(triplet_scores: Mapping[str, jax.Array], cut) -> jax.Array:
+def threshold(triplet_scores: Mapping[str, jax.Array], cut: jax.Array | int) -> jax.Array:
     """The `cut`-th lowest score of all sites, layers and experts together; −inf for none."""
     ordered = jnp.sort(jnp.concatenate([s.ravel() for s in triplet_scores.values()]))
     return jnp.where(cut > 0, ordered[jnp.maximum(cut, 1) - 1], -jnp.inf)
 
 
-def advance(schedule: BudgetSchedule, t, params, gradients, state: Allocation):
+def advance(
+    schedule: BudgetSchedule, t: jax.Array, params: Any, gradients: Any, state: Allocation
+) -> tuple[dict[str, jax.Array], Allocation]:
     """The allocation after update t.
 
     Importance moves until the triplets are chosen for good:
@@ -199,7 +202,7 @@ def advance(schedule: BudgetSchedule, t, params, gradients, state: Allocation):
     return {site: clears & ~k for site, k in kept.items()}, state._replace(kept=kept)
 
 
-def ranks(spec: BankSpec, params) -> dict[str, list[list[int]]]:
+def ranks(spec: BankSpec, params: Params) -> dict[str, list[list[int]]]:
     """How many triplets with Λ ≠ 0 each matrix has, `{site: [N][E]}`; the others change nothing."""
     scales = {site: np.asarray(params[site]["scale"]) for site in spec.sites}
     return {site: (scale != 0).sum(-1).tolist() for site, scale in scales.items()}

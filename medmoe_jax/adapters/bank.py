@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from medmoe_jax.base import trees
 from medmoe_jax.base.config import GROUPS, DecoderConfig, site_shapes
+from medmoe_jax.base.seam import Params
 from medmoe_jax.errors import UserError
 from medmoe_jax.routing.routers import check_top_k
 
@@ -87,7 +88,7 @@ class BankSpec:
     dropout: float = 0.0
     learned_scale: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         where = f"bank '{self.name}'"
         if self.gate not in GATES:
             raise UserError(f"{where}.gate: '{self.gate}' is none of {', '.join(GATES)}")
@@ -131,7 +132,7 @@ class BankSpec:
         """Number of layers it sits on."""
         return self.stop - self.start
 
-    def replace(self, **changes) -> BankSpec:
+    def replace(self, **changes: Any) -> BankSpec:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
@@ -153,7 +154,9 @@ def match_sites(name: str, patterns: tuple[str, ...], config: DecoderConfig) -> 
     return tuple(s for s in known if any(fnmatch.fnmatch(s, p) for p in patterns))
 
 
-def match_layers(name: str, layers: tuple[int | None, int | None], n_layers: int):
+def match_layers(
+    name: str, layers: tuple[int | None, int | None], n_layers: int
+) -> tuple[int, int]:
     """`(start, stop)` of a slice over the layers; UserError when it is empty."""
     start, stop, _ = slice(*layers).indices(n_layers)
     if start >= stop:
@@ -187,12 +190,12 @@ def _router_shapes(spec: BankSpec, D: int) -> dict[str, tuple[int, ...]]:
     return {**kernel, "bias": (spec.layers, spec.experts)} if spec.router_bias else kernel
 
 
-def mixing(spec: BankSpec, weight):
+def mixing(spec: BankSpec, weight: jax.Array) -> jax.Array:
     """The mixing weights of a `skill` gate from their parameter, `[..., E]`."""
     return jax.nn.softmax(weight, axis=-1) if spec.mix_softmax else weight
 
 
-def site_params(spec: BankSpec, params, site: str) -> dict[str, Any]:
+def site_params(spec: BankSpec, params: Params, site: str) -> dict[str, Any]:
     """A site's parameters with the mixing weights, if any, inside Λ.
 
     Works on a bank's stacked parameters and on one layer's slice of them alike.
@@ -208,7 +211,7 @@ def site_params(spec: BankSpec, params, site: str) -> dict[str, Any]:
     return leaves
 
 
-def abstract(spec: BankSpec, config: DecoderConfig):
+def abstract(spec: BankSpec, config: DecoderConfig) -> dict[str, Any]:
     """The bank's parameters as `ShapeDtypeStruct`s."""
     return jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
@@ -221,9 +224,9 @@ def init(
     spec: BankSpec,
     config: DecoderConfig,
     key: jax.Array,
-    base=None,
+    base: Params | None = None,
     shardings_of: ShardingsOf | None = None,
-):
+) -> dict[str, Any]:
     """Fresh parameters: A and router U(±1/sqrt(D)), B, Λ and mixing weights zero.
 
     Without a learned scale B = 0 (LoRA); with one, Λ = 0 and A, B ~ N(0, 0.02) (AdaLoRA). Whole
@@ -271,7 +274,7 @@ def _init(spec: BankSpec, config: DecoderConfig, treedef, shardings, key: jax.Ar
     return params if wanted is None else jax.lax.with_sharding_constraint(params, wanted)
 
 
-def split_gate(params) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_gate(params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
     """`(gate, rest)` of a bank's parameters: its routers and mixing weights, and all else."""
     gate = {key: value for key, value in params.items() if key == "mix"}
     rest = {}
@@ -286,6 +289,6 @@ def split_gate(params) -> tuple[dict[str, Any], dict[str, Any]]:
     return gate, rest
 
 
-def count(params) -> int:
+def count(params: Params) -> int:
     """Number of parameters in a nested dict; a quantised kernel counts its weights."""
     return sum(math.prod(leaf.shape) for _, leaf in trees.flatten(params))

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from medmoe_jax.adapters.bank import BankSpec, site_params
 from medmoe_jax.adapters.site import decide, dropped_inputs
 from medmoe_jax.base.config import GROUPS
 from medmoe_jax.base.seam import Context, Params, Seam, gated_mlp
-from medmoe_jax.kernels.router_equations import Gates
+from medmoe_jax.kernels.router_equations import Gates, RouterStats
 from medmoe_jax.routing.dispatch import Strategy
 from medmoe_jax.routing.terms import LoraTerm
 
@@ -26,11 +27,11 @@ def expert_mlp(
     strategy: Strategy,
     seam: Seam,
     activation: Callable,
-    x_BxTxD,
+    x_BxTxD: jax.Array,
     weights: Params,
     params: Mapping[str, Any],
     context: Context,
-):
+) -> tuple[jax.Array, dict[str, RouterStats]]:
     """`Σ_k w_k FFN_{e_k}(x)` with the bank's experts, and the base's network if it stands beside.
 
     Args:

@@ -19,6 +19,7 @@ from medmoe_jax.adapters.bank import BankSpec, ShardingsOf
 from medmoe_jax.base import quantised, trees
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.quantised import Quantised
+from medmoe_jax.base.seam import Params
 from medmoe_jax.errors import UserError
 
 Roster = Mapping[str, tuple[BankSpec, str]]
@@ -33,13 +34,13 @@ def active_banks(roster: Roster) -> tuple[BankSpec, ...]:
 
 def add(
     roster: Roster,
-    banks,
+    banks: Mapping[str, Any],
     spec: BankSpec,
     config: DecoderConfig,
-    key,
-    base=None,
+    key: jax.Array,
+    base: Params | None = None,
     shardings_of: ShardingsOf | None = None,
-):
+) -> tuple[Roster, dict[str, Any]]:
     """The roster and banks with one more bank, in state `train`.
 
     Its output is zero at first; whole feed-forward experts start as copies of `base`'s. `base` and
@@ -54,7 +55,7 @@ def add(
     return {**roster, spec.name: (spec, "train")}, {**banks, spec.name: params}
 
 
-def set_state(roster: Roster, name: str, state: str):
+def set_state(roster: Roster, name: str, state: str) -> Roster:
     """The roster with a bank in another state (`freeze` is `set_state(..., "frozen")`).
 
     Raises:
@@ -68,12 +69,12 @@ def set_state(roster: Roster, name: str, state: str):
     return {**roster, name: (spec, state)}
 
 
-def freeze(roster: Roster, name: str):
+def freeze(roster: Roster, name: str) -> Roster:
     """The roster with a bank that stays in the forward but is not trained."""
     return set_state(roster, name, "frozen")
 
 
-def drop(roster: Roster, banks, name: str):
+def drop(roster: Roster, banks: Mapping[str, Any], name: str) -> tuple[Roster, dict[str, Any]]:
     """The roster and banks without a bank and its routers."""
     _, state = find(roster, name)
     if state == "merged":
@@ -83,7 +84,9 @@ def drop(roster: Roster, banks, name: str):
     }
 
 
-def merge(roster: Roster, banks, base, name: str, *, donate: bool = False):
+def merge(
+    roster: Roster, banks: Mapping[str, Any], base: Params, name: str, *, donate: bool = False
+) -> tuple[Roster, Params]:
     """`W += s Σ_e A_e Λ_e B_e` on the bank's sites: `(roster, base)`, the bank marked `merged`.
 
     A quantised W would round the sum away: there the bank stays beside it, frozen and, as inside W,
@@ -104,7 +107,7 @@ def merge(roster: Roster, banks, base, name: str, *, donate: bool = False):
     return {**roster, name: (spec, "merged")}, base
 
 
-def fold(roster: Roster, banks, base, *, donate: bool = False):
+def fold(roster: Roster, banks: Mapping[str, Any], base: Params, *, donate: bool = False) -> Params:
     """The base with every bank that takes part in the forward merged into it, in one rounding.
 
     Quantised kernels come back in float32. `donate` as in `merge`.
@@ -175,7 +178,7 @@ def stack(name: str, members: Sequence[tuple[BankSpec, Any]]) -> tuple[BankSpec,
     return spec, params
 
 
-def factors(spec: BankSpec, site_params_i) -> tuple[jax.Array, jax.Array]:
+def factors(spec: BankSpec, site_params_i: Params) -> tuple[jax.Array, jax.Array]:
     """A `[D, E·r]` and B `[E·r, O]`, float32, of one layer of one site: its delta is A B.
 
     s and Λ are inside B. `site_params_i` is one layer's slice of `bank.site_params`: mixing weights
@@ -188,19 +191,26 @@ def factors(spec: BankSpec, site_params_i) -> tuple[jax.Array, jax.Array]:
     return a_DxExr.reshape(D, E * r), spec.s * b_ExrxO.reshape(E * r, -1)
 
 
-def delta(spec: BankSpec, site_params_i) -> jax.Array:
+def delta(spec: BankSpec, site_params_i: Params) -> jax.Array:
     """`s Σ_e A_e Λ_e B_e` of one layer of one site, float32 `[D, O]`; see `factors`."""
     a_DxR, b_RxO = factors(spec, site_params_i)
     return jnp.matmul(a_DxR, b_RxO, precision=jax.lax.Precision.HIGHEST)
 
 
-def members_at(members: list[tuple[BankSpec, Any]], site: str):
+def members_at(
+    members: Sequence[tuple[BankSpec, Any]], site: str
+) -> tuple[tuple[BankSpec, ...], list[dict[str, Any]]]:
     """`(specs, site parameters)` of those members that sit on a site."""
     here = [(spec, bank_lib.site_params(spec, p, site)) for spec, p in members if site in p]
     return tuple(spec for spec, _ in here), [p for _, p in here]
 
 
-def kernel_with(specs: tuple[BankSpec, ...], kernel_LxDxO, params, i) -> jax.Array:
+def kernel_with(
+    specs: tuple[BankSpec, ...],
+    kernel_LxDxO: jax.Array | Quantised,
+    params: Sequence[Params],
+    i: jax.Array | int,
+) -> jax.Array:
     """Layer i of one site's stacked kernel plus the banks' deltas, float32 `[D, O]`."""
     w_DxO = jax.tree.map(lambda leaf: leaf[i], kernel_LxDxO).astype(jnp.float32)
     for spec, p in zip(specs, params, strict=True):
@@ -236,7 +246,9 @@ def check_mergeable(spec: BankSpec) -> None:
         )
 
 
-def merge_into(base, members: list[tuple[BankSpec, Any]], *, donate: bool = False):
+def merge_into(
+    base: Params, members: Sequence[tuple[BankSpec, Any]], *, donate: bool = False
+) -> Params:
     """The base with the members' deltas added; only the touched kernels are new arrays.
 
     Raises:

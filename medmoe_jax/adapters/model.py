@@ -21,8 +21,9 @@ from medmoe_jax.base.cache import Cache
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.base.loss import logits
-from medmoe_jax.base.seam import Context, LayerRange, activation
+from medmoe_jax.base.seam import Context, LayerRange, Params, activation
 from medmoe_jax.errors import UserError
+from medmoe_jax.kernels.router_equations import RouterStats
 from medmoe_jax.mesh_axes import TENSOR
 from medmoe_jax.parallel.mesh import check_divides
 from medmoe_jax.routing import fused
@@ -45,7 +46,7 @@ class AdaptedConfig:
     execution: Execution = field(default_factory=Execution)
     dispatch: str = "stacked"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         run = strategy(self.dispatch, self.execution)
         check_divides(self.execution.mesh, TENSOR, self.decoder.n_heads, "attention heads")
         for bank in self.banks:
@@ -112,16 +113,16 @@ def _layers_of(bank: BankSpec, params, start: int, stop: int):
 
 def hidden(
     config: AdaptedConfig,
-    params,
+    params: Params,
     banks: Mapping[str, Any],
-    tokens_BxT,
-    segment_ids_BxT,
-    positions_BxT,
+    tokens_BxT: jax.Array,
+    segment_ids_BxT: jax.Array,
+    positions_BxT: jax.Array,
     *,
-    trained=None,
+    trained: Params | None = None,
     context: Context = Context(),
     cache: Cache | None = None,
-):
+) -> tuple[jax.Array, Cache | None, tuple[dict[str, RouterStats], ...]]:
     """Final hidden states of the decoder with its active banks; see `base.decoder.hidden`.
 
     Returns:
@@ -150,12 +151,14 @@ class AdaptedDecoder(nnx.Module):
     `nnx.Optimizer(..., wrt=nnx.Param)` see the banks only.
     """
 
-    def __init__(self, config: AdaptedConfig, params, banks: Mapping[str, Any]):
+    def __init__(self, config: AdaptedConfig, params: Params, banks: Mapping[str, Any]) -> None:
         self.config = config
         self.base = nnx.data(_wrap(params, nnx.Variable))
         self.banks = nnx.data(_wrap(banks, nnx.Param))
 
-    def __call__(self, tokens_BxT, segment_ids_BxT, positions_BxT):
+    def __call__(
+        self, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array, positions_BxT: jax.Array
+    ) -> jax.Array:
         """Float32 logits `[B, T, V]`."""
         base, banks = nnx.as_pure(self.base), nnx.as_pure(self.banks)
         x_BxTxD, _, _ = hidden(self.config, base, banks, tokens_BxT, segment_ids_BxT, positions_BxT)

@@ -5,7 +5,7 @@ Axes: N shared layers, D input width, r and q the ranks (all experts together) o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from medmoe_jax.adapters.bank import BankSpec
+from medmoe_jax.base.seam import Params
 from medmoe_jax.errors import UserError
 
 REDUCTIONS = ("mean", "sum")
@@ -37,7 +38,7 @@ class Orthogonality:
     reduction: str = "mean"
     stop_gradient: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.reduction not in REDUCTIONS:
             known = ", ".join(REDUCTIONS)
             raise UserError(f"reduction: '{self.reduction}' is none of {known}")
@@ -52,15 +53,17 @@ class Orthogonality:
         """The banks that it reads."""
         return self.of, self.against
 
-    def value(self, specs: Mapping[str, BankSpec], banks) -> jax.Array:
+    def value(self, specs: Mapping[str, BankSpec], banks: Mapping[str, Any]) -> jax.Array:
         """`term` between the two banks."""
         return term(self, self._pairs(specs, banks))
 
-    def measure(self, specs: Mapping[str, BankSpec], banks):
+    def measure(
+        self, specs: Mapping[str, BankSpec], banks: Mapping[str, Any]
+    ) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
         """`grams` of the two banks, for `figures`."""
         return grams(self._pairs(specs, banks))
 
-    def figures(self, measured) -> dict[str, float]:
+    def figures(self, measured: Iterable[Sequence[jax.Array | np.ndarray]]) -> dict[str, float]:
         """`overlap` of the two banks."""
         prefix = f"overlap/{self.of}-{self.against}"
         return {f"{prefix}/{name}": value for name, value in overlap(measured).items()}
@@ -69,7 +72,9 @@ class Orthogonality:
         return pairs(specs[self.of], specs[self.against], banks[self.of], banks[self.against])
 
 
-def pairs(of: BankSpec, against: BankSpec, params_of, params_against) -> list[tuple[Any, Any]]:
+def pairs(
+    of: BankSpec, against: BankSpec, params_of: Params, params_against: Params
+) -> list[tuple[jax.Array, jax.Array]]:
     """`[(A_NxDxr, A'_NxDxq), ...]`, one pair a shared site, over the shared layers.
 
     Raises:
@@ -91,7 +96,7 @@ def _gram(a_NxDxr, b_NxDxq):
     return jnp.einsum("NDr,NDq->Nrq", a_NxDxr, b_NxDxq, precision=jax.lax.Precision.HIGHEST)
 
 
-def term(spec: Orthogonality, aligned_pairs) -> jax.Array:
+def term(spec: Orthogonality, aligned_pairs: Sequence[tuple[jax.Array, jax.Array]]) -> jax.Array:
     """The unweighted term, float32 scalar; its gradient is real on both sides unless stopped."""
     total = jnp.float32(0)
     for a_NxDxr, b_NxDxq in aligned_pairs:
@@ -102,7 +107,9 @@ def term(spec: Orthogonality, aligned_pairs) -> jax.Array:
     return total
 
 
-def grams(aligned_pairs) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+def grams(
+    aligned_pairs: Sequence[tuple[jax.Array, jax.Array]],
+) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
     """`(AᵀA, AᵀA', A'ᵀA')` of each pair, `[N, r, r]`, `[N, r, q]`, `[N, q, q]`."""
     return [(_gram(a, a), _gram(a, b), _gram(b, b)) for a, b in aligned_pairs]
 
@@ -118,7 +125,7 @@ def _inverse_root(gram_Nxrxr: np.ndarray) -> np.ndarray:
     return vectors_Nxrxr * scale_Nxr[:, None]
 
 
-def overlap(gram_triples) -> dict[str, float]:
+def overlap(gram_triples: Iterable[Sequence[jax.Array | np.ndarray]]) -> dict[str, float]:
     """Scale-free measures of how much two banks look in the same directions.
 
     Works on the host in float64 from the small Gram matrices that `grams` gives.

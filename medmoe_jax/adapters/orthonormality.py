@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,12 +42,12 @@ class Orthonormality:
         """The banks that it reads."""
         return (self.bank,)
 
-    def value(self, specs: Mapping[str, BankSpec], banks) -> jax.Array:
+    def value(self, specs: Mapping[str, BankSpec], banks: Mapping[str, Any]) -> jax.Array:
         """The unweighted term, float32 scalar."""
         squares = self.measure(specs, banks)
         return jnp.mean(squares if self.squared else _root(squares))
 
-    def measure(self, specs: Mapping[str, BankSpec], banks) -> jax.Array:
+    def measure(self, specs: Mapping[str, BankSpec], banks: Mapping[str, Any]) -> jax.Array:
         """`‖A Aᵀ − I‖²_F` of every matrix, then `‖Bᵀ B − I‖²_F`, float32 `[2 · matrices]`.
 
         Raises:

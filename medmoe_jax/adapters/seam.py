@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.experts import expert_mlp
 from medmoe_jax.adapters.site import adapted_linear
@@ -33,14 +35,21 @@ class AdaptedSeam:
     activation: Callable
 
     def linear(
-        self, group: str, x_BxTxD, weights: Params, params: Mapping[str, Any], context: Context
-    ):
+        self,
+        group: str,
+        x_BxTxD: jax.Array,
+        weights: Params,
+        params: Mapping[str, Any],
+        context: Context,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """See `base.seam.Seam`."""
         return adapted_linear(
             self.on_sites, self.strategy, group, x_BxTxD, weights, params, context
         )
 
-    def mlp(self, x_BxTxD, weights: Params, params: Mapping[str, Any], context: Context):
+    def mlp(
+        self, x_BxTxD: jax.Array, weights: Params, params: Mapping[str, Any], context: Context
+    ) -> tuple[jax.Array, dict[str, Any]]:
         """See `base.seam.Seam`."""
         if self.networks is None:
             return gated_mlp(self, self.activation, x_BxTxD, weights, params, context)

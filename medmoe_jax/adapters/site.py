@@ -14,6 +14,7 @@ import jax
 from medmoe_jax.adapters.bank import BankSpec, site_params
 from medmoe_jax.base.seam import Context
 from medmoe_jax.kernels.dropout import Dropout, counter
+from medmoe_jax.kernels.router_equations import RouterStats
 from medmoe_jax.routing.dispatch import Strategy
 from medmoe_jax.routing.gating import Decision, Router
 from medmoe_jax.routing.terms import LoraTerm
@@ -27,7 +28,7 @@ class Input(NamedTuple):
 
 
 def dropped_inputs(
-    banks: Sequence[BankSpec], group: str, x_BxTxD, context: Context
+    banks: Sequence[BankSpec], group: str, x_BxTxD: jax.Array, context: Context
 ) -> dict[float, Input]:
     """`{rate: x after dropout}`: one draw a group, so that equal rates share one array."""
     key = context.dropout_key
@@ -47,7 +48,7 @@ def dropped_inputs(
 def decide(
     strategy: Strategy,
     routed: Sequence[tuple[BankSpec, str, Mapping[str, Any]]],
-    x_BxTxD,
+    x_BxTxD: jax.Array,
     context: Context,
 ) -> list[Decision]:
     """Gates and statistics of every router that reads x; padding picks no expert.
@@ -69,7 +70,7 @@ def decide(
 
 
 def _router(
-    bank: BankSpec, name: str, params: Mapping[str, Any], shape: tuple[int, int], context: Context
+    bank: BankSpec, name: str, params: Mapping[str, Any], shape: tuple[int, ...], context: Context
 ) -> Router:
     key, noise_BxTxE = context.dropout_key, None
     if bank.router_noise and key is not None:
@@ -93,11 +94,11 @@ def adapted_linear(
     banks: tuple[BankSpec, ...],
     strategy: Strategy,
     group: str,
-    x_BxTxD,
+    x_BxTxD: jax.Array,
     weights: Mapping[str, Any],
     params: Mapping[str, Any],
     context: Context,
-):
+) -> tuple[dict[str, Any], dict[str, RouterStats]]:
     """The sites of a projection group with their banks: `y = x W + Σ_banks s B(gate ∘ Λ ∘ A x)`.
 
     Args:

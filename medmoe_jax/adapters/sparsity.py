@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +39,11 @@ class Sparsity:
         """The banks that it reads."""
         return (self.bank,)
 
-    def value(self, specs: Mapping[str, BankSpec], banks) -> jax.Array:
+    def value(self, specs: Mapping[str, BankSpec], banks: Mapping[str, Any]) -> jax.Array:
         """The unweighted term, float32 scalar."""
         return jnp.mean(jnp.abs(self.measure(specs, banks)))
 
-    def measure(self, specs: Mapping[str, BankSpec], banks) -> jax.Array:
+    def measure(self, specs: Mapping[str, BankSpec], banks: Mapping[str, Any]) -> jax.Array:
         """The mixing weights, float32 `[N, E]`.
 
         Raises:
@@ -58,7 +59,7 @@ class Sparsity:
             )
         return banks[self.bank]["mix"]["weight"]
 
-    def figures(self, measured) -> dict[str, float]:
+    def figures(self, measured: np.ndarray) -> dict[str, float]:
         """Each expert's mixing weight, averaged over the layers."""
         means = np.asarray(measured).mean(0)
         return {f"mix/{self.bank}/{e}": float(value) for e, value in enumerate(means)}

@@ -35,7 +35,13 @@ def row_slots(tokens: int, shards: int, limit: int | None) -> int:
     return slots if limit is None else min(slots, limit)
 
 
-def visible(q_segments_BxT, q_positions_BxT, k_segments_BxS, k_positions_BxS, window):
+def visible(
+    q_segments_BxT: jax.Array,
+    q_positions_BxT: jax.Array,
+    k_segments_BxS: jax.Array,
+    k_positions_BxS: jax.Array,
+    window: jax.Array | int,
+) -> jax.Array:
     """Boolean mask `[B, T, S]`; `window` is a (traced) number of tokens, 0 = unlimited."""
     distance_BxTxS = q_positions_BxT[:, :, None] - k_positions_BxS[:, None, :]
     same_BxTxS = q_segments_BxT[:, :, None] == k_segments_BxS[:, None, :]
@@ -77,7 +83,14 @@ def _weights(scale: float, softcap: float, q_BxKxXxh, k_BxKxSxh, mask_BxTxS):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def einsum_attention(scale: float, softcap: float, q_BxTxHxh, k_BxSxKxh, v_BxSxKxh, mask_BxTxS):
+def einsum_attention(
+    scale: float,
+    softcap: float,
+    q_BxTxHxh: jax.Array,
+    k_BxSxKxh: jax.Array,
+    v_BxSxKxh: jax.Array,
+    mask_BxTxS: jax.Array,
+) -> jax.Array:
     """Attention with a float32 softmax and, unless it is 0, a soft-cap on the scores.
 
     The backward pass makes the scores anew, and keeps them where they lie: of two factors it has
@@ -144,12 +157,12 @@ def _splash_kernel(heads: int, tokens: int, window: int, softcap: float, shards:
 def splash_attention(
     config: DecoderConfig,
     execution: Execution,
-    q_BxTxHxh,
-    k_BxTxKxh,
-    v_BxTxKxh,
-    segments_BxT,
-    window,
-):
+    q_BxTxHxh: jax.Array,
+    k_BxTxKxh: jax.Array,
+    v_BxTxKxh: jax.Array,
+    segments_BxT: jax.Array,
+    window: jax.Array,
+) -> jax.Array:
     """TPU splash attention.
 
     Within a packed row, segments are contiguous, so order in the row is order in the segment.
@@ -179,7 +192,9 @@ def _windows(config: DecoderConfig) -> list[int]:
     return sorted(set(config.windows)) or [0]
 
 
-def by_window(config: DecoderConfig, window, run: Callable[[int], jax.Array]) -> jax.Array:
+def by_window(
+    config: DecoderConfig, window: jax.Array, run: Callable[[int], jax.Array]
+) -> jax.Array:
     """`run(size)` for the layer's window: layers of all kinds share one compiled loop."""
     sizes = _windows(config)
     if len(sizes) == 1:
@@ -226,7 +241,14 @@ def _divisor(n: int, most: int) -> int:
     return max(d for d in range(1, n + 1) if n % d == 0 and d <= max(most, 1))
 
 
-def attend(config: DecoderConfig, q_BxTxHxh, k_BxSxKxh, v_BxSxKxh, mask_BxTxS, shards: int = 1):
+def attend(
+    config: DecoderConfig,
+    q_BxTxHxh: jax.Array,
+    k_BxSxKxh: jax.Array,
+    v_BxSxKxh: jax.Array,
+    mask_BxTxS: jax.Array,
+    shards: int = 1,
+) -> jax.Array:
     """Masked attention off TPU and in cached decoding: `[B, T, H, h]` in q's dtype.
 
     Scores exist for a few rows at a time and are made anew in the backward pass: they then stay in

@@ -57,7 +57,7 @@ class Layer(NamedTuple):
     context: Context
 
 
-def rms_norm(x, weight, *, eps: float, offset: float):
+def rms_norm(x: jax.Array, weight: jax.Array, *, eps: float, offset: float) -> jax.Array:
     """`x / rms(x) · (weight + offset)` in float32, returned in x's dtype."""
     x32 = x.astype(jnp.float32)
     x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
@@ -70,10 +70,10 @@ def block(
     execution: Execution,
     seam: Seam,
     layer: Layer,
-    x_BxTxD,
+    x_BxTxD: jax.Array,
     tokens: Tokens,
     cache: tuple | None,
-):
+) -> tuple[jax.Array, tuple | None, dict[str, Any]]:
     """`(x_BxTxD, cache, statistics)` after one block.
 
     Args:

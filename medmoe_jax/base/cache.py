@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from medmoe_jax.base.config import DecoderConfig
 
@@ -27,7 +28,13 @@ class Cache(NamedTuple):
     lengths: jax.Array  # [B] int32
 
 
-def new_cache(config: DecoderConfig, batch: int, slots: int, dtype, lengths_B=None) -> Cache:
+def new_cache(
+    config: DecoderConfig,
+    batch: int,
+    slots: int,
+    dtype: DTypeLike,
+    lengths_B: jax.Array | None = None,
+) -> Cache:
     """An empty cache for `slots` tokens a row; `lengths_B` of `Cache`, None = they fill it."""
     shape = (config.n_layers, batch, slots, config.n_kv_heads, config.head_dim)
     ids = jnp.zeros((batch, slots), jnp.int32)

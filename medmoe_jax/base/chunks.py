@@ -9,6 +9,7 @@ last one that holds any. Tokens stay on their devices.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -62,7 +63,7 @@ def _parted(into: Chunks, execution: Execution, x_BxT):
     return on_parts(into, execution, x)
 
 
-def rejoined(into: Chunks, x_PxM, shape):
+def rejoined(into: Chunks, x_PxM: jax.Array, shape: Sequence[int]) -> jax.Array:
     """The inverse of `_parted`: `[B, T, ...]` of that shape."""
     B, T = shape[:2]
     R, S = into.rows, into.sequence
@@ -70,9 +71,9 @@ def rejoined(into: Chunks, x_PxM, shape):
     return jnp.moveaxis(x, 1, 2).reshape(shape)
 
 
-def on_parts(into: Chunks, execution: Execution, x_PxM):
+def on_parts(into: Chunks, execution: Execution, x_PxM: jax.Array) -> jax.Array:
     """Pin an array of parts to the devices that hold them."""
-    if not into.axes:
+    if execution.mesh is None or not into.axes:
         return x_PxM
     sharding = NamedSharding(execution.mesh, PartitionSpec(into.axes))
     return jax.lax.with_sharding_constraint(x_PxM, sharding)
@@ -88,7 +89,13 @@ class Sorted(NamedTuple):
     filled: jax.Array  # [] chunks that hold a target, of the part with most
 
 
-def sort(into: Chunks, execution: Execution, x_BxTxD, targets_BxT, weights_BxT) -> Sorted:
+def sort(
+    into: Chunks,
+    execution: Execution,
+    x_BxTxD: jax.Array,
+    targets_BxT: jax.Array,
+    weights_BxT: jax.Array,
+) -> Sorted:
     """The tokens in the order in which a loop over chunks takes them; weight 0 is no target."""
     arrays = (x_BxTxD, targets_BxT, weights_BxT)
     x_PxMxD, targets_PxM, weights_PxM = (_parted(into, execution, a) for a in arrays)
@@ -104,11 +111,13 @@ def sort(into: Chunks, execution: Execution, x_BxTxD, targets_BxT, weights_BxT) 
     return Sorted(x_PxMxD, order_PxK, targets_PxK, weights_PxK, -(-most // into.tokens))
 
 
-def chunk(into: Chunks, execution: Execution, given: Sorted, n):
+def chunk(
+    into: Chunks, execution: Execution, given: Sorted, n: jax.Array | int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Chunk n: `(x_PxCxD, targets_PxC, weights_PxC)`."""
     arrays = (given.order_PxK, given.targets_PxK, given.weights_PxK)
-    order_PxC, *rest = (
+    order_PxC, targets_PxC, weights_PxC = (
         jax.lax.dynamic_slice_in_dim(a, n * into.tokens, into.tokens, axis=1) for a in arrays
     )
     x_PxCxD = jnp.take_along_axis(given.x_PxMxD, order_PxC[..., None], axis=1)
-    return on_parts(into, execution, x_PxCxD), *rest
+    return on_parts(into, execution, x_PxCxD), targets_PxC, weights_PxC

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from medmoe_jax.errors import UserError
 
@@ -44,7 +45,7 @@ class RopeScaling:
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in ROPE_KINDS:
             raise UserError(f"rope_scaling.kind: '{self.kind}' is none of {', '.join(ROPE_KINDS)}")
 
@@ -111,7 +112,7 @@ class DecoderConfig:
     max_positions: int = 2048
     vocab_used: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
             raise UserError(f"activation: '{self.activation}' is none of {', '.join(ACTIVATIONS)}")
         if self.n_heads % self.n_kv_heads:
@@ -137,7 +138,7 @@ class DecoderConfig:
         """Factor on q·k."""
         return self.query_scale or self.head_dim**-0.5
 
-    def replace(self, **changes) -> DecoderConfig:
+    def replace(self, **changes: Any) -> DecoderConfig:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 

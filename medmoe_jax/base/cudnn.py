@@ -43,12 +43,12 @@ def obstacle(config: DecoderConfig, execution: Execution, tokens: int) -> str | 
 def cudnn_attention(
     config: DecoderConfig,
     execution: Execution,
-    q_BxTxHxh,
-    k_BxTxKxh,
-    v_BxTxKxh,
-    segments_BxT,
-    window,
-):
+    q_BxTxHxh: jax.Array,
+    k_BxTxKxh: jax.Array,
+    v_BxTxKxh: jax.Array,
+    segments_BxT: jax.Array,
+    window: jax.Array,
+) -> jax.Array:
     """Causal attention within packed segments, as `attention.splash_attention` is on TPU.
 
     Causality and windows leave blocks out. On a mesh, each device runs it on its own rows and,

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from medmoe_jax.base import attention, cudnn, rope, trees
 from medmoe_jax.base.block import Layer, Tokens, block, rms_norm
@@ -74,26 +75,26 @@ def _run_range(
         x_BxTxD, cache, stats = block(config, execution, seam, layer, x_BxTxD, tokens, cache)
         return (x_BxTxD, cache), stats
 
-    if cache is None:
-        body = _checkpointed(body, execution.remat, here.kept.get(execution.remat, ()))
+    kept = here.kept.get(execution.remat, ())
+    run = _checkpointed(body, execution.remat, kept) if cache is None else body
     xs = (indices, windows, ropes, here.params, trained)
-    (x_BxTxD, cache), stats = jax.lax.scan(body, (x_BxTxD, cache), xs, unroll=execution.unroll)
+    (x_BxTxD, cache), stats = jax.lax.scan(run, (x_BxTxD, cache), xs, unroll=execution.unroll)
     return x_BxTxD, cache, stats
 
 
 def hidden(
     config: DecoderConfig,
     params: Params,
-    tokens_BxT,
-    segment_ids_BxT,
-    positions_BxT,
+    tokens_BxT: jax.Array,
+    segment_ids_BxT: jax.Array,
+    positions_BxT: jax.Array,
     *,
     execution: Execution = Execution(),
     ranges: tuple[LayerRange, ...] = (),
     trained: Params | None = None,
     context: Context = Context(),
     cache: Cache | None = None,
-):
+) -> tuple[jax.Array, Cache | None, tuple[dict[str, Any], ...]]:
     """Final hidden states, after the last norm.
 
     Args:
@@ -147,7 +148,7 @@ def hidden(
     x_BxTxD = rms_norm(x_BxTxD, top["final_norm"], eps=config.norm_eps, offset=config.norm_offset)
     if config.output_scale != 1.0:
         x_BxTxD *= jnp.asarray(config.output_scale, execution.dtype)
-    if cache is not None:
+    if cache is not None and kv is not None:
         written += tokens_BxT.shape[1]
         cache = Cache(*kv, k_segments, k_positions, written, cache.lengths)
     return x_BxTxD, cache, tuple(every)
@@ -167,7 +168,7 @@ def _flash(config: DecoderConfig, execution: Execution, tokens: int) -> Callable
     return None
 
 
-def head(params: Params, trained: Params | None = None):
+def head(params: Params, trained: Params | None = None) -> jax.Array:
     """The `[V, D]` output matrix: `head`, or the embedding when tied."""
     leaves = trees.overlay(params, trained or {})
     return leaves.get("head", leaves.get("embed"))
@@ -200,14 +201,14 @@ def _biased(config: DecoderConfig, group: str) -> bool:
     return wanted.get(group, config.mlp_bias)
 
 
-def abstract(config: DecoderConfig, dtype=jnp.float32):
+def abstract(config: DecoderConfig, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
     """The base as `ShapeDtypeStruct`s."""
     return trees.unflatten(
         (path, jax.ShapeDtypeStruct(shape, dtype)) for path, shape in shapes(config).items()
     )
 
 
-def init(config: DecoderConfig, key: jax.Array, dtype=jnp.float32) -> dict[str, Any]:
+def init(config: DecoderConfig, key: jax.Array, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
     """A random base: matrices N(0, 1/D_in) (output projections / sqrt(2L)), norms 1, biases 0."""
     leaves = []
     for i, (path, shape) in enumerate(shapes(config).items()):

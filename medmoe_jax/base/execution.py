@@ -45,7 +45,7 @@ class Execution:
     kernels: str = "auto"
     activations: NamedSharding | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.remat not in REMAT:
             raise ParameterError(f"remat: '{self.remat}' is none of {', '.join(REMAT)}")
         if self.attention not in ATTENTION:
@@ -60,7 +60,11 @@ class Execution:
     @property
     def mesh(self) -> Mesh | None:
         """The devices, or None for the default one."""
-        return None if self.activations is None else self.activations.mesh
+        if self.activations is None:
+            return None
+        if not isinstance(self.activations.mesh, Mesh):
+            raise TypeError("activations: their mesh names no devices")
+        return self.activations.mesh
 
     @property
     def device(self) -> jax.Device:
@@ -131,14 +135,14 @@ class Execution:
             function, mesh=self.mesh, in_specs=inputs, out_specs=outputs, check_vma=False
         )
 
-    def constrain(self, x_BxTxD):
+    def constrain(self, x_BxTxD: jax.Array) -> jax.Array:
         """Pin an activation to its sharding; tokens that the mesh does not divide stay together."""
         if self.mesh is None:
             return x_BxTxD
         sharding = NamedSharding(self.mesh, self.spec(x_BxTxD.shape[1], None))
         return jax.lax.with_sharding_constraint(x_BxTxD, sharding)
 
-    def gather_tokens(self, x_BxSxKxh):
+    def gather_tokens(self, x_BxSxKxh: jax.Array) -> jax.Array:
         """Keys or values of whole rows, on every device that has queries of the row."""
         if self.mesh is None or not self.sequence_axis(x_BxSxKxh.shape[1]):
             return x_BxSxKxh

@@ -19,7 +19,7 @@ from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.execution import Execution
 
 
-def logits(config: DecoderConfig, head_VxD, x_BxTxD):
+def logits(config: DecoderConfig, head_VxD: jax.Array, x_BxTxD: jax.Array) -> jax.Array:
     """Float32 logits `[B, T, V]`, soft-capped; padding rows of the vocabulary get -1e30."""
     z_BxTxV = jnp.einsum(
         "BTD,VD->BTV",
@@ -49,8 +49,12 @@ def _log_probs(config, head_VxD, x_PxCxD, targets_PxC, cut: NamedSharding | None
 
 
 def token_log_probs(
-    config: DecoderConfig, head_VxD, x_BxTxD, targets_BxT, execution: Execution = Execution()
-):
+    config: DecoderConfig,
+    head_VxD: jax.Array,
+    x_BxTxD: jax.Array,
+    targets_BxT: jax.Array,
+    execution: Execution = Execution(),
+) -> jax.Array:
     """Log-probability of each target, float32 `[B, T]`."""
     into = chunks.divide(execution, *targets_BxT.shape, config.vocab_size)
     given = chunks.sort(into, execution, x_BxTxD, targets_BxT, jnp.ones(targets_BxT.shape))
@@ -82,12 +86,12 @@ def _chunk_loss(config, cut, head_VxD, x_PxCxD, targets_PxC, weights_PxC):
 def cross_entropy(
     config: DecoderConfig,
     train_head: bool,
-    head_VxD,
-    x_BxTxD,
-    targets_BxT,
-    weights_BxT,
+    head_VxD: jax.Array,
+    x_BxTxD: jax.Array,
+    targets_BxT: jax.Array,
+    weights_BxT: jax.Array,
     execution: Execution = Execution(),
-):
+) -> jax.Array:
     """Σ weight · (−log p(target)), float32 scalar; tokens of weight 0 cost nothing.
 
     The backward pass needs no second product with the head: the loss is a scalar, so the forward
@@ -156,7 +160,9 @@ def _backward(config, train_head, execution, residuals, ct):
 cross_entropy.defvjp(_forward, _backward)
 
 
-def next_token_targets(tokens_BxT, loss_mask_BxT, segment_ids_BxT):
+def next_token_targets(
+    tokens_BxT: jax.Array, loss_mask_BxT: jax.Array, segment_ids_BxT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Shift by one: position t predicts token t+1 of its own segment.
 
     Returns:

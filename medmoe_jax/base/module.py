@@ -23,12 +23,19 @@ class Decoder(nnx.Module):
     never copied.
     """
 
-    def __init__(self, config: DecoderConfig, params: Params, execution: Execution = Execution()):
+    def __init__(
+        self, config: DecoderConfig, params: Params, execution: Execution = Execution()
+    ) -> None:
         self.config = config
         self.execution = execution
         self.params = nnx.data(jax.tree.map(nnx.Param, params))
 
-    def __call__(self, tokens_BxT, segment_ids_BxT=None, positions_BxT=None):
+    def __call__(
+        self,
+        tokens_BxT: jax.Array,
+        segment_ids_BxT: jax.Array | None = None,
+        positions_BxT: jax.Array | None = None,
+    ) -> jax.Array:
         """Logits; without ids, every row is one unpadded sample."""
         if segment_ids_BxT is None:
             segment_ids_BxT = jnp.ones_like(tokens_BxT)

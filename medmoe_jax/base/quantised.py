@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from medmoe_jax.base import trees
 from medmoe_jax.base.config import GROUPS
@@ -47,11 +48,11 @@ class Int8:
         return self.codes.shape
 
     @property
-    def dtype(self):
+    def dtype(self) -> jnp.dtype:
         """The scale's dtype, in which the values are computed."""
         return self.scale.dtype
 
-    def astype(self, dtype):
+    def astype(self, dtype: DTypeLike) -> jax.Array:
         """The kernel's values: computed in float32, rounded once."""
         return (self.codes.astype(jnp.float32) * self.scale).astype(dtype)
 
@@ -75,11 +76,11 @@ class Nf4:
         return (*self.codes.shape[:-2], self.rows, self.codes.shape[-1])
 
     @property
-    def dtype(self):
+    def dtype(self) -> jnp.dtype:
         """The scale's dtype, in which the values are computed."""
         return self.scale.dtype
 
-    def astype(self, dtype):
+    def astype(self, dtype: DTypeLike) -> jax.Array:
         """The kernel's values: computed in float32, rounded once."""
         *leading, n, O = self.scale.shape
         packed = self.codes.reshape(*leading, n, BLOCK // 2, O)
@@ -103,14 +104,14 @@ def _from_codes(codes):
     return values[0]
 
 
-def to_int8(kernel) -> Int8:
+def to_int8(kernel: jax.Array) -> Int8:
     """A kernel `[..., D, O]` in int8, rounded to the nearest."""
     kernel = kernel.astype(jnp.float32)
     scale = _or_one(jnp.max(jnp.abs(kernel), axis=-2, keepdims=True) / 127)
     return Int8(jnp.round(kernel / scale).astype(jnp.int8), scale)
 
 
-def to_nf4(kernel) -> Nf4:
+def to_nf4(kernel: jax.Array) -> Nf4:
     """A kernel `[..., D, O]` in nf4, each weight at the nearest of the 16 values."""
     *leading, D, O = kernel.shape
     padding = [(0, 0)] * len(leading) + [(0, -D % BLOCK), (0, 0)]
@@ -133,7 +134,7 @@ KERNELS = frozenset(f"layers.{site}.kernel" for sites in GROUPS.values() for sit
 
 
 @jax.custom_vjp
-def matmul(x, kernel: Quantised):
+def matmul(x: jax.Array, kernel: Quantised) -> jax.Array:
     """`x W` in the dtype of x; the kernel has no gradient.
 
     The backward pass computes W from the codes once more: kept for it, the values of all layers
@@ -172,14 +173,14 @@ def _itself(leaf):
     return leaf
 
 
-def quantise(params, kind: str):
+def quantise(params: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """A base with its kernels in `kind`; see `encoder`."""
     return trees.unflatten(
         (path, encoder(kind, path)(leaf)) for path, leaf in trees.flatten(params)
     )
 
 
-def dequantise(params, dtype):
+def dequantise(params: Mapping[str, Any], dtype: DTypeLike) -> dict[str, Any]:
     """A base with float kernels, those that were quantised in `dtype`."""
     return trees.unflatten(
         (path, leaf.astype(dtype) if isinstance(leaf, Quantised) else leaf)

@@ -109,7 +109,9 @@ def which(config: DecoderConfig) -> np.ndarray:
     return np.array([rows.index(kind) for kind in config.ropes or rows * config.n_layers], np.int32)
 
 
-def tables(config: DecoderConfig, positions_BxT, lengths_BxT):
+def tables(
+    config: DecoderConfig, positions_BxT: jax.Array, lengths_BxT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """cos and sin of the rotation angles, float32 `[R, B, T, 1, F]`, a row for each of `kinds`.
 
     Args:
@@ -126,15 +128,15 @@ def tables(config: DecoderConfig, positions_BxT, lengths_BxT):
 def _angles(config: DecoderConfig, kind: str, positions_BxT, lengths_BxT):
     short_F, long_F, factor = frequencies(config, kind)
     inv_freq = jnp.asarray(short_F, jnp.float32)[None, None, None]
-    if np.any(short_F != long_F):
-        _, scaling = _settings(config, kind)
+    _, scaling = _settings(config, kind)
+    if scaling is not None and np.any(short_F != long_F):
         beyond_BxT = lengths_BxT > scaling.original_max_positions
         long = jnp.asarray(long_F, jnp.float32)[None, None, None]
         inv_freq = jnp.where(beyond_BxT[:, :, None, None], long, inv_freq)
     return positions_BxT[:, :, None, None].astype(jnp.float32) * inv_freq, factor
 
 
-def text_lengths(segment_ids_BxT, positions_BxT):
+def text_lengths(segment_ids_BxT: jax.Array, positions_BxT: jax.Array) -> jax.Array:
     """Tokens of the text that each token belongs to, where rows hold whole texts: int32 `[B, T]`.
 
     A text is a segment, whose tokens lie side by side at positions from 0 on.
@@ -147,7 +149,7 @@ def text_lengths(segment_ids_BxT, positions_BxT):
     return positions_BxT + end_BxT - index_1xT + 1
 
 
-def rotate(x_BxTxHxh, cos_BxTx1xF, sin_BxTx1xF):
+def rotate(x_BxTxHxh: jax.Array, cos_BxTx1xF: jax.Array, sin_BxTx1xF: jax.Array) -> jax.Array:
     """Rotate the pairs (i, i + F) of every head and leave what lies beyond 2F as it is.
 
     Float32 inside, the input's dtype outside.

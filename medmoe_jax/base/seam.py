@@ -48,7 +48,7 @@ class Seam(Protocol):
     """
 
     def linear(
-        self, group: str, x_BxTxD, weights: Params, params: Any, context: Context
+        self, group: str, x_BxTxD: jax.Array, weights: Params, params: Any, context: Context
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """`({site: y_BxTxO}, statistics)` of the sites of a projection group.
 
@@ -61,7 +61,7 @@ class Seam(Protocol):
         ...
 
     def mlp(
-        self, x_BxTxD, weights: Params, params: Any, context: Context
+        self, x_BxTxD: jax.Array, weights: Params, params: Any, context: Context
     ) -> tuple[Any, dict[str, Any]]:
         """`(y_BxTxD, statistics)` of the feed-forward network; arguments as in `linear`."""
         ...
@@ -77,12 +77,16 @@ class BareSeam:
 
     activation: Callable
 
-    def linear(self, group: str, x_BxTxD, weights: Params, params: Any, context: Context):
+    def linear(
+        self, group: str, x_BxTxD: jax.Array, weights: Params, params: Any, context: Context
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """See `Seam`."""
         del group, params, context
         return {site: project(x_BxTxD, weight) for site, weight in weights.items()}, {}
 
-    def mlp(self, x_BxTxD, weights: Params, params: Any, context: Context):
+    def mlp(
+        self, x_BxTxD: jax.Array, weights: Params, params: Any, context: Context
+    ) -> tuple[jax.Array, dict[str, Any]]:
         """See `Seam`."""
         return gated_mlp(self, self.activation, x_BxTxD, weights, params, context)
 
@@ -106,8 +110,13 @@ class LayerRange:
 
 
 def gated_mlp(
-    seam: Seam, activation: Callable, x_BxTxD, weights: Params, params: Any, context: Context
-):
+    seam: Seam,
+    activation: Callable,
+    x_BxTxD: jax.Array,
+    weights: Params,
+    params: Any,
+    context: Context,
+) -> tuple[jax.Array, dict[str, Any]]:
     """`W_down (act(W_gate x) ∘ W_up x)`, its sites run by the seam: `(y_BxTxD, statistics)`."""
     inner = {site: weights[site] for site in GROUPS["mlp.in"]}
     y, stats_in = seam.linear("mlp.in", x_BxTxD, inner, params, context)
@@ -117,7 +126,7 @@ def gated_mlp(
     return y["mlp.down"], stats_in | stats_out
 
 
-def project(x_BxTxD, weight: Params):
+def project(x_BxTxD: jax.Array, weight: Params) -> jax.Array:
     """`x W (+ b)` in the dtype of x."""
     kernel = weight["kernel"]
     if isinstance(kernel, Quantised):
@@ -127,7 +136,7 @@ def project(x_BxTxD, weight: Params):
     return add_bias(y_BxTxO, weight)
 
 
-def add_bias(y_BxTxO, weight: Params):
+def add_bias(y_BxTxO: jax.Array, weight: Params) -> jax.Array:
     """`y (+ b)` in the dtype of y."""
     if "bias" not in weight:
         return y_BxTxO

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from medmoe_jax.base import decoder, quantised, trees
 from medmoe_jax.base.config import DecoderConfig
@@ -58,7 +59,7 @@ class Base:
         """
         return self.known_family or hf_config.expressing(self.config)
 
-    def abstract(self, dtype):
+    def abstract(self, dtype: DTypeLike) -> dict[str, Any]:
         """The parameters that `load` gives, as `ShapeDtypeStruct`s."""
         encode = functools.partial(quantised.quantise, kind=self.quantise)
         return jax.eval_shape(encode, decoder.abstract(self.config, dtype))

@@ -7,7 +7,7 @@ fused HF projection is several of ours stacked along its rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -398,7 +398,7 @@ def tensors(
                 yield _tensor(f"{body}layers.{layer}.{name}", full, layer, shapes)
 
 
-def spelling_of(family_name: str, names: Sequence[str]) -> Spelling:
+def spelling_of(family_name: str, names: Collection[str]) -> Spelling:
     """How a checkpoint with these tensors spells the decoder's names."""
     spellings = FAMILIES[family_name].spellings
     return next((s for s in spellings if s.body + EMBED in names), spellings[0])

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ Write = Callable[[Callable[[Path], None]], None]
 
 
 @contextlib.contextmanager
-def new_folder(directory: str | Path) -> Iterator[Write]:
+def new_folder(directory: str | Path) -> Generator[Write]:
     """A folder that appears whole at the end of the block, or not at all.
 
     All processes enter the block alike. It is given `write`, which runs a function of a temporary
@@ -152,7 +152,7 @@ class MetricsLog:
     to a step before the checkpoint of that step is saved.
     """
 
-    def __init__(self, path: str | Path, after_step: int = 0):
+    def __init__(self, path: str | Path, after_step: int = 0) -> None:
         """Open `path` for lines after `after_step` (0: a new run, nothing is kept but step 0).
 
         Raises:
@@ -181,7 +181,7 @@ class MetricsLog:
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

@@ -9,10 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from medmoe_jax.adapters import lifecycle
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.base import trees
+from medmoe_jax.base.seam import Params
 from medmoe_jax.checkpoints.families import Part, Tensor, transposed
 from medmoe_jax.parallel.host import to_host
 
@@ -23,7 +25,9 @@ class FoldedWeights:
     All processes ask for the same tensors in the same order.
     """
 
-    def __init__(self, params, members: Sequence[tuple[BankSpec, Any]], dtype):
+    def __init__(
+        self, params: Params, members: Sequence[tuple[BankSpec, Any]], dtype: DTypeLike
+    ) -> None:
         """
         Args:
           params: the base under any sharding, its kernels quantised or not.

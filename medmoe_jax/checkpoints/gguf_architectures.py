@@ -211,7 +211,7 @@ def _rope(file: GgufFile, get: Callable, hf: Json) -> Json:
         if name in file.tensors
     ]
     if divisors:
-        scaling = {"rope_type": "longrope", "attention_factor": attention}
+        scaling: Json = {"rope_type": "longrope", "attention_factor": attention}
         scaling |= {"short_factor": divisors[0], "long_factor": divisors[-1]}
         return {ORIGINAL: original, "rope_scaling": scaling}
     if kind == "none":

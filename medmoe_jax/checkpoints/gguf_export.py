@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +237,7 @@ def _as_filed(
 
 
 @contextlib.contextmanager
-def _file(name: str, arch: str, fields: Mapping[str, Any]) -> Iterator[_File]:
+def _file(name: str, arch: str, fields: Mapping[str, Any]) -> Generator[_File]:
     """A file that is closed at the end, also of a failure."""
     file = _File(name, arch, fields)
     try:

@@ -46,7 +46,7 @@ class StoredTensor:
     kind: str
     bytes_RxN: np.ndarray
 
-    def rows(self, rows, columns: slice = slice(None)) -> np.ndarray:
+    def rows(self, rows: slice | np.ndarray, columns: slice = slice(None)) -> np.ndarray:
         """Some rows and columns in float32.
 
         Args:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.checkpoints import families
@@ -44,7 +45,7 @@ def describe(file: GgufFile) -> tuple[str, DecoderConfig]:
 
 def load(
     path: str | Path,
-    dtype=jnp.bfloat16,
+    dtype: DTypeLike = jnp.bfloat16,
     shardings: Mapping[str, Any] | None = None,
     quantise: str = "",
 ) -> tuple[DecoderConfig, dict[str, Any]]:

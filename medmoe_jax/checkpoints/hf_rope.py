@@ -76,7 +76,8 @@ def write(config: DecoderConfig, family: Family) -> dict[str, Any]:
     if scaling is not None:
         required, optional = _KEYS[scaling.kind]
         default = RopeScaling(scaling.kind)
-        hf["rope_scaling"] = fields = {"rope_type": scaling.kind}
+        fields: dict[str, Any] = {"rope_type": scaling.kind}
+        hf["rope_scaling"] = fields
         for key in (*required, *optional):
             name = _FIELDS.get(key, key)
             value = getattr(scaling, name)

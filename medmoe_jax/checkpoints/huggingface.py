@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  gives numpy the bfloat16 of safetensors
 import numpy as np
+from jax.typing import DTypeLike
 
 from medmoe_jax.adapters import lifecycle
 from medmoe_jax.adapters.bank import BankSpec
@@ -95,7 +96,7 @@ def describe(folder: Path) -> tuple[str, DecoderConfig]:
 
 def load(
     source: str | Path,
-    dtype=jnp.bfloat16,
+    dtype: DTypeLike = jnp.bfloat16,
     shardings: Mapping[str, Any] | None = None,
     quantise: str = "",
 ) -> tuple[DecoderConfig, dict[str, Any]]:
@@ -164,7 +165,7 @@ def save_hf(
     family: str,
     *,
     members: Sequence[tuple[BankSpec, Any]] = (),
-    dtype=None,
+    dtype: DTypeLike | None = None,
     source: Path | None = None,
     extra: Mapping[str, Any] | None = None,
     companions: Mapping[str, Any] | None = None,

@@ -25,7 +25,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,7 +91,7 @@ _NONE = _Entry(0, "", 0)
 
 
 @contextlib.contextmanager
-def only_writer(folder: str | Path) -> Iterator[Callable[[], None]]:
+def only_writer(folder: str | Path) -> Generator[Callable[[], None]]:
     """The lease of a folder for the time of the block; all processes enter it alike.
 
     The first process holds it. It is given back however the block ends; of a process that is

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from medmoe_jax.base import trees
 from medmoe_jax.base.config import DecoderConfig
@@ -35,7 +36,7 @@ def read_config(path: str | Path) -> DecoderConfig:
     return _config(path, header)
 
 
-def load(path: str | Path, dtype=jnp.float32) -> tuple[DecoderConfig, dict[str, Any]]:
+def load(path: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[DecoderConfig, dict[str, Any]]:
     """Read a llama2.c file.
 
     Args:

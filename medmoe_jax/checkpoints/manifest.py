@@ -4,7 +4,7 @@ import dataclasses
 import importlib.metadata
 import platform
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, get_args, get_origin, get_type_hints
 
 from medmoe_jax.adapters.lifecycle import STATES
 from medmoe_jax.checkpoints.files import read_json, write_json
@@ -114,19 +114,19 @@ def _checked(value: Any, kind: type, source: str | Path, prefix: str) -> dict[st
     """The fields of dataclass `kind` in `value`: all there, none unknown, each of its type."""
     if not isinstance(value, dict):
         raise UserError(f"{source}: {prefix.rstrip('.') or 'the file'} must be a JSON object")
-    declared = {field.name: field for field in dataclasses.fields(kind)}
+    declared: dict[str, Any] = get_type_hints(kind)
     unknown = sorted(set(value) - set(declared))
     if unknown:
         raise UserError(f"{source}: unknown field {prefix}{unknown[0]}")
-    for name, field in declared.items():
+    for name, hint in declared.items():
         if name not in value:
             raise UserError(f"{source}: field {prefix}{name} is missing")
-        wanted = get_origin(field.type) or field.type
+        wanted = get_origin(hint) or hint
         if type(value[name]) is not wanted:
             raise UserError(
                 f"{source}: field {prefix}{name} is {value[name]!r}; it must be {wanted.__name__}"
             )
-        if wanted is dict and get_args(field.type)[1] is str:
+        if wanted is dict and get_args(hint)[1] is str:
             wrong = sorted(key for key, item in value[name].items() if not isinstance(item, str))
             if wrong:
                 raise UserError(f"{source}: field {prefix}{name}.{wrong[0]} must be str")

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import ml_dtypes  # noqa: F401  gives numpy the bfloat16 of safetensors
 import numpy as np
+from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from medmoe_jax.adapters import lifecycle
@@ -102,7 +103,7 @@ def save_peft(
     members: Sequence[tuple[BankSpec, Any]],
     *,
     base: str = "",
-    dtype=np.float32,
+    dtype: DTypeLike = np.float32,
     companions: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write banks as one LoRA adapter that PEFT loads over their base.
@@ -141,7 +142,7 @@ def save_peft(
 
 
 def stacked(
-    config: DecoderConfig, family: str, members: Sequence[tuple[BankSpec, Any]], dtype
+    config: DecoderConfig, family: str, members: Sequence[tuple[BankSpec, Any]], dtype: DTypeLike
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """`{module: (A [r, D], B [O, r])}` of banks as one adapter; arguments as of `save_peft`.
 

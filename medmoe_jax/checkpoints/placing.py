@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
 
 from medmoe_jax.base import decoder, quantised, trees
 from medmoe_jax.base.config import DecoderConfig
@@ -31,7 +32,7 @@ Reader = tuple[tuple, Callable[[tuple[slice, ...]], np.ndarray]]
 def place_all(
     config: DecoderConfig,
     readers: Mapping[str, Iterable[Reader]],
-    dtype,
+    dtype: DTypeLike,
     shardings: Mapping[str, Any] | None,
     quantise: str,
 ) -> dict[str, Any]:
@@ -57,12 +58,12 @@ def place_all(
 
 def place(
     path: str,
-    leaf,
-    sharding,
+    leaf: jax.ShapeDtypeStruct,
+    sharding: Any,
     readers: Iterable[Reader],
     encode: Callable = lambda x: x,
-    start=None,
-):
+    start: jax.Array | None = None,
+) -> Any:
     """A leaf on the devices, filled piece by piece in donated buffers.
 
     Args:

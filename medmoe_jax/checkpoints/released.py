@@ -20,7 +20,7 @@ import contextlib
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -231,7 +231,7 @@ def _open(
 
 
 @contextlib.contextmanager
-def _open_safetensors(path: Path) -> Iterator[dict[str, StoredTensor]]:
+def _open_safetensors(path: Path) -> Generator[dict[str, StoredTensor]]:
     try:
         with safe_open(path, framework="np") as file:
             names = file.keys()

@@ -52,7 +52,7 @@ def listed(folder: Path) -> tuple[dict[str, str], list[str]]:
 class StoredTensor:
     """A tensor in an open file: its `shape`, its `dtype` as the format calls it, and its rows."""
 
-    def __init__(self, file: Any, path: Path, name: str):
+    def __init__(self, file: Any, path: Path, name: str) -> None:
         view = file.get_slice(name)
         self.shape, self.dtype = tuple(view.get_shape()), view.get_dtype()
         self._view, self._path, self._name = view, path, name
@@ -121,7 +121,8 @@ class Opened:
             problems += self._problems_of(tensor)
         for name in sorted(set(self.tensors) - {tensor.name for tensor in plan}):
             if tied and name == tied[0] and tied[1] in self.tensors:
-                if not np.array_equal(*(self.tensors[one].whole() for one in tied)):
+                head, embedding = (self.tensors[one].whole() for one in tied)
+                if not np.array_equal(head, embedding):
                     problems.append(
                         f"{name}: differs from {tied[1]}, but tie_word_embeddings is true"
                     )

@@ -57,7 +57,7 @@ class StageCheckpoints:
     an interrupted save left behind is removed on opening.
     """
 
-    def __init__(self, folder: StageFolder, keep: int = 3):
+    def __init__(self, folder: StageFolder, keep: int = 3) -> None:
         """Open the checkpoints of a stage, whose folder is made if absent.
 
         Args:
@@ -85,7 +85,7 @@ class StageCheckpoints:
         self._failed_save = False
         try:
             return ocp.training.Checkpointer(
-                self._steps,
+                str(self._steps),
                 context=_context(),
                 preservation_policy=self,
                 cleanup_tmp_directories=True,
@@ -150,6 +150,8 @@ class StageCheckpoints:
     def _write(self, step: int, items: dict[str, Any], copied: futures.Future) -> None:
         try:
             saved = self._orbax.save_checkpointables_async(step, items, force=True, overwrite=True)
+            if saved is None:
+                raise RuntimeError(f"Orbax left out the checkpoint of step {step}")
             copied.set_result(None)
             saved.result()
             if processes.index() == 0:
@@ -233,7 +235,7 @@ class StageCheckpoints:
     def __enter__(self) -> "StageCheckpoints":
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -257,7 +259,7 @@ def save_final(folder: StageFolder, tree: Any, manifest: Manifest) -> None:
     try:
         with _context():
             ocp.save_checkpointables(
-                final, {"banks": tree, "extra": {"leaves": _describe(tree)}}, overwrite=True
+                str(final), {"banks": tree, "extra": {"leaves": _describe(tree)}}, overwrite=True
             )
         from_first_process(close)
     except WRITE_ERRORS as error:
@@ -270,7 +272,7 @@ def save_final(folder: StageFolder, tree: Any, manifest: Manifest) -> None:
 def abstract_final(folder: StageFolder) -> Any:
     """What `save_final` was given, as nested dicts of `ShapeDtypeStruct` without shardings."""
     with _context():
-        metadata = ocp.checkpointables_metadata(folder.final.absolute()).metadata
+        metadata = ocp.checkpointables_metadata(str(folder.final.absolute())).metadata
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata["banks"]
     )
@@ -304,9 +306,9 @@ def load_final(folder: StageFolder, abstract: Any = None) -> tuple[Any, Manifest
             abstract_final(folder),
         )
     with _context():
-        extra = ocp.load_checkpointables(final, {"extra": None})["extra"]
+        extra = ocp.load_checkpointables(str(final), {"extra": None})["extra"]
         _check_fit(final, extra["leaves"], abstract)
-        return ocp.load_checkpointables(final, {"banks": abstract})["banks"], manifest
+        return ocp.load_checkpointables(str(final), {"banks": abstract})["banks"], manifest
 
 
 def _context() -> ocp.Context:

@@ -12,7 +12,7 @@ import functools
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +38,7 @@ class StoredTensor(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_torch(path: str | Path) -> Iterator[dict[str, StoredTensor]]:
+def open_torch(path: str | Path) -> Generator[dict[str, StoredTensor]]:
     """The tensors of a file of float32, float16 and bfloat16 tensors, by name; none is read yet.
 
     Raises:
@@ -67,7 +67,7 @@ def open_torch(path: str | Path) -> Iterator[dict[str, StoredTensor]]:
 
 
 @contextlib.contextmanager
-def _says_where(path: Path, errors: tuple[type[BaseException], ...]) -> Iterator[None]:
+def _says_where(path: Path, errors: tuple[type[BaseException], ...]) -> Generator[None]:
     try:
         yield
     except UserError as error:

@@ -186,7 +186,7 @@ def _plan(bank: BankSpec, config: DecoderConfig, family: str) -> Iterator[_Entry
     """Every tensor of the checkpoint."""
     for tensor in families.tensors(config, family):
         path, layer = tensor.parts[0].path, tensor.parts[0].layer
-        if path.startswith(_NETWORK) and bank.start <= layer < bank.stop:
+        if path.startswith(_NETWORK) and layer is not None and bank.start <= layer < bank.stop:
             for e in range(bank.experts):
                 name = tensor.name.replace(".mlp.", f".mlp.experts.{e}.")
                 yield dataclasses.replace(tensor, name=name), True, (layer - bank.start, e)

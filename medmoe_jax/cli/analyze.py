@@ -9,6 +9,7 @@ name, or of a detected one (data.detect_language).
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from medmoe_jax.training.setup import Setup
 from medmoe_jax.training.terminal import console
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
     actions = parser.add_subparsers(dest="action", required=True)
     one = actions.add_parser("routing", help="experts by language, layer and site")
@@ -43,7 +44,7 @@ def add_arguments(parser) -> None:
     one.add_argument("--out", required=True, help="folder to write into")
 
 
-def run(arguments, rest) -> None:
+def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Run the command."""
     if arguments.limit is not None:
         COUNT.check("limit", arguments.limit)
@@ -79,7 +80,7 @@ def _rows(setup: Setup, names: Sequence[str]) -> Iterator[tuple[Conversation, st
             known = ", ".join(data.sources) or "none"
             raise UserError(f"--data: '{name}' is no file and no source of the config ({known})")
         fields = data.sources[name] if name in data.sources else source(name)
-        rows = open_source(name, fields, data.ignore, fit).rows
+        rows = open_source(name, fields.to_dict(), data.ignore, fit).rows
         found = row_languages(rows, detect)
         for number, (row, (code, _)) in enumerate(zip(rows, found, strict=True)):
             yield row, code, rows.place(number)

@@ -10,6 +10,7 @@ bootstrap), and McNemar's exact test. With --output, compared.json and one page,
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +28,7 @@ from medmoe_jax.evaluation.report import Report
 from medmoe_jax.training.terminal import console, note
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of an evaluation")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
@@ -35,7 +36,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--output", help="folder of compared.json and compared.html")
 
 
-def run(arguments, rest) -> None:
+def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Run the command."""
     no_rest(rest)
     if len(arguments.runs) < 2:

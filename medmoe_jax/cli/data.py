@@ -11,6 +11,7 @@ Rows of many forms are read, from files of many kinds, folders and named data se
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +32,7 @@ from medmoe_jax.errors import UserError
 from medmoe_jax.routing.languages import read_languages
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
     actions = parser.add_subparsers(dest="action", required=True)
     build = actions.add_parser("build", help="rows to an array_record data set")
@@ -68,7 +69,7 @@ def add_arguments(parser) -> None:
         add_row_arguments(one)
 
 
-def add_row_arguments(parser) -> None:
+def add_row_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of every command that reads rows of people's files."""
     parser.add_argument("--split", default="train", help="of a data set (%(default)s)")
     parser.add_argument(
@@ -87,7 +88,7 @@ def add_row_arguments(parser) -> None:
     )
 
 
-def row_reader(arguments, language: str = "") -> RowReader:
+def row_reader(arguments: argparse.Namespace, language: str = "") -> RowReader:
     """What these arguments make of a row. Raises UserError."""
     pairs = _pairs("--column", arguments.column)
     try:
@@ -96,7 +97,7 @@ def row_reader(arguments, language: str = "") -> RowReader:
         raise UserError(f"--column: {error}") from None
 
 
-def run(arguments, rest) -> None:
+def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Run the command."""
     no_rest(rest)
     if arguments.action == "build":

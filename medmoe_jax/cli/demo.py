@@ -9,6 +9,7 @@ paraphrases and inputs.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -43,12 +44,12 @@ MODELS = (
 )
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
     parser.add_argument("--workdir", default="runs/demo", help="(%(default)s)")
 
 
-def run(arguments, rest) -> None:
+def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Run the command."""
     if not CONFIG.is_file():
         raise UserError(f"{CONFIG} is missing: the demonstration runs from a clone of the project")

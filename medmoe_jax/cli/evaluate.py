@@ -13,6 +13,7 @@ with 95% intervals beside chance and the commonest answer.
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from medmoe_jax.checkpoints.manifest import library_versions
@@ -40,7 +41,7 @@ from medmoe_jax.training.setup import Setup
 from medmoe_jax.training.terminal import console, note
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
     add_model_arguments(parser)
     add_language_argument(parser)
@@ -69,7 +70,7 @@ def _compat_names() -> list[str]:
     return [name for entry in readings.READINGS.values() for name in entry["aliases"]]
 
 
-def run(arguments, rest) -> None:
+def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Run the command."""
     if arguments.list or arguments.list_suites:
         no_rest(rest)
@@ -130,7 +131,7 @@ def _load(
 ) -> tuple[list[Task], list[dict]]:
     """The tasks, before any weight is read, and those of several that cannot be had."""
     longest = setup.base.config.max_positions
-    tasks, failures, first = [], [], None
+    tasks, failures, errors = [], [], []
     for name in names:
         try:
             fit = Fitter(setup.encoder, longest, way.max_tokens, way.least, way.asks)
@@ -146,10 +147,10 @@ def _load(
             check_items(setup, task)
             tasks.append(task)
         except (UserError, FileNotFoundError) as error:
-            first = first or error
+            errors.append(error)
             failures.append({"task": name, "error": str(error)})
     if not tasks:
-        raise first
+        raise errors[0]
     for failure in failures:
         note(f"left out: {failure['error']}")
     return tasks, failures

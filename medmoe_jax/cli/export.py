@@ -16,6 +16,7 @@ A bank whose gate depends on the token fits none of them; --off=BANK leaves it o
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -42,7 +43,7 @@ from medmoe_jax.training.terminal import note
 from medmoe_jax.training.trained import Trained
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
     add_model_arguments(parser)
     parser.add_argument("--format", required=True, choices=list(FORMATS), help="what to write")
@@ -55,7 +56,7 @@ def add_arguments(parser) -> None:
     )
 
 
-def run(arguments, rest) -> None:
+def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Run the command."""
     check_new(arguments.output)
     export = FORMATS[arguments.format]

@@ -8,6 +8,7 @@ Rows hold "prompt"; "response" is added, and "reasoning" where the template has 
 
 from __future__ import annotations
 
+import argparse
 import json
 
 from medmoe_jax.checkpoints.files import write_text
@@ -26,7 +27,7 @@ from medmoe_jax.inference.engine import Sampling
 from medmoe_jax.ranges import COUNT
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
     add_model_arguments(parser)
     add_language_argument(parser)
@@ -39,7 +40,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
 
 
-def run(arguments, rest) -> None:
+def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Run the command."""
     if (arguments.prompt is None) == (arguments.input is None):
         raise UserError("give either a prompt or --input=FILE")

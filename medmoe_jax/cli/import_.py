@@ -12,18 +12,20 @@ banks. After it, eval, generate, score, export and train go on as if the stage h
 
 from __future__ import annotations
 
+import argparse
+
 from medmoe_jax.cli.session import open_run
 from medmoe_jax.training.imports import import_stage
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
     parser.add_argument("--workdir", required=True, help="where the stage is put")
     parser.add_argument("--adapter", required=True, metavar="DIR", help="the directory")
     parser.add_argument("--stage", default="", help="its name (default: the first not finished)")
 
 
-def run(arguments, rest) -> None:
+def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Run the command."""
     opened = open_run(rest, arguments.workdir)
     name = import_stage(opened, arguments.adapter, arguments.stage)

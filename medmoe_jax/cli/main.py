@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import medmoe_jax
 from medmoe_jax.cli import (
@@ -135,7 +135,7 @@ def _named(error: Exception, arguments: argparse.Namespace) -> str:
 
 
 @contextlib.contextmanager
-def _one_speaks() -> Iterator[None]:
+def _one_speaks() -> Generator[None]:
     """All processes but the first are silent, except for errors."""
     if not processes.index():
         yield

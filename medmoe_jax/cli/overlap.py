@@ -8,6 +8,7 @@ signs, in scripts without spaces) with a row is counted, and written with that r
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from medmoe_jax.evaluation.tasks import expand, load_task
 from medmoe_jax.training.terminal import console
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
     parser.add_argument("--train", action="append", default=[], help="a file or set; repeatable")
     parser.add_argument("--tasks", default="", help="as of medmoe eval")
@@ -38,7 +39,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--output", required=True, help="folder of overlap.jsonl")
 
 
-def run(arguments, rest) -> None:
+def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Run the command."""
     no_rest(rest)
     names = expand([name for name in arguments.tasks.split(",") if name])

@@ -12,6 +12,7 @@ N slices; a wrong one lists all. Times are bounds: the chip's busiest resource a
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import jax
@@ -27,7 +28,7 @@ from medmoe_jax.training.summary import print_undivided
 from medmoe_jax.training.terminal import console, note
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
     parser.add_argument("--topology", required=True, metavar="NAME", help="such as v5e:4x4")
     parser.add_argument("--stage", default="", help="whose step it is (default: the first)")
@@ -49,7 +50,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the figures too")
 
 
-def run(arguments, rest) -> None:
+def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Run the command."""
     NOT_NEGATIVE.check("search", arguments.search)
     # Nothing runs here: a TPU of this machine stays free for others.

@@ -11,6 +11,7 @@ map of tasks and skills, to mixing.png. A task that was fitted alike before is o
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +30,7 @@ from medmoe_jax.training.fit_methods import METHODS
 from medmoe_jax.training.terminal import console
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
     parser.add_argument("--workdir", required=True, help="of the run that trained the skills")
     parser.add_argument(
@@ -52,7 +53,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--output", help="folder of mixing.json and .png (default: --workdir)")
 
 
-def run(arguments, rest) -> None:
+def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Run the command."""
     files = _files(arguments.data)
     COUNT.check("steps", arguments.steps)

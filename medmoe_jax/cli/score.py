@@ -9,6 +9,7 @@ text and the mark that ends the turn, if the template has one), and "tokens", th
 
 from __future__ import annotations
 
+import argparse
 import json
 
 from medmoe_jax.checkpoints.files import write_text
@@ -23,7 +24,7 @@ from medmoe_jax.cli.session import (
 )
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
     add_model_arguments(parser)
     add_language_argument(parser)
@@ -31,7 +32,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--output", required=True, help="JSONL to write")
 
 
-def run(arguments, rest) -> None:
+def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Run the command."""
     rows, places = read_rows(arguments.input, ("prompt", "completion"))
     prompts, completions = [r["prompt"] for r in rows], [r["completion"] for r in rows]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from medmoe_jax import json_text
 from medmoe_jax.adapters import lifecycle
@@ -87,7 +89,8 @@ def _experts(setup: Setup, banks: Sequence[BankSpec], language: str) -> Callable
     if not any(bank.gate == "language" and bank.forcing == "always" for bank in banks):
         return lambda text: -1
     detect = detector(setup.config.data.detect_language)
-    return lambda text: setup.languages.ids.get(detect(text), -1)
+    experts = setup.languages.ids if setup.languages else {}
+    return lambda text: experts.get(detect(text), -1)
 
 
 def open_model(
@@ -122,7 +125,13 @@ def open_stage(run: Run, stage: str | None = None) -> Trained:
     return open_trained(run, name)
 
 
-def run_tasks(setup: Setup, model: LanguageModel, names, limit=None, **options) -> Report:
+def run_tasks(
+    setup: Setup,
+    model: LanguageModel,
+    names: Sequence[Task | str],
+    limit: int | None = None,
+    **options: Any,
+) -> Report:
     """Evaluate on tasks by name, with prompts as training rows have them.
 
     Those too long for the context are shortened in their body.
@@ -168,7 +177,7 @@ def note_cut(model: LanguageModel) -> None:
         note(f"{model.shortened} prompts were cut to fit {context} positions with their answers")
 
 
-def stage_evaluator(run: Run, stop: Callable[[], bool]):
+def stage_evaluator(run: Run, stop: Callable[[], bool]) -> Callable[[Trained], dict[str, Any]]:
     """What `train` calls at the end of a stage: the scores of `run.tasks`, kept in report.json.
 
     Args:
@@ -199,7 +208,7 @@ def no_rest(rest: Sequence[str]) -> None:
         raise UserError(f"unknown argument '{rest[0]}'; see --help")
 
 
-def add_model_arguments(parser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of every command that opens a model."""
     parser.add_argument("--workdir", default="", help="of the run; not needed for a bare base")
     parser.add_argument("--stage", help="whose end is used; 'base' = no bank (default: the last)")
@@ -208,7 +217,7 @@ def add_model_arguments(parser) -> None:
     )
 
 
-def add_language_argument(parser) -> None:
+def add_language_argument(parser: argparse.ArgumentParser) -> None:
     """The argument of every command that answers."""
     parser.add_argument(
         "--language",

@@ -7,12 +7,14 @@ The template's markers become tokens of their own; unknown characters fall back 
 
 from __future__ import annotations
 
+import argparse
+
 from medmoe_jax.cli.data import add_row_arguments, row_reader
 from medmoe_jax.cli.session import no_rest
 from medmoe_jax.data.preview import train_tokenizer
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
     actions = parser.add_subparsers(dest="action", required=True)
     train = actions.add_parser("train", help="train a model on rows or built data sets")
@@ -23,7 +25,7 @@ def add_arguments(parser) -> None:
     add_row_arguments(train)
 
 
-def run(arguments, rest) -> None:
+def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Run the command."""
     no_rest(rest)
     made = train_tokenizer(

@@ -9,17 +9,19 @@ Any field of the configuration can be set with --config.FIELD=VALUE.
 
 from __future__ import annotations
 
+import argparse
+
 from medmoe_jax.cli.session import open_run, stage_evaluator
 from medmoe_jax.parallel.processes import Notice
 from medmoe_jax.training.train import train
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
     parser.add_argument("--workdir", required=True, help="where everything is kept and resumed")
 
 
-def run(arguments, rest) -> None:
+def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Run the command."""
     opened = open_run(rest, arguments.workdir)
     with Notice() as notice:

@@ -98,7 +98,7 @@ class BatchStream(Iterator[Batch]):
 
     def __init__(
         self, sources: Sequence[EncodedRows], weights: Sequence[float] | None, spec: StreamSpec
-    ):
+    ) -> None:
         self._sources, self._weights, self._spec = sources, weights, spec
         self.shard_ids = spec.own_shards
         rows = {shard: iter(self._packed(self._mixed(shard), shard)) for shard in self.shard_ids}

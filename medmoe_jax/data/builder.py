@@ -20,6 +20,7 @@ import tensorflow_datasets as tfds
 
 from medmoe_jax.data.conversation import Conversation
 from medmoe_jax.data.files import read_items
+from medmoe_jax.data.on_demand import OnDemand
 from medmoe_jax.data.rows import RowReader
 from medmoe_jax.errors import UserError
 
@@ -55,29 +56,33 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             yield number, {"conversation": text, "language": row["language"]}
 
 
-class Conversations(Sequence[Conversation]):
+class Conversations(OnDemand[Conversation]):
     """The rows of a built data set, read by index; it pickles, and keeps the order of building."""
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._records = tfds.builder_from_directory(self.folder).as_data_source(split=SPLIT)
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> Conversation:
+    def item(self, index: int) -> Conversation:
+        """A row by its number."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         record = self._records[index % len(self)]
         talk = json.loads(record["conversation"])
         # A list of turns, or a whole row where there is more than turns.
-        row = talk if isinstance(talk, dict) else {"conversations": talk}
-        return {**row, "language": _decoded(record["language"])}
+        row: Conversation = (
+            talk if isinstance(talk, dict) else {"conversations": talk, "language": ""}
+        )
+        row["language"] = _decoded(record["language"])
+        return row
 
     def __repr__(self) -> str:
         return f"Conversations({str(self.folder)!r})"
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
         return Conversations, (self.folder,)
 
 

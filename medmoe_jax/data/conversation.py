@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NotRequired, TypedDict
 
+from medmoe_jax.data.on_demand import OnDemand
 from medmoe_jax.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -45,7 +46,7 @@ class Conversation(TypedDict):
     tools: NotRequired[list[dict[str, Any]]]
 
 
-class Rows(Sequence[Conversation]):
+class Rows(OnDemand[Conversation]):
     """Conversation rows by number, each made when it is asked for.
 
     Attributes:
@@ -57,7 +58,7 @@ class Rows(Sequence[Conversation]):
         rows: Sequence[Conversation],
         place: Callable[[int], str] = "row {}".format,
         change: Callable[[int, Conversation], Conversation] = lambda number, row: row,
-    ):
+    ) -> None:
         """
         Args:
           rows: random access to rows.
@@ -70,7 +71,8 @@ class Rows(Sequence[Conversation]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> Conversation:
+    def item(self, index: int) -> Conversation:
+        """A row by its number."""
         return self._change(index, self._rows[index])
 
     def __repr__(self) -> str:

@@ -70,7 +70,7 @@ class Encoder:
         template: Template,
         mask: str = "completion",
         languages: Mapping[str, int] | None = None,
-    ):
+    ) -> None:
         self.tokenizer = tokenizer
         self.template = template
         self.languages = languages

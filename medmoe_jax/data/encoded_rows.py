@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from medmoe_jax.data.conversation import Conversation, Rows, as_rows
 from medmoe_jax.data.encode import Encoded, Encoder
+from medmoe_jax.data.on_demand import OnDemand
 from medmoe_jax.errors import UserError
 
 CACHE_BYTES = 256 << 20
@@ -46,7 +47,7 @@ class Element(TypedDict):
     facts: Facts
 
 
-class EncodedRows(Sequence[Element]):
+class EncodedRows(OnDemand[Element]):
     """The training rows of a data set, cut at `length` tokens.
 
     All conversations are encoded once when it is made, so that one that cannot be used is named
@@ -66,7 +67,7 @@ class EncodedRows(Sequence[Element]):
         encoder: Encoder,
         length: int,
         budget: int = CACHE_BYTES,
-    ):
+    ) -> None:
         """
         Args:
           name: of the data set.
@@ -90,20 +91,24 @@ class EncodedRows(Sequence[Element]):
             parts = self._encode(number)
             sizes.append(len(parts))
             totals += np.sum([part["facts"].counts for part in parts], axis=0)
-        # Training row -> conversation and part of it, where they are not one and the same.
-        self._at_R = np.repeat(np.arange(len(sizes)), sizes) if set(sizes) - {1} else None
-        self._first_R = None if self._at_R is None else np.cumsum([0, *sizes])
+        # Where training rows and conversations are not one and the same: the conversation of each
+        # training row, and the first training row of each conversation.
+        self._split: tuple[np.ndarray, np.ndarray] | None = None
+        if set(sizes) - {1}:
+            self._split = np.repeat(np.arange(len(sizes)), sizes), np.cumsum([0, *sizes])
         self.conversations = len(sizes)
         self.counts = Counts(*totals.tolist())
 
     def __len__(self) -> int:
-        return self.conversations if self._at_R is None else len(self._at_R)
+        return self.conversations if self._split is None else len(self._split[0])
 
-    def __getitem__(self, index: int) -> Element:
-        if self._at_R is None:
+    def item(self, index: int) -> Element:
+        """A training row by its number."""
+        if self._split is None:
             return self._parts(index)[0]
-        number = int(self._at_R[index])
-        return self._parts(number)[index - int(self._first_R[number])]
+        at_R, first_N = self._split
+        number = int(at_R[index])
+        return self._parts(number)[index - int(first_N[number])]
 
     def __repr__(self) -> str:
         return f"EncodedRows({self.name!r}, {self._rows!r})"

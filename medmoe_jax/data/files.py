@@ -13,7 +13,7 @@ import functools
 import gzip
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -110,7 +110,7 @@ def _file_items(path: Path, shown: str) -> Items:
 
 
 @contextlib.contextmanager
-def _open(path: Path, packed: str) -> Iterator[TextIO]:
+def _open(path: Path, packed: str) -> Generator[TextIO]:
     """The text of a file; line breaks inside the cells of a table stay as they are."""
     newline = "" if {".csv", ".tsv"} & set(path.suffixes) else None
     with open(path, "rb") as file:

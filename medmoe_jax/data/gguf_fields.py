@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sentencepiece import sentencepiece_model_pb2 as model_pb2
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
 from medmoe_jax.data.encode import Encoder
 from medmoe_jax.data.gguf_tokenizer import (
@@ -108,9 +108,11 @@ class _LlamaCpp(NamedTuple):
         ids: list[int] = []
         begins = True
         for part in self.tokenizer.parts(text):
-            plain = isinstance(part, str)
-            own = self.tokenizer.encode(part, self.prefix and begins) if plain else [part.id]
-            ids, begins = ids + own, not plain
+            if isinstance(part, str):
+                ids += self.tokenizer.encode(part, self.prefix and begins)
+            else:
+                ids.append(part.id)
+            begins = not isinstance(part, str)
         return ids
 
 
@@ -118,8 +120,8 @@ _Read = tuple[dict[int, str], dict[int, int], dict[str, Any]]  # texts, types, o
 
 
 def _of_pieces(path: Path) -> _Read:
-    model = model_pb2.ModelProto.FromString(path.read_bytes())
-    if model.trainer_spec.model_type != model_pb2.TrainerSpec.BPE:
+    model = ModelProto.FromString(path.read_bytes())
+    if model.trainer_spec.model_type != TrainerSpec.BPE:
         raise UserError(f"{path}: only a sentencepiece model of type BPE fits a GGUF file")
     if model.normalizer_spec.precompiled_charsmap:
         raise UserError(

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sentencepiece import sentencepiece_model_pb2 as model_pb2
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
 from medmoe_jax.errors import UserError
 
@@ -244,13 +244,13 @@ def _pieces(reader: _Fields, tokens: list[str], types: list[int]) -> _Files:
         raise UserError(
             f"{reader.where}: {PREFIX}token_type: {len(unknown)} unknown tokens, not one"
         )
-    model = model_pb2.ModelProto()
+    model = ModelProto()
     for token, score, kind in zip(tokens, scores, types, strict=True):
         # The file has user-defined pieces as they stand in a text, the model with its marked space.
         piece = token.replace(" ", SPACE) if kind == USER_DEFINED else token
         model.pieces.add(piece=piece, score=score, type=kind)
     trainer = model.trainer_spec
-    trainer.model_type = model_pb2.TrainerSpec.BPE
+    trainer.model_type = TrainerSpec.BPE
     trainer.vocab_size = len(tokens)
     trainer.byte_fallback = BYTE in types
     trainer.unk_id = unknown[0]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.ext
+import jinja2.nodes
 import jinja2.sandbox
 
 from medmoe_jax.data.conversation import Turn
@@ -78,7 +79,7 @@ class Jinja:
         names: Mapping[str, str] | None = None,
         tokens: Collection[str] = (),
         options: Mapping[str, Any] | None = None,
-    ):
+    ) -> None:
         """
         Args:
           source: the template.
@@ -97,15 +98,14 @@ class Jinja:
             lstrip_blocks=True,
             extensions=[_Generation, jinja2.ext.loopcontrols],
         )
-        environment.globals["raise_exception"] = _raise
         environment.filters["tojson"] = _to_json
         try:
             self._tree = environment.parse(source)
-            self._template = environment.from_string(source)
+            self._template = environment.from_string(source, {"raise_exception": _raise})
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"chat template, line {error.lineno}: {error.message}") from error
         names = dict(names or {})
-        self._values = {"documents": None, **names, **self._checked_options(names)}
+        self._values: dict[str, Any] = {"documents": None, **names, **self._checked_options(names)}
         self._text_arguments = False
         self._text_arguments = self._refuses_objects()
         self.thinks = self._differ(SAMPLE, _THOUGHTFUL)
@@ -165,6 +165,11 @@ class Jinja:
             raise UserError(message) from error
         except _FAULTS as error:
             raise UserError(f"the chat template fails on this conversation: {error}") from error
+
+    def sources(self, bos: str, eos: str) -> list[str]:
+        """What `jinja` gives; it asks for bos and eos by their names."""
+        del bos, eos
+        return [self.jinja()]
 
     def jinja(self) -> str:
         """The source with its options as defaults, so that other tools render the same text."""

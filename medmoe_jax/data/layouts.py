@@ -122,6 +122,10 @@ class Layout:
             return [{"role": first["role"], "content": content}, *rest]
         return turns
 
+    def sources(self, bos: str, eos: str) -> list[str]:
+        """In Jinja, without and with the space that some vocabularies put after a bos."""
+        return [self.jinja(bos, eos, gap) for gap in ("", " ")]
+
     def jinja(self, bos: str = "", eos: str = "", gap: str = "") -> str:
         """The same template in Jinja, for a vocabulary with these texts of bos and eos.
 

@@ -14,7 +14,7 @@ from medmoe_jax.errors import UserError
 
 Render = Callable[[Sequence[Turn]], str]
 _SYSTEM, _FIRST, _ANSWER, _SECOND = (
-    {"role": role, "content": f"({role} {number})"}
+    Turn(role=role, content=f"({role} {number})")
     for number, role in enumerate(("system", "user", "assistant", "user"))
 )
 MODELFILE = "Modelfile"

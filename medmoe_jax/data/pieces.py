@@ -82,17 +82,22 @@ def get_mask(name: str) -> Callable[[Piece], bool]:
 
 
 class Template(Protocol):
-    """What turns a conversation into pieces.
+    """What turns a conversation into pieces."""
 
-    Attributes:
-      frames: whether the parts of every turn are known, not of the answers alone.
-      end: the text that ends an answer, stripped; "" where that is the tokenizer's eos alone.
-      ends_with_eos: whether an answer ends with the tokenizer's own eos.
-    """
+    @property
+    def frames(self) -> bool:
+        """Whether the parts of every turn are known, not of the answers alone."""
+        ...
 
-    frames: bool
-    end: str
-    ends_with_eos: bool
+    @property
+    def end(self) -> str:
+        """The text that ends an answer, stripped; "" where that is the tokenizer's eos alone."""
+        ...
+
+    @property
+    def ends_with_eos(self) -> bool:
+        """Whether an answer ends with the tokenizer's own eos."""
+        ...
 
     def prompt(self, turns: Sequence[Turn], tools: Sequence[dict] = ()) -> list[Piece]:
         """What the model reads before it answers these turns."""
@@ -110,6 +115,10 @@ class Template(Protocol):
 
     def lead(self) -> list[Piece]:
         """What stands between a prompt and the text of a plain answer."""
+
+    def sources(self, bos: str, eos: str) -> list[str]:
+        """Its text in Jinja, for a vocabulary with these texts of bos and eos: the forms that are
+        to be tried, the first of them where none gives the trained ids."""
 
     def thought(self) -> tuple[Piece, Piece]:
         """What stands before and after the reasoning of an answer; empty where it has no place."""

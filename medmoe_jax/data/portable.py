@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from medmoe_jax.data.conversation import Turn
 from medmoe_jax.data.encode import Encoder
 from medmoe_jax.data.jinja_template import Jinja
-from medmoe_jax.data.layouts import Layout
 from medmoe_jax.data.pieces import SAMPLE
 from medmoe_jax.data.tokenizers import SentencePiece
 from medmoe_jax.data.tokens import Tokenizer
@@ -40,10 +39,8 @@ class Portable(NamedTuple):
 def portable_template(encoder: Encoder) -> Portable:
     """The encoder's template in Jinja, and whether its text gives the same ids to a vocabulary."""
     template, tokenizer = encoder.template, encoder.tokenizer
-    if not isinstance(template, Layout):
-        return Portable(template.jinja(), _same(encoder, template.jinja()))
     bos, eos = tokenizer.text_of(tokenizer.bos_id), tokenizer.text_of(tokenizer.eos_id)
-    sources = [template.jinja(bos, eos, gap) for gap in ("", " ")]
+    sources = template.sources(bos, eos)
     fitting = (source for source in sources if _same(encoder, source))
     source = next(fitting, "")
     return Portable(source or sources[0], bool(source))

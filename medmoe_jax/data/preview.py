@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from medmoe_jax.data import tokenizers
-from medmoe_jax.data.conversation import Conversation, Rows
+from medmoe_jax.data.conversation import Conversation, Rows, Turn
 from medmoe_jax.data.encode import Encoder, Run
 from medmoe_jax.data.encoded_rows import encoded_at
 from medmoe_jax.data.languages import census, detector
@@ -21,7 +21,6 @@ from medmoe_jax.data.pieces import Piece
 from medmoe_jax.data.rows import RowReader
 from medmoe_jax.data.sources import Source, open_path
 from medmoe_jax.data.templates import MARK, doubts, load_template
-from medmoe_jax.data.tokenizers import SentencePiece
 from medmoe_jax.data.tokens import Tokenizer
 from medmoe_jax.errors import UserError
 
@@ -160,14 +159,14 @@ def train_tokenizer(
     template: str = "chatml",
     reader: RowReader | None = None,
     split: str = "train",
-) -> SentencePiece:
+) -> Tokenizer:
     """Trains a sentencepiece model on data files or built data sets.
 
     The markers of a built-in template become tokens of their own. Raises UserError for bad input.
     """
     if not inputs:
         raise UserError("no input given to train the tokenizer on")
-    turns = [{"role": role, "content": "x"} for role in ("system", "user", "assistant")]
+    turns: list[Turn] = [{"role": role, "content": "x"} for role in ("system", "user", "assistant")]
     (pieces,) = load_template(template).rows(turns)
     markup = " ".join(piece.text for piece in pieces if piece.kind == "markup")
     symbols = list(dict.fromkeys(MARK.findall(markup)))

@@ -15,7 +15,7 @@ TEXT = "{text}"  # in a prompt: the row's own
 class Prompt:
     """What a source's rows are put into."""
 
-    def __init__(self, where: str, text: str):
+    def __init__(self, where: str, text: str) -> None:
         """
         Args:
           where: the field, for messages.

@@ -45,7 +45,7 @@ class RowReader:
         language: str = "",
         columns: Mapping[str, str] | None = None,
         ignore: Sequence[str] = (),
-    ):
+    ) -> None:
         """
         Args:
           language: given to rows that name none.

@@ -37,7 +37,7 @@ class RowFitter:
       shortened: rows it has shortened so far.
     """
 
-    def __init__(self, encoder: Encoder, length: int):
+    def __init__(self, encoder: Encoder, length: int) -> None:
         self.encoder = encoder
         self.length = length
         self.shortened = 0

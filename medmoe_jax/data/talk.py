@@ -96,7 +96,9 @@ class Form(NamedTuple):
 class Talk:
     """A conversation and what a template makes of it."""
 
-    def __init__(self, template: Renders, turns: Sequence[Turn], tools: Sequence[dict] = ()):
+    def __init__(
+        self, template: Renders, turns: Sequence[Turn], tools: Sequence[dict] = ()
+    ) -> None:
         self._template, self._tools = template, tools
         self.turns = turns
         self._own: list[_Own] = []

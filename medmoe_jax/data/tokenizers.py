@@ -1,4 +1,4 @@
-"""Tokenizers: sentencepiece models and `tokenizer.json` files behind one small protocol.
+"""Tokenizers: sentencepiece models and `tokenizer.json` files.
 
 Training texts are encoded run by run and the ids are concatenated. So `encode` by default
 *continues* a text: it never adds the dummy space that many vocabularies put before a text.
@@ -16,10 +16,10 @@ from pathlib import Path
 import sentencepiece
 import tokenizers as hf
 from google.protobuf.message import DecodeError
-from sentencepiece import sentencepiece_model_pb2 as model_pb2
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from medmoe_jax import json_text
-from medmoe_jax.data.tokens import Added, Markup, Tokenizer
+from medmoe_jax.data.tokens import Added, Tokenizer
 from medmoe_jax.errors import UserError
 
 # Tried in this order when no file beside a tokenizer.json says anything.
@@ -29,9 +29,9 @@ GUESSES = {
 }
 
 
-class SentencePiece(Markup):
+class SentencePiece(Tokenizer):
     """A sentencepiece `.model` file, with the files beside it that name its special tokens and add
-    tokens behind the model's. Loaded at first use. Implements `Tokenizer`.
+    tokens behind the model's.
     """
 
     def encode(self, text: str, start: bool = False) -> list[int]:
@@ -76,7 +76,7 @@ class SentencePiece(Markup):
     @functools.cached_property
     def _own_added(self) -> dict[str, Added]:
         """Control and user-defined pieces."""
-        piece = model_pb2.ModelProto.SentencePiece
+        piece = ModelProto.SentencePiece
         kinds = {piece.CONTROL: True, piece.USER_DEFINED: False}
         return {
             p.piece: Added(i, special=kinds[p.type])
@@ -102,8 +102,8 @@ class SentencePiece(Markup):
         return self._starting.get_piece_size()
 
     @functools.cached_property
-    def _model(self) -> model_pb2.ModelProto:
-        return model_pb2.ModelProto.FromString(self._content)
+    def _model(self) -> ModelProto:
+        return ModelProto.FromString(self._content)
 
     @functools.cached_property
     def _dummy_prefix(self) -> bool:
@@ -119,16 +119,15 @@ class SentencePiece(Markup):
 
     def _processor(self, dummy_prefix: bool) -> sentencepiece.SentencePieceProcessor:
         """White space is kept as it is, so that decoding gives back the text."""
-        model = model_pb2.ModelProto()
+        model = ModelProto()
         model.CopyFrom(self._model)
         model.normalizer_spec.add_dummy_prefix = dummy_prefix
         model.normalizer_spec.remove_extra_whitespaces = False
         return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 
 
-class HuggingFace(Markup):
+class HuggingFace(Tokenizer):
     """A `tokenizer.json` file, with the files beside it that name its special tokens and add more.
-    Loaded at first use. Implements `Tokenizer`.
 
     Special tokens written in ordinary text are text to it, never their ids.
     """
@@ -223,7 +222,7 @@ class HuggingFace(Markup):
         return tokenizer
 
 
-def load(path: str | Path) -> SentencePiece | HuggingFace:
+def load(path: str | Path) -> Tokenizer:
     """Loads a sentencepiece model, a `tokenizer.json`, or a folder that holds one of them.
 
     A folder's `tokenizer.json` comes before its `tokenizer.model`; the chat template is taken from
@@ -252,7 +251,7 @@ def load(path: str | Path) -> SentencePiece | HuggingFace:
 
 def train(
     texts: Iterable[str], vocab_size: int, out: str | Path, symbols: Sequence[str] = ()
-) -> SentencePiece:
+) -> Tokenizer:
     """Trains a byte-fallback BPE sentencepiece model and writes it to the file `out`.
 
     Ids: 0 unknown, 1 bos, 2 eos, 3 pad, then `symbols` in order. White space is kept and no dummy

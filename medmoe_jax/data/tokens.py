@@ -1,4 +1,4 @@
-"""Text and tokens of their own: what every tokenizer does, and what all kinds share."""
+"""Text and tokens of their own: what every tokenizer does."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from medmoe_jax.data import special_tokens
 
@@ -32,40 +33,72 @@ CUT, START = Seam(), Seam(True)
 Part = str | Added | Seam
 
 
-class Tokenizer(Protocol):
-    """Text to ids and back. `digest` is equal for equal content, wherever the files lie.
+class Tokenizer(ABC):
+    """Text to ids and back, with the files beside the vocabulary that name and add special tokens.
+
+    It is pickled without its processors. A subclass reads one kind of file.
 
     Attributes:
-      vocab_size: the largest id and 1.
-      bos_id, eos_id, pad_id: ids of the tokens with these names.
-      stop_ids: what ends an answer besides, as the model's own files say.
-      names: texts of the tokens with names, as chat templates ask for them (`eos_token`).
-      specials: ids of the tokens that markup may write.
-      added: the same tokens with what is known of them.
-      restarts: whether text after any special token is encoded as the beginning of a text.
-      begins_with_bos: whether the files say that texts of this vocabulary begin with bos.
-      chat_template: its own template in Jinja, or None.
+      path: the file.
     """
 
-    vocab_size: int
-    bos_id: int | None
-    eos_id: int | None
-    pad_id: int
-    stop_ids: tuple[int, ...]
-    names: dict[str, str]
-    specials: dict[str, int]
-    added: dict[str, Added]
-    restarts: bool
-    begins_with_bos: bool
-    digest: str
-    chat_template: str | None
+    def __init__(self, path: str | Path) -> None:
+        """`path` is the file; it is read at first use."""
+        self.path = Path(path)
 
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """The largest id and 1."""
+
+    @property
+    @abstractmethod
+    def restarts(self) -> bool:
+        """Whether text after any special token is encoded as the beginning of a text."""
+
+    @abstractmethod
     def encode(self, text: str, start: bool = False) -> list[int]:
         """The ids of ordinary text; no bos, no eos. `start` begins a text, with the dummy
         space that some vocabularies put there."""
 
-    def parts(self, text: str) -> list[Part]:
+    @abstractmethod
+    def decode(self, ids: Sequence[int], start: bool = False) -> str:
+        """The inverse of `encode`; control tokens vanish. `start` drops the dummy space."""
+
+    @abstractmethod
+    def text_of(self, token_id: int | None) -> str:
+        """How a token is written in the vocabulary, "" for None."""
+
+    @property
+    @abstractmethod
+    def _own_added(self) -> Mapping[str, Added]:
+        """The file's own tokens beside the merges."""
+
+    @property
+    @abstractmethod
+    def _own_size(self) -> int:
+        """The id that a further token gets."""
+
+    @abstractmethod
+    def _own_id(self, name: str) -> int | None:
+        """The id of a named token (`eos_token`), by the file alone."""
+
+    @abstractmethod
+    def _vocabulary_id(self, text: str) -> int | None:
+        """The id of any token by its text."""
+
+    @abstractmethod
+    def _writes_bos(self) -> bool:
+        """Whether the file puts bos before texts by itself."""
+
+    @abstractmethod
+    def _encode_run(self, text: str, start: bool) -> list[int]:
+        """The ids of text that stands between tokens of their own."""
+
+    def parts(self, text: str) -> list[str | Added]:
         """Markup taken apart: ordinary text, and the tokens of their own that are written in it."""
+        pieces = enumerate(self._special_pattern.split(text))
+        return [self.added[piece] if n % 2 else piece for n, piece in pieces if piece]
 
     def encode_parts(
         self, parts: Iterable[Part], start: bool = False, strip: bool = False
@@ -75,45 +108,6 @@ class Tokenizer(Protocol):
         White space beside a token that takes it in (`lstrip`, `rstrip`) vanishes; with `strip` that
         at the beginning too.
         """
-
-    def begins_after(self, ids: Sequence[int], start: bool = False) -> bool:
-        """Whether what follows `ids` is encoded as the beginning of a text; `start` if none are."""
-
-    def strips_after(self, ids: Sequence[int], strip: bool = False) -> bool:
-        """Whether white space that follows `ids` vanishes; `strip` if there are none."""
-
-    def decode(self, ids: Sequence[int], start: bool = False) -> str:
-        """The inverse of `encode`; control tokens vanish. `start` drops the dummy space."""
-
-    def special(self, text: str) -> int | None:
-        """The id of a special token, or None where the vocabulary has no such token."""
-
-    def token(self, token_id: int) -> Added:
-        """A token of its own by its id."""
-
-    def text_of(self, token_id: int | None) -> str:
-        """How a token is written in the vocabulary, "" for None."""
-
-
-class Markup:
-    """What both kinds share: special tokens, the files beside the vocabulary, pickling without
-    the processors.
-
-    A subclass has `encode`, `restarts` and what its own file holds: `_own_added: dict[str, Added]`,
-    `_own_size`, `_own_id(name)` of a token with a name, `_vocabulary_id(text)` of any, and
-    `_writes_bos()`, whether it puts bos before texts by itself.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-
-    def parts(self, text: str) -> list[Part]:
-        pieces = enumerate(self._special_pattern.split(text))
-        return [self.added[piece] if n % 2 else piece for n, piece in pieces if piece]
-
-    def encode_parts(
-        self, parts: Iterable[Part], start: bool = False, strip: bool = False
-    ) -> list[int]:
         ids: list[int] = []
         text, encode = "", self._encode_run
         for part in (*parts, CUT):
@@ -137,15 +131,19 @@ class Markup:
         return self.encode_parts(self.parts(text), start)
 
     def begins_after(self, ids: Sequence[int], start: bool = False) -> bool:
+        """Whether what follows `ids` is encoded as the beginning of a text; `start` if none are."""
         return self.restarts and ids[-1] in self._by_id if ids else start
 
     def strips_after(self, ids: Sequence[int], strip: bool = False) -> bool:
+        """Whether white space that follows `ids` vanishes; `strip` if there are none."""
         return self.token(ids[-1]).rstrip if ids else strip
 
     def special(self, text: str) -> int | None:
+        """The id of a special token, or None where the vocabulary has no such token."""
         return self.specials.get(text)
 
     def token(self, token_id: int) -> Added:
+        """A token of its own by its id."""
         return self._by_id.get(token_id, Added(token_id))
 
     @functools.cached_property
@@ -155,14 +153,17 @@ class Markup:
 
     @functools.cached_property
     def bos_id(self) -> int | None:
+        """The id of the token with that name."""
         return self._named("bos_token")
 
     @functools.cached_property
     def eos_id(self) -> int | None:
+        """The id of the token with that name."""
         return self._named("eos_token")
 
     @functools.cached_property
     def pad_id(self) -> int:
+        """The id of padding: the token with that name, or else that of eos."""
         return _first_id(self._named("pad_token"), self.eos_id)
 
     @functools.cached_property
@@ -172,11 +173,13 @@ class Markup:
 
     @functools.cached_property
     def names(self) -> dict[str, str]:
+        """Texts of the tokens with names, as chat templates ask for them (`eos_token`)."""
         ids = {name: self._named(name) for name in special_tokens.NAMED}
         return {name: self.text_of(i) for name, i in ids.items() if i is not None}
 
     @functools.cached_property
     def begins_with_bos(self) -> bool:
+        """Whether the files say that texts of this vocabulary begin with bos."""
         if self.bos_id is None or self.bos_id == self.eos_id:
             return False
         if self._beside.config.get("add_bos_token") is False:
@@ -186,13 +189,15 @@ class Markup:
 
     @property
     def chat_template(self) -> str | None:
+        """Its own template in Jinja, or None."""
         return self._beside.chat_template
 
     def _named(self, name: str) -> int | None:
         """The id of a named token, by the files beside the vocabulary or by its own."""
         names, defaults = self._beside.names, self._beside.defaults
         if name in names:
-            return None if names[name] is None else self.added[names[name]].id
+            text = names[name]
+            return None if text is None else self.added[text].id
         known = self._vocabulary_id(defaults[name]) if name in defaults else None
         return self._own_id(name) if known is None else known
 
@@ -238,7 +243,7 @@ class Markup:
 
     @functools.cached_property
     def digest(self) -> str:
-        """A hash of all that decides the ids and the text of a conversation."""
+        """A hash of all that decides the ids and the text of a conversation, wherever they lie."""
         ends = [self.text_of(self.bos_id) or None, self.text_of(self.eos_id) or None]
         beside = [*ends, self._beside.config.get("legacy")]
         tokens = sorted(self.added.items())

@@ -73,8 +73,10 @@ def _add_extras(turn: Turn, fields: Mapping[str, Any], calls: list[dict], where:
     for field, value in (("reasoning_content", thought), ("tool_calls", calls)):
         if value and not says:
             raise UserError(f"{where}: {field} in a turn of {turn['role']}; only answers have it")
-        if value:
-            turn[field] = value
+    if thought:
+        turn["reasoning_content"] = thought
+    if calls:
+        turn["tool_calls"] = calls
     for field in ("name", "tool_call_id"):
         value = text(fields.get(field, ""), f"{where}: {field}")
         if value and turn["role"] != "tool":

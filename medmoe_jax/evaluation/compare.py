@@ -102,7 +102,7 @@ def _difference(pair: _Pairs, gains: np.ndarray) -> Difference:
         high=float(high),
         only_a=only_a,
         only_b=only_b,
-        p=None if only_a is None else mcnemar(only_a, only_b),
+        p=None if only_a is None or only_b is None else mcnemar(only_a, only_b),
         unpaired=pair.unpaired,
     )
 

@@ -62,8 +62,8 @@ def events(text: str) -> frozenset[tuple[str, str, tuple[str, ...], tuple[str, .
         fields = {key.strip(): value.strip() for key, _, value in parts if key.strip() in _EVENT}
         if fields.get(_EVENT[0]):
             lists = (fields.get(key, "").split("，") for key in _EVENT[2:])
-            told = (tuple(m.strip() for m in mentions if m.strip()) for mentions in lists)
-            found.add((fields[_EVENT[0]], fields.get(_EVENT[1], ""), *told))
+            told, places = (tuple(m.strip() for m in names if m.strip()) for names in lists)
+            found.add((fields[_EVENT[0]], fields.get(_EVENT[1], ""), told, places))
     return frozenset(found)
 
 

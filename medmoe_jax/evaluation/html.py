@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import html
 import io
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -65,7 +65,7 @@ class LinesSection:
     """A line plot; `series` of (name, steps, values)."""
 
     title: str
-    series: Sequence[tuple[str, Sequence[float], Sequence[float]]]
+    series: Sequence[tuple[str, Sequence[float], Sequence[float] | np.ndarray]]
     x: str = "step"
     y: str = "loss"
     note: str = ""
@@ -84,7 +84,9 @@ class LinesSection:
         axes.spines[["top", "right"]].set_visible(False)
         if self.series:
             many = len(self.series) > _LEGEND
-            place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {}
+            place: dict[str, Any] = (
+                {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {}
+            )
             columns = -(-len(self.series) // 16)
             axes.legend(frameon=False, fontsize=7 if many else 9, ncols=columns, **place)
         return figure
@@ -122,7 +124,9 @@ class HeatMapSection:
         low, high = self.span or (np.nanmin(values), np.nanmax(values))
         mesh = axes.pcolormesh(values, cmap="viridis", vmin=low, vmax=high, linewidth=0)
         slanted = width > 12 or max(map(len, self.columns)) > 10
-        turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
+        turned: dict[str, Any] = (
+            {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
+        )
         axes.set_xticks(np.arange(width) + 0.5, self.columns, **turned)
         axes.set_yticks(np.arange(height) + 0.5, self.rows)
         axes.invert_yaxis()
@@ -219,11 +223,11 @@ class ResultsSection:
 
 Picture = LinesSection | HeatMapSection | HeatMapsSection
 Section = TableSection | TextSection | ResultsSection | Picture
-_CENTRED = {"ha": "center", "va": "center", "fontsize": 7}
+_CENTRED: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7}
 _LEGEND = 8  # lines with more names have them beside the plot
 
 
-def save_png(path: str | os.PathLike, picture: Picture) -> Path:
+def save_png(path: str | Path, picture: Picture) -> Path:
     """Writes a section's figure, with its title, as a PNG on white; whole or absent."""
     figure = picture.figure()
     figure.suptitle(picture.title, fontsize=10)
@@ -234,7 +238,7 @@ def save_png(path: str | os.PathLike, picture: Picture) -> Path:
 
 
 def report_html(
-    path: str | os.PathLike, sections: Sequence[Section], title: str = "medmoe_jax report"
+    path: str | Path, sections: Sequence[Section], title: str = "medmoe_jax report"
 ) -> Path:
     """Writes one HTML page that needs nothing else: no links out, figures inline as SVG."""
     parts = []

@@ -31,7 +31,9 @@ def bootstrap(
     return float(low), float(high)
 
 
-def interval(metric: Metric, rows: np.ndarray, seed: int = 0, resamples: int = 1000):
+def interval(
+    metric: Metric, rows: np.ndarray, seed: int = 0, resamples: int = 1000
+) -> tuple[float, float]:
     """The interval that suits the metric: Wilson for shares, bootstrap otherwise."""
     if metric.binary:
         return wilson(float(rows.sum()), len(rows))

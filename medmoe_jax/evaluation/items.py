@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from medmoe_jax.data.conversation import Turn
+
 Turns = tuple[tuple[str, str], ...]  # (role, content) of each
 Prompt = str | Turns
 
@@ -31,12 +33,12 @@ class Item:
     spans: tuple[tuple[str, int, int], ...] = ()
 
     @property
-    def turns(self) -> str | list[dict]:
+    def turns(self) -> str | list[Turn]:
         """The prompt as a model takes it."""
         return as_turns(self.prompt)
 
 
-def as_turns(prompt: Prompt) -> str | list[dict]:
+def as_turns(prompt: Prompt) -> str | list[Turn]:
     """A prompt as a model takes it: a text, or a list of `{"role", "content"}`."""
     if isinstance(prompt, str):
         return prompt

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from medmoe_jax.evaluation.items import Item
@@ -33,7 +33,9 @@ def item_text(item: Item) -> str:
     return " ".join([asked, *item.texts])
 
 
-def overlaps(tasks: dict[str, Sequence[Item]], rows: Iterable[str], n: int = 13) -> list[Overlap]:
+def overlaps(
+    tasks: Mapping[str, Sequence[Item]], rows: Iterable[str], n: int = 13
+) -> list[Overlap]:
     """For every item the training row that shares most of its n-grams, if any does.
 
     Args:
@@ -69,7 +71,7 @@ def overlaps(tasks: dict[str, Sequence[Item]], rows: Iterable[str], n: int = 13)
     return [best[key] for key in sorted(best)]
 
 
-def _index(tasks: dict[str, Sequence[Item]], n: int):
+def _index(tasks: Mapping[str, Sequence[Item]], n: int):
     """(length -> n-gram -> items, item -> its n-grams)."""
     grams: dict[int, dict[tuple, list]] = defaultdict(lambda: defaultdict(list))
     whole: dict[tuple[str, int], set] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -76,13 +75,13 @@ def item_of(record: dict) -> Item:
     )
 
 
-def write(path: str | os.PathLike, lines: Iterable[dict]) -> None:
+def write(path: str | Path, lines: Iterable[dict]) -> None:
     """Writes records as JSON Lines; the file is whole or absent at any time."""
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in lines)
     write_text(path, text)
 
 
-def read(path: str | os.PathLike) -> list[dict]:
+def read(path: str | Path) -> list[dict]:
     """The records of a file. Raises UserError where it is not one, naming the line."""
     path = Path(path)
     if not path.is_file():

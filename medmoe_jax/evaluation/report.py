@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -136,14 +135,14 @@ class Report:
             "failures": list(self.failures),
         }
 
-    def save(self, path: str | os.PathLike) -> Path:
+    def save(self, path: str | Path) -> Path:
         """Writes the report as JSON; the file is whole or absent at any time."""
         text = json.dumps(self.to_dict(), ensure_ascii=False, indent=2, allow_nan=False) + "\n"
         write_text(path, text)
         return Path(path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> Report:
+    def load(cls, path: str | Path) -> Report:
         """Reads a saved report. Raises UserError where the file is not one."""
         try:
             data = json_text.loads(Path(path).read_text(encoding="utf-8"))

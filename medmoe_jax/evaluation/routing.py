@@ -23,7 +23,7 @@ from medmoe_jax.adapters import model as adapted
 from medmoe_jax.adapters.bank import BankSpec, mixing
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base.attention import row_slots
-from medmoe_jax.base.seam import Context
+from medmoe_jax.base.seam import Context, Params
 from medmoe_jax.data.batches import Batch, epoch_batches
 from medmoe_jax.data.conversation import Conversation, Rows
 from medmoe_jax.data.encode import Encoder
@@ -132,7 +132,7 @@ def _rows(group: Sequence[tuple[Conversation, str]]) -> Rows:
 
 def measure(
     model: AdaptedConfig,
-    base,
+    base: Params,
     banks: Mapping[str, Any],
     mesh: Mesh,
     texts: Sequence[Texts],

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from medmoe_jax.errors import Stopped, UserError
@@ -26,11 +28,11 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
     batch: int = 32,
-    written: str | os.PathLike | None = None,
+    written: str | Path | None = None,
     progress: bool = True,
     resamples: int = 1000,
     stop: Callable[[], bool] = lambda: False,
-    finished: Callable[[Report], None] = lambda report: None,
+    finished: Callable[[Report], object] = lambda report: None,
     about: dict | None = None,
     failures: Sequence[dict] = (),
 ) -> Report:
@@ -123,7 +125,7 @@ def _score(task: Task, given: Sequence[Answer], seed: int, resamples: int):
     return result, rows_N
 
 
-def rows(metric: metrics.Metric, given: Sequence[Answer], items: Sequence[Item]):
+def rows(metric: metrics.Metric, given: Sequence[Answer], items: Sequence[Item]) -> np.ndarray:
     """What a metric sees of answers to items, before it reduces them to a score."""
     said = [answer.ranking if metric.ranked else answer.text for answer in given]
     golds = list(items) if metric.whole else [item.answer for item in items]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from medmoe_jax.data.conversation import Turn
 from medmoe_jax.data.medical import Row, shorten
 from medmoe_jax.data.medical.row import normal
 from medmoe_jax.errors import UserError
@@ -23,7 +24,7 @@ class Shots:
     count: int = 0
     form: str = "prompt"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.count < 0:
             raise UserError(f"shots: {self.count} is below 0")
         if self.form not in FORMS:
@@ -44,7 +45,7 @@ def part(rows: Sequence, count: int, seed: int) -> tuple[list, list]:
     return [row for row in rows if normal(str(row.prompt)) not in taken], pool
 
 
-def prompt(text: str, examples: Sequence[Row], form: str, guide: str = "") -> Prompt:
+def prompt(text: str, examples: Sequence[Row | _Pair], form: str, guide: str = "") -> Prompt:
     """A row's prompt with a guide and examples before it."""
     if not examples:
         return guide + text
@@ -60,8 +61,8 @@ def before_item(item: Item, examples: Sequence[Item], form: str) -> Item:
     """A user's item with examples before it; of several turns they are further turns."""
     if not examples:
         return item
-    if isinstance(item.prompt, str) and all(isinstance(e.prompt, str) for e in examples):
-        rows = [_Pair(e.prompt, e.answer) for e in examples]
+    rows = [_Pair(e.prompt, e.answer) for e in examples if isinstance(e.prompt, str)]
+    if isinstance(item.prompt, str) and len(rows) == len(examples):
         return replace(item, prompt=prompt(item.prompt, rows, form))
     told = [turn for e in examples for turn in (*_turns(e.prompt), ("assistant", e.answer))]
     return replace(item, prompt=(*told, *_turns(item.prompt)))
@@ -83,7 +84,7 @@ def _joint(text: str) -> str:
 
 
 class _Encoder(Protocol):
-    def prompt(self, turns: Sequence[dict]) -> list[int]: ...
+    def prompt(self, turns: Sequence[Turn]) -> list[int]: ...
 
 
 class Fitter:
@@ -100,7 +101,7 @@ class Fitter:
         max_tokens: int | None = None,
         written_choices: int = 0,
         added: Sequence[str] = (),
-    ):
+    ) -> None:
         """
         Args:
           encoder: gives the ids of a prompt.

@@ -56,7 +56,7 @@ class Task:
     until: tuple[str, ...] = ()
     chance: float | None = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         guessed = self.kind == "choice" and self.metric == "accuracy" and self.items
         shares = [1 / len(item.choices) for item in self.items] if guessed else []
         chance = sum(shares) / len(shares) if shares else None

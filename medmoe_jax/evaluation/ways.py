@@ -79,7 +79,7 @@ class Way:
     reading: str = ""
     max_tokens: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value, known in (
             ("answer", self.answer, ANSWERS),
             ("score", self.score, SCORES),

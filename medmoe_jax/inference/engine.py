@@ -8,7 +8,7 @@ token sees. Rows are bucketed by length, so a few compiled shapes serve every in
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base import decoder, rope
 from medmoe_jax.base.cache import new_cache
 from medmoe_jax.base.loss import logits, token_log_probs
-from medmoe_jax.base.seam import Context
+from medmoe_jax.base.seam import Context, Params
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel.host import to_host
 from medmoe_jax.parallel.mesh import put, round_up_rows, row_sharding
@@ -44,7 +44,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         NOT_NEGATIVE.check("temperature", self.temperature)
         Range(0, 1, above=True).check("top_p", self.top_p)
         SEED.check("seed", self.seed)
@@ -86,8 +86,15 @@ def _run(config: AdaptedConfig, weights: Weights, tokens, segments, positions, c
 
 @functools.partial(jax.jit, static_argnums=0)
 def score_batch(
-    config: AdaptedConfig, weights: Weights, prompts, segments, positions, given, targets, lengths
-):
+    config: AdaptedConfig,
+    weights: Weights,
+    prompts: jax.Array,
+    segments: jax.Array,
+    positions: jax.Array,
+    given: jax.Array,
+    targets: jax.Array,
+    lengths: jax.Array,
+) -> jax.Array:
     """Log-probabilities of N completions a prompt, the prompt being read once.
 
     Args:
@@ -141,11 +148,11 @@ def generate_batch(
     stops: tuple[tuple[int, ...], ...],
     max_tokens: int,
     weights: Weights,
-    prompts,
-    segments,
-    positions,
-    rows,
-):
+    prompts: jax.Array,
+    segments: jax.Array,
+    positions: jax.Array,
+    rows: jax.Array,
+) -> jax.Array:
     """Continue every prompt until one of the `stops` or `max_tokens`.
 
     Args:
@@ -211,7 +218,14 @@ class Engine:
       truncated: prompts shortened from the left so far, because they did not fit the context.
     """
 
-    def __init__(self, config: AdaptedConfig, base, banks, mesh: jax.sharding.Mesh, batch: int):
+    def __init__(
+        self,
+        config: AdaptedConfig,
+        base: Params,
+        banks: Mapping[str, Any],
+        mesh: jax.sharding.Mesh,
+        batch: int,
+    ) -> None:
         """Keep the parameters where they are.
 
         Args:

@@ -48,7 +48,7 @@ class LanguageModel:
         tokenizer: Tokenizer,
         template: Template,
         expert_of: Callable[[str], int] = lambda text: -1,
-    ):
+    ) -> None:
         self.engine = engine
         self.expert_of = expert_of
         self.encoder = Encoder(tokenizer, template)
@@ -180,7 +180,9 @@ class LanguageModel:
     ) -> tuple[list[int], list[list[int]]]:
         """What the model reads, and what it says in order to give each of the answers."""
         ids = self._prompt(turns)
-        answered = [[*turns, {"role": "assistant", "content": text}] for text in choices]
+        answered: list[list[Turn]] = [
+            [*turns, {"role": "assistant", "content": text}] for text in choices
+        ]
         if ending:
             rows = [self.encoder({"conversations": some, "language": ""}) for some in answered]
             ends = [int(row.loss_mask.nonzero()[0].max(initial=-1)) + 1 for row in rows]

@@ -13,23 +13,26 @@ and compare; products wrap, shifts are logical.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
+
+Word = TypeVar("Word", jax.Array, PartitionSpec)
 
 
-class Counter(NamedTuple):
-    """What tells the elements of an array `[..., D]` apart, int32 words.
+class Counter(NamedTuple, Generic[Word]):
+    """What tells the elements of an array `[..., D]` apart, int32 words; or where these lie.
 
     Attributes:
       token: `[...]`, of each token: `[B, T]`, or flat where the array is.
       column_D: of each column.
     """
 
-    token: jax.Array
-    column_D: jax.Array
+    token: Word
+    column_D: Word
 
 
 class Dropout(NamedTuple):
@@ -40,16 +43,16 @@ class Dropout(NamedTuple):
       rate: the probability that an element is dropped, static, in [0, 1).
     """
 
-    counter: Counter
+    counter: Counter[jax.Array]
     rate: float
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         """The array after it."""
         column = self.counter.column_D.reshape((1,) * (x.ndim - 1) + (-1,))
         return dropped(x, self.counter.token[..., None], column, self.rate)
 
 
-def counter(key: jax.Array, shape: tuple[int, int, int]) -> Counter:
+def counter(key: jax.Array, shape: tuple[int, ...]) -> Counter[jax.Array]:
     """The counter of an array of that shape; every key gives another.
 
     Args:
@@ -80,7 +83,7 @@ def _spread(place, seed):
     return _folded(_folded(x, 13) * _word(0xC2B2AE35), 16)
 
 
-def kept(token, column, rate: float):
+def kept(token: jax.Array, column: jax.Array, rate: float) -> jax.Array:
     """Where an element stays, bool, of the shape to which both words broadcast; see `Counter`."""
     x = _folded((token ^ column) * _word(0x7FEB352D), 15) * _word(0x846CA68B)
     # The best mixed bits are the top ones; without a sign, as many as int32 compares.
@@ -88,7 +91,7 @@ def kept(token, column, rate: float):
     return top >= np.int32(round(rate * 2**31))
 
 
-def dropped(x, token, column, rate: float):
+def dropped(x: jax.Array, token: jax.Array, column: jax.Array, rate: float) -> jax.Array:
     """`x / (1 − rate)` where it is kept, 0 elsewhere, in x's dtype; words that broadcast to x."""
     scale = jnp.asarray(1.0 / (1.0 - rate), x.dtype)
     return jnp.where(kept(token, column, rate), x * scale, jnp.zeros_like(x))

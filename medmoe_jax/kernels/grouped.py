@@ -69,7 +69,9 @@ def _check_width(what: str, width: int, x_MxD) -> None:
         raise UserError(f"x_MxD has width {x_MxD.shape[1]}, {what} expects {width}")
 
 
-def grouped_matmul(x_MxD, w_ExDxO, sizes_E, *, backend: str):
+def grouped_matmul(
+    x_MxD: jax.Array, w_ExDxO: jax.Array, sizes_E: jax.Array, *, backend: str
+) -> jax.Array:
     """`y[m] = x[m] · w[expert of m]`: the linear layers of full experts.
 
     Args:
@@ -115,7 +117,15 @@ def _weighted(h_MxR, weight_M, sizes_E, P: int, r: int):
     return (h_MxR.astype(jnp.float32) * weight_MxR).astype(h_MxR.dtype)
 
 
-def grouped_lora(x_MxD, a_ExrxD, b_ExrxO, weight_M, sizes_E, *, backend: str):
+def grouped_lora(
+    x_MxD: jax.Array,
+    a_ExrxD: jax.Array,
+    b_ExrxO: jax.Array,
+    weight_M: jax.Array,
+    sizes_E: jax.Array,
+    *,
+    backend: str,
+) -> jax.Array:
     """`y[m] = weight[m] · (x[m] · a[e]ᵀ) · b[e]`, e the expert of row m: low-rank experts.
 
     On TPU the matrix unit works on 128 columns at a time: an expert of rank 16 costs as much as

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from medmoe_jax.kernels.tiles import ceil_div
 
@@ -42,7 +43,9 @@ def _each_block(sizes_G, rows: int, body, init):
     return jax.lax.fori_loop(0, blocks_end[-1], step, init)
 
 
-def product(x_MxK, w_GxKxN, sizes_G, *, transposed: bool):
+def product(
+    x_MxK: jax.Array, w_GxKxN: jax.Array, sizes_G: jax.Array, *, transposed: bool
+) -> jax.Array:
     """`x[rows of g] · w[g]`, `[M, N]` in x's dtype; w is `[G, N, K]` where `transposed`."""
     M, dtype = x_MxK.shape[0], x_MxK.dtype
     w_GxKxN = w_GxKxN.astype(dtype)
@@ -64,7 +67,9 @@ def product(x_MxK, w_GxKxN, sizes_G, *, transposed: bool):
     return _each_block(sizes_G, M, body, y_MxN)
 
 
-def weight_gradient(x_MxK, y_MxN, sizes_G, *, dtype):
+def weight_gradient(
+    x_MxK: jax.Array, y_MxN: jax.Array, sizes_G: jax.Array, *, dtype: DTypeLike
+) -> jax.Array:
     """`x[rows of g]ᵀ · y[rows of g]`, `[G, K, N]` of `dtype`; zero for an empty group."""
 
     def body(group, start, mine_Bx1, w_GxKxN):

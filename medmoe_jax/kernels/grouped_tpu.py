@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from medmoe_jax.kernels.tiles import Tiles, ceil_div, cheapest, keep, options, tile_of
 
@@ -52,7 +53,7 @@ def row_tile(rows: int, groups: int) -> int:
     return tile
 
 
-def make_visits(sizes_G, rows: int, tile: int) -> Visits:
+def make_visits(sizes_G: jax.Array, rows: int, tile: int) -> Visits:
     """The visits of groups of `sizes_G` consecutive rows; an empty group has one, of no rows."""
     G = sizes_G.shape[0]
     tiles = ceil_div(rows, tile)
@@ -165,7 +166,9 @@ def product_tiling(shape: Shape) -> tuple[Tiles, pl.CostEstimate]:
     return t, shape.cost(t, traffic(t))
 
 
-def product(x_MxK, w_GxKxN, sizes_G, *, transposed: bool, backend: str):
+def product(
+    x_MxK: jax.Array, w_GxKxN: jax.Array, sizes_G: jax.Array, *, transposed: bool, backend: str
+) -> jax.Array:
     """`x[rows of g] · w[g]`, `[M, N]` in x's dtype; w is `[G, N, K]` where `transposed`."""
     M, K = x_MxK.shape
     G, N = w_GxKxN.shape[0], w_GxKxN.shape[1 if transposed else 2]
@@ -233,7 +236,9 @@ def gradient_tiling(shape: Shape) -> tuple[Tiles, pl.CostEstimate]:
     return t, shape.cost(t, traffic(t))
 
 
-def weight_gradient(x_MxK, y_MxN, sizes_G, *, dtype, backend: str):
+def weight_gradient(
+    x_MxK: jax.Array, y_MxN: jax.Array, sizes_G: jax.Array, *, dtype: DTypeLike, backend: str
+) -> jax.Array:
     """`x[rows of g]ᵀ · y[rows of g]`, `[G, K, N]` of `dtype`; zero for an empty group."""
     (M, K), N, G = x_MxK.shape, y_MxN.shape[1], sizes_G.shape[0]
     shape = Shape(M, K, N, G, x_MxK.dtype.itemsize, jnp.dtype(dtype).itemsize)

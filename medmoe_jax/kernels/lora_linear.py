@@ -140,7 +140,7 @@ def _kernel(x_ref, w_ref, a_ref, b_ref, *refs, K: int, transposed: bool, rate: f
         w, a = (keep(block, contracted, 0, K - k * tk) for block in (w, a))
 
     def drop(block):
-        return dropped(block, *(ref[...] for ref in word_refs), rate) if word_refs else block
+        return block if rate is None else dropped(block, *(ref[...] for ref in word_refs), rate)
 
     @pl.when(first)
     def _():
@@ -297,16 +297,16 @@ _lora_linear.defvjp(_lora_linear_fwd, _lora_linear_bwd, symbolic_zeros=True)
 
 
 def lora_linear(
-    x_TxD,
-    w_DxO,
-    a_DxR,
-    gate_TxR,
-    b_RxO,
+    x_TxD: jax.Array,
+    w_DxO: jax.Array,
+    a_DxR: jax.Array,
+    gate_TxR: jax.Array | None,
+    b_RxO: jax.Array,
     *,
     backend: str,
     columns: str = RANK_COLUMNS,
     dropout: Dropout | None = None,
-):
+) -> jax.Array:
     """`y = x·W + ((drop(x)·A) ∘ gate)·B`: a frozen linear layer and all banks of its site.
 
     Args:

@@ -38,7 +38,7 @@ class Order(NamedTuple):
     offsets_E: jax.Array
 
 
-def sort_by_expert(picks_TxK, n_experts: int, *, backend: str) -> Order:
+def sort_by_expert(picks_TxK: jax.Array, n_experts: int, *, backend: str) -> Order:
     """Stable counting sort of all picks.
 
     Args:
@@ -81,7 +81,7 @@ def _sum_rows(rows_NxD, index_KxM, backend: str):
     """`out[m] = Σ_k rows[index[k, m]]`, in order of k, added in float32; index -1 adds nothing."""
     if backend != "xla":
         return permute_tpu.sum_rows(rows_NxD, index_KxM, backend)
-    total_MxD = 0
+    total_MxD = jnp.zeros((index_KxM.shape[1], rows_NxD.shape[1]), jnp.float32)
     for index_M in index_KxM:
         picked_MxD = rows_NxD[jnp.maximum(index_M, 0)].astype(jnp.float32)
         total_MxD += jnp.where(index_M[:, None] >= 0, picked_MxD, 0.0)
@@ -116,7 +116,7 @@ def _check(name: str, array, rows: int, backend: str) -> None:
         raise UserError(f"{name} has {array.shape[0]} rows, the order is of {rows}")
 
 
-def gather(x_TxD, order: Order, *, backend: str):
+def gather(x_TxD: jax.Array, order: Order, *, backend: str) -> jax.Array:
     """Each token's row, once for each of its picks, sorted by expert: `x_MxD`, of x's dtype.
 
     Raises:
@@ -126,7 +126,7 @@ def gather(x_TxD, order: Order, *, backend: str):
     return _gather(x_TxD, order, backend)
 
 
-def scatter_add(y_MxD, order: Order, *, backend: str):
+def scatter_add(y_MxD: jax.Array, order: Order, *, backend: str) -> jax.Array:
     """Sum of each token's sorted rows: `y_TxD`, of y's dtype, added in float32 in order of picks.
 
     Args:

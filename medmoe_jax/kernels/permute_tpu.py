@@ -61,7 +61,7 @@ def _count_kernel(picks_ref, position_ref, sizes_ref, next_ref):
     next_ref[...] += jnp.sum(ones_RxM, axis=1, keepdims=True)
 
 
-def count(picks_M, n_experts: int, backend: str):
+def count(picks_M: jax.Array, n_experts: int, backend: str) -> tuple[jax.Array, jax.Array]:
     """`(position_M, sizes_E)` of a stable counting sort; see `medmoe_jax.kernels.permute`.
 
     Raises:
@@ -173,7 +173,7 @@ def _row_block(M: int, D: int) -> int:
     return block
 
 
-def sum_rows(rows_NxD, index_KxM, backend: str):
+def sum_rows(rows_NxD: jax.Array, index_KxM: jax.Array, backend: str) -> jax.Array:
     """`out[m] = Σ_k rows[index[k, m]]`, in order of k, added in float32; index -1 adds nothing.
 
     Raises:

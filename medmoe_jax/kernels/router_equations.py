@@ -68,7 +68,9 @@ class RouterStats(NamedTuple):
     non_finite: jax.Array
 
 
-def choose_experts(logits_BxTxE, top_k: int, *, renormalise: bool, forced_BxT=None) -> Choice:
+def choose_experts(
+    logits_BxTxE: jax.Array, top_k: int, *, renormalise: bool, forced_BxT: jax.Array | None = None
+) -> Choice:
     """Softmax weights of the k largest logits.
 
     Args:
@@ -97,7 +99,7 @@ def choose_experts(logits_BxTxE, top_k: int, *, renormalise: bool, forced_BxT=No
     return Choice(gates, kept_BxTxE, prob_BxTxE, override_BxT)
 
 
-def router_stats(logits_BxTxE, choice: Choice, valid_BxT) -> RouterStats:
+def router_stats(logits_BxTxE: jax.Array, choice: Choice, valid_BxT: jax.Array) -> RouterStats:
     """Statistics over the tokens where `valid_BxT`.
 
     `prob_E` and `z2` can be differentiated, for the router's losses.

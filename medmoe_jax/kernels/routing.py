@@ -103,14 +103,14 @@ _route.defvjp(_route_fwd, _route_bwd)
 
 
 def route(
-    x_TxD,
-    kernel_DxE,
-    bias_E,
-    valid_T,
+    x_TxD: jax.Array,
+    kernel_DxE: jax.Array,
+    bias_E: jax.Array | None,
+    valid_T: jax.Array,
     *,
     top_k: int,
     renormalise: bool,
-    forced_T=None,
+    forced_T: jax.Array | None = None,
     backend: str,
 ) -> Routed:
     """Route every token; all of it in float32, the product at full precision.

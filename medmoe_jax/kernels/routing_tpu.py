@@ -13,7 +13,7 @@ single pass of the matrix unit, where a product of float32 operands takes six.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,13 @@ from medmoe_jax.kernels.tiles import ceil_div, keep, options, tile_of
 MAX_EXPERTS = 1024
 _MINUS_INF = float("-inf")
 
+Output = TypeVar("Output", jax.Array, jax.ShapeDtypeStruct, pl.BlockSpec)
 
-class Outputs(NamedTuple):
-    """What the kernel writes; the sums are one a block of tokens, and their order is fixed.
+
+class Outputs(NamedTuple, Generic[Output]):
+    """What the kernel writes: arrays, their shapes or their blocks.
+
+    The sums are one a block of tokens, and their order is fixed.
 
     Attributes:
       weights_KxT, picks_KxT: float32 and int32.
@@ -37,12 +41,12 @@ class Outputs(NamedTuple):
       sums_NxSx1: Σ entropy, Σ logsumexp², tokens overridden, tokens with a non-finite logit.
     """
 
-    weights_KxT: jax.Array
-    picks_KxT: jax.Array
-    z_ExT: jax.Array
-    use_NxEx1: jax.Array
-    prob_NxEx1: jax.Array
-    sums_NxSx1: jax.Array
+    weights_KxT: Output
+    picks_KxT: Output
+    z_ExT: Output
+    use_NxEx1: Output
+    prob_NxEx1: Output
+    sums_NxSx1: Output
 
 
 def _split(factor, parts: int) -> list[jax.Array]:
@@ -99,7 +103,7 @@ def _pick_best(z_ExT, forced_1xT, weights_ref, picks_ref):
     return jnp.where(override_1xT & mine_ExT, K - 1, place_ExT), override_1xT
 
 
-def _decide(z_ExT, valid_1xT, forced_1xT, E: int, renormalise: bool, out: Outputs):
+def _decide(z_ExT, valid_1xT, forced_1xT, E: int, renormalise: bool, out: Outputs[jax.Array]):
     """Write all outputs of a block of tokens from its logits, whose rows from E on are padding."""
     real_ExT = jax.lax.broadcasted_iota(jnp.int32, z_ExT.shape, 0) < E
     z_ExT = jnp.where(real_ExT, z_ExT, _MINUS_INF)
@@ -168,7 +172,16 @@ def _blocks(T: int, D: int, E: int) -> tuple[int, int, int]:
     return 8 * ceil_div(E, 8), tile_of(T, 512), tile_of(D, 1024)
 
 
-def route(x_TxD, kernel_DxE, bias_E, valid_T, forced_T, top_k, renormalise, backend) -> Outputs:
+def route(
+    x_TxD: jax.Array,
+    kernel_DxE: jax.Array,
+    bias_E: jax.Array,
+    valid_T: jax.Array,
+    forced_T: jax.Array,
+    top_k: int,
+    renormalise: bool,
+    backend: str,
+) -> Outputs[jax.Array]:
     """See `medmoe_jax.kernels.routing.route`.
 
     Raises:
@@ -240,7 +253,9 @@ def _gradient_kernel(x_ref, dz_ref, kernel_ref, dx_ref, dkernel_ref, sum_ref, *,
         dkernel_ref[...] = _sum_parts(sum_ref, dkernel_ref.shape[0])
 
 
-def gradients(x_TxD, kernel_DxE, dz_ExT, backend: str):
+def gradients(
+    x_TxD: jax.Array, kernel_DxE: jax.Array, dz_ExT: jax.Array, backend: str
+) -> tuple[jax.Array, jax.Array]:
     """`(dx_TxD in x's dtype, dkernel_DxE float32)` of the logits' product, in one pass over x."""
     (T, D), E = x_TxD.shape, kernel_DxE.shape[1]
     rows, block_t, block_d = _blocks(T, D, E)

@@ -6,7 +6,8 @@ once, in VMEM: 64 MiB on a v5p core, 128 MiB on v5e and v6e.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ LANES = 128
 VMEM_LIMIT = 48 * 2**20
 BLOCKS_BYTES = 28 * 2**20
 BACKENDS = ("xla", "pallas", "interpret")
+
+Size = TypeVar("Size", int, jax.Array)
 
 
 class Tiles(NamedTuple):
@@ -36,7 +39,7 @@ def check_backend(backend: str) -> None:
         raise UserError(f"kernel backend '{backend}' is none of {', '.join(BACKENDS)}")
 
 
-def check_floats(**arrays) -> None:
+def check_floats(**arrays: jax.Array) -> None:
     """Raise UserError, naming the array, unless each is float32 or bfloat16 and not empty."""
     for name, array in arrays.items():
         if array.dtype not in (jnp.float32, jnp.bfloat16):
@@ -54,17 +57,22 @@ def tile_of(width: int, limit: int) -> int:
     return -(-share // LANES) * LANES
 
 
-def ceil_div(dividend: int, divisor: int) -> int:
+def ceil_div(dividend: Size, divisor: int) -> Size:
     """Quotient rounded up: how many blocks cover a dimension."""
     return -(-dividend // divisor)
 
 
-def fitting(candidates, vmem) -> list:
+def fitting(candidates: Sequence[Tiles], vmem: Callable[[Tiles], int]) -> list[Tiles]:
     """The candidates whose blocks, of `vmem(candidate)` bytes, fit VMEM."""
     return [tiles for tiles in candidates if vmem(tiles) <= BLOCKS_BYTES]
 
 
-def cheapest(what: str, candidates, vmem, traffic):
+def cheapest(
+    what: str,
+    candidates: Sequence[Tiles],
+    vmem: Callable[[Tiles], int],
+    traffic: Callable[[Tiles], int],
+) -> Tiles:
     """The candidate of least HBM traffic among those whose blocks fit VMEM; of equals, the first.
 
     Args:
@@ -83,7 +91,7 @@ def cheapest(what: str, candidates, vmem, traffic):
     return min(possible, key=traffic)
 
 
-def keep(block, axis: int, low, high):
+def keep(block: jax.Array, axis: int, low: jax.Array | int, high: jax.Array | int) -> jax.Array:
     """Zero a block outside `low <= index < high` along `axis`.
 
     By selection, not by a product with 0: what lies outside an array may be NaN.
@@ -92,7 +100,9 @@ def keep(block, axis: int, low, high):
     return jnp.where((index >= low) & (index < high), block, jnp.zeros_like(block))
 
 
-def options(backend: str, semantics: tuple[str, ...]) -> dict:
+def options(
+    backend: str, semantics: tuple[Literal["parallel", "arbitrary"], ...]
+) -> dict[str, Any]:
     """Arguments of `pallas_call` that every matrix kernel shares.
 
     Args:

@@ -30,12 +30,12 @@ def array_hashes(leaves: Iterable[Any]) -> list[list[int]]:
     """
     parts = [_leaf_sums(leaf) for leaf in leaves]  # dispatched one after another, read once
     sums = np.stack([_add(part) for part in jax.device_get(parts)] or [_add([])])
-    sums = np.sum(np.array(gather(sums.tolist()), np.uint32), axis=0, dtype=np.uint32)
+    sums = np.array(gather(sums.tolist()), np.uint32).sum(axis=0, dtype=np.uint32)
     return sums.tolist()[: len(parts)]
 
 
 def _add(parts: list[np.ndarray]) -> np.ndarray:
-    return np.sum(np.reshape(parts, (-1, len(LANES_Nx3))), axis=0, dtype=np.uint32)
+    return np.reshape(parts, (-1, len(LANES_Nx3))).sum(axis=0, dtype=np.uint32)
 
 
 def _leaf_sums(leaf: Any) -> list[jax.Array]:
@@ -76,7 +76,7 @@ def _host_sums(shard: np.ndarray, starts: list[int], shape: tuple[int, ...]) -> 
     ]
 
 
-def _hash(shard: jax.Array, starts: list[int], shape: tuple[int, ...]) -> jax.Array:
+def _hash(shard: jax.Array | np.ndarray, starts: list[int], shape: tuple[int, ...]) -> jax.Array:
     """uint32[N] of a shard that begins at `starts` within an array of `shape`."""
     if len(shape) < 2:  # rows can be cut into slices, columns cannot: one column
         shard, starts, shape = shard.reshape(-1, 1), [*starts, 0, 0][:2], (*shape, 1, 1)[:2]

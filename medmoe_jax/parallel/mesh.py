@@ -129,8 +129,9 @@ def put(array: np.ndarray, sharding: NamedSharding, rows: np.ndarray | None = No
       sharding: where it goes.
       rows: `[B]`, the place in `array` of each row of the result; None = the same place.
     """
-    if rows is None:
-        return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
-    return jax.make_array_from_callback(
-        (len(rows), *array.shape[1:]), sharding, lambda part: array[(rows[part[0]], *part[1:])]
-    )
+
+    def values(part):
+        return array[part] if rows is None else array[(rows[part[0]], *part[1:])]
+
+    shape = array.shape if rows is None else (len(rows), *array.shape[1:])
+    return jax.make_array_from_callback(shape, sharding, values)

@@ -6,6 +6,7 @@ no device and waits for whoever is late; collectives between CPUs give up after 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ import signal
 import socket
 import sys
 import time
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -25,11 +27,12 @@ from medmoe_jax.parallel.rollcall import ProcessError, RollCall
 
 AUTO = "auto"
 # Seconds. JAX's own net below the roll call.
-_WAITS = {
-    "initialization_timeout": 60,
-    "heartbeat_timeout_seconds": 60,
-    "shutdown_timeout_seconds": 30,
-}
+_initialize = functools.partial(
+    jax.distributed.initialize,
+    initialization_timeout=60,
+    heartbeat_timeout_seconds=60,
+    shutdown_timeout_seconds=30,
+)
 _ANSWER = 3600  # what the others wait for while one hashes or writes a large model
 _ECHO = 2  # until the roll call knows of a death whose echo is another error
 _calls = itertools.count()
@@ -41,7 +44,7 @@ class Membership:
     It begins before JAX is asked for a device.
     """
 
-    def __init__(self, coordinator: str, processes: int, process: int):
+    def __init__(self, coordinator: str, processes: int, process: int) -> None:
         """Say who is who.
 
         Args:
@@ -79,10 +82,12 @@ class Membership:
 
     def _meet_in_cluster(self) -> None:
         try:
-            jax.distributed.initialize(**_WAITS)
+            _initialize()
         except ValueError as error:
             raise ParameterError(f"coordinator: auto finds nothing here: {error}") from None
         found = distributed.global_state
+        if found.coordinator_address is None:
+            raise ParameterError("coordinator: auto finds no address of process 0 here")
         host = found.coordinator_address.rpartition(":")[0]
         with socket.create_server(("", 0)) as listener:
             ports = dict(gather((found.process_id, listener.getsockname()[1])))
@@ -100,15 +105,19 @@ class Membership:
         else:
             with socket.create_server(("", roll_port)) as listener:
                 self._roll = rollcall.host(listener, self._processes)
-        jax.distributed.initialize(
+        _initialize(
             self._coordinator,
             self._processes,
             self._process,
             cluster_detection_method="deactivate",
-            **_WAITS,
         )
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         """Part in good order; after an error, only once a death that may be its cause is known."""
         if self._roll is None:
             return
@@ -145,9 +154,10 @@ def gather(value: Any) -> list[Any]:
     Raises:
       ProcessError: a process does not answer.
     """
-    if count() == 1:
+    client = distributed.global_state.client
+    if client is None or count() == 1:
         return [value]
-    client, call = distributed.global_state.client, next(_calls)
+    call = next(_calls)
     client.key_value_set(f"medmoe/{call}/{index()}", json.dumps(value))
     values = []
     for process in range(count()):
@@ -168,7 +178,7 @@ class Notice:
     the notice and chooses the step.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._asked = False
         self._calls = itertools.count(1)
 
@@ -183,7 +193,7 @@ class Notice:
             return self._asked
         return multihost_utils.reached_preemption_sync_point(next(self._calls))
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         if count() == 1:
             signal.signal(signal.SIGTERM, self._before)
 

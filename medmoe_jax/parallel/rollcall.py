@@ -32,7 +32,7 @@ class ProcessError(RuntimeError):
 class RollCall:
     """The connections of one process, watched by a thread of their own."""
 
-    def __init__(self, links: dict[int, socket.socket], count: int):
+    def __init__(self, links: dict[int, socket.socket], count: int) -> None:
         """Watch the links to these processes: to all others on process 0, to process 0 on them."""
         self._links, self._count = links, count
         for link in links.values():
@@ -58,9 +58,10 @@ class RollCall:
                 selector.register(link, selectors.EVENT_READ, process)
             while selector.get_map():
                 for key, _ in selector.select():
-                    words = _read(key.fileobj).split()
+                    link = self._links[key.data]
+                    words = _read(link).split()
                     if words[:1] == [LEFT]:
-                        selector.unregister(key.fileobj)
+                        selector.unregister(link)
                     else:
                         self._end(words[0] if words else str(key.data))
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from medmoe_jax.errors import UserError
 from medmoe_jax.mesh_axes import EXPERT, FSDP, SEQUENCE, TENSOR
@@ -70,7 +70,7 @@ def row_parallel(site: str) -> bool:
     return re.fullmatch(_ROW, site) is not None
 
 
-def path_name(path) -> str:
+def path_name(path: jax.tree_util.KeyPath) -> str:
     """A pytree path as keys joined by dots."""
     return ".".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
 
@@ -95,7 +95,7 @@ def _names(wanted: str | tuple | None) -> list[str]:
     return list(wanted) if isinstance(wanted, tuple) else [wanted] if wanted else []
 
 
-def _fit(shape: Sequence[int], mesh: Mesh, axes: tuple) -> PartitionSpec:
+def _fit(shape: Sequence[int], mesh: Mesh | AbstractMesh, axes: tuple) -> PartitionSpec:
     out: list[Any] = []
     for size, wanted in zip(shape, axes, strict=False):
         names = _names(wanted)
@@ -111,7 +111,7 @@ def fitted(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
     return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
 
 
-def shardings(tree, mesh: Mesh, rules: Sequence[Rule]):
+def shardings(tree: Any, mesh: Mesh, rules: Sequence[Rule]) -> Any:
     """`NamedSharding`s for a tree of arrays or `ShapeDtypeStruct`s."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, spec_for(path_name(path), leaf.shape, mesh, rules)),
@@ -119,7 +119,7 @@ def shardings(tree, mesh: Mesh, rules: Sequence[Rule]):
     )
 
 
-def state_shardings(tree, mesh: Mesh, rules: Sequence[Rule]):
+def state_shardings(tree: Any, mesh: Mesh, rules: Sequence[Rule]) -> Any:
     """`NamedSharding`s for an optimiser's state: moments follow their parameter."""
 
     def leaf_sharding(path, leaf):
@@ -130,7 +130,7 @@ def state_shardings(tree, mesh: Mesh, rules: Sequence[Rule]):
     return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
 
 
-def placed(tree, sharding_tree):
+def placed(tree: Any, sharding_tree: Any) -> Any:
     """The shapes of a tree's arrays, or of its `ShapeDtypeStruct`s, with these shardings."""
     return jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
@@ -139,14 +139,14 @@ def placed(tree, sharding_tree):
     )
 
 
-def describe(tree, sharding_tree) -> Iterator[tuple[str, tuple[int, ...], str]]:
+def describe(tree: Any, sharding_tree: Any) -> Iterator[tuple[str, tuple[int, ...], str]]:
     """Yield `(path, shape, spec)` of every leaf, for printing."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     for (path, leaf), sharding in zip(leaves, jax.tree.leaves(sharding_tree), strict=True):
         yield path_name(path), tuple(leaf.shape), str(sharding.spec)
 
 
-def undivided(tree, rules: Sequence[Rule]) -> dict[str, int]:
+def undivided(tree: Any, rules: Sequence[Rule]) -> dict[str, int]:
     """Bytes, by path, that one device holds only because axes of its rule were left off.
 
     Args:

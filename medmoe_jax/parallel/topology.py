@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -74,7 +75,8 @@ def describe(name: str) -> Topology:
     Raises:
       UserError: an unknown name (the message lists the known ones), or no `libtpu` wheel.
     """
-    several, chip, layout = re.fullmatch(r"(?:([1-9]\d*)x)?([^:]*):?(.*)", name).groups()
+    parts = re.fullmatch(r"(?:([1-9]\d*)x)?([^:]*):?(.*)", name)
+    several, chip, layout = parts.groups() if parts else (None, "", "")
     if layout not in LAYOUTS.get(chip, ()):
         known = "; ".join(f"{chip}:{{{','.join(names)}}}" for chip, names in LAYOUTS.items())
         raise UserError(
@@ -87,7 +89,8 @@ def describe(name: str) -> Topology:
     for variable, value in _NO_HOST.items():
         os.environ.setdefault(variable, value)
     # A host has 2x2 chips, unless it is told to have one.
-    options = {} if set(layout) - {"1", "x"} else {"chips_per_host_bounds": [1, 1, 1]}
+    one_chip = not set(layout) - {"1", "x"}
+    options: dict[str, Any] = {"chips_per_host_bounds": [1, 1, 1]} if one_chip else {}
     if several:
         options["num_slices"] = int(several)
     described = topologies.get_topology_desc(
@@ -96,7 +99,9 @@ def describe(name: str) -> Topology:
     return Topology(name, CHIPS[chip], tuple(described.devices))
 
 
-def compile_for(topology: Topology, function, *args, **kwargs) -> jax.stages.Compiled:
+def compile_for(
+    topology: Topology, function: Callable, *args: Any, **kwargs: Any
+) -> jax.stages.Compiled:
     """Compile `function` for the slice, without running anything.
 
     Args:
@@ -115,5 +120,5 @@ def compile_for(topology: Topology, function, *args, **kwargs) -> jax.stages.Com
         return leaf.update(sharding=SingleDeviceSharding(topology.devices[0]))
 
     args, kwargs = jax.tree.map(placed, (args, kwargs))
-    jitted = function if hasattr(function, "trace") else jax.jit(function)
+    jitted = function if isinstance(function, jax.stages.Wrapped) else jax.jit(function)
     return jitted.trace(*args, **kwargs).lower(lowering_platforms=("tpu",)).compile()

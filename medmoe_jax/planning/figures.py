@@ -76,7 +76,10 @@ def measure(setup: Setup, topology: Topology, program: Program) -> Figures:
     seconds = time.monotonic() - start
     slices = len(set(map(slice_of, topology.devices)))
     kernels = _splash(setup, program)
-    counts = hlo.count(compiled.as_text(), kernels, slices, program.turns)
+    text, sizes = compiled.as_text(), compiled.memory_analysis()
+    if text is None or sizes is None:
+        raise RuntimeError("the compiler tells neither its program nor what memory that takes")
+    counts = hlo.count(text, kernels, slices, program.turns)
     links = {
         kind: Traffic(*(program.times * value for value in traffic))
         for kind, traffic in counts.collectives.items()
@@ -86,10 +89,10 @@ def measure(setup: Setup, topology: Topology, program: Program) -> Figures:
     return Figures(
         program.name,
         True,
-        _hbm(compiled.memory_analysis()) / GIB,
+        _hbm(sizes) / GIB,
         arguments,
         seconds,
-        compiled.memory_analysis().temp_size_in_bytes / GIB,
+        sizes.temp_size_in_bytes / GIB,
         flops,
         memory,
         links,

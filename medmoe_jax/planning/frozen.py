@@ -18,6 +18,7 @@ from medmoe_jax.base import decoder
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.base.loss import cross_entropy, next_token_targets
+from medmoe_jax.base.seam import Params
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,11 @@ class _Embedded:
 
 
 def frozen_loss(
-    config: DecoderConfig, execution: Execution, x_BxTxD, base, batch: Mapping[str, jax.Array]
+    config: DecoderConfig,
+    execution: Execution,
+    x_BxTxD: jax.Array,
+    base: Params,
+    batch: Mapping[str, jax.Array],
 ) -> jax.Array:
     """Mean loss of the bare base as a function of its embedded tokens; see `frozen_step`."""
     hidden_BxTxD, _, _ = decoder.hidden(
@@ -50,7 +55,7 @@ def frozen_loss(
 
 
 def frozen_step(
-    config: DecoderConfig, execution: Execution, base, batch: Mapping[str, jax.Array]
+    config: DecoderConfig, execution: Execution, base: Params, batch: Mapping[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     """`(mean loss, its gradient [B, T, D])`; the first two arguments are static under jit.
 

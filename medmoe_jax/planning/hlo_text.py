@@ -40,8 +40,16 @@ class Array:
     def bytes(self) -> int:
         """Size in bytes, without the layout's padding."""
         named = self.dtype in _BITS
-        bits = _BITS[self.dtype] if named else int(re.search(r"\d+", self.dtype)[0])
+        bits = _BITS[self.dtype] if named else int(matched(r"\d+", self.dtype)[0])
         return (self.size * bits + 7) // 8
+
+
+def matched(pattern: str, text: str) -> re.Match[str]:
+    """The first match of what a program's text always has there; ValueError where it has not."""
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"nothing like {pattern} in {text!r}")
+    return match
 
 
 @dataclass

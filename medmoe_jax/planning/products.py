@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from medmoe_jax.planning.hlo_text import Computation, Instruction
+from medmoe_jax.planning.hlo_text import Computation, Instruction, matched
 
 
 def product_flops(here: Computation, one: Instruction) -> int:
@@ -31,8 +31,7 @@ def _convolution_flops(here: Computation, one: Instruction) -> int:
     """
     (source,), (kernel,) = (operand.arrays for operand in here.operands(one)[:2])
     (result,) = one.arrays
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
-    left, right, out = labels.groups()
+    left, right, out = matched(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes).groups()
     groups = int((re.search(r"batch_group_count=(\d+)", one.attributes) or [0, 1])[1])
     rank = len(left) - 2
     pads, strides, holes, spread = (

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -107,7 +107,7 @@ def start(setup: Setup, name: str = "") -> Start:
 
     def run(base):
         nonlocal roster
-        banks: dict[str, Any] = {}
+        banks: Mapping[str, Any] = {}
         for stage in stages:
             roster, banks, base = transitions.start(stage, roster, banks, base, setup.base.config)
         return (*split(stages[-1], roster, banks, base), base, banks)
@@ -196,7 +196,7 @@ def decoding(setup: Setup, at: Start) -> Program:
     return Program("generate", generate, arguments, B, P + new, turns=new)
 
 
-def bytes_of(tree) -> int:
+def bytes_of(tree: Any) -> int:
     """What one device holds of a tree of shapes with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

@@ -255,7 +255,10 @@ def as_json(result: Result, tokens: int) -> dict[str, Any]:
     """The result's figures; seconds and tokens a second only of what fits."""
     rows = []
     for (mesh, accumulation, remat), figures in result.found:
-        row = {"mesh": dict(zip(AXES, mesh, strict=True)), "accumulation": accumulation}
+        row: dict[str, Any] = {
+            "mesh": dict(zip(AXES, mesh, strict=True)),
+            "accumulation": accumulation,
+        }
         row |= {"remat": remat, "fits": figures.fits, "hbm_gib": figures.hbm}
         if figures.fits:
             seconds = figures.bound.seconds

@@ -6,7 +6,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from medmoe_jax.planning.hlo_text import Computation, Instruction
+from medmoe_jax.planning.hlo_text import Computation, Instruction, matched
 
 _LIMIT = 10**5  # turns of a counter that are tried
 _ALIKE = {"copy", "bitcast", "convert", "reshape", "copy-done"}
@@ -19,7 +19,9 @@ _ARITHMETIC = {
     "and": operator.and_,
     "or": operator.or_,
 }
-_COMPARE = {name.upper(): getattr(operator, name) for name in ("lt", "le", "gt", "ge", "eq", "ne")}
+_COMPARE: dict[str, Callable[[int, int], bool]] = {
+    name.upper(): getattr(operator, name) for name in ("lt", "le", "gt", "ge", "eq", "ne")
+}
 
 Computations = Mapping[str, Computation]
 
@@ -54,13 +56,13 @@ def _value(computations: Computations, here: Computation, name: str, arguments: 
     if one.opcode == "tuple":
         return values
     if one.opcode == "get-tuple-element":
-        return values[0]()[int(re.search(r"index=(\d+)", one.attributes)[1])]()
+        return values[0]()[int(matched(r"index=(\d+)", one.attributes)[1])]()
     if one.opcode in _ALIKE:
         return values[0]()
     if one.opcode in _ARITHMETIC:
         return _ARITHMETIC[one.opcode](*(value() for value in values))
     if one.opcode == "compare":
-        direction = re.search(r"direction=(\w+)", one.attributes)[1]
+        direction = matched(r"direction=(\w+)", one.attributes)[1]
         return int(_COMPARE[direction](*(value() for value in values)))
     if one.opcode in ("fusion", "call"):
         inner = computations[one.called("calls") or one.called("to_apply")]

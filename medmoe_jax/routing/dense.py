@@ -22,7 +22,7 @@ from medmoe_jax.routing.narrow import narrow, widen
 from medmoe_jax.routing.terms import LoraTerm, Terms
 
 
-def base_products(x_BxTxD, weights: Mapping[str, Any]) -> dict[str, Any]:
+def base_products(x_BxTxD: jax.Array, weights: Mapping[str, Any]) -> dict[str, Any]:
     """The base alone, `{site: x W (+ b)}`."""
     return {site: project(x_BxTxD, weight) for site, weight in weights.items()}
 
@@ -104,7 +104,9 @@ def _expert(x_BxTxD, gate_BxT, params, activation: Callable):
     return (h_BxTxF @ down_FxD).astype(jnp.float32)
 
 
-def reference_ffn(x_BxTxD, gates: Gates, params, activation: Callable):
+def reference_ffn(
+    x_BxTxD: jax.Array, gates: Gates, params: Mapping[str, jax.Array], activation: Callable
+) -> jax.Array:
     """A plain loop over experts; see `routing.dispatch.Strategy`."""
     total = jnp.zeros(x_BxTxD.shape, jnp.float32)
     for e in range(gates.dense_BxTxE.shape[-1]):
@@ -113,7 +115,9 @@ def reference_ffn(x_BxTxD, gates: Gates, params, activation: Callable):
     return total.astype(x_BxTxD.dtype)
 
 
-def stacked_ffn(x_BxTxD, gates: Gates, params, activation: Callable):
+def stacked_ffn(
+    x_BxTxD: jax.Array, gates: Gates, params: Mapping[str, jax.Array], activation: Callable
+) -> jax.Array:
     """A loop over experts that holds one expert's hidden states at a time, backwards as well."""
     # Recomputed backwards; the sum is left outside, or every turn of it would be kept.
     share = jax.checkpoint(_expert, static_argnums=3)

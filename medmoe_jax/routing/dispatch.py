@@ -13,9 +13,12 @@ Axes: B batch, T tokens, D input width, F feed-forward, E experts, O output widt
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
+
+import jax
 
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.errors import ParameterError
@@ -28,7 +31,8 @@ from medmoe_jax.routing.sparse import Sparse
 from medmoe_jax.routing.terms import Terms
 
 
-class Strategy(Protocol):
+@dataclass(frozen=True)
+class Strategy(ABC):
     """One way to run mixtures of experts.
 
     Attributes:
@@ -37,7 +41,9 @@ class Strategy(Protocol):
 
     execution: Execution
 
-    def linear(self, x_BxTxD, weights: Mapping[str, Any], terms: Terms) -> dict[str, Any]:
+    def linear(
+        self, x_BxTxD: jax.Array, weights: Mapping[str, Any], terms: Terms
+    ) -> dict[str, Any]:
         """The sites of a projection group with their terms: `{site: y_BxTxO}`.
 
         Here the terms are products beside the base's.
@@ -50,11 +56,14 @@ class Strategy(Protocol):
         y = dense.base_products(x_BxTxD, weights)
         return dense.add(y, self.lora(terms))
 
+    @abstractmethod
     def lora(self, terms: Terms) -> dict[str, Any]:
         """The sum of the terms of each site of a projection group: `{site: delta_BxTxO}`."""
-        ...
 
-    def ffn(self, x_BxTxD, gates: Gates, params: Mapping[str, Any], activation: Callable):
+    @abstractmethod
+    def ffn(
+        self, x_BxTxD: jax.Array, gates: Gates, params: Mapping[str, Any], activation: Callable
+    ) -> jax.Array:
         """The gated sum of whole feed-forward experts: `y_BxTxD`.
 
         Args:
@@ -63,9 +72,10 @@ class Strategy(Protocol):
           params: `{"gate", "up": [E, D, F], "down": [E, F, D]}`.
           activation: the nonlinearity between the products.
         """
-        ...
 
-    def decide(self, x_BxTxD, valid_BxT, routers: Sequence[Router]) -> list[Decision]:
+    def decide(
+        self, x_BxTxD: jax.Array, valid_BxT: jax.Array, routers: Sequence[Router]
+    ) -> list[Decision]:
         """The gates and statistics of each router that reads x.
 
         Args:
@@ -86,17 +96,19 @@ class Strategy(Protocol):
 class Reference(Strategy):
     """A plain loop over experts, for tests."""
 
-    execution: Execution
-
     def lora(self, terms: Terms) -> dict[str, Any]:
         """See `Strategy`."""
         return dense.reference_lora(terms)
 
-    def ffn(self, x_BxTxD, gates: Gates, params: Mapping[str, Any], activation: Callable):
+    def ffn(
+        self, x_BxTxD: jax.Array, gates: Gates, params: Mapping[str, Any], activation: Callable
+    ) -> jax.Array:
         """See `Strategy`."""
         return dense.reference_ffn(x_BxTxD, gates, params, activation)
 
-    def decide(self, x_BxTxD, valid_BxT, routers: Sequence[Router]) -> list[Decision]:
+    def decide(
+        self, x_BxTxD: jax.Array, valid_BxT: jax.Array, routers: Sequence[Router]
+    ) -> list[Decision]:
         """See `Strategy`; in plain JAX everywhere."""
         return gating.decide(x_BxTxD, valid_BxT, routers)
 
@@ -105,9 +117,9 @@ class Reference(Strategy):
 class Stacked(Strategy):
     """Every expert on every token; on TPU a site's base and banks are one kernel."""
 
-    execution: Execution
-
-    def linear(self, x_BxTxD, weights: Mapping[str, Any], terms: Terms) -> dict[str, Any]:
+    def linear(
+        self, x_BxTxD: jax.Array, weights: Mapping[str, Any], terms: Terms
+    ) -> dict[str, Any]:
         """See `Strategy`."""
         if self.execution.backend == "xla":
             return super().linear(x_BxTxD, weights, terms)
@@ -117,7 +129,9 @@ class Stacked(Strategy):
         """See `Strategy`."""
         return dense.stacked_lora(terms)
 
-    def ffn(self, x_BxTxD, gates: Gates, params: Mapping[str, Any], activation: Callable):
+    def ffn(
+        self, x_BxTxD: jax.Array, gates: Gates, params: Mapping[str, Any], activation: Callable
+    ) -> jax.Array:
         """See `Strategy`."""
         return dense.stacked_ffn(x_BxTxD, gates, params, activation)
 
@@ -126,13 +140,13 @@ class Stacked(Strategy):
 class Grouped(Strategy):
     """Tokens sorted by expert; an expert sees only those that picked it."""
 
-    execution: Execution
-
     def lora(self, terms: Terms) -> dict[str, Any]:
         """See `Strategy`."""
         return self._sparse().lora(terms)
 
-    def ffn(self, x_BxTxD, gates: Gates, params: Mapping[str, Any], activation: Callable):
+    def ffn(
+        self, x_BxTxD: jax.Array, gates: Gates, params: Mapping[str, Any], activation: Callable
+    ) -> jax.Array:
         """See `Strategy`."""
         return self._sparse().ffn(x_BxTxD, gates, params, activation)
 
@@ -170,9 +184,9 @@ class AllToAll(Grouped):
 class Auto(Strategy):
     """The strategy that takes least time by count, for each mixture; see `routing.auto`."""
 
-    execution: Execution
-
-    def linear(self, x_BxTxD, weights: Mapping[str, Any], terms: Terms) -> dict[str, Any]:
+    def linear(
+        self, x_BxTxD: jax.Array, weights: Mapping[str, Any], terms: Terms
+    ) -> dict[str, Any]:
         """See `Strategy`."""
         return self._for_terms(terms).linear(x_BxTxD, weights, terms)
 
@@ -180,7 +194,9 @@ class Auto(Strategy):
         """See `Strategy`."""
         return self._for_terms(terms).lora(terms)
 
-    def ffn(self, x_BxTxD, gates: Gates, params: Mapping[str, Any], activation: Callable):
+    def ffn(
+        self, x_BxTxD: jax.Array, gates: Gates, params: Mapping[str, Any], activation: Callable
+    ) -> jax.Array:
         """See `Strategy`."""
         E, D, F = params["gate"].shape
         shape = auto.Ffn(gates.picks_BxTxK.shape[-1], D, F, E, self.execution.size(EXPERT))
@@ -188,19 +204,21 @@ class Auto(Strategy):
         return fastest.ffn(x_BxTxD, gates, params, activation)
 
     def _for_terms(self, terms: Terms) -> Strategy:
-        gated = [term for some in terms.values() for term in some if term.gates is not None]
+        gated = [
+            (term, term.gates) for some in terms.values() for term in some if term.gates is not None
+        ]
         if not gated:
             return Stacked(self.execution)
         shapes = tuple(
             auto.Lora(
-                term.gates.picks_BxTxK.shape[-1],
+                gates.picks_BxTxK.shape[-1],
                 term.lora_a_DxExr.shape[0],
                 term.lora_b_ExrxO.shape[2],
                 *term.lora_a_DxExr.shape[1:],
             )
-            for term in gated
+            for term, gates in gated
         )
-        return self._fastest(", ".join(terms), shapes, gated[0].x_BxTxD)
+        return self._fastest(", ".join(terms), shapes, gated[0][0].x_BxTxD)
 
     def _fastest(self, what: str, shapes: tuple, x_BxTxD) -> Strategy:
         tokens = self.execution.local_tokens(*x_BxTxD.shape[:2])

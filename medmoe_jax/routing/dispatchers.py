@@ -37,7 +37,9 @@ class Rows(NamedTuple):
 class Dispatcher(Protocol):
     """Brings tokens to their experts and the results back."""
 
-    def dispatch(self, x_TxD, picks_TxK, weights_TxK, experts: int) -> tuple[Rows, Any]:
+    def dispatch(
+        self, x_TxD: jax.Array, picks_TxK: jax.Array, weights_TxK: jax.Array, experts: int
+    ) -> tuple[Rows, Any]:
         """Rows for the experts of this device, and their journey, which `combine` turns back.
 
         Args:
@@ -48,7 +50,7 @@ class Dispatcher(Protocol):
         """
         ...
 
-    def combine(self, journey: Any, y_MxD):
+    def combine(self, journey: Any, y_MxD: jax.Array, /) -> jax.Array:
         """The sum of each token's rows, `[T, D]` in y's dtype."""
         ...
 
@@ -71,11 +73,13 @@ class LocalDispatcher:
 
     backend: str
 
-    def dispatch(self, x_TxD, picks_TxK, weights_TxK, experts: int) -> tuple[Rows, Order]:
+    def dispatch(
+        self, x_TxD: jax.Array, picks_TxK: jax.Array, weights_TxK: jax.Array, experts: int
+    ) -> tuple[Rows, Order]:
         """See `Dispatcher`."""
         return _sorted(x_TxD, picks_TxK, weights_TxK, experts, self.backend)
 
-    def combine(self, journey: Order, y_MxD):
+    def combine(self, journey: Order, y_MxD: jax.Array) -> jax.Array:
         """See `Dispatcher`."""
         return scatter_add(y_MxD, journey, backend=self.backend)
 
@@ -154,7 +158,9 @@ class AllToAllDispatcher:
     ragged: bool
     backend: str
 
-    def dispatch(self, x_TxD, picks_TxK, weights_TxK, experts: int) -> tuple[Rows, _Journey]:
+    def dispatch(
+        self, x_TxD: jax.Array, picks_TxK: jax.Array, weights_TxK: jax.Array, experts: int
+    ) -> tuple[Rows, _Journey]:
         """See `Dispatcher`."""
         P, most = self.devices, self._most(picks_TxK, experts)
         rows, home = _sorted(x_TxD, picks_TxK, weights_TxK, experts, self.backend)
@@ -175,7 +181,7 @@ class AllToAllDispatcher:
         rows, away = _sorted(x_SxD, expert_Sx1, weight_Sx1, experts // P, self.backend)
         return rows, _Journey(home, out, back, away)
 
-    def combine(self, journey: _Journey, y_SxD):
+    def combine(self, journey: _Journey, y_SxD: jax.Array) -> jax.Array:
         """See `Dispatcher`."""
         y_SxD = scatter_add(y_SxD, journey.away, backend=self.backend)
         most = y_SxD.shape[0] // self.devices

@@ -33,7 +33,7 @@ KEPT = {
 
 
 def linear(
-    execution: Execution, x_BxTxD, weights: Mapping[str, Any], terms: Terms
+    execution: Execution, x_BxTxD: jax.Array, weights: Mapping[str, Any], terms: Terms
 ) -> dict[str, Any]:
     """`{site: x W (+ b) + its terms}`; sites that the kernel can take go through it.
 

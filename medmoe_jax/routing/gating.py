@@ -42,7 +42,7 @@ class Router(NamedTuple):
 Decision = tuple[Gates, RouterStats]
 
 
-def decide(x_BxTxD, valid_BxT, routers: Sequence[Router]) -> list[Decision]:
+def decide(x_BxTxD: jax.Array, valid_BxT: jax.Array, routers: Sequence[Router]) -> list[Decision]:
     """Each router's gates and statistics; where not `valid_BxT`, no expert is picked."""
     if not routers:
         return []
@@ -65,7 +65,7 @@ def decide(x_BxTxD, valid_BxT, routers: Sequence[Router]) -> list[Decision]:
 
 
 def decide_by_kernel(
-    execution: Execution, x_BxTxD, valid_BxT, routers: Sequence[Router]
+    execution: Execution, x_BxTxD: jax.Array, valid_BxT: jax.Array, routers: Sequence[Router]
 ) -> list[Decision]:
     """The same with one kernel a router, run as `execution` says.
 

@@ -24,7 +24,9 @@ def _sum_over_tokens(h_BxTxR, x_BxTxD, precision):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def narrow(x_BxTxD, a_DxR, precision: Precision = Precision.DEFAULT):
+def narrow(
+    x_BxTxD: jax.Array, a_DxR: jax.Array, precision: Precision = Precision.DEFAULT
+) -> jax.Array:
     """`x A` in x's dtype, for an A of few columns; its gradient is summed in float32.
 
     Args:
@@ -47,7 +49,7 @@ narrow.defvjp(lambda x, a, precision: (narrow(x, a, precision), (x, a)), _narrow
 
 
 @jax.custom_vjp
-def widen(h_BxTxR, b_RxD):
+def widen(h_BxTxR: jax.Array, b_RxD: jax.Array) -> jax.Array:
     """`h B` in h's dtype, for a B of few rows; its gradient is summed in float32.
 
     Args:

@@ -19,13 +19,13 @@ def check_top_k(where: str, top_k: int, experts: int) -> None:
         raise UserError(f"{where}.top_k: {top_k} of {experts} experts; give 1 to {experts}")
 
 
-def router_logits(x_BxTxD, kernel_DxE):
+def router_logits(x_BxTxD: jax.Array, kernel_DxE: jax.Array) -> jax.Array:
     """`x R`, float32 `[B, T, E]`, multiplied at full precision."""
     full = jax.lax.Precision.HIGHEST
     return narrow(x_BxTxD.astype(jnp.float32), kernel_DxE.astype(jnp.float32), full)
 
 
-def without_padding(gates: Gates, valid_BxT) -> Gates:
+def without_padding(gates: Gates, valid_BxT: jax.Array) -> Gates:
     """The same gates with no expert picked where not `valid_BxT`, so that none works there."""
     valid_BxTx1 = valid_BxT[..., None]
     return Gates(

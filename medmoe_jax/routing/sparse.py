@@ -49,11 +49,11 @@ class Sparse:
         for site, some in terms.items():
             for term in some:
                 if term.gates is not None:
-                    delta = self._term(site, term)
+                    delta = self._term(site, term, term.gates)
                     out[site] = out[site] + delta if site in out else delta
         return out
 
-    def _term(self, site: str, term: LoraTerm):
+    def _term(self, site: str, term: LoraTerm, gates: Gates):
         b_ExrxO = term.lora_b_ExrxO
         if term.scale_Exr is not None:
             b_ExrxO = b_ExrxO * term.scale_Exr[..., None]
@@ -67,8 +67,8 @@ class Sparse:
             (on_in, on_out),
             ((on_in, self.expert_axis), (self.expert_axis, None, on_out)),
         )
-        weights_BxTxK = term.s * term.gates.weights_BxTxK
-        return run(term.gates.picks_BxTxK, weights_BxTxK, term.x_BxTxD, term.lora_a_DxExr, b_ExrxO)
+        weights_BxTxK = term.s * gates.weights_BxTxK
+        return run(gates.picks_BxTxK, weights_BxTxK, term.x_BxTxD, term.lora_a_DxExr, b_ExrxO)
 
     def _local_lora(self, summed, picks_BxTxK, weights_BxTxK, x_BxTxD, a_DxExr, b_ExrxO):
         """One device's share; `summed` is the mesh axis over which D is cut, if any."""
@@ -92,7 +92,9 @@ class Sparse:
             )
         return self._combine(journey, y_MxO, x_BxTxD)
 
-    def ffn(self, x_BxTxD, gates: Gates, params: Mapping[str, Any], activation: Callable):
+    def ffn(
+        self, x_BxTxD: jax.Array, gates: Gates, params: Mapping[str, Any], activation: Callable
+    ) -> jax.Array:
         """See `routing.dispatch.Strategy`."""
         part = self.execution.tensor_axis(params["gate"].shape[2])
         on = self.expert_axis

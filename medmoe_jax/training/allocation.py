@@ -43,26 +43,35 @@ def allocating(
       schedules: by bank; the parameters are `{"banks": {name: parameters}, ...}`.
     """
 
-    def init(params):
+    def init(params: Any) -> AllocationState:
         banks = {
             name: adalora.start(one.spec, params["banks"][name]) for name, one in schedules.items()
         }
         return AllocationState(jnp.int32(0), banks, inner.init(params))
 
-    def update(gradients, state, params):
-        updates, inner_state = inner.update(gradients, state.inner, params)
-        t = state.count + 1
-        moved, banks = dict(updates["banks"]), {}
-        for name, one in schedules.items():
-            before = params["banks"][name]
-            after = optax.apply_updates(before, moved[name])
-            cleared, banks[name] = adalora.advance(
-                one, t, after, gradients["banks"][name], state.banks[name]
-            )
-            moved[name] = _with_cleared(moved[name], before, cleared)
-        return {**updates, "banks": moved}, AllocationState(t, banks, inner_state)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AllocationState]:
+        if params is None:
+            raise ValueError("an allocator looks at the parameters, and they were not given")
+        moves, inner_state = inner.update(updates, state.inner, params)
+        moves, banks = _allocate(schedules, moves, updates, state, params)
+        return moves, AllocationState(state.count + 1, banks, inner_state)
 
     return optax.GradientTransformation(init, update)
+
+
+def _allocate(
+    schedules: Mapping[str, BudgetSchedule], moves: Any, gradients, state: AllocationState, params
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The updates with Λ cleared where a bank's allocation says so, and the allocations."""
+    moved, banks = dict(moves["banks"]), {}
+    for name, one in schedules.items():
+        before = params["banks"][name]
+        after = optax.apply_updates(before, moved[name])
+        cleared, banks[name] = adalora.advance(
+            one, state.count + 1, after, gradients["banks"][name], state.banks[name]
+        )
+        moved[name] = _with_cleared(moved[name], before, cleared)
+    return {**moves, "banks": moved}, banks
 
 
 def _with_cleared(updates, params, cleared):
@@ -74,7 +83,9 @@ def _with_cleared(updates, params, cleared):
     return out
 
 
-def figures(schedules: Mapping[str, BudgetSchedule], banks, optimiser_state) -> dict[str, float]:
+def figures(
+    schedules: Mapping[str, BudgetSchedule], banks: Mapping[str, Any], optimiser_state: Any
+) -> dict[str, float]:
     """Budget, triplets kept by the last allocation, and mean |Λ| of each allocated bank."""
     out: dict[str, float] = {}
     if not schedules:

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -23,14 +24,14 @@ def keep_compiled(directory: str | Path, workdir: str | Path) -> None:
         was told otherwise (JAX_COMPILATION_CACHE_DIR), or else `compiled` in the work directory.
       workdir: "" = there is none.
     """
-    if not directory and (jax.config.jax_compilation_cache_dir or not workdir):
+    if not directory and (jax.config.values["jax_compilation_cache_dir"] or not workdir):
         return
     chosen = Path(directory) if directory else Path(workdir) / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(chosen.absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH)
 
 
-def compile_ahead(function, *arguments) -> tuple[Callable, str]:
+def compile_ahead(function: jax.stages.Wrapped, *arguments: Any) -> tuple[Callable, str]:
     """A jitted function compiled for these arguments or shapes, and how that went, in words.
 
     All processes return together: a collective between CPUs would not wait for the slowest.

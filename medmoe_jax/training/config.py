@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
@@ -19,6 +19,9 @@ from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.orthogonality import Orthogonality
 from medmoe_jax.adapters.orthonormality import Orthonormality
 from medmoe_jax.adapters.sparsity import Sparsity
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 def _filled(defaults: dict[str, Any], fields: dict[str, Any]) -> ConfigDict:
@@ -29,7 +32,7 @@ def _filled(defaults: dict[str, Any], fields: dict[str, Any]) -> ConfigDict:
     return ConfigDict({**defaults, **fields})
 
 
-def _defaults(kind: type) -> dict[str, Any]:
+def _defaults(kind: type[DataclassInstance]) -> dict[str, Any]:
     """The fields of a dataclass that have a default."""
     fields = dataclasses.fields(kind)
     return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}

@@ -149,7 +149,9 @@ def _mixed(stage: Stage, roster: Roster) -> list[str]:
     return [bank for bank in stage.stack if roster[bank][0].gate == "skill"]
 
 
-def mixing_weights(stage: Stage, roster: Roster, banks) -> tuple[list[str], list[list[float]]]:
+def mixing_weights(
+    stage: Stage, roster: Roster, banks: Mapping[str, Any]
+) -> tuple[list[str], list[list[float]]]:
     """The skills that a stage of `find` has stacked, and their mixing weights `[N][E]`."""
     (name,) = _mixed(stage, roster)
     weights_NxE = mixing(roster[name][0], banks[name]["mix"]["weight"])

@@ -17,6 +17,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from medmoe_jax.base import trees
+from medmoe_jax.base.seam import Params
 from medmoe_jax.parallel.mesh import replicated
 from medmoe_jax.training.parts import jit_step
 from medmoe_jax.training.preparing import Prepared
@@ -43,7 +44,9 @@ class Problem(NamedTuple):
 Steps = Iterator[tuple[np.ndarray, Any]]
 
 
-def mean_loss(objective: Objective, trainable, frozen, batch: Mapping[str, jax.Array]):
+def mean_loss(
+    objective: Objective, trainable: Params, frozen: Params, batch: Mapping[str, jax.Array]
+) -> jax.Array:
     """What `step.gradients` differentiates, float32 scalar, without dropout and router losses."""
 
     def micro(sums, one):
@@ -93,7 +96,7 @@ def by_evolution(problem: Problem, seed: int) -> Steps:
         candidates_PxK = np.asarray(candidates, np.float32)
         values_P = np.asarray(losses(candidates_PxK, prepared.frozen, problem.batch))
         search.tell(candidates, values_P.tolist())
-        best = jax.device_get(tree_of(np.asarray(search.result.xbest, np.float32)))
+        best = jax.device_get(tree_of(jnp.asarray(search.result.xbest, jnp.float32)))
         yield values_P, jax.device_put(best, layout)
 
 

@@ -29,7 +29,7 @@ def read_task(setup: Setup, name: str, path: str | Path) -> tuple[EncodedRows, s
       UserError: there is no row, or a bad one.
     """
     data = setup.config.data
-    found = open_source(name, source(str(path)), data.ignore)
+    found = open_source(name, source(str(path)).to_dict(), data.ignore)
     if not found.rows:
         raise UserError(f"{path}: no row in the file")
     rows = EncodedRows(name, found.rows, setup.encoder, data.length)

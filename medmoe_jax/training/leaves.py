@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable
+from typing import Any
 
 import jax.numpy as jnp
 
 from medmoe_jax.base import trees
+from medmoe_jax.base.seam import Params
 from medmoe_jax.errors import UserError
 
 
@@ -22,7 +24,7 @@ def match_leaves(paths: Iterable[str], patterns: Iterable[str]) -> set[str]:
     return out
 
 
-def split_base(base, patterns: tuple[str, ...]):
+def split_base(base: Params, patterns: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
     """`(frozen leaves, trained leaves)`: those whose path matches a glob move, in float32.
 
     Raises:

@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from medmoe_jax.base.seam import Params
 from medmoe_jax.errors import Stopped
 from medmoe_jax.training.hooks.protocol import Hook, Progress, StepRecord
+from medmoe_jax.training.step import TrainState
 
 
 @dataclass
@@ -54,7 +56,7 @@ class _Dispatched(NamedTuple):
     own: dict[str, float]
 
 
-def run(loop: Loop, state, frozen, first: int):
+def run(loop: Loop, state: TrainState, frozen: Params, first: int) -> TrainState:
     """Steps `first + 1 .. loop.steps`, or fewer if a hook ends the stage.
 
     Returns:

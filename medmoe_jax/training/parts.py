@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import optax
 from medmoe_jax.adapters import lifecycle
 from medmoe_jax.adapters.bank import split_gate
 from medmoe_jax.adapters.lifecycle import Roster
+from medmoe_jax.base.seam import Params
 from medmoe_jax.parallel.mesh import replicated
 from medmoe_jax.parallel.rules import shardings, state_shardings
 from medmoe_jax.training.leaves import split_base
@@ -32,7 +33,9 @@ def make_objective(setup: Setup, stage: Stage, roster: Roster) -> Objective:
     )
 
 
-def split(stage: Stage, roster: Roster, banks, base) -> tuple[dict, dict]:
+def split(
+    stage: Stage, roster: Roster, banks: Mapping[str, Any], base: Params
+) -> tuple[dict, dict]:
     """`(frozen, trainable)` trees of a stage; a bank may lie in both, its gate in the second."""
     frozen_base, trained_base = split_base(base, stage.train_base)
     frozen: dict = {"base": frozen_base, "banks": {}}
@@ -47,7 +50,7 @@ def split(stage: Stage, roster: Roster, banks, base) -> tuple[dict, dict]:
 
 
 def first_state(
-    setup: Setup, optimiser: optax.GradientTransformation, trainable, frozen
+    setup: Setup, optimiser: optax.GradientTransformation, trainable: Params, frozen: Params
 ) -> tuple[TrainState, dict]:
     """The state before the first step and the frozen tree, both in their shards on the mesh.
 
@@ -65,7 +68,7 @@ def first_state(
 
 def jit_step(
     setup: Setup, objective: Objective, optimiser: optax.GradientTransformation, state: TrainState
-) -> Callable[..., Any]:
+) -> jax.stages.Wrapped:
     """`train_step` for the mesh: `(state, frozen, batch) -> (state, metrics)`.
 
     The memory of the state is used again. The new state is spread as the old one was, and every

@@ -28,7 +28,7 @@ class Placement:
       shard_ids: the data shards that this process has to read.
     """
 
-    def __init__(self, mesh: Mesh, rows: int, shards: int):
+    def __init__(self, mesh: Mesh, rows: int, shards: int) -> None:
         """For global batches of `rows` rows from `shards` data shards.
 
         Raises:
@@ -39,7 +39,7 @@ class Placement:
         self.sharding = batch_sharding(mesh)
         shard_B, turn_B = np.divmod(np.arange(rows), rows // shards)
         held = batch_sharding(mesh, 1).addressable_devices_indices_map((rows,)).values()
-        own = np.unique(np.concatenate([shard_B[part[0]] for part in held]))
+        own = np.unique(np.concatenate([shard_B[part] for part in held]))
         self.shard_ids = tuple(own.tolist())
         # Where a row on the mesh, if it is this process's, lies in the stream's batch.
         self._index_B = turn_B * len(own) + np.searchsorted(own, shard_B)

@@ -7,10 +7,12 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from medmoe_jax.adapters.bank import BankSpec
@@ -46,7 +48,7 @@ class Setup:
       mesh: its devices.
       base: the frozen decoder, not loaded yet.
       stages: the recipe.
-      tokenizer, template: how text becomes ids; None where it is opened to be planned.
+      text: tokenizer and template; None where the configuration is opened to be planned.
       languages: which expert a language belongs to, where the recipe has a table.
     """
 
@@ -54,30 +56,44 @@ class Setup:
     mesh: Mesh
     base: Base
     stages: tuple[Stage, ...]
-    tokenizer: Tokenizer | None
-    template: Template | None
+    text: tuple[Tokenizer, Template] | None
     languages: Languages | None = None
     _spare: list = field(default_factory=list, repr=False, compare=False)
 
     @property
-    def dtype(self):
+    def dtype(self) -> DTypeLike:
         """The dtype of the frozen weights and the activations."""
         return _DTYPES[self.config.base.dtype]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """How text becomes ids; a RuntimeError where no text is read."""
+        return self._read_text()[0]
+
+    @property
+    def template(self) -> Template:
+        """How turns become text; a RuntimeError where no text is read."""
+        return self._read_text()[1]
+
+    def _read_text(self) -> tuple[Tokenizer, Template]:
+        if self.text is None:
+            raise RuntimeError("this configuration was opened to be planned, not to read text")
+        return self.text
 
     @property
     def rules(self) -> tuple[Rule, ...]:
         """How parameters and optimiser states are spread over the mesh."""
         return rules_for(self.config.run.dispatch)
 
-    def shardings(self, tree):
+    def shardings(self, tree: Any) -> Any:
         """How a tree of parameters, or of their shapes, is spread over the mesh."""
         return shardings(tree, self.mesh, self.rules)
 
-    def load_base(self):
+    def load_base(self) -> dict[str, Any]:
         """The base's parameters, each straight into its shards; the caller may give them up."""
         return self._spare.pop() if self._spare else self._load()
 
-    def _load(self):
+    def _load(self) -> dict[str, Any]:
         tree = self.base.abstract(self.dtype)
         return self.base.load(self.dtype, shardings(tree, self.mesh, BASE_RULES))
 
@@ -157,20 +173,20 @@ def open_setup(config: ConfigDict, devices: Sequence[jax.Device] | None = None) 
             f"data.length: {config.data.length} exceeds the base's context of "
             f"{base.config.max_positions} positions"
         )
-    tokenizer = template = None
+    text = None
     if devices is None:
         tokenizer = _open_tokenizer(config.base.tokenizer or base.tokenizer, base)
         # Rows of the embedding beyond the tokenizer's ids are padding: never sampled, no target.
         used = min(tokenizer.vocab_size, base.config.vocab_size)
         base = dataclasses.replace(base, config=base.config.replace(vocab_used=used))
         options = config.data.template_options.to_dict()
-        template = load_template(config.data.template, tokenizer, options)
+        text = (tokenizer, load_template(config.data.template, tokenizer, options))
     with field_names("data."):
         languages = read_languages(config.data.languages) if config.data.languages else None
     stages = parse(config, base.config)
-    setup = Setup(config, mesh, base, stages, tokenizer, template, languages)
+    setup = Setup(config, mesh, base, stages, text, languages)
     _check_models(setup)
-    if template:
+    if text:
         _ = setup.encoder  # checks that an answer has an end
     return setup
 

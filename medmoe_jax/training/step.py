@@ -22,7 +22,7 @@ from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base import decoder, trees
 from medmoe_jax.base.loss import cross_entropy, next_token_targets
-from medmoe_jax.base.seam import Context
+from medmoe_jax.base.seam import Context, Params
 from medmoe_jax.kernels.router_equations import RouterStats
 from medmoe_jax.parallel.hashing import mix
 from medmoe_jax.routing import telemetry
@@ -32,32 +32,40 @@ from medmoe_jax.routing.routers import balance_loss, z_loss
 class TrainState(NamedTuple):
     """What a step changes."""
 
-    step: jax.Array  # [] int32, updates made
+    step: Any  # [] int32, updates made
     trainable: Any
     optimiser: Any
 
 
 class Regulariser(Protocol):
-    """A loss on parameters alone; `specs` and `banks` hold every bank by name.
+    """A loss on parameters alone; `specs` and `banks` hold every bank by name."""
 
-    Attributes:
-      name: of its metrics.
-      uses: the banks that it reads.
-      weight: on its value.
-    """
+    @property
+    def name(self) -> str:
+        """The name that its metrics begin with."""
+        ...
 
-    name: str
-    uses: tuple[str, ...]
-    weight: float
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """The banks that it reads."""
+        ...
+
+    @property
+    def weight(self) -> float:
+        """The weight on its value."""
+        ...
 
     def value(self, specs: Mapping[str, BankSpec], banks: Mapping[str, Any]) -> jax.Array:
         """The unweighted loss, float32 scalar."""
+        ...
 
     def measure(self, specs: Mapping[str, BankSpec], banks: Mapping[str, Any]) -> Any:
         """Small arrays from which `figures` are made, inside jit."""
+        ...
 
     def figures(self, measured: Any) -> dict[str, float]:
         """More metrics, on the host."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,13 @@ class Objective:
     seed: int = 0
 
 
-def nll(config: AdaptedConfig, trainable, frozen, batch: Mapping[str, jax.Array], key=None):
+def nll(
+    config: AdaptedConfig,
+    trainable: Params,
+    frozen: Params,
+    batch: Mapping[str, jax.Array],
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, tuple[jax.Array, dict[str, RouterStats]]]:
     """Σ −log p over the batch's targets.
 
     Args:
@@ -123,7 +137,7 @@ def nll(config: AdaptedConfig, trainable, frozen, batch: Mapping[str, jax.Array]
     return total, (jnp.sum(weights_BxT), telemetry.collect(aux))
 
 
-def router_loss(banks: Iterable[BankSpec], stats: Mapping[str, RouterStats]):
+def router_loss(banks: Iterable[BankSpec], stats: Mapping[str, RouterStats]) -> jax.Array:
     """Σ over banks of their weighted router losses, each the mean over the bank's routers."""
     total = jnp.float32(0)
     for bank in banks:
@@ -151,14 +165,20 @@ def _weighted(objective: Objective, regulariser: Regulariser, trainable, frozen)
     return regulariser.weight * value, value
 
 
-def micro_batches(batch, count: int):
+def micro_batches(batch: Mapping[str, jax.Array], count: int) -> dict[str, jax.Array]:
     """`[B, T]` to `[A, B/A, T]`, row i in micro-batch i mod A, so that every device has a share."""
     return jax.tree.map(
         lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), batch
     )
 
 
-def gradients(objective: Objective, trainable, frozen, batch, step):
+def gradients(
+    objective: Objective,
+    trainable: Params,
+    frozen: Params,
+    batch: Mapping[str, jax.Array],
+    step: jax.Array,
+) -> tuple[Any, dict[str, Any]]:
     """The gradient of the mean loss over all target tokens, plus the regularisers'.
 
     Sums are accumulated over micro-batches and devices and divided once, so a short answer's
@@ -221,7 +241,7 @@ def train_step(
     state: TrainState,
     frozen: Mapping[str, Any],
     batch: Mapping[str, jax.Array],
-):
+) -> tuple[TrainState, dict[str, Any]]:
     """One update: `(state, metrics)`; jit it with the first two arguments static.
 
     Metrics are float32 scalars, except `router` (RouterStats by bank and site) and `rows_hash`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.table import Table
 
@@ -41,7 +42,7 @@ def print_stage(prepared: Prepared, state: TrainState) -> None:
     note(f"trainable {trains:,} of {total:,} parameters ({100 * trains / total:.2f}%)")
 
 
-def print_undivided(trees, rules: Sequence[Rule]) -> None:
+def print_undivided(trees: Any, rules: Sequence[Rule]) -> None:
     """Tell of arrays that every device holds whole, where the mesh does not divide them and they
     are large.
     """

@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from datetime import timedelta
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -21,11 +22,12 @@ def note(text: str) -> None:
 class LogHandler(logging.StreamHandler):
     """Log lines for `sys.stderr` as it is at the moment: above a bar while one is drawn."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         logging.Handler.__init__(self)  # not that of the stream, which would be kept
 
+    # Read only, as in logging's own handler of last resort.
     @property
-    def stream(self):
+    def stream(self) -> TextIO:  # ty: ignore[incompatible-property-override]
         """Where lines go."""
         return sys.stderr
 
@@ -36,7 +38,7 @@ class StepBar:
     Both tell how far the steps are, what the caller says of the last one, and the time left.
     """
 
-    def __init__(self, name: str, steps: int, first: int, every: int):
+    def __init__(self, name: str, steps: int, first: int, every: int) -> None:
         """Draw the bar.
 
         Args:

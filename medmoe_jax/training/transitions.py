@@ -13,10 +13,11 @@ from typing import Any
 import jax
 
 from medmoe_jax.adapters import lifecycle
-from medmoe_jax.adapters.bank import init
+from medmoe_jax.adapters.bank import ShardingsOf, init
 from medmoe_jax.adapters.lifecycle import Roster
 from medmoe_jax.base import trees
 from medmoe_jax.base.config import DecoderConfig
+from medmoe_jax.base.seam import Params
 from medmoe_jax.errors import UserError
 from medmoe_jax.training.stage import Stage, chain
 
@@ -65,7 +66,14 @@ def _stacked(roster: Roster, name: str, of, gate: Mapping[str, Any]) -> Roster:
     return {**left, name: (lifecycle.stacked_spec(name, specs, **gate), "gate")}
 
 
-def start(stage: Stage, roster: Roster, banks, base, decoder: DecoderConfig, shardings=None):
+def start(
+    stage: Stage,
+    roster: Roster,
+    banks: Mapping[str, Any],
+    base: Params,
+    decoder: DecoderConfig,
+    shardings: ShardingsOf | None = None,
+) -> tuple[Roster, Mapping[str, Any], Params]:
     """What a stage starts from: banks merged into the base, and new ones initialised.
 
     The old base's merged kernels are given up.
@@ -103,7 +111,7 @@ def start(stage: Stage, roster: Roster, banks, base, decoder: DecoderConfig, sha
     return roster, banks, base
 
 
-def ended(final: Mapping[str, Any], base):
+def ended(final: Mapping[str, Any], base: Params) -> tuple[dict[str, Any], Params]:
     """`(banks, base)` after a stage, from what it left: `{"banks", "base"}`."""
     trained = [
         (path, leaf.astype(trees.get(base, path).dtype))
@@ -115,11 +123,11 @@ def ended(final: Mapping[str, Any], base):
 def replay(
     stages: Sequence[Stage],
     name: str,
-    base,
+    base: Params,
     decoder: DecoderConfig,
     final_of: Callable[[str], Any],
-    shardings=None,
-):
+    shardings: ShardingsOf | None = None,
+) -> tuple[Roster, Mapping[str, Any], Params]:
     """Roster, banks and base at the end of a finished stage.
 
     Args:
@@ -131,7 +139,7 @@ def replay(
       shardings: as in `start`.
     """
     roster: Roster = {}
-    banks: dict[str, Any] = {}
+    banks: Mapping[str, Any] = {}
     for stage in chain(stages, name):
         roster, banks, base = start(stage, roster, banks, base, decoder, shardings)
         banks, base = ended(final_of(stage.name), base)

@@ -1,6 +1,8 @@
 """The benchmark's own parts: its baselines compute what they claim to."""
 
 import functools
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -103,3 +105,22 @@ def test_rounds_interleave():
     order.clear()
     timing.interleaved(calls, 4, rare=("a",))
     assert order == ["a", "b", *"ab", "b", "b", *"ba"]
+
+
+def test_the_figures_of_one_gpu_are_the_committed_ones():
+    """Those in README.md and in the table of benchmarks/README.md."""
+    root = Path(__file__).parents[2]
+    shapes = json.loads((root / "benchmarks/results/gpu.json").read_text())["shapes"]
+    tables = {name: (root / name).read_text() for name in ("README.md", "benchmarks/README.md")}
+
+    def row(step):
+        llama, qwen = (shapes[name][step] for name in ("llama3-8b", "qwen2.5-7b"))
+        assert llama["remat"] == qwen["remat"]
+        figures = [f"{one['tokens_per_second']:,.0f}" for one in (llama, qwen)]
+        return llama["remat"], " | ".join(figures)
+
+    for step in shapes["llama3-8b"]:
+        remat, figures = row(step)
+        assert f"| `{step}` | {remat} | {figures} |" in tables["benchmarks/README.md"]
+    for step in ("lora_packed", "medcare_packed"):
+        assert f"| {row(step)[1]} |" in tables["README.md"]

@@ -23,6 +23,7 @@ def test_rows_come_back_in_order_and_pickled(tmp_path):
         assert len(data) == 50
         assert list(data) == ROWS
     assert data[-1] == ROWS[-1]
+    assert data[48:] == ROWS[48:] and data[::-20] == ROWS[::-20]
     with pytest.raises(IndexError):
         data[50]
     assert list(pickle.loads(pickle.dumps(data))) == ROWS

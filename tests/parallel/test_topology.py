@@ -12,9 +12,11 @@ from medmoe_jax.parallel import mesh as meshes
 from medmoe_jax.parallel import topology
 
 
-@pytest.mark.parametrize("name", ["v5e:3x3", "v5e", "v9:2x2", "2x2", "", "v5p:2x2", "0xv5e:2x2"])
+@pytest.mark.parametrize(
+    "name", ["v5e:3x3", "v5e", "v9:2x2", "2x2", "", "v5p:2x2", "0xv5e:2x2", "v5e:2\nx2"]
+)
 def test_an_unknown_slice_is_an_error_that_lists_the_known_ones(name):
-    with pytest.raises(UserError, match=r"'.*' is not known; .*v5e:\{1x1,2x2.*v5p:\{.*v6e:\{"):
+    with pytest.raises(UserError, match=r"'[^']*' is not known; .*v5e:\{1x1,2x2.*v5p:\{.*v6e:\{"):
         topology.describe(name)
 
 

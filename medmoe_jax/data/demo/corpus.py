@@ -9,6 +9,7 @@ group "knowledge" and is empty for group "alignment", where the answer is genera
 import random
 from collections.abc import Iterable
 
+from medmoe_jax.data.conversation import Conversation
 from medmoe_jax.data.demo import alignment, general, knowledge
 
 PRETRAINING_ROWS = 18_000
@@ -16,7 +17,7 @@ ALIGNMENT_ROWS = 4_000
 ITEMS_PER_FORMAT_TASK = 25
 
 
-def pretraining_rows(rows: int = PRETRAINING_ROWS, seed: int = 0) -> list[dict]:
+def pretraining_rows(rows: int = PRETRAINING_ROWS, seed: int = 0) -> list[Conversation]:
     """Return everyday rows in shuffled order, none of which links a medical fact's two ends.
 
     The everyday facts and word translations (about 4300 rows) are always there, so `rows`
@@ -25,12 +26,12 @@ def pretraining_rows(rows: int = PRETRAINING_ROWS, seed: int = 0) -> list[dict]:
     return _rows(general.pairs(rows, seed), f"{seed}/pretraining")
 
 
-def knowledge_rows(seed: int = 0) -> list[dict]:
+def knowledge_rows(seed: int = 0) -> list[Conversation]:
     """Return every medical fact in every training frame and language, in shuffled order."""
     return _rows(knowledge.training_pairs(), f"{seed}/knowledge")
 
 
-def alignment_rows(rows: int = ALIGNMENT_ROWS, seed: int = 0) -> list[dict]:
+def alignment_rows(rows: int = ALIGNMENT_ROWS, seed: int = 0) -> list[Conversation]:
     """Return `rows` rows of the clinical format tasks, in shuffled order."""
     return _rows(alignment.training_pairs(rows, seed), f"{seed}/alignment")
 
@@ -51,8 +52,8 @@ def texts_for_tokenizer(seed: int = 0) -> list[str]:
     return [turn["content"] for row in rows for turn in row["conversations"]]
 
 
-def _rows(pairs: Iterable[tuple[str, str, str]], key: str) -> list[dict]:
-    rows = [
+def _rows(pairs: Iterable[tuple[str, str, str]], key: str) -> list[Conversation]:
+    rows: list[Conversation] = [
         {
             "conversations": [
                 {"role": "user", "content": prompt},

@@ -26,6 +26,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from medmoe_jax.errors import UserError
 
@@ -56,7 +57,7 @@ class MedicalSet:
     get: str
     licence: str
     checked: str
-    read: Mapping[str, object]
+    read: Mapping[str, Any]
     hub: str = ""
     note: str = ""
     languages: tuple[str, ...] = ("en",)

@@ -7,6 +7,7 @@ import random
 import zipfile
 from collections.abc import Mapping
 
+from medmoe_jax.data.medical.cards import MedicalSet
 from medmoe_jax.data.medical.fields import look, need
 from medmoe_jax.data.medical.files import (
     REPAIR,
@@ -18,12 +19,13 @@ from medmoe_jax.data.medical.files import (
     read_json,
     read_text,
 )
+from medmoe_jax.data.medical.locate import Found
 from medmoe_jax.errors import UserError
 
 _OPTIONS = 10  # diagnoses to choose among
 
 
-def bioasq(entry, found) -> Records:
+def bioasq(entry: MedicalSet, found: Found) -> Records:
     """Yes/no questions with the snippets that answer them."""
     whole = parse_json(read_text(found.path), found.path)
     if not isinstance(whole, dict) or not isinstance(whole.get("questions"), list):
@@ -46,7 +48,7 @@ def bioasq(entry, found) -> Records:
             )
 
 
-def answers_apart(entry, found) -> Records:
+def answers_apart(entry: MedicalSet, found: Found) -> Records:
     """Questions of a JSON file; where they have no answers, those of a file apart, by `id`."""
     rows = list(read_json(read_text(found.path), found.path))
     if all("answer" in record for _, record in rows):
@@ -64,7 +66,7 @@ def answers_apart(entry, found) -> Records:
         yield where, {**record, "answer": answers[record["id"]]}
 
 
-def patients(entry, found) -> Records:
+def patients(entry: MedicalSet, found: Found) -> Records:
     """Patients of DDXPlus in words, with ten diagnoses to choose among.
 
     Those are the right one, the others of the patient's own differential diagnosis in their order,

@@ -8,7 +8,8 @@ from __future__ import annotations
 import ast
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
 from medmoe_jax import json_text
 from medmoe_jax.data.medical.files import REPAIR
@@ -17,7 +18,7 @@ from medmoe_jax.errors import UserError
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-def look(record: dict, path: str):
+def look(record: dict, path: str) -> Any:
     """The value at a path, or None where it is absent or empty."""
     for one in path.split("|"):
         value = _walk(record, one.strip().split("."))
@@ -36,7 +37,7 @@ def _walk(value, keys: Sequence[str]):
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def need(record: dict, path: str, where: str):
+def need(record: dict, path: str, where: str) -> Any:
     """The value at a path; an absent or empty one is an error that names it."""
     value = look(record, path)
     if value is None:
@@ -63,7 +64,7 @@ def filled(template: str, record: dict, where: str) -> str:
     return re.sub(r"\{([^{}]+)\}", put, template)
 
 
-def one_of(value, allowed, field: str, where: str):
+def one_of(value: object, allowed: Collection[str], field: str, where: str) -> str:
     """`value` where it is one of `allowed`; an error that names field and file otherwise."""
     if not isinstance(value, str) or value not in allowed:
         known = sorted(allowed)
@@ -146,10 +147,11 @@ def answers_of(
     value = _literal(value) if isinstance(value, str) else value
     given = value if isinstance(value, list) else [value]
     places = [place for one in given for place in _places(one, options, counts_from)]
-    if not places or None in places:
+    known = {place for place in places if place is not None}
+    if not known or None in places:
         keys = ", ".join(key for key, _ in options)
         raise UserError(f"{where}: answer {value!r} names none of the options {keys}; {REPAIR}")
-    return sorted(set(places))
+    return sorted(known)
 
 
 def _places(value, options, counts_from: int) -> list[int | None]:

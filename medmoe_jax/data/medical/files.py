@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from medmoe_jax import json_text
 from medmoe_jax.errors import UserError
@@ -120,7 +121,7 @@ def _object(value, where: str) -> dict:
     return value
 
 
-def parse_json(text: str, where: object):
+def parse_json(text: str, where: object) -> Any:
     """What a JSON text holds."""
     try:
         return json_text.loads(text)

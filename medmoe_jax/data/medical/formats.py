@@ -172,13 +172,14 @@ def _medquad(entry: MedicalSet, found: Found) -> Records:
         document = (root.findtext("Focus") or "").strip() or f"{name}:{root.get('id')}"
         for pair in root.iter("QAPair"):
             question, answer = pair.find("Question"), (pair.findtext("Answer") or "").strip()
-            if question is not None and (question.text or "").strip() and answer:
+            asked = "" if question is None else (question.text or "").strip()
+            if question is not None and asked and answer:
                 kind = need(dict(question.attrib), "qtype", where)
                 yield (
                     where,
                     {
                         "document": document,
-                        "question": " ".join(question.text.split()),
+                        "question": " ".join(asked.split()),
                         "kind": kind,
                         "answer": " ".join(answer.split()),
                     },
@@ -199,7 +200,8 @@ def _tico(entry: MedicalSet, found: Found) -> Records:
 
 def _tico_lines(path: Path) -> Iterator[tuple[str, str, str, str]]:
     for where, record in read_jsonl(read_text(path), path):
-        yield where, *(str(need(record, key, where)) for key in ("id", "en", "text"))
+        name, english, text = (str(need(record, key, where)) for key in ("id", "en", "text"))
+        yield where, name, english, text
 
 
 def _tmx(path: Path) -> Iterator[tuple[str, str, str, str]]:
@@ -208,7 +210,7 @@ def _tmx(path: Path) -> Iterator[tuple[str, str, str, str]]:
             texts = [(v.findtext("seg") or "") for v in unit.iter("tuv")]
             if len(texts) != 2:
                 raise UserError(f"{where}: {unit.get('tuid')} has {len(texts)} texts; {REPAIR}")
-            yield where, unit.get("tuid") or "", *texts
+            yield where, unit.get("tuid") or "", texts[0], texts[1]
 
 
 LANGUAGE_NAMES = {

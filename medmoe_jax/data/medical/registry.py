@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from medmoe_jax.data.conversation import Conversation
 from medmoe_jax.data.medical import formats, forms
 from medmoe_jax.data.medical.cards import MedicalSet, load_cards
 from medmoe_jax.data.medical.fields import look, text
@@ -118,7 +119,9 @@ def training_rows(name: str, split: str, root: str | os.PathLike | None = None) 
     return read_split(name, split, root).rows
 
 
-def conversations(name: str, split: str, root: str | os.PathLike | None = None) -> list[dict]:
+def conversations(
+    name: str, split: str, root: str | os.PathLike | None = None
+) -> list[Conversation]:
     """The rows of a split as conversations for training."""
     return [row.conversation() for row in training_rows(name, split, root)]
 

@@ -6,6 +6,9 @@ import hashlib
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+
+from medmoe_jax.data.conversation import Conversation
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Row:
     allowed: tuple[str, ...] = ()
     spans: tuple[tuple[str, int, int], ...] = ()
 
-    def conversation(self) -> dict:
+    def conversation(self) -> Conversation:
         """The row in the conversation format of the training data."""
         return {
             "conversations": [
@@ -60,7 +63,7 @@ def build(
     before: str = "",
     after: str = "",
     choices: Sequence[str] = (),
-    **more,
+    **more: Any,
 ) -> Row:
     """A row whose prompt is `before + text + after`; its kind follows from `choices`."""
     text = text.strip()

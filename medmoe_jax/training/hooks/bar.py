@@ -9,7 +9,7 @@ from medmoe_jax.training.terminal import StepBar
 class Bar(Hook):
     """Loss, tokens a second and the time left, on a bar or in lines."""
 
-    def __init__(self, every: int):
+    def __init__(self, every: int) -> None:
         """Print a line every so many steps where no bar can be drawn."""
         self._every = every
 

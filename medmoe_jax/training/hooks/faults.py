@@ -26,7 +26,7 @@ class Faults(Hook):
     a target.
     """
 
-    def __init__(self, keep: Callable[[Batch], Path], first_layer: Mapping[str, int]):
+    def __init__(self, keep: Callable[[Batch], Path], first_layer: Mapping[str, int]) -> None:
         """
         Args:
           keep: writes a batch down for a replay, and tells where (`keep_batch`).
@@ -72,6 +72,8 @@ class Faults(Hook):
 def keep_batch(path: Path, batch: Batch) -> Path:
     """Write a batch to `path` as it lay on the mesh; all processes call this alike."""
     content = io.BytesIO()
-    np.savez(content, **{name: to_host(array) for name, array in batch.items()})
+    arrays = {name: to_host(array) for name, array in batch.items()}
+    # numpy's stub takes every name for `allow_pickle` too.
+    np.savez(content, **arrays)  # ty: ignore[invalid-argument-type]
     write_bytes(path, content.getvalue())
     return path

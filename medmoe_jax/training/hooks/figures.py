@@ -34,7 +34,7 @@ def figures(prepared: Prepared) -> list[Hook]:
 class LearningRate(Hook):
     """`learning_rate` of every step."""
 
-    def __init__(self, rate: Rate):
+    def __init__(self, rate: Rate) -> None:
         """`rate` gives it from the number of updates made before."""
         self._rate = rate
 
@@ -46,7 +46,7 @@ class LearningRate(Hook):
 class Measured(Hook):
     """Figures of the state, every few steps."""
 
-    def __init__(self, every: int, measure: Measure):
+    def __init__(self, every: int, measure: Measure) -> None:
         """`measure` gives them; all processes call it alike."""
         self._every, self._measure = every, measure
 
@@ -89,7 +89,7 @@ def allocated(prepared: Prepared) -> Measure:
 class Routers(Hook):
     """Entropy and imbalance of every router, every few steps, and their tables by layer."""
 
-    def __init__(self, every: int):
+    def __init__(self, every: int) -> None:
         """Add them every so many steps."""
         self._every = every
 

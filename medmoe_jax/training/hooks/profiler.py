@@ -13,7 +13,7 @@ from medmoe_jax.training.terminal import note
 class Profiler(Hook):
     """Traces `count` steps from step `first` on; those made before a restart are left out."""
 
-    def __init__(self, folder: Path, first: int, count: int):
+    def __init__(self, folder: Path, first: int, count: int) -> None:
         """Write into `folder`, which XProf and TensorBoard take as their --logdir."""
         self._folder, self._first, self._last = folder, first, first + count - 1
         self._tracing = False

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
@@ -81,7 +81,7 @@ class StepRecord:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-class Hook(Protocol):
+class Hook:
     """Something that watches the loop; each method does nothing unless it is overridden."""
 
     def on_start(self, progress: Progress) -> None:

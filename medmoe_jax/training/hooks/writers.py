@@ -32,7 +32,7 @@ class Checked(Hook):
 class MetricsFile(Hook):
     """A line of JSON for every step."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         """`path` is the log; lines after the step that the run starts from are cut off."""
         self._path = path
 
@@ -56,7 +56,7 @@ class MetricsFile(Hook):
 class TensorBoard(Hook):
     """The metrics of every few steps, for TensorBoard."""
 
-    def __init__(self, folder: Path, every: int):
+    def __init__(self, folder: Path, every: int) -> None:
         """Write into `folder` every so many steps."""
         self._folder, self._every = folder, every
 
