@@ -202,7 +202,7 @@ def _claim(place: Path, before: _Entry) -> Path | None:
 class Lease:
     """A lease that this process has taken."""
 
-    def __init__(self, path: Path, asked: float, clock: Callable[[], float], made: bool):
+    def __init__(self, path: Path, asked: float, clock: Callable[[], float], made: bool) -> None:
         """Hold a lease.
 
         Args:

@@ -12,7 +12,7 @@ from medmoe_jax.training.hooks.protocol import Hook, Progress, StepRecord
 class Checked(Hook):
     """Ends the run before anything is written that is not to be; stands before all that write."""
 
-    def __init__(self, check: Callable[[], None]):
+    def __init__(self, check: Callable[[], None]) -> None:
         """`check` raises where nothing more may be written."""
         self._check = check
 
