@@ -10,7 +10,7 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import StorageError, UserError
 from medmoe_jax.parallel import processes
 
 _VISIBLE = 20  # seconds until a file shows on every machine of a shared disk
@@ -21,18 +21,19 @@ def from_first_process(decide: Callable[[], Any]) -> Any:
 
     Raises:
       UserError: on all of them, where `decide` raises it or OSError on the first.
+      StorageError: on all of them, where `decide` raises it on the first.
     """
     if processes.count() == 1:
         return decide()
     if processes.index():
         answer = processes.gather(None)[0]
         if "error" in answer:
-            raise UserError(answer["error"])
+            raise (StorageError if answer["storage"] else UserError)(answer["error"])
         return answer["value"]
     try:
         value = decide()
     except (UserError, OSError) as error:
-        processes.gather({"error": str(error)})
+        processes.gather({"error": str(error), "storage": isinstance(error, StorageError)})
         raise
     processes.gather({"value": value})
     return value

@@ -17,6 +17,7 @@ from rich.table import Table
 
 import medmoe_jax
 from medmoe_jax.checkpoints.files import read_metrics, write_json
+from medmoe_jax.checkpoints.lease import only_writer
 from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.cli.configs import load_config
 from medmoe_jax.cli.session import open_model, run_tasks
@@ -58,7 +59,8 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     if not tokenizer.exists():
         note("training the tokenizer")
         size = config.base.decoder.vocab_size
-        tokenizers.train(corpus.texts_for_tokenizer(), size, tokenizer)
+        with only_writer(workdir):
+            tokenizers.train(corpus.texts_for_tokenizer(), size, tokenizer)
     config.base.tokenizer = str(tokenizer)
     opened = Run(open_setup(config), workdir)
     train(opened)

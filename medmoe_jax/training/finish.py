@@ -29,6 +29,7 @@ def finish(
     read: Mapping[str, Any],
     fingerprint: str,
     evaluate: Evaluate,
+    check: Callable[[], None],
 ) -> None:
     """Finish a stage that has made its steps.
 
@@ -37,6 +38,7 @@ def finish(
       read: what is to be kept of what it read.
       fingerprint: of its recipe, from `StageRun.claim`.
       evaluate: figures of the model, for the manifest.
+      check: raises where nothing more may be written.
 
     Raises:
       CheckpointError: it cannot be written.
@@ -50,6 +52,7 @@ def finish(
     summary.print_ranks(stage.name, ranks)
     last = from_first_process(lambda: (read_metrics(stage.folder.metrics) or [{}])[-1])
     last.pop("router", None)
+    check()
     save_end(
         stage,
         prepared.roster,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ import numpy as np
 
 from medmoe_jax.adapters.bank import mixing
 from medmoe_jax.adapters.lifecycle import Roster
+from medmoe_jax.checkpoints.lease import only_writer
 from medmoe_jax.checkpoints.manifest import Manifest
+from medmoe_jax.data.encoded_rows import EncodedRows
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel.mesh import replicated
 from medmoe_jax.training.finish import save_end
@@ -77,36 +79,47 @@ def fit_stage(
     Raises:
       UserError: the stage trains anything but mixing weights, the rows are bad, or the stage was
         made otherwise.
+      LeaseError: another program writes into the work directory.
     """
     stage = find(run, name)
     for one in run.chain(stage.recipe.after):
         one.check()
     rows, digest = read_task(run.setup, name, path)
     origin = {"rows": digest, "method": method, "steps": steps, "seed": seed}
+    with only_writer(run.workdir) as check:
+        return _fit(stage, rows, origin, check)
+
+
+def _fit(
+    stage: StageRun, rows: EncodedRows, origin: Mapping[str, Any], check: Callable[[], None]
+) -> Fit:
+    """What `fit_stage` gives; `origin` is what the fit depends on, for the records."""
+    name, setup = stage.name, stage.setup
     if stage.is_claimed():
         stage.claim({}, origin)
     if stage.folder.is_finished():
         note(f"stage '{name}' is finished: skipped")
         return Fit(**Manifest.read(stage.folder.manifest).metrics["fit"])
-    batch, parts = batch_of(run.setup, name, rows)
-    prepared, state = prepare(stage, steps)
+    batch, parts = batch_of(setup, name, rows)
+    prepared, state = prepare(stage, origin["steps"])
     prepared = replace(prepared, objective=_still(prepared, parts))
     loss = jax.jit(
         functools.partial(mean_loss, prepared.objective),
-        out_shardings=replicated(run.setup.mesh),
+        out_shardings=replicated(setup.mesh),
     )
     before = _finite(name, loss(state.trainable, prepared.frozen, batch))
-    trainable = _search(Problem(prepared, state, batch), method, seed)
+    trainable = _search(Problem(prepared, state, batch), origin["method"], origin["seed"])
     after = _finite(name, loss(trainable, prepared.frozen, batch))
     banks = prepared.banks(state._replace(trainable=trainable))
     skills, weights = mixing_weights(stage.recipe, prepared.roster, banks)
     fit = Fit(skills, weights, before, after, len(rows))
+    check()
     save_end(
         stage,
         prepared.roster,
         {"banks": banks, "base": {}},
         stage.claim({}, origin),
-        steps=steps,
+        steps=origin["steps"],
         metrics={"fit": asdict(fit)},
         more=[{"op": "fit", **origin}],
     )

@@ -8,6 +8,7 @@ import jax
 
 from medmoe_jax.adapters.lifecycle import Roster
 from medmoe_jax.base import decoder
+from medmoe_jax.checkpoints.lease import only_writer
 from medmoe_jax.checkpoints.released import Imported, read_adapter
 from medmoe_jax.checkpoints.upcycled import holds_experts, read_upcycled
 from medmoe_jax.errors import UserError
@@ -35,6 +36,7 @@ def import_stage(run: Run, folder: str | Path, name: str = "") -> str:
 
     Raises:
       UserError: the stage cannot be imported, or the directory does not fit it; nothing is written.
+      LeaseError: another program writes into the work directory.
     """
     stage = _choose(run, name)
     roster = roster_of(run.setup.stages, stage.name)
@@ -46,18 +48,20 @@ def import_stage(run: Run, folder: str | Path, name: str = "") -> str:
     before = load_final(run.stage(after))["banks"] if after else {}
     banks = {bank: given.banks[bank] if bank in given.banks else before[bank] for bank in roster}
     banks = jax.tree.map(jax.device_put, banks, run.setup.shardings(banks))
-    fingerprint = stage.claim({}, given.files)
-    for line in given.notes:
-        note(line)
-    save_end(
-        stage,
-        roster,
-        {"banks": banks, "base": given.base},
-        fingerprint,
-        steps=0,
-        metrics={},
-        more=[{"op": "import", "files": given.files, "groups": given.groups}],
-    )
+    with only_writer(run.workdir):
+        _choose(run, stage.name)  # nobody has finished it meanwhile
+        fingerprint = stage.claim({}, given.files)
+        for line in given.notes:
+            note(line)
+        save_end(
+            stage,
+            roster,
+            {"banks": banks, "base": given.base},
+            fingerprint,
+            steps=0,
+            metrics={},
+            more=[{"op": "import", "files": given.files, "groups": given.groups}],
+        )
     return stage.name
 
 

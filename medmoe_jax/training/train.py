@@ -14,6 +14,7 @@ import jax
 
 from medmoe_jax.checkpoints import stages as store
 from medmoe_jax.checkpoints.agreement import check_shared, union
+from medmoe_jax.checkpoints.lease import only_writer
 from medmoe_jax.errors import field_names
 from medmoe_jax.parallel import processes
 from medmoe_jax.training import loop as loop_lib
@@ -25,7 +26,7 @@ from medmoe_jax.training.hooks.faults import Faults, keep_batch
 from medmoe_jax.training.hooks.figures import figures
 from medmoe_jax.training.hooks.profiler import Profiler
 from medmoe_jax.training.hooks.protocol import Hook
-from medmoe_jax.training.hooks.writers import MetricsFile, TensorBoard
+from medmoe_jax.training.hooks.writers import Checked, MetricsFile, TensorBoard
 from medmoe_jax.training.parts import jit_step
 from medmoe_jax.training.placement import abstract_batch
 from medmoe_jax.training.preparing import Prepared, prepare
@@ -55,9 +56,22 @@ def train(
 
     Raises:
       UserError: the work directory belongs to another recipe or base, or an input is bad.
+      LeaseError: another program writes into the work directory.
+      StorageError: it cannot be written.
       Stopped: `stop` said so.
     """
     check_shared(run.workdir)
+    with only_writer(run.workdir) as check:
+        _run_stages(run, evaluate, stop, more_hooks, check)
+
+
+def _run_stages(
+    run: Run,
+    evaluate: Evaluate,
+    stop: Callable[[], bool],
+    more_hooks: MakeHooks,
+    check: Callable[[], None],
+) -> None:
     imported = {stage.name for stage in run.stages if stage.is_imported()}
     for stage in run.stages:
         if stage.name not in imported:
@@ -70,11 +84,12 @@ def train(
             note(f"stage '{stage.name}' was not trained here: skipped")
             continue
         data = open_data(run.setup, stage.recipe, opened)
+        check()
         fingerprint = stage.claim(data.digests)
         if stage.folder.is_finished():
             note(f"stage '{stage.name}' is finished: skipped")
         else:
-            _run_stage(stage, data, fingerprint, evaluate, stop, more_hooks)
+            _run_stage(stage, data, fingerprint, evaluate, stop, more_hooks, check)
         data.stream.close()
 
 
@@ -85,14 +100,19 @@ def _run_stage(
     evaluate: Evaluate,
     stop: Callable[[], bool],
     more_hooks: MakeHooks,
+    check: Callable[[], None],
 ) -> None:
     """Train a stage and finish it; none of its arrays are held when the next one begins."""
-    prepared, state, read = _make_steps(stage, data, stop, more_hooks)
-    finish(prepared, state, read, fingerprint, evaluate)
+    prepared, state, read = _make_steps(stage, data, stop, more_hooks, check)
+    finish(prepared, state, read, fingerprint, evaluate, check)
 
 
 def _make_steps(
-    stage: StageRun, data: StageData, stop: Callable[[], bool], more_hooks: MakeHooks
+    stage: StageRun,
+    data: StageData,
+    stop: Callable[[], bool],
+    more_hooks: MakeHooks,
+    check: Callable[[], None],
 ) -> tuple[Prepared, TrainState, dict[str, Any]]:
     """The stage after its last step, and what it has read."""
     config, section = stage.setup.config, stage.recipe.config
@@ -101,6 +121,7 @@ def _make_steps(
     summary.print_stage(prepared, state)
     summary.print_languages(data.languages)
     summary.print_undivided({"state": state, "frozen": prepared.frozen}, stage.setup.rules)
+    check()
     with store.StageCheckpoints(stage.folder, keep=config.run.keep) as checkpoints:
         state, first = _resume(prepared, checkpoints, data, state)
         loop = loop_lib.Loop(
@@ -110,7 +131,7 @@ def _make_steps(
             to_mesh=data.placement,
             save=functools.partial(_save, checkpoints),
             stop=stop,
-            hooks=_hooks(prepared, more_hooks),
+            hooks=[Checked(check), *_hooks(prepared, more_hooks)],
             steps=steps,
             save_every=config.run.save_every,
         )

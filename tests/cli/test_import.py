@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from medmoe_jax.checkpoints.files import read_json
 from medmoe_jax.checkpoints.fingerprint import file_fingerprint
 from medmoe_jax.checkpoints.folders import StageFolder
+from medmoe_jax.checkpoints.lease import only_writer
 from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.cli.main import main
 from medmoe_jax.errors import UserError
@@ -176,6 +178,9 @@ def test_an_import_is_not_taken_for_training(config, released, tmp_path, capsys)
     shutil.copytree(StageFolder.of(tiny.trained()[1], "aggregate").path, folder.path)
     folder.manifest.unlink()
     before = read_json(folder.recipe)
+    with only_writer(workdir):
+        error = fails(capsys, "import", config, f"--workdir={workdir}", f"--adapter={released[0]}")
+    assert f"process {os.getpid()} on" in error and "writes into" in error
     error = fails(capsys, "import", config, f"--workdir={workdir}", f"--adapter={released[0]}")
     assert "was made by another recipe" in error and "imported: None then" in error
     assert read_json(folder.recipe) == before

@@ -1,6 +1,7 @@
 """Two processes of four devices each, beside one process of eight."""
 
 import json
+import os
 import signal
 
 import jax
@@ -10,6 +11,7 @@ from safetensors.numpy import load_file
 
 from medmoe_jax.checkpoints.files import read_metrics
 from medmoe_jax.checkpoints.folders import StageFolder
+from medmoe_jax.checkpoints.lease import only_writer
 from medmoe_jax.cli.main import main
 from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import open_setup
@@ -139,7 +141,8 @@ def test_training_and_every_command_after_it(tmp_path, config, sizes):
 AGREE = """
 import os, sys
 from medmoe_jax.checkpoints import agreement
-from medmoe_jax.errors import UserError
+from medmoe_jax.checkpoints.lease import only_writer
+from medmoe_jax.errors import StorageError, UserError
 from medmoe_jax.parallel import processes
 agreement._VISIBLE = 0.5
 index, folder, coordinator, port = int(sys.argv[1]), *sys.argv[2:]
@@ -157,6 +160,13 @@ def told(check, *arguments):
 def refuse():
     raise OSError(28, "No space left on device")
 
+def storage():
+    raise StorageError("no disk")
+
+def write(folder):
+    with only_writer(folder) as check:
+        check()
+
 with processes.Membership(coordinator, 2, index):
     told(agreement.check_alike, {"config": {"seed": 3, "x": [1]}})
     told(agreement.check_alike, {"config": {"seed": 3 + index, "x": [1 + index]}, "code": "a"})
@@ -164,6 +174,12 @@ with processes.Membership(coordinator, 2, index):
     told(agreement.check_shared, f"{folder}/own{index}")
     told(agreement.from_first_process, refuse)
     print(agreement.from_first_process(lambda: ["of", 0]), agreement.union({str(index): index}))
+    told(write, f"{folder}/shared")
+    told(write, f"{folder}/held")
+    try:
+        agreement.from_first_process(storage)
+    except StorageError as error:
+        print(error)
 """
 
 
@@ -173,7 +189,7 @@ def test_processes_agree_or_say_what_differs(tmp_path, coordinator):
     port = str(several.free_port())
     rest = [str(tmp_path), coordinator.format(port), port]
     commands = [[str(index), *rest] for index in range(2)]
-    with Several(tmp_path, commands, ("-c", AGREE)) as both:
+    with only_writer(tmp_path / "held"), Several(tmp_path, commands, ("-c", AGREE)) as both:
         assert both.statuses() == [0, 0], both.printed(0) + both.printed(1)
         for index in range(2):
             lines = both.printed(index).splitlines()
@@ -182,6 +198,9 @@ def test_processes_agree_or_say_what_differs(tmp_path, coordinator):
             assert f"{tmp_path}/own{index} of process 1 is not that of process 0" in lines[3]
             assert "No space left on device" in lines[4]
             assert lines[5] == "['of', 0] {'0': 0, '1': 1}"
+            assert lines[6] == "agreed"
+            assert f"process {os.getpid()} on" in lines[7] and "held since" in lines[7]
+            assert lines[8] == "no disk"
     assert not list((tmp_path / "shared").iterdir())
 
 

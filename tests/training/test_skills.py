@@ -8,6 +8,7 @@ import pytest
 from configs import sa_mdkif
 from medmoe_jax.base.presets import preset
 from medmoe_jax.checkpoints.folders import StageFolder
+from medmoe_jax.checkpoints.lease import LeaseError, only_writer
 from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.data.encode import Encoder
 from medmoe_jax.data.rows import parse_row
@@ -220,6 +221,8 @@ def test_a_finished_fit_is_shown_again_and_another_is_refused(workdir, rows):
     written = StageFolder.of(workdir, "one").manifest.stat().st_mtime_ns
     assert fit_stage(Run(setup, workdir), "one", rows, "cma", steps=2) == fit
     assert StageFolder.of(workdir, "one").manifest.stat().st_mtime_ns == written
+    with only_writer(workdir), pytest.raises(LeaseError, match="writes into"):
+        fit_stage(Run(setup, workdir), "two", rows, "cma", steps=2)
     with pytest.raises(UserError, match=r"imported\.steps: 2 then, 3 now"):
         fit_stage(Run(setup, workdir), "one", rows, "cma", steps=3)
 

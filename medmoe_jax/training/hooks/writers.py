@@ -1,11 +1,32 @@
-"""Where metrics are written to; for the first process alone."""
+"""Where metrics are written to, by the first process alone, and whether they still may be."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from medmoe_jax.checkpoints.files import MetricsLog
 from medmoe_jax.training.hooks.protocol import Hook, Progress, StepRecord
+
+
+class Checked(Hook):
+    """Ends the run before anything is written that is not to be; stands before all that write."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        """`check` raises where nothing more may be written."""
+        self._check = check
+
+    def on_start(self, progress: Progress) -> None:
+        """Before the metrics log is cut."""
+        self._check()
+
+    def on_metrics(self, progress: Progress, record: StepRecord) -> None:
+        """Before a line."""
+        self._check()
+
+    def on_save(self, progress: Progress) -> None:
+        """Before a checkpoint."""
+        self._check()
 
 
 class MetricsFile(Hook):
