@@ -23,6 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from medmoe_jax import json_text
 from medmoe_jax.cli.session import no_rest
 from medmoe_jax.data import tokenizers
 from medmoe_jax.data.builder import REMOVED, build_from_files, read_rows
@@ -210,7 +211,7 @@ def _pairs(option: str, given: Sequence[str]) -> dict[str, str]:
 def _value(text: str) -> Any:
     """A value of an option: JSON, or a text as it is."""
     try:
-        return json.loads(text.lower() if text in ("True", "False") else text)
+        return json_text.loads(text.lower() if text in ("True", "False") else text)
     except json.JSONDecodeError:
         return text
 

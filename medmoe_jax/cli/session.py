@@ -196,7 +196,7 @@ def stage_evaluator(run: Run, stop: Callable[[], bool]) -> Callable[[Trained], d
         report = run_tasks(setup, model, names, limit, stop=stop)
         report.save(run.stage(trained.stage).folder.report)
         console.print(report.table())
-        return {r.task: {"score": r.score, "low": r.low, "high": r.high} for r in report.results}
+        return {r.title: {"score": r.score, "low": r.low, "high": r.high} for r in report.results}
 
     return evaluate_stage
 

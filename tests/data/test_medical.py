@@ -600,3 +600,12 @@ def test_tico_is_split_by_document_in_every_language(data_dir):
         for split in ("train", "dev")
     }
     assert not english["train"] & english["dev"]
+
+
+def test_a_card_does_not_take_another_sets_name(tmp_path):
+    name, card = next(iter(medical.SETS.items()))
+    path = tmp_path / "cards.toml"
+    write(path, CARD.replace("[mine]", f"[{name}]"))
+    with pytest.raises(UserError, match=rf"cards\.toml: '{name}' is the name of another set"):
+        medical.add_cards(path)
+    assert medical.SETS[name] is card

@@ -41,8 +41,15 @@ class Split:
 
 
 def add_cards(path: str | os.PathLike) -> list[str]:
-    """Makes the sets of a user's file of cards known; returns their names."""
+    """Makes the sets of a user's file of cards known; returns their names.
+
+    Raises:
+      UserError: the file is no file of cards, or one has the name of another set.
+    """
     cards = load_cards(Path(path))
+    for name in cards:
+        if name in SETS and SETS[name] != cards[name]:
+            raise UserError(f"{path}: {name!r} is the name of another set; give yours another")
     SETS.update(cards)
     return list(cards)
 
