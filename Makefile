@@ -11,7 +11,7 @@ SHELL := bash
 .PHONY: help demo models llama-cpp test fast lint format clean
 
 # Extra options for every test step, such as PYTEST_ARGS=-x; the most seconds that a step may take.
-LIMIT ?= 1200
+LIMIT ?= 1800
 GUARD := $(if $(shell command -v timeout),timeout --foreground --signal=INT --kill-after=60 $(LIMIT))
 STEPS := $(VENV)/steps
 # All processes of all steps share what they compile and train: see tests/quick.py.
