@@ -112,7 +112,7 @@ def count(
     text: str,
     kernels: Mapping[str, Cost] | None = None,
     slices: int = 1,
-    turns: int = 1,
+    turns: int | None = None,
 ) -> Counts:
     """The costs of a compiled program.
 
@@ -120,7 +120,8 @@ def count(
       text: `compiled.as_text()`.
       kernels: the cost of a run of a Pallas kernel, by its name.
       slices: that the program runs on.
-      turns: how often a loop turns whose trips depend on the program's data.
+      turns: how often a loop turns whose trips depend on the program's data; None = not known:
+        such loops count once, and are listed in `unknown`.
     """
     entry, computations = parse(text)
     devices = re.search(r"\bnum_partitions=(\d+)", text)
@@ -138,7 +139,7 @@ class _Counter:
         computations: Mapping[str, Computation],
         kernels: Mapping[str, Cost],
         places: Places,
-        turns: int,
+        turns: int | None,
     ):
         self.computations = computations
         self.kernels = kernels
@@ -190,9 +191,10 @@ class _Counter:
 
     def _loop(self, here: Computation, one: Instruction, times: float) -> None:
         trips = trip_count(self.computations, here, one)
+        trips = self.turns if trips is None else trips
         if trips is None:
             self.unknown[one.name] = None
-        trips = self.turns if trips is None else trips
+            trips = 1
         self.run(self.computations[one.called("body")], times * trips)
 
     def _branches(self, one: Instruction, times: float) -> None:

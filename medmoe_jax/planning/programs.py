@@ -50,7 +50,7 @@ class Program(NamedTuple):
       rows: how many run at once, over all devices.
       length: tokens of a row.
       times: how often it runs in a step.
-      turns: how often a loop that ends when the data say so turns at most.
+      turns: how often a loop that ends when the data say so turns at most; None = there is none.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Program(NamedTuple):
     rows: int
     length: int
     times: int = 1
-    turns: int = 1
+    turns: int | None = None
 
 
 class Start(NamedTuple):
