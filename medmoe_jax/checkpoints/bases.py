@@ -88,6 +88,11 @@ def open_base(
         )
     if not path:
         return _random(preset_name, overrides, seed, quantise)
+    base = _on_disk(path, quantise)
+    return dataclasses.replace(base, load=_finite(path, base.load))
+
+
+def _on_disk(path: str, quantise: str) -> Base:
     if path.startswith("hf://") or (Path(path) / "config.json").is_file():
         return _hugging_face(path, quantise)
     if Path(path).is_file() and path.endswith(".bin"):
@@ -105,9 +110,7 @@ def _hugging_face(path: str, quantise: str) -> Base:
     family, config = huggingface.describe(folder)
     return Base(
         config,
-        _finite(
-            path, lambda dtype, shardings: huggingface.load(folder, dtype, shardings, quantise)[1]
-        ),
+        lambda dtype, shardings: huggingface.load(folder, dtype, shardings, quantise)[1],
         lambda: folder,
         quantise,
         folder,
@@ -120,10 +123,7 @@ def _llama2c(path: str, quantise: str) -> Base:
     beside = sorted(Path(path).parent.glob("*.model"))
     return Base(
         llama2c.read_config(path),
-        _finite(
-            path,
-            lambda dtype, shardings: _stored(quantise, shardings)(llama2c.load(path, dtype)[1]),
-        ),
+        lambda dtype, shardings: _stored(quantise, shardings)(llama2c.load(path, dtype)[1]),
         lambda: beside[0] if len(beside) == 1 else None,
         quantise,
     )
@@ -134,9 +134,7 @@ def _gguf(path: str, quantise: str) -> Base:
     family, config = gguf_models.describe(file)
     return Base(
         config,
-        _finite(
-            path, lambda dtype, shardings: gguf_models.load(path, dtype, shardings, quantise)[1]
-        ),
+        lambda dtype, shardings: gguf_models.load(path, dtype, shardings, quantise)[1],
         lambda: gguf_tokenizer.unpack(file.fields, path),
         quantise,
         known_family=family,

@@ -42,7 +42,7 @@ _CAPS = {
     "final_logit_softcapping": "final_logit_softcapping",
 }
 # Fields that say nothing that the tensors do not.
-_IDLE = ("vocab_size", "rope.scaling.finetuned", "tensor_data_layout")
+_IDLE = ("vocab_size", "tensor_data_layout")
 # Tensors that hold divisors of rotary frequencies: for short texts, for long ones, for all.
 FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight", "rope_freqs.weight")
 

@@ -56,12 +56,12 @@ def load(
     """
     file = open_gguf(path)
     arch, (_, config) = architecture_of(file), describe(file)
-    readers: dict[str, list] = {}
-    for name, tensor in _plan(arch, config).items():
-        for part in tensor.parts:
-            read = functools.partial(_read, arch, config, file.tensors[name], part)
-            readers.setdefault(part.path, []).append(((part.layer,), read))
-    return config, place_all(config, readers, dtype, shardings, quantise)
+    parts = (
+        (part, functools.partial(_read, arch, config, file.tensors[name], part))
+        for name, tensor in _plan(arch, config).items()
+        for part in tensor.parts
+    )
+    return config, place_all(config, parts, dtype, shardings, quantise)
 
 
 def _plan(arch: Architecture, config: DecoderConfig) -> dict[str, families.Tensor]:

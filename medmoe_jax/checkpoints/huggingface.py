@@ -122,12 +122,12 @@ def load(
     with contextlib.ExitStack() as stack:
         opened = open_files(folder, stack)
         plan = _plan(opened, family, config)
-        readers: dict[str, list] = {}
-        for tensor in plan:
-            for part in tensor.parts:
-                read = functools.partial(opened.tensors[tensor.name].rows, part)
-                readers.setdefault(part.path, []).append(((part.layer,), read))
-        return config, place_all(config, readers, dtype, shardings, quantise)
+        parts = (
+            (part, functools.partial(opened.tensors[tensor.name].rows, part))
+            for tensor in plan
+            for part in tensor.parts
+        )
+        return config, place_all(config, parts, dtype, shardings, quantise)
 
 
 def notes(folder: Path) -> tuple[str, ...]:

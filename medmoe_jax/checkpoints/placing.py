@@ -31,7 +31,7 @@ Reader = tuple[tuple, Callable[[tuple[slice, ...]], np.ndarray]]
 
 def place_all(
     config: DecoderConfig,
-    readers: Mapping[str, Iterable[Reader]],
+    parts: Iterable[tuple[families.Part, Callable]],
     dtype: DTypeLike,
     shardings: Mapping[str, Any] | None,
     quantise: str,
@@ -40,13 +40,16 @@ def place_all(
 
     Args:
       config: its shapes.
-      readers: of every leaf's pieces, by path.
+      parts: all that the leaves are made of, each with what reads its rows and columns.
       dtype: of the floats.
       shardings: a tree like the parameters, of `NamedSharding`s or `SingleDeviceSharding`s; None
         puts everything on the first device.
       quantise: a key of `base.quantised.KINDS` for the kernels, each layer's as it is read; ""
         leaves them in `dtype`.
     """
+    readers: dict[str, list[Reader]] = {}
+    for part, read in parts:
+        readers.setdefault(part.path, []).append(((part.layer,), read))
     here = SingleDeviceSharding(jax.local_devices()[0])
     leaves = []
     for path, leaf in trees.flatten(decoder.abstract(config, np.dtype(dtype))):
