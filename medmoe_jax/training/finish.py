@@ -29,7 +29,7 @@ def finish(
     read: Mapping[str, Any],
     fingerprint: str,
     evaluate: Evaluate,
-    check: Callable[[], None],
+    confirm_lease: Callable[[], None],
 ) -> None:
     """Finish a stage that has made its steps.
 
@@ -38,7 +38,7 @@ def finish(
       read: what is to be kept of what it read.
       fingerprint: of its recipe, from `StageRun.claim`.
       evaluate: figures of the model, for the manifest.
-      check: raises where nothing more may be written.
+      confirm_lease: raises where nothing more may be written.
 
     Raises:
       CheckpointError: it cannot be written.
@@ -52,7 +52,7 @@ def finish(
     summary.print_ranks(stage.name, ranks)
     last = from_first_process(lambda: (read_metrics(stage.folder.metrics) or [{}])[-1])
     last.pop("router", None)
-    check()
+    confirm_lease()
     save_end(
         stage,
         prepared.roster,

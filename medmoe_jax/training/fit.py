@@ -86,12 +86,12 @@ def fit_stage(
         one.check()
     rows, digest = read_task(run.setup, name, path)
     origin = {"rows": digest, "method": method, "steps": steps, "seed": seed}
-    with only_writer(run.workdir) as check:
-        return _fit(stage, rows, origin, check)
+    with only_writer(run.workdir) as confirm_lease:
+        return _fit(stage, rows, origin, confirm_lease)
 
 
 def _fit(
-    stage: StageRun, rows: EncodedRows, origin: Mapping[str, Any], check: Callable[[], None]
+    stage: StageRun, rows: EncodedRows, origin: Mapping[str, Any], confirm_lease: Callable[[], None]
 ) -> Fit:
     """What `fit_stage` gives; `origin` is what the fit depends on, for the records."""
     name, setup = stage.name, stage.setup
@@ -113,7 +113,7 @@ def _fit(
     banks = prepared.banks(state._replace(trainable=trainable))
     skills, weights = mixing_weights(stage.recipe, prepared.roster, banks)
     fit = Fit(skills, weights, before, after, len(rows))
-    check()
+    confirm_lease()
     save_end(
         stage,
         prepared.roster,

@@ -61,8 +61,8 @@ def train(
       Stopped: `stop` said so.
     """
     check_shared(run.workdir)
-    with only_writer(run.workdir) as check:
-        _run_stages(run, evaluate, stop, more_hooks, check)
+    with only_writer(run.workdir) as confirm_lease:
+        _run_stages(run, evaluate, stop, more_hooks, confirm_lease)
 
 
 def _run_stages(
@@ -70,7 +70,7 @@ def _run_stages(
     evaluate: Evaluate,
     stop: Callable[[], bool],
     more_hooks: MakeHooks,
-    check: Callable[[], None],
+    confirm_lease: Callable[[], None],
 ) -> None:
     imported = {stage.name for stage in run.stages if stage.is_imported()}
     for stage in run.stages:
@@ -84,12 +84,12 @@ def _run_stages(
             note(f"stage '{stage.name}' was not trained here: skipped")
             continue
         data = open_data(run.setup, stage.recipe, opened)
-        check()
+        confirm_lease()
         fingerprint = stage.claim(data.digests)
         if stage.folder.is_finished():
             note(f"stage '{stage.name}' is finished: skipped")
         else:
-            _run_stage(stage, data, fingerprint, evaluate, stop, more_hooks, check)
+            _run_stage(stage, data, fingerprint, evaluate, stop, more_hooks, confirm_lease)
         data.stream.close()
 
 
@@ -100,11 +100,11 @@ def _run_stage(
     evaluate: Evaluate,
     stop: Callable[[], bool],
     more_hooks: MakeHooks,
-    check: Callable[[], None],
+    confirm_lease: Callable[[], None],
 ) -> None:
     """Train a stage and finish it; none of its arrays are held when the next one begins."""
-    prepared, state, read = _make_steps(stage, data, stop, more_hooks, check)
-    finish(prepared, state, read, fingerprint, evaluate, check)
+    prepared, state, read = _make_steps(stage, data, stop, more_hooks, confirm_lease)
+    finish(prepared, state, read, fingerprint, evaluate, confirm_lease)
 
 
 def _make_steps(
@@ -112,7 +112,7 @@ def _make_steps(
     data: StageData,
     stop: Callable[[], bool],
     more_hooks: MakeHooks,
-    check: Callable[[], None],
+    confirm_lease: Callable[[], None],
 ) -> tuple[Prepared, TrainState, dict[str, Any]]:
     """The stage after its last step, and what it has read."""
     config, section = stage.setup.config, stage.recipe.config
@@ -121,7 +121,7 @@ def _make_steps(
     summary.print_stage(prepared, state)
     summary.print_languages(data.languages)
     summary.print_undivided({"state": state, "frozen": prepared.frozen}, stage.setup.rules)
-    check()
+    confirm_lease()
     with store.StageCheckpoints(stage.folder, keep=config.run.keep) as checkpoints:
         state, first = _resume(prepared, checkpoints, data, state)
         loop = loop_lib.Loop(
@@ -131,7 +131,7 @@ def _make_steps(
             to_mesh=data.placement,
             save=functools.partial(_save, checkpoints),
             stop=stop,
-            hooks=[Checked(check), *_hooks(prepared, more_hooks)],
+            hooks=[Checked(confirm_lease), *_hooks(prepared, more_hooks)],
             steps=steps,
             save_every=config.run.save_every,
         )
