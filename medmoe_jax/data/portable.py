@@ -48,8 +48,7 @@ def portable_template(encoder: Encoder) -> Portable:
 
 def _same(encoder: Encoder, source: str) -> bool:
     """Whether whole texts of a template, as other tools encode them, have the encoder's ids."""
-    tokenizer = encoder.tokenizer
-    return agrees(encoder, source, lambda text: tokenizer.encode_parts(tokenizer.parts(text), True))
+    return agrees(encoder, source, lambda text: encoder.tokenizer.encode_markup(text, True))
 
 
 def agrees(encoder: Encoder, source: str, read: Callable[[str], list[int]]) -> bool:

@@ -172,11 +172,6 @@ class RowReader:
             )
 
 
-def parse_row(item: Any, where: str = "row", language: str = "") -> Conversation:
-    """Turns one decoded JSON object into a conversation row; see `RowReader`."""
-    return RowReader(language)(item, where)
-
-
 def read_file(path: str | Path, language: str = "") -> Iterator[Conversation]:
     """Yields the conversation rows of one file; `language` is given to rows that name none.
 

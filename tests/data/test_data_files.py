@@ -17,7 +17,7 @@ import zstandard
 from medmoe_jax.data import builder
 from medmoe_jax.data.files import ENDINGS, read_items
 from medmoe_jax.data.hub import plain
-from medmoe_jax.data.rows import RowReader, parse_row, read_file
+from medmoe_jax.data.rows import RowReader, read_file
 from medmoe_jax.data.sources import open_path
 from medmoe_jax.errors import UserError
 from tests.data.samples import conversation
@@ -27,7 +27,7 @@ ROWS = [
     {"prompt": "Q é 日", "response": 'A,\n"b"\r\n\tc', "language": "fr"},
     {"prompt": "second", "response": " x ", "language": "en"},
 ]
-WANTED = [parse_row(row) for row in ROWS]
+WANTED = [RowReader()(row) for row in ROWS]
 
 
 def text_of(kind):
@@ -271,7 +271,7 @@ FORMS = {name: json.loads(row.strip("`")) for name, row in tables()["Forms of ro
 
 @pytest.mark.parametrize("name", FORMS)
 def test_the_forms_of_the_table_are_read(name):
-    row = parse_row(FORMS[name])
+    row = RowReader()(FORMS[name])
     said = [turn["content"] for turn in row["conversations"]]
     assert said[-1] == "A" and any(text.startswith("Q") for text in said)
     assert ("S" in said) == ('"S"' in json.dumps(FORMS[name]))

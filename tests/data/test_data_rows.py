@@ -46,7 +46,7 @@ def test_leading_answer_is_dropped_and_system_kept():
         {"from": "human", "value": "Q"},
         {"from": "gpt", "value": "A"},
     ]
-    row = rows.parse_row({"conversations": turns})
+    row = rows.RowReader()({"conversations": turns})
     assert [turn["content"] for turn in row["conversations"]] == ["S", "Q", "A"]
     assert [turn["role"] for turn in row["conversations"]] == ["system", "user", "assistant"]
 
@@ -149,7 +149,7 @@ def test_what_stands_beside_a_question_or_a_conversation():
         assert said(row) == ends
     tools = [{"type": "function", "function": {"name": "dose"}}]
     for given in (tools, json.dumps(tools)):
-        assert rows.parse_row({"conversations": TALK, "tools": given})["tools"] == tools
+        assert rows.RowReader()({"conversations": TALK, "tools": given})["tools"] == tools
     assert said({"messages": json.dumps(TALK)}) == ends  # a cell of a table
 
 
@@ -196,7 +196,7 @@ STRANGE = [
 @pytest.mark.parametrize("item,message", STRANGE)
 def test_what_is_not_understood_is_named(item, message):
     with pytest.raises(UserError) as caught:
-        rows.parse_row(item, "d.jsonl, line 3")
+        rows.RowReader()(item, "d.jsonl, line 3")
     assert str(caught.value).startswith("d.jsonl, line 3") and message in str(caught.value)
 
 
@@ -210,7 +210,7 @@ def test_only_text_can_be_read_of_content_parts(part):
     assert said(row)[0] == ("user", "one two.")
     row["messages"][0]["content"] = [*good, part]
     with pytest.raises(UserError, match=r"turn 0: a part of the content is of type .*; only text"):
-        rows.parse_row(row)
+        rows.RowReader()(row)
 
 
 def test_what_is_to_be_ignored_is_counted():

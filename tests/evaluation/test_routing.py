@@ -12,7 +12,7 @@ from medmoe_jax.adapters.bank import BankSpec, mixing
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.data.encode import Encoder
-from medmoe_jax.data.rows import parse_row
+from medmoe_jax.data.rows import RowReader
 from medmoe_jax.data.templates import TEMPLATES
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import routing, routing_report
@@ -50,7 +50,7 @@ def encoder():
 
 
 def texts():
-    rows = [parse_row(row) for row in tiny.knowledge_rows()[:8] + tiny.alignment_rows()[:5]]
+    rows = [RowReader()(row) for row in tiny.knowledge_rows()[:8] + tiny.alignment_rows()[:5]]
     return routing.by_language([(r, CODES[n % 5], f"row {n}") for n, r in enumerate(rows)], TABLE)
 
 

@@ -11,7 +11,7 @@ from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.checkpoints.lease import LeaseError, only_writer
 from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.data.encode import Encoder
-from medmoe_jax.data.rows import parse_row
+from medmoe_jax.data.rows import RowReader
 from medmoe_jax.errors import UserError
 from medmoe_jax.training.fit import fit_stage
 from medmoe_jax.training.recipe import parse
@@ -135,7 +135,7 @@ def naive_loss(setup, workdir, rows, weights, penalty):
     encoder, length = Encoder(setup.tokenizer, setup.template), setup.config.data.length
     total = count = 0.0
     for row in rows:
-        encoded = encoder(parse_row(row)).cut(length)
+        encoded = encoder(RowReader()(row)).cut(length)
         n = len(encoded.tokens)
         batch = {
             "tokens": encoded.tokens[None],

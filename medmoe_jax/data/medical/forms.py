@@ -105,7 +105,7 @@ def label(entry: MedicalSet, record: dict, where: str, language: str, labels: La
         choices = tuple(dict.fromkeys(map(str, need(record, str(read["labels"]), where))))
         choices += (str(read["other"]),) if read.get("other", choices[0]) not in choices else ()
         answer = one_of(text(record, str(read["answer"]), where), choices, "answer", where)
-    before, after = (filled(str(read.get(k, "")), record, where) for k in ("before", "after"))
+    before, after = _around(entry, record, where)
     body = text(record, str(read["text"]), where)
     guide = entry.guide.replace("{labels}", _listed(choices, language))
     return build(
@@ -120,6 +120,12 @@ def label(entry: MedicalSet, record: dict, where: str, language: str, labels: La
     )
 
 
+def _around(entry: MedicalSet, record: dict, where: str) -> tuple[str, str]:
+    """What stands before a record's text, and after it."""
+    before, after = (str(entry.read.get(key, "")) for key in ("before", "after"))
+    return filled(before, record, where), filled(after, record, where)
+
+
 def _listed(words: Sequence[str], language: str) -> str:
     return ("、" if language in ("zh", "ja") else ", ").join(words)
 
@@ -131,7 +137,7 @@ def free_text(entry: MedicalSet, record: dict, where: str, language: str, labels
     `tidy` names, empty lines and double spaces go.
     """
     read = entry.read
-    before, after = (filled(str(read.get(k, "")), record, where) for k in ("before", "after"))
+    before, after = _around(entry, record, where)
     body, answer = (text(record, str(read[k]), where) for k in ("text", "answer"))
     body = _tidy(body) if "text" in read.get("tidy", ()) else body
     answer = _tidy(answer) if "answer" in read.get("tidy", ()) else answer
