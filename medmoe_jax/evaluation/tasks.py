@@ -205,10 +205,9 @@ def load_task(
     sample = _sample(rows, limit, seed)
     before = fit.shortened if fit else 0
     items = tuple(_item(row, examples, few, entry.max_tokens, guided, fit) for row in sample)
-    languages = {item.language for item in items}
     return Task(
         name=base,
-        language=languages.pop() if len(languages) == 1 else "mul",
+        language=_language(items),
         kind=entry.kind,
         metric=entry.metric,
         items=items,
@@ -297,11 +296,10 @@ def _of_items(
         asked, examples = shots.part(items, few.count, seed)
     chosen = tuple(_sample(list(asked), limit, seed))
     chosen = tuple(shots.before_item(item, examples, few.form) for item in chosen)
-    languages = {item.language for item in chosen}
     prompts = [str(item.prompt) for item in items]
     return Task(
         name=name,
-        language=languages.pop() if len(languages) == 1 else "mul",
+        language=_language(chosen),
         kind=kind,
         metric=metric,
         items=chosen,
@@ -311,6 +309,12 @@ def _of_items(
         until=shots.PARTED if examples and few.form == "prompt" else (),
         **rest,
     )
+
+
+def _language(items: Sequence[Item]) -> str:
+    """The language of all items, or `mul`."""
+    languages = {item.language for item in items}
+    return languages.pop() if len(languages) == 1 else "mul"
 
 
 def _majority(metric: str, items: Sequence[Item], training_answers: Sequence[str]) -> float | None:
