@@ -15,7 +15,6 @@ import functools
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -23,17 +22,21 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.variants import adapted_variant, frozen_variant, make_batch, plain_lora
-from configs import medcare
+from benchmarks.timing import interleaved
+from benchmarks.variants import (
+    adapted_variant,
+    frozen_variant,
+    make_batch,
+    plain_lora,
+    shipped_stage_1,
+)
 from medmoe_jax.base import decoder
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.base.presets import preset
-from medmoe_jax.training.recipe import bank_spec
 
 ROWS, TOKENS = 2, 4096
 TEXTS = 8  # of a packed row
@@ -41,22 +44,17 @@ TEXTS = 8  # of a packed row
 PUBLISHED = {"llama3-8b": 12_500, "qwen2.5-7b": 14_100}
 
 
-def shipped(config: DecoderConfig):
-    """The banks of configs/medcare.py's first stage, dropout included."""
-    return tuple(bank_spec(n, b, config) for n, b in medcare.aggregate().banks.items())
-
-
 def make(config: DecoderConfig, base, name: str, remat: str):
     """A variant of the step by name."""
     execution = Execution(jnp.bfloat16, remat=remat)
     if name == "frozen":
         return frozen_variant(config, execution, base, (ROWS, TOKENS))
-    specs = {"lora": plain_lora, "medcare": shipped}[name](config)
+    specs = {"lora": plain_lora, "medcare": shipped_stage_1}[name](config)
     return adapted_variant(config, execution, base, specs, "auto")
 
 
 def measure(config: DecoderConfig, base, name: str, remat: str, rounds: int) -> dict:
-    """Median seconds of a step, the bytes that its program takes, and its first and last loss."""
+    """Median seconds of a step, the bytes that its program takes, and the loss of every step."""
     kind, _, packed = name.partition("_")
     variant, batch = make(config, base, kind, remat), make_batch(config, ROWS, TOKENS)
     if packed:
@@ -65,13 +63,15 @@ def measure(config: DecoderConfig, base, name: str, remat: str, rounds: int) -> 
         batch |= {"segment_ids": 1 + token_BxT // text, "positions": token_BxT % text}
     run = variant.run.lower(variant.carry, variant.frozen, batch).compile()
     bytes_ = run.memory_analysis().temp_size_in_bytes
-    carry, seconds, losses = variant.carry, [], []
-    for _ in range(rounds + 2):
-        start = time.perf_counter()
+    carry, losses = variant.carry, []
+
+    def step() -> None:
+        nonlocal carry
         carry, loss = run(carry, variant.frozen, batch)
         losses.append(float(loss))
-        seconds.append(time.perf_counter() - start)
-    return {"seconds": float(np.median(seconds[2:])), "temporaries": bytes_, "losses": losses}
+
+    seconds = interleaved({name: step}, rounds)[name]
+    return {"seconds": seconds, "temporaries": bytes_, "losses": losses}
 
 
 def first_that_fits(config: DecoderConfig, base, name: str, rounds: int) -> dict:

@@ -59,10 +59,14 @@ def plain_lora(config: DecoderConfig) -> tuple[BankSpec, ...]:
     return (bank_spec("lora", config_lib.bank(sites=("attn.*", "mlp.*")), config),)
 
 
+def shipped_stage_1(config: DecoderConfig) -> tuple[BankSpec, ...]:
+    """The banks of configs/medcare.py's first stage, dropout included."""
+    return tuple(bank_spec(n, b, config) for n, b in medcare.aggregate().banks.items())
+
+
 def medcare_stage_1(config: DecoderConfig) -> tuple[BankSpec, ...]:
-    """The banks of configs/medcare.py's first stage, without dropout."""
-    banks = medcare.aggregate().banks
-    return tuple(bank_spec(n, {**b, "dropout": 0.0}, config) for n, b in banks.items())
+    """The same without dropout."""
+    return tuple(spec.replace(dropout=0.0) for spec in shipped_stage_1(config))
 
 
 def make_batch(config: DecoderConfig, rows: int = BATCH, tokens: int = TOKENS):
