@@ -121,6 +121,7 @@ def read(path: Path, count: int) -> None:
 def main() -> None:
     """Write the files, read each in a child, print and save the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of files")
     parser.add_argument("--gb", type=float, default=5.0, help="of text in each file (%(default)s)")
     parser.add_argument("--output", type=Path, default=None, help="JSON file of the results")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -130,7 +131,7 @@ def main() -> None:
         return
     results = []
     print("kind     file GB      rows  first MB  peak MB  rows/s")
-    for kind in KINDS:
+    for kind in args.kinds:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"rows.{kind}"
             count = write(path, args.gb * 1e9)
