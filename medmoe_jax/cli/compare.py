@@ -22,7 +22,7 @@ from medmoe_jax.checkpoints.files import write_text
 from medmoe_jax.cli.session import no_rest
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import page, records
-from medmoe_jax.evaluation.compare import Difference, compare
+from medmoe_jax.evaluation.compare import Difference, alone, compare
 from medmoe_jax.evaluation.html import report_html
 from medmoe_jax.evaluation.report import Report
 from medmoe_jax.training.terminal import console, note
@@ -52,6 +52,9 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     for name, of in differences.items():
         note(f"A: {first}\nB: {name}")
         console.print(_table(of))
+        for run, here, there in (("A", first, name), ("B", name, first)):
+            if tasks := alone(found[here], found[there]):
+                note(f"{run} alone was asked, and is not compared on: {', '.join(tasks)}")
         if left := of[-1].unpaired:
             note(f"{left} items of these tasks are in one of the two runs only, and not compared")
     if arguments.output:

@@ -87,6 +87,12 @@ def compare(
     return [*out, _pooled(out, pairs, np.mean(draws, 0))] if len(out) > 1 else out
 
 
+def alone(a: Sequence[dict], b: Sequence[dict]) -> list[str]:
+    """The tasks with an item in the records `a`, and none in the records `b`."""
+    of_b = by_task(b)
+    return [task for task in by_task(a) if task not in of_b]
+
+
 def _gain(pair: _Pairs, pick: np.ndarray) -> float:
     return pair.metric.reduce(pair.b[pick]) - pair.metric.reduce(pair.a[pick])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import random
 import tomllib
@@ -20,6 +21,7 @@ from medmoe_jax.evaluation.items import Item, Prompt
 from medmoe_jax.evaluation.report import titled
 from medmoe_jax.evaluation.shots import Fitter, Shots
 
+LOG = logging.getLogger(__name__)
 _SUITES = Path(__file__).with_name("tables") / "suites.toml"
 _SUITE = "suite:"
 _MOST_BYTES = 256 * 2**20  # of training files that are read for the commonest answer alone
@@ -201,6 +203,12 @@ def load_task(
     rows, pool = found.rows, [] if split == "train" else train
     if few.count and not pool:
         rows, pool = shots.part(rows, few.count, seed)
+        if "train" in entry.splits and split != "train":
+            LOG.warning(
+                "%s: no training rows are there, so its %d examples are rows of %s, and those are "
+                "not asked",
+                *(base, len(pool), split),
+            )
     examples = shots.draw(base, pool, few.count, seed)
     sample = _sample(rows, limit, seed)
     before = fit.shortened if fit else 0

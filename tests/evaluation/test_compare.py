@@ -6,7 +6,7 @@ from scipy.stats import binomtest
 
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import Item, Report, Task, evaluate, html, metrics, page, records
-from medmoe_jax.evaluation.compare import POOLED, compare, mcnemar
+from medmoe_jax.evaluation.compare import POOLED, alone, compare, mcnemar
 from medmoe_jax.evaluation.overlap import overlaps
 from tests.evaluation.models import Constant, Scripted
 
@@ -99,6 +99,11 @@ def test_only_shared_items_are_compared(runs):
     other = [{**r, "metric": "exact_match"} for r in b]
     with pytest.raises(UserError, match="one@dev: scored by accuracy and by exact_match"):
         compare(a, other)
+
+
+def test_tasks_of_one_run_alone_are_named(runs):
+    (a, _), (b, _) = runs
+    assert alone(a, b) == [] and alone(a, b[:60]) == ["two@dev"] and alone(b[:60], a) == []
 
 
 def test_scores_that_are_no_share_have_no_mcnemar(tmp_path):

@@ -198,6 +198,17 @@ def test_shots_of_a_set_without_training_rows_are_not_asked(tmp_path):
     assert shot.items != load_task("jmmlu", root=tmp_path, few=Shots(1), seed=4).items
 
 
+def test_shots_from_the_rows_to_be_asked_are_told(tmp_path, caplog):
+    """Of a set that has training rows, but not here."""
+    upstream.write("medqa", tmp_path)
+    plain = load_task("medqa@test", root=tmp_path)
+    for path in tmp_path.rglob("*train*"):
+        path.unlink()
+    shot = load_task("medqa@test", root=tmp_path, few=Shots(1))
+    assert len(shot.items) == len(plain.items) - 1
+    assert "its 1 examples are rows of test, and those are not asked" in caplog.text
+
+
 def test_shots_of_a_user_task_are_not_asked(tmp_path):
     rows = [{"prompt": f"q{i}:", "answer": str(i)} for i in range(5)]
     path = write(tmp_path / "t.jsonl", *rows)
