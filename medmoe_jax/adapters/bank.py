@@ -31,6 +31,7 @@ from medmoe_jax.routing.routers import check_top_k
 GATES = ("always", "token", "language", "skill")
 FORCING = ("off", "train", "always")
 FORMS = ("lora", "ffn_lora", "ffn", "ffn_beside")
+INITS = ("a", "b")
 _FFN = (*GROUPS["mlp.in"], *GROUPS["mlp.out"])
 # Gives the shardings of a tree of shapes.
 ShardingsOf = Callable[[Any], Any]
@@ -64,6 +65,8 @@ class BankSpec:
         weights, and whether they pass through a softmax.
       dropout: probability, on the input of A only, in training.
       learned_scale: whether there is a Λ between A and B.
+      init: which low-rank factor is drawn at first, `a` or `b`; the other is zero, so that the bank
+        adds nothing yet, and is the one that the first step changes.
     """
 
     name: str
@@ -87,6 +90,7 @@ class BankSpec:
     mix_softmax: bool = False
     dropout: float = 0.0
     learned_scale: bool = False
+    init: str = "a"
 
     def __post_init__(self) -> None:
         where = f"bank '{self.name}'"
@@ -109,6 +113,13 @@ class BankSpec:
             raise UserError(f"{where}.forcing: '{self.forcing}' is none of {', '.join(FORCING)}")
         if min(self.router_noise, self.balance_loss, self.z_loss) < 0:
             raise UserError(f"{where}: router_noise, balance_loss and z_loss must be >= 0")
+        if self.init not in INITS:
+            raise UserError(f"{where}.init: '{self.init}' is none of {', '.join(INITS)}")
+        if self.init == "b" and (self.learned_scale or self.whole):
+            raise UserError(
+                f"{where}.init: 'b' is for experts of two factors, one of which is zero at first; "
+                "with learned_scale Λ is, and whole networks have none"
+            )
         if self.routed:
             check_top_k(where, self.top_k, self.experts)
 
@@ -229,9 +240,10 @@ def init(
 ) -> dict[str, Any]:
     """Fresh parameters: A and router U(±1/sqrt(D)), B, Λ and mixing weights zero.
 
-    Without a learned scale B = 0 (LoRA); with one, Λ = 0 and A, B ~ N(0, 0.02) (AdaLoRA). Whole
-    feed-forward experts are copies of `base`'s, as their form says. The bank's name enters every
-    draw: two banks made from one key look in different directions.
+    Without a learned scale B = 0 (LoRA) or, with `init="b"`, A = 0 and B U(±1/sqrt(r)); with one,
+    Λ = 0 and A, B ~ N(0, 0.02) (AdaLoRA). Whole feed-forward experts are copies of `base`'s, as
+    their form says. The bank's name enters every draw: two banks made from one key look in
+    different directions.
 
     Args:
       spec, config: the bank, and the decoder that it sits on.
@@ -261,13 +273,15 @@ def _init(spec: BankSpec, config: DecoderConfig, treedef, shardings, key: jax.Ar
             own = slice(spec.start, spec.stop)
             kernel_NxDxO = jax.tree.map(lambda x: x[own], kernel_LxDxO).astype(struct.dtype)
             return jnp.broadcast_to(kernel_NxDxO[:, None], struct.shape)
-        zero = ("['weight']", "['scale']") + (() if spec.learned_scale else ("['lora_b']",))
-        if name.endswith(zero):
+        other = {"a": "lora_b", "b": "lora_a"}[spec.init]
+        zero = {"weight", "scale"} | (set() if spec.learned_scale else {other})
+        if path[-1].key in zero:
             return jnp.zeros(struct.shape, struct.dtype)
         if spec.learned_scale and "lora" in name:
             return 0.02 * jax.random.normal(k, struct.shape, struct.dtype)
         D = site_shapes(config)[path[0].key][0] if path[0].key != "mlp" else config.d_model
-        return jax.random.uniform(k, struct.shape, struct.dtype, -(D**-0.5), D**-0.5)
+        bound = (spec.rank if path[-1].key == "lora_b" else D) ** -0.5
+        return jax.random.uniform(k, struct.shape, struct.dtype, -bound, bound)
 
     params = jax.tree_util.tree_map_with_path(leaf, abstract(spec, config))
     wanted = jax.tree.unflatten(treedef, shardings)

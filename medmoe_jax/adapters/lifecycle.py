@@ -143,6 +143,7 @@ def stacked_spec(name: str, specs: Sequence[BankSpec], **gate: Any) -> BankSpec:
         alpha=float(rank),
         rank_stabilised=False,
         learned_scale=True,
+        init="a",  # nothing is drawn: its factors are the members'
         **gate,
     )
 

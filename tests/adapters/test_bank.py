@@ -51,6 +51,8 @@ def test_match_layers(start, stop, n_layers):
         ({"dropout": 1.0}, "dropout"),
         ({"dropout": -0.1}, "dropout"),
         ({"gate": "token", "experts": 2, "top_k": 3}, "top_k"),
+        ({"init": "c"}, "init: 'c' is none of a, b"),
+        ({"init": "b", "learned_scale": True}, "init: 'b' is for"),
     ],
 )
 def test_spec_names_the_field(changes, word):
@@ -85,6 +87,20 @@ def test_first_weights_of_lora():
         assert abs(a.mean()) < 0.1 * bound
         assert not np.array_equal(a[0], a[1]) and not np.array_equal(a[:, :, 0], a[:, :, 1])
     assert bank.count(params) == sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_first_weights_with_the_other_factor_zero():
+    for changes in ({}, {"form": "ffn_lora", "sites": ("mlp.gate", "mlp.up", "mlp.down")}):
+        params = bank.init(SPEC.replace(init="b", **changes), TINY, jax.random.key(0))
+        for leaves in (leaves for leaves in params.values() if "lora_a" in leaves):
+            assert not np.any(leaves["lora_a"])
+            b, bound = np.asarray(leaves["lora_b"]), 8**-0.5
+            assert 0.9 * bound < np.abs(b).max() <= bound
+            assert b.std() == pytest.approx(bound / 3**0.5, rel=0.1)
+            assert not np.array_equal(b[:, 0], b[:, 1])
+    with pytest.raises(UserError, match="init: 'b' is for"):
+        BankSpec("b", ("mlp.gate", "mlp.up", "mlp.down"), 0, 1, form="ffn", gate="token",
+                 experts=2, init="b")  # fmt: skip
 
 
 def test_first_weights_with_a_learned_scale():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from medmoe_jax.adapters import bank as bank_lib
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.adapters.orthogonality import Orthogonality
@@ -194,6 +195,38 @@ def test_only_the_trainable_tree_moves():
     paths = {jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(state)}
     assert not any("knowledge" in path for path in paths)
     assert metrics["tokens"] == (uneven_batch()["segment_ids"] > 0).sum()
+
+
+def test_banks_that_draw_b_add_nothing_and_move_a_alone():
+    """`init="b"`: the first Adam step is the same whatever order the rows are added up in."""
+    mlp = ("mlp.gate", "mlp.up", "mlp.down")
+    specs = (
+        BankSpec("plain", ("attn.q", "mlp.down"), 0, 1, rank=2, init="b"),
+        BankSpec("routed", ("mlp.up",), 0, 1, experts=2, rank=2, gate="token", init="b"),
+        BankSpec("inside", mlp, 1, 2, form="ffn_lora", experts=2, gate="token", rank=2, init="b"),
+    )
+    keys = dict(zip(specs, jax.random.split(jax.random.key(0), 3), strict=True))
+    banks = {spec.name: bank_lib.init(spec, CONFIG, key) for spec, key in keys.items()}
+    frozen = {"base": naive.random_params(CONFIG), "banks": {}}
+    batch = uneven_batch()
+    total, _ = nll(AdaptedConfig(CONFIG, specs), {"banks": banks, "base": {}}, frozen, batch)
+    bare, _ = nll(AdaptedConfig(CONFIG), {"banks": {}, "base": {}}, frozen, batch)
+    assert float(total) == pytest.approx(float(bare), rel=1e-6)
+
+    stage = sections.stage(learning_rate=1e-2, warmup=0.0)
+    optimiser = make_optimiser(stage, schedule(stage, 4))
+    step = jax.jit(functools.partial(train_step, make_objective(specs), optimiser))
+    other = {key: rows[::-1] for key, rows in batch.items()}
+    state = state_of(optimiser, {"banks": banks, "base": {}})
+    after, again = (step(state, frozen, b)[0].trainable["banks"] for b in (batch, other))
+    for name, params in banks.items():
+        for site, leaves in params.items():
+            if "lora_a" not in leaves:
+                continue
+            moved = np.asarray(after[name][site]["lora_a"])
+            assert np.mean(np.abs(moved) > 0.99e-2) > 0.9, (name, site)
+            np.testing.assert_allclose(again[name][site]["lora_a"], moved, atol=1e-5)
+            np.testing.assert_array_equal(after[name][site]["lora_b"], leaves["lora_b"])
 
 
 def test_split_base():
