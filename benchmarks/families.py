@@ -72,7 +72,7 @@ def measure(name: str) -> tuple[float, float, bool]:
         want = model(parity.torch.tensor(tokens), labels=parity.torch.tensor(tokens)).loss.item()
     prompts = [parity.ids(1, n, seed=n)[0].tolist() for n in parity.PROMPTS]
     mesh = make_mesh({"data": 1, "fsdp": -1, "expert": 1, "tensor": 1}, jax.devices()[:1])
-    engine = Engine(AdaptedConfig(config), params, {}, mesh, batch=len(prompts))
+    engine = Engine(AdaptedConfig(config), params, {}, {}, mesh, batch=len(prompts))
     got = engine.generate(prompts, max_tokens=6, stop_ids=[config.vocab_size])
     equal = all(
         continuation == parity.greedy(model, prompt)

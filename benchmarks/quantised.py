@@ -68,7 +68,7 @@ def model_and_tokens():
 def own_text(config: DecoderConfig, base) -> np.ndarray:
     """Rows `[8 ROWS, LENGTH]` drawn from a float32 decoder, each from the start mark on."""
     mesh = make_mesh({"data": 1, "fsdp": -1, "expert": 1, "tensor": 1})
-    engine = Engine(AdaptedConfig(config), base, {}, mesh, batch=8 * ROWS)
+    engine = Engine(AdaptedConfig(config), base, {}, {}, mesh, batch=8 * ROWS)
     drawn = engine.generate([[1]] * 8 * ROWS, LENGTH - 1, (-1,), Sampling(temperature=1.0))
     return np.array([[1, *ids] for ids in drawn], np.int32)
 

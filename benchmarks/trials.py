@@ -55,7 +55,7 @@ BASE_SEED = 100  # of its rows; the trials draw theirs with their own
 def losses(setup: Setup, trained: Trained, rows: Mapping[str, Sequence[dict]]) -> dict[str, float]:
     """Nats a target token, by name of the rows; a router chooses without being told a language."""
     model = setup.model(lifecycle.active_banks(trained.roster))
-    trainable = {"banks": trained.banks, "base": {}}
+    trainable = {"banks": trained.banks, "base": trained.leaves}
     frozen = {"base": trained.base, "banks": {}}
     out = {}
     for name, some in rows.items():

@@ -35,6 +35,17 @@ def get(tree: Mapping[str, Any], path: str) -> Any:
     return tree
 
 
+def without(tree: Mapping[str, Any], these: Mapping[str, Any]) -> dict[str, Any]:
+    """`tree` less the leaves that `these` has too; a node that loses all of them stays, empty."""
+    out = {}
+    for key, value in tree.items():
+        if key not in these:
+            out[key] = value
+        elif isinstance(these[key], Mapping):
+            out[key] = without(value, these[key])
+    return out
+
+
 def overlay(tree: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`tree` with the leaves of `over` added or put in place of its own."""
     out = dict(tree)

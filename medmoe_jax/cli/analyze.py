@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from medmoe_jax.base import trees
 from medmoe_jax.cli.session import add_model_arguments, open_model, open_run
 from medmoe_jax.data.conversation import Conversation
 from medmoe_jax.data.hub import is_name
@@ -55,7 +56,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     engine = open_model(opened, arguments.stage, arguments.off).engine
     gates = routing.measure(
         engine.config,
-        engine.base,
+        trees.overlay(engine.base, engine.trained),
         engine.banks,
         setup.mesh,
         texts,

@@ -94,7 +94,7 @@ def _export_hf(setup: Setup, trained: Trained, output: str, dtype: str | None) -
     save_hf(
         output,
         base.config,
-        trained.base,
+        trained.whole,
         base.family,
         members=_members(trained, lifecycle.ACTIVE),
         dtype=np.dtype(dtype or setup.dtype),
@@ -171,7 +171,7 @@ def _export_gguf(setup: Setup, trained: Trained, output: str, dtype: str | None)
     gguf_export.save_gguf(
         output,
         base.config,
-        trained.base,
+        trained.whole,
         base.family,
         kind=dtype or str(np.dtype(setup.dtype)),
         members=_members(trained, lifecycle.ACTIVE),

@@ -75,7 +75,7 @@ def language_model(
         roster = lifecycle.set_state(roster, name, "off")
     config = setup.model(lifecycle.active_banks(roster))
     batch = setup.config.run.score_batch
-    engine = Engine(config, trained.base, trained.banks, setup.mesh, batch)
+    engine = Engine(config, trained.base, trained.banks, trained.leaves, setup.mesh, batch)
     expert_of = _experts(setup, config.banks, language)
     return LanguageModel(engine, setup.tokenizer, setup.template, expert_of)
 

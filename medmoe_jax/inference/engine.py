@@ -55,11 +55,13 @@ class Weights(NamedTuple):
 
     Attributes:
       base, banks: parameters of the decoder and of its banks.
+      trained: base leaves that take the place of those in `base`.
       language_ids_Bx1: int32, the expert of each row's language, or -1 where it is unknown.
     """
 
     base: Any
     banks: Any
+    trained: Any
     language_ids_Bx1: jax.Array
 
 
@@ -78,10 +80,11 @@ def _run(config: AdaptedConfig, weights: Weights, tokens, segments, positions, c
         tokens,
         segments,
         positions,
+        trained=weights.trained,
         context=Context(language_ids_BxT=language_ids_BxT),
         cache=cache,
     )
-    return decoder.head(weights.base), x, cache
+    return decoder.head(weights.base, weights.trained), x, cache
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -223,6 +226,7 @@ class Engine:
         config: AdaptedConfig,
         base: Params,
         banks: Mapping[str, Any],
+        trained: Params,
         mesh: jax.sharding.Mesh,
         batch: int,
     ) -> None:
@@ -230,12 +234,13 @@ class Engine:
 
         Args:
           config: decoder and active banks.
-          base, banks: their parameters.
+          base, banks: their parameters; one base may serve several engines.
+          trained: base leaves of this model's own, in the place of those in `base`.
           mesh: where they live.
           batch: rows run at once, rounded up to what the mesh divides.
         """
         self.config = config
-        self.base, self.banks = base, banks
+        self.base, self.banks, self.trained = base, banks, trained
         self.mesh = mesh
         self.batch = round_up_rows(mesh, batch)
         self.truncated = 0
@@ -345,7 +350,7 @@ class Engine:
         language_Bx1 = np.full((self.batch, 1), -1, np.int32)
         if languages is not None:
             language_Bx1[: len(rows), 0] = [languages[i] for i in rows]
-        return Weights(self.base, self.banks, self._put(language_Bx1, 0))
+        return Weights(self.base, self.banks, self.trained, self._put(language_Bx1, 0))
 
     def _fit(self, prompts, room) -> list[list[int]]:
         limit = self.config.decoder.max_positions

@@ -173,7 +173,7 @@ def _answering(setup: Setup, at: Start):
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
 
     model = setup.model(lifecycle.active_banks(at.roster))
-    return model, Weights(at.base, at.banks, ids(rows, 1)), rows, ids
+    return model, Weights(at.base, at.banks, {}, ids(rows, 1)), rows, ids
 
 
 def scoring(setup: Setup, at: Start) -> Program:

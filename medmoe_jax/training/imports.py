@@ -101,6 +101,6 @@ def _read_upcycled(stage: StageRun, folder, roster: Roster) -> Imported:
         setup.base.family,
         roster,
         match_leaves(decoder.shapes(setup.base.config), stage.recipe.train_base),
-        base_before=lambda: open_trained(stage.run, stage.recipe.after).base,
+        base_before=lambda: open_trained(stage.run, stage.recipe.after).whole,
         shardings=setup.shardings,
     )

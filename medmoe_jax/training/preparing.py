@@ -51,9 +51,9 @@ class Prepared:
     def trained(self, state: TrainState) -> Trained:
         """The model that a state stands for, such as an evaluation takes."""
         dtype = self.stage.setup.dtype
-        own = jax.tree.map(lambda leaf: leaf.astype(dtype), state.trainable["base"])
-        base = trees.overlay(self.frozen["base"], own)
-        return Trained(self.stage.name, self.roster, self.banks(state), base)
+        leaves = jax.tree.map(lambda leaf: leaf.astype(dtype), state.trainable["base"])
+        banks, base = self.banks(state), self.frozen["base"]
+        return Trained(self.stage.name, self.roster, banks, base, leaves)
 
 
 def prepare(stage: StageRun, steps: int) -> tuple[Prepared, TrainState]:
@@ -69,7 +69,7 @@ def prepare(stage: StageRun, steps: int) -> tuple[Prepared, TrainState]:
     setup, recipe = stage.setup, stage.recipe
     before = open_trained(stage.run, recipe.after)
     roster, banks, base = start(
-        recipe, before.roster, before.banks, before.base, setup.base.config, setup.shardings
+        recipe, before.roster, before.banks, before.whole, setup.base.config, setup.shardings
     )
     rate = schedule(recipe.config, steps)
     shrinking = budget_schedules(recipe, roster, steps)

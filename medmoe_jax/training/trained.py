@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from medmoe_jax.adapters.lifecycle import Roster
+from medmoe_jax.base import trees
 from medmoe_jax.checkpoints import stages as store
 from medmoe_jax.parallel.rules import placed
 from medmoe_jax.training.run import Run, StageRun
@@ -20,12 +21,19 @@ class Trained:
     Attributes:
       stage: its name, "" for the base.
       roster, banks, base: see `adapters.lifecycle`.
+      leaves: of the base, those that the stage has trained; `base` has the others.
     """
 
     stage: str
     roster: Roster
     banks: Mapping[str, Any]
     base: Any
+    leaves: Any = field(default_factory=dict)
+
+    @property
+    def whole(self) -> dict[str, Any]:
+        """The base with its trained leaves."""
+        return trees.overlay(self.base, self.leaves)
 
 
 def open_trained(run: Run, name: str) -> Trained:
@@ -39,7 +47,7 @@ def open_trained(run: Run, name: str) -> Trained:
     setup = run.setup
     for stage in run.chain(name):
         stage.check()
-    roster, banks, base = replay(
+    replayed = replay(
         setup.stages,
         name,
         setup.load_base(),
@@ -47,7 +55,7 @@ def open_trained(run: Run, name: str) -> Trained:
         lambda one: load_final(run.stage(one)),
         setup.shardings,
     )
-    return Trained(name, roster, banks, base)
+    return Trained(name, *replayed)
 
 
 def load_final(stage: StageRun) -> dict[str, Any]:

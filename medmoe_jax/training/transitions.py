@@ -111,13 +111,18 @@ def start(
     return roster, banks, base
 
 
-def ended(final: Mapping[str, Any], base: Params) -> tuple[dict[str, Any], Params]:
-    """`(banks, base)` after a stage, from what it left: `{"banks", "base"}`."""
-    trained = [
+def ended(
+    final: Mapping[str, Any], base: Params
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """`(banks, base, leaves)` after a stage, from what it left: `{"banks", "base"}`.
+
+    `leaves` are those of the base that it trained, in the base's dtype; `base` has all others.
+    """
+    leaves = trees.unflatten(
         (path, leaf.astype(trees.get(base, path).dtype))
         for path, leaf in trees.flatten(final.get("base", {}))
-    ]
-    return final.get("banks", {}), trees.overlay(base, trees.unflatten(trained))
+    )
+    return final.get("banks", {}), trees.without(base, leaves), leaves
 
 
 def replay(
@@ -127,8 +132,10 @@ def replay(
     decoder: DecoderConfig,
     final_of: Callable[[str], Any],
     shardings: ShardingsOf | None = None,
-) -> tuple[Roster, Mapping[str, Any], Params]:
-    """Roster, banks and base at the end of a finished stage.
+) -> tuple[Roster, Mapping[str, Any], Params, Params]:
+    """Roster, banks, base and trained leaves at the end of a finished stage.
+
+    What the stages before it have trained is in the base.
 
     Args:
       stages: the recipe.
@@ -140,10 +147,12 @@ def replay(
     """
     roster: Roster = {}
     banks: Mapping[str, Any] = {}
+    leaves: Params = {}
     for stage in chain(stages, name):
-        roster, banks, base = start(stage, roster, banks, base, decoder, shardings)
-        banks, base = ended(final_of(stage.name), base)
-    return roster, banks, base
+        whole = trees.overlay(base, leaves)
+        roster, banks, base = start(stage, roster, banks, whole, decoder, shardings)
+        banks, base, leaves = ended(final_of(stage.name), base)
+    return roster, banks, base, leaves
 
 
 def operations(stage: Stage) -> list[dict[str, Any]]:

@@ -394,7 +394,7 @@ def engine(pair):
     """Cached decoding of a batch of prompts of different lengths, padded on the left."""
     _, _, _, config, params = pair
     mesh = make_mesh({"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}, jax.devices()[:1])
-    return Engine(AdaptedConfig(config), params, {}, mesh, batch=len(PROMPTS))
+    return Engine(AdaptedConfig(config), params, {}, {}, mesh, batch=len(PROMPTS))
 
 
 def test_greedy_continuation(pair, engine):

@@ -113,7 +113,7 @@ def test_every_tensor_lands_in_its_place(tmp_path, tensors, shards):
     for name, value in tensors.items():
         np.testing.assert_array_equal(got[name], value, err_msg=name)
     opened = open_trained(Run(setup, tmp_path / "w"), "mixture")
-    jax.tree.map(np.testing.assert_array_equal, opened.base, base)
+    jax.tree.map(np.testing.assert_array_equal, opened.whole, base)
     done = Manifest.read(StageFolder.of(tmp_path / "w", "mixture").manifest).operations[-1]
     assert done["groups"] == {"experts": {"banks": ["experts"]}}
     assert done["files"] == {file.name: file_fingerprint(file) for file in folder.iterdir()}

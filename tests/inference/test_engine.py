@@ -5,11 +5,13 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.model import AdaptedConfig
+from medmoe_jax.base import trees
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.errors import UserError
@@ -43,21 +45,22 @@ def make_engine(mesh="one", batch=4, specs=ACTIVE):
     sizes, count = MESHES[mesh]
     mesh = make_mesh(sizes, jax.devices()[:count])
     execution = Execution(activations=batch_sharding(mesh, 3))
-    return Engine(AdaptedConfig(CONFIG, specs, execution), *parameters(), mesh, batch)
+    return Engine(AdaptedConfig(CONFIG, specs, execution), *parameters(), {}, mesh, batch)
 
 
-def log_probs(ids, specs=ACTIVE):
+def log_probs(ids, specs=ACTIVE, base=None):
     """Float64 log-probabilities `[T, V]` of the next token after each of the ids."""
-    base, banks = parameters()
+    own, banks = parameters()
+    base = own if base is None else base
     batch, _ = naive.pack([ids], [[0]], len(ids))
     z = naive.logits(CONFIG, base, batch, naive.adapted(specs, banks))[0]
     z -= z.max(-1, keepdims=True)
     return z - np.log(np.exp(z).sum(-1, keepdims=True))
 
 
-def naive_score(prompt, completion, specs=ACTIVE):
+def naive_score(prompt, completion, specs=ACTIVE, base=None):
     ids = [*prompt, *completion]
-    z = log_probs(ids, specs)
+    z = log_probs(ids, specs, base)
     return sum(z[t - 1, ids[t]] for t in range(len(prompt), len(ids)))
 
 
@@ -103,6 +106,31 @@ def test_a_batch_scores_as_its_rows_do():
     order = [3, 0, 5, 2, 4, 1]
     mixed = make_engine(batch=6).score([prompts[i] for i in order], [completions[i] for i in order])
     assert_scores(mixed, [answers()[i] for i in order])
+
+
+def test_trained_leaves_take_the_place_of_the_bases():
+    """Of the top and of the layers, whether the base has a leaf of that name or not."""
+    base, banks = parameters()
+    rng = np.random.default_rng(5)
+    names = ("embed", "head", "final_norm", "layers.attn_norm", "layers.attn.v.kernel")
+    leaves = trees.unflatten(
+        (name, trees.get(base, name) + 0.3 * rng.standard_normal(trees.get(base, name).shape))
+        for name in names
+    )
+    config, mesh = AdaptedConfig(CONFIG, ACTIVE), make_mesh({}, jax.devices()[:1])
+    prompts, completions = [[3, 7, 2, 9]], [[[4, 5, 6], [8]]]
+    own = jax.tree.map(jnp.float32, leaves)
+    got = [
+        Engine(config, frozen, banks, own, mesh, 1).score(prompts, completions)
+        for frozen in (base, trees.without(base, leaves))
+    ]
+    want = [[naive_score(prompts[0], c, base=trees.overlay(base, leaves)) for c in completions[0]]]
+    assert_scores(got[0], want)
+    assert got[0] == got[1]
+    for name in names:
+        rest = trees.without(leaves, trees.unflatten([(name, None)]))
+        less = naive_score(prompts[0], completions[0][0], base=trees.overlay(base, rest))
+        assert abs(less - want[0][0]) > 1e-2, name
 
 
 def test_every_bank_matters_and_inactive_ones_do_not():

@@ -27,7 +27,7 @@ def make_model(trained, template="user_assistant", batch=8):
     setup, model = trained
     specs = active_banks(model.roster)
     config = AdaptedConfig(setup.base.config, specs)
-    engine = Engine(config, model.base, model.banks, setup.mesh, batch)
+    engine = Engine(config, model.base, model.banks, model.leaves, setup.mesh, batch)
     return LanguageModel(engine, setup.tokenizer, load_template(template, setup.tokenizer))
 
 

@@ -232,7 +232,7 @@ def test_start_and_replay_follow_the_algebra():
         "second": {"banks": {k: banks[k] for k in "abd"}, "base": {"final_norm": norm}},
     }
     original = naive.random_params(naive.TINY)
-    roster, got, base = transitions.replay(
+    roster, got, base, leaves = transitions.replay(
         parsed, "second", jax.tree.map(np.array, original), naive.TINY, finals.get
     )
     assert {k: state for k, (_, state) in roster.items()} == {
@@ -251,11 +251,18 @@ def test_start_and_replay_follow_the_algebra():
     want = twin("ad")
     active = active_banks(roster)
     assert [spec.name for spec in active] == ["d"]
+    assert set(leaves) == {"final_norm"} and "final_norm" not in base
+    base = {**base, **leaves}
     have = naive.logits(naive.TINY, base, batch, naive.adapted(active, got))
     assert naive.rel(have, want) < 1e-5
     for names in ("a", "d", "abd", "acd"):
         assert np.abs(twin(names) - want).max() > 0.1
-    assert transitions.replay(parsed, "", original, naive.TINY, finals.get) == ({}, {}, original)
+    assert transitions.replay(parsed, "", original, naive.TINY, finals.get) == (
+        {},
+        {},
+        original,
+        {},
+    )
 
 
 def test_new_banks_start_without_effect_and_by_seed():
@@ -275,10 +282,11 @@ def test_new_banks_start_without_effect_and_by_seed():
 def test_finish_keeps_the_dtype_of_the_base():
     base = jax.tree.map(lambda x: x.astype(jax.numpy.bfloat16), naive.random_params(naive.TINY))
     final = {"base": {"final_norm": np.full(naive.TINY.d_model, 1.001, np.float32)}}
-    banks, after = transitions.ended(final, base)
+    banks, rest, after = transitions.ended(final, base)
     assert banks == {} and after["final_norm"].dtype == jax.numpy.bfloat16
     assert float(after["final_norm"][0]) == 1.0
-    assert after["embed"] is base["embed"]
+    assert set(after) == {"final_norm"} and set(rest) == set(base) - set(after)
+    assert rest["embed"] is base["embed"]
 
 
 SETUP_REFUSED = {
