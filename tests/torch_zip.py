@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 
 STORAGES = {
+    np.dtype(np.float64): "DoubleStorage",
     np.dtype(np.float32): "FloatStorage",
     np.dtype(np.float16): "HalfStorage",
     np.dtype(ml_dtypes.bfloat16): "BFloat16Storage",
@@ -45,6 +46,17 @@ def tensor(key, storage, offset, shape, stride, count):
     )
 
 
+def young_tensor(key, kind, shape, stride, size):
+    """A tensor of a kind that has no storage of its own: one of bytes, and the kind's name."""
+    untyped = name("torch.storage", "UntypedStorage")
+    held = group(text("storage"), untyped, text(key), text("cpu"), number(size))
+    return call(
+        name("torch._utils", "_rebuild_tensor_v3"),
+        *(held + b"Q", number(0), group(*map(number, shape)), group(*map(number, stride))),
+        *(b"\x89", call(name("collections", "OrderedDict")), name("torch", kind)),
+    )
+
+
 def pickled(items):
     """The pickle of a dictionary `{name: pickled value}`."""
     return b"\x80\x02}" + b"".join(text(k) + v + b"s" for k, v in items.items()) + b"."
@@ -65,6 +77,9 @@ def save(path, arrays, **options):
     items, storages = {}, {}
     for key, (title, x) in enumerate(arrays.items()):
         stride = [n // x.itemsize for n in x.strides]
-        items[title] = tensor(str(key), STORAGES[x.dtype], 0, x.shape, stride, x.size)
+        if x.dtype in STORAGES:
+            items[title] = tensor(str(key), STORAGES[x.dtype], 0, x.shape, stride, x.size)
+        else:
+            items[title] = young_tensor(str(key), str(x.dtype), x.shape, stride, x.nbytes)
         storages[str(key)] = x.tobytes()
     return write(path, pickled(items), storages, **options)

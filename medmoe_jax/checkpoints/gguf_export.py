@@ -36,7 +36,8 @@ from medmoe_jax.checkpoints.gguf_architectures import (
 from medmoe_jax.checkpoints.gguf_file import GgufFile, StoredTensor
 from medmoe_jax.checkpoints.hf_config import config_from_hf, config_to_hf, differences
 from medmoe_jax.checkpoints.huggingface import write_companions
-from medmoe_jax.checkpoints.peft import linear_modules, stacked
+from medmoe_jax.checkpoints.peft_export import stacked
+from medmoe_jax.checkpoints.peft_names import linear_modules
 from medmoe_jax.errors import UserError
 
 MODEL, ADAPTER = "model.gguf", "adapter.gguf"
@@ -118,10 +119,10 @@ def save_gguf_adapter(
 ) -> Path:
     """Write a folder with `adapter.gguf`: banks as one LoRA adapter over a model in a GGUF file.
 
-    Arguments as of `peft.save_peft`, whose ranks and factors these are, and of `save_gguf`.
+    Arguments as of `peft_export.save_peft`, whose ranks and factors these are, and of `save_gguf`.
 
     Raises:
-      UserError: see `peft.stacked` and `save_gguf`.
+      UserError: see `peft_export.stacked` and `save_gguf`.
     """
     arch, _ = _architecture(config, family)
     weights = linear_modules(config, arch.family)

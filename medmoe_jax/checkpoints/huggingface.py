@@ -45,6 +45,25 @@ CONFIG = "config.json"
 _DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
 
 
+def published(source: str) -> tuple[str, str]:
+    """`(name on the Hub, revision)` of a model, as far as it is known; else its path and "".
+
+    A folder tells by its place in the Hub's cache, or by what its config.json says it was loaded
+    from.
+    """
+    if source.startswith(HUB):
+        name, _, revision = source.removeprefix(HUB).partition("@")
+        return name, revision
+    cached = re.search(r"/models--([^/]+)--([^/]+)/snapshots/([^/]+)/?$", f"/{source}")
+    if cached:
+        return f"{cached[1]}/{cached[2]}", cached[3]
+    if (Path(source) / CONFIG).is_file():
+        name = str(read_json(Path(source) / CONFIG).get("_name_or_path") or "")
+        if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not Path(name).exists():
+            return name, ""
+    return source, ""
+
+
 def locate(source: str | Path) -> Path:
     """The local folder of a model: itself, or for `hf://org/name[@revision]` a snapshot of it.
 
@@ -258,7 +277,7 @@ def _entries(plan: Iterable[families.Tensor], weights: FoldedWeights) -> list[_E
 
 
 def _copies(others: Mapping[str, StoredTensor]) -> list[_Entry]:
-    return [_Entry(name, stored.size, stored.whole) for name, stored in others.items()]
+    return [_Entry(name, stored.size, stored.read) for name, stored in others.items()]
 
 
 def _shards(entries: Sequence[_Entry], max_bytes: int) -> list[list[_Entry]]:

@@ -1,317 +1,322 @@
-"""Banks from and to PEFT's adapter directories (adapter_config.json, adapter_model.safetensors).
+"""PEFT's adapter directories as banks and as leaves of the base.
 
-Axes: N layers of a bank, D input width, E experts, r rank, O output width.
-A module is a linear layer of the Hugging Face model, fused ones included; PEFT stores its
-`lora_A` as `[r, D]`, its `lora_B` as `[O, r]` and adds `scaling · lora_B lora_A` to its weight.
+Axes: N layers of a bank, D input width, E experts, r rank, O output width, V vocabulary.
+A module is a linear layer of the Hugging Face model, fused ones included, its head or its
+embedding; its weight is `W [O, D]`, of the last two `[V, D]`. With `s` from adapter_config.json:
+
+    LoRA, AdaLoRA       W' = W + s B Λ A              A [r, D], B [O, r]
+    of an embedding     W' = W + s (B A)ᵀ             A [r, V], B [D, r]
+    DoRA                W' = m V / |V|, V = W + s B A    of rows; of an embedding, of columns
+    modules_to_save, bias    W' and biases as they are
+
+Linear layers of the blocks become a bank; what a bank cannot be becomes leaves of the base, with
+DoRA `(m / |V|) W`, beside a bank whose B has the factor too.
 """
 
 from __future__ import annotations
 
-import functools
-import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
-import ml_dtypes  # noqa: F401  gives numpy the bfloat16 of safetensors
+import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
 
-from medmoe_jax.adapters import lifecycle
 from medmoe_jax.adapters.bank import BankSpec
+from medmoe_jax.base import decoder, trees
 from medmoe_jax.base.config import DecoderConfig, site_shapes
+from medmoe_jax.base.seam import Params
 from medmoe_jax.checkpoints import families
-from medmoe_jax.checkpoints.files import new_folder, read_json, save_tensors, write_json
-from medmoe_jax.checkpoints.huggingface import write_companions
+from medmoe_jax.checkpoints.folded import FoldedWeights
+from medmoe_jax.checkpoints.peft_names import CONFIG, Contents, Key, open_contents, site_of
+from medmoe_jax.checkpoints.peft_options import LEAVES, MAGNITUDE, Options, Scaling
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel.host import to_host
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-# The tensors of a module: A, B and, in AdaLoRA, Λ.
-_LAYOUTS = {
-    "LORA": ("lora_A.weight", "lora_B.weight"),
-    "ADALORA": ("lora_A", "lora_B", "lora_E"),
-}
-# Options that change what an adapter computes, or which other weights belong to it.
-_REFUSED = (
-    *("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters"),
-    *("layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config"),
-    *("velora_config", "monteclora_config"),
-)
-# Initialisations that take a part out of the base's weights: the adapter fits the rest only.
-_CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga")
+
+class Adapter(NamedTuple):
+    """An adapter as this project has it.
+
+    Attributes:
+      spec, params: a bank of one always-on expert, float32 numpy arrays as `adapters.bank.shapes`;
+        None and empty where no linear layer of a block has an adapter.
+      leaves: leaves of the base, whole and float32, in the place of its own.
+      notes: what PEFT lost when it wrote the adapter.
+    """
+
+    spec: BankSpec | None
+    params: dict[str, Any]
+    leaves: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class _Scaling:
-    """What adapter_config.json says of one module: `s = alpha / r`, or `alpha / sqrt(r)`."""
+class _Module:
+    """A module's adapter, in float32: the tensors of the equations, and its weight's place."""
 
-    rank: int
-    alpha: float
-    root: bool
+    weight: families.Tensor
+    scaling: Scaling
+    a_rxD: np.ndarray
+    b_Oxr: np.ndarray
+    scale_r: np.ndarray | None = None
+    magnitude: np.ndarray | None = None
 
     @property
-    def s(self) -> float:
-        return self.alpha / (self.rank**0.5 if self.root else self.rank)
+    def is_linear(self) -> bool:
+        """Whether it is a linear layer of a block."""
+        return families.transposed(self.weight.parts[0].path)
+
+    @property
+    def is_embedding(self) -> bool:
+        return self.weight.parts[0].path == "embed"
+
+    @property
+    def delta_OxD(self) -> np.ndarray:
+        b_Oxr = self.b_Oxr if self.scale_r is None else self.b_Oxr * self.scale_r
+        return np.float32(self.scaling.s) * (b_Oxr @ self.a_rxD)
 
 
 def read_peft(
-    folder: str | Path, config: DecoderConfig, family: str, name: str
-) -> tuple[BankSpec, dict[str, Any]]:
-    """A PEFT LoRA or AdaLoRA adapter as a bank of one always-on expert.
+    folder: str | Path,
+    config: DecoderConfig,
+    family: str,
+    name: str,
+    base: Callable[[], Params],
+) -> Adapter:
+    """A PEFT LoRA, AdaLoRA or DoRA adapter with all that was trained beside it.
 
-    Modules of unequal rank are padded with zeros to the largest, and modules that the adapter
-    leaves out are zero; where scalings differ, each module's is moved into its B. A fused module
-    becomes several sites with the same A.
+    In the bank modules of unequal rank are padded with zeros to the largest, and modules that the
+    adapter leaves out are zero; where scalings differ, each module's is moved into its B. A fused
+    module becomes several sites with the same A.
 
     Args:
-      folder: holds adapter_config.json and adapter_model.safetensors.
+      folder: holds adapter_config.json and adapter_model.safetensors, or adapter_model.bin.
       config, family: the base it was trained on; the family is a key of `families.FAMILIES`.
       name: of the bank.
-
-    Returns:
-      The specification and the parameters, float32 numpy arrays as `adapters.bank.shapes`.
+      base: gives the base's parameters; called where the adapter changes leaves of it.
 
     Raises:
-      UserError: a file is missing or damaged, the adapter does what a bank cannot, or it belongs
-        to another base; one message lists everything.
+      UserError: a file is missing or damaged, the adapter does what neither a bank nor a leaf can,
+        or it belongs to another base; one message lists everything.
     """
     folder = Path(folder)
-    options = read_json(folder / CONFIG)
-    modules = linear_modules(config, family)
-    problems = _unsupported(options)
+    options = Options.read(folder)
+    problems = options.problems()
+    modules, own, contents = {}, {}, None
     if not problems:
-        scalings = {m: _scaling(options, m) for m in modules if _targeted(options, m, modules)}
-        found, problems = _read_tensors(folder / WEIGHTS, options["peft_type"], modules, scalings)
+        try:
+            with open_contents(folder, config, family) as contents:
+                modules, own, problems = _read(contents, options, config.tied)
+        except UserError as error:
+            problems = [str(error)]
+    leaves: dict[str, Any] = {}
+    if contents and not problems:
+        modules, leaves, problems = _change_base(contents, options, modules, own, config, base)
     if problems:
         raise UserError(
             f"{folder}: not an adapter that fits this base ({family}, {config.n_layers} layers, "
             f"width {config.d_model}); {len(problems)} problems\n  " + "\n  ".join(problems)
         )
-    return _bank(name, options, config, modules, scalings, found)
-
-
-def save_peft(
-    directory: str | Path,
-    config: DecoderConfig,
-    family: str,
-    members: Sequence[tuple[BankSpec, Any]],
-    *,
-    base: str = "",
-    dtype: DTypeLike = np.float32,
-    companions: Mapping[str, Any] | None = None,
-) -> Path:
-    """Write banks as one LoRA adapter that PEFT loads over their base.
-
-    A module's rank is the sum of its banks' E·r, less what an allocator cleared; s, Λ and mixing
-    weights are inside B, and PEFT's own scaling is 1. A fused module has the A of its sites above
-    each other and a block-diagonal B. The folder appears whole or not at all; several processes
-    call this alike, and the first one writes.
-
-    Args:
-      directory: a path at which there is nothing yet, or an empty folder.
-      config, family: of the base; the family is a key of `families.FAMILIES`.
-      members: the banks with their parameters, under any sharding.
-      base: what PEFT looks for when it is asked to load the base too: a folder or a Hub name.
-      dtype: of the tensors, float32 or bfloat16.
-      companions: more files by name; see `huggingface.write_companions`.
-
-    Returns:
-      The folder.
-
-    Raises:
-      UserError: the folder is not empty or cannot be written, there is no bank or nothing in
-        them, or one's gate depends on the token.
-    """
-    ranks, arrays = {}, {}
-    for module, factors in stacked(config, family, members, dtype).items():
-        ranks[module] = len(factors[0])
-        names = (f"{_PREFIX}{module}.{leaf}" for leaf in _LAYOUTS["LORA"])
-        arrays |= zip(names, factors, strict=True)
-    options = _options(ranks, base)
-    with new_folder(directory) as write:
-        write(lambda folder: write_json(folder / CONFIG, options))
-        write(lambda folder: save_tensors(folder / WEIGHTS, arrays))
-        write(functools.partial(write_companions, companions or {}))
-    return Path(directory)
-
-
-def stacked(
-    config: DecoderConfig, family: str, members: Sequence[tuple[BankSpec, Any]], dtype: DTypeLike
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """`{module: (A [r, D], B [O, r])}` of banks as one adapter; arguments as of `save_peft`.
-
-    Raises:
-      UserError: there is no bank or nothing in them, or one's gate depends on the token.
-    """
-    for spec, _ in members:
-        lifecycle.check_mergeable(spec)
-    if not members:
-        raise UserError("there is no bank to write as an adapter")
-    at = {site: lifecycle.members_at(members, site) for site in site_shapes(config)}
-    modules = {
-        module: _stacked(weight, at, np.dtype(dtype))
-        for module, weight in linear_modules(config, family).items()
-    }
-    found = {module: factors for module, factors in modules.items() if len(factors[0])}
-    if not found:
-        raise UserError("every Λ of the banks to write is 0: there is nothing to write")
-    return found
-
-
-def linear_modules(config: DecoderConfig, family: str) -> dict[str, families.Tensor]:
-    """`{name: weight}` of the linear layers of every block of the Hugging Face model, in order."""
-    return {
-        tensor.name.removesuffix(".weight"): tensor
-        for tensor in families.tensors(config, family)
-        if families.transposed(tensor.parts[0].path)
-    }
-
-
-def site_of(part: families.Part) -> str:
-    """The site whose kernel a part of a module's weight is."""
-    return part.path.removeprefix("layers.").removesuffix(".kernel")
+    notes = ()
+    if options.bias == "lora_only" and not any(name.endswith(".bias") for name in own):
+        notes = ("bias is 'lora_only', but PEFT wrote no bias into the file: the base's stay",)
+    linear = {module: found for module, found in modules.items() if found.is_linear}
+    if not linear:
+        return Adapter(None, {}, leaves, notes)
+    return Adapter(*_bank(name, options, config, linear), leaves, notes)
 
 
 # Reading --------------------------------------------------------------------------------------
 
 
-def _unsupported(options: Mapping[str, Any]) -> list[str]:
-    """Options that a bank cannot honour."""
-    kind = options.get("peft_type")
-    if kind not in _LAYOUTS:
-        return [f"{CONFIG}: peft_type: {kind!r} is none of {', '.join(_LAYOUTS)}"]
-    problems = [f"{key}: {options[key]!r} is not supported" for key in _REFUSED if options.get(key)]
-    if options.get("bias", "none") != "none":
-        problems.append(f"bias: {options['bias']!r}; only 'none' can be imported")
-    if _CHANGES_BASE.match(str(options.get("init_lora_weights"))):
-        problems.append(
-            f"init_lora_weights: {options['init_lora_weights']!r} changes the base's weights; "
-            "convert the adapter to a plain one with PEFT first"
-        )
-    adalora = kind == "ADALORA"
-    problems += _bad_number("init_r" if adalora else "r", options, whole=True)
-    problems += _bad_number("lora_alpha", options)
-    # AdaLoRA's rank_pattern is another thing: masks of what is gone from the tensors already.
-    for key in () if adalora else ("rank_pattern", "alpha_pattern"):
-        for pattern in options.get(key) or {}:
-            problems += _bad_number(pattern, options[key], whole=key == "rank_pattern")
-            problems += _bad_pattern(key, pattern)
-    for key in ("target_modules", "exclude_modules"):
-        if isinstance(options.get(key), str):
-            problems += _bad_pattern(key, options[key])
-    if not options.get("target_modules"):
-        problems.append("target_modules is empty")
-    return [f"{CONFIG}: {problem}" for problem in problems]
-
-
-def _bad_number(key: str, fields: Mapping[str, Any], whole: bool = False) -> list[str]:
-    value = fields.get(key)
-    fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if fits and math.isfinite(value) and (value > 0 or not whole):
-        return []
-    return [f"{key}: {value!r} is not a {'positive whole ' if whole else ''}number"]
-
-
-def _bad_pattern(key: str, pattern: str) -> list[str]:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        return [f"{key}: {pattern!r} is not a regular expression ({error})"]
-    return []
-
-
-def _matches(patterns: str | list[str], module: str) -> bool:
-    """PEFT's rule: a regular expression on the whole name, or a list of ends of names."""
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, module) is not None
-    return any(module == end or module.endswith(f".{end}") for end in patterns)
-
-
-def _targeted(options, module: str, modules: Mapping[str, families.Tensor]) -> bool:
-    """Whether adapter_config.json puts an adapter on a module."""
-    targets, layers = options["target_modules"], options.get("layers_to_transform")
-    if _matches(options.get("exclude_modules") or [], module):
-        return False
-    if targets != "all-linear" and not _matches(targets, module):
-        return False
-    if layers in (None, []):
-        return True
-    pattern = options.get("layers_pattern") or ["layers"]
-    chosen = [layers] if isinstance(layers, int) else layers
-    return "layers" in pattern and modules[module].parts[0].layer in chosen
-
-
-def _scaling(options: Mapping[str, Any], module: str) -> _Scaling:
-    if options["peft_type"] == "ADALORA":
-        # Its s stays that of the initial rank, however few ranks are left.
-        rank, alpha = options["init_r"], options["lora_alpha"]
-        return _Scaling(rank, float(alpha if alpha > 0 else rank), False)
-    rank = _by_pattern(options.get("rank_pattern"), module, options["r"])
-    alpha = _by_pattern(options.get("alpha_pattern"), module, options["lora_alpha"])
-    return _Scaling(rank, float(alpha), bool(options.get("use_rslora")))
-
-
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default):
-    """The value of the first pattern that matches an end of the module's name."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
-
-
-def _read_tensors(path: Path, kind: str, modules, scalings):
-    """`({module: its tensors in the layout's order, float32}, problems)`."""
-    layout, found, problems = _LAYOUTS[kind], {}, []
-    try:
-        with safe_open(path, framework="np") as file:
-            keys = set(file.keys())
-            for module, scaling in scalings.items():
-                names = [f"{_PREFIX}{module}.{leaf}" for leaf in layout]
-                problems += [f"{name}: missing" for name in names if name not in keys]
-                if keys.issuperset(names):
-                    found[module] = [file.get_tensor(name).astype(np.float32) for name in names]
-                    problems += _misshapen(names, found[module], modules[module].shape, scaling)
-                    problems += [
-                        f"{name}: NaN or infinity"
-                        for name, tensor in zip(names, found[module], strict=True)
-                        if not np.isfinite(tensor).all()
-                    ]
-                keys -= set(names)
-    except FileNotFoundError:
-        return {}, [f"{path.name}: missing (other formats must be converted first)"]
-    except SafetensorError as error:
-        return {}, [f"{path.name}: truncated or damaged ({error})"]
-    for key in sorted(keys):
-        module = re.sub(r"\.lora_[ABE](\.weight)?$", "", key.removeprefix(_PREFIX))
-        known = module in modules
-        why = f"is left out by {CONFIG}" if known else "is no linear layer of this base"
-        problems.append(f"{key}: '{module}' {why}")
-    if not found and not problems:
+def _read(
+    contents: Contents, options: Options, tied: bool
+) -> tuple[dict[str, _Module], dict[str, np.ndarray], list[str]]:
+    """`({module: its adapter}, {parameter of the base: its new value}, problems)`."""
+    modules, own, problems = {}, {}, list(contents.problems)
+    left = dict(contents.tensors)
+    targets = _targets(contents, options, tied)
+    for parameter, weight in contents.parameters.items():
+        module, _, leaf = parameter.rpartition(".")
+        if (given := left.pop(Key(module, leaf), None)) is not None:
+            own[parameter] = given[1].read().astype(np.float32)
+            problems += _wrong(given[0], own[parameter], weight.shape)
+        elif options.saves(parameter) or (options.bias == "all" and leaf == "bias"):
+            problems.append(f"{parameter}: missing, but {CONFIG} says that it was trained")
+        if parameter in targets:
+            found, wrong = _read_module(module, weight, options, left)
+            problems += wrong
+            modules |= {module: found} if found else {}
+    for (module, _), (name, _) in sorted(left.items()):
+        problems.append(f"{name}: '{module}' is left out by {CONFIG}")
+    if not modules and not own and not problems:
         problems.append(f"{CONFIG}: target_modules matches no linear layer of this base")
-    return found, problems
+    return modules, own, problems
 
 
-def _misshapen(names, tensors, weight_shape, scaling: _Scaling) -> Iterator[str]:
-    """Tensors that do not fit the module's weight `[O, D]`; only AdaLoRA prunes ranks."""
-    O, D = weight_shape
-    rank = tensors[2].shape[0] if len(tensors) == 3 else scaling.rank
-    for name, tensor, shape in zip(names, tensors, ((rank, D), (O, rank), (rank, 1)), strict=False):
-        if tensor.shape != shape or rank > scaling.rank:
-            yield f"{name}: shape {tensor.shape}, expected {shape} (rank {scaling.rank})"
+def _targets(contents: Contents, options: Options, tied: bool) -> set[str]:
+    """The parameters on which there is an adapter."""
+    out, ends = set(), set()
+    for parameter, weight in contents.parameters.items():
+        module, _, leaf = parameter.rpartition(".")
+        path = weight.parts[0].path
+        if path in ("embed", "head"):
+            ends.add(parameter)
+        elif leaf != "weight" or not families.transposed(path):
+            continue
+        if options.targets(module, families.transposed(path)):
+            out.add(parameter)
+    # PEFT then puts one on the other end too, and names it nowhere.
+    return out | ends if options.tied and tied and ends & out else out
 
 
-def _bank(name, options, config, modules, scalings, found) -> tuple[BankSpec, dict[str, Any]]:
-    layers = [modules[module].parts[0].layer for module in found]
-    present = {site_of(part) for module in found for part in modules[module].parts}
-    rank = max(scaling.rank for scaling in scalings.values())
-    equal = len(set(scalings.values())) == 1
-    first = next(iter(scalings.values()))
+def _read_module(
+    module: str, weight: families.Tensor, options: Options, left: dict[Key, tuple[str, Any]]
+) -> tuple[_Module | None, list[str]]:
+    """A module's adapter, whose tensors are taken out of `left`."""
+    scaling, embedding = options.scaling(module), weight.parts[0].path == "embed"
+    leaves = [*LEAVES[options.kind], *([MAGNITUDE] if options.decomposed else [])]
+    if embedding:
+        leaves = [leaf.replace("lora_A", "lora_embedding_A") for leaf in leaves]
+        leaves = [leaf.replace("lora_B", "lora_embedding_B") for leaf in leaves]
+    given = [left.pop(Key(module, leaf), None) for leaf in leaves]
+    if None in given:
+        missing = (leaf for leaf, one in zip(leaves, given, strict=True) if one is None)
+        return None, [f"{module}.{leaf}: missing" for leaf in missing]
+    arrays = [tensor.read().astype(np.float32) for _, tensor in given]
+    O, D = weight.shape
+    # Only AdaLoRA prunes ranks.
+    rank = arrays[2].shape[0] if options.kind == "ADALORA" else scaling.rank
+    shapes = [(rank, O), (D, rank)] if embedding else [(rank, D), (O, rank)]
+    shapes += [(rank, 1)] if options.kind == "ADALORA" else []
+    shapes += [(D if embedding else O,)] if options.decomposed else []
+    problems = []
+    for (name, _), array, shape in zip(given, arrays, shapes, strict=True):
+        problems += _wrong(name, array, shape, f" (rank {scaling.rank})")
+    if rank > scaling.rank:
+        problems.append(f"{given[0][0]}: rank {rank}, {CONFIG} says {scaling.rank}")
+    if problems:
+        return None, problems
+    a, b = (arrays[1].T, arrays[0].T) if embedding else arrays[:2]
+    return _Module(
+        weight,
+        scaling,
+        a,
+        b,
+        arrays[2][:, 0] if options.kind == "ADALORA" else None,
+        arrays[-1] if options.decomposed else None,
+    ), []
+
+
+def _wrong(name: str, array: np.ndarray, shape: tuple[int, ...], more: str = "") -> Iterator[str]:
+    if array.shape != shape:
+        yield f"{name}: shape {array.shape}, expected {shape}{more}"
+    elif not np.isfinite(array).all():
+        yield f"{name}: NaN or infinity"
+
+
+# Leaves of the base ---------------------------------------------------------------------------
+
+
+def _change_base(
+    contents: Contents,
+    options: Options,
+    modules: dict[str, _Module],
+    own: Mapping[str, np.ndarray],
+    config: DecoderConfig,
+    base: Callable[[], Params],
+) -> tuple[dict[str, _Module], dict[str, Any], list[str]]:
+    """`(the modules as a bank takes them, leaves of the base that are changed, problems)`."""
+    folded = {m: f for m, f in modules.items() if f.magnitude is not None or not f.is_linear}
+    if not own and not folded:
+        return modules, {}, []
+    params = base()
+    # A head that is tied begins as the embedding.
+    before = FoldedWeights({**params, "head": decoder.head(params)}, (), np.float32)
+    changed = dict(own)
+    for module, found in folded.items():
+        name = found.weight.name
+        w_OxD = changed[name] if name in changed else before.tensor(found.weight)
+        new_OxD = w_OxD + found.delta_OxD
+        if found.magnitude is not None:
+            axis = 0 if found.is_embedding else 1
+            factor = found.magnitude / np.linalg.norm(new_OxD, axis=axis)
+            factor = np.expand_dims(factor, axis)
+            if not np.isfinite(factor).all():
+                return modules, {}, [f"{module}: has a row of length 0, which no magnitude scales"]
+            new_OxD = factor * (w_OxD if found.is_linear else new_OxD)
+            if found.is_linear:
+                modules = {**modules, module: replace(found, b_Oxr=factor * found.b_Oxr)}
+        changed[name] = new_OxD
+    plan = contents.parameters
+    changed = {
+        name: value
+        for name, value in changed.items()
+        if not np.array_equal(value, before.tensor(plan[name]))
+    }
+    if config.tied:
+        changed, problems = _tie(changed, plan, before, options)
+        if problems:
+            return modules, {}, problems
+    return modules, _leaves(changed, plan, params), []
+
+
+def _tie(
+    changed: Mapping[str, np.ndarray],
+    plan: Mapping[str, families.Tensor],
+    before: FoldedWeights,
+    options: Options,
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The changes of a base whose head is its embedding: one of the two, and problems."""
+    embed, head = (
+        next(name for name, tensor in plan.items() if tensor.parts[0].path == path)
+        for path in ("embed", "head")
+    )
+    rest = {name: value for name, value in changed.items() if name not in (embed, head)}
+    if not {embed, head}.intersection(changed):
+        return rest, []
+    old = before.tensor(plan[embed])
+    if options.tied:
+        old = changed[embed] if embed in changed else changed[head]
+    values = [changed.get(name, old) for name in (embed, head)]
+    if np.abs(values[0] - values[1]).max() > 1e-6 * np.abs(values[0]).max():
+        return rest, [
+            f"{embed} and {head} become different, but this base ties them "
+            "(tie_word_embeddings): train the adapter with ensure_weight_tying"
+        ]
+    return {embed: values[0], **rest}, []
+
+
+def _leaves(
+    changed: Mapping[str, np.ndarray], plan: Mapping[str, families.Tensor], params: Params
+) -> dict[str, Any]:
+    """The base's leaves, float32, with the changed tensors in them."""
+    leaves: dict[str, np.ndarray] = {}
+    for name, value in changed.items():
+        for part in plan[name].parts:
+            rows = value[part.start : part.stop]
+            if part.layer is None:
+                leaves[part.path] = rows
+                continue
+            if part.path not in leaves:
+                leaf = trees.get(params, part.path).astype(jnp.float32)
+                leaves[part.path] = np.array(to_host(leaf))
+            leaves[part.path][part.layer] = rows.T if families.transposed(part.path) else rows
+    return trees.unflatten(leaves.items())
+
+
+# The bank -------------------------------------------------------------------------------------
+
+
+def _bank(
+    name: str, options: Options, config: DecoderConfig, modules: Mapping[str, _Module]
+) -> tuple[BankSpec, dict[str, Any]]:
+    layers = [found.weight.parts[0].layer for found in modules.values()]
+    present = {site_of(part) for found in modules.values() for part in found.weight.parts}
+    rank = max(found.scaling.rank for found in modules.values())
+    equal = len({found.scaling for found in modules.values()}) == 1
+    first = next(iter(modules.values())).scaling
     spec = BankSpec(
         name=name,
         sites=tuple(site for site in site_shapes(config) if site in present),
@@ -320,8 +325,8 @@ def _bank(name, options, config, modules, scalings, found) -> tuple[BankSpec, di
         rank=rank,
         alpha=first.alpha if equal else float(rank),
         rank_stabilised=first.root and equal,
-        dropout=float(options.get("lora_dropout") or 0.0),
-        learned_scale=options["peft_type"] == "ADALORA",
+        dropout=options.dropout,
+        learned_scale=options.kind == "ADALORA",
     )
     params: dict[str, Any] = {}
     for site in spec.sites:
@@ -332,70 +337,13 @@ def _bank(name, options, config, modules, scalings, found) -> tuple[BankSpec, di
         }
         if spec.learned_scale:
             params[site]["scale"] = np.zeros((spec.layers, 1, rank), np.float32)
-    for module, (a_rxD, b_Oxr, *scale_rx1) in found.items():
-        r = a_rxD.shape[0]
-        for part in modules[module].parts:
+    for found in modules.values():
+        r = found.a_rxD.shape[0]
+        for part in found.weight.parts:
             leaves, i = params[site_of(part)], part.layer - spec.start
-            leaves["lora_a"][i, :, 0, :r] = a_rxD.T
-            b_rxO = b_Oxr[part.start : part.stop].T
-            leaves["lora_b"][i, 0, :r] = b_rxO if equal else scalings[module].s * b_rxO
-            if scale_rx1:
-                leaves["scale"][i, 0, :r] = scale_rx1[0][:, 0]
+            leaves["lora_a"][i, :, 0, :r] = found.a_rxD.T
+            b_rxO = found.b_Oxr[part.start : part.stop].T
+            leaves["lora_b"][i, 0, :r] = b_rxO if equal else found.scaling.s * b_rxO
+            if found.scale_r is not None:
+                leaves["scale"][i, 0, :r] = found.scale_r
     return spec, params
-
-
-# Writing --------------------------------------------------------------------------------------
-
-
-def _options(ranks: Mapping[str, int], base: str) -> dict[str, Any]:
-    """adapter_config.json for modules of these ranks, every scaling 1."""
-    rank = max(ranks.values())
-    others = {module: r for module, r in ranks.items() if r != rank}
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base or None,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": others,
-        "alpha_pattern": others,
-        "target_modules": list(ranks),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "use_rslora": False,
-        "use_dora": False,
-    }
-
-
-def _stacked(weight: families.Tensor, at, dtype) -> tuple[np.ndarray, np.ndarray]:
-    """A `[R, D]` and B `[O, R]` of one module: all banks on all its sites, R = 0 without any."""
-    O, D = weight.shape
-    a, blocks = [np.zeros((0, D), dtype)], []
-    for part in weight.parts:
-        for spec, p in zip(*at[site_of(part)], strict=True):
-            if spec.start <= part.layer < spec.stop:
-                a_DxR, b_RxO = map(
-                    to_host, _factors(spec, dtype, p, np.int32(part.layer - spec.start))
-                )
-                if spec.learned_scale:
-                    # What an allocator cleared adds nothing: Λ, inside B, is 0 there.
-                    stays_R = b_RxO.any(axis=1)
-                    a_DxR, b_RxO = a_DxR[:, stays_R], b_RxO[stays_R]
-                a.append(a_DxR.T)
-                blocks.append((slice(part.start, part.stop), b_RxO.T))
-    b_OxR = np.zeros((O, sum(b.shape[1] for _, b in blocks)), dtype)
-    start = 0
-    for rows, b in blocks:
-        b_OxR[rows, start : start + b.shape[1]] = b
-        start += b.shape[1]
-    return np.concatenate(a), b_OxR
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _factors(spec: BankSpec, dtype, site_params, layer):
-    one = jax.tree.map(lambda leaf: leaf[layer], site_params)
-    return jax.tree.map(lambda x: x.astype(dtype), lifecycle.factors(spec, one))

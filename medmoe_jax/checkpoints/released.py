@@ -1,10 +1,11 @@
 """Adapter directories made by other tools, and which bank of a stage each of their parts is.
 
 Axes: N layers of a bank, D input width, E experts, r rank, O output width.
-A directory holds groups of tensors. `adapter_model.safetensors` is one group, in PEFT's names
-(`checkpoints.peft`). The groups in `non_lora_trainables.bin` and `model.safetensors` are the
-entries of `LAYOUTS`: blocks beside the linear layers of the MLP, each adding `s · B A x`, where
-`s = alpha / r` comes from adapter_config.json whatever the block's own rank.
+A directory holds groups of tensors. `adapter_model.safetensors` (or `.bin`) is one group, in PEFT's
+names, and may hold leaves of the base too (`checkpoints.peft`). The groups in
+`non_lora_trainables.bin` and `model.safetensors` are the entries of `LAYOUTS`: blocks beside the
+linear layers of the MLP, each adding `s · B A x`, where `s = alpha / r` comes from
+adapter_config.json whatever the block's own rank.
 
 What is known of `LAYOUTS`. The names, the scaling, the routing (softmax over all experts, the k
 largest renormalised, for each linear layer a router with bias) and the files that a second stage
@@ -20,28 +21,31 @@ import contextlib
 import functools
 import itertools
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from medmoe_jax.adapters import bank as bank_lib
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.lifecycle import Roster
 from medmoe_jax.base import trees
 from medmoe_jax.base.config import DecoderConfig
-from medmoe_jax.checkpoints import families, peft
+from medmoe_jax.base.seam import Params
+from medmoe_jax.checkpoints import families
 from medmoe_jax.checkpoints.files import read_json
 from medmoe_jax.checkpoints.fingerprint import file_fingerprint
+from medmoe_jax.checkpoints.peft import Adapter, read_peft
+from medmoe_jax.checkpoints.peft_names import CONFIG, PICKLED, WEIGHTS, linear_modules, site_of
+from medmoe_jax.checkpoints.safetensors_files import open_safetensors
 from medmoe_jax.checkpoints.torch_files import StoredTensor, open_torch
 from medmoe_jax.errors import UserError
 
-_PICKLED, _TENSORS, _MODEL = "non_lora_trainables.bin", "model.safetensors", "config.json"
+_OTHERS, _TENSORS, _MODEL = "non_lora_trainables.bin", "model.safetensors", "config.json"
 TRAINED = ("train", "gate")  # states in which a stage changes a bank
-_FILES = (peft.CONFIG, peft.WEIGHTS, _PICKLED, _TENSORS, _MODEL)
+_FILES = (CONFIG, WEIGHTS, PICKLED, _OTHERS, _TENSORS, _MODEL)
 
 
 @dataclass(frozen=True)
@@ -154,30 +158,42 @@ def check_fit(folder: Path, problems: list[str]) -> None:
 
 
 def read_adapter(
-    folder: str | Path, config: DecoderConfig, family: str, roster: Roster
+    folder: str | Path,
+    config: DecoderConfig,
+    family: str,
+    roster: Roster,
+    trained: Collection[str],
+    base_before: Callable[[], Params],
 ) -> Imported:
-    """An adapter directory as the banks of a stage.
+    """An adapter directory as the banks and the base leaves of a stage.
 
-    Banks that the stage trains must all be in it, whole; a bank in another state may be left out.
+    Banks and leaves that the stage trains must all be in it, whole; a bank in another state may be
+    left out.
 
     Args:
       folder: what PEFT, or one of the tools above, has written.
       config, family: the base; the family is a key of `families.FAMILIES`.
       roster: the stage's banks with their states.
+      trained: paths of the base leaves that the stage trains.
+      base_before: gives the base's parameters before the stage; called where the directory changes
+        leaves of it.
 
     Raises:
       UserError: the directory does not fit the base and the banks; one message lists everything.
     """
     folder = Path(folder)
     files = [name for name in _FILES if (folder / name).is_file()]
-    if not {peft.WEIGHTS, _PICKLED, _TENSORS}.intersection(files):
-        raise UserError(f"{folder}: holds none of {peft.WEIGHTS}, {_PICKLED}, {_TENSORS}")
+    if WEIGHTS in files and PICKLED in files:
+        files.remove(PICKLED)  # the same again, as PEFT has it
+    known = (WEIGHTS, PICKLED, _OTHERS, _TENSORS)
+    if not set(known).intersection(files):
+        raise UserError(f"{folder}: holds none of {', '.join(known)}")
     banks: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
-        groups, problems = _open(folder, files, config, family, roster, stack)
+        groups, adapter, problems = _open(folder, files, config, family, roster, base_before, stack)
         places, unplaced = _assign(groups, roster)
         # What a damaged file would have given is not missed as well.
-        problems = problems or unplaced
+        problems = problems or [*_misplaced(adapter.leaves, trained), *unplaced]
         for name, at in places.items():
             banks[name], wrong = _fill(roster[name][0], at, config)
             problems += wrong
@@ -190,7 +206,23 @@ def read_adapter(
         for group in groups
     }
     fingerprints = {name: file_fingerprint(folder / name) for name in files}
-    return Imported(banks, taken, fingerprints, tuple(_notes(taken, roster)))
+    notes = [*_notes(taken, roster), *adapter.notes]
+    if adapter.leaves:
+        paths = ", ".join(path for path, _ in trees.flatten(adapter.leaves))
+        notes.append(f"leaves of the base: {paths}")
+    return Imported(banks, taken, fingerprints, tuple(notes), adapter.leaves)
+
+
+def _misplaced(leaves: Params, trained: Collection[str]) -> Iterator[str]:
+    """Leaves that the stage does not train, and leaves that it trains and that are not there."""
+    given = {path for path, _ in trees.flatten(leaves)}
+    if surplus := sorted(given - set(trained)):
+        yield (
+            f"the adapter has its own {', '.join(surplus)}, which the stage does not train: name "
+            f"them in its train_base"
+        )
+    if absent := sorted(set(trained) - given):
+        yield f"train_base: the adapter has no {', '.join(absent)} of its own; do not name it there"
 
 
 def _notes(groups: Mapping[str, Mapping[str, Any]], roster: Roster) -> Iterator[str]:
@@ -208,47 +240,32 @@ def _notes(groups: Mapping[str, Mapping[str, Any]], roster: Roster) -> Iterator[
 
 
 def _open(
-    folder: Path, files, config, family, roster: Roster, stack
-) -> tuple[list[_Group], list[str]]:
-    """The directory's groups, in the order of their meaning, and what is wrong with its files."""
-    groups, problems, tensors = [], [], {}
-    if peft.WEIGHTS in files:
+    folder: Path, files, config, family, roster: Roster, base_before, stack
+) -> tuple[list[_Group], Adapter, list[str]]:
+    """The directory's groups, in the order of their meaning, PEFT's adapter, and what is wrong."""
+    groups, adapter, problems, tensors = [], Adapter(None, {}, {}), [], {}
+    if {WEIGHTS, PICKLED}.intersection(files):
         try:
-            groups.append(_peft_group(folder, config, family, roster))
+            adapter = read_peft(folder, config, family, "lora", base_before)
+            if adapter.spec:
+                groups.append(_peft_group(adapter.spec, adapter.params, roster))
         except UserError as error:
             problems.append(str(error))
-    for name, opened in ((_PICKLED, open_torch), (_TENSORS, _open_safetensors)):
+    for name, opened in ((_OTHERS, open_torch), (_TENSORS, open_safetensors)):
         if name in files:
             try:
                 tensors |= stack.enter_context(opened(folder / name))
             except UserError as error:
                 problems.append(str(error))
     if tensors:
-        more, wrong = _block_groups(folder, tensors, peft.linear_modules(config, family))
+        more, wrong = _block_groups(folder, tensors, linear_modules(config, family))
         groups += more
         problems += wrong
-    return groups, problems
+    return groups, adapter, problems
 
 
-@contextlib.contextmanager
-def _open_safetensors(path: Path) -> Generator[dict[str, StoredTensor]]:
-    try:
-        with safe_open(path, framework="np") as file:
-            names = file.keys()
-            yield {
-                name: StoredTensor(
-                    tuple(file.get_slice(name).get_shape()),
-                    functools.partial(file.get_tensor, name),
-                )
-                for name in names
-            }
-    except SafetensorError as error:
-        raise UserError(f"{path.name}: truncated or damaged ({error})") from None
-
-
-def _peft_group(folder: Path, config, family: str, roster: Roster) -> _Group:
+def _peft_group(spec: BankSpec, params: Params, roster: Roster) -> _Group:
     """PEFT's adapter, its zero padding cut where it goes beyond the rank of the banks there."""
-    spec, params = peft.read_peft(folder, config, family, "lora")
     group = _Group(spec.name, spec.gate, spec.s)
     for site in spec.sites:
         banks = [b for b, _ in roster.values() if site in b.sites and b.gate == spec.gate]
@@ -269,10 +286,10 @@ def _block_groups(
     folder: Path, tensors: Mapping[str, StoredTensor], modules: Mapping[str, families.Tensor]
 ) -> tuple[list[_Group], list[str]]:
     """The groups of `LAYOUTS` that are there, and the tensors that belong to none."""
-    options = _fields(folder / peft.CONFIG)
+    options = _fields(folder / CONFIG)
     rank, alpha = options.get("r"), options.get("lora_alpha")
     if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
-        raise UserError(f"{peft.CONFIG}: r is {rank!r} and lora_alpha {alpha!r}; give two numbers")
+        raise UserError(f"{CONFIG}: r is {rank!r} and lora_alpha {alpha!r}; give two numbers")
     s = alpha / (rank**0.5 if options.get("use_rslora") else rank)
     model = _fields(folder / _MODEL) if (folder / _MODEL).is_file() else {}
     top_k = model.get("num_experts_per_token")
@@ -285,11 +302,9 @@ def _block_groups(
             continue
         module, layout, leaf, expert = parsed
         if leaf == "lora_a" and tensor.shape and tensor.shape[0] % rank:
-            problems.append(
-                f"{name}: shape {tensor.shape} does not fit r = {rank} of {peft.CONFIG}"
-            )
+            problems.append(f"{name}: shape {tensor.shape} does not fit r = {rank} of {CONFIG}")
         for part in module.parts:
-            key = _Key(peft.site_of(part), part.layer, leaf, expert)
+            key = _Key(site_of(part), part.layer, leaf, expert)
             groups[layout.name].pieces[key] = _piece(name, tensor, module, part, leaf)
     return [group for group in groups.values() if group.pieces], problems
 
@@ -311,7 +326,7 @@ def _parse(name: str, modules: Mapping[str, families.Tensor]):
     parts = plain.split(".")
     module = modules.get(".".join(parts[:5]))
     # The authors can put such blocks on attention too, with another scaling: not read here.
-    if module is None or not peft.site_of(module.parts[0]).startswith("mlp."):
+    if module is None or not site_of(module.parts[0]).startswith("mlp."):
         return None
     for layout, leaf, pattern in _PATTERNS:
         if match := pattern.fullmatch(".".join(parts[5:])):
@@ -336,7 +351,7 @@ def _piece(name, tensor: StoredTensor, module: families.Tensor, part, leaf: str)
     """A tensor, of a fused layer's B only the rows of one of its sites."""
     rows = module.shape[0]
     if leaf != "lora_b" or len(module.parts) == 1 or tensor.shape[:1] != (rows,):
-        return _Piece(name, *tensor)
+        return _Piece(name, tensor.shape, tensor.read)
     shape = (part.stop - part.start, *tensor.shape[1:])
     return _Piece(name, shape, lambda: tensor.read()[part.start : part.stop])
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ class StoredTensor:
         """In bytes."""
         return math.prod(self.shape) * _BYTES[self.dtype]
 
-    def whole(self) -> np.ndarray:
+    def read(self) -> np.ndarray:
         """All of it."""
         return self[(slice(None),) * len(self.shape)] if self.shape else self._view[...]
 
@@ -121,7 +121,7 @@ class Opened:
             problems += self._problems_of(tensor)
         for name in sorted(set(self.tensors) - {tensor.name for tensor in plan}):
             if tied and name == tied[0] and tied[1] in self.tensors:
-                head, embedding = (self.tensors[one].whole() for one in tied)
+                head, embedding = (self.tensors[one].read() for one in tied)
                 if not np.array_equal(head, embedding):
                     problems.append(
                         f"{name}: differs from {tied[1]}, but tie_word_embeddings is true"
@@ -145,6 +145,26 @@ class Opened:
         if stored.dtype not in _BYTES:
             problems.append(f"{tensor.name}: dtype {stored.dtype} is none of {', '.join(_BYTES)}")
         return problems
+
+
+@contextlib.contextmanager
+def open_safetensors(path: Path) -> Generator[dict[str, StoredTensor]]:
+    """The tensors of one file, by name; none is read yet.
+
+    Raises:
+      UserError: the file is truncated or damaged, or holds numbers that are no floats.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            tensors = {name: StoredTensor(file, path, name) for name in file.keys()}  # noqa: SIM118
+            for name, tensor in tensors.items():
+                if tensor.dtype not in _BYTES:
+                    raise UserError(
+                        f"{path.name}: {name}: dtype {tensor.dtype} is none of {', '.join(_BYTES)}"
+                    )
+            yield tensors
+    except SafetensorError as error:
+        raise UserError(f"{path.name}: truncated or damaged ({error})") from None
 
 
 def open_files(folder: Path, stack: contextlib.ExitStack) -> Opened:

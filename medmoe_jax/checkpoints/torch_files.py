@@ -2,7 +2,7 @@
 
 Such a file is a zip archive: `*/data.pkl` pickles a dictionary of tensors, each of which names a
 member `*/data/KEY` with its numbers. Nothing in the file is executed: its pickle may name a
-dictionary, a strided tensor and the three storages below, and anything else is refused.
+dictionary, a strided tensor and the kinds of numbers below, and anything else is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,15 @@ import numpy as np
 from medmoe_jax.errors import UserError
 
 # Names, not numpy's own objects: what stands in for them can be changed by nothing in a pickle.
-_STORAGES = {"FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16"}
+_STORAGES = {
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+}
+# Younger kinds have no storage of their own: the tensor names its kind beside one of plain bytes.
+_KINDS = ("float8_e4m3fn", "float8_e5m2")
+_BYTES = "bytes"
 _ZIP_ERRORS = (zipfile.BadZipFile, EOFError, KeyError, RuntimeError)
 _PICKLE_ERRORS = (
     *(pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError),
@@ -39,7 +47,9 @@ class StoredTensor(NamedTuple):
 
 @contextlib.contextmanager
 def open_torch(path: str | Path) -> Generator[dict[str, StoredTensor]]:
-    """The tensors of a file of float32, float16 and bfloat16 tensors, by name; none is read yet.
+    """The tensors of a file of float tensors, by name; none is read yet.
+
+    Their kinds are float64, float32, float16, bfloat16, float8_e4m3fn and float8_e5m2.
 
     Raises:
       UserError: the file is truncated, damaged or of an older format, or holds anything but a
@@ -94,8 +104,14 @@ class _Unpickler(pickle.Unpickler):
             return OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return self._strided
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v3"):
+            return self._strided_bytes
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return self._data
+        if (module, name) == ("torch.storage", "UntypedStorage"):
+            return _BYTES
+        if module == "torch" and (name in _STORAGES or name in _KINDS):
+            return _STORAGES.get(name, name)
         raise UserError(
             f"it names '{module}.{name}', which adapter weights have no use for; nothing was run. "
             "Save the tensors anew as a dictionary of float tensors"
@@ -103,16 +119,29 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> tuple[str, str]:
         kind, dtype, key, _, _ = pid
-        if kind != "storage" or dtype not in _STORAGES.values() or not isinstance(key, str):
+        known = (*_STORAGES.values(), _BYTES)
+        if kind != "storage" or dtype not in known or not isinstance(key, str):
             raise ValueError(f"unknown storage {pid!r}")
         return key, dtype
 
     def _strided(self, storage, offset, shape, stride, *_) -> _Strided:
         key, dtype = storage
+        if dtype == _BYTES:
+            raise ValueError(f"storage {key} does not say what its numbers are")
         numbers = (offset, *shape, *stride)
         if len(shape) != len(stride) or not all(type(n) is int and n >= 0 for n in numbers):
             raise ValueError(f"impossible view {shape} of storage {key}")
         return _Strided(key, dtype, offset, tuple(shape), tuple(stride))
+
+    def _strided_bytes(self, storage, offset, shape, stride, grad, hooks, dtype, *_) -> _Strided:
+        if storage[1] != _BYTES or dtype not in _KINDS:
+            raise ValueError(f"unknown kind {dtype!r} of storage {storage[0]}")
+        return self._strided((storage[0], dtype), offset, shape, stride)
+
+    def _data(self, data, *_) -> _Strided:
+        if not isinstance(data, _Strided):
+            raise ValueError("a parameter without a tensor")
+        return data
 
 
 def _root(archive: zipfile.ZipFile) -> str:
@@ -139,4 +168,7 @@ def _read(path: Path, archive: zipfile.ZipFile, root: str, tensor: _Strided) -> 
         if tensor.offset + last >= len(flat):
             raise ValueError(f"storage {tensor.key} is too short for a view {tensor.shape}")
         steps = [step * flat.itemsize for step in tensor.stride]
-        return np.lib.stride_tricks.as_strided(flat[tensor.offset :], tensor.shape, steps).copy()
+        # The library's views know plain numbers only.
+        plain = flat[tensor.offset :].view(f"u{flat.itemsize}")
+        view = np.lib.stride_tricks.as_strided(plain, tensor.shape, steps)
+        return view.copy().view(flat.dtype)

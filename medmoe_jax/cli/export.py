@@ -6,7 +6,9 @@
   medmoe export --config=FILE --workdir=DIR --format=gguf-adapter --output=adapter
 
 hf: every bank folded into the weights, as a folder that transformers loads.
-peft: every bank, merged ones too, as one LoRA adapter of summed rank over the base as it was.
+peft: every bank, merged ones too, as one LoRA adapter of summed rank over the base as it was, with
+the leaves of the base that were trained as modules_to_save, biases or DoRA's magnitudes; it says
+what vLLM needs to load it.
 gguf: every bank folded into the weights, as one file for llama.cpp, and a Modelfile for Ollama.
 gguf-adapter: the adapter of peft as a file that llama.cpp puts over the base in a GGUF file.
 Beside or in them stand the tokenizer, the chat template that was trained with its options, and the
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,9 +30,10 @@ from medmoe_jax.adapters import lifecycle
 from medmoe_jax.base import decoder
 from medmoe_jax.checkpoints import companions, gguf_export
 from medmoe_jax.checkpoints.families import FAMILIES
-from medmoe_jax.checkpoints.files import check_new
-from medmoe_jax.checkpoints.huggingface import HUB, save_hf
-from medmoe_jax.checkpoints.peft import save_peft
+from medmoe_jax.checkpoints.files import check_new, read_json
+from medmoe_jax.checkpoints.huggingface import published, save_hf
+from medmoe_jax.checkpoints.peft_export import TrainedLeaves, save_peft, serving
+from medmoe_jax.checkpoints.peft_names import CONFIG
 from medmoe_jax.cli.session import add_model_arguments, open_run, open_stage
 from medmoe_jax.data import ollama
 from medmoe_jax.data.gguf_fields import tokenizer_fields
@@ -105,29 +109,41 @@ def _export_hf(setup: Setup, trained: Trained, output: str, dtype: str | None) -
 
 
 def _export_peft(setup: Setup, trained: Trained, output: str, dtype: str | None) -> None:
-    save_peft(
+    base, revision = published(setup.config.base.path)
+    folder = save_peft(
         output,
         setup.base.config,
         setup.base.family,
-        _adapter(setup, trained),
-        base=setup.config.base.path.removeprefix(HUB),
+        _members(trained, (*lifecycle.ACTIVE, "merged")),
+        base=base,
+        revision=revision,
         dtype=np.dtype(dtype or "float32"),
+        trained=TrainedLeaves(
+            _trained_leaves(setup, trained),
+            trained.whole,
+            _members(trained, lifecycle.ACTIVE),
+            setup.load_base,
+        ),
         companions=_prompting(setup),
     )
+    for line in serving(read_json(folder / CONFIG)):
+        note(line)
+
+
+def _trained_leaves(setup: Setup, trained: Trained) -> list[str]:
+    """Leaves of the base that the stages up to this one have trained."""
+    leaves = decoder.shapes(setup.base.config)
+    stages = chain(setup.stages, trained.stage)
+    found = (sorted(match_leaves(leaves, stage.train_base)) for stage in stages)
+    return list(dict.fromkeys(itertools.chain.from_iterable(found)))
 
 
 def _adapter(setup: Setup, trained: Trained):
     """All banks, merged ones too, over a base that must be as it was."""
-    leaves = decoder.shapes(setup.base.config)
-    trained_leaves = [
-        leaf
-        for stage in chain(setup.stages, trained.stage)
-        for leaf in sorted(match_leaves(leaves, stage.train_base))
-    ]
-    if trained_leaves:
+    if leaves := _trained_leaves(setup, trained):
         raise UserError(
-            f"leaves of the base were trained ({', '.join(dict.fromkeys(trained_leaves))}), which "
-            "an adapter cannot express; use --format=hf"
+            f"leaves of the base were trained ({', '.join(leaves)}), which llama.cpp's adapters "
+            "cannot hold; use --format=gguf"
         )
     return _members(trained, (*lifecycle.ACTIVE, "merged"))
 

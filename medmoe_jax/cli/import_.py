@@ -3,7 +3,8 @@
   medmoe import --config=configs/medcare.py:qwen1.5-1.8b --workdir=runs/released \\
       --adapter=stage1 --stage=aggregate
 
-The directory is one that PEFT wrote (LoRA, AdaLoRA), or one with LoRA experts in
+The directory is one that PEFT wrote (LoRA, AdaLoRA, DoRA; with modules_to_save, biases, embedding
+or head where the stage's train_base names these leaves), or one with LoRA experts in
 non_lora_trainables.bin or model.safetensors as the authors of mixtures of LoRA experts release
 them, or a whole model some of whose feed-forward networks are mixtures of experts, for a stage that
 trains all of the base; what it is shows in its files and tensor names. It must fit the stage's

@@ -1,13 +1,17 @@
-"""A stage whose banks come from a directory made by another tool instead of training."""
+"""A stage that comes from a directory made by another tool instead of training."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
+from medmoe_jax.adapters import lifecycle
 from medmoe_jax.adapters.lifecycle import Roster
 from medmoe_jax.base import decoder
+from medmoe_jax.base.seam import Params
 from medmoe_jax.checkpoints.lease import only_writer
 from medmoe_jax.checkpoints.released import Imported, read_adapter
 from medmoe_jax.checkpoints.upcycled import holds_experts, read_upcycled
@@ -21,7 +25,7 @@ from medmoe_jax.training.transitions import roster_of
 
 
 def import_stage(run: Run, folder: str | Path, name: str = "") -> str:
-    """Finish a stage with the banks of an adapter directory, or with a whole upcycled model.
+    """Finish a stage with the banks and leaves of an adapter, or with a whole upcycled model.
 
     Afterwards the work directory is as if the stage had been trained; its manifest names the files
     the banks come from, by content.
@@ -83,24 +87,27 @@ def _choose(run: Run, name: str) -> StageRun:
 
 
 def _read_adapter(stage: StageRun, folder, roster: Roster) -> Imported:
-    trained = stage.recipe.train_base
-    if trained:
-        raise UserError(
-            f"stage '{stage.name}' trains leaves of the base ({', '.join(trained)}): no adapter "
-            "directory holds what comes of that; train it here"
-        )
-    base = stage.setup.base
-    return read_adapter(folder, base.config, base.family, roster)
+    base, (trained, before) = stage.setup.base, _base_of(stage)
+    read = read_adapter(folder, base.config, base.family, roster, trained, before)
+    leaves = jax.tree.map(jax.device_put, read.base, stage.setup.shardings(read.base))
+    return dataclasses.replace(read, base=leaves)
 
 
 def _read_upcycled(stage: StageRun, folder, roster: Roster) -> Imported:
-    setup = stage.setup
-    return read_upcycled(
-        folder,
-        setup.base.config,
-        setup.base.family,
-        roster,
-        match_leaves(decoder.shapes(setup.base.config), stage.recipe.train_base),
-        base_before=lambda: open_trained(stage.run, stage.recipe.after).whole,
-        shardings=setup.shardings,
-    )
+    setup, (trained, before) = stage.setup, _base_of(stage)
+    base = setup.base
+    return read_upcycled(folder, base.config, base.family, roster, trained, before, setup.shardings)
+
+
+def _base_of(stage: StageRun) -> tuple[set[str], Callable[[], Params]]:
+    """The base leaves that a stage trains, and what gives the base that it starts from."""
+    recipe = stage.recipe
+
+    def before() -> Params:
+        model = open_trained(stage.run, recipe.after)
+        roster, base = model.roster, model.whole
+        for bank in recipe.merge:
+            roster, base = lifecycle.merge(roster, model.banks, base, bank, donate=True)
+        return base
+
+    return match_leaves(decoder.shapes(stage.setup.base.config), recipe.train_base), before

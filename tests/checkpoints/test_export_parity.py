@@ -11,10 +11,12 @@ import pytest
 from medmoe_jax.adapters import lifecycle
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.model import AdaptedConfig, hidden
-from medmoe_jax.base import decoder
+from medmoe_jax.base import decoder, trees
 from medmoe_jax.base.loss import logits
 from medmoe_jax.checkpoints import families, huggingface
-from medmoe_jax.checkpoints.peft import read_peft, save_peft
+from medmoe_jax.checkpoints.files import read_json
+from medmoe_jax.checkpoints.peft import read_peft
+from medmoe_jax.checkpoints.peft_export import TrainedLeaves, save_peft
 from tests import naive
 from tests.torch_side import VISION, load_adapter, load_model, peft, torch, transformers
 from tests.torch_side import logits as theirs
@@ -33,6 +35,7 @@ FAMILIES = {
     "gemma3": dict(head_dim=10, sliding_window=5, sliding_window_pattern=2),
     "phi3": dict(sliding_window=7),
 }
+BIASED = dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=False)
 ATTENTION = ("attn.q", "attn.k", "attn.v", "attn.o")
 MLP = ("mlp.gate", "mlp.up", "mlp.down")
 # MedCare's end, on uneven layers; one bank has several experts with Λ and mixing weights.
@@ -45,9 +48,9 @@ SPECS = (
 )  # fmt: skip
 
 
-def build(family, seed=0):
+def build(family, seed=0, **more):
     """A transformers model whose every weight is random."""
-    options = {**SIZES, **GQA, **SPECIAL, **FAMILIES[family]}
+    options = {**SIZES, **GQA, **SPECIAL, **FAMILIES[family], **more}
     if within := families.FAMILIES[family].within:
         options = {within[0]: options, **VISION}
     config = transformers.AutoConfig.for_model(family, **options, attn_implementation="eager")
@@ -167,23 +170,141 @@ ADAPTERS = {
 }
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_adapters_that_peft_made_are_banks(name, tmp_path):
-    family, options = ADAPTERS[name]
-    base, adapter = tmp_path / "base", tmp_path / "adapter"
-    model = build(family)
-    model.save_pretrained(base)
+# What was trained beside banks: the adapter, and the leaves of the base that it changes.
+BESIDE = {
+    "saved": (
+        "llama",
+        {},
+        dict(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head", "model.norm"]),
+        {"embed", "head", "final_norm"},
+    ),
+    "parts of layers": (
+        "phi3",
+        {},
+        dict(
+            target_modules=["gate_up_proj"],
+            modules_to_save=["layers.1.self_attn", "input_layernorm", "layers.2.mlp"],
+            layers_to_transform=[0, 2],
+            layers_pattern=["h", "layers"],
+        ),
+        {
+            *("layers.attn_norm", "layers.attn.q.kernel", "layers.attn.k.kernel"),
+            *("layers.attn.v.kernel", "layers.attn.o.kernel", "layers.mlp.gate.kernel"),
+            *("layers.mlp.up.kernel", "layers.mlp.down.kernel"),
+        },
+    ),
+    "biases": (
+        "llama",
+        BIASED,
+        dict(target_modules=["q_proj", "up_proj"], bias="all"),
+        {f"layers.{site}.bias" for site in (*ATTENTION, *MLP)},
+    ),
+    "ends": (
+        "llama",
+        {},
+        dict(
+            target_modules=["embed_tokens", "lm_head", "v_proj"],
+            use_rslora=True,
+            alpha_pattern={"lm_head": 3},
+            rank_pattern={"embed_tokens": 2},
+        ),
+        {"embed", "head"},
+    ),
+    "dora": (
+        "llama",
+        BIASED,
+        dict(target_modules=["q_proj", "down_proj"], use_dora=True),
+        {"layers.attn.q.kernel", "layers.mlp.down.kernel"},
+    ),
+    "dora of all": (
+        "phi3",
+        {},
+        dict(
+            target_modules=["qkv_proj", "o_proj", "embed_tokens", "lm_head"],
+            use_dora=True,
+            rank_pattern={"o_proj": 6},
+            modules_to_save=["model.norm"],
+        ),
+        {
+            *("embed", "head", "final_norm", "layers.attn.q.kernel", "layers.attn.k.kernel"),
+            *("layers.attn.v.kernel", "layers.attn.o.kernel"),
+        },
+    ),
+    "tied": (
+        "qwen2",
+        {},
+        dict(target_modules=["k_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+        {"embed"},
+    ),
+    "tied ends": (
+        "gemma2",
+        {},
+        dict(target_modules=["embed_tokens", "k_proj"], ensure_weight_tying=True),
+        {"embed"},
+    ),
+    "no bank": (
+        "mistral",
+        {},
+        dict(target_modules=["lm_head"], modules_to_save=["layers.0.mlp.up_proj"]),
+        {"head", "layers.mlp.up.kernel"},
+    ),
+}
+
+
+def made_by_peft(model, options, folder):
+    """The model under an adapter whose every weight is random, which is saved too."""
     made = peft.get_peft_model(model, options)
     with torch.no_grad():
         for key, weight in made.named_parameters():
-            if "lora_" in key:
-                gain = weight.shape[-1] ** -0.5 if "lora_A" in key else 0.3
-                weight.copy_(gain * torch.randn_like(weight))
-    made.save_pretrained(adapter)
+            noise = torch.randn_like(weight)
+            if "magnitude" in key:
+                weight.mul_(1 + 0.3 * noise)
+            elif "lora_" in key:
+                a = "lora_A" in key or "embedding_B" in key
+                weight.copy_((weight.shape[-1] ** -0.5 if a else 0.3) * noise)
+            elif weight.requires_grad:
+                weight.add_(0.3 * noise / (1 if weight.ndim == 1 else weight.shape[-1] ** 0.5))
+    made.save_pretrained(folder)
+    return made.eval()
+
+
+def check_there_and_back(tmp_path, family, model, options):
+    """An adapter of PEFT read by us, and what we make of it read by PEFT; its changed leaves."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model.save_pretrained(base)
+    made = made_by_peft(model, options, adapter)
     config, params = huggingface.load(base, jnp.float32)
-    bank = read_peft(adapter, config, family, "adapter")
+    spec, bank, leaves, _ = read_peft(adapter, config, family, "adapter", lambda: params)
+    members = [(spec, bank)] if spec else []
     want = theirs(load_adapter(base, adapter), tokens())
+    if options.peft_type != "ADALORA":  # which loses ranks when it is saved
+        assert naive.rel(theirs(made, tokens()), want) <= TOLERANCE
+    whole = trees.overlay(params, leaves)
+    got = ours(config, whole, members, tokens())
     assert naive.rel(ours(config, params, [], tokens()), want) >= 0.1
-    assert naive.rel(ours(config, params, [bank], tokens()), want) <= TOLERANCE
-    save_peft(tmp_path / "again", config, family, [bank])
-    assert naive.rel(theirs(load_adapter(base, tmp_path / "again"), tokens()), want) <= TOLERANCE
+    assert naive.rel(got, want) <= TOLERANCE
+    paths = {path for path, _ in trees.flatten(leaves)}
+    trained = TrainedLeaves(paths, whole, members, lambda: params)
+    again = save_peft(tmp_path / "again", config, family, members, trained=trained)
+    assert naive.rel(theirs(load_adapter(base, again), tokens()), want) <= TOLERANCE
+    for path in paths:
+        rest = trees.without(leaves, trees.unflatten([(path, None)]))
+        less = ours(config, trees.overlay(params, rest), members, tokens())
+        assert naive.rel(less, want) >= 1e-3, path
+    return paths, read_json(again / "adapter_config.json")
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_that_peft_made_are_banks(name, tmp_path):
+    family, options = ADAPTERS[name]
+    paths, _ = check_there_and_back(tmp_path, family, build(family), options)
+    assert paths == set()
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_peft_trained_beside_banks_is_leaves(name, tmp_path):
+    family, more, options, leaves = BESIDE[name]
+    options = peft.LoraConfig(r=4, lora_alpha=6, **options)
+    paths, again = check_there_and_back(tmp_path, family, build(family, **more), options)
+    assert paths == leaves
+    assert again["use_dora"] == options.use_dora

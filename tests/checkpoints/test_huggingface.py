@@ -20,6 +20,7 @@ from medmoe_jax.checkpoints.safetensors_files import StoredTensor
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel.mesh import make_mesh
 from medmoe_jax.parallel.rules import BASE_RULES, shardings
+from tests.stored import save_by_hand
 
 D, F, L, H, K, h, V = 16, 24, 3, 4, 2, 8, 40
 QWEN2 = {
@@ -149,19 +150,6 @@ def test_floats_of_every_width_are_read(tmp_path, tensors, stored):
         for path, leaf in trees.flatten(params):
             want = leaf_by_hand(tensors, path).astype(np.float32)
             np.testing.assert_array_equal(leaf, want, err_msg=path)
-
-
-def save_by_hand(tensors, path):
-    """A safetensors file with dtypes that the library's numpy side cannot write."""
-    names = {"float64": "F64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
-    header, data = {"__metadata__": {"format": "pt"}}, b""
-    for name, x in tensors.items():
-        at = [len(data), len(data) + x.nbytes]
-        header[name] = {"dtype": names[str(x.dtype)], "shape": x.shape, "data_offsets": at}
-        data += x.tobytes()
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
 def test_names_without_the_models_prefix(tmp_path, tensors):

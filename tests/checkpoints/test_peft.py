@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from medmoe_jax.adapters import bank as bank_lib
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.base.config import site_shapes
-from medmoe_jax.checkpoints import files, peft
+from medmoe_jax.checkpoints import files, peft, peft_export
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel.mesh import make_mesh
 from medmoe_jax.parallel.rules import BANK_RULES, shardings
@@ -111,13 +111,20 @@ def check_folder(folder, members, family, tolerance=1e-6):
     assert worst <= tolerance, worst
 
 
+def read(folder, config=TINY, family="llama", name="lora"):
+    """`(spec, params)` of an adapter that leaves the base alone."""
+    adapter = peft.read_peft(folder, config, family, name, base=None)
+    assert adapter.leaves == {}
+    return adapter.spec, adapter.params
+
+
 @pytest.mark.parametrize("family", MODULES)
 def test_every_bank_is_in_what_is_written(tmp_path, family):
-    folder = peft.save_peft(tmp_path / "out", TINY, family, MEMBERS, base="org/name")
+    folder = peft_export.save_peft(tmp_path / "out", TINY, family, MEMBERS, base="org/name")
     check_folder(folder, MEMBERS, family)
     options = json.loads((folder / "adapter_config.json").read_text())
     assert options["lora_alpha"] == options["r"] == {"llama": 14, "phi3": 19}[family]
-    assert options["alpha_pattern"] == options["rank_pattern"]
+    assert options["alpha_pattern"] == options["rank_pattern"] == {}
     assert options["base_model_name_or_path"] == "org/name"
     tensors = load_file(folder / "adapter_model.safetensors")
     names = {
@@ -125,6 +132,8 @@ def test_every_bank_is_in_what_is_written(tmp_path, family):
     }
     assert set(tensors) == names
     assert all(x.dtype == np.float32 for x in tensors.values())
+    ranks = {x.shape["lora_B" in name] for name, x in tensors.items()}
+    assert ranks == {options["r"]}
     for number, (spec, params) in enumerate(MEMBERS):
         others = [m for m in MEMBERS if m[0] is not spec]
         for wrong in (others, [*others, (spec.replace(alpha=2 * spec.alpha), params)]):
@@ -134,7 +143,9 @@ def test_every_bank_is_in_what_is_written(tmp_path, family):
 
 def test_only_the_modules_of_the_banks_are_named(tmp_path):
     member = MEMBERS[2]
-    folder = peft.save_peft(tmp_path / "out", TINY, "phi3", [member], dtype=ml_dtypes.bfloat16)
+    folder = peft_export.save_peft(
+        tmp_path / "out", TINY, "phi3", [member], dtype=ml_dtypes.bfloat16
+    )
     options = json.loads((folder / "adapter_config.json").read_text())
     assert options["target_modules"] == [
         "model.layers.1.self_attn.qkv_proj",
@@ -147,7 +158,7 @@ def test_only_the_modules_of_the_banks_are_named(tmp_path):
 
 
 def test_cleared_triplets_are_left_out(tmp_path):
-    """Each module gets the rank that its matrix kept, and a module without any is not named."""
+    """Zeros stand in their place, and a module without any is not named."""
     spec = BankSpec("pruned", ("attn.o", "mlp.down"), 0, 3, rank=4, alpha=3.0, learned_scale=True)
     params = random_bank(spec)
     for (site, layer), cleared in {
@@ -158,19 +169,17 @@ def test_cleared_triplets_are_left_out(tmp_path):
         scale = np.array(params[site]["scale"])
         scale[layer, 0, cleared] = 0.0
         params[site] = {**params[site], "scale": scale}
-    folder = peft.save_peft(tmp_path / "out", TINY, "llama", [(spec, params)])
+    folder = peft_export.save_peft(tmp_path / "out", TINY, "llama", [(spec, params)])
     check_folder(folder, [(spec, params)], "llama")
     options = json.loads((folder / "adapter_config.json").read_text())
-    assert options["r"] == 4 and options["rank_pattern"] == {
-        "model.layers.0.self_attn.o_proj": 2,
-        "model.layers.2.mlp.down_proj": 3,
-    }
+    assert options["r"] == 4 and options["rank_pattern"] == {}
     assert "model.layers.1.self_attn.o_proj" not in options["target_modules"]
     tensors = load_file(folder / "adapter_model.safetensors")
-    assert tensors["base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight"].shape[0] == 2
+    a = tensors["base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight"]
+    assert a[:2].any(axis=1).all() and not a[2:].any()
     nothing = {site: {**p, "scale": np.zeros_like(p["scale"])} for site, p in params.items()}
     with pytest.raises(UserError, match="every Λ of the banks to write is 0"):
-        peft.save_peft(tmp_path / "none", TINY, "llama", [(spec, nothing)])
+        peft_export.save_peft(tmp_path / "none", TINY, "llama", [(spec, nothing)])
 
 
 def test_banks_may_be_sharded(tmp_path):
@@ -179,13 +188,13 @@ def test_banks_may_be_sharded(tmp_path):
     placed = [(s, jax.device_put(p, shardings(p, mesh, BANK_RULES))) for s, p in members]
     a = placed[0][1]["attn.q"]["lora_a"]
     assert a.addressable_shards[0].data.shape[1] == TINY.d_model // 4
-    folder = peft.save_peft(tmp_path / "out", TINY, "phi3", placed)
+    folder = peft_export.save_peft(tmp_path / "out", TINY, "phi3", placed)
     check_folder(folder, members, "phi3")
 
 
 def test_what_is_written_is_read_back(tmp_path):
-    folder = peft.save_peft(tmp_path / "out", TINY, "phi3", MEMBERS)
-    spec, params = peft.read_peft(folder, TINY, "phi3", "all")
+    folder = peft_export.save_peft(tmp_path / "out", TINY, "phi3", MEMBERS)
+    spec, params = read(folder, family="phi3", name="all")
     assert (spec.name, spec.experts, spec.start, spec.stop) == ("all", 1, 0, 3)
     for layer, site in itertools.product(range(3), site_shapes(TINY)):
         want = delta(MEMBERS, site, layer)
@@ -195,9 +204,11 @@ def test_what_is_written_is_read_back(tmp_path):
 def test_refused_writes_leave_nothing(tmp_path, monkeypatch):
     token = BankSpec("noise", MLP, 0, 3, experts=4, gate="token")
     with pytest.raises(UserError, match="bank 'noise' has gate 'token'"):
-        peft.save_peft(tmp_path / "out", TINY, "llama", [*MEMBERS, (token, random_bank(token))])
+        peft_export.save_peft(
+            tmp_path / "out", TINY, "llama", [*MEMBERS, (token, random_bank(token))]
+        )
     with pytest.raises(UserError, match="no bank to write"):
-        peft.save_peft(tmp_path / "out", TINY, "llama", [])
+        peft_export.save_peft(tmp_path / "out", TINY, "llama", [])
     for error in (OSError(28, "No space left on device"), SafetensorError("No space left")):
 
         def full(*_, error=error, **__):
@@ -205,11 +216,11 @@ def test_refused_writes_leave_nothing(tmp_path, monkeypatch):
 
         monkeypatch.setattr(files, "save_file", full)
         with pytest.raises(UserError, match=r"out: cannot be written.*No space left"):
-            peft.save_peft(tmp_path / "out", TINY, "llama", MEMBERS)
+            peft_export.save_peft(tmp_path / "out", TINY, "llama", MEMBERS)
     assert not list(tmp_path.iterdir())
     (tmp_path / "out").write_text("mine")
     with pytest.raises(UserError, match="is there already"):
-        peft.save_peft(tmp_path / "out", TINY, "llama", MEMBERS)
+        peft_export.save_peft(tmp_path / "out", TINY, "llama", MEMBERS)
     assert (tmp_path / "out").read_text() == "mine"
 
 
@@ -271,7 +282,7 @@ def check_bank(bank, tensors, scaling, family="llama"):
 def test_a_plain_adapter(tmp_path, root):
     ranks = every("self_attn.q_proj", "mlp.down_proj")
     tensors = write(tmp_path, {**PLAIN, "use_rslora": root}, ranks, dtype=np.float16)
-    bank = peft.read_peft(tmp_path, TINY, "llama", "lora")
+    bank = read(tmp_path)
     assert bank[0] == BankSpec(
         "lora", ("attn.q", "mlp.down"), 0, 3, rank=4, alpha=6.0, rank_stabilised=root, dropout=0.1
     )
@@ -296,7 +307,7 @@ def test_unequal_ranks_and_alphas(tmp_path, root):
         "model.layers.2.mlp.down_proj": 2,
     }
     tensors = write(tmp_path, options, ranks)
-    bank = peft.read_peft(tmp_path, TINY, "llama", "lora")
+    bank = read(tmp_path)
     assert (bank[0].rank, bank[0].s, bank[0].start, bank[0].stop) == (7, 1.0, 1, 3)
     alphas = {"model.layers.2.self_attn.q_proj": 10}
     check_bank(bank, tensors, lambda m: alphas.get(m, 6) / ranks[m] ** (0.5 if root else 1))
@@ -314,7 +325,7 @@ def test_layers_to_transform_and_fused_modules(tmp_path, layers):
     ranks = every("self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.down_proj", layers=chosen)
     del ranks["model.layers.2.mlp.down_proj"]
     tensors = write(tmp_path, options, ranks, "phi3")
-    bank = peft.read_peft(tmp_path, TINY, "phi3", "lora")
+    bank = read(tmp_path, family="phi3")
     assert (bank[0].start, bank[0].stop) == (chosen[0], 3)
     check_bank(bank, tensors, lambda _: 1.5, "phi3")
 
@@ -325,22 +336,22 @@ def test_adalora_keeps_the_scaling_of_its_first_rank(tmp_path, alpha):
     options |= {"target_modules": "all-linear", "rank_pattern": {"x": [True, False]}}
     ranks = every(*MODULES["llama"], rank=3) | every("mlp.up_proj", rank=5)
     tensors = write(tmp_path, options, ranks)
-    bank = peft.read_peft(tmp_path, TINY, "llama", "skill")
+    bank = read(tmp_path)
     assert bank[0].learned_scale and bank[0].rank == 5
     check_bank(bank, tensors, lambda _: (alpha or 5) / 5)
 
 
 def refused(folder, config=TINY, family="llama"):
     with pytest.raises(UserError) as error:
-        peft.read_peft(folder, config, family, "x")
+        read(folder, config, family)
     return str(error.value)
 
 
 def test_options_that_a_bank_lacks_are_listed_at_once(tmp_path):
     bad = {
-        "use_dora": True,
-        "bias": "all",
-        "modules_to_save": ["lm_head"],
+        "lora_bias": True,
+        "bias": "some",
+        "trainable_token_indices": [1],
         "init_lora_weights": "pissa_niter_4",
         "r": 0,
         "lora_alpha": None,
@@ -369,14 +380,18 @@ def test_an_adapter_of_another_base_is_one_error(tmp_path):
     assert "(llama, 5 layers, width 12); 14 problems" in text
     assert "layers.0.self_attn.q_proj.lora_A.weight: shape (4, 16), expected (4, 12)" in text
     assert "layers.1.mlp.down_proj.lora_B.weight: shape (16, 4), expected (12, 4)" in text
-    assert "layers.4.mlp.down_proj.lora_A.weight: missing" in text
+    assert "layers.4.mlp.down_proj.lora_A: missing" in text
     text = refused(tmp_path, TINY.replace(n_layers=2))
-    assert "'model.layers.2.mlp.down_proj' is no linear layer of this base" in text
+    assert "'model.layers.2.mlp.down_proj' is no layer of this base" in text
     text = refused(tmp_path, family="phi3")
-    assert "'model.layers.0.self_attn.q_proj' is no linear layer of this base" in text
-    name = "base_model.model.lm_head.weight"
-    save_file({**tensors, name: np.ones((2, 2))}, tmp_path / "adapter_model.safetensors")
-    assert f"{name}: 'lm_head.weight' is no linear layer" in refused(tmp_path)
+    assert "'model.layers.0.self_attn.q_proj' is no layer of this base" in text
+    for name, words in {
+        "base_model.model.score.weight": "'score' is no weight of this base",
+        "base_model.model.lm_head.weight": "shape (2, 2), expected (29, 16)",
+        "base_model.model.prompt": "is no tensor of an adapter",
+    }.items():
+        save_file({**tensors, name: np.ones((2, 2))}, tmp_path / "adapter_model.safetensors")
+        assert f"{name}: {words}" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -12,7 +12,8 @@ from medmoe_jax.errors import UserError
 from tests import torch_zip
 
 RNG = np.random.default_rng(0)
-DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
+DTYPES = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn,
+          ml_dtypes.float8_e5m2)  # fmt: skip
 
 
 def read(path):

@@ -108,7 +108,8 @@ def gguf_logits(folder):
 def adapted_logits(folder):
     """Float64 logits of the original base under an exported adapter."""
     setup, _ = tiny.trained()
-    spec, params = peft.read_peft(folder, setup.base.config, "llama", "adapter")
+    config, base = setup.base.config, setup.load_base
+    spec, params, *_ = peft.read_peft(folder, config, "llama", "adapter", base)
     linear = naive.adapted((spec,), {"adapter": params})
     base, batch = naive.f64(setup.load_base()), naive.random_batch(setup.base.config)
     return used(naive.logits(setup.base.config, base, batch, linear))
@@ -236,16 +237,30 @@ def test_a_bank_that_looks_at_tokens_must_be_left_out(config, workdir, reference
     assert "there is no bank to write" in error
 
 
-@pytest.mark.parametrize("kind", ["peft", "gguf-adapter"])
-def test_trained_leaves_of_the_base_do_not_fit_an_adapter(kind, workdir, tmp_path):
+def test_trained_leaves_of_the_base_are_in_an_adapter(workdir, tmp_path, capsys):
+    """PEFT's, whole; llama.cpp's have no place for them."""
     setup, _ = tiny.trained()
     trained = open_trained(Run(setup, workdir), "align")
     first, *others = setup.stages
     changed = dataclasses.replace(first, train_base=("final_norm", "layers.*_norm"))
     setup = dataclasses.replace(setup, stages=(changed, *others))
     leaves = "final_norm, layers.attn_norm, layers.mlp_norm"
-    with pytest.raises(UserError, match=rf"\({leaves}\).* use --format=hf"):
-        export.FORMATS[kind].write(setup, trained, str(tmp_path / "out"), None)
+    with pytest.raises(UserError, match=rf"\({leaves}\).* use --format=gguf"):
+        export.FORMATS["gguf-adapter"].write(setup, trained, str(tmp_path / "out"), None)
+    norms = {"final_norm": 2 * trained.base["final_norm"]}
+    norms["layers"] = {"mlp_norm": trained.base["layers"]["mlp_norm"].at[1].add(0.5)}
+    trained = dataclasses.replace(trained, leaves=norms)
+    export.FORMATS["peft"].write(setup, trained, str(tmp_path / "out"), None)
+    assert "vLLM loads no adapter with modules_to_save" in capsys.readouterr().err
+    fields = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    norm = "model.layers.1.post_attention_layernorm"
+    assert fields["modules_to_save"] == [norm, "model.norm"]
+    stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    for name, leaf in {
+        norm: norms["layers"]["mlp_norm"][1],
+        "model.norm": norms["final_norm"],
+    }.items():
+        np.testing.assert_array_equal(stored[f"base_model.model.{name}.weight"], leaf)
 
 
 def test_nothing_is_left_when_the_disk_is_full(config, workdir, tmp_path, capsys, monkeypatch):

@@ -8,12 +8,17 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from medmoe_jax.base import trees
+from medmoe_jax.checkpoints import huggingface
 from medmoe_jax.checkpoints.files import read_json
 from medmoe_jax.checkpoints.fingerprint import file_fingerprint
 from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.checkpoints.lease import only_writer
 from medmoe_jax.checkpoints.manifest import Manifest
+from medmoe_jax.checkpoints.peft_export import TrainedLeaves, save_peft
+from medmoe_jax.cli.configs import load_config
 from medmoe_jax.cli.main import main
 from medmoe_jax.errors import UserError
 from medmoe_jax.training.config import stacked
@@ -21,7 +26,7 @@ from medmoe_jax.training.imports import import_stage
 from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import open_setup
 from medmoe_jax.training.trained import open_trained
-from tests import tiny
+from tests import naive, tiny
 from tests.released import module, write
 
 LAYERS = range(tiny.DECODER.n_layers)
@@ -207,8 +212,54 @@ def test_what_is_refused_leaves_nothing(config, released, tmp_path, capsys):
         ([f"--adapter={released[0]}", "--config.stages.aggregate.banks.noise.rank=4"],
          "asks for (4, 16)"),
         ([f"--adapter={released[0]}", "--config.stages.aggregate.train_base=('final_norm',)"],
-         "stage 'aggregate' trains leaves of the base (final_norm): no adapter directory holds"),
+         "train_base: the adapter has no final_norm of its own"),
         ([f"--adapter={released[0]}", "--wat"], "unknown argument '--wat'"),
     ):  # fmt: skip
         assert words in fails(capsys, *command, *more)
         assert not workdir.exists()
+
+
+def test_an_adapter_that_changes_leaves_of_the_base(tmp_path, capsys):
+    """Imported, opened, answered with and exported, against the float64 twin of the whole."""
+    file = tmp_path / "recipe.py"
+    lines = (
+        "config = tiny.medcare_config()",
+        "config.stages.order = ('aggregate',)",
+        "del config.stages.aggregate.banks['noise'], config.stages.aggregate.banks['knowledge']",
+        "config.stages.aggregate.train_base = ('embed', 'layers.attn.q.kernel')",
+        "return config",
+    )
+    file.write_text(CONFIG.replace("return tiny.medcare_config()", "\n    ".join(lines)))
+    config = f"--config={file}"
+    setup = open_setup(load_config([config]))
+    spec = setup.stages[0].added[0]
+    base = setup.load_base()
+    bank = naive.random_banks((spec,), setup.base.config)[spec.name]
+    leaves = {
+        "embed": 1.5 * base["embed"] + 0.1,
+        "layers": {"attn": {"q": {"kernel": base["layers"]["attn"]["q"]["kernel"] * 0.5}}},
+    }
+    whole, members = trees.overlay(base, leaves), [(spec, bank)]
+    made = TrainedLeaves(("embed", "layers.attn.q.kernel"), whole, members, setup.load_base)
+    adapter = save_peft(tmp_path / "adapter", setup.base.config, "llama", members, trained=made)
+    workdir = tmp_path / "w"
+    run("import", config, workdir, f"--adapter={adapter}")
+    assert "leaves of the base: embed, layers.attn.q.kernel" in capsys.readouterr().err
+    opened = open_trained(Run(setup, workdir), "aggregate")
+    assert naive.tree_rel(opened.leaves, leaves) <= 1e-6
+    assert "embed" not in opened.base
+    linear = naive.adapted((spec,), {spec.name: bank})
+    batch = naive.random_batch(setup.base.config)
+    want = naive.logits(setup.base.config, naive.f64(whole), batch, linear)[..., :300]
+    run("export", config, workdir, "--format=hf", f"--output={tmp_path / 'hf'}")
+    loaded, params = huggingface.load(tmp_path / "hf", np.float32)
+    assert naive.rel(naive.logits(loaded, naive.f64(params), batch)[..., :300], want) <= 1e-5
+    run("generate", config, workdir, "a question", "--max-tokens=2")
+    run("export", config, workdir, "--format=peft", f"--output={tmp_path / 'peft'}")
+    assert read_json(tmp_path / "peft" / "adapter_config.json")["use_dora"]
+    again, first = (
+        load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "peft", adapter)
+    )
+    assert set(again) == set(first)
+    for name, array in first.items():
+        np.testing.assert_allclose(again[name], array, rtol=1e-4, atol=1e-5, err_msg=name)

@@ -1,0 +1,195 @@
+"""What adapter_config.json says of an adapter: its kind, the modules it sits on, their scaling.
+
+The rules are PEFT's, so that a file means here what it means there.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medmoe_jax.checkpoints.files import read_json
+from medmoe_jax.checkpoints.peft_names import CONFIG
+from medmoe_jax.errors import UserError
+
+# The tensors of a linear layer's adapter: A, B and, in AdaLoRA, Λ.
+LEAVES = {"LORA": ("lora_A", "lora_B"), "ADALORA": ("lora_A", "lora_B", "lora_E")}
+MAGNITUDE = "lora_magnitude_vector"
+BIASES = ("none", "all", "lora_only")
+# Options that change what an adapter computes, in ways that no bank or base leaf can.
+_REFUSED = (
+    *("lora_bias", "trainable_token_indices", "target_parameters", "layer_replication"),
+    *("alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "velora_config"),
+    "monteclora_config",
+)
+# Initialisations that take a part out of the base's weights: the adapter fits the rest only.
+_CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga")
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What adapter_config.json says of one module: `s = alpha / r`, or `alpha / sqrt(r)`."""
+
+    rank: int
+    alpha: float
+    root: bool
+
+    @property
+    def s(self) -> float:
+        """The factor on the adapter's output."""
+        return self.alpha / (self.rank**0.5 if self.root else self.rank)
+
+
+@dataclass(frozen=True)
+class Options:
+    """An adapter_config.json.
+
+    Attributes:
+      fields: as they stand in the file.
+    """
+
+    fields: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> Options:
+        """The file of an adapter's folder; UserError where it is none."""
+        fields = read_json(folder / CONFIG)
+        if not isinstance(fields, dict):
+            raise UserError(f"{folder / CONFIG}: not a JSON object")
+        return cls(fields)
+
+    @property
+    def kind(self) -> str:
+        """`LORA` or `ADALORA`."""
+        return self.fields["peft_type"]
+
+    @property
+    def decomposed(self) -> bool:
+        """Whether every module has a magnitude of its own (DoRA)."""
+        return bool(self.fields.get("use_dora"))
+
+    @property
+    def tied(self) -> bool:
+        """Whether what is done to an embedding is done to the head that is tied to it."""
+        return bool(self.fields.get("ensure_weight_tying"))
+
+    @property
+    def bias(self) -> str:
+        """Whose biases were trained: one of `BIASES`."""
+        return self.fields.get("bias") or "none"
+
+    @property
+    def dropout(self) -> float:
+        """Of the adapter's input, in training."""
+        return float(self.fields.get("lora_dropout") or 0.0)
+
+    def problems(self) -> list[str]:
+        """What cannot be honoured."""
+        fields, kind = self.fields, self.fields.get("peft_type")
+        if kind not in LEAVES:
+            return [f"{CONFIG}: peft_type: {kind!r} is none of {', '.join(LEAVES)}"]
+        out = [f"{key}: {fields[key]!r} is not supported" for key in _REFUSED if fields.get(key)]
+        if self.bias not in BIASES:
+            out.append(f"bias: {self.bias!r} is none of {', '.join(BIASES)}")
+        if _CHANGES_BASE.match(str(fields.get("init_lora_weights"))):
+            out.append(
+                f"init_lora_weights: {fields['init_lora_weights']!r} changes the base's weights; "
+                "convert the adapter to a plain one with PEFT first"
+            )
+        adalora = kind == "ADALORA"
+        out += _bad_number("init_r" if adalora else "r", fields, whole=True)
+        out += _bad_number("lora_alpha", fields)
+        # AdaLoRA's rank_pattern is another thing: masks of what is gone from the tensors already.
+        for key in () if adalora else ("rank_pattern", "alpha_pattern"):
+            for pattern in fields.get(key) or {}:
+                out += _bad_number(pattern, fields[key], whole=key == "rank_pattern")
+                out += _bad_pattern(key, pattern)
+        for key in ("target_modules", "exclude_modules"):
+            if isinstance(fields.get(key), str):
+                out += _bad_pattern(key, fields[key])
+        for key in ("modules_to_save", "layers_pattern"):
+            for pattern in _listed(fields.get(key)):
+                out += _bad_pattern(key, pattern)
+        if not fields.get("target_modules") and not fields.get("modules_to_save"):
+            out.append("target_modules is empty")
+        return [f"{CONFIG}: {problem}" for problem in out]
+
+    def targets(self, module: str, in_block: bool) -> bool:
+        """Whether there is an adapter on a module; `in_block`: it is a linear layer of a block."""
+        wanted = self.fields.get("target_modules") or []
+        if _matches(self.fields.get("exclude_modules") or [], module):
+            return False
+        # What is saved whole takes no adapter.
+        saved = _listed(self.fields.get("modules_to_save"))
+        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved):
+            return False
+        if wanted == "all-linear":
+            return in_block and self._in_layers(module)
+        if not isinstance(wanted, str) and module in wanted:
+            return True
+        return _matches(wanted, module) and self._in_layers(module)
+
+    def _in_layers(self, module: str) -> bool:
+        layers = self.fields.get("layers_to_transform")
+        if layers in (None, []):
+            return True
+        patterns = _listed(self.fields.get("layers_pattern")) or ["[^.]*"]
+        found = (re.match(rf".*?\.{pattern}\.(\d+)\.", f".{module}") for pattern in patterns)
+        number = next((int(match[1]) for match in found if match), None)
+        return number in ([layers] if isinstance(layers, int) else layers)
+
+    def saves(self, parameter: str) -> bool:
+        """Whether a tensor of the base lies in a module that was trained and saved whole."""
+        names, parts = _listed(self.fields.get("modules_to_save")), parameter.split(".")
+        modules = [".".join(parts[:n]) for n in range(1, len(parts))]
+        return any(module.endswith(name) for module in modules for name in names)
+
+    def scaling(self, module: str) -> Scaling:
+        """The scaling of a module's adapter."""
+        fields = self.fields
+        if self.kind == "ADALORA":
+            # Its s stays that of the initial rank, however few ranks are left.
+            rank, alpha = fields["init_r"], fields["lora_alpha"]
+            return Scaling(rank, float(alpha if alpha > 0 else rank), False)
+        rank = _by_pattern(fields.get("rank_pattern"), module, fields["r"])
+        alpha = _by_pattern(fields.get("alpha_pattern"), module, fields["lora_alpha"])
+        return Scaling(rank, float(alpha), bool(fields.get("use_rslora")))
+
+
+def _listed(names: str | Sequence[str] | None) -> Sequence[str]:
+    return [names] if isinstance(names, str) else names or []
+
+
+def _bad_number(key: str, fields: Mapping[str, Any], whole: bool = False) -> list[str]:
+    value = fields.get(key)
+    fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if fits and math.isfinite(value) and (value > 0 or not whole):
+        return []
+    return [f"{key}: {value!r} is not a {'positive whole ' if whole else ''}number"]
+
+
+def _bad_pattern(key: str, pattern: str) -> list[str]:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return [f"{key}: {pattern!r} is not a regular expression ({error})"]
+    return []
+
+
+def _matches(patterns: str | Sequence[str], module: str) -> bool:
+    """PEFT's rule: a regular expression on the whole name, or a list of ends of names."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, module) is not None
+    return any(module == end or module.endswith(f".{end}") for end in patterns)
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default):
+    """The value of the first pattern that matches an end of the module's name."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
