@@ -8,6 +8,7 @@ embedding; its weight is `W [O, D]`, of the last two `[V, D]`. With `s` from ada
     of an embedding     W' = W + s (B A)ᵀ             A [r, V], B [D, r]
     DoRA                W' = m V / |V|, V = W + s B A    of rows; of an embedding, of columns
     modules_to_save, bias    W' and biases as they are
+    trainable_token_indices  rows of W' as they are
 
 Linear layers of the blocks become a bank; what a bank cannot be becomes leaves of the base, with
 DoRA `(m / |V|) W`, beside a bank whose B has the factor too.
@@ -30,7 +31,7 @@ from medmoe_jax.base.seam import Params
 from medmoe_jax.checkpoints import families
 from medmoe_jax.checkpoints.folded import FoldedWeights
 from medmoe_jax.checkpoints.peft_names import CONFIG, Contents, Key, open_contents, site_of
-from medmoe_jax.checkpoints.peft_options import LEAVES, MAGNITUDE, Options, Scaling
+from medmoe_jax.checkpoints.peft_options import LEAVES, MAGNITUDE, TOKENS, Options, Scaling
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel.host import to_host
 
@@ -42,7 +43,7 @@ class Adapter(NamedTuple):
       spec, params: a bank of one always-on expert, float32 numpy arrays as `adapters.bank.shapes`;
         None and empty where no linear layer of a block has an adapter.
       leaves: leaves of the base, whole and float32, in the place of its own.
-      notes: what PEFT lost when it wrote the adapter.
+      notes: what of the files has no effect, for people.
     """
 
     spec: BankSpec | None
@@ -77,6 +78,20 @@ class _Module:
         return np.float32(self.scaling.s) * (b_Oxr @ self.a_rxD)
 
 
+class _Given(NamedTuple):
+    """What an adapter's files hold.
+
+    Attributes:
+      modules: adapters by module.
+      own: new values by parameter of the base.
+      rows: numbers and new values of rows, by parameter of the base.
+    """
+
+    modules: dict[str, _Module]
+    own: dict[str, np.ndarray]
+    rows: dict[str, tuple[list[int], np.ndarray]]
+
+
 def read_peft(
     folder: str | Path,
     config: DecoderConfig,
@@ -103,24 +118,24 @@ def read_peft(
     folder = Path(folder)
     options = Options.read(folder)
     problems = options.problems()
-    modules, own, contents = {}, {}, None
+    given, modules, leaves = _Given({}, {}, {}), {}, {}
     if not problems:
         try:
             with open_contents(folder, config, family) as contents:
-                modules, own, problems = _read(contents, options, config.tied)
+                given, problems = _read(contents, options, config.tied)
+                if not problems:
+                    changed = _change_base(contents.parameters, options, given, config, base)
+                    modules, leaves, problems = changed
         except UserError as error:
             problems = [str(error)]
-    leaves: dict[str, Any] = {}
-    if contents and not problems:
-        modules, leaves, problems = _change_base(contents, options, modules, own, config, base)
     if problems:
         raise UserError(
             f"{folder}: not an adapter that fits this base ({family}, {config.n_layers} layers, "
             f"width {config.d_model}); {len(problems)} problems\n  " + "\n  ".join(problems)
         )
-    notes = ()
-    if options.bias == "lora_only" and not any(name.endswith(".bias") for name in own):
-        notes = ("bias is 'lora_only', but PEFT wrote no bias into the file: the base's stay",)
+    notes = tuple(options.notes())
+    if options.bias == "lora_only" and not any(n.endswith(".bias") for n in given.own):
+        notes += ("bias is 'lora_only', but PEFT wrote no bias into the file: the base's stay",)
     linear = {module: found for module, found in modules.items() if found.is_linear}
     if not linear:
         return Adapter(None, {}, leaves, notes)
@@ -130,12 +145,10 @@ def read_peft(
 # Reading --------------------------------------------------------------------------------------
 
 
-def _read(
-    contents: Contents, options: Options, tied: bool
-) -> tuple[dict[str, _Module], dict[str, np.ndarray], list[str]]:
-    """`({module: its adapter}, {parameter of the base: its new value}, problems)`."""
-    modules, own, problems = {}, {}, list(contents.problems)
-    left = dict(contents.tensors)
+def _read(contents: Contents, options: Options, tied: bool) -> tuple[_Given, list[str]]:
+    """What the file holds of what adapter_config.json names, and what is wrong."""
+    modules, own, rows = found = _Given({}, {}, {})
+    problems, left = list(contents.problems), dict(contents.tensors)
     targets = _targets(contents, options, tied)
     for parameter, weight in contents.parameters.items():
         module, _, leaf = parameter.rpartition(".")
@@ -145,14 +158,26 @@ def _read(
         elif options.saves(parameter) or (options.bias == "all" and leaf == "bias"):
             problems.append(f"{parameter}: missing, but {CONFIG} says that it was trained")
         if parameter in targets:
-            found, wrong = _read_module(module, weight, options, left)
+            adapter, wrong = _read_module(module, weight, options, left)
             problems += wrong
-            modules |= {module: found} if found else {}
+            modules |= {module: adapter} if adapter else {}
+        path = weight.parts[0].path
+        if path in ("embed", "head") and Key(module, TOKENS) in left:
+            name, tensor = left.pop(Key(module, TOKENS))
+            numbers, values = options.token_rows(module, path == "embed"), tensor.read()
+            rows[parameter] = numbers, values.astype(np.float32)
+            problems += _wrong(name, values, (len(numbers), weight.shape[1]))
+            problems += _wrong_rows(numbers, weight.shape[0])
     for (module, _), (name, _) in sorted(left.items()):
         problems.append(f"{name}: '{module}' is left out by {CONFIG}")
-    if not modules and not own and not problems:
+    if not any(found) and not problems:
         problems.append(f"{CONFIG}: target_modules matches no linear layer of this base")
-    return modules, own, problems
+    return found, problems
+
+
+def _wrong_rows(numbers: list[int], rows: int) -> Iterator[str]:
+    if not all(type(number) is int and 0 <= number < rows for number in numbers):
+        yield f"{CONFIG}: trainable_token_indices: {numbers} are no numbers of {rows} tokens"
 
 
 def _targets(contents: Contents, options: Options, tied: bool) -> set[str]:
@@ -220,21 +245,24 @@ def _wrong(name: str, array: np.ndarray, shape: tuple[int, ...], more: str = "")
 
 
 def _change_base(
-    contents: Contents,
+    plan: Mapping[str, families.Tensor],
     options: Options,
-    modules: dict[str, _Module],
-    own: Mapping[str, np.ndarray],
+    given: _Given,
     config: DecoderConfig,
     base: Callable[[], Params],
 ) -> tuple[dict[str, _Module], dict[str, Any], list[str]]:
     """`(the modules as a bank takes them, leaves of the base that are changed, problems)`."""
+    modules, own, rows = given
     folded = {m: f for m, f in modules.items() if f.magnitude is not None or not f.is_linear}
-    if not own and not folded:
+    if not (own or rows or folded):
         return modules, {}, []
     params = base()
     # A head that is tied begins as the embedding.
     before = FoldedWeights({**params, "head": decoder.head(params)}, (), np.float32)
     changed = dict(own)
+    for name, (numbers, values) in rows.items():
+        changed[name] = np.array(changed[name] if name in changed else before.tensor(plan[name]))
+        changed[name][numbers] = values
     for module, found in folded.items():
         name = found.weight.name
         w_OxD = changed[name] if name in changed else before.tensor(found.weight)
@@ -249,14 +277,14 @@ def _change_base(
             if found.is_linear:
                 modules = {**modules, module: replace(found, b_Oxr=factor * found.b_Oxr)}
         changed[name] = new_OxD
-    plan = contents.parameters
     changed = {
         name: value
         for name, value in changed.items()
         if not np.array_equal(value, before.tensor(plan[name]))
     }
     if config.tied:
-        changed, problems = _tie(changed, plan, before, options)
+        # PEFT trains the rows of both ends as one.
+        changed, problems = _tie(changed, plan, before, options.tied or bool(rows))
         if problems:
             return modules, {}, problems
     return modules, _leaves(changed, plan, params), []
@@ -266,7 +294,7 @@ def _tie(
     changed: Mapping[str, np.ndarray],
     plan: Mapping[str, families.Tensor],
     before: FoldedWeights,
-    options: Options,
+    together: bool,
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """The changes of a base whose head is its embedding: one of the two, and problems."""
     embed, head = (
@@ -277,7 +305,7 @@ def _tie(
     if not {embed, head}.intersection(changed):
         return rest, []
     old = before.tensor(plan[embed])
-    if options.tied:
+    if together:
         old = changed[embed] if embed in changed else changed[head]
     values = [changed.get(name, old) for name in (embed, head)]
     if np.abs(values[0] - values[1]).max() > 1e-6 * np.abs(values[0]).max():

@@ -27,6 +27,9 @@ _ADAPTER = re.compile(
     r"(?P<module>.+)\.(?P<leaf>lora_(?:A|B|E|embedding_A|embedding_B|magnitude_vector))"
     r"(?:\.(?!(?:weight|bias)$)(?P<adapter>[^.]+))?(?:\.weight)?"
 )
+_TOKENS = re.compile(
+    r"(?P<module>.+)\.token_adapter\.(?P<leaf>trainable_tokens_delta)(?:\.(?P<adapter>[^.]+))?"
+)
 _OWN = re.compile(r"(?P<module>.+?)(?:\.base_layer)?\.(?P<leaf>weight|bias)")
 _SAVED = re.compile(r"\.modules_to_save(?:\.(?P<adapter>[^.]+)(?=\.))?")
 
@@ -51,7 +54,7 @@ class Key(NamedTuple):
     Attributes:
       module: its name in the Hugging Face model.
       leaf: `lora_A`, `lora_B`, `lora_E`, `lora_embedding_A`, `lora_embedding_B`,
-        `lora_magnitude_vector`, or `weight` and `bias` of the module itself.
+        `lora_magnitude_vector`, `trainable_tokens_delta`, or `weight` and `bias` of the module.
     """
 
     module: str
@@ -110,7 +113,7 @@ def _parse(name: str) -> tuple[Key | None, str]:
     plain, adapter = name.removeprefix(PREFIX), ""
     if match := _SAVED.search(plain):
         adapter, plain = match["adapter"] or "", plain.replace(match[0], "", 1)
-    if match := _ADAPTER.fullmatch(plain):
+    if match := _ADAPTER.fullmatch(plain) or _TOKENS.fullmatch(plain):
         return Key(match["module"], match["leaf"]), match["adapter"] or ""
     if match := _OWN.fullmatch(plain):
         return Key(match["module"], match["leaf"]), adapter
@@ -146,5 +149,5 @@ def _known(key: Key, modules: set[str], parameters: Mapping[str, families.Tensor
 def _unknown(name: str, key: Key | None) -> str:
     if key is None:
         return f"{name}: is no tensor of an adapter that can be read"
-    what = "layer" if key.leaf.startswith("lora") else key.leaf
+    what = key.leaf if key.leaf in ("weight", "bias") else "layer"
     return f"{name}: '{key.module}' is no {what} of this base"

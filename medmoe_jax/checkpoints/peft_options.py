@@ -18,13 +18,25 @@ from medmoe_jax.errors import UserError
 
 # The tensors of a linear layer's adapter: A, B and, in AdaLoRA, Λ.
 LEAVES = {"LORA": ("lora_A", "lora_B"), "ADALORA": ("lora_A", "lora_B", "lora_E")}
-MAGNITUDE = "lora_magnitude_vector"
+MAGNITUDE, TOKENS = "lora_magnitude_vector", "trainable_tokens_delta"
 BIASES = ("none", "all", "lora_only")
 # Options that change what an adapter computes, in ways that no bank or base leaf can.
-_REFUSED = (
-    *("lora_bias", "trainable_token_indices", "target_parameters", "layer_replication"),
-    *("alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "velora_config"),
-    "monteclora_config",
+REFUSED = (
+    *("lora_bias", "target_parameters", "layer_replication", "alora_invocation_tokens"),
+    *("use_qalora", "use_bdlora", "arrow_config", "velora_config", "monteclora_config"),
+)
+READ = (
+    *("peft_type", "r", "init_r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern"),
+    *("alpha_pattern", "target_modules", "exclude_modules", "layers_to_transform"),
+    *("layers_pattern", "modules_to_save", "bias", "use_dora", "trainable_token_indices"),
+    *("ensure_weight_tying", "init_lora_weights"),
+)
+# Of who made the adapter, of how it begins or trains, or of how it is run: not of what it computes.
+ELSEWHERE = (
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "runtime_config", "megatron_config", "megatron_core", "fan_in_fan_out"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
+    *("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
 )
 # Initialisations that take a part out of the base's weights: the adapter fits the rest only.
 _CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga")
@@ -92,7 +104,7 @@ class Options:
         fields, kind = self.fields, self.fields.get("peft_type")
         if kind not in LEAVES:
             return [f"{CONFIG}: peft_type: {kind!r} is none of {', '.join(LEAVES)}"]
-        out = [f"{key}: {fields[key]!r} is not supported" for key in _REFUSED if fields.get(key)]
+        out = [f"{key}: {fields[key]!r} is not supported" for key in REFUSED if fields.get(key)]
         if self.bias not in BIASES:
             out.append(f"bias: {self.bias!r} is none of {', '.join(BIASES)}")
         if _CHANGES_BASE.match(str(fields.get("init_lora_weights"))):
@@ -117,6 +129,20 @@ class Options:
         if not fields.get("target_modules") and not fields.get("modules_to_save"):
             out.append("target_modules is empty")
         return [f"{CONFIG}: {problem}" for problem in out]
+
+    def notes(self) -> list[str]:
+        """Fields that PEFT does not know; like PEFT, nothing is made of them."""
+        known = {*READ, *REFUSED, *ELSEWHERE}
+        unknown = [key for key, value in self.fields.items() if value and key not in known]
+        what = "not known, and nothing was made of it"
+        return [f"{CONFIG}: {', '.join(unknown)}: {what}"] if unknown else []
+
+    def token_rows(self, module: str, is_embedding: bool) -> list[int]:
+        """Tokens of an embedding or a head whose rows alone were trained."""
+        given = self.fields.get("trainable_token_indices") or []
+        if isinstance(given, Mapping):
+            return next((rows for name, rows in given.items() if module.endswith(name)), [])
+        return list(given) if is_embedding else []
 
     def targets(self, module: str, in_block: bool) -> bool:
         """Whether there is an adapter on a module; `in_block`: it is a linear layer of a block."""

@@ -13,7 +13,7 @@ from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.model import AdaptedConfig, hidden
 from medmoe_jax.base import decoder, trees
 from medmoe_jax.base.loss import logits
-from medmoe_jax.checkpoints import families, huggingface
+from medmoe_jax.checkpoints import families, huggingface, peft_options
 from medmoe_jax.checkpoints.files import read_json
 from medmoe_jax.checkpoints.peft import read_peft
 from medmoe_jax.checkpoints.peft_export import TrainedLeaves, save_peft
@@ -242,6 +242,21 @@ BESIDE = {
         dict(target_modules=["embed_tokens", "k_proj"], ensure_weight_tying=True),
         {"embed"},
     ),
+    "tokens": (
+        "llama",
+        {},
+        dict(
+            target_modules=["q_proj"],
+            trainable_token_indices={"embed_tokens": [9, 4], "lm_head": [30]},
+        ),
+        {"embed", "head"},
+    ),
+    "tied tokens": (
+        "qwen2",
+        {},
+        dict(target_modules=["q_proj"], trainable_token_indices=[9, 4, 30, 31, 32]),
+        {"embed"},
+    ),
     "no bank": (
         "mistral",
         {},
@@ -308,3 +323,10 @@ def test_what_peft_trained_beside_banks_is_leaves(name, tmp_path):
     paths, again = check_there_and_back(tmp_path, family, build(family, **more), options)
     assert paths == leaves
     assert again["use_dora"] == options.use_dora
+
+
+def test_every_field_of_pefts_configurations_has_a_place():
+    """Read, refused, or known to change nothing; and what PEFT writes is without a note."""
+    for kind in (peft.LoraConfig, peft.AdaLoraConfig):
+        names = {field.name for field in dataclasses.fields(kind)}
+        assert names <= {*peft_options.READ, *peft_options.REFUSED, *peft_options.ELSEWHERE}

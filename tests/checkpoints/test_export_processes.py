@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.checkpoints.huggingface import save_hf
-from medmoe_jax.checkpoints.peft import save_peft
+from medmoe_jax.checkpoints.peft_export import save_peft
 from tests import naive, quick
 from tests.naive import TINY
 

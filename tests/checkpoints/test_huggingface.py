@@ -429,3 +429,25 @@ def test_saving_refuses_a_full_folder_and_a_wrong_family(tmp_path, model):
     with pytest.raises(UserError, match="model_type: 'bert' is none of"):
         huggingface.save_hf(tmp_path / "other", *model, "bert")
     assert not (tmp_path / "other").exists()
+
+
+def test_where_a_model_is_published(tmp_path, monkeypatch):
+    """From its own name, its place in the Hub's cache, or its config.json."""
+    monkeypatch.chdir(tmp_path)
+    cached = tmp_path / "hub" / "models--org--a-name" / "snapshots" / "abc123"
+    folders = {"plain": None, "named": "org/name", "scratch": "/scratch/x", "here": "plain/sub"}
+    for folder, name in folders.items():
+        (tmp_path / folder / "sub").mkdir(parents=True)
+        (tmp_path / folder / "config.json").write_text(json.dumps({"_name_or_path": name}))
+    for source, want in {
+        "hf://org/name": ("org/name", ""),
+        "hf://org/name@main": ("org/name", "main"),
+        str(cached): ("org/a-name", "abc123"),
+        "plain": ("plain", ""),
+        "named": ("org/name", ""),
+        "scratch": ("scratch", ""),
+        "here": ("here", ""),
+        "model.gguf": ("model.gguf", ""),
+        "": ("", ""),
+    }.items():
+        assert huggingface.published(source) == want, source

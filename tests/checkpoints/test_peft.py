@@ -351,7 +351,7 @@ def test_options_that_a_bank_lacks_are_listed_at_once(tmp_path):
     bad = {
         "lora_bias": True,
         "bias": "some",
-        "trainable_token_indices": [1],
+        "target_parameters": ["experts"],
         "init_lora_weights": "pissa_niter_4",
         "r": 0,
         "lora_alpha": None,

@@ -248,6 +248,29 @@ def test_a_lora_only_bias_that_peft_lost_is_told(tmp_path):
     assert "PEFT wrote no bias" in read(tmp_path).notes[0]
 
 
+def test_rows_of_tokens_alone(tmp_path):
+    """Of a base that ties its ends too: PEFT trains the rows of both as one."""
+    options = {**OPTIONS, "target_modules": ["q_proj"], "layers_to_transform": None}
+    options |= {"modules_to_save": None, "use_dora": False, "trainable_token_indices": [7, 3]}
+    rng = np.random.default_rng(1)
+    delta = f"{P}model.embed_tokens.token_adapter.trainable_tokens_delta"
+    tensors = {delta: rng.normal(size=(2, D)).astype(np.float32)}
+    for i in range(CONFIG.n_layers):
+        at = f"{P}model.layers.{i}.self_attn.q_proj.lora_"
+        for leaf, shape in {"A": (R, D), "B": (Q, R)}.items():
+            tensors[f"{at}{leaf}.weight"] = rng.normal(size=shape).astype(np.float32)
+    write(tmp_path, tensors, {**options, "layers_pattern": None, "who": "a tool", "none": None})
+    want = np.array(base()["embed"])
+    want[[7, 3]] = tensors[delta]
+    for tied in (False, True):
+        adapter = read(tmp_path, CONFIG.replace(tied=tied))
+        assert [path for path, _ in trees.flatten(adapter.leaves)] == ["embed"]
+        np.testing.assert_array_equal(adapter.leaves["embed"], want)
+        assert adapter.notes == ("adapter_config.json: who: not known, and nothing was made of it",)
+    write(tmp_path, tensors, {**options, "trainable_token_indices": [7, V]})
+    assert f"trainable_token_indices: [7, {V}] are no numbers of {V} tokens" in refused(tmp_path)
+
+
 def test_a_stage_names_the_leaves_it_takes(tmp_path):
     write(tmp_path, adapter_tensors())
     adapter = read(tmp_path)
