@@ -80,7 +80,7 @@ def evaluate(
 def _answers(model, task: Task, way: Way, seed: int, batch: int, bar, stop) -> list[Answer]:
     given: list[Answer] = []
     for items in _batches(task.items, batch):
-        given += ways.ask(model, task, items, way, seed)
+        given += ways.ask(model, task, items, way, seed, first=len(given))
         bar.update(len(items))
         if stop():
             raise Stopped(f"evaluation was asked to stop, in task '{task.name}'")

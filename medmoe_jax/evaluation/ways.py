@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from medmoe_jax.errors import UserError
@@ -139,13 +139,17 @@ class Answer:
 
 
 def ask(
-    model: LanguageModel, task: Task, items: Sequence[Item], way: Way, seed: int
+    model: LanguageModel, task: Task, items: Sequence[Item], way: Way, seed: int, first: int = 0
 ) -> list[Answer]:
-    """The answers to items of a task. Raises ValueError where the model's scores are NaN."""
+    """The answers to items of a task, the first of which is its item number `first`.
+
+    Each item has draws of its own. Raises ValueError where the model's scores are NaN.
+    """
+    sampling = Sampling(temperature=way.temperature, seed=seed, first=first)
     if task.kind == "generate":
-        return _written(model, task, items, way, seed)
+        return _written(model, task, items, way, sampling)
     if way.least:
-        return _read(model, task, items, way, seed)
+        return _read(model, task, items, way, sampling)
     if way.answer == "constrained":
         places = model.constrained([i.turns for i in items], [i.choices for i in items])
         chosen = (item.choices[place] for item, place in zip(items, places, strict=True))
@@ -181,9 +185,8 @@ def _score(kind: str, total: float, count: int, text: str) -> float:
     return total / max(1, len(text.encode())) if kind == "byte" else total
 
 
-def _write(model, task, items, way: Way, seed: int, prompts) -> list:
+def _write(model, task, way: Way, sampling: Sampling, prompts) -> list:
     """Written answers, cut where an example would follow."""
-    sampling = Sampling(temperature=way.temperature, seed=seed)
     until = task.until if way.answer != "reason" else ()
     out = []
     for written in model.answer(prompts, way.room(task), sampling):
@@ -194,23 +197,26 @@ def _write(model, task, items, way: Way, seed: int, prompts) -> list:
     return out
 
 
-def _written(model, task: Task, items: Sequence[Item], way: Way, seed: int) -> list[Answer]:
+def _written(
+    model, task: Task, items: Sequence[Item], way: Way, sampling: Sampling
+) -> list[Answer]:
     """Answers to a task without choices."""
     readable = metrics.find(task.metric).readable
-    found = _write(model, task, items, way, seed, [item.turns for item in items])
+    found = _write(model, task, way, sampling, [item.turns for item in items])
     return [
         Answer(text, raw=(text,), parsed=readable(text), cut=not ended) for text, ended in found
     ]
 
 
-def _read(model, task: Task, items: Sequence[Item], way: Way, seed: int) -> list[Answer]:
+def _read(model, task: Task, items: Sequence[Item], way: Way, sampling: Sampling) -> list[Answer]:
     """Choices read in written answers; of several samples the commonest, of equals the first."""
     prompts = [item.prompt for item in items]
     if way.answer == "reason":
         asked = [REASON.get(item.language, REASON["en"]) for item in items]
         prompts = [with_text(p, text) for p, text in zip(prompts, asked, strict=True)]
+    turns = [as_turns(p) for p in prompts]
     drawn = [
-        _write(model, task, items, way, seed + n, [as_turns(p) for p in prompts])
+        _write(model, task, way, replace(sampling, seed=sampling.seed + n), turns)
         for n in range(way.samples)
     ]
     out = []

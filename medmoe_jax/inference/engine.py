@@ -38,16 +38,26 @@ class Sampling:
       temperature: 0 takes the most probable token.
       top_p: smallest set of tokens whose probability reaches this is drawn from.
       seed: where the draws start from.
+      first: number of the first prompt. Each prompt draws from the stream of its number, so that
+        parts that are asked one after the other draw as the whole would.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    first: int = 0
 
     def __post_init__(self) -> None:
         NOT_NEGATIVE.check("temperature", self.temperature)
         Range(0, 1, above=True).check("top_p", self.top_p)
         SEED.check("seed", self.seed)
+        NOT_NEGATIVE.check("first", self.first)
+
+    def keys(self, rows: Sequence[int]) -> np.ndarray:
+        """Data of the random keys `[B, 2]` uint32 of prompts that stand at these places."""
+        numbers_B = self.first + np.asarray(rows, np.int32)
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(self.seed), numbers_B)
+        return np.asarray(jax.random.key_data(keys_B))
 
 
 class Weights(NamedTuple):
@@ -130,40 +140,42 @@ def score_batch(
     return jax.lax.scan(one, None, (given, targets, lengths))[1]
 
 
-def _pick(sampling: Sampling, z_BxV, keys_B, step):
-    if not sampling.temperature:
+def _pick(temperature: float, top_p: float, z_BxV, keys_B, step):
+    if not temperature:
         return jnp.argmax(z_BxV, axis=-1).astype(jnp.int32)
-    z_BxV = z_BxV / sampling.temperature
-    if sampling.top_p < 1.0:
+    z_BxV = z_BxV / temperature
+    if top_p < 1.0:
         sorted_BxV = jnp.sort(z_BxV, axis=-1)[:, ::-1]
         before_BxV = jnp.cumsum(jax.nn.softmax(sorted_BxV, -1), -1) - jax.nn.softmax(sorted_BxV, -1)
-        kept_B = jnp.sum(before_BxV < sampling.top_p, axis=-1)
+        kept_B = jnp.sum(before_BxV < top_p, axis=-1)
         floor_Bx1 = jnp.take_along_axis(sorted_BxV, kept_B[:, None] - 1, axis=-1)
         z_BxV = jnp.where(z_BxV < floor_Bx1, -jnp.inf, z_BxV)
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
     return jax.vmap(jax.random.categorical)(keys_B, z_BxV).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def generate_batch(
     config: AdaptedConfig,
-    sampling: Sampling,
+    temperature: float,
+    top_p: float,
     stops: tuple[tuple[int, ...], ...],
     max_tokens: int,
     weights: Weights,
     prompts: jax.Array,
     segments: jax.Array,
     positions: jax.Array,
-    rows: jax.Array,
+    keys_Bx2: jax.Array,
 ) -> jax.Array:
     """Continue every prompt until one of the `stops` or `max_tokens`.
 
     Args:
-      config, sampling, stops, max_tokens: static; a stop is a tuple of ids that follow each other.
+      config, temperature, top_p, stops, max_tokens: static; a stop is a tuple of ids that follow
+        each other.
       weights: parameters and languages.
       prompts, segments, positions: `[B, P]` int32, prompts padded on the left; segment 0 is
         padding.
-      rows: `[B]` numbers of the prompts: each draws from its own stream, whatever batch it is in.
+      keys_Bx2: uint32, the data of each prompt's own key, whatever batch it is in.
 
     Returns:
       ids `[B, max_tokens]`, filled up with the last id of the first stop.
@@ -175,8 +187,9 @@ def generate_batch(
     slots, whole_B = P + max_tokens, next_position_B + max_tokens
     cache = new_cache(config.decoder, B, slots, config.execution.dtype, whole_B)
     head, x, cache = _run(config, weights, prompts, segments, positions, cache)
-    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), rows)
-    first_B = _pick(sampling, logits(config.decoder, head, x[:, -1:])[:, 0], keys_B, 0)
+    keys_B = jax.random.wrap_key_data(keys_Bx2)
+    pick = functools.partial(_pick, temperature, top_p)
+    first_B = pick(logits(config.decoder, head, x[:, -1:])[:, 0], keys_B, 0)
     # Slots before the first one let a stop be looked for at every step; no id is -1.
     ids = jnp.full((before + max_tokens, B), filler, jnp.int32).at[:before].set(-1)
     done_B = jnp.sum(segments, axis=1) == 0
@@ -198,7 +211,7 @@ def generate_batch(
             config, weights, token_B[:, None], one_Bx1, position_B[:, None], cache
         )
         z_BxV = logits(config.decoder, head, x)[:, 0]
-        token_B = _pick(sampling, z_BxV, keys_B, step + 1)
+        token_B = pick(z_BxV, keys_B, step + 1)
         return step + 1, token_B, ids, done_B, position_B + 1, cache
 
     start = (jnp.int32(0), first_B, ids, done_B, next_position_B, cache)
@@ -336,11 +349,10 @@ class Engine:
         stops = tuple((stop,) if isinstance(stop, int) else tuple(stop) for stop in stop_ids)
         for rows in self._batches([len(p) for p in prompts]):
             arrays = self._pad([prompts[i] for i in rows])
-            numbers = self._put(np.resize(np.asarray(rows, np.int32), self.batch), 0)
+            keys_Bx2 = self._put(sampling.keys(np.resize(rows, self.batch)), 0)
             weights = self._weights(rows, languages)
-            ids = generate_batch(
-                self.config, sampling, stops, max_tokens, weights, *arrays, numbers
-            )
+            law = (sampling.temperature, sampling.top_p)
+            ids = generate_batch(self.config, *law, stops, max_tokens, weights, *arrays, keys_Bx2)
             for i, row in zip(rows, to_host(ids), strict=False):
                 out[i] = _before_stop(row.tolist(), stops)
         return out

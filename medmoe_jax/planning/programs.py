@@ -19,7 +19,7 @@ from medmoe_jax.adapters.lifecycle import Roster
 from medmoe_jax.base.chunks import divide
 from medmoe_jax.errors import UserError
 from medmoe_jax.inference import engine
-from medmoe_jax.inference.engine import Sampling, Weights
+from medmoe_jax.inference.engine import Weights
 from medmoe_jax.parallel.mesh import replicated, round_up_rows, row_sharding
 from medmoe_jax.parallel.rules import placed, state_shardings
 from medmoe_jax.parallel.topology import Topology
@@ -191,8 +191,9 @@ def decoding(setup: Setup, at: Start) -> Program:
     model, weights, B, ids = _answering(setup, at)
     new = min(NEW_TOKENS, setup.config.data.length // 2)
     P = setup.config.data.length - new
-    generate = functools.partial(engine.generate_batch, model, Sampling(), ((0,),), new)
-    arguments = (weights, ids(B, P), ids(B, P), ids(B, P), ids(B))
+    generate = functools.partial(engine.generate_batch, model, 0.0, 1.0, ((0,),), new)
+    keys = ids(B, 2).update(dtype=jnp.uint32)
+    arguments = (weights, ids(B, P), ids(B, P), ids(B, P), keys)
     return Program("generate", generate, arguments, B, P + new, turns=new)
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from medmoe_jax.errors import Stopped, UserError
 from medmoe_jax.evaluation import Item, Report, Task, Way, evaluate, html, readings, records, ways
 from medmoe_jax.evaluation.items import as_turns
+from medmoe_jax.inference.language_model import Answer
 from tests.evaluation.models import Constant, Guesser, Oracle, Scripted
 
 
@@ -106,6 +107,25 @@ def test_reasoning_is_asked_for_in_the_item_s_language():
     model = Scripted({"q0": ["因为……答案为B。"], "q1": ["So the answer is B."]})
     assert one(model, task, way=Way("reason")).score == 1.0
     assert model.prompts == ["q0" + ways.REASON["zh"], "q1" + ways.REASON["en"]]
+
+
+class Drawn:
+    """Answers with a letter that depends on the stream which an item draws from."""
+
+    def answer(self, prompts, max_tokens, sampling):
+        streams = ((sampling.seed, sampling.first + i) for i in range(len(prompts)))
+        letters = [random.Random(str(stream)).choice("ABCD") for stream in streams]
+        return [Answer(letter) for letter in letters]
+
+
+def test_every_item_has_draws_of_its_own_whatever_the_batch(tmp_path):
+    task = exam(40)
+    found = []
+    for batch in (7, 40):
+        way = Way("free", samples=3, temperature=0.7)
+        one(Drawn(), task, way=way, batch=batch, written=tmp_path / "r")
+        found.append([tuple(r["raw"]) for r in records.read(tmp_path / "r")])
+    assert found[0] == found[1] and len(set(found[0])) > 20
 
 
 def test_most_samples_decide():

@@ -1,6 +1,7 @@
 """Cached scoring and generation against float64 forward passes without a cache."""
 
 import collections
+import dataclasses
 import functools
 import math
 
@@ -186,9 +187,9 @@ def test_ids_that_follow_each_other_end_a_generation():
     assert engine.generate(prompts, 10, runs) == want
     weights = engine._weights(range(4), None)
     arrays = engine._pad(prompts[:4])
-    rows = engine._put(np.arange(4, dtype=np.int32), 0)
+    keys = engine._put(Sampling().keys(range(4)), 0)
     stops = tuple(runs)
-    ids = generate_batch(engine.config, Sampling(), stops, 10, weights, *arrays, rows)
+    ids = generate_batch(engine.config, 0.0, 1.0, stops, 10, weights, *arrays, keys)
     assert set(np.asarray(ids)[0, 6:].tolist()) == {runs[0][-1]}  # it ended there, not after 10
 
 
@@ -200,6 +201,9 @@ def test_generation_alone_equals_generation_in_a_batch():
     assert make_engine(batch=2).generate(prompts, 6, (-1,), sampling) == whole
     assert make_engine(batch=1).generate(prompts[:1], 6, (-1,), sampling) == whole[:1]
     assert make_engine("eight").generate(prompts, 6, (-1,), sampling) == whole
+    later = dataclasses.replace(sampling, first=2)
+    assert make_engine(batch=6).generate(prompts[2:], 6, (-1,), later) == whole[2:]
+    assert make_engine(batch=6).generate(prompts[2:], 6, (-1,), sampling) != whole[2:]
     assert make_engine(batch=6).generate(prompts, 6, (-1,), Sampling(0.8, 0.9, 4)) != whole
 
 
@@ -271,6 +275,7 @@ def test_what_does_not_fit_is_an_error():
         "temperature": (-0.1, math.nan, math.inf),
         "top_p": (0.0, 1.1, math.nan),
         "seed": (2**63,),
+        "first": (-1,),
     }.items():
         for value in values:
             with pytest.raises(UserError, match=f"{name}: {value} is "):
