@@ -14,8 +14,9 @@ SHELL := bash
 LIMIT ?= 1800
 GUARD := $(if $(shell command -v timeout),timeout --foreground --signal=INT --kill-after=60 $(LIMIT))
 STEPS := $(VENV)/steps
-# All processes of all steps share what they compile and train: see tests/quick.py.
-PYTEST = JAX_PLATFORMS=cpu MEDMOE_TESTS=$(abspath $(STEPS))/shared $(GUARD) \
+# All processes of all steps share what they compile and train: see tests/quick.py; and each module
+# is compiled to bytecode once, whatever the environment says.
+PYTEST = JAX_PLATFORMS=cpu PYTHONDONTWRITEBYTECODE= MEDMOE_TESTS=$(abspath $(STEPS))/shared $(GUARD) \
   $(BIN)/python -m pytest -rs --durations=15 $(PYTEST_ARGS)
 
 # Runs the tests with these marks: $(call step,name,marks,environment).

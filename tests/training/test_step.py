@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from medmoe_jax.adapters import bank as bank_lib
@@ -334,7 +335,7 @@ def two_steps(sizes, devices):
     specs = tuple(spec.replace(dropout=0.2) for spec in SPECS)
     objective = make_objective(specs, execution, regularisers=(APART,), accumulation=1)
     # No division by the square of a gradient: rounding near zero would be blown up.
-    section = sections.stage(eps=1e-2)
+    section = sections.stage(eps=1e-2, clip=0.0)
     optimiser = make_optimiser(section, schedule(section, 4))
     trainable, frozen = trees_of_step()
     trainable = jax.tree.map(
@@ -345,12 +346,12 @@ def two_steps(sizes, devices):
     moments = jax.jit(optimiser.init, out_shardings=placed)(trainable)
     batch = jax.device_put(uneven_batch(), batch_sharding(mesh))
     run = jax.jit(functools.partial(train_step, objective, optimiser))
-    grads = jax.jit(functools.partial(gradients, objective))(trainable, frozen, batch, 0)[0]
-    state, losses = TrainState(jnp.int32(0), trainable, moments), []
-    for _ in range(2):
-        state, metrics = run(state, frozen, batch)
-        losses.append(float(metrics["loss"]))
-    return jax.device_get((grads, state.trainable)), losses
+    first, metrics = run(TrainState(jnp.int32(0), trainable, moments), frozen, batch)
+    second, later = run(first, frozen, batch)
+    # After one step from nothing, AdamW's first moment is a tenth of the gradient.
+    moment = optax.tree_utils.tree_get(first.optimiser, "mu")
+    losses = [float(one["loss"]) for one in (metrics, later)]
+    return jax.device_get((moment, second.trainable)), losses
 
 
 @functools.cache
@@ -362,12 +363,10 @@ def one_device():
     "sizes",
     [
         pytest.param({"fsdp": 8}, marks=pytest.mark.slow),
-        pytest.param({"data": 8}, marks=pytest.mark.slow),
         {"data": 2, "fsdp": 4},
         {"fsdp": 4, "tensor": 2},
         pytest.param({"fsdp": 2, "expert": 2, "tensor": 2}, marks=pytest.mark.slow),
         {"fsdp": 2, "sequence": 2, "tensor": 2},
-        pytest.param({"fsdp": 4, "sequence": 2}, marks=pytest.mark.slow),
     ],
     ids=lambda sizes: "-".join(f"{axis}{size}" for axis, size in sizes.items()),
 )
