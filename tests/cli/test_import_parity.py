@@ -227,7 +227,7 @@ def got(setup, trained, off=""):
         return logits(config.decoder, decoder.head(params), x)
 
     batch = (jnp.asarray(x, jnp.int32) for x in (IDS, segments, positions))
-    return np.asarray(forward(trained.base, trained.banks, *batch))[..., :300]
+    return np.asarray(forward(trained.whole, trained.banks, *batch))[..., :300]
 
 
 def compare(setup, workdir, stage, want):

@@ -45,7 +45,7 @@ def run_logits(setup, trained, roster=None, banks=None):
         x, _, _ = model.hidden(config, base, banks, *ids)
         return logits(config.decoder, decoder.head(base), x)
 
-    out = forward(trained.base, trained.banks if banks is None else banks)
+    out = forward(trained.whole, trained.banks if banks is None else banks)
     return np.asarray(out)[::4]
 
 
