@@ -238,14 +238,24 @@ def _module(tensor: families.Tensor) -> str:
 def _row_factors(
     kernels: Sequence[families.Tensor], now: FoldedWeights, before: FoldedWeights, eps: float
 ) -> dict[str, np.ndarray]:
-    """`{module: g [O]}` if each kernel now is that of before times g, to a rounding; else empty."""
+    """`{module: g [O]}` if each kernel now is that of before times g, rounded; else empty.
+
+    Every number says between which two its row's g lies: half a unit in the last place around it.
+    """
     out = {}
     for tensor in kernels:
         w_OxD, old_OxD = (x.tensor(tensor).astype(np.float64) for x in (now, before))
-        length_O = np.maximum(np.sum(old_OxD**2, axis=1), np.finfo(np.float64).tiny)
-        g_O = np.sum(w_OxD * old_OxD, axis=1) / length_O
-        want_OxD = g_O[:, None] * old_OxD
-        if not np.all(g_O) or np.any(np.abs(w_OxD - want_OxD) > eps * np.abs(want_OxD)):
+        half_OxD = np.ldexp(0.501 * eps, np.frexp(w_OxD)[1] - 1)  # a float32 was rounded before
+        there_OxD = old_OxD != 0
+        ends = [
+            np.divide(w_OxD + side * half_OxD, old_OxD, out=np.full_like(w_OxD, side * np.inf),
+                      where=there_OxD)
+            for side in (-1, 1)
+        ]  # fmt: skip
+        low_O, high_O = np.minimum(*ends).max(axis=1), np.maximum(*ends).min(axis=1)
+        g_O = (low_O + high_O) / 2
+        fits = (low_O <= high_O) & np.isfinite(g_O) & (g_O != 0)
+        if not fits.all() or w_OxD[~there_OxD].any():
             return {}
         out[_module(tensor)] = g_O.astype(np.float32)
     return out

@@ -7,9 +7,12 @@ import functools
 import json
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.base import trees
 from medmoe_jax.checkpoints import peft, released
 from medmoe_jax.checkpoints.peft_export import TrainedLeaves, save_peft, serving
@@ -198,6 +201,36 @@ def test_what_is_written_again_is_the_same(tmp_path):
     assert "model.norm" in fields["modules_to_save"] and "lm_head" in fields["modules_to_save"]
     assert not any("q_proj" in module for module in fields["modules_to_save"])
     assert "vLLM loads no adapter with modules_to_save, use_dora, bias" in next(serving(fields))
+
+
+def test_kernels_are_saved_whole_unless_their_rows_are_scaled(tmp_path):
+    """As far as rounding tells: one value off by two units in the last place is not."""
+    half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), base())
+    old = half["layers"]["attn"]["q"]["kernel"]
+    g = np.random.default_rng(0).uniform(0.5, 2.0, (CONFIG.n_layers, 1, Q))
+    scaled = jnp.asarray(np.asarray(old, np.float64) * g, jnp.bfloat16)
+    nudged = scaled.view(jnp.uint16).at[1, 2, 3].add(2).view(jnp.bfloat16)
+    spec = BankSpec("b", ("attn.q", "mlp.up"), 0, 2, rank=3, alpha=6.0)
+    bank = naive.random_banks((spec,), CONFIG)["b"]
+    own = naive.f64(bank)["attn.q"]
+    for name, kernel in {"scaled": scaled, "nudged": nudged}.items():
+        whole = trees.overlay(half, {"layers": {"attn": {"q": {"kernel": kernel}}}})
+        trained = TrainedLeaves(["layers.attn.q.kernel"], whole, [(spec, bank)], lambda: half)
+        out = tmp_path / name
+        save_peft(out, CONFIG, "llama", [(spec, bank)], trained=trained)
+        fields = json.loads((out / "adapter_config.json").read_text())
+        modules = [f"model.layers.{i}.self_attn.q_proj" for i in range(CONFIG.n_layers)]
+        assert fields["use_dora"] == (name == "scaled")
+        assert fields["modules_to_save"] == (None if name == "scaled" else modules)
+        again = peft.read_peft(out, CONFIG, "llama", "again", lambda half=half: half)
+        got = again.leaves["layers"]["attn"]["q"]["kernel"].astype(np.float64)
+        want = np.asarray(kernel, np.float64)
+        for i in range(2):
+            want[i] += spec.s * own["lora_a"][i, :, 0] @ own["lora_b"][i, 0]
+        for i in range(CONFIG.n_layers if name == "scaled" else 0):
+            p, n = naive.f64(again.params)["attn.q"], i - again.spec.start
+            got[i] += again.spec.s * p["lora_a"][n, :, 0] @ p["lora_b"][n, 0]
+        assert naive.rel(got, want) <= (2**-8 if name == "scaled" else 1e-6)
 
 
 def refused(folder, **changes):
