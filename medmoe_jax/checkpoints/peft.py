@@ -69,11 +69,18 @@ class _Module:
         return families.transposed(self.weight.parts[0].path)
 
     @property
+    def layer(self) -> int:
+        """The number of its block; 0 for an end, which lies in none."""
+        return self.weight.parts[0].layer or 0
+
+    @property
     def is_embedding(self) -> bool:
+        """Whether it looks rows up instead of multiplying with them."""
         return self.weight.parts[0].path == "embed"
 
     @property
     def delta_OxD(self) -> np.ndarray:
+        """What LoRA adds to the weight."""
         b_Oxr = self.b_Oxr if self.scale_r is None else self.b_Oxr * self.scale_r
         return np.float32(self.scaling.s) * (b_Oxr @ self.a_rxD)
 
@@ -205,22 +212,24 @@ def _read_module(
     if embedding:
         leaves = [leaf.replace("lora_A", "lora_embedding_A") for leaf in leaves]
         leaves = [leaf.replace("lora_B", "lora_embedding_B") for leaf in leaves]
-    given = [left.pop(Key(module, leaf), None) for leaf in leaves]
-    if None in given:
-        missing = (leaf for leaf, one in zip(leaves, given, strict=True) if one is None)
-        return None, [f"{module}.{leaf}: missing" for leaf in missing]
+    keys = [Key(module, leaf) for leaf in leaves]
+    missing = [f"{module}.{key.leaf}: missing" for key in keys if key not in left]
+    given = [left.pop(key) for key in keys if key in left]
+    if missing:
+        return None, missing
+    names = [name for name, _ in given]
     arrays = [tensor.read().astype(np.float32) for _, tensor in given]
     O, D = weight.shape
     # Only AdaLoRA prunes ranks.
-    rank = arrays[2].shape[0] if options.kind == "ADALORA" else scaling.rank
-    shapes = [(rank, O), (D, rank)] if embedding else [(rank, D), (O, rank)]
+    rank = arrays[2].size if options.kind == "ADALORA" else scaling.rank
+    shapes: list[tuple[int, ...]] = [(rank, O), (D, rank)] if embedding else [(rank, D), (O, rank)]
     shapes += [(rank, 1)] if options.kind == "ADALORA" else []
     shapes += [(D if embedding else O,)] if options.decomposed else []
     problems = []
-    for (name, _), array, shape in zip(given, arrays, shapes, strict=True):
+    for name, array, shape in zip(names, arrays, shapes, strict=True):
         problems += _wrong(name, array, shape, f" (rank {scaling.rank})")
     if rank > scaling.rank:
-        problems.append(f"{given[0][0]}: rank {rank}, {CONFIG} says {scaling.rank}")
+        problems.append(f"{names[0]}: rank {rank}, {CONFIG} says {scaling.rank}")
     if problems:
         return None, problems
     a, b = (arrays[1].T, arrays[0].T) if embedding else arrays[:2]
@@ -340,7 +349,7 @@ def _leaves(
 def _bank(
     name: str, options: Options, config: DecoderConfig, modules: Mapping[str, _Module]
 ) -> tuple[BankSpec, dict[str, Any]]:
-    layers = [found.weight.parts[0].layer for found in modules.values()]
+    layers = [found.layer for found in modules.values()]
     present = {site_of(part) for found in modules.values() for part in found.weight.parts}
     rank = max(found.scaling.rank for found in modules.values())
     equal = len({found.scaling for found in modules.values()}) == 1
@@ -366,9 +375,9 @@ def _bank(
         if spec.learned_scale:
             params[site]["scale"] = np.zeros((spec.layers, 1, rank), np.float32)
     for found in modules.values():
-        r = found.a_rxD.shape[0]
+        r, i = found.a_rxD.shape[0], found.layer - spec.start
         for part in found.weight.parts:
-            leaves, i = params[site_of(part)], part.layer - spec.start
+            leaves = params[site_of(part)]
             leaves["lora_a"][i, :, 0, :r] = found.a_rxD.T
             b_rxO = found.b_Oxr[part.start : part.stop].T
             leaves["lora_b"][i, 0, :r] = b_rxO if equal else found.scaling.s * b_rxO
