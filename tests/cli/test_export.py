@@ -154,7 +154,10 @@ def test_what_stands_beside_the_weights(config, workdir, tmp_path, capsys):
     turns = [{"role": "user", "content": "q"}]
     assert Jinja(template, tokenizer.names).render(turns, (), True) == "<s>User:q\nAssistant:"
     assert run(config, workdir, "peft", tmp_path / "adapter") == 0
-    assert "other ids" not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "other ids" not in said
+    rank = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"]
+    assert rank <= 8 and f"rank {rank}; vLLM needs --enable-lora --max-lora-rank=8" in said
     for name in PROMPTING:
         assert (tmp_path / "adapter" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
     modes = {(tmp_path / "out" / name).stat().st_mode for name in names}
