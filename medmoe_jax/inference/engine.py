@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 from medmoe_jax.adapters import model as adapted
 from medmoe_jax.adapters.model import AdaptedConfig
@@ -53,7 +54,7 @@ class Sampling:
         SEED.check("seed", self.seed)
         NOT_NEGATIVE.check("first", self.first)
 
-    def keys(self, rows: Sequence[int]) -> np.ndarray:
+    def keys(self, rows: npt.ArrayLike) -> np.ndarray:
         """Data of the random keys `[B, 2]` uint32 of prompts that stand at these places."""
         numbers_B = self.first + np.asarray(rows, np.int32)
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(self.seed), numbers_B)

@@ -56,16 +56,18 @@ def open_rows(setup: Setup, stages: Sequence[Stage]) -> dict[str, Opened]:
     return opened
 
 
-def open_data(setup: Setup, stage: Stage, opened: Mapping[str, Opened]) -> StageData:
+def open_data(setup: Setup, stage: Stage, opened: Mapping[str, Opened] | None = None) -> StageData:
     """A stage's batches, and what is known of its sources.
 
     Args:
       setup, stage: of the run.
-      opened: its sources, as `open_rows` gives them.
+      opened: its sources, as `open_rows` gives them; None = they are opened here.
 
     Raises:
-      UserError: the batch does not divide over the devices.
+      UserError: the batch does not divide over the devices, or as `open_rows` does.
     """
+    if opened is None:
+        opened = open_rows(setup, [stage])
     data = setup.config.data
     setup.check_batch()
     with field_names("data."):

@@ -18,6 +18,7 @@ from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.data.jinja_template import Jinja
 from medmoe_jax.errors import UserError
+from medmoe_jax.training.reading import open_data as open_data  # where others have it from
 from medmoe_jax.training.setup import Setup
 from medmoe_jax.training.stage import Stage, chain, find_stage
 
