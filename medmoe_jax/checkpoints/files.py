@@ -1,13 +1,15 @@
 """Files that survive a crash: whole files and folders, JSON with good errors, the metrics log.
 
-Paths are local or mounted (NFS, gcsfuse): a write is a temporary file, fsync and a rename.
+On disk, local or mounted (NFS, gcsfuse), a write is a temporary file, fsync and a rename; on object
+storage it is one object. New folders are made on disk alone.
 """
 
 import contextlib
+import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ from medmoe_jax import json_text
 from medmoe_jax.checkpoints.agreement import from_first_process
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel import processes
+from medmoe_jax.storage import objects
+from medmoe_jax.storage.objects import Grown
+from medmoe_jax.storage.places import is_remote, local, place
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -36,7 +41,10 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     """
     if processes.index():
         return
-    path = Path(path)
+    path = place(path)
+    if is_remote(path):
+        objects.write(path, content)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -66,7 +74,7 @@ def read_json(path: str | Path) -> Any:
       UserError: the file is absent, or is not JSON; the message names the file and the line.
     """
     try:
-        return json_text.loads(Path(path).read_text(encoding="utf-8"))
+        return json_text.loads(place(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except json.JSONDecodeError as error:
@@ -89,8 +97,8 @@ def save_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def check_new(directory: str | Path) -> None:
-    """Raise UserError unless there is nothing at `directory`, or an empty folder."""
-    directory = Path(directory)
+    """Raise UserError unless there is nothing at `directory`, on disk, or an empty folder."""
+    directory = local(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory}: is there already; give the path of a new folder")
 
@@ -106,12 +114,12 @@ def new_folder(directory: str | Path) -> Generator[Write]:
     folder on the first process and returns, or raises, on all of them.
 
     Args:
-      directory: a path at which there is nothing yet, or an empty folder.
+      directory: a path on disk at which there is nothing yet, or an empty folder.
 
     Raises:
       UserError: something is there, or the disk is full or cannot be written.
     """
-    directory = Path(directory)
+    directory = local(directory)
     partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
 
     def write(act: Callable[[Path], None]) -> None:
@@ -149,7 +157,8 @@ class MetricsLog:
 
     Opening it cuts off a torn last line and every line after `after_step`, so that a resumed run
     continues the curve with no duplicate. To leave no gap either, write and `sync` the lines up
-    to a step before the checkpoint of that step is saved.
+    to a step before the checkpoint of that step is saved. On object storage lines wait in memory
+    until then.
     """
 
     def __init__(self, path: str | Path, after_step: int = 0) -> None:
@@ -158,24 +167,25 @@ class MetricsLog:
         Raises:
           UserError: a line other than the last is not a JSON object with an integer `step`.
         """
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Unbuffered: a line reaches the kernel whole, whatever then happens to the process.
-        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
-        self._file.truncate(_length_up_to(self.path, after_step))
+        self.path = place(path)
+        if is_remote(self.path):
+            content = objects.read(self.path) or b""
+            length = _length_up_to(self.path, io.BytesIO(content), after_step)
+            self._file: Grown | _DiskFile = Grown(self.path, content[:length])
+        else:
+            self._file = _DiskFile(self.path, after_step)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append one line {"step": step, **values}; values are JSON-able."""
         self._file.write((json.dumps({"step": step, **values}) + "\n").encode())
 
     def sync(self) -> None:
-        """Wait until every line is on the disk."""
-        os.fsync(self._file.fileno())
+        """Wait until every line is on the disk, or on object storage."""
+        self._file.sync()
 
     def close(self) -> None:
         """Sync and close the file."""
         if not self._file.closed:
-            self.sync()
             self._file.close()
 
     def __enter__(self) -> "MetricsLog":
@@ -185,13 +195,38 @@ class MetricsLog:
         self.close()
 
 
+class _DiskFile:
+    """A log on disk, every line of which is written when it comes."""
+
+    def __init__(self, path: Path, after_step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Unbuffered: a line reaches the kernel whole, whatever then happens to the process.
+        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
+        with open(path, "rb") as lines:
+            self._file.truncate(_length_up_to(path, lines, after_step))
+
+    @property
+    def closed(self) -> bool:
+        return self._file.closed
+
+    def write(self, line: bytes) -> None:
+        self._file.write(line)
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.sync()
+        self._file.close()
+
+
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """All whole lines of a metrics log, as written; a torn last line is left out.
 
     Raises:
       UserError: a line other than the last is not a JSON object with an integer `step`.
     """
-    lines = Path(path).read_bytes().split(b"\n")[:-1]
+    lines = place(path).read_bytes().split(b"\n")[:-1]
     return [_parse(path, number, line) for number, line in enumerate(lines, 1)]
 
 
@@ -205,12 +240,11 @@ def _parse(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
     return row
 
 
-def _length_up_to(path: Path, step: int) -> int:
+def _length_up_to(path: Path, lines: Iterable[bytes], step: int) -> int:
     """Bytes of the leading whole lines whose step is at most `step`."""
     length = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n") or _parse(path, number, line)["step"] > step:
-                break
-            length += len(line)
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n") or _parse(path, number, line)["step"] > step:
+            break
+        length += len(line)
     return length

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from rich.table import Table
 
@@ -24,6 +23,7 @@ from medmoe_jax.data.sources import RowFitter, open_source
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import routing, routing_report
 from medmoe_jax.ranges import COUNT
+from medmoe_jax.storage.places import exists
 from medmoe_jax.training.config import source
 from medmoe_jax.training.setup import Setup
 from medmoe_jax.training.terminal import console
@@ -77,7 +77,7 @@ def _rows(setup: Setup, names: Sequence[str]) -> Iterator[tuple[Conversation, st
     detect = detector(data.detect_language)
     fit = RowFitter(setup.encoder, data.length)
     for name in names:
-        if name not in data.sources and not (is_name(name) or Path(name).exists()):
+        if name not in data.sources and not (is_name(name) or exists(name)):
             known = ", ".join(data.sources) or "none"
             raise UserError(f"--data: '{name}' is no file and no source of the config ({known})")
         fields = data.sources[name] if name in data.sources else source(name)

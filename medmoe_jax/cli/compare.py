@@ -25,6 +25,7 @@ from medmoe_jax.evaluation import page, records
 from medmoe_jax.evaluation.compare import Difference, alone, compare
 from medmoe_jax.evaluation.html import report_html
 from medmoe_jax.evaluation.report import Report
+from medmoe_jax.storage.places import place
 from medmoe_jax.training.terminal import console, note
 
 
@@ -43,7 +44,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
         raise UserError("give at least two runs to compare")
     if len(set(arguments.runs)) < len(arguments.runs):
         raise UserError("a run stands twice among those to compare")
-    found = {name: records.read(Path(name) / "records.jsonl") for name in arguments.runs}
+    found = {name: records.read(place(name) / "records.jsonl") for name in arguments.runs}
     first, *others = arguments.runs
     differences = {
         name: compare(found[first], found[name], seed=arguments.seed, resamples=arguments.resamples)
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
         if left := of[-1].unpaired:
             note(f"{left} items of these tasks are in one of the two runs only, and not compared")
     if arguments.output:
-        _write(Path(arguments.output), arguments.runs, differences)
+        _write(place(arguments.output), arguments.runs, differences)
 
 
 def _table(found: list[Difference]) -> Table:
@@ -76,7 +77,7 @@ def _table(found: list[Difference]) -> Table:
 
 
 def _write(folder: Path, runs: list[str], differences: dict[str, list[Difference]]) -> None:
-    reports = {name: Report.load(Path(name) / "report.json") for name in runs}
+    reports = {name: Report.load(place(name) / "report.json") for name in runs}
     folder.mkdir(parents=True, exist_ok=True)
     plain = {name: [asdict(one) for one in of] for name, of in differences.items()}
     text = json.dumps({"against": runs[0], "runs": plain}, ensure_ascii=False, indent=2) + "\n"

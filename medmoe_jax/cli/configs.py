@@ -13,7 +13,9 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from medmoe_jax.cli.places import check_fields
 from medmoe_jax.errors import UserError
+from medmoe_jax.storage.places import check
 
 
 def load_config(arguments: Sequence[str]) -> ConfigDict:
@@ -29,6 +31,7 @@ def load_config(arguments: Sequence[str]) -> ConfigDict:
     file = next((a.partition("=")[2] for a in arguments if a.startswith("--config=")), "")
     if not file:
         raise UserError("--config=FILE is missing; for example --config=configs/medcare.py")
+    check(file, "--config", ())
     if not os.path.isfile(file.partition(":")[0]):
         raise UserError(f"--config: there is no file '{file.partition(':')[0]}'")
     try:
@@ -51,9 +54,11 @@ def load_config(arguments: Sequence[str]) -> ConfigDict:
     arguments = [a for a in arguments if a not in new]
     _check_fields(arguments, config)
     try:
-        return _with_fields(_parse(arguments), new.values())
+        config = _with_fields(_parse(arguments), new.values())
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, flags.Error) as error:
         raise UserError(f"--config: {error}") from None
+    check_fields(config)
+    return config
 
 
 # Mappings of the configuration that may be given any key.

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -47,6 +46,7 @@ from medmoe_jax.evaluation.items import Item
 from medmoe_jax.evaluation.overlap import ItemIndex, row_text
 from medmoe_jax.evaluation.tasks import expand, load_items
 from medmoe_jax.routing.languages import read_languages
+from medmoe_jax.storage.places import exists
 
 _TASK = "task:"  # before a file of items, as one of rows has the same ending
 
@@ -187,7 +187,7 @@ def _repeats(arguments, rows: Callable[[], Placed], within: bool) -> Repeats:
 
 
 def _holds_rows(name: str) -> bool:
-    return is_name(name) or (Path(name).exists() and not name.endswith(".toml"))
+    return is_name(name) or (exists(name) and not name.endswith(".toml"))
 
 
 def _leaks(tasks: Mapping[str, Sequence[Item]], rows: Placed) -> dict[int, Repeat]:

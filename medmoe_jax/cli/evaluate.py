@@ -37,6 +37,7 @@ from medmoe_jax.evaluation.tasks import Task, expand, list_tasks, load_task, sui
 from medmoe_jax.evaluation.ways import ANSWERS, SCORES, Way
 from medmoe_jax.parallel import processes
 from medmoe_jax.ranges import COUNT, NOT_NEGATIVE
+from medmoe_jax.storage.places import make_folder, place
 from medmoe_jax.training.setup import Setup
 from medmoe_jax.training.terminal import console, note
 
@@ -91,8 +92,8 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     tasks, failures = _load(setup, names, arguments, way, few)
     trained = open_stage(opened, arguments.stage)
     model = language_model(setup, trained, arguments.off, arguments.language)
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = place(output)
+    make_folder(folder)
     report = evaluate(
         model,
         tasks,

@@ -31,9 +31,11 @@ from medmoe_jax.cli import (
     tokenizer,
     train,
 )
+from medmoe_jax.cli.places import check_options
 from medmoe_jax.errors import STORAGE_LOST, ParameterError, Stopped, StorageError, UserError
 from medmoe_jax.parallel import processes
 from medmoe_jax.parallel.rollcall import GONE, ProcessError
+from medmoe_jax.storage.objects import failures
 from medmoe_jax.training.terminal import LogHandler, console
 
 COMMANDS = {
@@ -108,12 +110,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         several = (arguments.coordinator, arguments.processes, arguments.process)
         with processes.Membership(*several), _one_speaks():
+            check_options(arguments)
             arguments.run(arguments, rest)
     except (UserError, OSError) as error:
         message = _named(error, arguments)
         print(f"medmoe {arguments.command}: error: {message}", file=sys.stderr)
         lost = isinstance(error, StorageError) or getattr(error, "errno", None) in STORAGE_LOST
         return processes.end(74 if lost else 1)
+    except failures() as error:
+        print(f"medmoe {arguments.command}: error: {error}", file=sys.stderr)
+        return processes.end(74)
     except ProcessError as error:
         print(f"medmoe {arguments.command}: error: {error}", file=sys.stderr)
         return processes.end(GONE)

@@ -13,7 +13,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 
 from rich import box
 from rich.table import Table
@@ -28,6 +27,7 @@ from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation.overlap import RUN, overlaps, row_text
 from medmoe_jax.evaluation.tasks import expand, load_items
 from medmoe_jax.ranges import COUNT
+from medmoe_jax.storage.places import exists, place
 from medmoe_jax.training.terminal import console
 
 
@@ -63,14 +63,14 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
         for one in found
     )
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    Path(arguments.output).mkdir(parents=True, exist_ok=True)
-    write_text(Path(arguments.output) / "overlap.jsonl", text)
-    print(f"written to {Path(arguments.output) / 'overlap.jsonl'}")
+    path = place(arguments.output) / "overlap.jsonl"
+    write_text(path, text)
+    print(f"written to {path}")
 
 
 def _texts(source: str) -> Iterator[tuple[str, str]]:
     """`(where, text)` of every row of a file or a set."""
-    if is_name(source) or Path(source).exists():
+    if is_name(source) or exists(source):
         rows = open_path(source, RowReader()).rows
         for number, row in enumerate(rows):
             yield rows.place(number), row_text(row)

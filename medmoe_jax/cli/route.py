@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 from rich.table import Table
@@ -25,6 +24,7 @@ from medmoe_jax.data.hub import is_name
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation.html import HeatMapSection, save_png
 from medmoe_jax.ranges import COUNT, NOT_NEGATIVE
+from medmoe_jax.storage.places import exists, place
 from medmoe_jax.training.fit import Fit, find, fit_stage
 from medmoe_jax.training.fit_methods import METHODS
 from medmoe_jax.training.terminal import console
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
         )
         for task, file in files.items()
     }
-    output = Path(arguments.output or arguments.workdir)
+    output = place(arguments.output or arguments.workdir)
     write_json(output / "mixing.json", {task: asdict(fit) for task, fit in fits.items()})
     save_png(output / "mixing.png", _heat_map(fits))
     for table in _tables(fits):
@@ -89,7 +89,7 @@ def _files(given: Sequence[str]) -> dict[str, str]:
             raise UserError(f"--data: '{argument}' is not TASK=FILE")
         if task in files:
             raise UserError(f"--data: task '{task}' is given twice")
-        if not is_name(file) and not Path(file).exists():
+        if not is_name(file) and not exists(file):
             raise UserError(f"--data: {task}: there is no file or folder '{file}'")
         files[task] = file
     return files

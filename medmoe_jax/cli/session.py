@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from medmoe_jax import json_text
@@ -24,6 +23,7 @@ from medmoe_jax.evaluation.shots import Fitter
 from medmoe_jax.evaluation.tasks import Task, expand, load_task
 from medmoe_jax.inference.engine import Engine
 from medmoe_jax.inference.language_model import LanguageModel
+from medmoe_jax.storage.fetched import fetched
 from medmoe_jax.training.compiling import keep_compiled
 from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import Setup, open_setup
@@ -232,10 +232,11 @@ def read_rows(path: str, fields: Sequence[str]) -> tuple[list[dict], list[str]]:
     Raises:
       UserError: a row is not JSON or lacks a field, or the file is not UTF-8; names file and line.
     """
-    if not Path(path).is_file():
+    file = fetched(path)
+    if not file.is_file():
         raise UserError(f"{path}: no such file")
     rows, places = [], []
-    for place, row in json_text.lines(Path(path).read_bytes(), path):
+    for place, row in json_text.lines(file.read_bytes(), path):
         for field in fields:
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
                 raise UserError(f'{place}: the row needs a text field "{field}"')

@@ -1,8 +1,8 @@
 """Files that are read in blocks, any block at any time, so that no file has to fit into memory.
 
 A block is a range of bytes of a file of JSON lines, or of rows of a row group of a Parquet file.
-Files lie on this machine, or on the Hugging Face hub, of which only the ranges that are asked for
-are brought.
+Files lie on this machine, on the Hugging Face hub or on object storage, of which only the ranges
+that are asked for are brought.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from medmoe_jax.data.files import local_files
 from medmoe_jax.data.json_items import decode_line
 from medmoe_jax.data.on_demand import OnDemand
 from medmoe_jax.errors import UserError
+from medmoe_jax.storage import objects
+from medmoe_jax.storage.places import is_remote, place
 
 LINES, PARQUET = (".jsonl", ".ndjson"), ".parquet"
 ENDINGS = (*LINES, PARQUET)
@@ -180,6 +182,8 @@ def open_files(path: str, split: str) -> list[File]:
         raise UserError(f"{path}: a data set of TensorFlow Datasets cannot be streamed")
     if path.startswith(hub.HUB):
         return [File(*found) for found in hub.remote_files(path, split, ENDINGS)]
+    if is_remote(path):
+        return list(_objects(place(path), split))
     files = []
     for file, shown in local_files(Path(path), split, ENDINGS):
         if not file.name.endswith(ENDINGS):
@@ -190,6 +194,25 @@ def open_files(path: str, split: str) -> list[File]:
         opens = functools.partial(io.FileIO, file)
         files.append(File(shown, opens, file.stat().st_size, functools.partial(_sha256, file)))
     return files
+
+
+def _objects(path: Path, split: str) -> Iterator[File]:
+    """The files of a path on object storage, which stay there."""
+    found = {one.name: one for one in objects.listing(path)}
+    if not found:
+        raise UserError(f"{path}: there is no file or folder")
+    names = list(found)
+    if names != [""]:
+        names = hub.choose_files(str(path), names, split, ENDINGS)
+    elif split != "train" or not str(path).endswith(ENDINGS):
+        raise UserError(
+            f"{path}: has no splits, and only files that end in {', '.join(ENDINGS)} can be "
+            "streamed"
+        )
+    for name in names:
+        file, size, tag = path / name, found[name].size, found[name].tag
+        opens = functools.partial(objects.open_same, file, tag)
+        yield File(str(file), opens, size, functools.partial(str, tag))
 
 
 def make_blocks(files: Sequence[File], least: int) -> list[Block]:

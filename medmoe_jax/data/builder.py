@@ -25,6 +25,9 @@ from medmoe_jax.data.hub import is_name
 from medmoe_jax.data.on_demand import OnDemand
 from medmoe_jax.data.rows import RowReader
 from medmoe_jax.errors import UserError
+from medmoe_jax.storage.fetched import fetched
+from medmoe_jax.storage.objects import listing
+from medmoe_jax.storage.places import is_remote, local, place
 
 VERSION = "1.0.0"
 SPLIT = "train"
@@ -107,7 +110,7 @@ def build(
             f"data set name {name!r}: use lower-case letters, digits and '_', "
             "with a letter at the start"
         )
-    final = Path(out_dir) / name / VERSION
+    final = local(out_dir) / name / VERSION
     if final.exists():
         raise UserError(f"{final} already exists; choose another name or delete that folder first")
     rows = _not_empty(rows if repeats is None else _kept(rows, repeats), name)
@@ -185,7 +188,10 @@ def open_dataset(folder: str | Path) -> Conversations:
 
 def is_dataset(folder: str | Path) -> bool:
     """Whether a data set was built in a folder, or in one below it."""
-    return bool(_found(Path(folder)))
+    if is_remote(folder):
+        names = [one.name for one in listing(place(folder))]
+        return any(re.fullmatch(r"([^/]+/){0,2}dataset_info\.json", name) for name in names)
+    return bool(_found(local(folder)))
 
 
 def content_digest(folder: str | Path) -> str:
@@ -199,7 +205,7 @@ def content_digest(folder: str | Path) -> str:
 
 
 def _resolve(folder: str | Path) -> Path:
-    folder = Path(folder)
+    folder = fetched(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; build a data set there first")
     found = _found(folder)

@@ -23,6 +23,8 @@ from medmoe_jax import json_text
 from medmoe_jax.data import hub, tables
 from medmoe_jax.data.json_items import json_items
 from medmoe_jax.errors import UserError
+from medmoe_jax.storage.fetched import fetched
+from medmoe_jax.storage.places import is_remote
 
 Items = Iterator[tuple[str, Any]]
 _TEXT: dict[str, Callable[[TextIO, str], Items]] = {
@@ -63,8 +65,10 @@ def read_items(path: str | Path, split: str = "train") -> Items:
         for file, shown in hub.hub_files(str(path), split, ENDINGS):
             yield from _file_items(file, shown)
     else:
-        for file, shown in local_files(Path(path), split, ENDINGS):
-            yield from _file_items(file, shown)
+        here = fetched(path)
+        named = str(path) if is_remote(path) else str(here)
+        for file, shown in local_files(here, split, ENDINGS):
+            yield from _file_items(file, shown.replace(str(here), named, 1))
 
 
 def local_files(path: Path, split: str, endings: Sequence[str]) -> Iterator[tuple[Path, str]]:

@@ -23,6 +23,7 @@ from medmoe_jax.data.prompts import Prompt
 from medmoe_jax.data.rows import RowReader
 from medmoe_jax.data.streamed_rows import StreamedRows
 from medmoe_jax.errors import UserError
+from medmoe_jax.storage.places import exists
 
 _DEMO = {
     "demo_general": corpus.pretraining_rows,
@@ -241,7 +242,7 @@ def check_source(name: str, fields: Mapping[str, Any]) -> None:
     if reader == "rows":
         if not path:
             raise UserError(f"{where}.path is empty; name a file or a built data set")
-        if not is_name(path) and not Path(path).exists():
+        if not is_name(path) and not exists(path):
             raise UserError(f"{where}.path: there is no file or folder '{path}'")
     elif reader not in _DEMO and reader.partition(":")[0] not in medical.SETS:
         known = ", ".join(["rows", *_DEMO, *medical.SETS])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from medmoe_jax.data.jinja_template import Jinja
@@ -16,6 +15,8 @@ from medmoe_jax.data.layouts import TEMPLATES
 from medmoe_jax.data.pieces import Template
 from medmoe_jax.data.tokens import Tokenizer
 from medmoe_jax.errors import UserError
+from medmoe_jax.storage.fetched import fetched
+from medmoe_jax.storage.places import place
 
 # What looks like a token of its own: <|im_end|>, <start_of_turn>, </think>.
 MARK = re.compile(r"<\|[^|<>\s]+\|>|</?\w+>")
@@ -57,8 +58,8 @@ def load_template(
                 f"use one of {', '.join(TEMPLATES)}"
             )
         source = tokenizer.chat_template
-    elif name.endswith(".jinja") and Path(name).is_file():
-        source = Path(name).read_text(encoding="utf-8")
+    elif name.endswith(".jinja") and place(name).is_file():
+        source = fetched(name).read_text(encoding="utf-8")
     else:
         known = ", ".join([*TEMPLATES, "tokenizer"])
         raise UserError(f"unknown template {name!r}; use one of {known} or a .jinja file")

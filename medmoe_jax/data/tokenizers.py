@@ -21,8 +21,12 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from medmoe_jax import json_text
 from medmoe_jax.data.tokens import Added, Tokenizer
 from medmoe_jax.errors import UserError
+from medmoe_jax.storage.fetched import fetched
+from medmoe_jax.storage.places import local
 
 # Tried in this order when no file beside a tokenizer.json says anything.
+# What tells of a tokenizer beside its main file.
+BESIDE = ("*.json", "*.model", "*.jinja", "*.txt")
 GUESSES = {
     "bos_token": ("<s>", "<bos>", "<|begin_of_text|>"),
     "eos_token": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>"),
@@ -229,7 +233,7 @@ def load(path: str | Path) -> Tokenizer:
     `chat_template.jinja` or `tokenizer_config.json` beside it. Raises UserError when nothing
     readable is found.
     """
-    path = Path(path)
+    path = fetched(path, beside=BESIDE)
     if path.is_dir():
         names = [path / "tokenizer.json", path / "tokenizer.model", *sorted(path.glob("*.model*"))]
         found = [name for name in names if name.is_file()]
@@ -258,7 +262,7 @@ def train(
     space is added. Equal texts give an equal model. Raises UserError when there is too little text
     for `vocab_size`.
     """
-    out = Path(out)
+    out = local(out)
     smallest = 4 + len(symbols) + 256
     if vocab_size <= smallest:
         raise UserError(f"vocab_size {vocab_size} is too small; give more than {smallest}")

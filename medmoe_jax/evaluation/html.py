@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 
 from medmoe_jax.checkpoints.files import write_bytes, write_text
 from medmoe_jax.evaluation.report import COLUMNS, Report, percent
+from medmoe_jax.storage.places import place
 
 INK = "#010203"  # stands for the page's text colour in figures
 LINE_COLOURS = ("#3b82f6", "#f97316", "#10b981", "#e11d48", "#8b5cf6", "#ca8a04", "#0891b2")
@@ -234,7 +235,7 @@ def save_png(path: str | Path, picture: Picture) -> Path:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
     write_bytes(path, image.getvalue())
-    return Path(path)
+    return place(path)
 
 
 def report_html(
@@ -257,7 +258,7 @@ def report_html(
         f"<h1>{html.escape(title)}</h1><nav>{links}</nav>{''.join(parts)}</body></html>\n"
     )
     write_text(path, page)
-    return Path(path)
+    return place(path)
 
 
 def _cell(value: object) -> str:

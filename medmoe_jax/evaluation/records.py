@@ -16,6 +16,7 @@ from medmoe_jax.evaluation import metrics
 from medmoe_jax.evaluation.items import Item
 from medmoe_jax.evaluation.tasks import Task
 from medmoe_jax.evaluation.ways import Answer
+from medmoe_jax.storage.places import place
 
 _NEEDED = ("task", "id", "metric", "prediction", "answer", "right")
 
@@ -85,7 +86,7 @@ def write(path: str | Path, lines: Iterable[dict]) -> None:
 
 def read(path: str | Path) -> list[dict]:
     """The records of a file. Raises UserError where it is not one, naming the line."""
-    path = Path(path)
+    path = place(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; medmoe eval writes it beside report.json")
     out = []

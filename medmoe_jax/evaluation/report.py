@@ -13,6 +13,7 @@ from rich.table import Table
 from medmoe_jax import json_text
 from medmoe_jax.checkpoints.files import write_text
 from medmoe_jax.errors import UserError
+from medmoe_jax.storage.places import place
 
 COLUMNS = ("task", "metric", "score", "95% interval", "chance", "majority", "n")
 
@@ -144,13 +145,13 @@ class Report:
         """Writes the report as JSON; the file is whole or absent at any time."""
         text = json.dumps(self.to_dict(), ensure_ascii=False, indent=2, allow_nan=False) + "\n"
         write_text(path, text)
-        return Path(path)
+        return place(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
         """Reads a saved report. Raises UserError where the file is not one."""
         try:
-            data = json_text.loads(Path(path).read_text(encoding="utf-8"))
+            data = json_text.loads(place(path).read_text(encoding="utf-8"))
             results = [Result(**result) for result in data["results"]]
             return cls(
                 results, data["settings"], data.get("about", {}), tuple(data.get("failures", ()))

@@ -13,6 +13,7 @@ import numpy as np
 from medmoe_jax.checkpoints.files import write_json
 from medmoe_jax.evaluation import html
 from medmoe_jax.evaluation.routing import Gate, Texts
+from medmoe_jax.storage.places import place
 
 _SHARE = "Share of the picks of a language's tokens; every row sums to one."
 _MIX = "Size of the mixing weights, which are the same for every text; every row sums to one."
@@ -111,7 +112,7 @@ def save(
     Raises:
       OSError: the folder cannot be written.
     """
-    folder = Path(folder)
+    folder = place(folder)
     figures = to_dict(texts, gates)
     drawn = list(pictures(texts, gates))
     out = {"json": folder / "routing.json"}

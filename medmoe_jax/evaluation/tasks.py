@@ -20,6 +20,7 @@ from medmoe_jax.evaluation import metrics, shots, user_tasks
 from medmoe_jax.evaluation.items import Item, Prompt
 from medmoe_jax.evaluation.report import titled
 from medmoe_jax.evaluation.shots import Fitter, Shots
+from medmoe_jax.storage.fetched import fetched
 
 LOG = logging.getLogger(__name__)
 _SUITES = Path(__file__).with_name("tables") / "suites.toml"
@@ -186,7 +187,7 @@ def load_task(
     if str(name).endswith((".jsonl", ".jsonl.gz")):
         if split:
             raise UserError(f"{name} has no splits, of which {split!r} was asked for")
-        return _of_user(Path(name), limit, seed, few)
+        return _of_user(fetched(name), limit, seed, few)
     base, _, asked = str(name).partition("@")
     split = asked or split
     if base in _DEMO:

@@ -12,9 +12,10 @@ import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 
 from medmoe_jax.errors import ParameterError, UserError
+from medmoe_jax.storage.fetched import fetched
+from medmoe_jax.storage.places import place
 
 COLUMNS = ("code", "expert", "name", "note")
 _TABLES = resources.files("medmoe_jax.routing") / "tables"
@@ -49,8 +50,8 @@ def read_languages(table: str) -> Languages:
     """
     if table in published():
         where, text = table, (_TABLES / f"{table}.csv").read_text(encoding="utf-8")
-    elif Path(table).is_file():
-        where, text = table, Path(table).read_text(encoding="utf-8-sig")
+    elif place(table).is_file():
+        where, text = table, fetched(table).read_text(encoding="utf-8-sig")
     else:
         raise ParameterError(
             f"languages: '{table}' is neither a file nor one of {', '.join(published())}"

@@ -16,6 +16,7 @@ from medmoe_jax.checkpoints.lease import only_writer
 from medmoe_jax.checkpoints.released import Imported, read_adapter
 from medmoe_jax.checkpoints.upcycled import holds_experts, read_upcycled
 from medmoe_jax.errors import UserError
+from medmoe_jax.storage.fetched import fetched
 from medmoe_jax.training.finish import save_end
 from medmoe_jax.training.leaves import match_leaves
 from medmoe_jax.training.run import Run, StageRun
@@ -42,6 +43,7 @@ def import_stage(run: Run, folder: str | Path, name: str = "") -> str:
       UserError: the stage cannot be imported, or the directory does not fit it; nothing is written.
       LeaseError: another program writes into the work directory.
     """
+    folder = fetched(folder)
     stage = _choose(run, name)
     roster = roster_of(run.setup.stages, stage.name)
     read = _read_upcycled if holds_experts(folder) else _read_adapter

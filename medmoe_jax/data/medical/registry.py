@@ -16,6 +16,7 @@ from medmoe_jax.data.medical.fields import look, text
 from medmoe_jax.data.medical.locate import find_files, has_files
 from medmoe_jax.data.medical.row import Row, held_out, normal
 from medmoe_jax.errors import UserError
+from medmoe_jax.storage.fetched import fetched
 
 LOG = logging.getLogger(__name__)
 SETS: dict[str, MedicalSet] = {
@@ -46,7 +47,7 @@ def add_cards(path: str | os.PathLike) -> list[str]:
     Raises:
       UserError: the file is no file of cards, or one has the name of another set.
     """
-    cards = load_cards(Path(path))
+    cards = load_cards(fetched(path))
     for name in cards:
         if name in SETS and SETS[name] != cards[name]:
             raise UserError(f"{path}: {name!r} is the name of another set; give yours another")

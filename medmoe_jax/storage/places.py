@@ -1,0 +1,127 @@
+"""What a path names: a place on disk, on object storage, or none that is known.
+
+Every path that a person gives comes through `place`, which takes all that is supported, or `local`,
+which takes a disk alone; all else is refused, by name, before anything is made. `Path("gs://b/x")`
+would be a local folder `gs:`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple, cast
+
+from medmoe_jax.errors import UserError
+
+
+class _Scheme(NamedTuple):
+    """The extra of setup.py that brings a scheme, and the module which fsspec needs for it."""
+
+    extra: str
+    module: str
+
+
+_SCHEMES = {"gs": _Scheme("gcs", "gcsfs"), "s3": _Scheme("s3", "s3fs")}
+REMOTE = frozenset(_SCHEMES)
+# One slash is what is left of two once a path was made of it.
+_URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
+
+
+def scheme_of(path: str | os.PathLike) -> str:
+    """What stands before `:/`, such as `gs`; "" for a path on this machine's disk."""
+    found = _URI.match(os.fspath(path))
+    return found[1].lower() if found else ""
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path is on object storage; it costs nothing and asks nobody."""
+    return scheme_of(path) in REMOTE
+
+
+def check(path: str | os.PathLike, field: str, schemes: Iterable[str]) -> None:
+    """Raise UserError unless a path is on this machine's disk or has one of these schemes.
+
+    Args:
+      path: as a person gave it.
+      field: the option or field it stands in; "" where that is not known.
+      schemes: such as `gs`, or `hf` where names of the hub will do.
+    """
+    scheme, where = scheme_of(path), f"{field}: " if field else ""
+    if not scheme:
+        return
+    if scheme not in schemes:
+        known = ["a path of this machine", *(f"{one}://" for one in sorted(schemes))]
+        raise UserError(
+            f"{where}'{os.fspath(path)}' is a place that cannot be used here; give "
+            f"{' or '.join(known)} (a folder that is named so is ./{os.fspath(path)})"
+        )
+    if scheme in REMOTE:
+        _check_remote(os.fspath(path), where, scheme)
+
+
+def _check_remote(path: str, where: str, scheme: str) -> None:
+    if not re.match(rf"{scheme}://[^/]+", path):
+        raise UserError(f"{where}'{path}' names no bucket; write {scheme}://BUCKET/PATH")
+    needed = _SCHEMES[scheme]
+    if importlib.util.find_spec(needed.module) is None:
+        raise UserError(
+            f"{where}'{path}' needs the package {needed.module}, which is not installed: "
+            f"pip install 'medmoe_jax[{needed.extra}]'"
+        )
+
+
+def place(path: str | os.PathLike, field: str = "") -> Path:
+    """The place that a path names, with pathlib's methods wherever it lies.
+
+    Raises:
+      UserError: the scheme is not supported, or its package is not installed.
+    """
+    check(path, field, REMOTE)
+    if not is_remote(path):
+        return Path(path)
+    _configure()
+    from etils import epath
+
+    return cast("Path", epath.Path(os.fspath(path)))
+
+
+def local(path: str | os.PathLike, field: str = "") -> Path:
+    """A path on this machine's disk. Raises UserError for any other."""
+    check(path, field, ())
+    return Path(path)
+
+
+@functools.cache
+def _configure() -> None:
+    """No lists are kept: other programs, and TensorStore in this one, write where we look."""
+    import fsspec.config
+
+    for names in (("gs", "gcs"), ("s3", "s3a")):
+        for name in names:
+            fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False
+
+
+def exists(path: str | os.PathLike) -> bool:
+    """Whether there is a file or folder. Raises UserError: see `place`."""
+    return place(path).exists()
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder with those above it; on object storage there are none to make."""
+    if not is_remote(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def absolute(path: Path) -> Path:
+    """A path that does not depend on the current folder."""
+    return path if is_remote(path) else path.absolute()
+
+
+def cache_folder() -> Path:
+    """Where this machine keeps what can be fetched or made again: $XDG_CACHE_HOME/medmoe_jax."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "medmoe_jax"

@@ -1,0 +1,123 @@
+"""One rule for every option and field that takes a path: used, or refused before anything is made."""
+
+import argparse
+import os
+
+import pytest
+
+from medmoe_jax.checkpoints.files import MetricsLog, new_folder, write_json
+from medmoe_jax.cli import main, places
+from medmoe_jax.data import builder, tokenizers
+from medmoe_jax.errors import UserError
+from medmoe_jax.storage.fetched import fetched
+from medmoe_jax.storage.places import check, local, place, scheme_of
+from tests import tiny
+
+# Options that take text which is no path.
+_NO_PATH = {
+    "coordinator", "command", "config", "action", "method", "stage", "off", "language", "split",
+    "answer", "score", "shots_as", "compat", "format", "dtype", "name", "ignore", "column",
+    "option", "mask", "prompt", "topology", "search", "devices", "kind", "kinds",
+}  # fmt: skip
+
+
+def parsers(parser, names=()):
+    """Yields `(names of the command, parser)` of all commands and their actions."""
+    yield names, parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, one in action.choices.items():
+                yield from parsers(one, (*names, name))
+
+
+def options():
+    """Yields `(words of the command, option's name, action)` of every option that takes text."""
+    for names, one in parsers(main.parser()):
+        for action in one._actions:
+            takes = action.nargs != 0 and not isinstance(action, argparse._SubParsersAction)
+            if takes and action.type is None and action.dest not in ("help", "version"):
+                yield names, action.dest, action
+
+
+def test_every_option_that_takes_text_is_known_to_take_a_path_or_none():
+    names = {name for _, name, _ in options()}
+    assert names <= _NO_PATH | set(places.OPTIONS), names - _NO_PATH - set(places.OPTIONS)
+    assert not _NO_PATH & set(places.OPTIONS)
+
+
+def arguments_for(parser, name, value):
+    """A command line with one option of that value, and all that must be there besides."""
+    line = []
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction) or action.dest == "help":
+            continue
+        if action.dest != name and not action.required:
+            continue
+        text = value if action.dest == name else next(iter(action.choices or ["x"]))
+        text = text if action.type is None else "300"
+        line += [text] if not action.option_strings else [action.option_strings[0], text]
+    return line
+
+
+@pytest.mark.parametrize(
+    "command, name",
+    sorted({(names, name) for names, name, _ in options() if name in places.OPTIONS}),
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_an_unknown_place_is_refused_by_name_and_nothing_is_made(
+    command, name, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    parser = dict(parsers(main.parser()))[command]
+    for value in ("http://host/x", "az://box/x", "gs:/bucket/x", "S3:///x"):
+        assert main.main([*command, *arguments_for(parser, name, value)]) == 1
+        said = capsys.readouterr().err
+        assert f"--{name.replace('_', '-')}: '{value}'" in said, said
+    if not places.OPTIONS.get(f"{command[0]} {name}", True):
+        assert main.main([*command, *arguments_for(parser, name, "gs://bucket/x")]) == 1
+        assert "'gs://bucket/x' is a place that cannot be used here" in capsys.readouterr().err
+    assert not os.listdir(tmp_path)
+
+
+def test_an_unknown_place_in_a_field_is_refused_by_name():
+    fields = [*places.FIELDS, "data.sources.knowledge.path"]
+    for name in fields:
+        config = tiny.medcare_config()
+        *sections, field = name.split(".")
+        section = config
+        for one in sections:
+            section = section[one]
+        section[field] = ("az://box/x",) if name == "run.tasks" else "az://box/x"
+        with pytest.raises(UserError, match=f"{name}: 'az://box/x' is a place"):
+            places.check_fields(config)
+    places.check_fields(tiny.medcare_config())
+
+
+def test_what_writes_refuses_an_unknown_place_itself(tmp_path, monkeypatch):
+    """So that a notebook is told too."""
+    monkeypatch.chdir(tmp_path)
+    for act in (
+        lambda path: write_json(path, {}),
+        lambda path: MetricsLog(path),
+        lambda path: fetched(path),
+        lambda path: builder.build([{"conversations": []}], path, "x"),
+        lambda path: tokenizers.train([], 300, path),
+        lambda path: new_folder(path).__enter__(),
+    ):
+        with pytest.raises(UserError, match="'http://host/x' is a place that cannot be used here"):
+            act("http://host/x")
+    for act in (lambda path: builder.build([], path, "x"), lambda path: local(path)):
+        with pytest.raises(UserError, match="'gs://b/x' is a place that cannot be used here"):
+            act("gs://b/x")
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["a/b", "./gs:/x", "/gs:/x", "tico19:fr", "a=b:c", "task:x", ""])
+def test_a_path_of_this_machine_is_left_as_it_is(path):
+    assert scheme_of(path) == "" and str(place(path)) == str(local(path))
+
+
+def test_a_package_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"x: 'gs://b/c' needs .* pip install 'medmoe_jax\[gcs\]'"):
+        check("gs://b/c", "x", {"gs"})
