@@ -1,7 +1,8 @@
-"""Object storage on this machine: emulators of Google's and Amazon's, in threads of this process."""
+"""Object storage on this machine: emulators of Google's and Amazon's, in threads of its own."""
 
 import contextlib
 import functools
+import http
 import logging
 import socketserver
 from collections.abc import Generator, Mapping
@@ -60,7 +61,7 @@ def _conditional(upload):
             except NotFound:
                 found = "0"
             if found != wanted[0]:
-                response.status = 412
+                response.status = http.HTTPStatus.PRECONDITION_FAILED
                 response.json({"error": {"code": 412, "message": "conditionNotMet"}})
                 return None
         return upload(request, response, storage)

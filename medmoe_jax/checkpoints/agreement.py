@@ -12,6 +12,7 @@ from typing import Any
 
 from medmoe_jax.errors import StorageError, UserError
 from medmoe_jax.parallel import processes
+from medmoe_jax.storage.places import make_folder, place
 
 _VISIBLE = 20  # seconds until a file shows on every machine of a shared disk
 
@@ -68,10 +69,10 @@ def check_shared(directory: str | Path) -> None:
     """Raise UserError, on all processes, unless they all see the same folder, made if absent."""
     if processes.count() == 1:
         return
-    directory = Path(directory)
+    directory = place(directory)
 
     def leave() -> str:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         name = f".seen-{uuid.uuid4().hex}"
         (directory / name).touch()
         return name

@@ -9,6 +9,7 @@ import jax
 
 import medmoe_jax
 from medmoe_jax.parallel.hashing import array_hashes
+from medmoe_jax.storage.places import place
 
 
 def json_fingerprint(value: Any) -> str:
@@ -19,7 +20,7 @@ def json_fingerprint(value: Any) -> str:
 
 def file_fingerprint(path: str | Path) -> str:
     """32 hex digits for the bytes of a file. Raises OSError if it cannot be read."""
-    with open(path, "rb") as file:
+    with place(path).open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 

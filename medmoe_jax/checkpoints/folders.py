@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medmoe_jax.checkpoints.agreement import from_first_process
+from medmoe_jax.storage.places import place
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class StageFolder:
     @classmethod
     def of(cls, workdir: str | Path, stage: str) -> "StageFolder":
         """The folder of the stage of that name."""
-        return cls(Path(workdir) / "stages" / stage)
+        return cls(place(workdir) / "stages" / stage)
 
     @property
     def recipe(self) -> Path:

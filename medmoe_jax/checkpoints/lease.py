@@ -3,14 +3,14 @@
     FOLDER/lease/1.json    who has it, from its start to its end; 2.json after a takeover, and so on
 
 The file with the highest number is the lease. To take it is to make the file of the next number,
-which one program alone can do on local, network and object storage. It stays only where all else
-in the folder is as it was when it was judged: so whoever was slow, and comes after a takeover and a
-release, takes nothing.
+which one program alone can do on local, network and object storage; on gs:// and s3:// by a write
+that is refused where the object exists. It stays only where all else in the folder is as it was
+when it was judged: so whoever was slow, and comes after a takeover and a release, takes nothing.
 
 A holder under the same running system is dead once its process is gone. Any other is judged by its
-heartbeat, the time of change of its file: dead once that has stood still while the newcomer looked
-on for `_DEAD` seconds. Clocks of two machines are never compared, nor their names, which may be
-equal.
+heartbeat, the time of change of its file or a mark on its object: dead once that has stood still
+while the newcomer looked on for `_DEAD` seconds. Clocks of two machines are never compared, nor
+their names, which may be equal.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ from typing import NamedTuple
 from medmoe_jax import json_text
 from medmoe_jax.checkpoints.agreement import from_first_process
 from medmoe_jax.errors import StorageError, UserError
+from medmoe_jax.storage import objects
+from medmoe_jax.storage.places import is_remote
+from medmoe_jax.storage.places import place as storage_place
 
 FOLDER = "lease"
 _BEAT = 10  # seconds between two heartbeats
@@ -130,7 +133,7 @@ def take(
     sleep: Callable[[float], None] = time.sleep,
 ) -> Lease:
     """The lease of a folder, which is made if absent; see `only_writer`."""
-    folder = Path(folder)
+    folder = storage_place(folder)
     place, made = folder / FOLDER, not folder.exists()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is not a folder; give the path of a folder, or of a new one")
@@ -175,28 +178,50 @@ def _wait_until_free(
 def _claim(place: Path, before: _Entry) -> Path | None:
     """The file of the next number, made by this process; None where another one was faster."""
     path = place / f"{before.number + 1}.json"
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        file = open(path, "x", encoding="utf-8")  # noqa: SIM115
-    except (FileExistsError, FileNotFoundError):  # the latter: a release removed the folder
+    if not _make(path, json.dumps(_own()._asdict(), indent=2)):
         return None
     try:
-        with file:
-            json.dump(_own()._asdict(), file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
         others = [entry for entry in _entries(place) if entry.number != before.number + 1]
     except OSError as error:
-        if error.errno == errno.ESTALE:  # object storage may say only now that one was faster
+        if error.errno == errno.ESTALE:
             return None
-        path.unlink(missing_ok=True)
+        _remove(path)
         raise
     if max(others, default=_NONE) != before:
-        path.unlink(missing_ok=True)
+        _remove(path)
         return None
     for entry in others:
-        (place / f"{entry.number}.json").unlink(missing_ok=True)
+        _remove(place / f"{entry.number}.json")
     return path
+
+
+def _make(path: Path, text: str) -> bool:
+    """Whether this call made the file, which was not there."""
+    if is_remote(path):
+        return objects.create(path, text.encode())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "x", encoding="utf-8")  # noqa: SIM115
+    except (FileExistsError, FileNotFoundError):  # the latter: a release removed the folder
+        return False
+    try:
+        with file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno == errno.ESTALE:  # mounted storage may say only now that one was faster
+            return False
+        path.unlink(missing_ok=True)
+        raise
+    return True
+
+
+def _remove(path: Path) -> None:
+    if is_remote(path):
+        objects.remove(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 class Lease:
@@ -231,9 +256,9 @@ class Lease:
         """
         place, asked, gone = self._path.parent, self._clock(), False
         try:
-            os.utime(self._path)
+            _touch(self._path)
         except OSError as error:
-            if error.errno not in _REMOVED:
+            if not isinstance(error, FileNotFoundError) and error.errno not in _REMOVED:
                 raise StorageError(f"{self._path} cannot be renewed: {error}") from error
             gone = True
         try:  # after the sign: a newcomer sees that, or is seen here
@@ -269,10 +294,12 @@ class Lease:
         if self._lost:
             return
         # Whoever comes next finds no file, or one whose process is gone.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, StorageError):
             if max(_entries(self._path.parent), default=_NONE).text != self._text:
                 return
-            self._path.unlink()
+            _remove(self._path)
+            if is_remote(self._path):  # where there are no folders
+                return
             self._path.parent.rmdir()
             if self._made:
                 self._path.parents[1].rmdir()
@@ -281,7 +308,8 @@ class Lease:
 def _entries(place: Path) -> list[_Entry]:
     """The files in the folder of leases; one that has just gone is empty."""
     try:
-        names = os.listdir(place)
+        remote = is_remote(place)
+        names = [one.name for one in objects.listing(place)] if remote else os.listdir(place)
     except FileNotFoundError:
         return []
     found = (re.fullmatch(r"([1-9][0-9]{0,8})\.json", name) for name in names)
@@ -289,6 +317,10 @@ def _entries(place: Path) -> list[_Entry]:
 
 
 def _read(place: Path, number: int) -> _Entry:
+    if is_remote(place):
+        path = place / f"{number}.json"
+        text = (objects.read(path) or b"").decode(errors="replace")
+        return _Entry(number, text, objects.beat_of(path))
     try:
         # Opened: NFS asks the server then, and may answer from its memory otherwise.
         with open(place / f"{number}.json", "rb") as file:
@@ -296,6 +328,14 @@ def _read(place: Path, number: int) -> _Entry:
             return _Entry(number, text, os.fstat(file.fileno()).st_mtime_ns)
     except FileNotFoundError:
         return _Entry(number, "", 0)
+
+
+def _touch(path: Path) -> None:
+    """Give a sign of life. Raises OSError; FileNotFoundError where the file is gone."""
+    if is_remote(path):
+        objects.touch(path)
+    else:
+        os.utime(path)
 
 
 def _own() -> Holder:

@@ -4,7 +4,8 @@
     STAGE/final/{banks, extra, SEAL.json}      the banks at the stage's end
     STAGE/manifest.json                        written last: it exists = the stage is finished
 
-Orbax renames a checkpoint into place once it is whole; its seal is written after that. Everything
+Orbax renames a checkpoint into place once it is whole, or marks it as whole on object storage; its
+seal is written after that (`staging`: where Orbax cannot write in place). Everything
 here is called by all processes alike; what is on the disk is judged by the first one, and the
 others follow it.
 """
@@ -12,7 +13,7 @@ others follow it.
 import contextlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +21,15 @@ from typing import Any, NamedTuple
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from medmoe_jax.checkpoints import staging
 from medmoe_jax.checkpoints.agreement import from_first_process
 from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.checkpoints.seals import SEAL, damage, seal
 from medmoe_jax.errors import StorageError, UserError
 from medmoe_jax.parallel import processes
+from medmoe_jax.storage.objects import failures
+from medmoe_jax.storage.places import absolute
 
 # What Orbax and TensorStore raise when a file cannot be written.
 WRITE_ERRORS = (OSError, ValueError, RuntimeError)
@@ -70,12 +74,16 @@ class StageCheckpoints:
         """
         if keep < 1:
             raise ValueError(f"keep is {keep}; at least one checkpoint must be kept")
-        self._steps = folder.steps.absolute()
+        self._steps = absolute(folder.steps)
+        self._staging = contextlib.ExitStack()
+        self._written = self._staging.enter_context(staging.written(self._steps))
         self._keep = keep
         self._current: int | None = None
         self._saving: futures.Future | None = None
         self._pool = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._orbax = self._open()
+        if staging.is_staged(self._steps):
+            self._remove(lambda step: not self._is_sealed(step))  # their uploads were cut short
         # A damaged step stays on the disk until a newer one is whole, but is not counted here.
         self._sealed = set(
             from_first_process(lambda: [step for step in self._on_disk() if self._is_sealed(step)])
@@ -85,7 +93,7 @@ class StageCheckpoints:
         self._failed_save = False
         try:
             return ocp.training.Checkpointer(
-                str(self._steps),
+                str(self._written),
                 context=_context(),
                 preservation_policy=self,
                 cleanup_tmp_directories=True,
@@ -101,8 +109,16 @@ class StageCheckpoints:
             self._orbax.close()
 
     def _on_disk(self) -> list[int]:
-        folders = self._steps.iterdir()
-        return sorted((int(f.name) for f in folders if f.name.isdigit()), reverse=True)
+        try:
+            names = [folder.name for folder in self._steps.iterdir()]
+        except FileNotFoundError:  # on object storage, before the first save
+            names = []
+        return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+    def _remove(self, chosen: Callable[[int], bool]) -> None:
+        """Remove steps from object storage, which Orbax has not written there itself."""
+        for step in filter(chosen, self._on_disk()):
+            staging.discard(self._steps / str(step))
 
     def _is_sealed(self, step: int) -> bool:
         return (self._steps / str(step) / SEAL).exists()
@@ -110,8 +126,11 @@ class StageCheckpoints:
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Orbax's question at each save: the newest sealed ones stay, and the one being saved."""
         del context
+        return [self._stays(c.step) for c in checkpoints]
+
+    def _stays(self, step: int) -> bool:
         newest = sorted(self._sealed)[-max(self._keep - 1, 1) :]
-        return [c.step in newest or c.step == self._current for c in checkpoints]
+        return step in newest or step == self._current
 
     def save(self, step: int, state: Any, extra: dict[str, Any]) -> None:
         """Start saving; returns once the arrays are copied to host memory and may be donated.
@@ -155,8 +174,11 @@ class StageCheckpoints:
             copied.set_result(None)
             saved.result()
             if processes.index() == 0:
-                seal(self._steps / str(step))
-        except WRITE_ERRORS as error:
+                seal(self._written / str(step))
+                staging.publish(self._written / str(step), self._steps / str(step))
+                if staging.is_staged(self._steps):
+                    self._remove(lambda one: one < step and not self._stays(one))
+        except (*WRITE_ERRORS, *failures()) as error:
             raise self._failed(step, error) from error
         self._sealed.add(step)
 
@@ -199,11 +221,18 @@ class StageCheckpoints:
                 f"itself: {'; '.join(found['skipped'])}. To start it over, remove the folder."
             )
         self._sealed = {sealed for sealed in self._sealed if sealed <= step} | {step}
-        extra = self._orbax.load_checkpointables(step, {"extra": None})["extra"]
+        extra = self._load(step, {"extra": None})["extra"]
         _check_fit(self._steps / str(step), extra["leaves"], abstract_state)
-        state = self._orbax.load_checkpointables(step, {"state": abstract_state})["state"]
+        state = self._load(step, {"state": abstract_state})["state"]
         log.info("restored step %d from %s", step, self._steps)
         return Restored(step, state, extra["extra"], tuple(found["skipped"]))
+
+    def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
+        if not staging.is_staged(self._steps):
+            return self._orbax.load_checkpointables(step, wanted)
+        with _context():
+            folder = staging.readable(self._steps / str(step))
+            return ocp.load_checkpointables(str(folder), wanted)
 
     def _newest_whole(self) -> dict[str, Any]:
         """{"step": newest usable step or None, "skipped": what is wrong with newer ones}."""
@@ -218,7 +247,7 @@ class StageCheckpoints:
             folder = self._steps / str(step)
             if not self._is_sealed(step):
                 skipped.append(f"{folder} was interrupted: its seal {SEAL} is not there")
-            elif problem := damage(folder):
+            elif problem := damage(staging.readable(folder)):
                 skipped.append(problem)
             else:
                 return {"step": step, "skipped": skipped}
@@ -231,6 +260,7 @@ class StageCheckpoints:
         finally:
             self._pool.shutdown()
             self._release()
+            self._staging.close()
 
     def __enter__(self) -> "StageCheckpoints":
         return self
@@ -250,19 +280,20 @@ def save_final(folder: StageFolder, tree: Any, manifest: Manifest) -> None:
     """
     if folder.is_finished():
         raise ValueError(f"{folder.manifest} exists: the stage is finished already")
-    final = folder.final.absolute()
-
-    def close() -> None:
-        seal(final)
-        manifest.write(folder.manifest)
-
+    final = absolute(folder.final)
     try:
-        with _context():
-            ocp.save_checkpointables(
-                str(final), {"banks": tree, "extra": {"leaves": _describe(tree)}}, overwrite=True
-            )
-        from_first_process(close)
-    except WRITE_ERRORS as error:
+        with staging.written(final) as there:
+            with _context():
+                items = {"banks": tree, "extra": {"leaves": _describe(tree)}}
+                ocp.save_checkpointables(str(there), items, overwrite=True)
+
+            def close() -> None:
+                seal(there)
+                staging.publish(there, final)
+                manifest.write(folder.manifest)
+
+            from_first_process(close)
+    except (*WRITE_ERRORS, *failures()) as error:
         raise WriteError(
             f"the stage's end could not be written to {final}: {error}. Free space on the disk or "
             "mend its permissions, and start again: the stage's checkpoints are intact."
@@ -271,8 +302,9 @@ def save_final(folder: StageFolder, tree: Any, manifest: Manifest) -> None:
 
 def abstract_final(folder: StageFolder) -> Any:
     """What `save_final` was given, as nested dicts of `ShapeDtypeStruct` without shardings."""
+    final = staging.readable(absolute(folder.final))
     with _context():
-        metadata = ocp.checkpointables_metadata(str(folder.final.absolute())).metadata
+        metadata = ocp.checkpointables_metadata(str(final)).metadata
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata["banks"]
     )
@@ -296,7 +328,7 @@ def load_final(folder: StageFolder, abstract: Any = None) -> tuple[Any, Manifest
             f"{folder.path} holds no finished stage: {folder.manifest.name} is not there"
         )
     manifest = Manifest.read(folder.manifest)
-    final = folder.final.absolute()
+    final = staging.readable(absolute(folder.final))
     if problem := from_first_process(lambda: damage(final)):
         raise CheckpointError(f"{problem}; restore the file from a copy, or train the stage again")
     if abstract is None:

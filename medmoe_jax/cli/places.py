@@ -19,7 +19,7 @@ _LOCAL: frozenset[str] = frozenset()
 _ROWS = REMOTE | _NAMES
 # By option; those of one command that differ stand behind its name.
 OPTIONS = {
-    "workdir": _LOCAL,
+    "workdir": REMOTE,
     "output": REMOTE,
     "out": REMOTE,
     "json": REMOTE,

@@ -19,6 +19,7 @@ from typing import Any
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
 from medmoe_jax.errors import UserError
+from medmoe_jax.storage.places import cache_folder
 
 PREFIX = "tokenizer.ggml."
 TEMPLATE = "tokenizer.chat_template"
@@ -98,8 +99,7 @@ def unpack(fields: Mapping[str, Any], where: str, cache: Path | None = None) -> 
         written.
     """
     if cache is None:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        cache = Path(home) / "medmoe_jax" / "tokenizers"
+        cache = cache_folder() / "tokenizers"
     own = {key: value for key, value in fields.items() if key.startswith("tokenizer.")}
     digest = hashlib.sha256(json.dumps([_FORM, own], sort_keys=True).encode()).hexdigest()
     folder = cache / digest[:24]

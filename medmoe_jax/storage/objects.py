@@ -6,9 +6,10 @@ none. There are no folders: a folder is what the names of objects begin with.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +42,15 @@ def failures() -> tuple[type[Exception], ...]:
     return tuple(getattr(module, name) for module, names in found if module for name in names)
 
 
+@contextlib.contextmanager
+def reached(path: Path) -> Generator[None]:
+    """Raises StorageError in place of what the packages raise where storage cannot be reached."""
+    try:
+        yield
+    except failures() as error:
+        raise StorageError(f"{path}: cannot be reached, or not used: {error}") from error
+
+
 def system(path: Path) -> Any:
     """fsspec's file system of a place on object storage."""
     import fsspec
@@ -56,7 +66,8 @@ def tag_of(info: Mapping[str, Any]) -> str:
 def listing(path: Path) -> list[Listed]:
     """The object at a path, or all those in the folder there, by name; empty if there is none."""
     files, whole = system(path), str(path).partition("://")[2].rstrip("/")
-    found = files.find(str(path), detail=True)
+    with reached(path):
+        found = files.find(str(path), detail=True)
     if whole in found:
         return [Listed("", found[whole]["size"], tag_of(found[whole]))]
     return sorted(
@@ -68,7 +79,8 @@ def listing(path: Path) -> list[Listed]:
 
 def write(path: Path, content: bytes) -> None:
     """Replace an object, or make it: at any time the old one is there, or the new one."""
-    system(path).pipe_file(str(path), content)
+    with reached(path):
+        system(path).pipe_file(str(path), content)
 
 
 def create(path: Path, content: bytes) -> bool:
@@ -82,7 +94,8 @@ def create(path: Path, content: bytes) -> bool:
       Whether this call has made it.
     """
     try:
-        system(path).pipe_file(str(path), content, mode="create")
+        with reached(path):
+            system(path).pipe_file(str(path), content, mode="create")
     except FileExistsError:
         return read(path) == content
     return True
@@ -91,7 +104,8 @@ def create(path: Path, content: bytes) -> bool:
 def read(path: Path) -> bytes | None:
     """An object's content; None where it is not there."""
     try:
-        return system(path).cat_file(str(path))
+        with reached(path):
+            return system(path).cat_file(str(path))
     except FileNotFoundError:
         return None
 
@@ -108,40 +122,47 @@ def open_same(path: Path, tag: str) -> Any:
 def touch(path: Path) -> None:
     """Give a sign of life, which `beat_of` shows. Raises FileNotFoundError where it is gone."""
     files, beat = system(path), {_BEAT: str(time.time_ns())}
-    if scheme_of(path) == "gs":
-        files.setxattrs(str(path), **beat)
-    else:
-        files.setxattr(str(path), **beat)
+    change = files.setxattrs if scheme_of(path) == "gs" else files.setxattr
+    with reached(path):
+        change(str(path), **beat)
 
 
 def beat_of(path: Path) -> int:
-    """The last sign of life in ns, by the clock of who gave it; 0 where there was none."""
+    """The last sign of life in ns, by the clock of who gave it; 0 where there was none yet."""
+    files = system(path)
     try:
-        return int(system(path).getxattr(str(path), _BEAT) or 0)
-    except (KeyError, FileNotFoundError):
+        with reached(path):
+            if scheme_of(path) == "gs":
+                told = files.info(str(path)).get("metadata", {})
+            else:
+                told = files.metadata(str(path))
+    except FileNotFoundError:
         return 0
+    return int(told.get(_BEAT, 0))
 
 
 def remove(path: Path) -> None:
     """Remove an object; one that is not there is none the worse."""
-    try:
+    with reached(path), contextlib.suppress(FileNotFoundError):
         system(path).rm_file(str(path))
-    except FileNotFoundError:
-        return
 
 
 def remove_folder(path: Path) -> None:
     """Remove all objects in a folder."""
-    files = system(path)
     for one in listing(path):
-        files.rm_file(str(path / one.name))
+        remove(path / one.name)
 
 
 def upload(folder: Path, to: Path) -> None:
     """Copy a folder of this machine's disk to object storage."""
-    files = system(to)
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        files.put_file(str(path), str(to / path.relative_to(folder).as_posix()))
+    for name, path in files_below(folder):
+        upload_file(path, to / name)
+
+
+def upload_file(path: Path, to: Path) -> None:
+    """Copy a file of this machine's disk to object storage, where it appears whole."""
+    with reached(to):
+        system(to).put_file(str(path), str(to))
 
 
 def files_below(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -175,7 +196,7 @@ class Grown:
         try:
             if self._new:
                 write(self._path, bytes(self._content))
-        except (OSError, *failures()) as error:
+        except OSError as error:
             raise StorageError(f"{self._path} cannot be written: {error}") from error
         self._new = False
 

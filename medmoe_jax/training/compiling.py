@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from medmoe_jax.parallel import processes
+from medmoe_jax.storage.places import cache_folder, is_remote, local
 
 _HIT = "/jax/compilation_cache/cache_hits"
 _WORTH = 0.1  # seconds: programs that compile faster are not kept
@@ -21,12 +22,16 @@ def keep_compiled(directory: str | Path, workdir: str | Path) -> None:
 
     Args:
       directory: one that all processes see, since the first one writes; "" = the place that JAX
-        was told otherwise (JAX_COMPILATION_CACHE_DIR), or else `compiled` in the work directory.
+        was told otherwise (JAX_COMPILATION_CACHE_DIR), or else `compiled` in the work directory,
+        or in the user's cache where that is on object storage.
       workdir: "" = there is none.
     """
     if not directory and (jax.config.values["jax_compilation_cache_dir"] or not workdir):
         return
-    chosen = Path(directory) if directory else Path(workdir) / "compiled"
+    if directory:
+        chosen = local(directory, "run.compilation_cache")
+    else:
+        chosen = (cache_folder() if is_remote(workdir) else Path(workdir)) / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(chosen.absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH)
 

@@ -117,7 +117,6 @@ class StageRun:
         fingerprint = json_fingerprint(content)
         path = self.folder.recipe
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, {"fingerprint": fingerprint, "recipe": content})
             return fingerprint
         before = read_json(path)

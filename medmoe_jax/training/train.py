@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,8 +14,10 @@ import jax
 from medmoe_jax.checkpoints import stages as store
 from medmoe_jax.checkpoints.agreement import check_shared, union
 from medmoe_jax.checkpoints.lease import only_writer
+from medmoe_jax.checkpoints.staging import check_processes
 from medmoe_jax.errors import field_names
 from medmoe_jax.parallel import processes
+from medmoe_jax.storage.places import place
 from medmoe_jax.training import loop as loop_lib
 from medmoe_jax.training import summary
 from medmoe_jax.training.compiling import compile_ahead
@@ -60,6 +61,7 @@ def train(
       StorageError: it cannot be written.
       Stopped: `stop` said so.
     """
+    check_processes(place(run.workdir))
     check_shared(run.workdir)
     with only_writer(run.workdir) as confirm_lease:
         _run_stages(run, evaluate, stop, more_hooks, confirm_lease)
@@ -131,7 +133,7 @@ def _make_steps(
             to_mesh=data.placement,
             save=functools.partial(_save, checkpoints),
             stop=stop,
-            hooks=[Checked(confirm_lease), *_hooks(prepared, more_hooks)],
+            hooks=[Checked(confirm_lease), *_hooks(prepared, more_hooks, confirm_lease)],
             steps=steps,
             save_every=config.run.save_every,
         )
@@ -176,7 +178,9 @@ def _save(
     checkpoints.save(step, state, {"data": union(extra["data"])})
 
 
-def _hooks(prepared: Prepared, more_hooks: MakeHooks) -> list[Hook]:
+def _hooks(
+    prepared: Prepared, more_hooks: MakeHooks, confirm_lease: Callable[[], None]
+) -> list[Hook]:
     """All hooks of a stage: what may end it, what adds metrics, the caller's, what writes."""
     stage = prepared.stage
     settings, folder = stage.setup.config.run, stage.folder
@@ -189,8 +193,8 @@ def _hooks(prepared: Prepared, more_hooks: MakeHooks) -> list[Hook]:
         *more_hooks(prepared),
     ]
     if processes.index() == 0:
-        hooks.append(MetricsFile(folder.metrics))
-        hooks.append(TensorBoard(Path(stage.run.workdir) / "tensorboard", settings.log_every))
+        hooks.append(MetricsFile(folder.metrics, confirm_lease))
+        hooks.append(TensorBoard(place(stage.run.workdir) / "tensorboard", settings.log_every))
         hooks.append(Bar(settings.log_every))
         if settings.profile:
             hooks.append(Profiler(folder.profile, *settings.profile))

@@ -12,7 +12,8 @@ from tests import clouds
 @pytest.fixture(scope="session")
 def emulators(tmp_path_factory):
     """Both emulators, found by this process and those that it starts."""
-    with clouds.google() as google, clouds.amazon() as amazon, pytest.MonkeyPatch.context() as patch:
+    patched = pytest.MonkeyPatch.context()
+    with clouds.google() as google, clouds.amazon() as amazon, patched as patch:
         cache = {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
         for name, value in (google | amazon | cache).items():
             patch.setenv(name, value)

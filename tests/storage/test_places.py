@@ -1,4 +1,4 @@
-"""One rule for every option and field that takes a path: used, or refused before anything is made."""
+"""One rule for every option and field that takes a path: used, or refused and nothing made."""
 
 import argparse
 import os

@@ -81,7 +81,7 @@ def make_loop(tmp_path, first=0, poison=None, hooks=(), **fields):
             Measured(2, lambda state: {"overlap": float(state)}),
             Routers(2),
             *hooks,
-            MetricsFile(tmp_path / "m.jsonl"),
+            MetricsFile(tmp_path / "m.jsonl", lambda: None),
         ],
         **{
             "save": lambda *saved: saves.append(saved),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 
+from medmoe_jax.storage.spool import Spool
 from medmoe_jax.training.hooks.protocol import Hook, Progress
 from medmoe_jax.training.terminal import note
 
@@ -16,6 +17,7 @@ class Profiler(Hook):
     def __init__(self, folder: Path, first: int, count: int) -> None:
         """Write into `folder`, which XProf and TensorBoard take as their --logdir."""
         self._folder, self._first, self._last = folder, first, first + count - 1
+        self._files = Spool(folder)
         self._tracing = False
 
     def on_start(self, progress: Progress) -> None:
@@ -41,13 +43,15 @@ class Profiler(Hook):
         """End a trace that the stage's end cuts short."""
         if self._tracing:
             self._stop()
+        self._files.close()
 
     def _begin_before(self, step: int) -> None:
         if not self._tracing and self._first <= step <= self._last:
-            jax.profiler.start_trace(self._folder)
+            jax.profiler.start_trace(self._files.folder)
             self._tracing = True
 
     def _stop(self) -> None:
         jax.profiler.stop_trace()
+        self._files.sync()
         self._tracing = False
         note(f"the trace of steps up to {self._last} is in {self._folder}")

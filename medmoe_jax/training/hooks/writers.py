@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from medmoe_jax.checkpoints.files import MetricsLog
+from medmoe_jax.storage.spool import Spool
 from medmoe_jax.training.hooks.protocol import Hook, Progress, StepRecord
 
 
@@ -32,9 +33,14 @@ class Checked(Hook):
 class MetricsFile(Hook):
     """A line of JSON for every step."""
 
-    def __init__(self, path: Path) -> None:
-        """`path` is the log; lines after the step that the run starts from are cut off."""
-        self._path = path
+    def __init__(self, path: Path, confirm: Callable[[], None]) -> None:
+        """Write a log, whose lines after the step that the run starts from are cut off.
+
+        Args:
+          path: its place.
+          confirm: raises where nothing more may be written.
+        """
+        self._path, self._confirm = path, confirm
 
     def on_start(self, progress: Progress) -> None:
         """Open it."""
@@ -49,7 +55,8 @@ class MetricsFile(Hook):
         self._log.sync()
 
     def on_end(self, progress: Progress) -> None:
-        """Close it."""
+        """Close it, unless it is another program's by now."""
+        self._confirm()
         self._log.close()
 
 
@@ -58,14 +65,14 @@ class TensorBoard(Hook):
 
     def __init__(self, folder: Path, every: int) -> None:
         """Write into `folder` every so many steps."""
-        self._folder, self._every = folder, every
+        self._files, self._every = Spool(folder), every
 
     def on_start(self, progress: Progress) -> None:
         """Open a file of events."""
         # Imported here: tensorboardX imports torch wherever that is installed.
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(self._folder))
+        self._writer = SummaryWriter(str(self._files.folder))
 
     def on_metrics(self, progress: Progress, record: StepRecord) -> None:
         """Write a step's metrics where that is due."""
@@ -73,6 +80,12 @@ class TensorBoard(Hook):
             for name, value in record.metrics.items():
                 self._writer.add_scalar(f"{progress.stage}/{name}", value, record.step)
 
+    def on_save(self, progress: Progress) -> None:
+        """Bring the events to where they are kept."""
+        self._writer.flush()
+        self._files.sync()
+
     def on_end(self, progress: Progress) -> None:
         """Close the file."""
         self._writer.close()
+        self._files.close()
