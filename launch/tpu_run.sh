@@ -143,6 +143,7 @@ read_command_line "$@"
 [[ $VERB =~ ^[a-z]+$ && $'\n'$VERBS == *$'\n'"$VERB "* ]] ||
   fail "unknown verb '$VERB'; --help lists them"
 check_flags
+check_workdir_scheme
 dry || sweep
 
 # shellcheck source=backends/tpu.sh

@@ -25,7 +25,7 @@ from medmoe_jax.evaluation import page, records
 from medmoe_jax.evaluation.compare import Difference, alone, compare
 from medmoe_jax.evaluation.html import report_html
 from medmoe_jax.evaluation.report import Report
-from medmoe_jax.storage.places import place
+from medmoe_jax.storage.places import make_folder, place
 from medmoe_jax.training.terminal import console, note
 
 
@@ -78,7 +78,7 @@ def _table(found: list[Difference]) -> Table:
 
 def _write(folder: Path, runs: list[str], differences: dict[str, list[Difference]]) -> None:
     reports = {name: Report.load(place(name) / "report.json") for name in runs}
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     plain = {name: [asdict(one) for one in of] for name, of in differences.items()}
     text = json.dumps({"against": runs[0], "runs": plain}, ensure_ascii=False, indent=2) + "\n"
     write_text(folder / "compared.json", text)

@@ -23,8 +23,9 @@ from medmoe_jax.storage.places import place
 from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import open_setup
 from medmoe_jax.training.train import train
-from tests import tiny
+from tests import several, tiny
 from tests.clouds import BUCKET
+from tests.several import Several
 
 
 def test_of_many_that_start_at_once_one_writes(cloud):
@@ -262,3 +263,24 @@ def test_a_stopped_run_ends_where_one_on_disk_ends(cloud, tmp_path, monkeypatch,
     line = [f"--config={tmp_path / 'recipe.py'}", f"--workdir={cloud}/w"]
     assert main.main(["eval", *line, f"--tasks={cloud}/t.jsonl"]) == 0, capsys.readouterr().err
     assert read_json(cloud / "w" / "report.json")["results"][0]["n"] == 1
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_checkpoint_to_gs(emulators, tmp_path):
+    """Each its own shards, which the first one makes a whole; on s3:// both are told at once."""
+    (tmp_path / "recipe.py").write_text(several.CONFIG)
+    config = [f"--config={tmp_path / 'recipe.py'}", "--config.stages.order=('aggregate',)"]
+    workdir = f"gs://{BUCKET}/two"
+    with Several(tmp_path, [["train", *config, f"--workdir={workdir}"]] * 2) as both:
+        assert both.statuses() == [0, 0], both.printed(0)[-3000:]
+    _, reference = tiny.trained()
+    there, here = (StageFolder.of(w, "aggregate") for w in (workdir, reference))
+    rows, wanted = read_metrics(there.metrics), read_metrics(here.metrics)
+    assert [row["rows_hash"] for row in rows] == [row["rows_hash"] for row in wanted]
+    np.testing.assert_allclose(
+        [row["loss"] for row in rows], [row["loss"] for row in wanted], rtol=1e-3
+    )
+    assert there.is_finished() and not damage(there.final)
+    with Several(tmp_path, [["train", *config, f"--workdir=s3://{BUCKET}/two"]] * 2) as both:
+        assert both.statuses() == [1, 1]
+        assert "several processes cannot write checkpoints to s3://" in both.printed(0)
