@@ -31,8 +31,8 @@ def load_config(arguments: Sequence[str]) -> ConfigDict:
     file = next((a.partition("=")[2] for a in arguments if a.startswith("--config=")), "")
     if not file:
         raise UserError("--config=FILE is missing; for example --config=configs/medcare.py")
-    check(file, "--config", ())
     if not os.path.isfile(file.partition(":")[0]):
+        check(file, "--config", ())
         raise UserError(f"--config: there is no file '{file.partition(':')[0]}'")
     try:
         config = _parse([f"--config={file}"])

@@ -26,7 +26,7 @@ from medmoe_jax.storage.places import cache_folder, is_remote, local, place
 
 _LIMIT = 100.0  # gigabytes, where $MEDMOE_CACHE_GB says nothing else
 # Locks of the copies that this process uses; the system gives them back at its end.
-_held: list[IO] = []
+_held: dict[Path, IO] = {}
 
 
 def fetched(path: str | os.PathLike, field: str = "", beside: Sequence[str] = ()) -> Path:
@@ -80,11 +80,13 @@ def _copy(source: Path, beside: Sequence[str]) -> Path:
 
 def _hold(entry: Path, bring: Callable[[], None]) -> None:
     """Keep an entry from being removed while this process lives; `bring` makes it if absent."""
+    if entry in _held and entry.is_dir():
+        return
     lock = open(entry.with_name(f"{entry.name}.lock"), "a")  # noqa: SIM115
     while True:
         fcntl.flock(lock, fcntl.LOCK_SH)
         if entry.is_dir():
-            _held.append(lock)
+            _held[entry] = lock
             return
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not entry.is_dir():

@@ -66,8 +66,11 @@ def tag_of(info: Mapping[str, Any]) -> str:
 def listing(path: Path) -> list[Listed]:
     """The object at a path, or all those in the folder there, by name; empty if there is none."""
     files, whole = system(path), str(path).partition("://")[2].rstrip("/")
-    with reached(path):
-        found = files.find(str(path), detail=True)
+    try:
+        with reached(path):
+            found = files.find(str(path), detail=True)
+    except FileNotFoundError:  # no such bucket
+        return []
     if whole in found:
         return [Listed("", found[whole]["size"], tag_of(found[whole]))]
     return sorted(

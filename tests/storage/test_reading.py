@@ -13,12 +13,13 @@ from medmoe_jax.data import builder, tokenizers
 from medmoe_jax.data.blocks import make_blocks, open_files
 from medmoe_jax.data.files import read_items
 from medmoe_jax.data.rows import RowReader
-from medmoe_jax.data.sources import open_path
+from medmoe_jax.data.sources import check_source, open_path
 from medmoe_jax.errors import StorageError, UserError
 from medmoe_jax.storage import fetched as lib
 from medmoe_jax.storage import objects
 from medmoe_jax.storage.fetched import fetched
 from medmoe_jax.storage.places import cache_folder
+from medmoe_jax.training.config import source
 from tests import tiny
 
 ROWS = [{"prompt": f"q{n}", "response": f"a{n}"} for n in range(5)]
@@ -37,8 +38,11 @@ def test_a_base_and_its_tokenizer_are_those_of_the_disk(cloud):
     jax.tree.map(np.testing.assert_array_equal, *loaded)
     words = tokenizers.load(str(cloud / "words" / tiny.tokenizer().path.name))
     assert words.digest == tiny.tokenizer().digest
-    with pytest.raises(UserError, match="there is no file or folder"):
-        open_base(str(cloud / "other"), "", {}, 0)
+    for path in (cloud / "other", cloud.parent.with_name("nobody") / "x"):
+        with pytest.raises(UserError, match="there is no file or folder"):
+            open_base(str(path), "", {}, 0)
+        with pytest.raises(UserError, match=r"train.path: there is no file or folder '.*x\.jsonl'"):
+            check_source("train", source(f"{path}/x.jsonl").to_dict())
 
 
 def test_rows_are_read_from_files_folders_streams_and_built_sets(cloud, tmp_path):
@@ -115,7 +119,7 @@ def test_copies_that_nobody_uses_make_room(cloud, monkeypatch, tmp_path):
     with pytest.raises(UserError, match="set MEDMOE_CACHE_GB higher"):
         fetched(str(cloud / "c"))
     assert all(path.exists() for path in paths)  # this process uses both
-    for lock in lib._held[-2:]:
-        lock.close()
+    for path in paths:
+        lib._held.pop(path.parents[1]).close()
     fetched(str(cloud / "c"))
     assert [path.exists() for path in paths] == [False, True]

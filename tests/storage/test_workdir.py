@@ -10,7 +10,13 @@ import pytest
 
 from medmoe_jax.checkpoints import lease, staging
 from medmoe_jax.checkpoints.agreement import check_shared
-from medmoe_jax.checkpoints.files import MetricsLog, read_json, read_metrics, write_json
+from medmoe_jax.checkpoints.files import (
+    MetricsLog,
+    read_json,
+    read_metrics,
+    write_json,
+    write_text,
+)
 from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.checkpoints.lease import LeaseError, only_writer, take
 from medmoe_jax.checkpoints.manifest import Manifest
@@ -19,7 +25,8 @@ from medmoe_jax.checkpoints.stages import StageCheckpoints, WriteError, load_fin
 from medmoe_jax.cli import main
 from medmoe_jax.errors import Stopped, StorageError, UserError
 from medmoe_jax.storage import objects
-from medmoe_jax.storage.places import place
+from medmoe_jax.training.hooks.protocol import Progress
+from medmoe_jax.training.hooks.writers import MetricsFile
 from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import open_setup
 from medmoe_jax.training.train import train
@@ -85,6 +92,11 @@ def test_a_holder_elsewhere_is_told_by_its_signs_of_life(cloud, monkeypatch):
         check()
 
 
+def test_a_bucket_that_is_not_there_is_a_fault_of_storage(cloud):
+    with pytest.raises(StorageError, match="cannot be written"):
+        take(cloud.parent.with_name("nobody") / "x")
+
+
 def test_an_object_is_made_once(cloud):
     assert objects.create(cloud / "a", b"one") and objects.create(cloud / "a", b"one")
     assert not objects.create(cloud / "a", b"two") and objects.read(cloud / "a") == b"one"
@@ -121,6 +133,18 @@ def test_a_log_of_metrics_grows_at_every_save(cloud):
     with MetricsLog(cloud / "m.jsonl", after_step=2) as log:
         log.write(3, {"again": True})
     assert [row["step"] for row in read_metrics(cloud / "m.jsonl")] == [1, 2, 3]
+
+
+def test_whoever_lost_the_lease_does_not_replace_the_log(cloud):
+    def lost():
+        raise LeaseError("lost")
+
+    hook = MetricsFile(cloud / "m.jsonl", lost)
+    hook.on_start(Progress("a", 0, 9, None))
+    write_text(cloud / "m.jsonl", '{"step": 7}\n')  # its successor's
+    with pytest.raises(LeaseError):
+        hook.on_end(Progress("a", 0, 9, None))
+    assert read_metrics(cloud / "m.jsonl") == [{"step": 7}]
 
 
 def state(number):
@@ -186,9 +210,8 @@ def test_a_save_that_is_cut_short_leaves_the_one_before(cloud, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, restored(folder).state, state(5))
 
 
-def test_the_first_upload_cut_short_is_as_if_there_was_none(emulators):
-    """Of a staged folder nothing but the seal tells that it is whole."""
-    cloud = place(f"s3://{BUCKET}/first")
+def test_the_first_save_cut_short_is_as_if_there_was_none(cloud):
+    """There is no seal yet, and nothing else says that it is whole."""
     objects.write(cloud / "steps" / "1" / "state" / "manifest.ocdbt", b"half")
     assert restored(StageFolder(cloud)) is None and not objects.listing(cloud)
 

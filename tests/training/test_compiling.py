@@ -33,6 +33,12 @@ def test_where_programs_are_kept(settings, tmp_path):
     assert settings() == str(tmp_path / "chosen")
 
 
+def test_programs_of_a_run_on_object_storage_are_kept_here(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    keep_compiled("", "gs://bucket/w")
+    assert settings() == str(tmp_path / "medmoe_jax" / "compiled")
+
+
 def test_a_kept_program_is_read_by_the_next_start(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(compiling, "_WORTH", 0.0)
     keep_compiled("", tmp_path)
