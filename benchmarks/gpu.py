@@ -37,6 +37,7 @@ from medmoe_jax.base import decoder
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.base.presets import preset
+from medmoe_jax.storage.places import local
 
 ROWS, TOKENS = 2, 4096
 TEXTS = 8  # of a packed row
@@ -90,10 +91,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default=",".join(PUBLISHED))
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "gpu.json"))
+    kept = Path(__file__).parent / "results" / "gpu.json"
+    parser.add_argument("--out", type=local, default=kept)
     arguments = parser.parse_args()
     results = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "shapes": {}}
-    if (out := Path(arguments.out)).exists():
+    if (out := arguments.out).exists():
         earlier = json.loads(out.read_text())
         if {**earlier, "shapes": {}} == results:
             results = earlier

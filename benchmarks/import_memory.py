@@ -24,6 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
+from medmoe_jax.storage.places import local
+
 LIMIT = 1.3
 KINDS = ("", "int8", "nf4")
 RESULTS = Path(__file__).parent / "results"
@@ -122,7 +124,7 @@ def main() -> None:
     """Write the checkpoint, measure every case, print and save the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="a base of 0.4 GB, in floats only")
-    parser.add_argument("--output", type=Path, default=None, help="JSON file of the results")
+    parser.add_argument("--output", type=local, default=None, help="JSON file of the results")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:

@@ -41,6 +41,7 @@ from medmoe_jax.data.demo import general
 from medmoe_jax.inference.engine import Engine, Sampling
 from medmoe_jax.parallel.mesh import make_mesh
 from medmoe_jax.parallel.topology import compile_for, describe
+from medmoe_jax.storage.places import local
 from medmoe_jax.training.step import Objective, TrainState, nll, train_step
 
 RESULTS = Path(__file__).parent / "results"
@@ -179,7 +180,7 @@ def main() -> None:
     """Print both tables and save them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--loss", action="store_true", help="the table of losses only")
-    parser.add_argument("--output", type=Path, default=RESULTS / "quantised.json")
+    parser.add_argument("--output", type=local, default=RESULTS / "quantised.json")
     args = parser.parse_args()
     print("base       bits a weight  own text  adapted", flush=True)
     model, loss = loss_rows()

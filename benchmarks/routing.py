@@ -28,6 +28,7 @@ from benchmarks.heap import keep_pages
 from benchmarks.timing import interleaved
 from benchmarks.variants import BATCH, TOKENS, medcare_stage_1, plain_lora
 from medmoe_jax.base.presets import preset
+from medmoe_jax.storage.places import local
 
 ROOT = Path(__file__).parents[1]
 BATCH_TOKENS = BATCH * TOKENS
@@ -170,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds and sizes")
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, by comma")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/routing.json")
+    parser.add_argument("--output", type=local, default=ROOT / "benchmarks/results/routing.json")
     args = parser.parse_args()
     unknown = set(args.only.split(",")) - set(SECTIONS)
     if unknown:

@@ -25,6 +25,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from medmoe_jax.storage.places import local
+
 GROUP = 20_000
 KINDS = ("jsonl", "parquet")
 LIMIT = 1.15
@@ -123,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of files")
     parser.add_argument("--gb", type=float, default=5.0, help="of text in each file (%(default)s)")
-    parser.add_argument("--output", type=Path, default=None, help="JSON file of the results")
+    parser.add_argument("--output", type=local, default=None, help="JSON file of the results")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:

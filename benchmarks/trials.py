@@ -38,6 +38,7 @@ from medmoe_jax.cli.main import main as medmoe
 from medmoe_jax.data.batches import epoch_batches
 from medmoe_jax.data.encoded_rows import EncodedRows
 from medmoe_jax.data.rows import read_file
+from medmoe_jax.storage.places import local
 from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import Setup, open_setup
 from medmoe_jax.training.step import nll
@@ -185,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("trial", nargs="?", choices=trial_rows.TRIALS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=[], help="stages (default: all)")
-    parser.add_argument("--workdir", type=Path, default=Path("runs/trials"))
+    parser.add_argument("--workdir", type=local, default=Path("runs/trials"))
     args = parser.parse_args(arguments)
     if args.what == "base":
         return make_base(args.workdir)
