@@ -62,6 +62,9 @@ def _copy(source: Path, beside: Sequence[str]) -> Path:
         wanted = (source.name, *beside)
         found = [one for one in found if any(fnmatch.fnmatchcase(one.name, p) for p in wanted)]
         found = [one for one in found if "/" not in one.name]
+    for one in found:  # an object may have any name
+        if {"", ".", ".."} & set(one.name.split("/")):
+            raise UserError(f"{folder}: the object '{one.name}' has no name that a file can have")
     said = json.dumps([str(folder), found])
     digest = hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
     cache = cache_folder() / "objects"

@@ -108,6 +108,14 @@ def test_a_copy_that_is_cut_short_or_changes_meanwhile_is_none(cloud, monkeypatc
     assert {path.name: path.read_bytes() for path in found.iterdir()} == {"a": b"one", "b": b"new"}
 
 
+@pytest.mark.parametrize("name", ["../../b", "a/../b", "/b", "a//b", "./b"])
+def test_an_object_whose_name_leads_out_of_its_folder_is_refused(emulators, monkeypatch, name):
+    found = [objects.Listed("a", 1, "x"), objects.Listed(name, 1, "x")]
+    monkeypatch.setattr(objects, "listing", lambda path: found)
+    with pytest.raises(UserError, match="has no name that a file can have"):
+        fetched("s3://bucket/d")
+
+
 def test_copies_that_nobody_uses_make_room(cloud, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("MEDMOE_CACHE_GB", "25e-9")
