@@ -92,7 +92,10 @@ def test_it_folds(kind, config, workdir, tmp_path):
         decoder, params = huggingface.load(tmp_path / "out", jnp.float32)
         got = naive.logits(decoder, params, batch)[..., :used]
     else:
-        spec, params = peft.read_peft(tmp_path / "out", setup.base.config, "llama", "adapter")
+        found = peft.read_peft(
+            tmp_path / "out", setup.base.config, "llama", "adapter", setup.load_base
+        )
+        spec, params = found.spec, found.params
         linear = naive.adapted((spec,), {"adapter": params})
         got = naive.logits(setup.base.config, setup.load_base(), batch, linear)[..., :used]
     trained = open_trained(Run(setup, work), "align")

@@ -133,7 +133,8 @@ def logits_of(kind, folder):
     if kind == "hf":
         config, params = huggingface.load(folder, jnp.float32)
         return naive.logits(config, params, batch)[..., : tiny.tokenizer().vocab_size]
-    spec, params = peft.read_peft(folder, setup.base.config, "llama", "adapter")
+    base = setup.load_base
+    spec, params, *_ = peft.read_peft(folder, setup.base.config, "llama", "adapter", base)
     linear = naive.adapted((spec,), {"adapter": params})
     return naive.logits(setup.base.config, setup.load_base(), batch, linear)[
         ..., : tiny.tokenizer().vocab_size
