@@ -25,7 +25,7 @@ from rich.table import Table
 
 from benchmarks import children, dense_gather, steps, sweeps
 from benchmarks.heap import keep_pages
-from benchmarks.timing import interleaved
+from benchmarks.timing import interleaved, processor
 from benchmarks.variants import BATCH, TOKENS, medcare_stage_1, plain_lora
 from medmoe_jax.base.presets import preset
 from medmoe_jax.storage.places import local
@@ -154,16 +154,11 @@ def machine() -> dict:
     names = ("jax", "jaxlib", "torch", "peft", "transformers", "google-tunix", "libtpu")
     installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "versions": {name: installed[name] for name in names if name in installed},
     }
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((x.split(":")[1].strip() for x in lines if "model name" in x), platform.machine())
 
 
 def main() -> None:

@@ -1,9 +1,11 @@
-"""Timing of variants side by side: interleaved rounds, medians."""
+"""Timing of variants side by side: interleaved rounds, medians; and on what processor."""
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -29,3 +31,9 @@ def interleaved(
             calls[name]()
             seconds[name].append(time.perf_counter() - start)
     return {name: float(np.median(values)) for name, values in seconds.items()}
+
+
+def processor() -> str:
+    """The processor's own name, as Linux tells it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((x.split(":")[1].strip() for x in lines if "model name" in x), platform.machine())

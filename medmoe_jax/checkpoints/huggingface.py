@@ -38,11 +38,13 @@ from medmoe_jax.checkpoints.folded import FoldedWeights
 from medmoe_jax.checkpoints.hf_config import config_from_hf, config_to_hf, unknown_fields
 from medmoe_jax.checkpoints.placing import place_all
 from medmoe_jax.checkpoints.safetensors_files import INDEX, SINGLE, Opened, StoredTensor, open_files
+from medmoe_jax.data.hub import hub_errors
 from medmoe_jax.errors import UserError
 
 HUB = "hf://"
 CONFIG = "config.json"
 _DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
+_DOWNLOADED += ("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 def published(source: str) -> tuple[str, str]:
@@ -74,10 +76,10 @@ def locate(source: str | Path) -> Path:
         if not Path(source).is_dir():
             raise UserError(f"{source}: no such folder (a model on the Hub is {HUB}org/name)")
         return Path(source)
-    from huggingface_hub import constants, errors, snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     name, _, revision = str(source).removeprefix(HUB).partition("@")
-    try:
+    with hub_errors(str(source)):
         return Path(
             snapshot_download(
                 name,
@@ -86,8 +88,6 @@ def locate(source: str | Path) -> Path:
                 local_files_only=constants.HF_HUB_OFFLINE,  # else a revision's files are asked for
             )
         )
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-        raise UserError(f"{source}: {error}") from error
 
 
 def read_config(source: str | Path) -> DecoderConfig:

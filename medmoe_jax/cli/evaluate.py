@@ -38,8 +38,10 @@ from medmoe_jax.evaluation.ways import ANSWERS, SCORES, Way
 from medmoe_jax.parallel import processes
 from medmoe_jax.ranges import COUNT, NOT_NEGATIVE
 from medmoe_jax.storage.places import make_folder, place
+from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import Setup
 from medmoe_jax.training.terminal import console, note
+from medmoe_jax.training.trained import Trained, content_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +105,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
         batch=8 * model.engine.batch,
         written=folder / "records.jsonl",
         finished=lambda so_far: so_far.save(folder / "report.json"),
-        about=_about(setup, trained.stage, arguments),
+        about=_about(opened, trained, arguments),
         failures=failures,
     )
     note_cut(model)
@@ -158,13 +160,14 @@ def _load(
     return tasks, failures
 
 
-def _about(setup: Setup, stage: str, arguments) -> dict:
+def _about(opened: Run, trained: Trained, arguments) -> dict:
     """The model and what it ran on, for the report."""
-    config = setup.config
+    config = opened.setup.config
     return {
         "base": config.base.path or config.base.preset,
         "template": config.data.template,
-        "stage": stage or "base",
+        "stage": trained.stage or "base",
+        "fingerprint": content_of(opened, trained),
         "off": list(arguments.off),
         "guided": not arguments.bare,
         "versions": library_versions(),

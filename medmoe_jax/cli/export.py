@@ -11,9 +11,11 @@ the leaves of the base that were trained as modules_to_save, biases or DoRA's ma
 what vLLM needs to load it.
 gguf: every bank folded into the weights, as one file for llama.cpp, and a Modelfile for Ollama.
 gguf-adapter: the adapter of peft as a file that llama.cpp puts over the base in a GGUF file.
-Beside or in them stand the tokenizer, the chat template that was trained with its options, and the
-ids that end an answer.
+Beside or in them stand the tokenizer, the chat template that was trained with its options, the ids
+that end an answer, and a model card (README.md): base, recipe, data, scores and limits.
 A bank whose gate depends on the token fits none of them; --off=BANK leaves it out.
+--push=ORG/NAME uploads the folder to a new repository on the Hugging Face hub, with the token of
+`hf auth login` or $HF_TOKEN; nothing is uploaded without it.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +36,8 @@ from medmoe_jax.checkpoints.files import check_new, read_json
 from medmoe_jax.checkpoints.huggingface import published, save_hf
 from medmoe_jax.checkpoints.peft_export import TrainedLeaves, save_peft, serving
 from medmoe_jax.checkpoints.peft_names import CONFIG
+from medmoe_jax.checkpoints.uploads import check_repository, upload
+from medmoe_jax.cli.model_card import card_files
 from medmoe_jax.cli.session import add_model_arguments, open_run, open_stage
 from medmoe_jax.data import ollama
 from medmoe_jax.data.gguf_fields import tokenizer_fields
@@ -45,6 +49,9 @@ from medmoe_jax.training.setup import Setup
 from medmoe_jax.training.stage import chain
 from medmoe_jax.training.terminal import note
 from medmoe_jax.training.trained import Trained
+
+# What else is written into the folder: a path to copy, bytes, or a value to write as JSON, by name.
+Files = Mapping[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,11 +65,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the tensors (default: the base's for hf and gguf, float32 for adapters); all but "
         "float32 and bfloat16 are gguf's alone",
     )
+    parser.add_argument(
+        "--push", default="", metavar="ORG/NAME", help="upload it too, to a new repository of a hub"
+    )
+    parser.add_argument("--private", action="store_true", help="with --push: not for everybody")
 
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Run the command."""
     check_new(arguments.output)
+    if arguments.push:
+        check_repository(arguments.push)
+    elif arguments.private:
+        raise UserError("--private says how --push=org/name uploads; give that too")
     export = FORMATS[arguments.format]
     if arguments.dtype and arguments.dtype not in export.dtypes:
         raise UserError(
@@ -75,8 +90,12 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     for name in arguments.off:
         roster = lifecycle.set_state(roster, name, "off")
     trained = dataclasses.replace(trained, roster=roster)
-    export.write(opened.setup, trained, arguments.output, arguments.dtype)
+    card = card_files(opened, trained, arguments.off, export.library)
+    export.write(opened.setup, trained, arguments.output, arguments.dtype, card)
     print(f"written to {arguments.output}")
+    if arguments.push:
+        place = upload(arguments.output, arguments.push, arguments.private)
+        print(f"uploaded to {place}")
 
 
 def _members(trained: Trained, states: tuple[str, ...]):
@@ -92,7 +111,7 @@ def _members(trained: Trained, states: tuple[str, ...]):
     return members
 
 
-def _export_hf(setup: Setup, trained: Trained, output: str, dtype: str | None) -> None:
+def _export_hf(setup: Setup, trained: Trained, output: str, dtype: str | None, card: Files) -> None:
     base, tokenizer = setup.base, setup.tokenizer
     ids = companions.token_ids(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
     save_hf(
@@ -104,11 +123,13 @@ def _export_hf(setup: Setup, trained: Trained, output: str, dtype: str | None) -
         dtype=np.dtype(dtype or setup.dtype),
         source=base.folder,
         extra=None if base.folder else ids,
-        companions=_prompting(setup),
+        companions={**_prompting(setup), **card},
     )
 
 
-def _export_peft(setup: Setup, trained: Trained, output: str, dtype: str | None) -> None:
+def _export_peft(
+    setup: Setup, trained: Trained, output: str, dtype: str | None, card: Files
+) -> None:
     base, revision = published(setup.config.base.path)
     folder = save_peft(
         output,
@@ -124,7 +145,7 @@ def _export_peft(setup: Setup, trained: Trained, output: str, dtype: str | None)
             _members(trained, lifecycle.ACTIVE),
             setup.load_base,
         ),
-        companions=_prompting(setup),
+        companions={**_prompting(setup), **card},
     )
     for line in serving(read_json(folder / CONFIG)):
         note(line)
@@ -165,7 +186,9 @@ def _prompting(setup: Setup) -> dict[str, Any]:
     }
 
 
-def _export_gguf(setup: Setup, trained: Trained, output: str, dtype: str | None) -> None:
+def _export_gguf(
+    setup: Setup, trained: Trained, output: str, dtype: str | None, card: Files
+) -> None:
     base, encoder, tokenizer = setup.base, setup.encoder, setup.tokenizer
     template = portable_template(encoder).source
     fields = tokenizer_fields(encoder, base.config.vocab_size, template)
@@ -192,11 +215,16 @@ def _export_gguf(setup: Setup, trained: Trained, output: str, dtype: str | None)
         kind=dtype or str(np.dtype(setup.dtype)),
         members=_members(trained, lifecycle.ACTIVE),
         fields=fields.values,
-        companions={ollama.MODELFILE: ollama.modelfile(gguf_export.MODEL, frame, ends).encode()},
+        companions={
+            ollama.MODELFILE: ollama.modelfile(gguf_export.MODEL, frame, ends).encode(),
+            **card,
+        },
     )
 
 
-def _export_gguf_adapter(setup: Setup, trained: Trained, output: str, dtype: str | None) -> None:
+def _export_gguf_adapter(
+    setup: Setup, trained: Trained, output: str, dtype: str | None, card: Files
+) -> None:
     template = portable_template(setup.encoder).source
     gguf_export.save_gguf_adapter(
         output,
@@ -204,20 +232,25 @@ def _export_gguf_adapter(setup: Setup, trained: Trained, output: str, dtype: str
         setup.base.family,
         _adapter(setup, trained),
         kind=dtype or "float32",
-        companions={companions.TEMPLATE: template.encode()},
+        companions={companions.TEMPLATE: template.encode(), **card},
     )
 
 
 class Format(NamedTuple):
-    """How a model is written: `write(setup, trained, output, dtype)`, and in what `dtypes`."""
+    """How a model is written.
 
-    write: Callable[[Setup, Trained, str, str | None], None]
+    `write(setup, trained, output, dtype, more files by name)`, in what `dtypes`, and the `library`
+    that loads it, by its name on the Hugging Face hub.
+    """
+
+    write: Callable[[Setup, Trained, str, str | None, Files], None]
     dtypes: tuple[str, ...]
+    library: str
 
 
 FORMATS = {
-    "hf": Format(_export_hf, ("float32", "bfloat16")),
-    "peft": Format(_export_peft, ("float32", "bfloat16")),
-    "gguf": Format(_export_gguf, tuple(gguf_export.KINDS)),
-    "gguf-adapter": Format(_export_gguf_adapter, ("float32", "float16", "bfloat16")),
+    "hf": Format(_export_hf, ("float32", "bfloat16"), "transformers"),
+    "peft": Format(_export_peft, ("float32", "bfloat16"), "peft"),
+    "gguf": Format(_export_gguf, tuple(gguf_export.KINDS), "gguf"),
+    "gguf-adapter": Format(_export_gguf_adapter, ("float32", "float16", "bfloat16"), "gguf"),
 }

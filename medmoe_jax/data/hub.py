@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,18 @@ def is_name(path: str) -> bool:
     return path.startswith((HUB, TFDS))
 
 
+@contextlib.contextmanager
+def hub_errors(name: str) -> Generator[None]:
+    """Raises UserError with that name and one line, where the hub refuses or cannot be reached."""
+    from httpx import HTTPError  # what huggingface_hub asks with: no connection, no answer
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except (HTTPError, errors.HFValidationError, OSError) as error:
+        raise UserError(f"{name}: {' '.join(str(error).split())}") from error
+
+
 def _parts(name: str) -> tuple[str, str | None, str | None]:
     """(repository, revision, part) of a name on the hub. Raises UserError."""
     found = re.fullmatch(r"([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?", name.removeprefix(HUB))
@@ -30,6 +43,24 @@ def _parts(name: str) -> tuple[str, str | None, str | None]:
         raise UserError(f"{name}: write {HUB}ORG/NAME[@REVISION][/PART]")
     repository, revision, part = found.groups()
     return repository, revision, part
+
+
+def repository_of(name: str) -> str:
+    """The id of a data set on the hub, `org/name`. Raises UserError for a name that is none."""
+    return _parts(name)[0]
+
+
+def fetched_licence(name: str) -> str:
+    """The licence that a data set's card names, if the card was fetched before; "" otherwise."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.repocard import metadata_load
+
+    repository, revision, _ = _parts(name)
+    card = try_to_load_from_cache(repository, "README.md", repo_type="dataset", revision=revision)
+    if not isinstance(card, str):
+        return ""
+    licence = (metadata_load(card) or {}).get("license") or ""
+    return licence if isinstance(licence, str) else ", ".join(licence)
 
 
 def hub_files(name: str, split: str, endings: Sequence[str]) -> Iterator[tuple[Path, str]]:
@@ -44,11 +75,11 @@ def hub_files(name: str, split: str, endings: Sequence[str]) -> Iterator[tuple[P
     Raises:
       UserError: the hub cannot provide it, or it has no such part or split.
     """
-    from huggingface_hub import HfApi, constants, errors, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
 
     repository, revision, part = _parts(name)
     common: dict[str, Any] = {"repo_type": "dataset", "revision": revision}
-    try:
+    with hub_errors(name):
         if constants.HF_HUB_OFFLINE:
             folder = Path(snapshot_download(repository, local_files_only=True, **common))
             files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
@@ -59,8 +90,6 @@ def hub_files(name: str, split: str, endings: Sequence[str]) -> Iterator[tuple[P
         chosen = _part_files(name, files, folder / "README.md", part or "", split, endings)
         if not constants.HF_HUB_OFFLINE:
             folder = Path(snapshot_download(repository, allow_patterns=chosen, **common))
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-        raise UserError(f"{name}: {' '.join(str(error).split())}") from error
     base = name.removesuffix(f"/{part}") if part else name
     for file in chosen:
         yield folder / file, f"{base}/{file}"
@@ -73,10 +102,10 @@ def remote_files(
 
     Arguments and errors are those of `hub_files`.
     """
-    from huggingface_hub import HfFileSystem, errors, snapshot_download
+    from huggingface_hub import HfFileSystem, snapshot_download
 
     repository, revision, part = _parts(name)
-    try:
+    with hub_errors(name):
         system = HfFileSystem()
         base = f"datasets/{repository}" + (f"@{revision}" if revision else "")
         listed: Any = system.find(base, detail=True)  # a dict of what is known of each
@@ -87,8 +116,6 @@ def remote_files(
             )
         )
         chosen = _part_files(name, sorted(found), card / "README.md", part or "", split, endings)
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-        raise UserError(f"{name}: {' '.join(str(error).split())}") from error
     shown = name.removesuffix(f"/{part}") if part else name
     for file in chosen:
         info = found[file]

@@ -9,6 +9,8 @@ from typing import Any
 from medmoe_jax.adapters.lifecycle import Roster
 from medmoe_jax.base import trees
 from medmoe_jax.checkpoints import stages as store
+from medmoe_jax.checkpoints.fingerprint import tree_fingerprint
+from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.parallel.rules import placed
 from medmoe_jax.training.run import Run, StageRun
 from medmoe_jax.training.transitions import replay
@@ -56,6 +58,13 @@ def open_trained(run: Run, name: str) -> Trained:
         setup.shardings,
     )
     return Trained(name, *replayed)
+
+
+def content_of(run: Run, trained: Trained) -> str:
+    """What tells a model from others: its stage's recipe fingerprint, or the bare base's."""
+    if not trained.stage:
+        return tree_fingerprint(trained.base)
+    return Manifest.read(run.stage(trained.stage).folder.manifest).recipe_fingerprint
 
 
 def load_final(stage: StageRun) -> dict[str, Any]:

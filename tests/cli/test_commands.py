@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -273,6 +274,8 @@ def test_eval(config, workdir, tmp_path, capsys):
     assert result["majority"] == result["chance"] == 0.5
     about = json.loads((out / "report.json").read_text())["about"]
     assert about["stage"] == "align" and about["template"] and about["versions"]["jax"]
+    manifest = json.loads(Path(workdir, "stages/align/manifest.json").read_text())
+    assert about["fingerprint"] == manifest["recipe_fingerprint"]
     page = (out / "report.html").read_text()
     assert "Right answers" in page and "Confusion: formats" in page
     capsys.readouterr()

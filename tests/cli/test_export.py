@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from safetensors.numpy import load_file
 
 from medmoe_jax.adapters.bank import BankSpec
@@ -142,7 +143,7 @@ PROMPTING = {
 def test_what_stands_beside_the_weights(config, workdir, tmp_path, capsys):
     assert run(config, workdir, "hf", tmp_path / "out") == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"config.json", "model.safetensors", *PROMPTING}
+    assert names == {"README.md", "config.json", "model.safetensors", *PROMPTING}
     source = json.loads((tiny.base_path() / "config.json").read_text())
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == source
     tokenizer = tiny.tokenizer()
@@ -169,7 +170,9 @@ def test_what_stands_in_a_gguf_file(config, workdir, tmp_path, capsys):
     assert run(config, workdir, "gguf", tmp_path / "out", "--dtype=q8_0") == 0
     printed = capsys.readouterr()
     assert "other ids" not in printed.err and "Ollama" not in printed.err
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.gguf", "Modelfile"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("README.md", "model.gguf", "Modelfile")
+    }
     base = open_base(str(tmp_path / "out" / "model.gguf"), "", {}, 0)
     tokenizer = tokenizers.load(base.tokenizer)
     encoder, trained = (
@@ -189,9 +192,22 @@ def test_what_stands_beside_a_gguf_adapter(config, workdir, tmp_path):
     assert run(config, workdir, "gguf-adapter", tmp_path / "out") == 0
     assert run(config, workdir, "peft", tmp_path / "peft") == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"adapter.gguf", "chat_template.jinja"}
+    assert names == {"README.md", "adapter.gguf", "chat_template.jinja"}
     stored = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     assert len(open_gguf(tmp_path / "out" / "adapter.gguf").tensors) == len(stored)
+
+
+def test_an_export_that_cannot_be_uploaded_is_whole(
+    config, workdir, reference, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("HF_TOKEN", "hf_stand_in")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    error = fails(capsys, config, workdir, "peft", tmp_path / "out", "--push=org/name")
+    assert "org/name: not uploaded: " in error and f"hf upload org/name {tmp_path / 'out'}" in error
+    assert naive.rel(adapted_logits(tmp_path / "out"), reference(BANKS)) <= 1e-5
+    for options, words in ((["--push=name"], "write org/name"), (["--private"], "give that too")):
+        assert words in fails(capsys, config, workdir, "peft", tmp_path / "new", *options)
+    assert not (tmp_path / "new").exists()
 
 
 def test_each_format_has_its_dtypes(config, workdir, tmp_path, capsys):
@@ -249,11 +265,11 @@ def test_trained_leaves_of_the_base_are_in_an_adapter(workdir, tmp_path, capsys)
     setup = dataclasses.replace(setup, stages=(changed, *others))
     leaves = "final_norm, layers.attn_norm, layers.mlp_norm"
     with pytest.raises(UserError, match=rf"\({leaves}\).* use --format=gguf"):
-        export.FORMATS["gguf-adapter"].write(setup, trained, str(tmp_path / "out"), None)
+        export.FORMATS["gguf-adapter"].write(setup, trained, str(tmp_path / "out"), None, {})
     norms = {"final_norm": 2 * trained.base["final_norm"]}
     norms["layers"] = {"mlp_norm": trained.base["layers"]["mlp_norm"].at[1].add(0.5)}
     trained = dataclasses.replace(trained, leaves=norms)
-    export.FORMATS["peft"].write(setup, trained, str(tmp_path / "out"), None)
+    export.FORMATS["peft"].write(setup, trained, str(tmp_path / "out"), None, {})
     assert "vLLM loads no adapter with modules_to_save" in capsys.readouterr().err
     fields = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     norm = "model.layers.1.post_attention_layernorm"

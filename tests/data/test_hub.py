@@ -226,3 +226,10 @@ def test_files_that_stay_on_the_hub_are_read_in_ranges(hub, name):
         open_files(name, "dev")
     with pytest.raises(UserError, match="hf://datasets/org/none"):
         open_files("hf://datasets/org/none", "train")
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(hub, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    with pytest.raises(UserError, match=r"^hf://datasets/org/none: .*refused") as caught:
+        list(read_items("hf://datasets/org/none", "train"))
+    assert "\n" not in str(caught.value)
