@@ -142,5 +142,4 @@ def _reports(
 
 def _pairs(fields: dict[str, Any]) -> str:
     """`name value` of all fields that have one, with commas between."""
-    told = ((key.replace("_", " "), value) for key, value in fields.items())
-    return ", ".join(f"{key} {value}" for key, value in told if value not in (None, "", [], ()))
+    return ", ".join(f"{k} {v}" for k, v in fields.items() if v not in (None, "", [], ()))

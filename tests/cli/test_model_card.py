@@ -98,6 +98,7 @@ def test_every_figure_is_one_of_the_records(workdir, tmp_path):
     report(workdir / "report.json", manifest["recipe_fingerprint"], 0.625)
     report(workdir / "old" / "report.json", "of another recipe", 0.999)
     report(workdir / "part" / "report.json", manifest["recipe_fingerprint"], 0.888, ["alignment"])
+    report(workdir / "stages" / "align" / "report.json", "", 0.75)  # of `run.tasks`
     (workdir / "demo").mkdir()
     (workdir / "demo" / "report.json").write_text('{"models": {}}')
     card = export(tmp_path, workdir, "peft")
@@ -139,7 +140,9 @@ def test_every_figure_is_one_of_the_records(workdir, tmp_path):
     assert manifest["base_fingerprint"] in section(card, "Base")
     scores = section(card, "Scores")
     row = ["quiz", "accuracy", "62.5", "50.0–70.0", "25.0", "30.0", "41"]
-    assert table(scores, "task") == [row] and "(seed 0)" in scores
+    own = [*row[:2], "75.0", *row[3:]]
+    assert table(scores, "task") == [own] and "(seed 0)" in scores
+    assert table(scores.split("From `report.json`")[1], "task") == [row]
     assert (
         "of which: demo/report.json, old/report.json, part/report.json" in scores
         and "88.8" not in scores
@@ -158,6 +161,17 @@ def test_what_is_not_known_is_said_to_be(workdir, tmp_path):
     assert section(card, "Scores").strip().startswith("Unknown: ")
     assert "| alignment | off | 480 | no |" in section(card, "Recipe")
     assert "Left out of this export: bank alignment." in section(card, "Limits")
+
+
+def test_a_stage_that_was_not_trained_here_says_so(workdir, tmp_path):
+    path = workdir / "stages" / "align" / "recipe.json"
+    told = json.loads(path.read_text())
+    told["recipe"]["imported"] = {"adapter_model.safetensors": "0123abcd"}
+    told["recipe"]["data"]["sources"] = {}
+    path.write_text(json.dumps(told))
+    recipe = section(export(tmp_path, workdir, "peft"), "Recipe").split("Stage 2: align")[1]
+    assert "Not trained here" in recipe and "adapter_model.safetensors 0123abcd" in recipe
+    assert "AdamW" not in recipe
 
 
 def test_a_bases_own_card_and_licence_go_along(base, tmp_path):
