@@ -1,85 +1,22 @@
 """Uploads, against a stand-in that answers as the hub does."""
 
-import base64
-import http.server
-import json
 import socket
-import threading
 
 import pytest
 from huggingface_hub import constants
 
 from medmoe_jax.checkpoints import uploads
 from medmoe_jax.errors import UserError
+from tests import upload_hub
 
 FILES = {"README.md": b"---\nlicense: mit\n---\n# m\n", "model.safetensors": b"\x00\xff" * 40}
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """Repositories with their files; `fails` has the number that a call is refused with."""
-
-    made, files, asked, fails = {}, {}, [], {}
-
-    def log_message(self, *_):
-        pass
-
-    def do_GET(self):
-        self._answer(200, {"sha": "1" * 40, "id": "org/m", "siblings": []})
-
-    def do_POST(self):
-        size = int(self.headers.get("Content-Length") or 0)
-        body = self.rfile.read(size)
-        call = self.path.split("?")[0].removeprefix("/api/")
-        self.asked.append((call, self.headers.get("Authorization")))
-        what = call.split("/")[3] if call.startswith("models/") else call
-        if what in self.fails:
-            return self._answer(self.fails[what], {"error": "refused"})
-        if call == "repos/create":
-            asked = json.loads(body)
-            name = f"{asked['organization']}/{asked['name']}"
-            if name in self.made:
-                return self._answer(409, {"error": "You already created this model repo"})
-            self.made[name] = asked
-            return self._answer(200, {"url": f"{self.server.endpoint}/{name}", "name": name})
-        if what == "preupload":
-            files = json.loads(body)["files"]
-            told = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files
-            ]
-            return self._answer(200, {"files": told})
-        if what == "commit":
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            done = {"commitUrl": f"{self.server.endpoint}/org/m/commit/2", "commitOid": "2" * 40}
-            return self._answer(200, done)
-        return self._answer(200, {"errors": [], "warnings": []})  # validate-yaml
-
-    def _answer(self, status, value):
-        content = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-
 @pytest.fixture
 def hub(monkeypatch):
-    """A hub on loopback, and a token for it."""
-    for name, empty in (("made", {}), ("files", {}), ("asked", []), ("fails", {})):
-        monkeypatch.setattr(Hub, name, empty)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.endpoint = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", "hf_stand_in")
-    yield Hub
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    """A hub that accepts uploads."""
+    with upload_hub.serving(monkeypatch) as hub:
+        yield hub
 
 
 @pytest.fixture

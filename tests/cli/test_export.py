@@ -25,7 +25,7 @@ from medmoe_jax.data.templates import load_template
 from medmoe_jax.errors import UserError
 from medmoe_jax.training.run import Run
 from medmoe_jax.training.trained import open_trained
-from tests import naive, tiny
+from tests import naive, tiny, upload_hub
 from tests.randomised import randomise
 
 CONFIG = """from tests import tiny
@@ -195,6 +195,15 @@ def test_what_stands_beside_a_gguf_adapter(config, workdir, tmp_path):
     assert names == {"README.md", "adapter.gguf", "chat_template.jinja"}
     stored = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     assert len(open_gguf(tmp_path / "out" / "adapter.gguf").tensors) == len(stored)
+
+
+def test_an_export_is_uploaded_whole(config, workdir, tmp_path, capsys, monkeypatch):
+    options = ("--push=org/name", "--private")
+    with upload_hub.serving(monkeypatch) as hub:
+        assert run(config, workdir, "peft", tmp_path / "out", *options) == 0
+    assert "uploaded to http://127.0.0.1" in capsys.readouterr().out
+    assert hub.files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert hub.made["org/name"]["visibility"] == "private"
 
 
 def test_an_export_that_cannot_be_uploaded_is_whole(
