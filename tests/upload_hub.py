@@ -10,15 +10,20 @@ from huggingface_hub import constants
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Repositories with their files; `fails` has the number that a call is refused with."""
+    """Repositories with their files; `fails` has the number that a call is refused with.
 
-    made, files, asked, fails = {}, {}, [], {}
+    A file is part of the commit; those in `large` would go elsewhere, where nobody takes them.
+    """
+
+    made, files, asked, fails, large = {}, {}, [], {}, set()
 
     def log_message(self, *_):
         pass
 
     def do_GET(self):
-        self._answer(200, {"sha": "1" * 40, "id": "org/m", "siblings": []})
+        if "xet" in self.path:
+            return self._answer(403, {"error": "refused"})
+        return self._answer(200, {"sha": "1" * 40, "id": "org/m", "siblings": []})
 
     def do_POST(self):
         size = int(self.headers.get("Content-Length") or 0)
@@ -38,7 +43,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if what == "preupload":
             files = json.loads(body)["files"]
             told = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["path"] in self.large else "regular",
+                    "shouldIgnore": False,
+                }
+                for file in files
             ]
             return self._answer(200, {"files": told})
         if what == "commit":
@@ -47,6 +57,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
                     self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             done = {"commitUrl": f"{self.server.endpoint}/org/m/commit/2", "commitOid": "2" * 40}
             return self._answer(200, done)
+        if call.endswith("info/lfs/objects/batch"):
+            return self._answer(403, {"error": "refused"})
         return self._answer(200, {"errors": [], "warnings": []})  # validate-yaml
 
     def _answer(self, status, value):
@@ -61,7 +73,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def serving(monkeypatch):
     """The hub, which huggingface_hub asks within the block, with a token."""
-    for name, empty in (("made", {}), ("files", {}), ("asked", []), ("fails", {})):
+    for name, empty in (
+        ("made", {}),
+        ("files", {}),
+        ("asked", []),
+        ("fails", {}),
+        ("large", set()),
+    ):
         monkeypatch.setattr(Hub, name, empty)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.endpoint = f"http://127.0.0.1:{server.server_port}"

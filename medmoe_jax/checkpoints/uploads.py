@@ -70,4 +70,6 @@ def _try_upload(folder: str | Path, repository: str, private: bool) -> tuple[str
         status = cause.response.status_code if isinstance(cause, errors.HfHubHTTPError) else 0
         means = f"{repository}: not uploaded: {_MEANS.get(status)}"
         return means if status in _MEANS else str(error), ""
+    except RuntimeError as error:  # a large file, which goes apart from the commit, broke off
+        return f"{repository}: not uploaded: {' '.join(str(error).split())}", ""
     return "", str(place)

@@ -3,7 +3,7 @@
 import socket
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 
 from medmoe_jax.checkpoints import uploads
 from medmoe_jax.errors import UserError
@@ -60,6 +60,22 @@ def test_what_the_hub_refuses(hub, folder, call, status):
     assert text.startswith("org/m: not uploaded: ") and REFUSED[call, status] in text
     assert "\n" not in text and f"hf upload org/m {folder}" in text
     assert whole(folder) and not hub.files
+
+
+def test_large_files_that_nobody_takes(hub, folder):
+    hub.large.add("model.safetensors")
+    with pytest.raises(UserError, match=r"^org/m: not uploaded: ") as caught:
+        uploads.upload(folder, "org/m")
+    assert "\n" not in str(caught.value) and whole(folder) and "model.safetensors" not in hub.files
+
+
+def test_a_large_file_that_breaks_off(hub, folder, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("Error while uploading 'model.safetensors'\nto the Hub.")
+
+    monkeypatch.setattr(HfApi, "upload_folder", broken)
+    with pytest.raises(UserError, match=r"not uploaded: Error while uploading 'model.* to the Hub"):
+        uploads.upload(folder, "org/m")
 
 
 def test_a_repository_that_exists_is_left_as_it_is(hub, folder):
