@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -18,6 +17,7 @@ from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.checkpoints.origins import CARD, Origin, origin_of
 from medmoe_jax.data import origins
 from medmoe_jax.evaluation.report import Report, percent
+from medmoe_jax.storage.places import place
 from medmoe_jax.training.run import Run, StageRun
 from medmoe_jax.training.trained import Trained, content_of
 
@@ -121,7 +121,7 @@ def _reports(
     """The evaluations of this very model in the work directory by place, and those of others."""
     if not run.workdir:
         return [], []
-    workdir = Path(run.workdir)
+    workdir = place(run.workdir)
     content, found, others = content_of(run, trained), [], []
     own = run.stage(trained.stage).folder.report if trained.stage else None
     places = [*sorted(workdir.glob("report.json")), *sorted(workdir.glob("*/report.json"))]
@@ -132,11 +132,11 @@ def _reports(
         report = Report.load(path)
         told = report.about
         same = told.get("fingerprint") == content and sorted(told.get("off", ())) == sorted(off)
-        place = path.relative_to(workdir).as_posix()
+        name = path.relative_to(workdir).as_posix()
         if same or (path == own and not off):
-            found.append((place, report))
+            found.append((name, report))
         else:
-            others.append(place)
+            others.append(name)
     return found, others
 
 

@@ -17,7 +17,7 @@ from tests import tiny
 _NO_PATH = {
     "coordinator", "command", "config", "action", "method", "stage", "off", "language", "split",
     "answer", "score", "shots_as", "compat", "format", "dtype", "name", "ignore", "column",
-    "option", "mask", "prompt", "topology", "search", "devices", "kind", "kinds",
+    "option", "mask", "push", "prompt", "topology", "search", "devices", "kind", "kinds",
 }  # fmt: skip
 
 
