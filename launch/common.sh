@@ -146,15 +146,13 @@ workdir() {
   done
 }
 
-# What no worker can use is said here; `resume` counts on seeing what is saved.
+# What no worker can use is said here.
 check_workdir_scheme() {
   local path
   path=$(workdir)
   [[ $path =~ ^[A-Za-z][A-Za-z0-9+.-]*:/ ]] || return 0
   [[ $path == gs://* ]] ||
     fail "--workdir=$path: several workers write to a disk that all share, or to gs://"
-  [[ $VERB != resume ]] ||
-    fail "--workdir=$path: resume looks for new saves on a disk: mount the bucket, or use run"
 }
 
 # For machines of their own: they share no current folder, and new code replaces the old one's.

@@ -139,11 +139,16 @@ run_medmoe() {
     . "$job/env" || exit
     set +a
   fi
+  enter_code
+  exec env "${environment[@]}" medmoe "$@"
+}
+
+# Where medmoe is first in PATH: the code that was sent, or here.
+enter_code() {
   if [[ -e $dir/current ]]; then
     cd "$dir/current" || exit
     PATH=$PWD/.venv/bin:$PATH
   fi
-  exec env "${environment[@]}" medmoe "$@"
 }
 
 # The log so far and from now on until the job ends, and then its status.
@@ -201,7 +206,10 @@ stop() { # GRACE
 
 # One line that changes with every checkpoint and every finished stage of a work directory.
 saved() { # WORKDIR
-  if [[ -d $1/stages ]]; then
+  if [[ $1 == gs://* ]]; then
+    enter_code
+    "$(dirname "$(command -v medmoe)")/python" -m medmoe_jax.checkpoints.saves "$1"
+  elif [[ -d $1/stages ]]; then
     cd "$1/stages"
     find . -maxdepth 4 '(' -name SEAL.json -o -name manifest.json ')' | sort | cksum
   fi

@@ -16,6 +16,8 @@ from pathlib import Path
 from medmoe_jax.checkpoints.agreement import from_first_process
 from medmoe_jax.storage.places import place
 
+MANIFEST = "manifest.json"
+
 
 @dataclass(frozen=True)
 class StageFolder:
@@ -60,7 +62,7 @@ class StageFolder:
     @property
     def manifest(self) -> Path:
         """What the finished stage is."""
-        return self.path / "manifest.json"
+        return self.path / MANIFEST
 
     @property
     def report(self) -> Path:

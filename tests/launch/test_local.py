@@ -122,6 +122,22 @@ def test_resume_goes_on_until_the_job_is_done(local):
     assert local.starts(0) == local.starts(1) == 3
 
 
+def test_resume_asks_for_what_is_saved_on_object_storage(local):
+    """Twice it has saved something new, then twice nothing."""
+    local.stub("python", '#!/usr/bin/env bash\necho "$@" >>"$FAKE/asked"\ncat "$FAKE/saved"\n')
+    (local.folder / "saved").touch()
+    local.behaves(
+        'starts=$(wc -l <"$FAKE/starts-$worker")\n'
+        'if ((worker == 0 && starts < 3)); then echo "$starts" >"$FAKE/saved"; fi\n'
+        "exit 75"
+    )
+    ended = local("resume", "--max-restarts=2", "--", "train", "--workdir=gs://bucket/a")
+    assert ended.returncode == 75 and "giving up: 2 starts in a row" in ended.stderr
+    assert local.starts(0) == 4
+    asked = (local.folder / "asked").read_text().splitlines()
+    assert set(asked) == {"-m medmoe_jax.checkpoints.saves gs://bucket/a"}
+
+
 @pytest.mark.parametrize("workdir", [["--workdir", "work"], []])
 def test_resume_gives_up_when_nothing_is_saved(local, workdir):
     local.behaves("exit 75")

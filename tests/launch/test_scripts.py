@@ -75,10 +75,6 @@ def test_readme_lists_every_flag_as_help_does():
             ["run", "--backend=local", "--", "train", "--workdir=s3://bucket/a"],
             "--workdir=s3://bucket/a: several workers write to a disk that all share, or to gs://",
         ),
-        (
-            ["resume", "--zone=z", "--", "train", "--workdir", "gs://bucket/a"],
-            "--workdir=gs://bucket/a: resume looks for new saves on a disk",
-        ),
     ],
 )
 def test_bad_input_is_one_message(launcher, words, message):

@@ -20,6 +20,7 @@ from medmoe_jax.checkpoints.files import (
 from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.checkpoints.lease import LeaseError, only_writer, take
 from medmoe_jax.checkpoints.manifest import Manifest
+from medmoe_jax.checkpoints.saves import saves
 from medmoe_jax.checkpoints.seals import SEAL, damage, seal
 from medmoe_jax.checkpoints.stages import StageCheckpoints, WriteError, load_final, save_final
 from medmoe_jax.cli import main
@@ -55,6 +56,18 @@ def test_of_many_that_start_at_once_one_writes(cloud):
         assert len(held) == 1 and sum("writes into" in str(one) for one in told) == 3
         held[0].release()
     assert not objects.listing(cloud)
+
+
+def test_what_is_saved_is_one_line_that_changes_with_every_save(cloud):
+    folder, lines = StageFolder.of(cloud, "one"), [saves(str(cloud))]
+    write_text(folder.metrics, "{}")
+    assert saves(str(cloud)) == lines[0] == ""
+    for path in (folder.steps / "2" / SEAL, folder.steps / "4" / SEAL, folder.manifest):
+        write_text(path, "{}")
+        lines.append(saves(str(cloud)))
+    objects.remove(folder.steps / "2" / SEAL)
+    lines.append(saves(str(cloud)))
+    assert len(set(lines)) == 5 and not any("\n" in line for line in lines)
 
 
 class Clock:
