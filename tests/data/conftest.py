@@ -1,4 +1,4 @@
-"""Tokenizers that are trained once for the tests of this room."""
+"""Tokenizers that are trained once for the tests of this room, and a smaller packer."""
 
 import json
 
@@ -6,6 +6,7 @@ import pytest
 import sentencepiece
 import tokenizers as hf
 
+from medmoe_jax.data import batches
 from medmoe_jax.data import tokenizers as tk
 from tests.data.samples import CHATML, texts
 
@@ -94,3 +95,9 @@ def metaspace_tokenizer(tmp_path_factory):
 @pytest.fixture(params=["chatml", "plain", "dummy", "byte_level", "metaspace"])
 def any_tokenizer(request):
     return request.getfixturevalue(f"{request.param}_tokenizer")
+
+
+@pytest.fixture
+def few_bins(monkeypatch):
+    """Fewer sequences are packed at once, so that a stream's first batch comes sooner."""
+    monkeypatch.setattr(batches, "PACK_BINS", 5)

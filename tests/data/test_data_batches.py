@@ -21,6 +21,8 @@ from medmoe_jax.data.tokens import Added
 from medmoe_jax.errors import UserError
 from tests.data.samples import conversation
 
+pytestmark = pytest.mark.usefixtures("few_bins")
+
 
 class Characters:
     """A tokenizer of characters: the id is the code point; 1 is bos, 2 is eos, 0 is padding."""

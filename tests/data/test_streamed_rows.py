@@ -26,6 +26,8 @@ from tests.data.test_jinja_template import encoder as jinja_encoder
 
 ROWS = plain.rows_of(61)
 
+pytestmark = pytest.mark.usefixtures("few_bins")
+
 
 def write(path, rows=None, group=7):
     """A file of rows, by its ending."""
