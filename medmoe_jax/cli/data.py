@@ -187,7 +187,9 @@ def _repeats(arguments, rows: Callable[[], Placed], within: bool) -> Repeats:
 
 
 def _holds_rows(name: str) -> bool:
-    return is_name(name) or (exists(name) and not name.endswith(".toml"))
+    if name.startswith(_TASK) or name.endswith(".toml"):
+        return False
+    return is_name(name) or exists(name)
 
 
 def _leaks(tasks: Mapping[str, Sequence[Item]], rows: Placed) -> dict[int, Repeat]:

@@ -91,11 +91,11 @@ def test_a_notice_while_a_stage_is_evaluated(tmp_path, config, monkeypatch, caps
     command += ["--config.run.score_batch=1"]  # eight at a time
     asked, real = [], ways.ask
 
-    def ask(*arguments):
+    def ask(*arguments, **options):
         asked.append(0)
         if len(asked) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(*arguments)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(ways, "ask", ask)
     assert main(command) == 75
