@@ -172,6 +172,20 @@ class RowReader:
             )
 
 
+def parse_row(item: Any, where: str = "row", language: str = "") -> Conversation:
+    """The conversation row of one decoded JSON object, for programs with rows of their own.
+
+    Args:
+      item: a row of any known form.
+      where: what messages begin with, such as its file and line.
+      language: given to it if it names none.
+
+    Raises:
+      UserError: a key is not known, or the row cannot be used.
+    """
+    return RowReader(language)(item, where)
+
+
 def read_file(path: str | Path, language: str = "") -> Iterator[Conversation]:
     """Yields the conversation rows of one file; `language` is given to rows that name none.
 

@@ -17,7 +17,7 @@ import zstandard
 from medmoe_jax.data import builder
 from medmoe_jax.data.files import ENDINGS, read_items
 from medmoe_jax.data.hub import plain
-from medmoe_jax.data.rows import RowReader, read_file
+from medmoe_jax.data.rows import RowReader, parse_row, read_file
 from medmoe_jax.data.sources import open_path
 from medmoe_jax.errors import UserError
 from tests.data.samples import conversation
@@ -27,7 +27,7 @@ ROWS = [
     {"prompt": "Q é 日", "response": 'A,\n"b"\r\n\tc', "language": "fr"},
     {"prompt": "second", "response": " x ", "language": "en"},
 ]
-WANTED = [RowReader()(row) for row in ROWS]
+WANTED = [parse_row(row) for row in ROWS]
 
 
 def text_of(kind):
