@@ -96,7 +96,7 @@ class Options:
 
     @property
     def dropout(self) -> float:
-        """Of the adapter's input, in training."""
+        """The dropout of the adapter's input, in training."""
         return float(self.fields.get("lora_dropout") or 0.0)
 
     def problems(self) -> list[str]:

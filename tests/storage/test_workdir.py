@@ -32,6 +32,7 @@ from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import open_setup
 from medmoe_jax.training.train import train
 from tests import several, tiny
+from tests.checkpoints.test_lease import Clock
 from tests.clouds import BUCKET
 from tests.several import Several
 
@@ -68,20 +69,6 @@ def test_what_is_saved_is_one_line_that_changes_with_every_save(cloud):
     objects.remove(folder.steps / "2" / SEAL)
     lines.append(saves(str(cloud)))
     assert len(set(lines)) == 5 and not any("\n" in line for line in lines)
-
-
-class Clock:
-    """A clock that only `sleep` moves; `meanwhile` happens in every sleep."""
-
-    def __init__(self, meanwhile=lambda: None):
-        self.now, self.meanwhile = 1000.0, meanwhile
-
-    def __call__(self):
-        return self.now
-
-    def sleep(self, seconds):
-        self.now += seconds
-        self.meanwhile()
 
 
 def test_a_holder_elsewhere_is_told_by_its_signs_of_life(cloud, monkeypatch):
