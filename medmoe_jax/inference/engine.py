@@ -57,8 +57,13 @@ class Sampling:
     def keys(self, rows: npt.ArrayLike) -> np.ndarray:
         """Data of the random keys `[B, 2]` uint32 of prompts that stand at these places."""
         numbers_B = self.first + np.asarray(rows, np.int32)
-        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(self.seed), numbers_B)
-        return np.asarray(jax.random.key_data(keys_B))
+        return np.asarray(_key_data(jax.random.key(self.seed), numbers_B))
+
+
+@jax.jit
+def _key_data(key: jax.Array, numbers_B: jax.Array) -> jax.Array:
+    """Data `[B, 2]` of one key a number; compiled, as every batch asks for it."""
+    return jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, numbers_B))
 
 
 class Weights(NamedTuple):
