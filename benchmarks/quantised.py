@@ -38,7 +38,8 @@ from medmoe_jax.base.presets import preset
 from medmoe_jax.checkpoints import llama2c
 from medmoe_jax.data import tokenizers
 from medmoe_jax.data.demo import general
-from medmoe_jax.inference.engine import Engine, Sampling
+from medmoe_jax.inference.engine import Engine
+from medmoe_jax.inference.sampling import Sampling
 from medmoe_jax.parallel.mesh import make_mesh
 from medmoe_jax.parallel.topology import compile_for, describe
 from medmoe_jax.storage.places import local

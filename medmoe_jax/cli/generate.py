@@ -23,7 +23,7 @@ from medmoe_jax.cli.session import (
 )
 from medmoe_jax.data.conversation import check_text
 from medmoe_jax.errors import UserError
-from medmoe_jax.inference.engine import Sampling
+from medmoe_jax.inference.sampling import Sampling
 from medmoe_jax.ranges import COUNT
 
 

@@ -23,7 +23,7 @@ from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import answers, metrics, readings
 from medmoe_jax.evaluation.items import Item, as_turns, last_line, with_text
 from medmoe_jax.evaluation.tasks import Task
-from medmoe_jax.inference.engine import Sampling
+from medmoe_jax.inference.sampling import Sampling
 
 ANSWERS = ("letter", "text", "constrained", "free", "reason")
 SCORES = ("sum", "token", "byte", "unconditional")

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
 
 from medmoe_jax.adapters import model as adapted
 from medmoe_jax.adapters.model import AdaptedConfig
@@ -24,46 +22,12 @@ from medmoe_jax.base.cache import new_cache
 from medmoe_jax.base.loss import logits, token_log_probs
 from medmoe_jax.base.seam import Context, Params
 from medmoe_jax.errors import UserError
+from medmoe_jax.inference.sampling import Sampling
 from medmoe_jax.parallel.host import to_host
 from medmoe_jax.parallel.mesh import put, round_up_rows, row_sharding
-from medmoe_jax.ranges import COUNT, NOT_NEGATIVE, SEED, Range
+from medmoe_jax.ranges import COUNT
 
 _MIN_SLOTS = 16
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn.
-
-    Attributes:
-      temperature: 0 takes the most probable token.
-      top_p: smallest set of tokens whose probability reaches this is drawn from.
-      seed: where the draws start from.
-      first: number of the first prompt. Each prompt draws from the stream of its number, so that
-        parts that are asked one after the other draw as the whole would.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    first: int = 0
-
-    def __post_init__(self) -> None:
-        NOT_NEGATIVE.check("temperature", self.temperature)
-        Range(0, 1, above=True).check("top_p", self.top_p)
-        SEED.check("seed", self.seed)
-        NOT_NEGATIVE.check("first", self.first)
-
-    def keys(self, rows: npt.ArrayLike) -> np.ndarray:
-        """Data of the random keys `[B, 2]` uint32 of prompts that stand at these places."""
-        numbers_B = self.first + np.asarray(rows, np.int32)
-        return np.asarray(_key_data(jax.random.key(self.seed), numbers_B))
-
-
-@jax.jit
-def _key_data(key: jax.Array, numbers_B: jax.Array) -> jax.Array:
-    """Data `[B, 2]` of one key a number; compiled, as every batch asks for it."""
-    return jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, numbers_B))
 
 
 class Weights(NamedTuple):

@@ -12,7 +12,8 @@ from medmoe_jax.data.pieces import Template
 from medmoe_jax.data.shortening import shortened
 from medmoe_jax.data.tokens import Tokenizer
 from medmoe_jax.errors import UserError
-from medmoe_jax.inference.engine import Engine, Sampling
+from medmoe_jax.inference.engine import Engine
+from medmoe_jax.inference.sampling import Sampling
 
 Prompt = str | Sequence[Turn]
 

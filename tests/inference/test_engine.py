@@ -16,7 +16,8 @@ from medmoe_jax.base import trees
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.errors import UserError
-from medmoe_jax.inference.engine import Engine, Sampling, generate_batch
+from medmoe_jax.inference.engine import Engine, generate_batch
+from medmoe_jax.inference.sampling import Sampling
 from medmoe_jax.parallel.mesh import batch_sharding, make_mesh
 from tests import naive
 

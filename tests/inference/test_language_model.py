@@ -9,8 +9,9 @@ from medmoe_jax.data.encode import Encoder
 from medmoe_jax.data.jinja_template import Jinja
 from medmoe_jax.data.templates import load_template
 from medmoe_jax.errors import UserError
-from medmoe_jax.inference.engine import Engine, Sampling
+from medmoe_jax.inference.engine import Engine
 from medmoe_jax.inference.language_model import LanguageModel
+from medmoe_jax.inference.sampling import Sampling
 from medmoe_jax.training.run import Run
 from medmoe_jax.training.trained import open_trained
 from tests import naive, tiny
