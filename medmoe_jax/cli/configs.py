@@ -1,4 +1,7 @@
-"""`--config=FILE[:ARG] --config.field=value`: a locked ml-collections configuration."""
+"""`--config=RECIPE[:ARG] --config.field=value`: a locked ml-collections configuration.
+
+RECIPE is a file, or the name of one that comes with the package: `medcare`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import functools
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -17,23 +21,26 @@ from medmoe_jax.cli.places import check_fields
 from medmoe_jax.errors import UserError
 from medmoe_jax.storage.places import check
 
+# The folder configs/ of the project, inside the package.
+SHIPPED = Path(__file__).parents[1] / "configs"
+
 
 def load_config(arguments: Sequence[str]) -> ConfigDict:
     """The configuration that these command-line arguments name, locked.
 
     Args:
-      arguments: `--config=FILE[:ARG]` and `--config.field=value`, and nothing else.
+      arguments: `--config=RECIPE[:ARG]` and `--config.field=value`, and nothing else.
 
     Raises:
-      UserError: no such file, an unknown field (with the closest known one), a value of another
+      UserError: no such recipe, an unknown field (with the closest known one), a value of another
         type, or an argument that is not about the configuration.
     """
-    file = next((a.partition("=")[2] for a in arguments if a.startswith("--config=")), "")
-    if not file:
-        raise UserError("--config=FILE is missing; for example --config=configs/medcare.py")
-    if not os.path.isfile(file.partition(":")[0]):
-        check(file, "--config", ())
-        raise UserError(f"--config: there is no file '{file.partition(':')[0]}'")
+    given = next((a.partition("=")[2] for a in arguments if a.startswith("--config=")), "")
+    if not given:
+        raise UserError(f"--config is missing: a file, or one of {', '.join(_names())}")
+    name, colon, argument = given.partition(":")
+    file = f"{_recipe(name, given)}{colon}{argument}"
+    arguments = [a for a in arguments if not a.startswith("--config=")]
     try:
         config = _parse([f"--config={file}"])
     except (
@@ -54,11 +61,30 @@ def load_config(arguments: Sequence[str]) -> ConfigDict:
     arguments = [a for a in arguments if a not in new]
     _check_fields(arguments, config)
     try:
-        config = _with_fields(_parse(arguments), new.values())
+        config = _with_fields(_parse([f"--config={file}", *arguments]), new.values())
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, flags.Error) as error:
         raise UserError(f"--config: {error}") from None
     check_fields(config)
     return config
+
+
+def _names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(path.stem for path in SHIPPED.glob("*.py"))
+
+
+def _recipe(name: str, given: str) -> Path:
+    """The file of a recipe that is given by its path or by its name."""
+    if os.path.isfile(name):
+        return Path(name)
+    if name in _names():
+        return SHIPPED / f"{name}.py"
+    check(given, "--config", ())
+    if re.fullmatch(r"[\w-]+", name):
+        close = difflib.get_close_matches(name, _names(), n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(_names())}"
+        raise UserError(f"--config: no file and no recipe is called '{name}'; {hint}")
+    raise UserError(f"--config: there is no file '{name}'")
 
 
 # Mappings of the configuration that may be given any key.

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from rich.table import Table
 
-import medmoe_jax
 from medmoe_jax.checkpoints.files import read_metrics, write_json
 from medmoe_jax.checkpoints.lease import only_writer
 from medmoe_jax.checkpoints.manifest import Manifest
@@ -23,7 +22,6 @@ from medmoe_jax.cli.configs import load_config
 from medmoe_jax.cli.session import open_model, run_tasks
 from medmoe_jax.data import tokenizers
 from medmoe_jax.data.demo import corpus
-from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import html
 from medmoe_jax.evaluation.report import Report
 from medmoe_jax.training.run import Run, StageRun
@@ -31,7 +29,6 @@ from medmoe_jax.training.setup import open_setup
 from medmoe_jax.training.terminal import console, note
 from medmoe_jax.training.train import train
 
-CONFIG = Path(medmoe_jax.__file__).parents[1] / "configs" / "demo.py"
 TASKS = ("demo_knowledge", "demo_alignment")
 COLUMNS = ("model", "knowledge", "format")
 # What is compared: (label, stage, banks left out).
@@ -51,10 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Run the command."""
-    if not CONFIG.is_file():
-        raise UserError(f"{CONFIG} is missing: the demonstration runs from a clone of the project")
     workdir = Path(arguments.workdir)
-    config = load_config([f"--config={CONFIG}", *rest])
+    config = load_config(["--config=demo", *rest])
     tokenizer = workdir / "tokenizer.model"
     if not tokenizer.exists():
         note("training the tokenizer")

@@ -1,6 +1,6 @@
 """Take a stage from a directory that another tool made instead of training it.
 
-  medmoe import --config=configs/medcare.py:qwen1.5-1.8b --workdir=runs/released \\
+  medmoe import --config=medcare:qwen1.5-1.8b --workdir=runs/released \\
       --adapter=stage1 --stage=aggregate
 
 The directory is one that PEFT wrote (LoRA, AdaLoRA, DoRA; with modules_to_save, biases, embedding

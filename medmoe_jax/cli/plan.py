@@ -1,6 +1,6 @@
 """What a stage takes on a TPU slice that is not there: memory, work, traffic, time.
 
-  medmoe plan --config=configs/medcare.py:qwen1.5-14b --topology=v5e:4x4
+  medmoe plan --config=medcare:qwen1.5-14b --topology=v5e:4x4
   medmoe plan --config=FILE --topology=2xv5p:2x2x2 --config.run.mesh.data=2 --all --json=plan.json
   medmoe plan --config=FILE --topology=v6e:2x4 --search
 

@@ -1,6 +1,6 @@
 """Fit the weights with which a task mixes the skills, on a few of its rows.
 
-  medmoe route --config=configs/sa_mdkif.py:qwen1.5-1.8b,global,triage,coding \\
+  medmoe route --config=sa_mdkif:qwen1.5-1.8b,global,triage,coding \\
       --workdir=runs/sa_mdkif --data=triage=triage.jsonl --data=coding=coding.jsonl
 
 A task is a stage of the recipe that stacks skills and trains nothing but their mixing weights; the

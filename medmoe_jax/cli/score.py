@@ -1,6 +1,6 @@
 """Log-probabilities of given completions.
 
-  medmoe score --config=configs/base_only.py --config.base.path=DIR \\
+  medmoe score --config=base_only --config.base.path=DIR \\
       --input=rows.jsonl --output=scored.jsonl
 
 Reads {"prompt", "completion"} rows and adds "logprob", the sum over the completion's tokens (the

@@ -1,7 +1,7 @@
 """Run a recipe: every stage in order; the same command resumes.
 
-  medmoe train --config=configs/medcare.py:qwen2-1.5b --workdir=runs/medcare
-  medmoe train --config=configs/trial.py --workdir=runs/trial --config.run.save_every=50
+  medmoe train --config=medcare:qwen2-1.5b --workdir=runs/medcare
+  medmoe train --config=trial --workdir=runs/trial --config.run.save_every=50
 
 SIGTERM, as a machine sends it that is about to be taken away, saves and ends with status 75.
 Any field of the configuration can be set with --config.FIELD=VALUE.

@@ -139,9 +139,29 @@ def test_bad_files(tmp_path, text, words):
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_recipe_by_its_name():
+    """The same as by its file, with its argument and with fields."""
+    words = "qwen2-1.5b,paper", "--config.run.log_every=3"
+    named = load_config([f"--config=medcare:{words[0]}", words[1]])
+    assert named.to_dict() == load_config([f"{MEDCARE}:{words[0]}", words[1]]).to_dict()
+    assert named.run.log_every == 3
+
+
+def test_a_file_comes_before_a_name(tmp_path, monkeypatch):
+    """Whoever has a file of that name here means it."""
+    text = (
+        "from medmoe_jax.training.config import recipe\n\ndef get_config():\n    return recipe()\n"
+    )
+    (tmp_path / "medcare").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert not load_config(["--config=medcare"]).stages.order
+
+
 def test_no_file():
-    with pytest.raises(UserError, match="--config=FILE is missing"):
+    with pytest.raises(UserError, match="--config is missing: a file, or one of apollo_moe"):
         load_config([])
+    with pytest.raises(UserError, match="no recipe is called 'medcara'; did you mean 'medcare'"):
+        load_config(["--config=medcara:qwen2-1.5b"])
     with pytest.raises(UserError, match=r"there is no file 'nowhere\.py'"):
         load_config(["--config=nowhere.py:arg"])
     with pytest.raises(UserError, match="give BASE or BASE,paper with BASE one of qwen1"):
