@@ -33,6 +33,7 @@ REQUIRES = [
     "openpyxl>=3.1,<4",
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
+    "packaging>=24,<27",
     "py3langid>=0.4,<0.5",
     "pyarrow>=26,<27",
     "rich>=14,<16",

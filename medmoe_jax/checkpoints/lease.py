@@ -122,6 +122,14 @@ def only_writer(folder: str | Path) -> Generator[Callable[[], None]]:
         taken[0].release()
 
 
+def writer(folder: str | Path) -> str:
+    """Who may be writing into a folder, in words; "" where it is known that nobody does."""
+    place = storage_place(folder) / FOLDER
+    entries = _entries(place)
+    latest = max(entries, key=lambda entry: entry.number, default=None)
+    return "" if latest is None or _lives(latest.holder) is False else _words(place, latest)
+
+
 def _now() -> float:
     """Seconds by a clock that nobody sets, and that goes on while the machine sleeps."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))

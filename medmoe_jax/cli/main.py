@@ -20,6 +20,7 @@ from medmoe_jax.cli import (
     compare,
     data,
     demo,
+    doctor,
     evaluate,
     export,
     generate,
@@ -40,6 +41,7 @@ from medmoe_jax.training.terminal import LogHandler, console
 
 COMMANDS = {
     "demo": demo,
+    "doctor": doctor,
     "plan": plan,
     "train": train,
     "route": route,
@@ -100,12 +102,26 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+NEXT = """Adapt a frozen decoder LLM to medicine with mixtures of LoRA experts.
+
+  medmoe demo            the whole way, on a small model, in minutes
+  medmoe doctor          does this machine have what a run needs?
+  medmoe data inspect    your rows as they will be trained
+  medmoe train           --config=medcare:qwen2-1.5b --workdir=runs/mine ...
+  medmoe eval, generate  what has become of the model
+
+medmoe --help lists all commands, medmoe COMMAND --help explains one."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status, see the module."""
     logging.basicConfig(
         level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[LogHandler()]
     )
     logging.getLogger("medmoe_jax").setLevel(logging.INFO)
+    if not (sys.argv[1:] if argv is None else argv):
+        print(NEXT)
+        return 0
     arguments, rest = parser().parse_known_args(argv)
     try:
         several = (arguments.coordinator, arguments.processes, arguments.process)

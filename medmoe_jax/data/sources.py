@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -214,6 +215,28 @@ def open_source(
     found = [(fit(row) if fit else row).conversation() for row in whole]
     shortened = fit.shortened if fit else 0
     return Source(Rows(found, f"{reader}, row {{}}".format), _digest(found), Counter(), shortened)
+
+
+def first_rows(
+    name: str, fields: Mapping[str, Any], ignore: Sequence[str], count: int
+) -> list[Conversation]:
+    """The first rows of a source, of which no more is read where it is a file.
+
+    Args:
+      name, fields, ignore: as of `open_source`.
+      count: at most so many.
+
+    Raises:
+      UserError: as `open_source` does.
+    """
+    if fields["reader"] != "rows" or builder.is_built(fields["path"]):
+        rows = open_source(name, fields, ignore).rows
+        return [rows[number] for number in range(min(count, len(rows)))]
+    check_source(name, fields)
+    form = Prompt(f"data.sources.{name}.prompt", fields["prompt"])
+    reader = _row_reader(name, fields, ignore)
+    found = builder.read_rows([fields["path"]], reader, fields["split"])
+    return [form.conversation(row) for _, row in itertools.islice(found, count)]
 
 
 def open_path(path: str | Path, reader: RowReader, split: str = "train") -> Source:
