@@ -3,8 +3,8 @@
   python -m tests.soak --backend=local --count=20 --only=kill
   python -m tests.soak --backend=ssh --count=20 --output=soak.md
 
-All but `--only=kill` need root (small file systems are mounted), gcc and the package libfaketime;
-ssh needs the package openssh-server. Both hosts are this machine.
+All but `--only=kill` need root (small file systems are mounted) and gcc; ssh needs the package
+openssh-server. Both hosts are this machine.
 """
 
 import argparse

@@ -1,15 +1,19 @@
-// A file system that fails, for one process: load it with LD_PRELOAD.
+// A file system that fails and a clock that is wrong, for one process: load it with LD_PRELOAD.
 //
-//   FAULTS          file of two numbers, `struct block`, mapped; FAULTS.$MEDMOE_PROCESS, to be exact
+//   FAULTS          FAULTS.$MEDMOE_PROCESS is the file of the numbers of `struct block`, mapped
 //   FAULTS_BELOW    a piece of a path: operations on other files are let be
 //
 // When `after` operations that change a file have been counted, the next one ends the process with
 // SIGKILL (`action` -1), or fails with `action` as errno, as do those after it until `action` is 0.
+// The time of day is `clock` seconds off the machine's.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <linux/futex.h>
+#include <pthread.h>
+#include <semaphore.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
@@ -18,11 +22,14 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 struct block {
-  int64_t after, action, struck;
+  int64_t after, action, struck, clock;
 };
 static struct block *block;
 static const char *below;
@@ -105,3 +112,53 @@ ON_PATH(mkdirat, path, (int at, const char *path, mode_t mode), at, path, mode)
 ON_PATH(unlink, path, (const char *path), path)
 ON_PATH(unlinkat, path, (int at, const char *path, int flags), at, path, flags)
 ON_PATH(rmdir, path, (const char *path), path)
+
+static int64_t off(clockid_t clock) {
+  return block && (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE) ? block->clock : 0;
+}
+
+int clock_gettime(clockid_t clock, struct timespec *now) {
+  int status = REAL(clock_gettime)(clock, now);
+  if (!status) now->tv_sec += off(clock);
+  return status;
+}
+
+int gettimeofday(struct timeval *now, void *zone) {
+  int status = REAL(gettimeofday)(now, zone);
+  if (!status) now->tv_sec += off(CLOCK_REALTIME);
+  return status;
+}
+
+time_t time(time_t *into) {
+  time_t now = REAL(time)(NULL) + off(CLOCK_REALTIME);
+  return into ? *into = now : now;
+}
+
+// Waits until a time of day are the kernel's, which knows nothing of this clock.
+static struct timespec machine(const struct timespec *until) {
+  return (struct timespec){until->tv_sec - off(CLOCK_REALTIME), until->tv_nsec};
+}
+
+int pthread_cond_timedwait(pthread_cond_t *one, pthread_mutex_t *held, const struct timespec *at) {
+  struct timespec until = machine(at);
+  return REAL(pthread_cond_timedwait)(one, held, &until);
+}
+
+int sem_timedwait(sem_t *one, const struct timespec *at) {
+  struct timespec until = machine(at);
+  return REAL(sem_timedwait)(one, &until);
+}
+
+long syscall(long number, ...) {
+  long given[6];
+  struct timespec until;
+  va_list rest;
+  va_start(rest, number);
+  for (int i = 0; i < 6; i++) given[i] = va_arg(rest, long);
+  va_end(rest);
+  if (number == SYS_futex && (given[1] & FUTEX_CLOCK_REALTIME) && given[3]) {
+    until = machine((const struct timespec *)given[3]);
+    given[3] = (long)&until;
+  }
+  return REAL(syscall)(number, given[0], given[1], given[2], given[3], given[4], given[5]);
+}

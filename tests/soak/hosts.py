@@ -19,7 +19,7 @@ from tests.several import free_port
 ROOT = Path(__file__).parents[2]
 WORKERS = (0, 1)
 _LAUNCHER = ROOT / "launch" / "tpu_run.sh"
-_CLOCK = "libfaketimeMT.so.1"  # of Debian's package libfaketime
+_BLOCK = struct.Struct("=qqqq")  # faults.c's: after, action, struck, clock
 _SSHD = """Port {port}
 ListenAddress 127.0.0.1
 HostKey {folder}/host
@@ -43,7 +43,7 @@ _SSH = """Host soak-0 soak-1
 class Faults:
     """What the file system and the clock of each worker do; nothing, at first.
 
-    `tests/soak/faults.c` and libfaketime read it in the workers.
+    `tests/soak/faults.c` reads it in the workers.
     """
 
     def __init__(self, folder: Path, below: str) -> None:
@@ -51,39 +51,31 @@ class Faults:
         library = folder / "faults.so"
         source = Path(__file__).with_name("faults.c")
         subprocess.run(["gcc", "-shared", "-fPIC", "-O1", source, "-o", library], check=True)
-        clock = next(Path("/usr/lib").rglob(_CLOCK), None)
-        if clock is None:
-            raise SystemExit(f"soak: no {_CLOCK} below /usr/lib: install the package libfaketime")
-        self.blocks, self.clocks = [], []
+        self._blocks = []
         for worker in WORKERS:
             path = folder / f"faults.{worker}"
-            path.write_bytes(bytes(24))
+            path.write_bytes(bytes(_BLOCK.size))
             with path.open("r+b") as file:
-                self.blocks.append(mmap.mmap(file.fileno(), 24))
-            self.clocks.append(folder / f"clock.{worker}")
-            self.set_clock(worker, 0)
-        # $MEDMOE_PROCESS is not known yet where the launcher reads its --env-file; $number is.
+                self._blocks.append(mmap.mmap(file.fileno(), _BLOCK.size))
         self.variables = {
             "FAULTS": str(folder / "faults"),
             "FAULTS_BELOW": below,
-            "FAKETIME_TIMESTAMP_FILE": f"{folder}/clock.${{MEDMOE_PROCESS:-$number}}",
-            "FAKETIME_CACHE_DURATION": "1",
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-            "NO_FAKE_STAT": "1",
-            "LD_PRELOAD": f"{library}:{clock}",
+            "LD_PRELOAD": str(library),
         }
 
     def arm(self, worker: int, after: int, action: int) -> None:
         """Let the file system of a worker fail: see faults.c; 0 = it works again."""
-        self.blocks[worker][:24] = struct.pack("=qqq", after, action, 0)
+        clock = _BLOCK.unpack(self._blocks[worker][:])[3]
+        self._blocks[worker][:] = _BLOCK.pack(after, action, 0, clock)
 
     def struck(self, worker: int) -> int:
         """How many operations have failed since."""
-        return struct.unpack("=qqq", self.blocks[worker][:24])[2]
+        return _BLOCK.unpack(self._blocks[worker][:])[2]
 
     def set_clock(self, worker: int, seconds: int) -> None:
         """Set a worker's clock so many seconds off this machine's."""
-        self.clocks[worker].write_text(f"{seconds:+d}\n")
+        before = _BLOCK.unpack(self._blocks[worker][:])[:3]
+        self._blocks[worker][:] = _BLOCK.pack(*before, seconds)
 
 
 class Launcher:

@@ -10,7 +10,7 @@ from tests.soak.run import soak
 
 @pytest.mark.slow
 def test_killed_at_random_moments(tmp_path):
-    """By SIGKILL, SIGTERM, and without their launcher; twenty of all kinds: `python -m tests.soak`."""
+    """SIGKILL, SIGTERM, a dead launcher; `python -m tests.soak` knows more kinds, and twenty."""
     sequence = [kill, kill_launcher, kill, preempt]
     record = soak(tmp_path, "local", sequence, random.Random(0))
     assert record.starts >= 4
