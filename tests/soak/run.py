@@ -46,11 +46,13 @@ class Record(NamedTuple):
       starts: of the disturbed run, by the launcher.
       steps: of its stage.
       seconds: that it took.
+      said: by the launcher, of both runs.
     """
 
     starts: int
     steps: int
     seconds: float
+    said: str
 
 
 def soak(
@@ -106,7 +108,7 @@ def soak(
         assert launcher.running.wait(1200) == 0, launcher.said[-3000:]
         seconds = time.monotonic() - began
         _same(disturbed, ended, steps)
-        return Record(launcher.said.count(": start ") - 1, steps, seconds)
+        return Record(launcher.said.count(": start ") - 1, steps, seconds, launcher.said)
 
 
 def _due(stage: StageFolder, draw: random.Random, start: float, launcher: Launcher):
