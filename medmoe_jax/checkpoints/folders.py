@@ -7,6 +7,7 @@ W/stages/STAGE/profile/        a trace of some steps, where `run.profile` asks f
 W/stages/STAGE/final/          its banks and trained base leaves
 W/stages/STAGE/manifest.json   written last: it exists = the stage is finished
 W/stages/STAGE/report.json     scores of its end, where `run.tasks` names tasks
+W/stages/STAGE/evaluations/    scores while it trains, a folder a step (`stages.*.evaluation`)
 W/stages/STAGE/bad_batch.npz   the rows of a step whose loss or gradient was not finite
 """
 
@@ -68,6 +69,10 @@ class StageFolder:
     def report(self) -> Path:
         """Scores of the stage's end."""
         return self.path / "report.json"
+
+    def evaluation(self, step: int) -> Path:
+        """Report and records of the evaluation after a step."""
+        return self.path / "evaluations" / str(step)
 
     @property
     def bad_batch(self) -> Path:

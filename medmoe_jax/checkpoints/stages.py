@@ -79,6 +79,7 @@ class StageCheckpoints:
         self._written = self._staging.enter_context(staging.written(self._steps))
         self._keep = keep
         self._current: int | None = None
+        self._held: list[int] = []
         self._saving: futures.Future | None = None
         self._pool = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._orbax = self._open()
@@ -130,7 +131,15 @@ class StageCheckpoints:
 
     def _stays(self, step: int) -> bool:
         newest = sorted(self._sealed)[-max(self._keep - 1, 1) :]
-        return step in newest or step == self._current
+        held = [one for one in self._held if one in self._sealed]
+        return step in newest or step == self._current or step in held[-1:]
+
+    def hold(self, step: int) -> None:
+        """Let the checkpoint of a step stay, whatever comes after it.
+
+        One that was held before is let go once that of `step` is whole.
+        """
+        self._held.append(step)
 
     def save(self, step: int, state: Any, extra: dict[str, Any]) -> None:
         """Start saving; returns once the arrays are copied to host memory and may be donated.
@@ -226,6 +235,20 @@ class StageCheckpoints:
         state = self._load(step, {"state": abstract_state})["state"]
         log.info("restored step %d from %s", step, self._steps)
         return Restored(step, state, extra["extra"], tuple(found["skipped"]))
+
+    def restore_step(self, step: int, abstract_state: Any) -> Any:
+        """The state of the checkpoint of one step; `abstract_state` as for `restore`.
+
+        Raises:
+          CheckpointError: it is not there, damaged, or of other leaves, shapes or dtypes.
+        """
+        self.wait()
+        folder = self._steps / str(step)
+        if problem := from_first_process(lambda: damage(staging.readable(folder))):
+            raise CheckpointError(problem)
+        extra = self._load(step, {"extra": None})["extra"]
+        _check_fit(folder, extra["leaves"], abstract_state)
+        return self._load(step, {"state": abstract_state})["state"]
 
     def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
         if not staging.is_staged(self._steps):

@@ -66,6 +66,10 @@ def check_fields(config: ConfigDict) -> None:
         section, _, field = name.partition(".")
         for path in _paths(config.get(section, {}).get(field)):
             check(path, name, schemes)
+    for name in config.get("stages", {}).get("order", ()):
+        fields = config.stages.get(name, {}).get("evaluation", {})
+        for path in _paths(fields.get("tasks")):
+            check(path, f"stages.{name}.evaluation.tasks", REMOTE)
     for name, source in config.get("data", {}).get("sources", {}).items():
         check(source["path"], f"data.sources.{name}.path", SOURCE)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 
+from medmoe_jax.cli.in_training import task_scorer
 from medmoe_jax.cli.session import open_run, stage_evaluator
 from medmoe_jax.parallel.processes import Notice
 from medmoe_jax.training.train import train
@@ -25,4 +26,5 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Run the command."""
     opened = open_run(rest, arguments.workdir)
     with Notice() as notice:
-        train(opened, stage_evaluator(opened, notice), notice)
+        at_end, meanwhile = stage_evaluator(opened, notice), task_scorer(opened, notice)
+        train(opened, at_end, notice, score_tasks=meanwhile)

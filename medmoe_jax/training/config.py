@@ -95,6 +95,24 @@ def recipe() -> ConfigDict:
     )
 
 
+def evaluation(**fields: Any) -> ConfigDict:
+    """What is scored while a stage trains. Raises ValueError for an unknown field."""
+    return _filled(
+        {
+            "every": 0,  # steps from one evaluation to the next, and after the last; 0 = none
+            "tasks": (),  # names, suites and files, as `medmoe eval` takes them
+            "limit": 0,  # items a task; 0 = all
+            "sources": (),  # of data.sources, trained on by no weight: the loss on all their rows
+            # The score by which one evaluation is better than another, and whose best checkpoint
+            # is kept: a task's name, mean (over the tasks), or loss (on the sources); "" = none.
+            "best": "",
+            "patience": 0,  # evaluations in a row without a better one that end the stage; 0 = none
+            "final": "last",  # the step that the stage ends with: last, or best
+        },
+        fields,
+    )
+
+
 def stage(**fields: Any) -> ConfigDict:
     """One training phase. Raises ValueError for an unknown field."""
     return _filled(
@@ -109,6 +127,7 @@ def stage(**fields: Any) -> ConfigDict:
             "losses": ConfigDict(),  # {name: orthogonality(...) or another loss}
             "allocators": ConfigDict(),  # {name: allocator(...)}
             "mixture": ConfigDict(),  # {source: weight}
+            "evaluation": evaluation(),  # while it trains
             "steps": 0,  # 0 = as many as `epochs` take
             "epochs": 1.0,
             "learning_rate": 2e-4,

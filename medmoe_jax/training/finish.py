@@ -34,7 +34,7 @@ def finish(
     """Finish a stage that has made its steps.
 
     Args:
-      prepared, state: the stage and its last state.
+      prepared, state: the stage and the state that it ends with.
       read: what is to be kept of what it read.
       fingerprint: of its recipe, from `StageRun.claim`.
       evaluate: figures of the model, for the manifest.
@@ -50,16 +50,20 @@ def finish(
         for bank in prepared.budget_schedules
     }
     summary.print_ranks(stage.name, ranks)
-    last = from_first_process(lambda: (read_metrics(stage.folder.metrics) or [{}])[-1])
-    last.pop("router", None)
+    steps = int(jax.device_get(state.step))
+    lines = from_first_process(
+        lambda: [line for line in read_metrics(stage.folder.metrics) if line["step"] == steps]
+    )
+    (line,) = lines or [{}]
+    line.pop("router", None)
     confirm_lease()
     save_end(
         stage,
         prepared.roster,
         {"banks": banks, "base": state.trainable["base"]},
         fingerprint,
-        steps=int(jax.device_get(state.step)),
-        metrics={"train": last, "ranks": ranks, **read, "evaluation": figures},
+        steps=steps,
+        metrics={"train": line, "ranks": ranks, **read, "evaluation": figures},
     )
 
 

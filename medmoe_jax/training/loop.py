@@ -30,7 +30,8 @@ class Loop:
       step_fn: `(state, frozen, batch) -> (state, metrics)`, compiled.
       stream: batches on the host, with `get_state`.
       to_mesh: puts a host batch on the devices.
-      save: `save(step, state, extra)`, called every `save_every` steps and at the end.
+      save: `save(step, state, extra)`, called every `save_every` steps, where a hook asks for it,
+        and at the end.
       stop: asked after every step, whether to save and leave the stage unfinished.
       hooks: told of everything, in this order.
       steps, save_every: counts.
@@ -86,15 +87,19 @@ def _make_steps(loop: Loop, progress: Progress, frozen) -> None:
         with traced, jax.transfer_guard("disallow"):
             progress.state, metrics = loop.step_fn(progress.state, frozen, batch)
         progress.step += 1
+        progress.settles = progress.saves = False
         if before is not None:
             _tell_metrics(loop, progress, clock, before)
         for hook in loop.hooks:
             own |= hook.on_step(progress)
         before = _Dispatched(progress.step, batch, metrics, own)
         stop = loop.stop()
-        if stop or progress.is_due(progress.step, loop.save_every):
+        told = stop or progress.settles or progress.saves
+        if told or progress.is_due(progress.step, loop.save_every):
             _tell_metrics(loop, progress, clock, before)
             before = None
+        # A hook may have ended the stage here, or asked for a save.
+        if stop or progress.saves or progress.is_due(progress.step, loop.save_every):
             for hook in loop.hooks:
                 hook.on_save(progress)
             loop.save(progress.step, progress.state, {"data": loop.stream.get_state()})
@@ -119,7 +124,8 @@ class _Clock:
 def _tell_metrics(loop: Loop, progress: Progress, clock: _Clock, made: _Dispatched) -> None:
     """Read a step's metrics, which waits for its end, and tell the hooks.
 
-    Its seconds are those from the end of the step before to its own, a save between them included.
+    Its seconds are those from the end of the step before to its own, a save or an evaluation
+    between them included.
     """
     router = made.metrics.pop("router", {})
     metrics = {name: float(value) for name, value in jax.device_get(made.metrics).items()}

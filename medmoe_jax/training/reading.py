@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from medmoe_jax.data.batches import BatchStream, StreamSpec, make_stream
+from medmoe_jax.data.encoded_rows import EncodedRows
 from medmoe_jax.data.sources import Opened, check_source, open_sources
 from medmoe_jax.errors import UserError, field_names
 from medmoe_jax.training.placement import Placement
@@ -20,20 +21,22 @@ class StageData(NamedTuple):
     Attributes:
       stream: its batches, those of this process's data shards.
       placement: puts them on the mesh.
-      digests: content of each of its sources.
+      digests: content of each source that decides what it ends with.
       languages: for each source, how many rows named their language, had it detected, or are of
         unknown language; empty without a table of languages.
+      held_out: rows that it is scored on while it trains, by source.
     """
 
     stream: BatchStream
     placement: Placement
     digests: dict[str, str]
     languages: dict[str, dict[str, int]]
+    held_out: dict[str, EncodedRows]
 
 
 def check_sources(setup: Setup, stage: Stage) -> None:
     """Raise UserError for a source of the stage that cannot be there, before any is read."""
-    for name in stage.sources:
+    for name in (*stage.sources, *stage.held_out):
         fields = setup.config.data.sources[name]
         check_source(name, fields)
         if fields.window and not stage.config.steps:
@@ -44,12 +47,13 @@ def check_sources(setup: Setup, stage: Stage) -> None:
 
 
 def open_rows(setup: Setup, stages: Sequence[Stage]) -> dict[str, Opened]:
-    """The training rows of every source that some stages read.
+    """The training rows of every source that some stages read, or are scored on.
 
     Raises:
       UserError: a source cannot be read, or a row of it cannot be used.
     """
-    names = list(dict.fromkeys(name for stage in stages for name in stage.sources))
+    read = (name for stage in stages for name in (*stage.sources, *stage.held_out))
+    names = list(dict.fromkeys(read))
     opened = open_sources(setup.config.data.to_dict(), names, setup.encoder)
     for text in (text for one in opened.values() for text in one.notes):
         note(text)
@@ -76,5 +80,7 @@ def open_data(setup: Setup, stage: Stage, opened: Mapping[str, Opened] | None = 
     own = {name: opened[name] for name in stage.sources}
     stream = make_stream({name: one.rows for name, one in own.items()}, stage.sources, spec)
     languages = {name: one.languages for name, one in own.items() if one.languages}
-    digests = {name: one.digest for name, one in own.items()}
-    return StageData(stream, placement, digests, languages)
+    digests = {name: opened[name].digest for name in stage.deciding}
+    # Those that are streamed are refused when the recipe is read.
+    held_out = {name: cast(EncodedRows, opened[name].rows) for name in stage.held_out}
+    return StageData(stream, placement, digests, languages, held_out)

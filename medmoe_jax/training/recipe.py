@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -87,6 +88,7 @@ def _parse_stage(name: str, config: ConfigDict, decoder: DecoderConfig) -> Stage
                 f"stages.{name}.states.{bank}: '{state}' is none of {', '.join(_STATES)}"
             )
     with within(f"stages.{name}."):
+        _check_evaluation(section.evaluation, mixture, config.data.sources)
         _check_train_base(tuple(section.train_base), config.base.quantise, decoder)
     return Stage(
         name=name,
@@ -110,6 +112,38 @@ def _parse_stage(name: str, config: ConfigDict, decoder: DecoderConfig) -> Stage
         mixture=mixture,
         config=section,
     )
+
+
+def _check_evaluation(
+    section: ConfigDict, mixture: Mapping[str, float], sources: ConfigDict
+) -> None:
+    """Raise UserError unless the fields of an evaluation fit together; tasks are not looked up."""
+    where, tasks, held_out = "evaluation", tuple(section.tasks), tuple(section.sources)
+    if section.final not in ("last", "best"):
+        raise UserError(f"{where}.final: '{section.final}' is none of last, best")
+    asked = tasks or held_out or section.best or section.patience or section.final == "best"
+    if asked and not section.every:
+        raise UserError(f"{where}.every is 0, so nothing of it would be done; say how many steps")
+    if section.every and not (tasks or held_out):
+        raise UserError(f"{where}: there is nothing to score; name tasks, or sources")
+    if not section.best and (section.patience or section.final == "best"):
+        field = "patience" if section.patience else "final"
+        raise UserError(f"{where}.{field} needs {where}.best, the score to judge the steps by")
+    scores = [*(["mean"] if tasks else []), *(["loss"] if held_out else [])]
+    if section.best and section.best not in scores and not tasks:
+        raise UserError(f"{where}.best: '{section.best}' is none of {', '.join(scores)}")
+    for name in held_out:
+        if name not in sources:
+            near = difflib.get_close_matches(name, sources, n=1)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            raise UserError(
+                f"{where}.sources: there is no source '{name}'; {hint}data.sources: "
+                f"{', '.join(sources)}"
+            )
+        if mixture.get(name):
+            raise UserError(f"{where}.sources: '{name}' is trained on; name rows that are not")
+        if sources[name].window:
+            raise UserError(f"{where}.sources: '{name}' is streamed; leave out its window")
 
 
 def _check_train_base(patterns: tuple[str, ...], quantise: str, decoder: DecoderConfig) -> None:

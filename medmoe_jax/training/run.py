@@ -139,6 +139,9 @@ class StageRun:
         data["languages"] = dict(setup.languages.ids) if setup.languages else {}
         if isinstance(setup.template, Jinja):
             data["template"] = json_fingerprint(setup.template.source)
+        section = self.recipe.config.to_dict()
+        if not section["evaluation"]["best"]:
+            section.pop("evaluation")  # it tells, and decides nothing
         content = {
             "base": {
                 "content": setup.base_fingerprint,
@@ -146,7 +149,7 @@ class StageRun:
                 "quantise": config.base.quantise,
             },
             "data": {**data, "tokenizer": setup.tokenizer.digest, "sources": dict(digests)},
-            "stage": self.recipe.config.to_dict(),
+            "stage": section,
         }
         if self.recipe.after:
             content["after"] = self.parent_fingerprint

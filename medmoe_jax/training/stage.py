@@ -49,6 +49,16 @@ class Stage:
         """The sources that it reads, those of weight 0 left out."""
         return {name: weight for name, weight in self.mixture.items() if weight}
 
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """The sources that it is scored on and does not read."""
+        return tuple(self.config.evaluation.sources)
+
+    @property
+    def deciding(self) -> tuple[str, ...]:
+        """The sources that decide what it ends with: those it reads, or takes the best step by."""
+        return (*self.sources, *(self.held_out if self.config.evaluation.best else ()))
+
 
 def find_stage(stages: Sequence[Stage], name: str) -> Stage:
     """The stage of that name. Raises ParameterError, which names those there are."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -15,14 +16,16 @@ from medmoe_jax.checkpoints import stages as store
 from medmoe_jax.checkpoints.agreement import check_shared, union
 from medmoe_jax.checkpoints.lease import only_writer
 from medmoe_jax.checkpoints.staging import check_processes
-from medmoe_jax.errors import field_names
+from medmoe_jax.errors import UserError, field_names
 from medmoe_jax.parallel import processes
 from medmoe_jax.storage.places import place
 from medmoe_jax.training import loop as loop_lib
 from medmoe_jax.training import summary
 from medmoe_jax.training.compiling import compile_ahead
 from medmoe_jax.training.finish import Evaluate, finish
+from medmoe_jax.training.held_out import HeldOut
 from medmoe_jax.training.hooks.bar import Bar
+from medmoe_jax.training.hooks.evaluations import Evaluations, Measure
 from medmoe_jax.training.hooks.faults import Faults, keep_batch
 from medmoe_jax.training.hooks.figures import figures
 from medmoe_jax.training.hooks.profiler import Profiler
@@ -38,6 +41,19 @@ from medmoe_jax.training.terminal import note
 
 # Hooks for a stage that is about to train.
 MakeHooks = Callable[[Prepared], Sequence[Hook]]
+# What scores the tasks of `stages.*.evaluation` while a stage trains.
+MakeMeasure = Callable[[Prepared], Measure]
+
+
+@dataclass(frozen=True)
+class _Callers:
+    """What the caller of `train` plugs in, and `confirm_lease`, which ends a run that lost it."""
+
+    evaluate: Evaluate
+    stop: Callable[[], bool]
+    more_hooks: MakeHooks
+    score_tasks: MakeMeasure | None
+    confirm_lease: Callable[[], None]
 
 
 def train(
@@ -45,6 +61,7 @@ def train(
     evaluate: Evaluate = lambda _: {},
     stop: Callable[[], bool] = lambda: False,
     more_hooks: MakeHooks = lambda _: (),
+    score_tasks: MakeMeasure | None = None,
 ) -> None:
     """Run every stage that is not finished, in order.
 
@@ -54,6 +71,7 @@ def train(
       stop: asked after every step, whether to save and end there.
       more_hooks: gives hooks of the caller, told after those which add metrics and before those
         which write them.
+      score_tasks: gives what scores a stage's `evaluation.tasks` while it trains.
 
     Raises:
       UserError: the work directory belongs to another recipe or base, or an input is bad.
@@ -64,20 +82,19 @@ def train(
     check_processes(place(run.workdir))
     check_shared(run.workdir)
     with only_writer(run.workdir) as confirm_lease:
-        _run_stages(run, evaluate, stop, more_hooks, confirm_lease)
+        _run_stages(run, _Callers(evaluate, stop, more_hooks, score_tasks, confirm_lease))
 
 
-def _run_stages(
-    run: Run,
-    evaluate: Evaluate,
-    stop: Callable[[], bool],
-    more_hooks: MakeHooks,
-    confirm_lease: Callable[[], None],
-) -> None:
+def _run_stages(run: Run, callers: _Callers) -> None:
     imported = {stage.name for stage in run.stages if stage.is_imported()}
     for stage in run.stages:
         if stage.name not in imported:
             check_sources(run.setup, stage.recipe)
+            if stage.recipe.config.evaluation.tasks and callers.score_tasks is None:
+                raise UserError(
+                    f"stages.{stage.name}.evaluation.tasks: nothing was given that scores tasks "
+                    "(`train(score_tasks=...)`)"
+                )
     trained = [stage.recipe for stage in run.stages if stage.name not in imported]
     opened = open_rows(run.setup, trained)
     for stage in run.stages:
@@ -86,70 +103,90 @@ def _run_stages(
             note(f"stage '{stage.name}' was not trained here: skipped")
             continue
         data = open_data(run.setup, stage.recipe, opened)
-        confirm_lease()
+        callers.confirm_lease()
         fingerprint = stage.claim(data.digests)
         if stage.folder.is_finished():
             note(f"stage '{stage.name}' is finished: skipped")
         else:
-            _run_stage(stage, data, fingerprint, evaluate, stop, more_hooks, confirm_lease)
+            _run_stage(stage, data, fingerprint, callers)
         data.stream.close()
 
 
-def _run_stage(
-    stage: StageRun,
-    data: StageData,
-    fingerprint: str,
-    evaluate: Evaluate,
-    stop: Callable[[], bool],
-    more_hooks: MakeHooks,
-    confirm_lease: Callable[[], None],
-) -> None:
+def _run_stage(stage: StageRun, data: StageData, fingerprint: str, callers: _Callers) -> None:
     """Train a stage and finish it; none of its arrays are held when the next one begins."""
-    prepared, state, read = _make_steps(stage, data, stop, more_hooks, confirm_lease)
-    finish(prepared, state, read, fingerprint, evaluate, confirm_lease)
+    prepared, state, read = _make_steps(stage, data, callers)
+    finish(prepared, state, read, fingerprint, callers.evaluate, callers.confirm_lease)
 
 
 def _make_steps(
-    stage: StageRun,
-    data: StageData,
-    stop: Callable[[], bool],
-    more_hooks: MakeHooks,
-    confirm_lease: Callable[[], None],
+    stage: StageRun, data: StageData, callers: _Callers
 ) -> tuple[Prepared, TrainState, dict[str, Any]]:
-    """The stage after its last step, and what it has read."""
+    """The stage with the state that it ends with, and what it has read."""
     config, section = stage.setup.config, stage.recipe.config
     steps = section.steps or max(1, round(section.epochs * data.stream.steps_per_epoch(union)))
     prepared, state = prepare(stage, steps)
     summary.print_stage(prepared, state)
     summary.print_languages(data.languages)
     summary.print_undivided({"state": state, "frozen": prepared.frozen}, stage.setup.rules)
-    confirm_lease()
+    callers.confirm_lease()
     with store.StageCheckpoints(stage.folder, keep=config.run.keep) as checkpoints:
         state, first = _resume(prepared, checkpoints, data, state)
+        scored = _evaluations(prepared, data, callers, checkpoints)
         loop = loop_lib.Loop(
             name=stage.name,
             step_fn=_compile(prepared, state),
             stream=data.stream,
             to_mesh=data.placement,
             save=functools.partial(_save, checkpoints),
-            stop=stop,
-            hooks=[Checked(confirm_lease), *_hooks(prepared, more_hooks, confirm_lease)],
+            stop=callers.stop,
+            hooks=_hooks(prepared, scored, callers),
             steps=steps,
             save_every=config.run.save_every,
         )
         state = loop_lib.run(loop, state, prepared.frozen, first)
-        counts = data.stream.counters(union)
-    summary.print_counts(stage.name, counts)
-    return prepared, state, {"rows": counts, "languages": data.languages}
+        read = {"rows": data.stream.counters(union), "languages": data.languages}
+        found = scored.best if scored else None
+        if found:
+            read["best"] = {"step": found[0], section.evaluation.best: found[1]}
+            if section.evaluation.final == "best" and found[0] != int(jax.device_get(state.step)):
+                note(f"stage '{stage.name}' ends with step {found[0]}, its best")
+                shapes = _shapes(state)
+                del state  # it is not held twice
+                state = checkpoints.restore_step(found[0], shapes)
+    summary.print_counts(stage.name, read["rows"])
+    return prepared, state, read
+
+
+def _evaluations(
+    prepared: Prepared,
+    data: StageData,
+    callers: _Callers,
+    checkpoints: store.StageCheckpoints,
+) -> Evaluations | None:
+    """What scores the stage while it trains, where its recipe asks for it."""
+    section = prepared.stage.recipe.config.evaluation
+    if not section.every:
+        return None
+    measures: list[Measure] = []
+    if data.held_out:
+        measures.append(HeldOut(prepared, data.held_out))
+    if section.tasks and callers.score_tasks is not None:
+        measures.append(callers.score_tasks(prepared))
+    return Evaluations(section, measures, checkpoints.hold, prepared.stage.folder.metrics)
+
+
+def _shapes(state: TrainState) -> TrainState:
+    """The state's shapes on the mesh."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
 
 
 def _resume(
     prepared: Prepared, checkpoints: store.StageCheckpoints, data: StageData, state: TrainState
 ) -> tuple[TrainState, int]:
     """The last checkpoint's state and step, with the stream set to go on from there."""
-    restored = checkpoints.restore(
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    )
+    restored = checkpoints.restore(_shapes(state))
     if restored is None:
         return state, 0
     data.stream.set_state(restored.extra["data"])
@@ -178,22 +215,23 @@ def _save(
     checkpoints.save(step, state, {"data": union(extra["data"])})
 
 
-def _hooks(
-    prepared: Prepared, more_hooks: MakeHooks, confirm_lease: Callable[[], None]
-) -> list[Hook]:
+def _hooks(prepared: Prepared, scored: Evaluations | None, callers: _Callers) -> list[Hook]:
     """All hooks of a stage: what may end it, what adds metrics, the caller's, what writes."""
     stage = prepared.stage
     settings, folder = stage.setup.config.run, stage.folder
     hooks: list[Hook] = [
+        Checked(callers.confirm_lease),
         Faults(
             functools.partial(keep_batch, folder.bad_batch),
             {name: spec.start for name, (spec, _) in prepared.roster.items()},
         ),
         *figures(prepared),
-        *more_hooks(prepared),
+        # An evaluation takes its time.
+        *([scored, Checked(callers.confirm_lease)] if scored else []),
+        *callers.more_hooks(prepared),
     ]
     if processes.index() == 0:
-        hooks.append(MetricsFile(folder.metrics, confirm_lease))
+        hooks.append(MetricsFile(folder.metrics, callers.confirm_lease))
         hooks.append(TensorBoard(place(stage.run.workdir) / "tensorboard", settings.log_every))
         hooks.append(Bar(settings.log_every))
         if settings.profile:

@@ -12,6 +12,8 @@ from medmoe_jax.checkpoints.files import read_metrics
 from medmoe_jax.errors import Stopped, UserError
 from medmoe_jax.kernels.router_equations import RouterStats
 from medmoe_jax.training import loop as loop_lib
+from medmoe_jax.training.config import evaluation
+from medmoe_jax.training.hooks.evaluations import Evaluations
 from medmoe_jax.training.hooks.faults import Faults
 from medmoe_jax.training.hooks.figures import LearningRate, Measured, Routers
 from medmoe_jax.training.hooks.protocol import Hook
@@ -144,6 +146,59 @@ def test_a_hook_adds_to_the_metrics_that_those_after_it_see(tmp_path):
     halves = [1 / (2 * n) for n in range(1, 8)]
     assert [m["half"] for m in watch.metrics] == halves
     assert [r["half"] for r in read_metrics(tmp_path / "m.jsonl")] == halves
+
+
+def scored(tmp_path, value, **fields):
+    """The hook of evaluations, its measure a function of the step, and the steps it held."""
+    held = []
+    section = evaluation(every=2, best="mean", **fields)
+
+    def measure(step, state):
+        assert state == step  # that which the step has left
+        return {"mean": value(step)}
+
+    return Evaluations(section, [measure], held.append, tmp_path / "m.jsonl"), held
+
+
+@pytest.mark.parametrize("first", [0, 3, 4])
+def test_the_best_step_is_saved_and_known_again(tmp_path, first):
+    """Steps 2, 4, 6, 7 are scored 0, 2, 2, 1; of equals the first is the best."""
+
+    def value(step):
+        return {2: 0, 4: 2, 6: 2, 7: 1}[step]
+
+    if first:  # a run that was stopped in the step after
+        hook, _ = scored(tmp_path, value)
+        loop, _ = make_loop(tmp_path, hooks=[hook], poison=("loss", first, math.nan))
+        with pytest.raises(UserError):
+            loop_lib.run(loop, 0, "frozen", 0)
+    hook, held = scored(tmp_path, value)
+    loop, saves = make_loop(tmp_path, first, hooks=[hook])
+    assert loop_lib.run(loop, first, "frozen", first) == 7
+    assert hook.best == (4, 2)
+    assert held == {0: [2, 4], 3: [2, 4], 4: [4]}[first]
+    assert saves == saved(*(step for step in (2, 3, 4, 6, 7) if step > first))
+    rows = read_metrics(tmp_path / "m.jsonl")
+    assert {r["step"]: r["eval/mean"] for r in rows if "eval/mean" in r} == {2: 0, 4: 2, 6: 2, 7: 1}
+    assert [r["loss"] for r in rows] == [1 / n for n in range(1, 8)]
+
+
+def test_a_stage_that_gets_no_better_ends(tmp_path):
+    hook, _ = scored(tmp_path, lambda step: -step, patience=1)
+    loop, saves = make_loop(tmp_path, hooks=[hook])
+    assert loop_lib.run(loop, 0, "frozen", 0) == 4 and hook.best == (2, -2)
+    assert saves == saved(2, 3, 4)
+    hook, held = scored(tmp_path, None, patience=1)  # the same, where its end was not written
+    loop, saves = make_loop(tmp_path, 4, hooks=[hook])
+    assert loop_lib.run(loop, 4, "frozen", 4) == 4 and saves == [] and held == [2]
+
+
+def test_a_step_that_went_wrong_is_not_scored(tmp_path):
+    hook, held = scored(tmp_path, lambda step: pytest.fail("it is not finite"))
+    loop, _ = make_loop(tmp_path, hooks=[hook], poison=("gradient_norm", 1, math.inf))
+    with pytest.raises(UserError, match="step 2: gradient_norm is inf"):
+        loop_lib.run(loop, 0, "frozen", 0)
+    assert not held
 
 
 class EndBelow(Hook):

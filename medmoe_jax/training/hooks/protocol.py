@@ -6,6 +6,7 @@ next one, so that the devices never wait for the host. So a hook hears of every 
     on_start     once, before the first step
     on_step      the devices work on a step; the state that it leaves can be used and waited for
     on_metrics   the metrics of a step are known: one step later, or at once where a save follows
+                 or a hook has asked for it (`Progress.settle`)
     on_save      the state is saved next
     on_end       once, when the loop is left, by an error too
 
@@ -46,12 +47,26 @@ class Progress:
       last: the step after which the stage ends.
       state: what the dispatched steps leave. The next step takes its memory: a hook that keeps
         any of it has to copy it.
+      settles, saves: what hooks have asked for at this step.
     """
 
     stage: str
     step: int
     last: int
     state: TrainState
+    settles: bool = False
+    saves: bool = False
+
+    def settle(self) -> None:
+        """Have the metrics of the step under way told before the next one is dispatched.
+
+        For `on_step`: `on_metrics` of this step then finds the state that the step leaves.
+        """
+        self.settles = True
+
+    def save(self) -> None:
+        """Have the state saved, though no save is due; for `on_metrics` of a settled step."""
+        self.saves = True
 
     def end(self) -> None:
         """End the stage after the step that is under way, as if it had been the last one."""
@@ -72,6 +87,7 @@ class StepRecord:
       router: use and load of the experts by bank and site, on the devices.
       metrics: numbers by name, for every log; hooks may add to them.
       details: more JSON-able values, for the metrics log alone; hooks may add to them.
+      rare: whether a log that leaves steps out has to write this one; hooks may set it.
     """
 
     step: int
@@ -79,6 +95,7 @@ class StepRecord:
     router: Mapping[str, RouterStats]
     metrics: dict[str, float]
     details: dict[str, Any] = field(default_factory=dict)
+    rare: bool = False
 
 
 class Hook:

@@ -75,8 +75,8 @@ class TensorBoard(Hook):
         self._writer = SummaryWriter(str(self._files.folder))
 
     def on_metrics(self, progress: Progress, record: StepRecord) -> None:
-        """Write a step's metrics where that is due."""
-        if progress.is_due(record.step, self._every):
+        """Write a step's metrics where that is due, or they hold what comes seldom."""
+        if record.rare or progress.is_due(record.step, self._every):
             for name, value in record.metrics.items():
                 self._writer.add_scalar(f"{progress.stage}/{name}", value, record.step)
 
