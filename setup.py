@@ -22,6 +22,7 @@ REQUIRES = [
     "fsspec>=2025.3,<2028",
     "gguf>=0.17,<0.20",
     "grain>=0.2.18,<0.3",
+    "httpx>=0.27,<1",
     "huggingface_hub>=1.0,<3",
     "importlib_resources>=6.4,<8",
     "jax>=0.10,<0.12",

@@ -34,6 +34,8 @@ OPTIONS = {
     "tokenizer": REMOTE,
     "template": REMOTE,
     "table": REMOTE,
+    "evaluation": _LOCAL,
+    "key_file": _LOCAL,
     # What is made in several files, with tools that know disks alone.
     "demo workdir": _LOCAL,
     "export output": _LOCAL,

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from medmoe_jax.data.conversation import Turn
 
 Turns = tuple[tuple[str, str], ...]  # (role, content) of each
 Prompt = str | Turns
+
+
+class Criterion(NamedTuple):
+    """What may be true of an answer, its points, negative of a fault, and words to sort it by."""
+
+    criterion: str
+    points: float
+    tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -20,6 +29,7 @@ class Item:
     language, part: of the item within its task.
     allowed: of a list as the answer, the terms that may stand in it; of a number, its limits.
     source, spans: a text, and `(type, start, stop)` of the entities in it.
+    rubric: what a judge looks for in the answer.
     """
 
     prompt: Prompt
@@ -31,6 +41,7 @@ class Item:
     allowed: tuple[str, ...] = ()
     source: str = ""
     spans: tuple[tuple[str, int, int], ...] = ()
+    rubric: tuple[Criterion, ...] = ()
 
     @property
     def turns(self) -> str | list[Turn]:

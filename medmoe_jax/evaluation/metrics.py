@@ -243,6 +243,8 @@ METRICS: dict[str, Metric] = {
         Metric("weighted_f1", _codes, _f1("weighted")),
         Metric("kappa", _codes, _kappa(None)),
         Metric("kappa_linear", _codes, _kappa("linear")),
+        # Whether there is an answer at all, which a judge then grades.
+        Metric("answered", _each(lambda text, _: float(bool(text.strip()))), _mean, binary=True),
         Metric("hit_at_3", _hit(3), _mean, binary=True, ranked=True),
         Metric("exact_match", _each(_same_caseless), _mean, binary=True),
         Metric("letters_exact", _each(_letters_same), _mean, binary=True, readable=_has_letters),

@@ -13,7 +13,7 @@ from medmoe_jax import json_text
 from medmoe_jax.checkpoints.files import write_text
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import metrics
-from medmoe_jax.evaluation.items import Item
+from medmoe_jax.evaluation.items import Criterion, Item
 from medmoe_jax.evaluation.tasks import Task
 from medmoe_jax.evaluation.ways import Answer
 from medmoe_jax.storage.places import place
@@ -41,6 +41,7 @@ def records(task: Task, given: Sequence[Answer], rows_N: np.ndarray) -> Iterator
             "allowed": list(item.allowed),
             "source": item.source if item.spans else "",
             "spans": [list(span) for span in item.spans],
+            "rubric": [one._asdict() for one in item.rubric],
             "scores": list(answer.scores),
             "ranking": list(answer.ranking),
             "raw": list(answer.raw),
@@ -75,6 +76,10 @@ def item_of(record: dict) -> Item:
         tuple(record.get("allowed", ())),
         record.get("source", ""),
         tuple(tuple(span) for span in record.get("spans", ())),
+        tuple(
+            Criterion(one["criterion"], one["points"], tuple(one["tags"]))
+            for one in record.get("rubric", ())
+        ),
     )
 
 

@@ -3,12 +3,15 @@
     {"prompt": "…", "answer": "…"}
     {"prompt": "…", "answer": "yes", "choices": ["yes", "no"]}
     {"messages": [{"role": "user", "content": "…"}, …], "answer": "…", "metric": "rouge_l"}
+    {"messages": […], "rubrics": [{"criterion": "…", "points": 5, "tags": ["…"]}, …]}
 
-All lines have choices or none, and one metric or none.
+The last is for a judge (`judging`); the files of HealthBench, which call the messages a prompt and
+tell more of each, are read as they are. All lines have choices or none, and one metric or none.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +20,13 @@ from medmoe_jax.data.conversation import check_text
 from medmoe_jax.data.medical.files import read_bytes
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import metrics
-from medmoe_jax.evaluation.items import Item, Prompt
+from medmoe_jax.evaluation.items import Criterion, Item, Prompt
 
 _FIELDS = ("prompt", "messages", "answer", "choices", "texts", "language", "metric", "part")
+# With these an item needs no answer; the others stand in HealthBench's files.
+_RUBRICS = "rubrics"
+_WITH_RUBRICS = (_RUBRICS, "prompt_id", "example_tags", "ideal_completions_data", "canary")
+_THEME = "theme:"
 _ROLES = ("system", "user", "assistant")
 
 
@@ -58,9 +65,12 @@ def _item(record: Any, where: str) -> tuple[Item, str]:
     if not isinstance(record, dict):
         raise UserError(f'{where}: write an object such as {{"prompt": "…", "answer": "…"}}')
     check_text(record, where)
+    known = (*_FIELDS, *(_WITH_RUBRICS if _RUBRICS in record else ()))
     for field in record:
-        if field not in _FIELDS:
-            raise UserError(f"{where}: field {field!r} is none of {', '.join(_FIELDS)}")
+        if field not in known:
+            raise UserError(f"{where}: field {field!r} is none of {', '.join(known)}")
+    if _RUBRICS in record:
+        return _judged(record, where)
     prompt = _prompt(record, where)
     if not isinstance(record.get("answer"), str) or not record["answer"]:
         raise UserError(f"{where}: field 'answer' must be a text")
@@ -82,6 +92,42 @@ def _item(record: Any, where: str) -> tuple[Item, str]:
         str(record.get("part", "")),
     )
     return item, _metric(record, where)
+
+
+def _judged(record: dict, where: str) -> tuple[Item, str]:
+    """An item that a judge grades by its rubric."""
+    if record.get("choices") or record.get("metric"):
+        raise UserError(f"{where}: an item with rubrics has no choices and no metric")
+    if isinstance(record.get("prompt"), list):
+        record = {**record, "messages": record["prompt"]}
+        del record["prompt"]
+    answer = record.get("answer", "")
+    if not isinstance(answer, str):
+        raise UserError(f"{where}: field 'answer' must be a text")
+    tags = record.get("example_tags") or []
+    themes = [tag.removeprefix(_THEME) for tag in tags if str(tag).startswith(_THEME)]
+    item = Item(
+        _prompt(record, where),
+        answer,
+        language=str(record.get("language", "und")),
+        part=str(record.get("part", "")) or next(iter(themes), ""),
+        rubric=_rubric(record[_RUBRICS], where),
+    )
+    return item, "answered"
+
+
+def _rubric(value: Any, where: str) -> tuple[Criterion, ...]:
+    rubric = []
+    for one in value if isinstance(value, list) else ():
+        told = one if isinstance(one, dict) else {}
+        text, points, tags = told.get("criterion"), told.get("points"), told.get("tags") or ()
+        number = isinstance(points, int | float) and not isinstance(points, bool)
+        if not (isinstance(text, str) and text and number and math.isfinite(points)):
+            raise UserError(f"{where}: of a rubric, each needs a text 'criterion' and 'points'")
+        rubric.append(Criterion(text, points, tuple(map(str, tags))))
+    if not any(one.points > 0 for one in rubric):
+        raise UserError(f"{where}: field 'rubrics' must be a list with points to be had")
+    return tuple(rubric)
 
 
 def _metric(record: dict, where: str) -> str:

@@ -1,0 +1,1 @@
+"""Open answers graded by a language model that the user names."""
