@@ -82,6 +82,8 @@ EXTRAS = {
         "torch==2.13.0",  # a range would also take the multi-gigabyte CUDA builds of later releases
         "transformers>=5,<6",
     ],
+    # Its tasks on our models (`medmoe lm-eval`). What it is asked through changes between minors.
+    "lm-eval": ["lm-eval>=0.4.13,<0.5"],
     "notebooks": ["ipywidgets>=8.1,<9", "jupyter>=1.1,<2"],
 }
 EXTRAS["all"] = sorted({requirement for group in EXTRAS.values() for requirement in group})

@@ -91,6 +91,10 @@ class SentencePiece(Tokenizer):
     def _writes_bos(self) -> bool:
         return False
 
+    @property
+    def encodes_bos(self) -> bool:
+        return self.begins_with_bos
+
     def _is_own(self, token_id: int) -> bool:
         return token_id < self._pieces
 

@@ -188,6 +188,11 @@ class Tokenizer(ABC):
         return bool(named) or self._writes_bos()
 
     @property
+    def encodes_bos(self) -> bool:
+        """Whether other tools that read the files put bos before each text that they encode."""
+        return self._writes_bos()
+
+    @property
     def chat_template(self) -> str | None:
         """Its own template in Jinja, or None."""
         return self._beside.chat_template

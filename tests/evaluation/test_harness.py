@@ -1,0 +1,206 @@
+"""lm-evaluation-harness on one model twice: through us, and through its own `hf` model type."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import tokenizers as hf
+
+from medmoe_jax.checkpoints.huggingface import save_hf
+from medmoe_jax.cli.main import main
+from medmoe_jax.cli.session import open_model
+from medmoe_jax.errors import UserError
+from medmoe_jax.training.config import recipe
+from medmoe_jax.training.run import Run
+from medmoe_jax.training.setup import open_setup
+from tests import naive, tiny
+from tests.data.test_tokenizer_parity import CHATML_TEMPLATE
+
+pytestmark = pytest.mark.parity
+lm_eval = pytest.importorskip("lm_eval")
+pytest.importorskip("torch", exc_type=ImportError)
+
+QUESTIONS = [
+    {"question": f"What is {drug} for?", "choices": [use, "fever", f"{use} and sleep"], "answer": 0}
+    for drug, use in zip(tiny.DRUGS, tiny.USES, strict=True)
+]
+COMMON = (
+    "dataset_path: json\ntest_split: test\nfewshot_split: train\ndataset_kwargs:\n  data_files:\n"
+)
+TASKS = {
+    "tiny_choice": """
+output_type: multiple_choice
+doc_to_text: "Question: {{question}}\\nAnswer:"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+metric_list: [{metric: acc}, {metric: acc_norm}]
+""",
+    "tiny_free": """
+output_type: generate_until
+doc_to_text: "Question: {{question}}\\nAnswer:"
+doc_to_target: "{{choices[0]}}"
+generation_kwargs: {until: ["e", "\\n\\n"], max_gen_toks: 12, do_sample: false}
+metric_list: [{metric: exact_match}]
+""",
+    "tiny_rolling": """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{% for n in range(9) %}{{question}} {{choices}} {% endfor %}"
+metric_list: [{metric: bits_per_byte}]
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A Hugging Face folder: a tiny Llama, a byte-level vocabulary that writes bos, chatml."""
+    folder = tmp_path_factory.mktemp("base")
+    # As many rows as ids: `hf` gives rows of padding a probability, and we do not.
+    decoder = tiny.DECODER.replace(vocab_size=300, max_positions=256)
+    save_hf(folder, decoder, naive.random_params(decoder), "llama")
+    vocabulary = hf.Tokenizer(hf.models.BPE())
+    vocabulary.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    vocabulary.decoder = hf.decoders.ByteLevel()
+    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=special,
+        initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    vocabulary.train_from_iterator([json.dumps(q) for q in QUESTIONS], trainer)
+    vocabulary.post_processor = hf.processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+    )
+    assert vocabulary.get_vocab_size() == 300
+    vocabulary.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({**config, "chat_template": CHATML_TEMPLATE})
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ours(base):
+    """The model of that folder, for lm-evaluation-harness."""
+    from medmoe_jax.evaluation.harness import Harness
+
+    config = recipe()
+    config.base.path, config.data.template, config.data.length = str(base), "tokenizer", 64
+    config.run.score_batch = 8
+    return Harness(open_model(Run(open_setup(config), ""), "base"))
+
+
+@pytest.fixture(scope="module")
+def theirs(base, ours):
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(str(base), device="cpu", dtype="float32", batch_size=8, max_length=ours.max_length)
+
+
+@pytest.fixture(scope="module")
+def manager(tmp_path_factory):
+    """The tasks, in files as users write them."""
+    folder = tmp_path_factory.mktemp("tasks")
+    tiny.write_rows(folder / "test.jsonl", QUESTIONS[:5])
+    tiny.write_rows(folder / "train.jsonl", QUESTIONS[5:])
+    files = "".join(f"    {split}: {folder}/{split}.jsonl\n" for split in ("test", "train"))
+    for name, text in TASKS.items():
+        cache = f"  cache_dir: {folder}/cache\n"
+        (folder / f"{name}.yaml").write_text(f"task: {name}\n{COMMON}{files}{cache}{text.lstrip()}")
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(folder), include_defaults=False)
+
+
+def samples(model, manager, tasks, **options):
+    found = lm_eval.simple_evaluate(
+        model=model, tasks=list(tasks), task_manager=manager, bootstrap_iters=0, **options
+    )
+    return found["samples"], found["results"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_fewshot": 2, "apply_chat_template": True, "fewshot_as_multiturn": True},
+    ],
+    ids=["plain", "turns"],
+)
+def test_every_item_is_scored_as_by_its_own_model(ours, theirs, manager, options):
+    """Requests and answers item by item; the greedy ones are among both kinds."""
+    tasks = [name for name in TASKS if not options or name != "tiny_rolling"]
+    (mine, own), (right, other) = (samples(m, manager, tasks, **options) for m in (ours, theirs))
+    for task in tasks:
+        pairs = list(zip(mine[task], right[task], strict=True))
+        assert len(pairs) == 5
+        for one, two in pairs:
+            assert one["arguments"] == two["arguments"]
+            for (a,), (b,) in zip(one["resps"], two["resps"], strict=True):
+                if task == "tiny_choice":
+                    np.testing.assert_allclose(a[0], b[0], rtol=1e-4)
+                    assert a[1] == b[1]
+                elif task == "tiny_rolling":
+                    np.testing.assert_allclose(a, b, rtol=1e-4)
+                else:
+                    assert a == b
+        for name, value in other[task].items():
+            if isinstance(value, float):
+                np.testing.assert_allclose(own[task][name], value, rtol=1e-4, err_msg=name)
+
+
+def request(*arguments, kind="loglikelihood"):
+    from lm_eval.api.instance import Instance
+
+    return Instance(kind, {}, arguments, 0)
+
+
+def test_ids_and_greedy_answers(ours, theirs):
+    """What is greedy is what generation gives, whatever ends a turn and whatever stands beside."""
+    texts = ["What is", " leading", "<s>x", "a<|im_end|>b ", "发热", ""]
+    for text in texts:
+        for special in (None, True, False):
+            assert ours.tok_encode(text, special) == theirs.tok_encode(text, special), text
+    pairs = [("What is ", "aspirin for?"), ("", "fever"), ("x" * 500, " sleep"), ("What", " is")]
+    mine, right = (m.loglikelihood([request(*p) for p in pairs]) for m in (ours, theirs))
+    np.testing.assert_allclose(*([one[0] for one in found] for found in (mine, right)), rtol=1e-4)
+    greedy = ours._greedy([ours.tok_encode("What is")], [3], [-1])[0]
+    ask = [(None, ours.tok_encode("What is"), ids) for ids in (greedy[:3], [*greedy[:2], 7], [9])]
+    flags = [[flag for _, flag in m._loglikelihood_tokens(ask)] for m in (ours, theirs)]
+    assert flags[0] == flags[1] == [True, greedy[2] == 7, greedy[0] == 9]
+    talk = [{"role": "user", "content": "a <s>"}, {"role": "assistant", "content": "So: "}]
+    for asks in (True, False):
+        turns = talk[:1] if asks else talk
+        assert ours.apply_chat_template(turns, asks) == theirs.apply_chat_template(turns, asks)
+
+
+def test_the_command_fills_in_the_model(base, monkeypatch, capsys):
+    from lm_eval.api.registry import get_model
+
+    given = []
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: given.append(sys.argv))
+    config = ["--config=configs/base_only.py", f"--config.base.path={base}"]
+    asked = ["--tasks", "x", "--limit", "2"]
+    before = sys.argv
+    assert main(["lm-eval", *config, "--stage=base", "run", *asked]) == 0
+    assert given == [["lm-eval", "run", "--model", "medmoe", *asked]] and sys.argv is before
+    model = get_model("medmoe").create_from_arg_obj({}, {"batch_size": 1, "device": None})
+    assert model.loglikelihood([request("What", " is")])[0][0] < 0
+    capsys.readouterr()
+    for more, told in (
+        (["run"], "say what to run"),
+        (asked, "say what to run"),
+        (["run", "--model", "hf"], "--model: the model is that of --config"),
+    ):
+        assert main(["lm-eval", *config, *more]) == 1
+        assert told in capsys.readouterr().err
+
+
+def test_what_it_cannot_do_is_refused(ours):
+    long, odd = {"max_gen_toks": 500}, {"until": [], "repetition_penalty": 1.2}
+    with pytest.raises(UserError, match="500 new tokens do not fit a context of 255"):
+        ours.generate_until([request("x", long, kind="generate_until")])
+    with pytest.raises(UserError, match="gen_kwargs: repetition_penalty is none of"):
+        ours.generate_until([request("x", odd, kind="generate_until")])
