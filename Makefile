@@ -55,7 +55,7 @@ $(VENV)/.installed-fast: setup.py pyproject.toml | $(BIN)/python
 	touch $@ $(VENV)/.installed-demo
 
 $(VENV)/.installed-test: setup.py pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,parity,aot]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,parity,aot,lm-eval]'
 	touch $@ $(VENV)/.installed-fast $(VENV)/.installed-demo
 
 demo: $(VENV)/.installed-demo
