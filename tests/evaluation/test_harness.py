@@ -181,7 +181,7 @@ def test_the_command_fills_in_the_model(base, monkeypatch, capsys):
 
     given = []
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: given.append(sys.argv))
-    config = ["--config=configs/base_only.py", f"--config.base.path={base}"]
+    config = ["--config=base_only", f"--config.base.path={base}"]
     asked = ["--tasks", "x", "--limit", "2"]
     before = sys.argv
     assert main(["lm-eval", *config, "--stage=base", "run", *asked]) == 0
