@@ -193,6 +193,27 @@ def test_a_stage_that_gets_no_better_ends(tmp_path):
     assert loop_lib.run(loop, 4, "frozen", 4) == 4 and saves == [] and held == [2]
 
 
+def test_a_notice_while_a_step_is_scored(tmp_path):
+    """The step is neither written nor saved; the run goes on from the save before."""
+    notices = iter([Stopped("asked to stop")])
+
+    def value(step):
+        for notice in notices if step == 4 else ():
+            raise notice
+        return step
+
+    hook, held = scored(tmp_path, value)
+    loop, saves = make_loop(tmp_path, hooks=[hook])
+    with pytest.raises(Stopped):
+        loop_lib.run(loop, 0, "frozen", 0)
+    assert saves == saved(2, 3) and held == [2]
+    assert [r["step"] for r in read_metrics(tmp_path / "m.jsonl")] == [1, 2, 3]
+    hook, held = scored(tmp_path, value)
+    loop, saves = make_loop(tmp_path, 3, hooks=[hook])
+    assert loop_lib.run(loop, 3, "frozen", 3) == 7 and held == [2, 4, 6, 7]
+    assert [r["step"] for r in read_metrics(tmp_path / "m.jsonl")] == [1, 2, 3, 4, 5, 6, 7]
+
+
 def test_a_step_that_went_wrong_is_not_scored(tmp_path):
     hook, held = scored(tmp_path, lambda step: pytest.fail("it is not finite"))
     loop, _ = make_loop(tmp_path, hooks=[hook], poison=("gradient_norm", 1, math.inf))
