@@ -138,7 +138,7 @@ def test_train_continues_where_it_is(config, workdir, capsys):
 
 def test_train_refuses(config, workdir, tmp_path, capsys):
     new = f"--workdir={tmp_path / 'w'}"
-    assert "--config=FILE is missing" in fails(capsys, "train", new)
+    assert "--config is missing: a file, or one of apollo_moe" in fails(capsys, "train", new)
     line = fails(capsys, "train", config, f"--workdir={workdir}", "--config.data.seed=4")
     assert "data.seed: 0 then, 4 now" in line
     line = fails(capsys, "train", config, new, "--config.stages.align.after=ghost")
