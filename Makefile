@@ -8,7 +8,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo models llama-cpp vllm test fast lint format clean
+.PHONY: help demo models llama-cpp vllm test fast fuzz lint format clean
 
 # Extra options for every test step, such as PYTEST_ARGS=-x; the most seconds that a step may take.
 LIMIT ?= 1800
@@ -37,6 +37,7 @@ help:
 	@echo "make test     lint, then the fast, the slow, the parity and the compiled-program tests"
 	@echo "make test T=tests/base/test_loss.py    one file or folder, or one test of it"
 	@echo "make fast     lint and the fast tests; needs no torch"
+	@echo "make fuzz     give every parser damaged input for a minute; MEDMOE_FUZZ_SECONDS=3600 for an hour"
 	@echo "make lint     ruff check, ruff format --check and ty check"
 	@echo "make format   let ruff mend what it can"
 	@echo "make clean    remove the virtual environment and caches"
@@ -102,6 +103,9 @@ lint: $(VENV)/.installed-fast
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/ty check --python $(VENV)
+
+fuzz: $(VENV)/.installed-fast
+	JAX_PLATFORMS=cpu MEDMOE_FUZZ_SECONDS=$${MEDMOE_FUZZ_SECONDS:-60} $(BIN)/python -m tests.fuzz $(TARGETS)
 
 format: $(VENV)/.installed-fast
 	$(BIN)/ruff check --fix .

@@ -21,6 +21,7 @@ REQUIRES = [
     "flax>=0.12.8,<0.13",
     "fsspec>=2025.3,<2028",
     "gguf>=0.17,<0.20",
+    "google-re2>=1.1,<2",
     "grain>=0.2.18,<0.3",
     "httpx>=0.27,<1",
     "huggingface_hub>=1.0,<3",

@@ -1,4 +1,8 @@
-"""JSON from files and rows that others wrote: whatever is wrong with it is one kind of error."""
+"""JSON from files and rows that others wrote: whatever is wrong with it is one kind of error.
+
+No value is nested deeper than `DEPTH`: what walks over one calls itself, and no row or setting
+comes near it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from medmoe_jax.errors import UserError
+
+DEPTH = 100
 
 
 @contextlib.contextmanager
@@ -22,15 +28,16 @@ def one_error(text: str | bytes) -> Generator[None]:
     except json.JSONDecodeError:
         raise
     except RecursionError:
-        raise json.JSONDecodeError("nested too deeply", _shown(text), 0) from None
+        raise _error("nested too deeply", text) from None
     except UnicodeDecodeError as error:
-        raise json.JSONDecodeError(f"not text: {error.reason}", _shown(text), 0) from None
+        raise _error(f"not text: {error.reason}", text) from None
     except ValueError:
-        raise json.JSONDecodeError("a number has too many digits", _shown(text), 0) from None
+        raise _error("a number has too many digits", text) from None
 
 
-def _shown(text: str | bytes) -> str:
-    return text if isinstance(text, str) else text.decode(errors="replace")
+def _error(message: str, text: str | bytes) -> json.JSONDecodeError:
+    shown = text if isinstance(text, str) else text.decode(errors="replace")
+    return json.JSONDecodeError(message, shown, 0)
 
 
 def loads(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
@@ -44,7 +51,50 @@ def loads(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | Non
       json.JSONDecodeError: it is not JSON, or more than a row or a setting can be.
     """
     with one_error(text):
-        return json.loads(text, object_pairs_hook=pairs)
+        value = json.loads(text, object_pairs_hook=pairs)
+    check_depth(value, text)
+    return value
+
+
+def check_depth(value: Any, text: str | bytes) -> None:
+    """Raise JSONDecodeError for a decoded value that is nested deeper than `DEPTH`."""
+    level, depth = [value], 0
+    while level := [one for one in level if isinstance(one, dict | list)]:
+        depth += 1
+        if depth > DEPTH:
+            raise _error("nested too deeply", text)
+        level = [i for one in level for i in (one.values() if isinstance(one, dict) else one)]
+
+
+def settings(content: bytes, shown: object) -> dict[str, Any]:
+    """The object in a file of settings.
+
+    Args:
+      content: of the file, in UTF-8.
+      shown: what it is called.
+
+    Raises:
+      UserError: it is not JSON or no object, or a text in it is not Unicode; names file and line.
+    """
+    try:
+        value = loads(content.decode("utf-8-sig"))
+        _check_unicode(value)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{shown}, line {error.lineno}: not JSON ({error.msg})") from None
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(f"{shown}: not UTF-8 text in line {line} ({error.reason})") from None
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):x}"
+        raise UserError(f"{shown}: holds '{half}', half of a surrogate pair") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{shown}: expected a JSON object")
+    return value
+
+
+def _check_unicode(value: Any) -> None:
+    """Raise UnicodeEncodeError for half of a surrogate pair, which no file can hold."""
+    json.dumps(value, ensure_ascii=False).encode()
 
 
 def lines(content: bytes, shown: object) -> Iterator[tuple[str, Any]]:

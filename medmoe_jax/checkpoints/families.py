@@ -351,7 +351,7 @@ FAMILIES: dict[str, Family] = {
 def family_of(hf: Json) -> str:
     """The key in `FAMILIES` of a config.json. Raises UserError for any other model."""
     name = hf.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"model_type: '{name}' is none of {', '.join(sorted(FAMILIES))}")
     return name
 

@@ -24,6 +24,7 @@ from medmoe_jax.parallel import processes
 from medmoe_jax.storage import objects
 from medmoe_jax.storage.objects import Grown
 from medmoe_jax.storage.places import is_remote, local, place
+from medmoe_jax.storage.plain import read_settings
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -67,20 +68,17 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
-def read_json(path: str | Path) -> Any:
-    """The JSON value in `path`.
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in `path`.
 
     Raises:
-      UserError: the file is absent, or is not JSON; the message names the file and the line.
+      UserError: the file is absent, no ordinary one, too large or no JSON object; the message
+        names the file and the line.
     """
     try:
-        return json_text.loads(place(path).read_text(encoding="utf-8"))
+        return json_text.settings(read_settings(place(path)), path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text: {error.reason}") from None
 
 
 def save_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

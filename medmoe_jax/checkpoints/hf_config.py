@@ -12,8 +12,18 @@ from typing import Any
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.checkpoints import hf_rope
 from medmoe_jax.checkpoints.families import FAMILIES, family_of
-from medmoe_jax.checkpoints.family import FIXED, IGNORED, SIZES, Family, Json
+from medmoe_jax.checkpoints.family import (
+    FIXED,
+    IGNORED,
+    LOCAL_THETA,
+    ORIGINAL,
+    PARTIAL,
+    SIZES,
+    Family,
+    Json,
+)
 from medmoe_jax.errors import UserError
+from medmoe_jax.kinds import Number, check_fields, fits, shown
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -21,7 +31,7 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
-_MOST_LAYERS = 4096  # of a file that tells the truth
+_MOST_LAYERS, _MOST = 4096, 2**31  # of a file that tells the truth
 _LAYER_TYPES = {"full_attention": False, "sliding_attention": True}
 
 
@@ -150,6 +160,19 @@ def _decoder_part(family: Family, hf: Json) -> Json:
 
 def _values(family: Family, hf: Json) -> dict[str, Any]:
     """The family's fields with defaults filled in; raises UserError for missing and bad ones."""
+    numbers = ("rope_theta", LOCAL_THETA, PARTIAL, *family.softcaps.values())
+    check_fields(
+        hf,
+        {
+            family.activation: str,
+            "layer_types": list[str] | None,
+            "tie_word_embeddings": bool,
+            ORIGINAL: int | None,
+            **dict.fromkeys(numbers, Number | None),
+            **dict.fromkeys(family.switches, bool | None),
+        },
+        "config.json",
+    )
     wanted = {*family.defaults, *SIZES.values()}
     values = {**family.defaults, **{key: hf[key] for key in wanted if key in hf}}
     missing = [key for key in SIZES.values() if key not in values]
@@ -163,17 +186,19 @@ def _values(family: Family, hf: Json) -> dict[str, Any]:
     optional |= {"num_key_value_heads", "head_dim", "sliding_window"}
     for key in (*counts, "sliding_window_pattern", "no_rope_layer_interval"):
         value = values.get(key)
-        count = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        count = fits(value, int) and 0 < value <= _MOST
         if key in values and not count and not (value is None and key in optional):
-            raise UserError(f"{key}: {value!r} is not a positive whole number")
+            raise UserError(
+                f"{key}: {shown(value)} is not a positive whole number that can be meant"
+            )
     if values["num_hidden_layers"] > _MOST_LAYERS:
         raise UserError(f"num_hidden_layers: {values['num_hidden_layers']} is absurd")
     for key in (
         *("rms_norm_eps", "query_pre_attn_scalar", "logits_scaling"),
         *("embedding_multiplier", "attention_multiplier", "residual_multiplier"),
     ):
-        if key in values and not (isinstance(values[key], int | float) and values[key] > 0):
-            raise UserError(f"{key}: {values[key]!r} is not a positive number")
+        if key in values and not (fits(values[key], Number) and values[key] > 0):
+            raise UserError(f"{key}: {shown(values[key])} is not a positive number")
     return values
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from medmoe_jax.base.config import DecoderConfig, RopeScaling
 from medmoe_jax.checkpoints.family import LOCAL_THETA, ORIGINAL, PARTIAL, Family, Json
 from medmoe_jax.errors import UserError
+from medmoe_jax.kinds import Number, check_fields, fits
 
 # Keys of a rope scaling that must and that may be there.
 _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -30,6 +31,12 @@ _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "longrope": (("short_factor", "long_factor"), ("factor", ORIGINAL, "attention_factor")),
 }
 _FIELDS = {ORIGINAL: "original_max_positions"}  # the other keys have our field's name
+_HINTS: dict[str, Any] = {
+    **{name: Number for needed, more in _KEYS.values() for name in (*needed, *more)},
+    **{name: list[Number] for name in ("short_factor", "long_factor")},
+    **{"truncate": bool, ORIGINAL: int, PARTIAL: Number, "rope_theta": Number},
+    **{"rope_type": str, "type": str},
+}
 _IGNORED = {ORIGINAL, "finetuned"}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 # The fields that `read` looks at.
@@ -59,7 +66,7 @@ def read(family: Family, values: Json, hf: Json) -> dict[str, Any]:
         raise UserError(f"rope_parameters: needs one set a layer type, has {sorted(new)}")
     if "type" in old:
         raise UserError("rope_scaling: 'type' is read by some releases only; write 'rope_type'")
-    given = {key: _not_null(by_layer.get(key) or {}) for key in (_FULL, _SLIDING)}
+    given = {key: _given(by_layer, key) for key in (_FULL, _SLIDING)}
     given[_FULL] |= old
     theta, scaling, dim = _embedding(family, values, hf, given[_FULL], values["rope_theta"])
     local = _embedding(family, values, hf, given[_SLIDING], values[LOCAL_THETA])
@@ -111,6 +118,7 @@ def _embedding(
 ) -> tuple[float, RopeScaling | None, int]:
     """`(theta, scaling, rotated dimensions or 0)` of one set of keys."""
     given = dict(given)
+    check_fields(given, _HINTS, "rope_scaling")
     theta = _number("rope_theta", given.pop("rope_theta", None) or theta or 10000.0)
     kinds = [given.pop(key, None) for key in ("rope_type", "type")]
     kind = kinds[0] or kinds[1] or "default"
@@ -140,7 +148,7 @@ def _embedding(
 
 
 def _number(name: str, value: Any) -> float:
-    if not isinstance(value, int | float):
+    if not isinstance(value, bool) and not fits(value, Number):
         raise UserError(f"{name}: {value!r} is not a number")
     return float(value)
 

@@ -197,10 +197,16 @@ def _targets(contents: Contents, options: Options, tied: bool) -> set[str]:
             ends.add(parameter)
         elif leaf != "weight" or not families.transposed(path):
             continue
-        if options.targets(module, families.transposed(path)):
+        if _has_adapter(module, contents, options, families.transposed(path)):
             out.add(parameter)
     # PEFT then puts one on the other end too, and names it nowhere.
     return out | ends if options.tied and tied and ends & out else out
+
+
+def _has_adapter(module: str, contents: Contents, options: Options, in_block: bool) -> bool:
+    if options.tells_targets:
+        return options.targets(module, in_block)
+    return any(Key(module, leaf) in contents.tensors for leaf in ("lora_A", "lora_embedding_A"))
 
 
 def _read_module(

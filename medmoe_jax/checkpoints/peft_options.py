@@ -5,16 +5,19 @@ The rules are PEFT's, so that a file means here what it means there.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from medmoe_jax.checkpoints.files import read_json
+from medmoe_jax.checkpoints.patterns import compiled, looks_around
 from medmoe_jax.checkpoints.peft_names import CONFIG
 from medmoe_jax.errors import UserError
+from medmoe_jax.kinds import Number, fits, shown, wrong_fields
 
 # The tensors of a linear layer's adapter: A, B and, in AdaLoRA, Λ.
 LEAVES = {"LORA": ("lora_A", "lora_B"), "ADALORA": ("lora_A", "lora_B", "lora_E")}
@@ -40,6 +43,22 @@ ELSEWHERE = (
 )
 # Initialisations that take a part out of the base's weights: the adapter fits the rest only.
 _CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga")
+
+
+# The types of what is read; `r`, `init_r` and `lora_alpha` are numbers, which `problems` checks.
+_KINDS: dict[str, Any] = {
+    "peft_type": str | None,
+    **dict.fromkeys(("use_rslora", "use_dora", "ensure_weight_tying"), bool | None),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), dict[str, Any] | None),
+    **dict.fromkeys(("target_modules", "exclude_modules"), str | list[str] | None),
+    **dict.fromkeys(("layers_pattern", "modules_to_save"), str | list[str] | None),
+    "layers_to_transform": int | list[int] | None,
+    "trainable_token_indices": list[int] | dict[str, list[int]] | None,
+    "bias": str | None,
+    "lora_dropout": Number | None,
+    "init_lora_weights": bool | str | None,
+}
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -69,10 +88,7 @@ class Options:
     @classmethod
     def read(cls, folder: Path) -> Options:
         """The file of an adapter's folder; UserError where it is none."""
-        fields = read_json(folder / CONFIG)
-        if not isinstance(fields, dict):
-            raise UserError(f"{folder / CONFIG}: not a JSON object")
-        return cls(fields)
+        return cls(read_json(folder / CONFIG))
 
     @property
     def kind(self) -> str:
@@ -102,6 +118,8 @@ class Options:
     def problems(self) -> list[str]:
         """What cannot be honoured."""
         fields, kind = self.fields, self.fields.get("peft_type")
+        if wrong := wrong_fields(fields, _KINDS):
+            return [f"{CONFIG}: {problem}" for problem in wrong]
         if kind not in LEAVES:
             return [f"{CONFIG}: peft_type: {kind!r} is none of {', '.join(LEAVES)}"]
         out = [f"{key}: {fields[key]!r} is not supported" for key in REFUSED if fields.get(key)]
@@ -121,7 +139,7 @@ class Options:
                 out += _bad_number(pattern, fields[key], whole=key == "rank_pattern")
                 out += _bad_pattern(key, pattern)
         for key in ("target_modules", "exclude_modules"):
-            if isinstance(fields.get(key), str):
+            if isinstance(fields.get(key), str) and self.tells_targets:
                 out += _bad_pattern(key, fields[key])
         for key in ("modules_to_save", "layers_pattern"):
             for pattern in _listed(fields.get(key)):
@@ -130,12 +148,24 @@ class Options:
             out.append("target_modules is empty")
         return [f"{CONFIG}: {problem}" for problem in out]
 
+    @property
+    def tells_targets(self) -> bool:
+        """Whether it says which modules have an adapter in a way that is read; `targets`."""
+        given = (self.fields.get(key) for key in ("target_modules", "exclude_modules"))
+        return not any(isinstance(one, str) and looks_around(one) for one in given)
+
     def notes(self) -> list[str]:
         """Fields that PEFT does not know; like PEFT, nothing is made of them."""
         known = {*READ, *REFUSED, *ELSEWHERE}
         unknown = [key for key, value in self.fields.items() if value and key not in known]
         what = "not known, and nothing was made of it"
-        return [f"{CONFIG}: {', '.join(unknown)}: {what}"] if unknown else []
+        notes = [f"{CONFIG}: {', '.join(unknown)}: {what}"] if unknown else []
+        if not self.tells_targets:
+            notes.append(
+                f"{CONFIG}: its target_modules look around, which is not read: the modules are "
+                "those that have tensors in the file"
+            )
+        return notes
 
     def token_rows(self, module: str, is_embedding: bool) -> list[int]:
         """Tokens of an embedding or a head whose rows alone were trained."""
@@ -151,7 +181,7 @@ class Options:
             return False
         # What is saved whole takes no adapter.
         saved = _listed(self.fields.get("modules_to_save"))
-        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved):
+        if any(compiled(rf"(^|.*\.){name}($|\..*)").match(module) for name in saved):
             return False
         if wanted == "all-linear":
             return in_block and self._in_layers(module)
@@ -164,8 +194,11 @@ class Options:
         if layers in (None, []):
             return True
         patterns = _listed(self.fields.get("layers_pattern")) or ["[^.]*"]
-        found = (re.match(rf".*?\.{pattern}\.(\d+)\.", f".{module}") for pattern in patterns)
-        number = next((int(match[1]) for match in found if match), None)
+        found = (
+            compiled(rf".*?\.{pattern}\.(?P<number>\d{{1,6}})\.").match(f".{module}")
+            for pattern in patterns
+        )
+        number = next((int(match["number"]) for match in found if match), None)
         return number in ([layers] if isinstance(layers, int) else layers)
 
     def saves(self, parameter: str) -> bool:
@@ -192,30 +225,29 @@ def _listed(names: str | Sequence[str] | None) -> Sequence[str]:
 
 def _bad_number(key: str, fields: Mapping[str, Any], whole: bool = False) -> list[str]:
     value = fields.get(key)
-    fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if fits and math.isfinite(value) and (value > 0 or not whole):
+    if fits(value, int if whole else Number) and (value > 0 if whole else abs(value) < _LARGEST):
         return []
-    return [f"{key}: {value!r} is not a {'positive whole ' if whole else ''}number"]
+    return [f"{key}: {shown(value)} is not a {'positive whole ' if whole else ''}number"]
 
 
 def _bad_pattern(key: str, pattern: str) -> list[str]:
     try:
-        re.compile(pattern)
-    except re.error as error:
-        return [f"{key}: {pattern!r} is not a regular expression ({error})"]
+        compiled(pattern)
+    except UserError as error:
+        return [f"{key}: {error}"]
     return []
 
 
 def _matches(patterns: str | Sequence[str], module: str) -> bool:
     """PEFT's rule: a regular expression on the whole name, or a list of ends of names."""
     if isinstance(patterns, str):
-        return re.fullmatch(patterns, module) is not None
+        return compiled(patterns).fullmatch(module) is not None
     return any(module == end or module.endswith(f".{end}") for end in patterns)
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default):
     """The value of the first pattern that matches an end of the module's name."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if compiled(rf"(.*\.)?({pattern})$").match(module):
             return value
     return default

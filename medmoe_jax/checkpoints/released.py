@@ -310,10 +310,7 @@ def _block_groups(
 
 
 def _fields(path: Path) -> dict[str, Any]:
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise UserError(f"{path.name}: not a JSON object")
-    return value
+    return read_json(path)
 
 
 def _parse(name: str, modules: Mapping[str, families.Tensor]):

@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from medmoe_jax.checkpoints.families import Part, Tensor
 from medmoe_jax.checkpoints.files import read_json
 from medmoe_jax.errors import UserError
+from medmoe_jax.kinds import fits
+from medmoe_jax.storage.plain import check_name, check_plain
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -38,8 +40,10 @@ def listed(folder: Path) -> tuple[dict[str, str], list[str]]:
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
+        if not fits(weight_map, dict[str, str]) or not weight_map:
             raise UserError(f"{folder / INDEX}: has no 'weight_map'")
+        for name in set(weight_map.values()):
+            check_name(name, folder / INDEX)
         if SINGLE not in files or SINGLE in weight_map.values():
             return weight_map, sorted(set(weight_map.values()))
     if SINGLE in files or len(files) == 1:
@@ -154,6 +158,7 @@ def open_safetensors(path: Path) -> Generator[dict[str, StoredTensor]]:
     Raises:
       UserError: the file is truncated or damaged, or holds numbers that are no floats.
     """
+    check_plain(path)
     try:
         with safe_open(path, framework="np") as file:
             tensors = {name: StoredTensor(file, path, name) for name in file.keys()}  # noqa: SIM118
@@ -177,6 +182,7 @@ def open_files(folder: Path, stack: contextlib.ExitStack) -> Opened:
     lost, tensors = {}, {}
     for name in names:
         try:
+            check_plain(folder / name)
             file = stack.enter_context(safe_open(folder / name, framework="np"))
         except FileNotFoundError:
             lost[name] = "missing"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -19,7 +20,8 @@ from typing import Any, NamedTuple
 import ml_dtypes  # noqa: F401  gives numpy the name bfloat16
 import numpy as np
 
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import UserError, within
+from medmoe_jax.storage.packed import damage_named, open_zip
 
 # Names, not numpy's own objects: what stands in for them can be changed by nothing in a pickle.
 _STORAGES = {
@@ -31,11 +33,12 @@ _STORAGES = {
 # Younger kinds have no storage of their own: the tensor names its kind beside one of plain bytes.
 _KINDS = ("float8_e4m3fn", "float8_e5m2")
 _BYTES = "bytes"
-_ZIP_ERRORS = (zipfile.BadZipFile, EOFError, KeyError, RuntimeError)
+_FILE = "torch zip file"
 _PICKLE_ERRORS = (
-    *(pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError),
-    *(MemoryError, OverflowError, TypeError, ValueError),
+    *(pickle.UnpicklingError, AttributeError, ImportError, IndexError, AssertionError, TypeError),
+    *(MemoryError, RecursionError),
 )
+_FREE = 1 << 24  # numbers that a view may have, however few its storage has
 
 
 class StoredTensor(NamedTuple):
@@ -56,10 +59,8 @@ def open_torch(path: str | Path) -> Generator[dict[str, StoredTensor]]:
         dictionary of such tensors. Reading a tensor raises it too.
     """
     path = Path(path)
-    with _says_where(path, _ZIP_ERRORS):
-        archive = zipfile.ZipFile(path)
-    with archive:
-        with _says_where(path, (*_ZIP_ERRORS, *_PICKLE_ERRORS)):
+    with open_zip(path, _FILE) as archive:
+        with _says_where(path), _pickle_errors():
             root = _root(archive)
             with archive.open(f"{root}/data.pkl") as file:
                 content = _Unpickler(file).load()
@@ -77,13 +78,17 @@ def open_torch(path: str | Path) -> Generator[dict[str, StoredTensor]]:
 
 
 @contextlib.contextmanager
-def _says_where(path: Path, errors: tuple[type[BaseException], ...]) -> Generator[None]:
+def _says_where(path: Path) -> Generator[None]:
+    with damage_named(path.name, _FILE), within(f"{path.name}: "):
+        yield
+
+
+@contextlib.contextmanager
+def _pickle_errors() -> Generator[None]:
     try:
         yield
-    except UserError as error:
-        raise UserError(f"{path.name}: {error}") from None
-    except errors as error:
-        raise UserError(f"{path.name}: truncated, damaged or no torch zip file ({error})") from None
+    except _PICKLE_ERRORS as error:
+        raise ValueError(str(error)) from error
 
 
 class _Strided(NamedTuple):
@@ -96,8 +101,11 @@ class _Strided(NamedTuple):
     stride: tuple[int, ...]
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows the names that a dictionary of tensors needs, and no other."""
+class _Unpickler(pickle._Unpickler):
+    """Knows the names that a dictionary of tensors needs, and no other.
+
+    It is the one in Python: the one in C makes a list as long as any number in a file asks for.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -160,12 +168,12 @@ def _root(archive: zipfile.ZipFile) -> str:
 
 
 def _read(path: Path, archive: zipfile.ZipFile, root: str, tensor: _Strided) -> np.ndarray:
-    with _says_where(path, (*_ZIP_ERRORS, ValueError)):
+    with _says_where(path):
         flat = np.frombuffer(archive.read(f"{root}/data/{tensor.key}"), np.dtype(tensor.dtype))
         last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride, strict=True))
         if 0 in tensor.shape:
             return np.empty(tensor.shape, flat.dtype)
-        if tensor.offset + last >= len(flat):
+        if tensor.offset + last >= len(flat) or math.prod(tensor.shape) > max(len(flat), _FREE):
             raise ValueError(f"storage {tensor.key} is too short for a view {tensor.shape}")
         steps = [step * flat.itemsize for step in tensor.stride]
         # The library's views know plain numbers only.

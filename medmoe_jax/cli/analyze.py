@@ -26,7 +26,7 @@ from medmoe_jax.ranges import COUNT
 from medmoe_jax.storage.places import exists
 from medmoe_jax.training.config import source
 from medmoe_jax.training.setup import Setup
-from medmoe_jax.training.terminal import console
+from medmoe_jax.training.terminal import console, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     written = routing_report.save(arguments.out, texts, gates, "Routing by language")
     for gate in gates:
         console.print(_table(gate, texts))
-    print(f"written to {written['html']} and {written['json']}")
+    say(f"written to {written['html']} and {written['json']}")
 
 
 def _rows(setup: Setup, names: Sequence[str]) -> Iterator[tuple[Conversation, str, str]]:

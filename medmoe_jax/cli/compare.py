@@ -26,7 +26,7 @@ from medmoe_jax.evaluation.compare import Difference, alone, compare
 from medmoe_jax.evaluation.html import report_html
 from medmoe_jax.evaluation.report import Report
 from medmoe_jax.storage.places import make_folder, place
-from medmoe_jax.training.terminal import console, note
+from medmoe_jax.training.terminal import console, note, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,4 +83,4 @@ def _write(folder: Path, runs: list[str], differences: dict[str, list[Difference
     text = json.dumps({"against": runs[0], "runs": plain}, ensure_ascii=False, indent=2) + "\n"
     write_text(folder / "compared.json", text)
     report_html(folder / "compared.html", page.beside(reports, differences), "Compared")
-    print(f"written to {folder / 'compared.json'}")
+    say(f"written to {folder / 'compared.json'}")

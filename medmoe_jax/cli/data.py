@@ -19,7 +19,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from medmoe_jax import json_text
@@ -46,7 +45,9 @@ from medmoe_jax.evaluation.items import Item
 from medmoe_jax.evaluation.overlap import ItemIndex, row_text
 from medmoe_jax.evaluation.tasks import expand, load_items
 from medmoe_jax.routing.languages import read_languages
+from medmoe_jax.screen import Screen
 from medmoe_jax.storage.places import exists
+from medmoe_jax.training.terminal import say
 
 _TASK = "task:"  # before a file of items, as one of rows has the same ending
 
@@ -168,11 +169,11 @@ def _build(arguments) -> None:
         )
     folder = build_from_files(inputs, arguments.output, arguments.name, reader, split, repeats)
     for key, count in reader.ignored.items():
-        print(f"left out: {key} ({count:,})")
+        say(f"left out: {key} ({count:,})")
     if repeats is not None:
         counts = ", ".join(f"{kind} {count:,}" for kind, count in repeats.counts.items())
-        print(f"left out of {repeats.rows:,} rows: {counts}; see {folder / REMOVED}")
-    print(f"built {folder}")
+        say(f"left out of {repeats.rows:,} rows: {counts}; see {folder / REMOVED}")
+    say(f"built {folder}")
 
 
 def _repeats(arguments, rows: Callable[[], Placed], within: bool) -> Repeats:
@@ -230,4 +231,4 @@ def _print_languages(arguments) -> None:
                 known = code in experts.ids
                 expert = experts.experts[experts.ids[code]] if known else "not in the table"
             out.add_row(path, code or "unknown", expert, f"{named:,}", f"{detected:,}")
-    Console().print(out)
+    Screen().print(out)

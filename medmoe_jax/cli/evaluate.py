@@ -40,7 +40,7 @@ from medmoe_jax.ranges import COUNT, NOT_NEGATIVE
 from medmoe_jax.storage.places import make_folder, place
 from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import Setup
-from medmoe_jax.training.terminal import console, note
+from medmoe_jax.training.terminal import console, note, say
 from medmoe_jax.training.trained import Trained, content_of
 
 
@@ -185,13 +185,13 @@ def _show(report: Report, folder: Path) -> None:
     if processes.index() == 0:
         found = records.read(folder / "records.jsonl")
         report_html(folder / "report.html", page.of_report(report, found), "Evaluation")
-    print(f"written to {folder / 'report.json'}")
+    say(f"written to {folder / 'report.json'}")
 
 
 def _print_known(of_suites: bool) -> None:
     if of_suites:
         for name, entry in suites().items():
-            print(f"suite:{name}: {entry['about']}\n  {', '.join(entry['tasks'])}")
+            say(f"suite:{name}: {entry['about']}\n  {', '.join(entry['tasks'])}")
         return
     for task in list_tasks():
-        print(task.name)
+        say(task.name)

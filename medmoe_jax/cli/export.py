@@ -47,7 +47,7 @@ from medmoe_jax.errors import UserError
 from medmoe_jax.training.leaves import match_leaves
 from medmoe_jax.training.setup import Setup
 from medmoe_jax.training.stage import chain
-from medmoe_jax.training.terminal import note
+from medmoe_jax.training.terminal import note, say
 from medmoe_jax.training.trained import Trained
 
 # What else is written into the folder: a path to copy, bytes, or a value to write as JSON, by name.
@@ -92,10 +92,10 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     trained = dataclasses.replace(trained, roster=roster)
     card = card_files(opened, trained, arguments.off, export.library)
     export.write(opened.setup, trained, arguments.output, arguments.dtype, card)
-    print(f"written to {arguments.output}")
+    say(f"written to {arguments.output}")
     if arguments.push:
         place = upload(arguments.output, arguments.push, arguments.private)
-        print(f"uploaded to {place}")
+        say(f"uploaded to {place}")
 
 
 def _members(trained: Trained, states: tuple[str, ...]):

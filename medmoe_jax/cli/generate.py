@@ -25,6 +25,7 @@ from medmoe_jax.data.conversation import check_text
 from medmoe_jax.errors import UserError
 from medmoe_jax.inference.sampling import Sampling
 from medmoe_jax.ranges import COUNT
+from medmoe_jax.training.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +60,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     answers = model.answer(prompts, arguments.max_tokens, sampling)
     note_cut(model)
     if arguments.input is None:
-        print(answers[0].text)
+        say(answers[0].text)
         return
     answered = []
     for row, answer in zip(rows, answers, strict=True):
@@ -68,4 +69,4 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     write_text(
         arguments.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answered)
     )
-    print(f"{len(answered)} rows answered, written to {arguments.output}")
+    say(f"{len(answered)} rows answered, written to {arguments.output}")

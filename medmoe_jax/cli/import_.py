@@ -17,6 +17,7 @@ import argparse
 
 from medmoe_jax.cli.session import open_run
 from medmoe_jax.training.imports import import_stage
+from medmoe_jax.training.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,4 +31,4 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Run the command."""
     opened = open_run(rest, arguments.workdir)
     name = import_stage(opened, arguments.adapter, arguments.stage)
-    print(f"stage '{name}' imported into {arguments.workdir}")
+    say(f"stage '{name}' imported into {arguments.workdir}")

@@ -38,6 +38,7 @@ from medmoe_jax.cli.places import check_options
 from medmoe_jax.errors import STORAGE_LOST, ParameterError, Stopped, StorageError, UserError
 from medmoe_jax.parallel import processes
 from medmoe_jax.parallel.rollcall import GONE, ProcessError
+from medmoe_jax.screen import harmless
 from medmoe_jax.storage.objects import failures
 from medmoe_jax.training.terminal import LogHandler, console
 
@@ -133,15 +134,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_options(arguments)
             arguments.run(arguments, rest)
     except (UserError, OSError) as error:
-        message = _named(error, arguments)
-        print(f"medmoe {arguments.command}: error: {message}", file=sys.stderr)
+        _complain(arguments.command, _named(error, arguments))
         lost = isinstance(error, StorageError) or getattr(error, "errno", None) in STORAGE_LOST
         return processes.end(74 if lost else 1)
     except failures() as error:
-        print(f"medmoe {arguments.command}: error: {error}", file=sys.stderr)
+        _complain(arguments.command, error)
         return processes.end(74)
     except ProcessError as error:
-        print(f"medmoe {arguments.command}: error: {error}", file=sys.stderr)
+        _complain(arguments.command, error)
         return processes.end(GONE)
     except Stopped as stop:
         print(f"\nmedmoe {arguments.command}: {stop}; the same command continues", file=sys.stderr)
@@ -150,6 +150,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nstopped; what was saved is intact, the same command continues", file=sys.stderr)
         return processes.end(130)
     return 0
+
+
+def _complain(command: str, error: object) -> None:
+    print(harmless(f"medmoe {command}: error: {error}"), file=sys.stderr)
 
 
 def _named(error: Exception, arguments: argparse.Namespace) -> str:

@@ -28,7 +28,7 @@ from medmoe_jax.evaluation.overlap import RUN, overlaps, row_text
 from medmoe_jax.evaluation.tasks import expand, load_items
 from medmoe_jax.ranges import COUNT
 from medmoe_jax.storage.places import exists, place
-from medmoe_jax.training.terminal import console
+from medmoe_jax.training.terminal import console, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     path = place(arguments.output) / "overlap.jsonl"
     write_text(path, text)
-    print(f"written to {path}")
+    say(f"written to {path}")
 
 
 def _texts(source: str) -> Iterator[tuple[str, str]]:

@@ -27,7 +27,7 @@ from medmoe_jax.ranges import COUNT, NOT_NEGATIVE
 from medmoe_jax.storage.places import exists, place
 from medmoe_jax.training.fit import Fit, find, fit_stage
 from medmoe_jax.training.fit_methods import METHODS
-from medmoe_jax.training.terminal import console
+from medmoe_jax.training.terminal import console, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     save_png(output / "mixing.png", _heat_map(fits))
     for table in _tables(fits):
         console.print(table)
-    print(f"written to {output / 'mixing.json'} and {output / 'mixing.png'}")
+    say(f"written to {output / 'mixing.json'} and {output / 'mixing.png'}")
 
 
 def _files(given: Sequence[str]) -> dict[str, str]:

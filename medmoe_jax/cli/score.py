@@ -22,6 +22,7 @@ from medmoe_jax.cli.session import (
     open_run,
     read_rows,
 )
+from medmoe_jax.training.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,4 +49,4 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     write_text(
         arguments.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scored)
     )
-    print(f"{len(scored)} rows scored, written to {arguments.output}")
+    say(f"{len(scored)} rows scored, written to {arguments.output}")

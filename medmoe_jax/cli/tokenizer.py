@@ -12,6 +12,7 @@ import argparse
 from medmoe_jax.cli.data import add_row_arguments, row_reader
 from medmoe_jax.cli.session import no_rest
 from medmoe_jax.data.preview import train_tokenizer
+from medmoe_jax.training.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,4 +37,4 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
         row_reader(arguments),
         arguments.split,
     )
-    print(f"{made.vocab_size} pieces, written to {arguments.output}")
+    say(f"{made.vocab_size} pieces, written to {arguments.output}")

@@ -149,7 +149,7 @@ class Group:
         """What a step of reading gives. Raises UserError."""
         try:
             return step()
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise _unreadable(self.file, error) from error
 
 
@@ -260,7 +260,7 @@ def _metadata(file: File) -> pq.FileMetaData:
     try:
         with file.open() as opened:
             return pq.read_metadata(opened)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _unreadable(file, error) from error
 
 

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import gzip
 import io
-import json
+import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -23,8 +23,11 @@ from medmoe_jax import json_text
 from medmoe_jax.data import hub, tables
 from medmoe_jax.data.json_items import json_items
 from medmoe_jax.errors import UserError
+from medmoe_jax.kinds import fits
 from medmoe_jax.storage.fetched import fetched
+from medmoe_jax.storage.packed import Bounded
 from medmoe_jax.storage.places import is_remote
+from medmoe_jax.storage.plain import check_name, read_settings
 
 Items = Iterator[tuple[str, Any]]
 _TEXT: dict[str, Callable[[TextIO, str], Items]] = {
@@ -41,9 +44,9 @@ _TABLES: dict[str, Callable[[Path, str], Items]] = {
 _PACKED: dict[str, Callable[[BinaryIO], Any]] = {
     "": lambda file: file,
     ".gz": lambda file: gzip.GzipFile(fileobj=file),
-    ".zst": lambda file: io.BufferedReader(_Zstd(file)),
+    ".zst": lambda file: _Zstd(file),
 }
-_BLOCK = 1 << 16
+_BLOCK = 1 << 12  # of zstd, which can make 100 MB of it
 ENDINGS = (*(kind + packed for kind in _TEXT for packed in _PACKED), *_TABLES)
 # Files of a folder that `datasets` has saved: of one split, and of several.
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
@@ -92,12 +95,15 @@ def local_files(path: Path, split: str, endings: Sequence[str]) -> Iterator[tupl
 
 def _folder_files(folder: Path, split: str, endings: Sequence[str]) -> Iterator[tuple[Path, str]]:
     if (folder / _SPLITS).is_file():
-        splits = _saved(folder / _SPLITS, "splits")
+        splits = _saved(folder / _SPLITS, "splits", list[str])
         if split not in splits:
             raise UserError(f"{folder}: has no split '{split}'; it has {', '.join(splits)}")
         folder = folder / split
     if (folder / _STATE).is_file():
-        files = [entry["filename"] for entry in _saved(folder / _STATE, "_data_files")]
+        listed = _saved(folder / _STATE, "_data_files", list[dict[str, str]])
+        files = [entry.get("filename", "") for entry in listed]
+        for name in files:
+            check_name(name, folder / _STATE)
     else:
         names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
         files = hub.choose_files(str(folder), names, split, endings)
@@ -105,13 +111,10 @@ def _folder_files(folder: Path, split: str, endings: Sequence[str]) -> Iterator[
         yield folder / name, str(folder / name)
 
 
-def _saved(path: Path, key: str) -> list:
+def _saved(path: Path, key: str, kind: Any) -> list:
     """The list under a key of what `datasets` has saved beside its files."""
-    try:
-        content = json_text.loads(path.read_bytes())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON ({error.msg}); save the data set again") from None
-    if not isinstance(content, dict) or not isinstance(content.get(key), list):
+    content = json_text.settings(read_settings(path), path)
+    if not fits(content.get(key), kind):
         raise UserError(f"{path}: has no list '{key}'; save the data set again")
     return content[key]
 
@@ -132,7 +135,7 @@ def _file_items(path: Path, shown: str) -> Items:
     try:
         with _open(path, packed) as text:
             yield from kind(text, shown)
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{shown}: not a complete gzip file ({error}); copy it again") from error
     except zstandard.ZstdError as error:
         raise UserError(f"{shown}: not a complete zstd file ({error}); copy it again") from error
@@ -146,6 +149,8 @@ def _open(path: Path, packed: str) -> Generator[TextIO]:
     newline = "" if {".csv", ".tsv"} & set(path.suffixes) else None
     with open(path, "rb") as file:
         content = _PACKED[packed](file)
+        if packed:
+            content = io.BufferedReader(Bounded(content, path.stat().st_size, path))
         with io.TextIOWrapper(content, encoding="utf-8-sig", newline=newline) as text:
             yield text
 

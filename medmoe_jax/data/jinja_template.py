@@ -13,11 +13,10 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jinja2
-import jinja2.ext
 import jinja2.nodes
-import jinja2.sandbox
 
 from medmoe_jax.data.conversation import Turn
+from medmoe_jax.data.jinja_limits import Sandbox, rendered
 from medmoe_jax.data.pieces import SAMPLE, Piece, filled
 from medmoe_jax.data.talk import Form, Talk
 from medmoe_jax.errors import UserError
@@ -31,17 +30,10 @@ _THOUGHTFUL: tuple[Turn, ...] = (
 )
 _THINKING = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 # What a template's own code may raise on a conversation that it was not written for.
-_FAULTS = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
-
-
-class _Generation(jinja2.ext.Extension):
-    """Accepts `{% generation %} ... {% endgeneration %}` and renders what is inside."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+_FAULTS = (
+    *(TypeError, ValueError, LookupError, ArithmeticError, AttributeError),
+    *(RecursionError, MemoryError),
+)
 
 
 class _Shape(NamedTuple):
@@ -93,18 +85,18 @@ class Jinja:
             nothing after an answer that could end it.
         """
         self.source, self.options = source, dict(options or {})
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=[_Generation, jinja2.ext.loopcontrols],
-        )
-        environment.filters["tojson"] = _to_json
+        environment = Sandbox({"tojson": _to_json})
         try:
             self._tree = environment.parse(source)
             self._template = environment.from_string(source, {"raise_exception": _raise})
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"chat template, line {error.lineno}: {error.message}") from error
+        except (*_FAULTS, SyntaxError) as error:  # of its numbers, or too deep for the compiler
+            raise UserError(f"chat template: cannot be compiled: {error}") from error
         names = dict(names or {})
+        # White space is a token of some vocabularies, but marks nothing.
+        marks = sorted({t for t in (*tokens, *names.values()) if t.strip()}, key=len, reverse=True)
+        self._tokens = re.compile("|".join(map(re.escape, marks)) or "(?!)", re.IGNORECASE)
         self._values: dict[str, Any] = {"documents": None, **names, **self._checked_options(names)}
         self._text_arguments = False
         self._text_arguments = self._refuses_objects()
@@ -124,11 +116,11 @@ class Jinja:
 
     def prompt(self, turns: Sequence[Turn], tools: Sequence[dict] = ()) -> list[Piece]:
         """What the model reads before it answers these turns."""
-        return Talk(self, self._thoughts_apart(turns), tools).prompt(self.end)
+        return Talk(self, self._thoughts_apart(turns), tools, self._tokens).prompt(self.end)
 
     def rows(self, turns: Sequence[Turn], tools: Sequence[dict] = ()) -> list[list[Piece]]:
         """The training rows of a conversation; see `pieces.Template`."""
-        return Talk(self, self._thoughts_apart(turns), tools).rows(self.end)
+        return Talk(self, self._thoughts_apart(turns), tools, self._tokens).rows(self.end)
 
     def sample(self) -> list[Piece]:
         """The pieces of a short conversation."""
@@ -152,11 +144,14 @@ class Jinja:
         if self._text_arguments:
             turns = [_with_text_arguments(turn) for turn in turns]
         try:
-            return self._template.render(
-                messages=list(turns),
-                tools=list(tools) or None,
-                add_generation_prompt=asks,
-                **self._values,
+            return rendered(
+                self._template,
+                {
+                    "messages": list(turns),
+                    "tools": list(tools) or None,
+                    "add_generation_prompt": asks,
+                    **self._values,
+                },
             )
         except jinja2.TemplateError as error:
             date = f" (data.template_options.{_DATE}='YYYY-MM-DD' gives the date)"

@@ -58,6 +58,7 @@ def _list_items(text: str, shown: str) -> Items:
         try:
             with json_text.one_error(text):
                 item, at = decoder.raw_decode(text, at)
+                json_text.check_depth(item, text)
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{where}: not valid JSON ({error.msg}, line {error.lineno}); correct this item"

@@ -22,6 +22,7 @@ from medmoe_jax.data.sources import Source, open_path
 from medmoe_jax.data.templates import MARK, doubts, load_template
 from medmoe_jax.data.tokens import Tokenizer
 from medmoe_jax.errors import UserError
+from medmoe_jax.screen import Screen
 
 TARGET, CONTEXT, CUT = "bold green", "dim", "red"
 _DUPLICATES = {EXACT: "exact duplicates", NEAR: "near duplicates", HELD_OUT: "held-out rows"}
@@ -56,7 +57,7 @@ def inspect(
     Raises:
       UserError: a row that does not exist or cannot be used; it is named by its place.
     """
-    console = console or Console()
+    console = console or Screen()
     rows = source.rows
     if not len(rows):
         raise UserError("there is no row to look at; check the file")

@@ -11,16 +11,26 @@ As transformers (5.12) reads them: `PreTrainedTokenizerBase._from_pretrained`.
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from medmoe_jax import json_text
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import UserError, within
+from medmoe_jax.kinds import check_fields, fits, shown
+from medmoe_jax.storage.plain import read_settings, read_text
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FLAGS = ("lstrip", "rstrip", "normalized", "special")
+_CONFIG_KINDS = {
+    "added_tokens_decoder": dict[str, Any] | None,
+    "tokenizer_class": str | None,
+    "chat_template": str | list[dict[str, str]] | None,
+    "additional_special_tokens": list[Any] | dict[str, Any] | None,
+    "extra_special_tokens": list[Any] | dict[str, Any] | None,
+}
 _END = "<|endoftext|>"
 # What a tokenizer's class names where its config does not: (bos, eos, unk, pad).
 _CLASSES: dict[str, tuple[str | None, ...]] = {
@@ -80,17 +90,28 @@ class Beside:
 
 
 def read_beside(folder: Path) -> Beside:
-    """What the files in a vocabulary's folder say. Raises UserError for one that is not JSON."""
-    config = _json(folder / "tokenizer_config.json")
+    """What the files in a vocabulary's folder say.
+
+    Raises:
+      UserError: one is not JSON, or a field that is used is not of its type.
+    """
+    with within(f"{folder}: "):
+        return _read_beside(folder)
+
+
+def _read_beside(folder: Path) -> Beside:
+    config = _json(folder / "tokenizer_config.json", _CONFIG_KINDS)
     decoder = config.get("added_tokens_decoder")
     if decoder is None:
-        config = config | _json(folder / "special_tokens_map.json")
+        config = config | _json(folder / "special_tokens_map.json", _CONFIG_KINDS)
     names = {key: _text(config[key]) for key in NAMED if key in config}
     known = {*names.values(), *map(_text, _further(config))}
     if decoder is not None:
-        found = [_token(value, int(index)) for index, value in decoder.items()]
+        found = [_token(value, _index(index)) for index, value in decoder.items()]
     else:
         added = _json(folder / "added_tokens.json")
+        if not fits(added, dict[str, int]):
+            raise UserError("added_tokens.json: not the ids of texts")
         found = [
             Token(text, index, special=text in known, normalized=text not in known)
             for text, index in added.items()
@@ -102,7 +123,7 @@ def read_beside(folder: Path) -> Beside:
         if _text(value) not in there:
             there.add(_text(value))
             found.append(_token(value))
-    model = _json(folder / "config.json")
+    model = _json(folder / "config.json", {"model_type": str | None})
     return Beside(
         config,
         names,
@@ -131,43 +152,53 @@ def _further(config: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def _token(value: str | Mapping[str, Any], index: int | None = None) -> Token:
+    text = _text(value)
+    if text is None:
+        raise UserError(f"{shown(value)} describes no token")
     if isinstance(value, str):
-        return Token(value, index)
-    flags = {key: value[key] for key in ("lstrip", "rstrip", "normalized") if key in value}
+        return Token(text, index)
+    check_fields(value, dict.fromkeys(_FLAGS, bool), f"token {shown(text)}")
+    flags = {key: value[key] for key in _FLAGS[:3] if key in value}
     special = value.get("special", index is None)
-    return Token(value["content"], index, special=special, **flags)
+    return Token(text, index, special=special, **flags)
 
 
-def _text(value: str | Mapping[str, Any] | None) -> str | None:
-    return value["content"] if isinstance(value, Mapping) else value
+def _text(value: Any) -> str | None:
+    """How a token is written that stands as text, as a description, or as null."""
+    text = value.get("content", 0) if isinstance(value, Mapping) else value
+    if not fits(text, str | None):
+        raise UserError(f"{shown(value)} describes no token")
+    return text
+
+
+def _index(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise UserError(f"added_tokens_decoder: {shown(text)} is no id")
+    return int(text)
 
 
 def _stop_ids(folder: Path, model: Mapping[str, Any]) -> tuple[int, ...]:
     generation = folder / "generation_config.json"
     ids = (_json(generation) if generation.is_file() else model).get("eos_token_id")
     ids = ids if isinstance(ids, list) else [ids]
-    return tuple(i for i in ids if isinstance(i, int))
+    return tuple(i for i in ids if fits(i, int))
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     own_file = folder / "chat_template.jinja"
     if own_file.is_file():
-        return own_file.read_text(encoding="utf-8")
+        return read_text(own_file)
     template = config.get("chat_template")
     if isinstance(template, list):
-        named = {item["name"]: item["template"] for item in template}
+        named = {item.get("name"): item.get("template") for item in template}
         return named.get("default")
     return template
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file; {} where there is none."""
+def _json(path: Path, kinds: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The content of a JSON file, some of whose fields are of a kind; {} where there is none."""
     if not path.is_file():
         return {}
-    try:
-        content = json_text.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return content
+    fields = json_text.settings(read_settings(path), path.name)
+    check_fields(fields, kinds or {}, path.name)
+    return fields

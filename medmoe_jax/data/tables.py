@@ -50,7 +50,7 @@ def parquet_rows(path: Path, shown: str) -> Rows:
     try:
         with pq.ParquetFile(path) as file:
             yield from _numbered(file.iter_batches(), shown)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{shown}: not a Parquet file that can be read ({error})") from error
 
 
@@ -65,13 +65,14 @@ def arrow_rows(path: Path, shown: str) -> Rows:
                 file = pa.ipc.open_file(source)
                 batches = (file.get_batch(i) for i in range(file.num_record_batches))
             yield from _numbered(batches, shown)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{shown}: not an Arrow file that can be read ({error})") from error
 
 
 def _numbered(batches, shown: str) -> Rows:
     number = 0
     for batch in batches:
+        batch.validate(full=True)  # lengths that a damaged file gives are believed otherwise
         for row in batch.to_pylist():
             yield f"{shown}, row {number}", row
             number += 1

@@ -8,6 +8,7 @@ inside each text; that the marks change nothing else is checked at every renderi
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -17,7 +18,11 @@ from medmoe_jax.data.pieces import Piece, filled
 from medmoe_jax.errors import UserError
 
 _OPEN, _CLOSE = "\ue000", "\ue001"
-_MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+# Numbers in marks have digits of their own too, so that no template changes them with the text's.
+_DIGITS = {ord(str(digit)): 0xE010 + digit for digit in range(10)}
+_PLAIN = {private: plain for plain, private in _DIGITS.items()}
+_MARK = re.compile(f"{_OPEN}([\ue010-\ue019]{{1,9}}){_CLOSE}")
+_NOTHING = re.compile("(?!)")
 # Where in a text its mark stands. Templates may ask how a text begins or ends, or what is in it;
 # then the next share is tried.
 _SHARES = (1 / 2, 1 / 3, 4 / 5, 0.0, 1.0)
@@ -56,12 +61,30 @@ class Rendered(NamedTuple):
 
 
 class _Span(NamedTuple):
-    """A text of people in a rendered one; `whole` if all of it but outer white space is there."""
+    """A text of people in a rendered one, or a part of it.
+
+    Attributes:
+      start, end: where it stands.
+      own: the text.
+      inside: the last place in that text that was marked.
+      begins, ends: whether its beginning and its end, but for outer white space, are there.
+    """
 
     start: int
     end: int
     own: _Own
-    whole: bool
+    inside: int
+    begins: bool
+    ends: bool
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of the text is there."""
+        return self.begins and self.ends
+
+    def goes_on(self, other: _Span) -> bool:
+        """Whether the other is the next part of the same text."""
+        return self.end == other.start and self.own is other.own and self.inside < other.inside
 
 
 class Form(NamedTuple):
@@ -97,9 +120,20 @@ class Talk:
     """A conversation and what a template makes of it."""
 
     def __init__(
-        self, template: Renders, turns: Sequence[Turn], tools: Sequence[dict] = ()
+        self,
+        template: Renders,
+        turns: Sequence[Turn],
+        tools: Sequence[dict] = (),
+        tokens: re.Pattern = _NOTHING,
     ) -> None:
-        self._template, self._tools = template, tools
+        """
+        Args:
+          template: what renders the turns.
+          turns, tools: of the conversation.
+          tokens: finds what must stay text where a template writes it changed, such as the marks of
+            turns: in people's texts they are marked apart.
+        """
+        self._template, self._tools, self._tokens = template, tools, tokens
         self.turns = turns
         self._own: list[_Own] = []
         for number, turn in enumerate(self.turns):
@@ -200,33 +234,37 @@ class Talk:
     def _render(self, count: int, asks: bool) -> Rendered:
         plain = [_given(turn) for turn in self.turns[:count]]
         text = self._template.render(plain, self._tools, asks)
-        for share in _SHARES:
-            marked = self._template.render(self._marked(count, share), self._tools, asks)
-            if _MARK.sub("", marked) == text:
-                return Rendered(text, tuple(self._found(marked, share)))
+        for tokens, share in itertools.product(dict.fromkeys((self._tokens, _NOTHING)), _SHARES):
+            turns, places = self._marked(count, share, tokens)
+            marked = self._template.render(turns, self._tools, asks)
+            numbers = [_number(found) for found in _MARK.finditer(marked)]
+            if _MARK.sub("", marked) == text and max(numbers, default=-1) < len(places):
+                return Rendered(text, tuple(_found(marked, places)))
         raise UserError(
             "the chat template looks into the text of a turn and writes it by what it finds, so "
             "answers cannot be located in it; use a built-in template (data.template)"
         )
 
-    def _found(self, marked: str, share: float) -> Iterator[Mark]:
-        removed = 0
-        for found in _MARK.finditer(marked):
-            number = int(found[1])
-            yield Mark(found.start() - removed, number, _inside(self._own[number].text, share))
-            removed += len(found[0])
-
-    def _marked(self, count: int, share: float) -> list[dict[str, Any]]:
-        """The first turns with a mark in every text of people."""
-        numbers = iter(range(len(self._own)))
+    def _marked(
+        self, count: int, share: float, tokens: re.Pattern
+    ) -> tuple[list[dict[str, Any]], list[tuple[int, int]]]:
+        """The first turns with marks in every text of people, and `(text, place)` of each mark."""
+        texts, places = itertools.count(), []
 
         def mark(text: str) -> str:
             if not text.strip():
                 return text
-            at = _inside(text, share)
-            return f"{text[:at]}{_OPEN}{next(numbers)}{_CLOSE}{text[at:]}"
+            own = next(texts)
+            inside = {_inside(text, share), *(m.start() + 1 for m in tokens.finditer(text))}
+            out, before = [], 0
+            for at in sorted(inside):
+                number = str(len(places)).translate(_DIGITS)
+                places.append((own, at))
+                out += [text[before:at], _OPEN, number, _CLOSE]
+                before = at
+            return "".join([*out, text[before:]])
 
-        return [_given(_mapped(turn, mark)) for turn in self.turns[:count]]
+        return [_given(_mapped(turn, mark)) for turn in self.turns[:count]], places
 
     def _note_texts(self, number: int, turn: Turn) -> None:
         """Number the texts of a turn, in the order in which `_mapped` meets them."""
@@ -250,8 +288,11 @@ class Talk:
             floor = spans[-1].end if spans else 0
             back = _common(left[::-1], rendered.text[floor : mark.at][::-1])
             forth = _common(right, rendered.text[mark.at : limit])
-            whole = back >= len(left.lstrip()) and forth >= len(right.rstrip())
-            spans.append(_Span(mark.at - back, mark.at + forth, own, whole))
+            begins, ends = back >= len(left.lstrip()), forth >= len(right.rstrip())
+            span = _Span(mark.at - back, mark.at + forth, own, mark.inside, begins, ends)
+            if spans and spans[-1].goes_on(span):
+                span = span._replace(start=spans[-1].start, begins=spans.pop().begins)
+            spans.append(span)
         return spans
 
     # What comes of it ---------------------------------------------------------------------------
@@ -319,6 +360,17 @@ class Talk:
                         f"the chat template has no place for {field} (it leaves out {name!r}); use "
                         "one that has (data.template), or remove them from the row"
                     )
+
+
+def _found(marked: str, places: Sequence[tuple[int, int]]) -> Iterator[Mark]:
+    removed = 0
+    for found in _MARK.finditer(marked):
+        yield Mark(found.start() - removed, *places[_number(found)])
+        removed += len(found[0])
+
+
+def _number(mark: re.Match) -> int:
+    return int(mark[1].translate(_PLAIN))
 
 
 def _given(turn: Mapping[str, Any]) -> dict[str, Any]:

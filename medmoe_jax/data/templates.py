@@ -17,6 +17,7 @@ from medmoe_jax.data.tokens import Tokenizer
 from medmoe_jax.errors import UserError
 from medmoe_jax.storage.fetched import fetched
 from medmoe_jax.storage.places import place
+from medmoe_jax.storage.plain import read_text
 
 # What looks like a token of its own: <|im_end|>, <start_of_turn>, </think>.
 MARK = re.compile(r"<\|[^|<>\s]+\|>|</?\w+>")
@@ -59,7 +60,7 @@ def load_template(
             )
         source = tokenizer.chat_template
     elif name.endswith(".jinja") and place(name).is_file():
-        source = fetched(name).read_text(encoding="utf-8")
+        source = read_text(fetched(name), name)
     else:
         known = ", ".join([*TEMPLATES, "tokenizer"])
         raise UserError(f"unknown template {name!r}; use one of {known} or a .jinja file")

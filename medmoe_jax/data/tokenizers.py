@@ -7,11 +7,13 @@ if the model has one. Some vocabularies put it after every special token as well
 restart there.
 """
 
+import contextlib
 import functools
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 import tokenizers as hf
@@ -193,7 +195,7 @@ class HuggingFace(Tokenizer):
     @functools.cached_property
     def _bare(self) -> hf.Tokenizer:
         """The file alone."""
-        return hf.Tokenizer.from_str(json.dumps(self._parsed))
+        return _library_tokenizer(self._parsed)
 
     @functools.cached_property
     def _starting(self) -> hf.Tokenizer:
@@ -205,14 +207,14 @@ class HuggingFace(Tokenizer):
 
     @functools.cached_property
     def _parsed(self) -> dict:
-        content = json_text.loads(self._content)
-        if not isinstance(content, dict) or not {"model", "added_tokens"} <= content.keys():
+        content = json_text.settings(self._content, self.path)
+        if not {"model", "added_tokens"} <= content.keys():
             raise ValueError("it lacks the fields 'model' and 'added_tokens'")
         return content
 
     def _processor(self, content: dict) -> hf.Tokenizer:
         """The file with the tokens that others add, which come behind it in the order given."""
-        tokenizer = hf.Tokenizer.from_str(json.dumps(content))
+        tokenizer = _library_tokenizer(content)
         for token in self._new_tokens:
             known = self.added[token.text]
             flags = {"lstrip": known.lstrip, "rstrip": known.rstrip, "special": known.special}
@@ -228,6 +230,20 @@ class HuggingFace(Tokenizer):
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True
         return tokenizer
+
+
+class _LibraryErrors(contextlib.AbstractContextManager):
+    """Raises ValueError in place of what the library raises: `Exception` itself, no class of it."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: Any, trace: object) -> None:
+        if kind is Exception:
+            raise ValueError(str(error)) from error
+
+
+def _library_tokenizer(content: dict) -> hf.Tokenizer:
+    """The library's tokenizer of a tokenizer.json. Raises ValueError."""
+    with _LibraryErrors():
+        return hf.Tokenizer.from_str(json.dumps(content))
 
 
 def load(path: str | Path) -> Tokenizer:
@@ -249,10 +265,11 @@ def load(path: str | Path) -> Tokenizer:
     kind = HuggingFace if path.suffix == ".json" else SentencePiece
     tokenizer = kind(path)
     try:
-        _ = tokenizer.vocab_size
+        with _LibraryErrors():
+            _ = tokenizer.vocab_size, tokenizer.names, tokenizer.encode("a b", start=True)
     except UserError:
         raise
-    except (RuntimeError, ValueError, DecodeError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, DecodeError) as error:
         raise UserError(f"{path}: not a tokenizer that can be read ({error})") from error
     return tokenizer
 

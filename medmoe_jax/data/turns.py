@@ -124,7 +124,8 @@ def _calls(value: Any, where: str) -> list[dict]:
     calls = []
     for call in value:
         call = {k: v for k, v in call.items() if v is not None} if isinstance(call, Mapping) else {}
-        function = dict(call.get("function") or {k: call[k] for k in _CALL_KEYS[3:] if k in call})
+        function = call.get("function") or {k: call[k] for k in _CALL_KEYS[3:] if k in call}
+        function = dict(function) if isinstance(function, Mapping) else {}
         strange = [k for k in call if k not in _CALL_KEYS]
         strange += [k for k in function if k not in _CALL_KEYS[3:]]
         strange += ["type"] * (call.get("type", "function") != "function")

@@ -228,6 +228,11 @@ _CENTRED: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7}
 _LEGEND = 8  # lines with more names have them beside the plot
 
 
+# A `$` in a name is a `$`, not the beginning of mathematics.
+_as_written = mpl.rc_context({"text.parse_math": False})
+
+
+@_as_written
 def save_png(path: str | Path, picture: Picture) -> Path:
     """Writes a section's figure, with its title, as a PNG on white; whole or absent."""
     figure = picture.figure()
@@ -238,6 +243,7 @@ def save_png(path: str | Path, picture: Picture) -> Path:
     return place(path)
 
 
+@_as_written
 def report_html(
     path: str | Path, sections: Sequence[Section], title: str = "medmoe_jax report"
 ) -> Path:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,8 +17,17 @@ from medmoe_jax.evaluation import metrics
 from medmoe_jax.evaluation.items import Criterion, Item
 from medmoe_jax.evaluation.tasks import Task
 from medmoe_jax.evaluation.ways import Answer
+from medmoe_jax.kinds import Number, check_fields
 from medmoe_jax.storage.places import place
 
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("task", "split", "language", "part", "id", "metric"), str),
+    **dict.fromkeys(("prediction", "answer", "source"), str),
+    **dict.fromkeys(("choices", "texts", "allowed", "ranking"), list[str]),
+    "prompt": str | list[dict[str, str]],
+    "spans": list[list[Any]],
+    "right": Number | bool,
+}
 _NEEDED = ("task", "id", "metric", "prediction", "answer", "right")
 
 
@@ -99,6 +109,7 @@ def read(path: str | Path) -> list[dict]:
         lacking = [f for f in _NEEDED if not isinstance(record, dict) or f not in record]
         if lacking:
             raise UserError(f"{where}: not a record of medmoe eval: no {lacking[0]!r}")
+        check_fields(record, _KINDS, f"{where}: not a record of medmoe eval")
         out.append(record)
     if not out:
         raise UserError(f"{path}: there is no record in it")

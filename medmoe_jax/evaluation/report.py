@@ -6,15 +6,24 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, get_type_hints
 
 from rich import box
 from rich.table import Table
 
 from medmoe_jax import json_text
 from medmoe_jax.checkpoints.files import write_text
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import UserError, within
+from medmoe_jax.kinds import check_fields, shown
 from medmoe_jax.storage.places import place
+from medmoe_jax.storage.plain import read_settings
 
+_KINDS: dict[str, Any] = {
+    "results": list[dict[str, Any]],
+    "settings": dict[str, Any],
+    "about": dict[str, Any],
+    "failures": list[dict[str, str]],
+}
 COLUMNS = ("task", "metric", "score", "95% interval", "chance", "majority", "n")
 
 
@@ -150,11 +159,16 @@ class Report:
     @classmethod
     def load(cls, path: str | Path) -> Report:
         """Reads a saved report. Raises UserError where the file is not one."""
-        try:
-            data = json_text.loads(place(path).read_text(encoding="utf-8"))
-            results = [Result(**result) for result in data["results"]]
-            return cls(
-                results, data["settings"], data.get("about", {}), tuple(data.get("failures", ()))
-            )
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not a saved evaluation report ({error})") from error
+        data = json_text.settings(read_settings(place(path)), path)
+        with within(f"{path}: not a saved evaluation report: "):
+            check_fields({"results": None, **data}, _KINDS, "report")
+            for result in data["results"]:
+                check_fields(
+                    result, get_type_hints(Result), f"results of {shown(result.get('task'))}"
+                )
+            try:
+                results = [Result(**result) for result in data["results"]]
+            except TypeError as error:  # a field that is not known, or one that is missing
+                raise UserError(str(error)) from None
+        settings, about = data.get("settings", {}), data.get("about", {})
+        return cls(results, settings, about, tuple(data.get("failures", ())))

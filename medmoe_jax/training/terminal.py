@@ -8,10 +8,11 @@ import time
 from datetime import timedelta
 from typing import TextIO
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-console = Console(stderr=True)
+from medmoe_jax.screen import Screen, harmless
+
+console = Screen(stderr=True)
 
 
 def note(text: str) -> None:
@@ -19,11 +20,20 @@ def note(text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
+def say(text: str) -> None:
+    """A line of what the command was asked for, on the standard output."""
+    print(harmless(text))
+
+
 class LogHandler(logging.StreamHandler):
     """Log lines for `sys.stderr` as it is at the moment: above a bar while one is drawn."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)  # not that of the stream, which would be kept
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, which may name what others wrote."""
+        return harmless(super().format(record))
 
     # Read only, as in logging's own handler of last resort.
     @property

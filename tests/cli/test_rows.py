@@ -193,3 +193,17 @@ def test_rows_with_items_of_tasks_are_left_out(tmp_path, capsys):
     assert "there is no suite 'none'" in error
     error = error_of(capsys, "data build", [*out[:3], "--name=b", "--against=absent.jsonl"])
     assert "absent.jsonl" in error and not (tmp_path / "out" / "b").exists()
+
+
+def test_texts_of_others_do_not_steer_the_terminal(tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"\\u001b[2Jkey": 1}\n')
+    words = error_of(
+        capsys, "data inspect", [f"--dataset={rows}", f"--tokenizer={tiny.tokenizer().path}"]
+    )
+    assert "\\x1b[2Jkey" in words and "\x1b" not in words
+    rows.write_text('{"prompt": "a\\u001b[2J", "response": "b"}\n')
+    assert (
+        main(["data", "inspect", f"--dataset={rows}", f"--tokenizer={tiny.tokenizer().path}"]) == 0
+    )
+    assert "\x1b" not in capsys.readouterr().out

@@ -121,7 +121,7 @@ def load_cards(path: Path) -> dict[str, MedicalSet]:
     """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # digits and depths too
         raise UserError(f"{path}: not TOML ({error})") from error
     return {name: _card(name, _whole(name, tables, path), path) for name in tables}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import gzip
 import io
 import json
 import xml.etree.ElementTree as ET
@@ -16,8 +15,14 @@ from typing import Any
 
 from medmoe_jax import json_text
 from medmoe_jax.errors import UserError
+from medmoe_jax.storage.packed import damage_named, gunzip, open_zip
 
 REPAIR = "restore the file from its source"
+# What openpyxl raises where the XML inside says something that no sheet can.
+_SHEET_FAULTS = (
+    *(zipfile.BadZipFile, zlib.error, EOFError, SyntaxError, LookupError, ValueError, TypeError),
+    *(AttributeError, ArithmeticError, RuntimeError, OSError),
+)
 Records = Iterator[tuple[str, dict]]  # `(where, record)`; `where` is `path:line` or the like
 
 
@@ -25,13 +30,7 @@ def read_bytes(path: Path) -> bytes:
     """The whole file, gunzipped where its name ends in .gz."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {REPAIR}, or set $MEDMOE_DATA")
-    raw = path.read_bytes()
-    if path.suffix != ".gz":
-        return raw
-    try:
-        return gzip.decompress(raw)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: not a whole gzip file ({error}); {REPAIR}") from error
+    return gunzip(path) if path.suffix == ".gz" else path.read_bytes()
 
 
 def decode(raw: bytes, where: object) -> str:
@@ -181,25 +180,36 @@ def read_parquet(path: Path) -> Records:
                 for record in batch.to_pylist():
                     number += 1
                     yield f"{path}: row {number}", record
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a whole Parquet file ({error}); {REPAIR}") from error
 
 
 def read_xlsx(path: Path) -> Records:
     """Records of the first sheet of an Excel file, whose first row names the columns."""
+    with open_zip(path, "Excel file"):  # its members are looked at before any is unpacked
+        pass
+    rows = _sheet_rows(path)
+    header = [str(name or "").strip() for name in next(rows, ())]
+    for number, fields in enumerate(rows, 2):
+        if any(field not in (None, "") for field in fields):
+            yield f"{path}: row {number}", dict(zip(header, fields, strict=False))
+
+
+def _sheet_rows(path: Path) -> Iterator[tuple]:
     import openpyxl
     from openpyxl.utils.exceptions import InvalidFileException
 
     try:
-        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-    except (zipfile.BadZipFile, InvalidFileException, KeyError, OSError) as error:
+        with contextlib.closing(
+            openpyxl.load_workbook(path, read_only=True, data_only=True)
+        ) as book:
+            if not book.worksheets:
+                raise UserError(f"{path}: there is no sheet in it; {REPAIR}")
+            yield from book.worksheets[0].iter_rows(values_only=True)
+    except UserError:
+        raise
+    except (*_SHEET_FAULTS, InvalidFileException) as error:
         raise UserError(f"{path}: not a whole Excel file ({error}); {REPAIR}") from error
-    with contextlib.closing(book):
-        rows = book.worksheets[0].iter_rows(values_only=True)
-        header = [str(name or "").strip() for name in next(rows, ())]
-        for number, fields in enumerate(rows, 2):
-            if any(field not in (None, "") for field in fields):
-                yield f"{path}: row {number}", dict(zip(header, fields, strict=False))
 
 
 def parse_xml(text: str | bytes, where: object) -> ET.Element:
@@ -208,19 +218,22 @@ def parse_xml(text: str | bytes, where: object) -> ET.Element:
         return ET.fromstring(text)
     except ET.ParseError as error:
         raise UserError(f"{where}:{error.position[0]}: not XML ({error}); {REPAIR}") from error
+    except (ValueError, LookupError) as error:  # an encoding that is not known
+        raise UserError(f"{where}: not XML ({error}); {REPAIR}") from error
 
 
 def members(path: Path, suffix: str) -> Iterator[tuple[str, bytes]]:
     """`(where, bytes)` of the files with a suffix in a zip file or a folder, sorted."""
     if path.is_dir():
         for file in sorted(path.rglob(f"*{suffix}")):
-            yield str(file), file.read_bytes()
+            if file.is_file():
+                yield str(file), file.read_bytes()
         return
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {REPAIR}, or set $MEDMOE_DATA")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for member in sorted(n for n in archive.namelist() if n.endswith(suffix)):
-                yield f"{path}!{member}", archive.read(member)
-    except (zipfile.BadZipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: not a whole zip file ({error}); {REPAIR}") from error
+    with open_zip(path) as archive:
+        for member in sorted(n for n in archive.namelist() if n.endswith(suffix)):
+            where = f"{path}!{member}"
+            with damage_named(where, "member of a zip file"):
+                content = archive.read(member)
+            yield where, content

@@ -265,7 +265,10 @@ def _pubmedqa(entry: MedicalSet, found: Found) -> Records:
         beside = path.with_name("test_ground_truth.json")
         if not beside.is_file():
             raise UserError(f"{path}: {beside.name}, which names the test rows, is not beside it")
-        test = set(parse_json(read_text(beside), beside))
+        named = parse_json(read_text(beside), beside)
+        if not isinstance(named, dict):
+            raise UserError(f"{beside}: not a JSON object; {REPAIR}")
+        test = set(named)
     for where, record in read_json(read_text(path), path):
         key = str(need(record, "_key | pubid | PMID | pmid | id", where))
         if test is not None and key in test:
