@@ -2,12 +2,18 @@
 
 import contextlib
 import errno
+import re
 from collections.abc import Generator
 
-# Numbers of an OSError: storage or the way to it failed; the same command may succeed later.
+# Numbers of an OSError: storage is full, or it or the way to it failed; the same command may
+# succeed later.
 STORAGE_LOST = frozenset(
     {
+        errno.EDQUOT,
+        errno.EFBIG,
         errno.EIO,
+        errno.ENOSPC,
+        errno.EROFS,
         errno.ENXIO,
         errno.ENOTCONN,
         errno.ECONNABORTED,
@@ -58,10 +64,27 @@ class StorageError(UserError):
     """What was to be kept could not be written: nothing in the input is wrong."""
 
 
+# How libraries in other languages write the number of an error of the system into their texts.
+_NUMBER = re.compile(r"os[ _]error(?:_code)?\W{1,3}(\d+)")
+
+
+def is_storage(error: BaseException) -> bool:
+    """Whether an error says that storage is full or failed, by its number or its text."""
+    number = getattr(error, "errno", None)
+    if number is None and (found := _NUMBER.search(str(error))):
+        number = int(found[1])
+    return isinstance(error, StorageError) or number in STORAGE_LOST
+
+
+def bad_or_lost(message: str, cause: BaseException) -> UserError:
+    """A StorageError with this message where the cause is storage, else a UserError."""
+    return StorageError(message) if is_storage(cause) else UserError(message)
+
+
 @contextlib.contextmanager
 def within(place: str) -> Generator[None]:
     """Puts a place, such as `stages.align: `, before the message of any UserError in the block."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{place}{error}") from None
+        raise bad_or_lost(f"{place}{error}", error) from None

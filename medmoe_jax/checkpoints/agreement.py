@@ -10,7 +10,7 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
-from medmoe_jax.errors import StorageError, UserError
+from medmoe_jax.errors import StorageError, UserError, is_storage
 from medmoe_jax.parallel import processes
 from medmoe_jax.storage.places import make_folder, place
 
@@ -34,7 +34,7 @@ def from_first_process(decide: Callable[[], Any]) -> Any:
     try:
         value = decide()
     except (UserError, OSError) as error:
-        processes.gather({"error": str(error), "storage": isinstance(error, StorageError)})
+        processes.gather({"error": str(error), "storage": is_storage(error)})
         raise
     processes.gather({"value": value})
     return value

@@ -5,6 +5,7 @@ storage it is one object. New folders are made on disk alone.
 """
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -19,10 +20,11 @@ from safetensors.numpy import save_file
 
 from medmoe_jax import json_text
 from medmoe_jax.checkpoints.agreement import from_first_process
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import UserError, bad_or_lost
 from medmoe_jax.parallel import processes
 from medmoe_jax.storage import objects
 from medmoe_jax.storage.objects import Grown
+from medmoe_jax.storage.partials import partial_of, sweep
 from medmoe_jax.storage.places import is_remote, local, place
 from medmoe_jax.storage.plain import read_settings
 
@@ -47,13 +49,16 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         objects.write(path, content)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    sweep(path)
+    partial = partial_of(path)
     try:
         with open(partial, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -115,19 +120,19 @@ def new_folder(directory: str | Path) -> Generator[Write]:
       directory: a path on disk at which there is nothing yet, or an empty folder.
 
     Raises:
-      UserError: something is there, or the disk is full or cannot be written.
+      UserError: something is there, or the folder cannot be written.
+      StorageError: the disk is full or failed.
     """
     directory = local(directory)
-    partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
+    partial = partial_of(directory)
 
     def write(act: Callable[[Path], None]) -> None:
-        if problem := from_first_process(lambda: _problem_of(act, partial, directory)):
-            raise UserError(problem)
+        from_first_process(lambda: _tried(act, partial, directory))
 
     def make(folder: Path) -> None:
         check_new(directory)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        sweep(directory)
         folder.mkdir()
 
     try:
@@ -139,15 +144,13 @@ def new_folder(directory: str | Path) -> Generator[Write]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _problem_of(act: Callable[[Path], None], partial: Path, directory: Path) -> str:
-    """Why `act` could not write, "" if it could."""
+def _tried(act: Callable[[Path], None], partial: Path, directory: Path) -> None:
+    """Let `act` write. Raises UserError where it cannot."""
     try:
         act(partial)
     except (OSError, SafetensorError) as error:
-        return f"{directory}: cannot be written, and nothing of it was left behind: {error}"
-    except UserError as error:
-        return str(error)
-    return ""
+        message = f"{directory}: cannot be written, and nothing of it was left behind: {error}"
+        raise bad_or_lost(message, error) from error
 
 
 class MetricsLog:
@@ -208,7 +211,10 @@ class _DiskFile:
         return self._file.closed
 
     def write(self, line: bytes) -> None:
-        self._file.write(line)
+        if (written := self._file.write(line)) != len(line):
+            # A disk that is full takes a part; a line after it would make one that nobody can read.
+            self._file.truncate(self._file.tell() - (written or 0))
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: '{self._file.name}'")
 
     def sync(self) -> None:
         os.fsync(self._file.fileno())

@@ -33,6 +33,7 @@ from medmoe_jax import json_text
 from medmoe_jax.checkpoints.agreement import from_first_process
 from medmoe_jax.errors import StorageError, UserError
 from medmoe_jax.storage import objects
+from medmoe_jax.storage.partials import start_of, system
 from medmoe_jax.storage.places import is_remote
 from medmoe_jax.storage.places import place as storage_place
 
@@ -141,6 +142,8 @@ def take(
     sleep: Callable[[float], None] = time.sleep,
 ) -> Lease:
     """The lease of a folder, which is made if absent; see `only_writer`."""
+    if not str(folder):
+        raise UserError("--workdir: is empty; give the path of a folder")
     folder = storage_place(folder)
     place, made = folder / FOLDER, not folder.exists()
     if folder.exists() and not folder.is_dir():
@@ -350,47 +353,25 @@ def _own() -> Holder:
     """This process, as the holder of a new lease."""
     return Holder(
         host=socket.gethostname(),
-        system=_system(),
+        system=system(),
         process=os.getpid(),
-        process_start=_start_of(os.getpid()) or 0,
+        process_start=start_of(os.getpid()) or 0,
         started=_time(time.time()),
         token=uuid.uuid4().hex,
     )
 
 
-def _system() -> str:
-    """The running system, and among its containers the one whose process numbers are seen here.
-
-    "" where a system does not tell, as all but Linux do not.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
-def _start_of(process: int) -> int | None:
-    """When a process started, in ticks; None where it is dead, or is not shown."""
-    try:
-        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    fields = stat.rpartition(")")[2].split()  # the name before may hold anything
-    return None if fields[0] in "ZX" else int(fields[19])
-
-
 def _lives(holder: Holder | None) -> bool | None:
     """Whether a holder lives; None where that cannot be seen from here."""
-    if holder is None or not holder.system or holder.system != _system():
+    if holder is None or not holder.system or holder.system != system():
         return None
     try:
         os.kill(holder.process, 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # another person's, which /proc may hide
-        return _start_of(holder.process) in (None, holder.process_start)
-    return _start_of(holder.process) == holder.process_start
+        return start_of(holder.process) in (None, holder.process_start)
+    return start_of(holder.process) == holder.process_start
 
 
 def _time(seconds: float) -> str:

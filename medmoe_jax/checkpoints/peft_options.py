@@ -198,7 +198,8 @@ class Options:
             compiled(rf".*?\.{pattern}\.(?P<number>\d{{1,6}})\.").match(f".{module}")
             for pattern in patterns
         )
-        number = next((int(match["number"]) for match in found if match), None)
+        numbers = (match["number"] for match in found if match)
+        number = next((int(one) for one in numbers if one), None)
         return number in ([layers] if isinstance(layers, int) else layers)
 
     def saves(self, parameter: str) -> bool:

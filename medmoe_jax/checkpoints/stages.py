@@ -26,7 +26,7 @@ from medmoe_jax.checkpoints.agreement import from_first_process
 from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.checkpoints.seals import SEAL, damage, seal
-from medmoe_jax.errors import StorageError, UserError
+from medmoe_jax.errors import StorageError, UserError, is_storage
 from medmoe_jax.parallel import processes
 from medmoe_jax.storage.objects import failures
 from medmoe_jax.storage.places import absolute
@@ -100,9 +100,8 @@ class StageCheckpoints:
                 cleanup_tmp_directories=True,
             )
         except OSError as error:
-            raise CheckpointError(
-                f"cannot open the checkpoints in {self._steps}: {error}"
-            ) from error
+            kind = WriteError if is_storage(error) else CheckpointError
+            raise kind(f"cannot open the checkpoints in {self._steps}: {error}") from error
 
     def _release(self) -> None:
         # After a failed save, Orbax raises the error that was reported already on every call.

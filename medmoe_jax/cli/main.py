@@ -1,8 +1,8 @@
 """The `medmoe` command.
 
 Exit status: 0 = done; 1 = bad input; 2 = wrong usage; 69 = another process of the run never came or
-is gone; 74 = storage is full, failed or cannot be reached; 75 = asked to stop (SIGTERM) and saved,
-the same command continues; 130 = Ctrl-C. All else is a fault of the program.
+is gone; 74 = storage is full, failed or cannot be reached; 75 = asked to stop (SIGTERM), and saved
+or not begun: the same command continues; 130 = Ctrl-C. All else is a fault of the program.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ import sys
 from collections.abc import Generator, Sequence
 
 import medmoe_jax
-from medmoe_jax.cli import (
+from medmoe_jax.cli import early
+
+# isort: split
+from medmoe_jax.cli import (  # what takes seconds comes after what listens for SIGTERM
     analyze,
     compare,
     data,
@@ -35,7 +38,7 @@ from medmoe_jax.cli import (
     train,
 )
 from medmoe_jax.cli.places import check_options
-from medmoe_jax.errors import STORAGE_LOST, ParameterError, Stopped, StorageError, UserError
+from medmoe_jax.errors import ParameterError, Stopped, UserError, is_storage
 from medmoe_jax.parallel import processes
 from medmoe_jax.parallel.rollcall import GONE, ProcessError
 from medmoe_jax.screen import harmless
@@ -124,19 +127,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[LogHandler()]
     )
     logging.getLogger("medmoe_jax").setLevel(logging.INFO)
+    # Orbax logs, with a traceback a thread, what it raises as well.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     if not (sys.argv[1:] if argv is None else argv):
         print(NEXT)
         return 0
     arguments, rest = parser().parse_known_args(argv)
     try:
         several = (arguments.coordinator, arguments.processes, arguments.process)
-        with processes.Membership(*several), _one_speaks():
+        with early.stoppable(), processes.Membership(*several), _one_speaks():
             check_options(arguments)
             arguments.run(arguments, rest)
     except (UserError, OSError) as error:
         _complain(arguments.command, _named(error, arguments))
-        lost = isinstance(error, StorageError) or getattr(error, "errno", None) in STORAGE_LOST
-        return processes.end(74 if lost else 1)
+        return processes.end(74 if is_storage(error) else 1)
     except failures() as error:
         _complain(arguments.command, error)
         return processes.end(74)
@@ -146,6 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as stop:
         print(f"\nmedmoe {arguments.command}: {stop}; the same command continues", file=sys.stderr)
         return 75
+    except early.Terminated:
+        print(f"\nmedmoe {arguments.command}: asked to stop; it starts again", file=sys.stderr)
+        return processes.end(early.STATUS)
     except KeyboardInterrupt:
         print("\nstopped; what was saved is intact, the same command continues", file=sys.stderr)
         return processes.end(130)

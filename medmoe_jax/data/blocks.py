@@ -24,7 +24,7 @@ from medmoe_jax.data import hub
 from medmoe_jax.data.files import local_files
 from medmoe_jax.data.json_items import decode_line
 from medmoe_jax.data.on_demand import OnDemand
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import UserError, bad_or_lost
 from medmoe_jax.storage import objects
 from medmoe_jax.storage.places import is_remote, place
 
@@ -265,7 +265,7 @@ def _metadata(file: File) -> pq.FileMetaData:
 
 
 def _unreadable(file: File, error: Exception) -> UserError:
-    return UserError(f"{file.shown}: not a Parquet file that can be read ({error})")
+    return bad_or_lost(f"{file.shown}: not a Parquet file that can be read ({error})", error)
 
 
 def _sha256(path: Path) -> str:

@@ -12,7 +12,6 @@ import itertools
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from medmoe_jax.data.rows import RowReader
 from medmoe_jax.errors import UserError
 from medmoe_jax.storage.fetched import fetched
 from medmoe_jax.storage.objects import listing
+from medmoe_jax.storage.partials import partial_of, sweep
 from medmoe_jax.storage.places import is_remote, local, place
 
 VERSION = "1.0.0"
@@ -115,7 +115,9 @@ def build(
         raise UserError(f"{final} already exists; choose another name or delete that folder first")
     rows = _not_empty(rows if repeats is None else _kept(rows, repeats), name)
     Path(out_dir).mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".partial-{name}-", dir=out_dir))
+    sweep(Path(out_dir) / name)
+    partial = partial_of(Path(out_dir) / name)
+    partial.mkdir()
     try:
         tfds.disable_progress_bar()
         with contextlib.redirect_stdout(io.StringIO()):
@@ -224,7 +226,7 @@ def _found(folder: Path) -> list[Path]:
         for pattern in ("", "*/", "*/*/")
         for info in folder.glob(f"{pattern}dataset_info.json")
         if (info.parent / "features.json").is_file()
-        and not any(part.startswith(".partial-") for part in info.relative_to(folder).parts)
+        and not any(part.startswith(".") for part in info.relative_to(folder).parts)
     ]
 
 

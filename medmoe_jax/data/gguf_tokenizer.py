@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -18,7 +17,8 @@ from typing import Any
 
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import UserError, bad_or_lost
+from medmoe_jax.storage.partials import partial_of, sweep
 from medmoe_jax.storage.places import cache_folder
 
 PREFIX = "tokenizer.ggml."
@@ -110,8 +110,9 @@ def unpack(fields: Mapping[str, Any], where: str, cache: Path | None = None) -> 
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:
     """A folder with these files, which appears whole or not at all."""
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial = partial_of(folder)
     try:
+        sweep(folder)
         partial.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             (partial / name).write_bytes(content)
@@ -119,9 +120,8 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         if not folder.is_dir():  # else another process was faster
-            raise UserError(
-                f"{folder.parent}: cannot be written ({error}); set XDG_CACHE_HOME"
-            ) from None
+            message = f"{folder.parent}: cannot be written ({error}); set XDG_CACHE_HOME"
+            raise bad_or_lost(message, error) from None
 
 
 def tokenizer_files(fields: Mapping[str, Any], where: str) -> dict[str, bytes]:

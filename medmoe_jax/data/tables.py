@@ -10,7 +10,7 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import UserError, bad_or_lost
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 _LARGEST_CELL = 1 << 30  # characters; Python's own limit is 131,072
@@ -51,7 +51,9 @@ def parquet_rows(path: Path, shown: str) -> Rows:
         with pq.ParquetFile(path) as file:
             yield from _numbered(file.iter_batches(), shown)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{shown}: not a Parquet file that can be read ({error})") from error
+        raise bad_or_lost(
+            f"{shown}: not a Parquet file that can be read ({error})", error
+        ) from error
 
 
 def arrow_rows(path: Path, shown: str) -> Rows:
@@ -66,7 +68,9 @@ def arrow_rows(path: Path, shown: str) -> Rows:
                 batches = (file.get_batch(i) for i in range(file.num_record_batches))
             yield from _numbered(batches, shown)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{shown}: not an Arrow file that can be read ({error})") from error
+        raise bad_or_lost(
+            f"{shown}: not an Arrow file that can be read ({error})", error
+        ) from error
 
 
 def _numbered(batches, shown: str) -> Rows:

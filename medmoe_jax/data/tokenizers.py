@@ -24,6 +24,7 @@ from medmoe_jax import json_text
 from medmoe_jax.data.tokens import Added, Tokenizer
 from medmoe_jax.errors import UserError
 from medmoe_jax.storage.fetched import fetched
+from medmoe_jax.storage.partials import partial_of, sweep
 from medmoe_jax.storage.places import local
 
 # Tried in this order when no file beside a tokenizer.json says anything.
@@ -288,7 +289,8 @@ def train(
     if vocab_size <= smallest:
         raise UserError(f"vocab_size {vocab_size} is too small; give more than {smallest}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".partial-{out.name}")
+    sweep(out)
+    partial = partial_of(out)
     refused: list[UserError] = []
     try:
         with open(partial, "wb") as file:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
-from medmoe_jax.errors import StorageError, UserError
+from medmoe_jax.errors import StorageError, UserError, bad_or_lost
 from medmoe_jax.storage import objects
 from medmoe_jax.storage.objects import Listed
 from medmoe_jax.storage.places import cache_folder, is_remote, local, place
@@ -74,10 +74,8 @@ def _copy(source: Path, beside: Sequence[str]) -> Path:
         _hold(entry, lambda: _bring(folder, found, entry))
         os.utime(entry)
     except OSError as error:
-        raise UserError(
-            f"{source}: no copy can be made in {cache}: {error}; make room there, or "
-            "set XDG_CACHE_HOME"
-        ) from error
+        message = f"{source}: no copy can be made in {cache}: {error}; make room there, or set"
+        raise bad_or_lost(f"{message} XDG_CACHE_HOME", error) from error
     return entry / folder.name if folder == source else entry / folder.name / source.name
 
 

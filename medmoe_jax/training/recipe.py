@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ from medmoe_jax.training.stage import Stage
 from medmoe_jax.training.step import Regulariser
 from medmoe_jax.training.transitions import next_roster
 
+_STAGE_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}"
 _STATES = ("train", "gate", "frozen", "off")  # `merged` comes from `merge` only
 # What an entry of `losses` is made into, by its `kind`.
 REGULARISERS: Mapping[str, Callable[..., Regulariser]] = {
@@ -52,6 +54,11 @@ def parse(config: ConfigDict, decoder: DecoderConfig) -> tuple[Stage, ...]:
     stages: list[Stage] = []
     rosters: dict[str, Roster] = {"": {}}
     for name in config.stages.order:
+        if not re.fullmatch(_STAGE_NAME, name):
+            raise UserError(
+                f"stages.order: {name!r} is no name of a stage, nor of its folder: use "
+                "letters, digits, '_', '-' and '.', with a letter, digit or '_' first, 100 at most"
+            )
         if name in rosters:
             raise UserError(f"stages.order: '{name}' stands there twice")
         if name not in config.stages or name == "order":

@@ -126,8 +126,8 @@ def test_it_is_given_back_however_the_block_ends(tmp_path):
 def test_a_dead_process_of_this_machine_is_taken_over_at_once(tmp_path):
     """Gone, killed but not yet waited for, or its number another process's by now."""
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as child:
-        here = {"system": lib._system(), "process": child.pid}
-        start = lib._start_of(child.pid)
+        here = {"system": lib.system(), "process": child.pid}
+        start = lib.start_of(child.pid)
         left(tmp_path, **here, process_start=start)
         with pytest.raises(LeaseError, match=f"process {child.pid} on far"):
             take(tmp_path, sleep=pytest.fail)
@@ -149,8 +149,8 @@ def test_a_process_of_someone_else_lives_though_proc_hides_it(tmp_path, monkeypa
         raise PermissionError
 
     monkeypatch.setattr(os, "kill", forbidden)
-    monkeypatch.setattr(lib, "_start_of", lambda process: None)
-    left(tmp_path, system=lib._system(), process=77)
+    monkeypatch.setattr(lib, "start_of", lambda process: None)
+    left(tmp_path, system=lib.system(), process=77)
     with pytest.raises(LeaseError, match="process 77"):
         take(tmp_path, sleep=pytest.fail)
 
@@ -198,8 +198,8 @@ def test_a_torn_or_foreign_file_is_waited_out(tmp_path, text, caplog):
 
 def test_a_file_that_is_still_being_written_is_read_again(tmp_path):
     left(tmp_path, text="")
-    here = {"system": lib._system(), "process": os.getppid()}
-    started = lib._start_of(os.getppid())
+    here = {"system": lib.system(), "process": os.getppid()}
+    started = lib.start_of(os.getppid())
     clock = Clock(lambda: left(tmp_path, **here, process_start=started))
     with pytest.raises(LeaseError, match=f"process {os.getppid()}"):
         take(tmp_path, clock, clock.sleep)
@@ -300,10 +300,10 @@ def test_a_disk_that_takes_nothing_is_a_fault_of_storage(tmp_path, monkeypatch, 
 
 def test_object_storage_that_says_late_who_was_faster(tmp_path, monkeypatch):
     """Making the file succeeds there for both; keeping it for one, whose file then stays."""
-    here = {"system": lib._system(), "process": os.getpid()}
+    here = {"system": lib.system(), "process": os.getpid()}
 
     def stale(_):
-        left(tmp_path, **here, process_start=lib._start_of(os.getpid()))
+        left(tmp_path, **here, process_start=lib.start_of(os.getpid()))
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     monkeypatch.setattr(os, "fsync", stale)

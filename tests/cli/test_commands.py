@@ -452,3 +452,49 @@ def test_lost_storage_is_not_bad_input(config, workdir, capsys, monkeypatch, err
     monkeypatch.setattr("medmoe_jax.cli.train.train", fail)
     assert main(["train", config, f"--workdir={workdir}"]) == status
     assert str(error) in capsys.readouterr().err
+
+
+def test_sigterm_while_modules_are_imported():
+    """The first of them that takes time never is."""
+    code = """
+import os, signal, sys
+
+class Kills:
+    def find_spec(self, name, *_):
+        if name == "jax":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+sys.argv = ["medmoe", "train"]
+sys.meta_path.insert(0, Kills())
+import medmoe_jax.cli.main
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 75
+    assert done.stderr == "medmoe: asked to stop before it began; the same command starts again\n"
+
+
+@pytest.mark.parametrize("during", ["load_config", "open_setup", "stage_evaluator"])
+def test_sigterm_before_training_listens(config, tmp_path, monkeypatch, capsys, during):
+    """While the configuration is read, while the base is opened, and right before the loop."""
+    from medmoe_jax.cli import session
+    from medmoe_jax.cli import train as command
+
+    module = command if during == "stage_evaluator" else session
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(module, during, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    run = ["train", config, f"--workdir={tmp_path / 'w'}"]
+    if during == "stage_evaluator":
+        monkeypatch.setattr(command, "open_run", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(run) == 75
+    assert "asked to stop; it starts again" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before and not (tmp_path / "w").exists()
+
+
+def test_names_that_leave_the_work_directory(config, tmp_path, capsys):
+    new = f"--workdir={tmp_path / 'w'}"
+    assert "--workdir: is empty" in fails(capsys, "train", config, "--workdir=")
+    for name in ("..", "a/b", "", "/x", "x" * 101, "a\nb", "base", ".hidden"):
+        override = f"--config.stages.order=({name!r},)"
+        line = fails(capsys, "train", config, new, override)
+        said = "no stage 'base'" if name == "base" else "is no name of a stage"
+        assert "stages.order: " in line and said in line, name

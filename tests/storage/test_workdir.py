@@ -72,7 +72,7 @@ def test_what_is_saved_is_one_line_that_changes_with_every_save(cloud):
 
 
 def test_a_holder_elsewhere_is_told_by_its_signs_of_life(cloud, monkeypatch):
-    monkeypatch.setattr(lease, "_system", lambda: "another")
+    monkeypatch.setattr(lease, "system", lambda: "another")
     clock = Clock()
     first = take(cloud, clock, clock.sleep)
     monkeypatch.undo()

@@ -128,13 +128,16 @@ def test_tensorboard_has_the_steps_that_are_due(tmp_path, monkeypatch):
     hook = TensorBoard(tmp_path, 3)
     progress = progress_of(7)
     hook.on_start(progress)
-    monkeypatch.setattr(hook._writer, "add_scalar", lambda *scalar: given.append(scalar))
+    monkeypatch.setattr(hook._writer, "write_event", given.append)
     for step in range(1, 8):
         hook.on_metrics(progress, record_of(step))
     hook.on_end(progress)
-    assert [scalar for scalar in given if "loss" in scalar[0]] == [
-        ("learn/loss", 1 / step, step) for step in (3, 6, 7)
+    values = [(event.step, value) for event in given for value in event.summary.value]
+    assert [(step, value.tag) for step, value in values if "loss" in value.tag] == [
+        (step, "learn/loss") for step in (3, 6, 7)
     ]
+    losses = [value.simple_value for _, value in values if value.tag == "learn/loss"]
+    assert losses == pytest.approx([1 / 3, 1 / 6, 1 / 7], rel=1e-6)
     assert list(tmp_path.glob("events.out.tfevents.*"))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from medmoe_jax import json_text
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import UserError, bad_or_lost
 from medmoe_jax.storage.packed import damage_named, gunzip, open_zip
 
 REPAIR = "restore the file from its source"
@@ -181,7 +181,7 @@ def read_parquet(path: Path) -> Records:
                     number += 1
                     yield f"{path}: row {number}", record
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a whole Parquet file ({error}); {REPAIR}") from error
+        raise bad_or_lost(f"{path}: not a whole Parquet file ({error}); {REPAIR}", error) from error
 
 
 def read_xlsx(path: Path) -> Records:

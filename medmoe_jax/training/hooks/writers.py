@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,16 +70,24 @@ class TensorBoard(Hook):
 
     def on_start(self, progress: Progress) -> None:
         """Open a file of events."""
-        # Imported here: tensorboardX imports torch wherever that is installed.
-        from tensorboardX import SummaryWriter
+        # Imported here: tensorboardX imports torch wherever that is installed. Its SummaryWriter
+        # has a thread that ends where the disk is full, and leaves the run waiting for it.
+        from tensorboardX.event_file_writer import EventsWriter
 
-        self._writer = SummaryWriter(str(self._files.folder))
+        self._files.folder.mkdir(parents=True, exist_ok=True)
+        self._writer = EventsWriter(str(self._files.folder / "events"))
 
     def on_metrics(self, progress: Progress, record: StepRecord) -> None:
         """Write a step's metrics where that is due, or they hold what comes seldom."""
         if record.rare or progress.is_due(record.step, self._every):
+            from tensorboardX.proto.event_pb2 import Event
+            from tensorboardX.summary import scalar
+
             for name, value in record.metrics.items():
-                self._writer.add_scalar(f"{progress.stage}/{name}", value, record.step)
+                summary = scalar(f"{progress.stage}/{name}", value)
+                self._writer.write_event(
+                    Event(wall_time=time.time(), step=record.step, summary=summary)
+                )
 
     def on_save(self, progress: Progress) -> None:
         """Bring the events to where they are kept."""

@@ -1,0 +1,48 @@
+"""SIGTERM before a command listens for it itself: while modules are imported, and until it trains.
+
+A command that has begun nothing ends with status 75, as one does that has saved, and is to be
+started again. This module imports nothing that takes time, and stands before all that does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Generator
+
+STATUS = 75
+_PROGRAMS = ("medmoe", "main.py")  # as the command is called, and as `python -m` calls it
+
+
+class Terminated(BaseException):
+    """SIGTERM came where nothing listened for it; no class of Exception, which libraries catch."""
+
+
+def _leave(*_: object) -> None:
+    """While modules are imported, which no exception may disturb."""
+    os.write(2, b"medmoe: asked to stop before it began; the same command starts again\n")
+    os._exit(STATUS)
+
+
+def _raise(*_: object) -> None:
+    raise Terminated
+
+
+@contextlib.contextmanager
+def stoppable() -> Generator[None]:
+    """SIGTERM raises Terminated in the block, unless what runs in it listens itself."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _raise)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if os.path.basename(sys.argv[0]) in _PROGRAMS:  # not where the package is imported by others
+    signal.signal(signal.SIGTERM, _leave)
