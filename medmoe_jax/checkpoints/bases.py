@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from medmoe_jax.base import decoder, quantised, trees
+from medmoe_jax.base import decoder, quantised
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.presets import preset
 from medmoe_jax.checkpoints import gguf_models, hf_config, huggingface, llama2c
+from medmoe_jax.checkpoints.finite import check_finite
 from medmoe_jax.checkpoints.gguf_file import open_gguf
 from medmoe_jax.data import gguf_tokenizer
 from medmoe_jax.errors import UserError
@@ -149,23 +149,11 @@ def _finite(path: str, load: Callable[[Any, Any], Any]) -> Callable[[Any, Any], 
 
     def checked(dtype, shardings) -> Any:
         params = load(dtype, shardings)
-        finite = jax.device_get(_all_finite(params))
-        bad = [path for path, fine in trees.flatten(finite) if not all(jax.tree.leaves(fine))]
-        if bad:
-            more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-            raise UserError(
-                f"{path}: NaN or infinity in {', '.join(bad[:3])}{more}; the file is damaged, or "
-                "was written by a run that had failed: fetch it again"
-            )
+        advice = "the file is damaged, or was written by a run that had failed: fetch it again"
+        check_finite(params, path, advice)
         return params
 
     return checked
-
-
-@jax.jit
-def _all_finite(params: Any) -> Any:
-    """Whether all values are finite, array by array."""
-    return jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), params)
 
 
 def _stored(quantise: str, shardings, build: Callable = lambda params: params):

@@ -91,7 +91,11 @@ def save_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
     Raises:
       OSError, SafetensorError: the disk is full or the folder cannot be written.
+      UserError: an array holds NaN or infinity; nothing was written.
     """
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise UserError(f"{name}: NaN or infinity, which no export may hold; train it again")
     save_file(dict(arrays), path, metadata={"format": "pt"})
     with open(path, "rb+") as file:
         os.fsync(file.fileno())

@@ -277,9 +277,12 @@ class _File:
         """Write the next tensor, in the order of the descriptions."""
         del folder  # the file is open
         kind = self._kinds[name]
+        if not np.isfinite(x).all():
+            raise UserError(f"{name}: NaN or infinity, which no export may hold; train it again")
         with np.errstate(over="ignore"):
             data = gguf.quants.quantize(x, gguf.GGMLQuantizationType[kind])
-        if kind == "F16" and np.isinf(data).any():
+        # Blocks have their scales in float16.
+        if kind not in ("F32", "BF16") and np.abs(x).max() > 65504:
             raise UserError(
                 f"{name}: has values beyond 65504, the most that float16 holds; write bfloat16 or "
                 "float32"

@@ -120,6 +120,10 @@ class StageCheckpoints:
         for step in filter(chosen, self._on_disk()):
             staging.discard(self._steps / str(step))
 
+    def saved(self) -> list[int]:
+        """Steps whose checkpoints are whole, in order."""
+        return sorted(self._sealed)
+
     def _is_sealed(self, step: int) -> bool:
         return (self._steps / str(step) / SEAL).exists()
 

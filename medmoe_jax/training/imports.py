@@ -12,6 +12,7 @@ from medmoe_jax.adapters import lifecycle
 from medmoe_jax.adapters.lifecycle import Roster
 from medmoe_jax.base import decoder
 from medmoe_jax.base.seam import Params
+from medmoe_jax.checkpoints.finite import check_finite
 from medmoe_jax.checkpoints.lease import only_writer
 from medmoe_jax.checkpoints.released import Imported, read_adapter
 from medmoe_jax.checkpoints.upcycled import holds_experts, read_upcycled
@@ -48,6 +49,8 @@ def import_stage(run: Run, folder: str | Path, name: str = "") -> str:
     roster = roster_of(run.setup.stages, stage.name)
     read = _read_upcycled if holds_experts(folder) else _read_adapter
     given = read(stage, folder, roster)
+    advice = "the files hold it, or their numbers times alpha / r are beyond float32"
+    check_finite({"banks": given.banks, "base": given.base}, str(folder), advice)
     after = stage.recipe.after
     for one in run.chain(after):
         one.check()

@@ -1,6 +1,6 @@
 """What the numbers of a configuration may be: one table for all that no other room judges.
 
-NaN and the infinities are refused in every field.
+NaN and the infinities are refused in every field, and what no float32 and no 32 bits can hold.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from medmoe_jax.ranges import (
     POSITIVE,
     SEED,
     SHARE,
+    SINGLE,
+    WORD,
     Range,
 )
 
+_RATE = Range(0, 10)  # Adam moves every weight by about the rate
 # By field; `*` stands for any one name.
 LIMITS: Mapping[str, Range] = {
     "base.seed": SEED,
@@ -37,10 +40,10 @@ LIMITS: Mapping[str, Range] = {
     "stages.*.evaluation.patience": NOT_NEGATIVE,
     "stages.*.steps": NOT_NEGATIVE,
     "stages.*.epochs": NOT_NEGATIVE,
-    "stages.*.learning_rate": NOT_NEGATIVE,
+    "stages.*.learning_rate": _RATE,
     "stages.*.warmup": SHARE,
-    "stages.*.final_learning_rate": NOT_NEGATIVE,
-    "stages.*.weight_decay": NOT_NEGATIVE,
+    "stages.*.final_learning_rate": _RATE,
+    "stages.*.weight_decay": Range(0, 100),
     "stages.*.clip": NOT_NEGATIVE,
     "stages.*.b1": DECAY,
     "stages.*.b2": DECAY,
@@ -62,7 +65,10 @@ def check_numbers(config: ConfigDict) -> None:
     """Raise UserError, naming the field, for a number that it cannot hold."""
     for path, value in _leaves(config, ()):
         if isinstance(value, int | float) and not isinstance(value, bool):
-            _range(path).check(".".join(path), value)
+            limits, name = _range(path), ".".join(path)
+            limits.check(name, value)
+            if limits is not SEED:
+                (SINGLE if isinstance(value, float) else WORD).check(name, value)
     _check_profile(config.run.profile)
 
 

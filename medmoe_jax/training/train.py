@@ -14,6 +14,7 @@ import jax
 
 from medmoe_jax.checkpoints import stages as store
 from medmoe_jax.checkpoints.agreement import check_shared, union
+from medmoe_jax.checkpoints.finite import not_finite
 from medmoe_jax.checkpoints.lease import only_writer
 from medmoe_jax.checkpoints.staging import check_processes
 from medmoe_jax.errors import UserError, field_names
@@ -139,7 +140,7 @@ def _make_steps(
             to_mesh=data.placement,
             save=functools.partial(_save, checkpoints),
             stop=callers.stop,
-            hooks=_hooks(prepared, scored, callers),
+            hooks=_hooks(prepared, scored, callers, checkpoints.saved),
             steps=steps,
             save_every=config.run.save_every,
         )
@@ -215,7 +216,12 @@ def _save(
     checkpoints.save(step, state, {"data": union(extra["data"])})
 
 
-def _hooks(prepared: Prepared, scored: Evaluations | None, callers: _Callers) -> list[Hook]:
+def _hooks(
+    prepared: Prepared,
+    scored: Evaluations | None,
+    callers: _Callers,
+    saved: Callable[[], list[int]],
+) -> list[Hook]:
     """All hooks of a stage: what may end it, what adds metrics, the caller's, what writes."""
     stage = prepared.stage
     settings, folder = stage.setup.config.run, stage.folder
@@ -224,6 +230,9 @@ def _hooks(prepared: Prepared, scored: Evaluations | None, callers: _Callers) ->
         Faults(
             functools.partial(keep_batch, folder.bad_batch),
             {name: spec.start for name, (spec, _) in prepared.roster.items()},
+            lambda: not_finite(prepared.frozen),
+            prepared.rate,
+            saved,
         ),
         *figures(prepared),
         # An evaluation takes its time.

@@ -204,6 +204,9 @@ def test_a_stacked_bank_is_trained_here(tmp_path):
 def test_what_is_refused_leaves_nothing(config, released, tmp_path, capsys):
     workdir = tmp_path / "w"
     command = ("import", config, f"--workdir={workdir}")
+    huge = shutil.copytree(released[0], tmp_path / "huge")
+    options = json.loads((huge / "adapter_config.json").read_text())
+    (huge / "adapter_config.json").write_text(json.dumps({**options, "lora_alpha": 3e38}))
     for more, words in (
         ([f"--adapter={tmp_path / 'none'}"], "holds none of adapter_model.safetensors"),
         ([f"--adapter={released[0]}", "--stage=algin"], "'algin' is none of aggregate, align"),
@@ -214,6 +217,8 @@ def test_what_is_refused_leaves_nothing(config, released, tmp_path, capsys):
         ([f"--adapter={released[0]}", "--config.stages.aggregate.train_base=('final_norm',)"],
          "train_base: the adapter has no final_norm of its own"),
         ([f"--adapter={released[0]}", "--wat"], "unknown argument '--wat'"),
+        ([f"--adapter={huge}", "--config.stages.aggregate.banks.attention.alpha=0.001"],
+         "NaN or infinity in banks.attention."),
     ):  # fmt: skip
         assert words in fails(capsys, *command, *more)
         assert not workdir.exists()

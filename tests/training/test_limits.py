@@ -64,6 +64,19 @@ def test_no_field_may_be_nan_or_infinite():
             assert refusal(field, value) == f"{field}: {value} is not a finite number"
 
 
+def test_no_field_may_be_beyond_what_is_computed_with():
+    whole = [name for name in numbers(full_recipe(), int) if not name.endswith("seed")]
+    assert len(whole) >= 25
+    for field in whole:
+        assert refusal(field, 2**31) == f"{field}: 2147483648 is above 2147483647"
+        assert refusal(field, -(2**31) - 1).startswith(f"{field}: -2147483649 is below ")
+    for field in numbers(full_recipe(), float):
+        assert refusal(field, 1e39).startswith(f"{field}: 1e+39 is "), field
+        assert refusal(field, -1e39).startswith(f"{field}: -1e+39 is below "), field
+    for name in ("learning_rate", "final_learning_rate", "weight_decay"):
+        assert "is above 10" in refusal(f"stages.s.{name}", 1000.0)
+
+
 REFUSED = {
     "stages.s.learning_rate": (-1e-3, "-0.001 is below 0"),
     "stages.s.final_learning_rate": (-0.1, "-0.1 is below 0"),

@@ -60,7 +60,7 @@ class Watch(Hook):
         self.told.append(("end", progress.step))
 
 
-def make_loop(tmp_path, first=0, poison=None, hooks=(), **fields):
+def make_loop(tmp_path, first=0, poison=None, hooks=(), bad_frozen=(), **fields):
     """A loop of seven steps whose state is the number of steps made, and the saves it makes."""
     saves = []
 
@@ -78,7 +78,13 @@ def make_loop(tmp_path, first=0, poison=None, hooks=(), **fields):
         stream=Stream(first),
         to_mesh=lambda batch: batch,
         hooks=[
-            Faults(lambda batch: f"kept {batch['tokens'][0]}", {"noise": 4}),
+            Faults(
+                lambda batch: f"kept {batch['tokens'][0]}",
+                {"noise": 4},
+                lambda: bad_frozen,
+                lambda step: 0.1 * step,
+                lambda: [one[0] for one in saves],
+            ),
             LearningRate(lambda step: 0.1 * step),
             Measured(2, lambda state: {"overlap": float(state)}),
             Routers(2),
@@ -315,12 +321,43 @@ def test_it_continues_after_the_first_steps(tmp_path):
 def test_what_is_not_finite_stops_the_run_before_a_save(tmp_path, name, value):
     """A gradient that is not finite spoils the weights although this step's loss is fine."""
     loop, saves = make_loop(tmp_path, poison=(name, 5, value))
-    message = rf"stage 's', step 6: {name} is (nan|inf); lower learning.*kept in kept 6\."
+    message = rf"stage 's', step 6: {name} is (nan|inf)\. The losses before did not rise .*kept in "
+    message += (
+        r"kept 6; else lower learning_rate \(it was 0\.5\)\. The checkpoint of step 3 is intact"
+    )
     with pytest.raises(UserError, match=message):
         loop_lib.run(loop, 0, "frozen", 0)
     assert saves == saved(3)
     lines = (tmp_path / "m.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
+
+
+def test_what_a_step_that_is_not_finite_comes_from(tmp_path):
+    """Base, rows and rates are told apart, and no checkpoint is claimed that is not there."""
+
+    def said(at=0, first=0, rising=False, **fields):
+        loop, _ = make_loop(tmp_path, first=first, poison=("loss", at, math.nan), **fields)
+        step_fn = loop.step_fn
+
+        def with_losses(state, frozen, batch):
+            state, metrics = step_fn(state, frozen, batch)
+            return state, metrics | {"loss": metrics["loss"] + 10.0 * state * rising}
+
+        loop.step_fn = with_losses
+        with pytest.raises(UserError) as caught:
+            loop_lib.run(loop, first, "frozen", first)
+        return str(caught.value)
+
+    first = said()
+    assert "step 1: loss is nan. No update was made since the start" in first
+    assert first.endswith("There is no checkpoint yet.") and "kept 1" in first
+    assert "No update was made" in said(at=2, first=2)
+    rising = said(at=5, rising=True)
+    assert "The losses before rose (" in rising
+    assert "lower learning_rate (it was 0.5)" in rising and "step 3 is intact" in rising
+    base = said(at=5, bad_frozen=("base.embed",))
+    assert "in the base or a frozen bank: base.embed holds NaN" in base
+    assert "learning_rate" not in base
 
 
 def test_logits_that_are_not_finite_name_their_router(tmp_path):

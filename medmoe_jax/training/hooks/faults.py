@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -26,28 +26,76 @@ class Faults(Hook):
     a target.
     """
 
-    def __init__(self, keep: Callable[[Batch], Path], first_layer: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        keep: Callable[[Batch], Path],
+        first_layer: Mapping[str, int],
+        bad_frozen: Callable[[], Sequence[str]],
+        rate: Callable[[int], float],
+        saved: Callable[[], Sequence[int]],
+    ) -> None:
         """
         Args:
           keep: writes a batch down for a replay, and tells where (`keep_batch`).
           first_layer: where each bank's layers begin.
+          bad_frozen: tells which arrays of base and frozen banks are not finite.
+          rate: the learning rate, from the number of updates made before.
+          saved: the steps whose checkpoints are whole.
         """
         self._keep, self._first_layer = keep, first_layer
+        self._bad_frozen, self._rate, self._saved = bad_frozen, rate, saved
+        self._before: list[float] = []  # the last losses that were finite
+
+    def on_start(self, progress: Progress) -> None:
+        """Note where this start began."""
+        self._first, self._before = progress.step, []
 
     def on_metrics(self, progress: Progress, record: StepRecord) -> None:
         """Look at a step before any other hook does."""
         if fault := self._fault(record):
-            raise UserError(
-                f"stage '{progress.stage}', step {record.step}: {fault}; lower learning_rate, or "
-                f"look at the rows of this step, kept in {self._keep(record.batch)}. The last "
-                "checkpoint is intact."
+            saved = list(self._saved())
+            left = (
+                f"The checkpoint of step {saved[-1]} is intact."
+                if saved
+                else ("There is no checkpoint yet.")
             )
+            raise UserError(
+                f"stage '{progress.stage}', step {record.step}: {fault}. "
+                f"{self._cause(record)} {left}"
+            )
+        self._before = [*self._before[-2:], record.metrics["loss"]]
         if record.step == 1 and not record.metrics["target_tokens"]:
             raise UserError(
                 f"stage '{progress.stage}': no token of the first batch is a target, so there is "
                 "nothing to learn; most likely data.length cuts the rows before their answers "
                 "begin"
             )
+
+    def _cause(self, record: StepRecord) -> str:
+        """What it comes from, as far as that can be told: base and banks, rows, or rates."""
+        rows = f"the rows of this step, kept in {self._keep(record.batch)}"
+        if bad := self._bad_frozen():
+            return (
+                f"The cause is in the base or a frozen bank: {', '.join(bad[:3])} holds NaN or "
+                f"infinity. The batch is kept in {self._keep(record.batch)}."
+            )
+        if record.step == self._first + 1:
+            return (
+                "No update was made since the start, so learning_rate has no part in it, and base "
+                f"and frozen banks are finite: look at {rows}, at the trained banks that the stage "
+                "began with, or set base.dtype to float32."
+            )
+        losses = ", ".join(f"{loss:.4g}" for loss in self._before)
+        rate = float(self._rate(record.step - 1))
+        if len(self._before) > 1 and self._before[-1] > self._before[0]:
+            return (
+                f"The losses before rose ({losses}): lower learning_rate (it was {rate:.3g}), or "
+                f"lengthen warmup; else look at {rows}."
+            )
+        return (
+            f"The losses before did not rise ({losses}): look at {rows}; else lower learning_rate "
+            f"(it was {rate:.3g})."
+        )
 
     def _fault(self, record: StepRecord) -> str:
         """What is not finite, "" if all is well; takes the routers' flag out of the metrics."""
