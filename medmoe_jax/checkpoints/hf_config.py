@@ -185,7 +185,7 @@ def _values(family: Family, hf: Json) -> dict[str, Any]:
     optional = {key for key, default in family.defaults.items() if default is None}
     optional |= {"num_key_value_heads", "head_dim", "sliding_window"}
     for key in (*counts, "sliding_window_pattern", "no_rope_layer_interval"):
-        value = values.get(key)
+        value: Any = values.get(key)
         count = fits(value, int) and 0 < value <= _MOST
         if key in values and not count and not (value is None and key in optional):
             raise UserError(

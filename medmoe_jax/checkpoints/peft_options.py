@@ -225,7 +225,7 @@ def _listed(names: str | Sequence[str] | None) -> Sequence[str]:
 
 
 def _bad_number(key: str, fields: Mapping[str, Any], whole: bool = False) -> list[str]:
-    value = fields.get(key)
+    value: Any = fields.get(key)
     if fits(value, int if whole else Number) and (value > 0 if whole else abs(value) < _LARGEST):
         return []
     return [f"{key}: {shown(value)} is not a {'positive whole ' if whole else ''}number"]

@@ -181,7 +181,7 @@ def _stop_ids(folder: Path, model: Mapping[str, Any]) -> tuple[int, ...]:
     generation = folder / "generation_config.json"
     ids = (_json(generation) if generation.is_file() else model).get("eos_token_id")
     ids = ids if isinstance(ids, list) else [ids]
-    return tuple(i for i in ids if fits(i, int))
+    return tuple(i for i in ids if isinstance(i, int) and not isinstance(i, bool))
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:

@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from medmoe_jax.errors import UserError
 from medmoe_jax.storage.plain import check_plain
@@ -50,8 +50,8 @@ def most_of(size: int) -> int:
 class Bounded(io.RawIOBase):
     """An unpacking stream that ends in a UserError where it gives more than can be meant."""
 
-    def __init__(self, stream: BinaryIO, size: int, shown: object) -> None:
-        """`size` is that of the packed file, `shown` its name for messages."""
+    def __init__(self, stream: Any, size: int, shown: object) -> None:
+        """`stream` has `read` and `close`; `size` is the packed file's, `shown` its name."""
         self._stream, self._left, self._shown = stream, most_of(size), shown
 
     def readable(self) -> bool:

@@ -80,7 +80,9 @@ class TensorBoard(Hook):
     def on_metrics(self, progress: Progress, record: StepRecord) -> None:
         """Write a step's metrics where that is due, or they hold what comes seldom."""
         if record.rare or progress.is_due(record.step, self._every):
-            from tensorboardX.proto.event_pb2 import Event
+            from tensorboardX.proto.event_pb2 import Event  # ty: ignore[missing-module-member]
+            from tensorboardX.summary import scalar
+
             from tensorboardX.summary import scalar
 
             for name, value in record.metrics.items():
