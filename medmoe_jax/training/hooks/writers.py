@@ -83,8 +83,6 @@ class TensorBoard(Hook):
             from tensorboardX.proto.event_pb2 import Event  # ty: ignore[missing-module-member]
             from tensorboardX.summary import scalar
 
-            from tensorboardX.summary import scalar
-
             for name, value in record.metrics.items():
                 summary = scalar(f"{progress.stage}/{name}", value)
                 self._writer.write_event(
