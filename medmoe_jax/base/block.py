@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from medmoe_jax.base import attention, rope
+from medmoe_jax.base.cache import Place, append
 from medmoe_jax.base.config import GROUPS, DecoderConfig
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.base.seam import Context, Params, Seam
@@ -25,7 +26,7 @@ class Tokens(NamedTuple):
     Attributes:
       segments_BxT, positions_BxT: int32, of the queries.
       k_segments_BxS, k_positions_BxS: int32, of the keys.
-      written: [] int32, cache slots written before.
+      place: where their keys and values are written in the cache; None where there is none.
       rope: the tables of `rope.tables`.
       attend: runs attention without a cache, as `attention.splash_attention` does; None = masked.
     """
@@ -34,7 +35,7 @@ class Tokens(NamedTuple):
     positions_BxT: jax.Array
     k_segments_BxS: jax.Array
     k_positions_BxS: jax.Array
-    written: jax.Array
+    place: Place | None
     rope: tuple[jax.Array, jax.Array]
     attend: Callable | None
 
@@ -118,7 +119,10 @@ def _attention(config, execution, seam, layer: Layer, x_BxTxD, tokens: Tokens, c
     tables = [jax.lax.dynamic_index_in_dim(x, layer.rope, keepdims=False) for x in tokens.rope]
     q, k = rope.rotate(q, *tables), rope.rotate(k, *tables)
     if cache is not None:
-        cache, (k, v) = _append(cache, (k, v), context.layer, tokens.written)
+        pairs = zip(cache, (k, v), strict=True)
+        cache, (k, v) = zip(
+            *(append(old, new, context.layer, tokens.place) for old, new in pairs), strict=True
+        )
     if tokens.attend:
         out = tokens.attend(config, execution, q, k, v, tokens.segments_BxT, layer.window)
     else:
@@ -143,13 +147,3 @@ def _head_norm(config: DecoderConfig, x_BxTxHxh, weight):
     x = x_BxTxHxh.reshape(*x_BxTxHxh.shape[:2], -1, weight.shape[-1])
     x = rms_norm(x, weight, eps=config.norm_eps, offset=config.norm_offset)
     return x.reshape(x_BxTxHxh.shape)
-
-
-def _append(cache, new, layer, written):
-    """`(cache, the layer's own keys and values)` with the new ones after those written before."""
-    at = (layer, 0, written, 0, 0)
-    cache = tuple(
-        jax.lax.dynamic_update_slice(old, x[None].astype(old.dtype), at)
-        for old, x in zip(cache, new, strict=True)
-    )
-    return cache, tuple(jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in cache)

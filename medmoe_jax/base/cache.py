@@ -1,6 +1,7 @@
 """Keys and values of tokens that were read before, for decoding token by token.
 
-Axes: B batch, S cache slots, L layers, K key/value heads, h head dimension.
+Axes: B rows of the cache, R rows given, S cache slots, T tokens, L layers, K key/value heads,
+h head dimension.
 """
 
 from __future__ import annotations
@@ -14,18 +15,35 @@ from jax.typing import DTypeLike
 from medmoe_jax.base.config import DecoderConfig
 
 
-class Cache(NamedTuple):
-    """Keys and values of the tokens seen so far; slots not yet written belong to segment 0.
+class Place(NamedTuple):
+    """Where the tokens given are written.
 
-    `lengths` counts a row's whole text, what is still to come included (`rope.tables`).
+    Attributes:
+      written_R: int32, slots of each row that were written before; its tokens go to those after
+        them, for which there must be room.
+      rows_R: int32, the row of the cache that each row given is, those beyond the last are not
+        kept; None = all rows, in order.
+      sources_R: int32, beside `rows_R`: the row of the cache whose first `written_R` slots come
+        before the tokens, and are copied.
+    """
+
+    written_R: jax.Array
+    rows_R: jax.Array | None = None
+    sources_R: jax.Array | None = None
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens seen so far; slots not yet written are seen by no token.
+
+    `lengths_R` counts a row's whole text, what is still to come included (`rope.tables`).
     """
 
     k: jax.Array  # [L, B, S, K, h]
     v: jax.Array  # [L, B, S, K, h]
     segments: jax.Array  # [B, S] int32
     positions: jax.Array  # [B, S] int32
-    length: jax.Array  # [] int32, slots written
-    lengths: jax.Array  # [B] int32
+    place: Place
+    lengths_R: jax.Array  # [R] int32
 
 
 def new_cache(
@@ -40,4 +58,51 @@ def new_cache(
     ids = jnp.zeros((batch, slots), jnp.int32)
     k, v = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
     lengths_B = jnp.full(batch, slots, jnp.int32) if lengths_B is None else lengths_B
-    return Cache(k, v, ids, ids, jnp.int32(0), lengths_B)
+    return Cache(k, v, ids, ids, Place(jnp.zeros(batch, jnp.int32)), lengths_B)
+
+
+def append(
+    stack_LxBxS: jax.Array, new_RxT: jax.Array, layer: jax.Array | int, place: Place
+) -> tuple[jax.Array, jax.Array]:
+    """Write tokens into one layer of a cache: `(the cache, the rows' own slots [R, S, ...])`.
+
+    Args:
+      stack_LxBxS: `[L, B, S, ...]`.
+      new_RxT: `[R, T, ...]`.
+      layer: which.
+      place: where.
+    """
+    new_RxT = new_RxT.astype(stack_LxBxS.dtype)
+
+    def write(old, new, layer, slot):
+        return jax.lax.dynamic_update_slice(old, new[None], (layer, slot, *(0,) * (new.ndim - 1)))
+
+    if place.rows_R is None:
+        each = jax.vmap(write, in_axes=(1, 0, None, 0), out_axes=1)
+        stack_LxBxS = each(stack_LxBxS, new_RxT, layer, place.written_R)
+        return stack_LxBxS, jax.lax.dynamic_index_in_dim(stack_LxBxS, layer, keepdims=False)
+    mine_1xRxS = stack_LxBxS[layer, place.sources_R][None]
+    each = jax.vmap(write, in_axes=(1, 0, None, 0), out_axes=1)
+    mine_RxS = each(mine_1xRxS, new_RxT, 0, place.written_R)[0]
+    return stack_LxBxS.at[layer, place.rows_R].set(mine_RxS, mode="drop"), mine_RxS
+
+
+def note(
+    cache: Cache, segments_RxT: jax.Array, positions_RxT: jax.Array
+) -> tuple[Cache, jax.Array, jax.Array]:
+    """Write what is known of tokens: `(cache, segments [R, S], positions [R, S] of the slots)`.
+
+    The cache's place is still that of the tokens given; `moved` is for those after them.
+    """
+    segments, k_segments_RxS = append(cache.segments[None], segments_RxT, 0, cache.place)
+    positions, k_positions_RxS = append(cache.positions[None], positions_RxT, 0, cache.place)
+    end_Rx1 = cache.place.written_R[:, None] + segments_RxT.shape[1]
+    written_RxS = jnp.arange(cache.segments.shape[1])[None] < end_Rx1
+    cache = cache._replace(segments=segments[0], positions=positions[0])
+    return cache, jnp.where(written_RxS, k_segments_RxS, 0), k_positions_RxS
+
+
+def moved(cache: Cache, tokens: int) -> Cache:
+    """The cache after so many tokens of each row were written."""
+    place = cache.place._replace(written_R=cache.place.written_R + tokens)
+    return cache._replace(place=place)

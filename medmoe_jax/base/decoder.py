@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from medmoe_jax.base import attention, cudnn, rope, trees
 from medmoe_jax.base.block import Layer, Tokens, block, rms_norm
-from medmoe_jax.base.cache import Cache
+from medmoe_jax.base.cache import Cache, moved, note
 from medmoe_jax.base.config import GROUPS, DecoderConfig, site_shapes
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.base.seam import BareSeam, Context, LayerRange, Params, activation
@@ -106,7 +106,7 @@ def hidden(
       ranges: the layers in order, with what runs their linear work; empty = the bare base.
       trained: nested dict of base leaves that take the place of those in `params`.
       context: what the seam is told of the tokens.
-      cache: earlier keys and values; the tokens given are appended at `cache.length`.
+      cache: earlier keys and values; the tokens given are written at `cache.place`.
 
     Returns:
       `(x_BxTxD, cache, statistics)`: of each range those of its seam, leaves `[layers, ...]`.
@@ -120,20 +120,18 @@ def hidden(
     if config.embed_scale != 1.0:
         x_BxTxD *= jnp.asarray(config.embed_scale, execution.dtype)
     x_BxTxD = execution.constrain(x_BxTxD)
-    k_segments, k_positions, written = segment_ids_BxT, positions_BxT, jnp.int32(0)
+    k_segments, k_positions, place = segment_ids_BxT, positions_BxT, None
     kv, lengths_BxT = None, rope.text_lengths(segment_ids_BxT, positions_BxT)
     if cache is not None:
-        lengths_BxT = jnp.broadcast_to(cache.lengths[:, None], positions_BxT.shape)
-        written, kv = cache.length, (cache.k, cache.v)
-        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=written, axis=1)
-        k_segments = write(cache.segments, segment_ids_BxT)
-        k_positions = write(cache.positions, positions_BxT)
+        lengths_BxT = jnp.broadcast_to(cache.lengths_R[:, None], positions_BxT.shape)
+        place, kv = cache.place, (cache.k, cache.v)
+        cache, k_segments, k_positions = note(cache, segment_ids_BxT, positions_BxT)
     tokens = Tokens(
         segment_ids_BxT,
         positions_BxT,
         k_segments,
         k_positions,
-        written,
+        place,
         rope.tables(config, positions_BxT, lengths_BxT),
         _flash(config, execution, tokens_BxT.shape[1]) if cache is None else None,
     )
@@ -149,8 +147,7 @@ def hidden(
     if config.output_scale != 1.0:
         x_BxTxD *= jnp.asarray(config.output_scale, execution.dtype)
     if cache is not None and kv is not None:
-        written += tokens_BxT.shape[1]
-        cache = Cache(*kv, k_segments, k_positions, written, cache.lengths)
+        cache = moved(cache._replace(k=kv[0], v=kv[1]), tokens_BxT.shape[1])
     return x_BxTxD, cache, tuple(every)
 
 

@@ -1,48 +1,32 @@
-"""Cached scoring and generation on token ids.
+"""A base and its banks that score and continue token ids.
 
-Axes: B rows, P prompt slots, C completion slots, N completions a prompt, S cache slots.
-Prompts are padded on the left, completions on the right; padding is segment 0, which no other
-token sees. Rows are bucketed by length, so a few compiled shapes serve every input.
+Axes: B rows, P prompt slots, C completion slots, N completions a prompt.
+Rows that are scored are bucketed by length, so a few compiled shapes serve every input.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from medmoe_jax.adapters import model as adapted
 from medmoe_jax.adapters.model import AdaptedConfig
-from medmoe_jax.base import decoder, rope
-from medmoe_jax.base.cache import new_cache
-from medmoe_jax.base.loss import logits, token_log_probs
-from medmoe_jax.base.seam import Context, Params
+from medmoe_jax.base import rope
+from medmoe_jax.base.seam import Params
 from medmoe_jax.errors import UserError
+from medmoe_jax.inference.decoding import Rows
+from medmoe_jax.inference.forward import Weights
+from medmoe_jax.inference.requests import Request, Token
 from medmoe_jax.inference.sampling import Sampling
+from medmoe_jax.inference.scoring import score_batch, tell_batch
 from medmoe_jax.parallel.host import to_host
 from medmoe_jax.parallel.mesh import put, round_up_rows, row_sharding
-from medmoe_jax.ranges import COUNT
+from medmoe_jax.ranges import COUNT, Range
 
 _MIN_SLOTS = 16
-
-
-class Weights(NamedTuple):
-    """What a batch of rows is run with.
-
-    Attributes:
-      base, banks: parameters of the decoder and of its banks.
-      trained: base leaves that take the place of those in `base`.
-      language_ids_Bx1: int32, the expert of each row's language, or -1 where it is unknown.
-    """
-
-    base: Any
-    banks: Any
-    trained: Any
-    language_ids_Bx1: jax.Array
 
 
 def _slots(length: int) -> int:
@@ -51,150 +35,9 @@ def _slots(length: int) -> int:
     return size * 3 // 4 if length <= size * 3 // 4 and size > _MIN_SLOTS else size
 
 
-def _run(config: AdaptedConfig, weights: Weights, tokens, segments, positions, cache):
-    language_ids_BxT = jnp.where(segments > 0, weights.language_ids_Bx1, -1)
-    x, cache, _ = adapted.hidden(
-        config,
-        weights.base,
-        weights.banks,
-        tokens,
-        segments,
-        positions,
-        trained=weights.trained,
-        context=Context(language_ids_BxT=language_ids_BxT),
-        cache=cache,
-    )
-    return decoder.head(weights.base, weights.trained), x, cache
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def score_batch(
-    config: AdaptedConfig,
-    weights: Weights,
-    prompts: jax.Array,
-    segments: jax.Array,
-    positions: jax.Array,
-    given: jax.Array,
-    targets: jax.Array,
-    lengths: jax.Array,
-) -> jax.Array:
-    """Log-probabilities of N completions a prompt, the prompt being read once.
-
-    Args:
-      config: static.
-      weights: parameters and languages.
-      prompts, segments, positions: `[B, P]` int32, prompts without their last token, padded on
-        the left; segment 0 is padding.
-      given, targets: `[N, B, C]`, inputs (from the last prompt token on) and what they predict.
-      lengths: `[N, B]` tokens of each completion.
-
-    Returns:
-      `[N, B]` float32 sums.
-    """
-    B, P = prompts.shape
-    C = given.shape[-1]
-    start_Bx1 = jnp.sum(segments, axis=1, keepdims=True)
-    whole_B = start_Bx1[:, 0] + 1 + jnp.max(lengths, axis=0)
-    cache = new_cache(config.decoder, B, P + C, config.execution.dtype, whole_B)
-    _, _, cache = _run(config, weights, prompts, segments, positions, cache)
-    offsets_1xC = jnp.arange(C, dtype=jnp.int32)[None]
-
-    def one(_, completion):
-        given_BxC, targets_BxC, lengths_B = completion
-        live_BxC = (offsets_1xC < lengths_B[:, None]).astype(jnp.int32)
-        positions_BxC = (start_Bx1 + offsets_1xC) * live_BxC
-        head, x, _ = _run(config, weights, given_BxC, live_BxC, positions_BxC, cache)
-        log_probs_BxC = token_log_probs(config.decoder, head, x, targets_BxC, config.execution)
-        return None, jnp.sum(log_probs_BxC * live_BxC, axis=1)
-
-    return jax.lax.scan(one, None, (given, targets, lengths))[1]
-
-
-def _pick(temperature: float, top_p: float, z_BxV, keys_B, step):
-    if not temperature:
-        return jnp.argmax(z_BxV, axis=-1).astype(jnp.int32)
-    z_BxV = z_BxV / temperature
-    if top_p < 1.0:
-        sorted_BxV = jnp.sort(z_BxV, axis=-1)[:, ::-1]
-        before_BxV = jnp.cumsum(jax.nn.softmax(sorted_BxV, -1), -1) - jax.nn.softmax(sorted_BxV, -1)
-        kept_B = jnp.sum(before_BxV < top_p, axis=-1)
-        floor_Bx1 = jnp.take_along_axis(sorted_BxV, kept_B[:, None] - 1, axis=-1)
-        z_BxV = jnp.where(z_BxV < floor_Bx1, -jnp.inf, z_BxV)
-    keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
-    return jax.vmap(jax.random.categorical)(keys_B, z_BxV).astype(jnp.int32)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def generate_batch(
-    config: AdaptedConfig,
-    temperature: float,
-    top_p: float,
-    stops: tuple[tuple[int, ...], ...],
-    max_tokens: int,
-    weights: Weights,
-    prompts: jax.Array,
-    segments: jax.Array,
-    positions: jax.Array,
-    keys_Bx2: jax.Array,
-) -> jax.Array:
-    """Continue every prompt until one of the `stops` or `max_tokens`.
-
-    Args:
-      config, temperature, top_p, stops, max_tokens: static; a stop is a tuple of ids that follow
-        each other.
-      weights: parameters and languages.
-      prompts, segments, positions: `[B, P]` int32, prompts padded on the left; segment 0 is
-        padding.
-      keys_Bx2: uint32, the data of each prompt's own key, whatever batch it is in.
-
-    Returns:
-      ids `[B, max_tokens]`, filled up with the last id of the first stop.
-    """
-    B, P = prompts.shape
-    before = max(len(stop) for stop in stops) - 1
-    filler = stops[0][-1]
-    next_position_B = jnp.sum(segments, axis=1)
-    slots, whole_B = P + max_tokens, next_position_B + max_tokens
-    cache = new_cache(config.decoder, B, slots, config.execution.dtype, whole_B)
-    head, x, cache = _run(config, weights, prompts, segments, positions, cache)
-    keys_B = jax.random.wrap_key_data(keys_Bx2)
-    pick = functools.partial(_pick, temperature, top_p)
-    first_B = pick(logits(config.decoder, head, x[:, -1:])[:, 0], keys_B, 0)
-    # Slots before the first one let a stop be looked for at every step; no id is -1.
-    ids = jnp.full((before + max_tokens, B), filler, jnp.int32).at[:before].set(-1)
-    done_B = jnp.sum(segments, axis=1) == 0
-
-    def more(carry):
-        step, _, _, done_B, _, _ = carry
-        return (step < max_tokens) & ~jnp.all(done_B)
-
-    def advance(carry):
-        step, token_B, ids, done_B, position_B, cache = carry
-        token_B = jnp.where(done_B, filler, token_B)
-        ids = ids.at[before + step].set(token_B)
-        latest_KxB = jax.lax.dynamic_slice_in_dim(ids, step, before + 1)
-        for stop in stops:
-            stop_Kx1 = jnp.asarray(stop, jnp.int32)[:, None]
-            done_B |= jnp.all(latest_KxB[-len(stop) :] == stop_Kx1, axis=0)
-        one_Bx1 = jnp.ones((B, 1), jnp.int32)
-        head, x, cache = _run(
-            config, weights, token_B[:, None], one_Bx1, position_B[:, None], cache
-        )
-        z_BxV = logits(config.decoder, head, x)[:, 0]
-        token_B = pick(z_BxV, keys_B, step + 1)
-        return step + 1, token_B, ids, done_B, position_B + 1, cache
-
-    start = (jnp.int32(0), first_B, ids, done_B, next_position_B, cache)
-    return jnp.swapaxes(jax.lax.while_loop(more, advance, start)[2][before:], 0, 1)
-
-
 def _before_stop(ids: list[int], stops: Sequence[tuple[int, ...]]) -> list[int]:
-    """The ids up to the first stop that is complete."""
-    for end in range(1, len(ids) + 1):
-        for stop in stops:
-            if tuple(ids[max(0, end - len(stop)) : end]) == stop:
-                return ids[: end - len(stop)]
-    return ids
+    """The ids of an answer without the stop that they end with."""
+    return ids[: -max(len(stop) for stop in stops if tuple(ids[-len(stop) :]) == stop)]
 
 
 class Engine:
@@ -315,16 +158,59 @@ class Engine:
         if any(not p for p in prompts):
             raise UserError("generate: every prompt needs at least one token")
         prompts = self._fit(prompts, [max_tokens] * len(prompts))
-        out: list[list[int]] = [[] for _ in prompts]
+        rows = self.decoding()
         stops = tuple((stop,) if isinstance(stop, int) else tuple(stop) for stop in stop_ids)
+        for i, prompt in enumerate(prompts):
+            own = dataclasses.replace(sampling, first=sampling.first + i)
+            language = -1 if languages is None else languages[i]
+            rows.submit(Request(tuple(prompt), max_tokens, stops, own, language))
+        out: list[list[int]] = [[] for _ in prompts]
+        while said := rows.step():
+            for one in said:
+                out[one.request].extend(token.id for token in one.tokens)
+                if one.ended == "stop":
+                    out[one.request] = _before_stop(out[one.request], stops)
+        return out
+
+    def decoding(self) -> Rows:
+        """Rows of this model that answer requests side by side, with a cache of their own."""
+        return Rows(self.config, Weights(self.base, self.banks, self.trained), self.batch)
+
+    def told(
+        self,
+        prompts: Sequence[Sequence[int]],
+        alternatives: int = 0,
+        languages: Sequence[int] | None = None,
+    ) -> list[list[Token]]:
+        """Every token of texts with its log-probability after those before it.
+
+        Nothing comes before the first one, which has 0.0 and no alternatives.
+
+        Args:
+          prompts: ids.
+          alternatives: so many of the most probable tokens in each one's place.
+          languages: as in `score`.
+
+        Raises:
+          UserError: an empty text, or one that is longer than the context.
+        """
+        vocabulary, limit = self.config.decoder.vocab_size, self.config.decoder.max_positions
+        Range(0, vocabulary).check("alternatives", alternatives)
+        for ids in prompts:
+            if not 0 < len(ids) <= limit:
+                raise UserError(
+                    f"a text of {len(ids)} tokens; it needs at least 1, at most {limit}"
+                )
+        out: list[list[Token]] = [[] for _ in prompts]
         for rows in self._batches([len(p) for p in prompts]):
             arrays = self._pad([prompts[i] for i in rows])
-            keys_Bx2 = self._put(sampling.keys(np.resize(rows, self.batch)), 0)
-            weights = self._weights(rows, languages)
-            law = (sampling.temperature, sampling.top_p)
-            ids = generate_batch(self.config, *law, stops, max_tokens, weights, *arrays, keys_Bx2)
-            for i, row in zip(rows, to_host(ids), strict=False):
-                out[i] = _before_stop(row.tolist(), stops)
+            drawn = tell_batch(self.config, alternatives, self._weights(rows, languages), *arrays)
+            ids, log_probs, others, other_log_probs = (to_host(x) for x in drawn)
+            for b, i in enumerate(rows):
+                out[i].append(Token(prompts[i][0], 0.0))
+                for t in range(ids.shape[1] - len(prompts[i]), ids.shape[1] - 1):
+                    pairs = zip(others[b, t].tolist(), other_log_probs[b, t].tolist(), strict=True)
+                    out[i].append(Token(int(ids[b, t]), float(log_probs[b, t]), tuple(pairs)))
         return out
 
     def _weights(self, rows: Sequence[int], languages: Sequence[int] | None) -> Weights:

@@ -11,12 +11,15 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from medmoe_jax.ranges import NOT_NEGATIVE, SEED, Range
+from medmoe_jax.ranges import NOT_NEGATIVE, POSITIVE, SEED, SHARE, Range
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn.
+
+    First the repeated tokens are penalised, then the temperature is applied, and then `top_k`,
+    `top_p` and `min_p` take tokens away, each from what the one before has left.
 
     Attributes:
       temperature: 0 takes the most probable token.
@@ -24,18 +27,28 @@ class Sampling:
       seed: where the draws start from.
       first: number of the first prompt. Each prompt draws from the stream of its number, so that
         parts that are asked one after the other draw as the whole would.
+      top_k: so many of the most probable tokens are drawn from; 0 = all.
+      min_p: tokens less probable than this share of the most probable one's are not drawn.
+      repetition_penalty: what the logit of a token of the prompt or the answer is divided by if it
+        is positive, and multiplied by if it is not (arXiv 1909.05858); 1 = none.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
     first: int = 0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         NOT_NEGATIVE.check("temperature", self.temperature)
         Range(0, 1, above=True).check("top_p", self.top_p)
         SEED.check("seed", self.seed)
         NOT_NEGATIVE.check("first", self.first)
+        NOT_NEGATIVE.check("top_k", self.top_k)
+        SHARE.check("min_p", self.min_p)
+        POSITIVE.check("repetition_penalty", self.repetition_penalty)
 
     def keys(self, rows: npt.ArrayLike) -> np.ndarray:
         """Data of the random keys `[B, 2]` uint32 of prompts that stand at these places."""

@@ -18,8 +18,10 @@ from medmoe_jax.adapters import lifecycle
 from medmoe_jax.adapters.lifecycle import Roster
 from medmoe_jax.base.chunks import divide
 from medmoe_jax.errors import UserError
-from medmoe_jax.inference import engine
-from medmoe_jax.inference.engine import Weights
+from medmoe_jax.inference import scoring as scoring_programs
+from medmoe_jax.inference import steps
+from medmoe_jax.inference.drawing import Law
+from medmoe_jax.inference.forward import Weights
 from medmoe_jax.parallel.mesh import replicated, round_up_rows, row_sharding
 from medmoe_jax.parallel.rules import placed, state_shardings
 from medmoe_jax.parallel.topology import Topology
@@ -183,7 +185,9 @@ def scoring(setup: Setup, at: Start) -> Program:
     P = setup.config.data.length - C
     completions = (ids(N, B, C, axis=1), ids(N, B, C, axis=1), ids(N, B, axis=1))
     arguments = (weights, ids(B, P), ids(B, P), ids(B, P), *completions)
-    return Program("score", functools.partial(engine.score_batch, model), arguments, B, P + N * C)
+    return Program(
+        "score", functools.partial(scoring_programs.score_batch, model), arguments, B, P + N * C
+    )
 
 
 def decoding(setup: Setup, at: Start) -> Program:
@@ -191,10 +195,19 @@ def decoding(setup: Setup, at: Start) -> Program:
     model, weights, B, ids = _answering(setup, at)
     new = min(NEW_TOKENS, setup.config.data.length // 2)
     P = setup.config.data.length - new
-    generate = functools.partial(engine.generate_batch, model, 0.0, 1.0, ((0,),), new)
-    keys = ids(B, 2).update(dtype=jnp.uint32)
-    arguments = (weights, ids(B, P), ids(B, P), ids(B, P), keys)
-    return Program("generate", generate, arguments, B, P + new, turns=new)
+
+    def now(tokens: int) -> steps.Now:
+        each, rate = ids(B), ids(B).update(dtype=jnp.float32)
+        law = Law(rate, rate, rate, rate, each, ids(B, 2).update(dtype=jnp.uint32))
+        return steps.Now(ids(B, tokens), each, each, each, each, each, law)
+
+    def generate(weights, prompts, rows_B, after):
+        state = steps.new_state(model, B, P + new)
+        state, _ = steps.read(model, 0, weights, state, prompts, rows_B, rows_B)
+        return steps.go_on(model, new, 0, weights, state, after, new)[1]
+
+    arguments = (weights, now(P), ids(B), now(1))
+    return Program("generate", jax.jit(generate), arguments, B, P + new, turns=new)
 
 
 def bytes_of(tree: Any) -> int:
