@@ -38,6 +38,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=256, help="of an answer (%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (%(default)s)")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus size (%(default)s)")
+    parser.add_argument(
+        "--top-k", type=int, default=0, help="draw from so many tokens; 0 = all (%(default)s)"
+    )
+    parser.add_argument(
+        "--min-p", type=float, default=0.0, help="least share of the likeliest's (%(default)s)"
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, help="above 1 repeats less (%(default)s)"
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], help="text that ends an answer; repeatable"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
 
 
@@ -48,7 +60,14 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     if (arguments.input is None) != (arguments.output is None):
         raise UserError("--input and --output go together")
     COUNT.check("max_tokens", arguments.max_tokens)
-    sampling = Sampling(arguments.temperature, arguments.top_p, arguments.seed)
+    sampling = Sampling(
+        arguments.temperature,
+        arguments.top_p,
+        arguments.seed,
+        top_k=arguments.top_k,
+        min_p=arguments.min_p,
+        repetition_penalty=arguments.repetition_penalty,
+    )
     rows, places = [{"prompt": arguments.prompt}], ["the prompt"]
     check_text(rows, "the prompt")
     if arguments.input is not None:
@@ -57,7 +76,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     opened = open_run(rest, arguments.workdir)
     check_prompts(opened.setup, prompts, places.__getitem__)
     model = open_model(opened, arguments.stage, arguments.off, arguments.language)
-    answers = model.answer(prompts, arguments.max_tokens, sampling)
+    answers = model.answer(prompts, arguments.max_tokens, sampling, arguments.stop)
     note_cut(model)
     if arguments.input is None:
         say(answers[0].text)

@@ -7,7 +7,7 @@ Rows that are scored are bucketed by length, so a few compiled shapes serve ever
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -141,6 +141,7 @@ class Engine:
         stop_ids: Sequence[int | Sequence[int]],
         sampling: Sampling = Sampling(),
         languages: Sequence[int] | None = None,
+        enough: Callable[[int, list[int]], bool] | None = None,
     ) -> list[list[int]]:
         """Continuations, without what stopped them.
 
@@ -150,6 +151,8 @@ class Engine:
           stop_ids: what ends a continuation: an id, or ids that follow each other.
           sampling: how tokens are drawn.
           languages: as in `score`.
+          enough: asked every few tokens whether a prompt's continuation, which has these ids by
+            now, need not go on.
 
         Raises:
           UserError: an empty prompt, or `max_tokens` is below 1 or leaves no room for a prompt.
@@ -170,6 +173,8 @@ class Engine:
                 out[one.request].extend(token.id for token in one.tokens)
                 if one.ended == "stop":
                     out[one.request] = _before_stop(out[one.request], stops)
+                elif enough and not one.ended and enough(one.request, out[one.request]):
+                    rows.cancel(one.request)
         return out
 
     def decoding(self) -> Rows:

@@ -114,27 +114,49 @@ class LanguageModel:
         return [answer.text for answer in self.answer(prompts, max_tokens, sampling)]
 
     def answer(
-        self, prompts: Sequence[Prompt], max_tokens: int, sampling: Sampling = Sampling()
+        self,
+        prompts: Sequence[Prompt],
+        max_tokens: int,
+        sampling: Sampling = Sampling(),
+        stops: Sequence[str] = (),
     ) -> list[Answer]:
-        """Answers and what was thought before them, up to the end of the turn or `max_tokens`."""
+        """Answers and what was thought before them.
+
+        They go up to the end of the turn, to the first of the texts `stops`, or to `max_tokens`.
+
+        Raises:
+          UserError: a stop is empty, or what the engine does not generate.
+        """
+        if not all(stops):
+            raise UserError("stops: every one needs at least one character")
+        texts = (*self.stops.texts, *stops)
         prompt_ids = []
         for prompt in prompts:
             turns = turns_of(prompt)
             prompt_ids.append(self._fitted(turns, self._prompt(turns), max_tokens)[1])
         tokenizer = self.encoder.tokenizer
-        stops = [*self.stops.ids, *(tokenizer.encode(text) for text in self.stops.texts)]
-        experts = self._experts(prompts)
-        answers = self.engine.generate(prompt_ids, max_tokens, stops, sampling, experts)
+        ends = [*self.stops.ids, *(tokenizer.encode(text) for text in texts)]
+        starts = [tokenizer.begins_after(prompt) for prompt in prompt_ids]
+
+        def enough(i: int, ids: list[int]) -> bool:
+            # A text may be written in other tokens than those it is encoded to by itself.
+            text = tokenizer.decode(ids, start=starts[i])
+            return any(stop in text for stop in texts)
+
+        answers = self.engine.generate(
+            prompt_ids,
+            max_tokens,
+            ends,
+            sampling,
+            self._experts(prompts),
+            enough if texts else None,
+        )
         out = []
-        for prompt, ids in zip(prompt_ids, answers, strict=True):
-            text = tokenizer.decode(ids, start=tokenizer.begins_after(prompt))
-            cut = self._cut(text)
+        for start, ids in zip(starts, answers, strict=True):
+            text = tokenizer.decode(ids, start=start)
+            cut = text[: min((text.find(stop) for stop in texts if stop in text), default=None)]
             out.append(Answer(*self.encoder.read(cut), len(ids) < max_tokens or cut != text))
         return out
-
-    def _cut(self, text: str) -> str:
-        ends = [text.find(stop) for stop in self.stops.texts if stop in text]
-        return text[: min(ends, default=len(text))]
 
     def _experts(self, prompts: Sequence[Prompt]) -> list[int]:
         return [self.expert_of(spoken(turns_of(prompt))) for prompt in prompts]

@@ -215,6 +215,11 @@ def test_generate(config, workdir, tmp_path, capsys):
     prompts = [row["prompt"] for row in tiny.alignment_rows()[:3]]
     assert main(["generate", *model, prompts[0]]) == 0
     printed = capsys.readouterr().out
+    assert main(["generate", *model, f"--stop={printed[2:4]}", "--stop=zzz", prompts[0]]) == 0
+    assert capsys.readouterr().out == printed[: printed.index(printed[2:4])] + "\n"
+    sharp = ["--temperature=3", "--top-k=1", "--min-p=0.1", "--repetition-penalty=1"]
+    assert main(["generate", *model, *sharp, prompts[0]]) == 0
+    assert capsys.readouterr().out == printed
     source = write_rows(
         tmp_path / "p.jsonl", [{"prompt": p, "n": i} for i, p in enumerate(prompts)]
     )
@@ -232,6 +237,10 @@ def test_generate(config, workdir, tmp_path, capsys):
         (["x", "--temperature=inf"], "--temperature: inf is not a finite number"),
         (["x", "--top-p=nan"], "--top-p: nan is not a finite number"),
         (["x", "--top-p=0"], "--top-p: 0.0 is not above 0"),
+        (["x", "--top-k=-1"], "--top-k: -1 is below 0"),
+        (["x", "--min-p=2"], "--min-p: 2.0 is above 1"),
+        (["x", "--repetition-penalty=0"], "--repetition-penalty: 0.0 is not above 0"),
+        (["x", "--stop="], "stops: every one needs at least one character"),
         (["x", f"--seed={2**63}"], "--seed: 9223372036854775808 is above"),
         (["x", "--max-tokens=0"], "--max-tokens: 0 is below 1"),
         (["x", "--max-tokens=-1"], "--max-tokens: -1 is below 1"),

@@ -17,6 +17,7 @@ from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.errors import UserError
 from medmoe_jax.inference.engine import Engine
+from medmoe_jax.inference.requests import Token
 from medmoe_jax.inference.sampling import Sampling
 from medmoe_jax.parallel.mesh import batch_sharding, make_mesh
 from tests import naive
@@ -143,6 +144,22 @@ def test_every_bank_matters_and_inactive_ones_do_not():
     bare = make_engine(specs=()).score(prompts[2:3], completions[2:3])
     want = [[naive_score(prompts[2], c, ()) for c in completions[2]]]
     assert_scores(bare, want)
+
+
+def test_every_token_of_a_text_is_told():
+    texts, engine = questions()[0], make_engine()
+    for ids, row in zip(texts, engine.told(texts, 3), strict=True):
+        z = log_probs(ids)
+        assert [token.id for token in row] == ids and row[0] == Token(ids[0], 0.0)
+        for t, token in enumerate(row[1:]):
+            best = np.argsort(-z[t])[:3]
+            np.testing.assert_allclose(token.log_prob, z[t, ids[t + 1]], atol=1e-4)
+            np.testing.assert_allclose(
+                token.alternatives, list(zip(best, z[t, best], strict=True)), atol=1e-4
+            )
+    for wrong, message in (([], "a text of 0 tokens"), ([1] * 49, "a text of 49 tokens")):
+        with pytest.raises(UserError, match=message):
+            engine.told([wrong])
 
 
 def test_batches_are_rounded_up_to_the_mesh():

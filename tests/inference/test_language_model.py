@@ -221,6 +221,33 @@ def test_an_end_of_several_tokens_stops_the_generation(trained, monkeypatch):
     assert len(run) > 1 and asked == [*model.stops.ids, run]
 
 
+def test_stops_in_whatever_tokens_they_are_written(trained, monkeypatch):
+    model, question = make_model(trained), ["What is insulin for?"]
+    written = []
+    generate = model.engine.generate
+
+    def kept(*arguments):
+        written[:] = generate(*arguments)
+        return written
+
+    monkeypatch.setattr(model.engine, "generate", kept)
+    (free,) = model.answer(question, 40)
+    runs = [written[0][n : n + 3] for n in range(40)]
+    encode = model.encoder.tokenizer.encode
+    # A text that by itself is written in other tokens than here.
+    stop = next(
+        text
+        for text in (free.text[n : n + 3] for n in range(2, 12))
+        if "\ufffd" not in text
+        and not any(run[: len(encode(text))] == encode(text) for run in runs)
+    )
+    (cut,) = model.answer(question, 40, stops=["never said", stop])
+    assert cut.text == free.text[: free.text.index(stop)] and cut.ended
+    assert len(written[0]) < 40  # and nobody waits for more
+    with pytest.raises(UserError, match="stops"):
+        model.answer(["x"], 4, stops=[""])
+
+
 def test_ends_written_as_text_are_cut(trained):
     model = make_model(trained)
     model.stops = model.stops._replace(texts=("###", "<end>"))
