@@ -29,9 +29,9 @@ from medmoe_jax.inference.requests import Request, Said, Token
 from medmoe_jax.parallel.host import to_host
 from medmoe_jax.ranges import COUNT, Range
 
-STRIDE = 8  # tokens that rows go on between two looks at who has ended
+STRIDE = 8  # tokens that rows go on at most before somebody looks at them
 _CHUNK = 512  # tokens of a prompt that are read at once
-_LEAST_CHUNK, _LEAST_SLOTS = 16, 64
+_LEAST_CHUNK, _LEAST_SLOTS, _LEAST_ENDS = 16, 64, 4
 _WORTH = 32  # tokens that must be alike before they are copied; for fewer it does not pay
 
 _NOBODY = Request((0,), 1)
@@ -110,7 +110,7 @@ class Rows:
           config: decoder and active banks.
           weights: their parameters, where they live; languages come with the requests.
           rows: as many as the mesh divides.
-          stride: tokens that rows go on in a step.
+          stride: tokens that rows go on at most in a step.
         """
         self.config, self.weights, self.rows, self.stride = config, weights, rows, stride
         self.slots = 0
@@ -264,18 +264,32 @@ class Rows:
         live = self._live()
         rows = [self._rows[place] for place in live]
         self._make_room(max(row.kept for row in rows) + self.stride)
-        count = min(self.stride, max(row.request.max_tokens - row.drawn for row in rows))
         last = [row.ids[-1:] if row.number >= 0 else [] for row in self._rows]
         now = self._now(self._rows, last, [row.kept for row in self._rows], self.rows, 1)
         state, self._state = self._state, None
-        self._state, drawn = steps.go_on(
-            self.config, self.stride, self._alternatives(rows), self.weights, state, now, count
+        self._state, drawn, count = steps.go_on(
+            self.config,
+            self.stride,
+            self._alternatives(rows),
+            self.weights,
+            state,
+            now,
+            self._until(),
         )
         drawn = jax.tree.map(to_host, drawn)
-        for n in range(count):
+        for n in range(int(to_host(count))):
             for place in live:
                 if self._rows[place].number >= 0:
                     self._take(place, drawn, (n, place), said)
+
+    def _until(self) -> steps.Until:
+        """When the rows have to be looked at: see `steps.Until`."""
+        left_R = np.array([row.request.max_tokens - row.drawn for row in self._rows], np.int32)
+        ends = [{stop[-1] for stop in row.request.stops} for row in self._rows]
+        ends_RxE = np.full((self.rows, _power(max(map(len, ends)), _LEAST_ENDS)), -1, np.int32)
+        for row, own in zip(ends_RxE, ends, strict=True):
+            row[: len(own)] = sorted(own)
+        return steps.Until(left_R, ends_RxE, np.array(bool(self._waiting)))
 
     def _now(
         self,

@@ -17,7 +17,7 @@ from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base import rope
 from medmoe_jax.base.seam import Params
 from medmoe_jax.errors import UserError
-from medmoe_jax.inference.decoding import Rows
+from medmoe_jax.inference.decoding import STRIDE, Rows
 from medmoe_jax.inference.forward import Weights
 from medmoe_jax.inference.requests import Request, Token
 from medmoe_jax.inference.sampling import Sampling
@@ -27,6 +27,9 @@ from medmoe_jax.parallel.mesh import put, round_up_rows, row_sharding
 from medmoe_jax.ranges import COUNT, Range
 
 _MIN_SLOTS = 16
+# Tokens that rows go on at most before somebody looks at them, where nobody waits for single ones.
+# Off TPU each call may begin with a copy of the layers' weights, when `run.unroll` cuts them apart.
+_LONG_STRIDE = 32
 
 
 def _slots(length: int) -> int:
@@ -161,7 +164,7 @@ class Engine:
         if any(not p for p in prompts):
             raise UserError("generate: every prompt needs at least one token")
         prompts = self._fit(prompts, [max_tokens] * len(prompts))
-        rows = self.decoding()
+        rows = self.decoding(STRIDE if enough else _LONG_STRIDE)
         stops = tuple((stop,) if isinstance(stop, int) else tuple(stop) for stop in stop_ids)
         for i, prompt in enumerate(prompts):
             own = dataclasses.replace(sampling, first=sampling.first + i)
@@ -177,9 +180,12 @@ class Engine:
                     rows.cancel(one.request)
         return out
 
-    def decoding(self) -> Rows:
-        """Rows of this model that answer requests side by side, with a cache of their own."""
-        return Rows(self.config, Weights(self.base, self.banks, self.trained), self.batch)
+    def decoding(self, stride: int = STRIDE) -> Rows:
+        """Rows of this model that answer requests side by side, with a cache of their own.
+
+        stride: tokens that they go on at most in a step.
+        """
+        return Rows(self.config, Weights(self.base, self.banks, self.trained), self.batch, stride)
 
     def told(
         self,

@@ -1,7 +1,7 @@
 """The compiled programs of decoding: rows read tokens, rows go on by some tokens.
 
 Axes: B rows of the state, R rows given, T tokens, S slots, L layers, K key/value heads, h head
-dimension, N steps, A alternatives.
+dimension, E ends, A alternatives.
 A row's text lies in the slots from 0 on, a token at its position. What a row is at comes along with
 every call and is data, so that rows of all lengths and wishes share a program.
 """
@@ -56,6 +56,20 @@ class Now(NamedTuple):
     languages_R: np.ndarray
     steps_R: np.ndarray
     law: Law
+
+
+class Until(NamedTuple):
+    """When rows that go on have to be looked at; a row is ripe when its answer may have ended.
+
+    Attributes:
+      left_R: int32, tokens until it is as long as it may be.
+      ends_RxE: int32, the last ids of what stops it, filled up with -1.
+      any_: [] bool, whether one ripe row is enough, as others wait for its place; else all are.
+    """
+
+    left_R: np.ndarray
+    ends_RxE: np.ndarray
+    any_: np.ndarray
 
 
 def _pinned(config: AdaptedConfig, x: jax.Array) -> jax.Array:
@@ -152,19 +166,19 @@ def go_on(
     weights: Weights,
     state: State,
     now: Now,
-    steps: int,
-) -> tuple[State, Drawn]:
-    """All rows go on by `steps` tokens, each from its one token in `now`.
+    until: Until,
+) -> tuple[State, Drawn, jax.Array]:
+    """All rows go on, each from its one token in `now`, until somebody has to look at them.
 
     Args:
-      config, most, alternatives: static; `most` is the largest `steps`.
+      config, most, alternatives: static; `most` is the largest number of steps.
       weights: their languages are those of `now`.
       state: given up; it has `most` free slots for every row that is not idle, and one for others.
       now: R = B.
-      steps: [] int32.
+      until: when.
 
     Returns:
-      the state, and the tokens with a leading axis of `most` steps.
+      the state, the tokens with a leading axis of `most` steps, and how many steps it took.
     """
 
     def shape(dtype, *rest):
@@ -177,10 +191,15 @@ def go_on(
         shape(jnp.float32, alternatives),
     )
 
-    def one(n, carry):
-        state, now, out = carry
-        place = Place(now.written_R)
-        head, x_Rx1xD, state, ids_RxS = _run(config, weights, state, now, place)
+    def more(carry):
+        n, _, _, _, ripe_R = carry
+        live_R = now.counts_R > 0
+        enough = jnp.where(until.any_, jnp.any(ripe_R & live_R), jnp.all(ripe_R | ~live_R))
+        return (n < most) & ~enough
+
+    def one(carry):
+        n, state, now, out, ripe_R = carry
+        head, x_Rx1xD, state, ids_RxS = _run(config, weights, state, now, Place(now.written_R))
         drawn = _drawn(config, alternatives, head, x_Rx1xD, ids_RxS, now)
         out = jax.tree.map(lambda all_, new: all_.at[n].set(new), out, drawn)
         now = now._replace(
@@ -188,8 +207,10 @@ def go_on(
             written_R=now.written_R + now.counts_R,
             steps_R=now.steps_R + 1,
         )
-        return state, now, out
+        ripe_R |= jnp.any(drawn.ids_R[:, None] == until.ends_RxE, axis=1)
+        return n + 1, state, now, out, ripe_R | (n + 1 >= until.left_R)
 
     now = jax.tree.map(jnp.asarray, now)
-    state, _, out = jax.lax.fori_loop(0, steps, one, (state, now, out))
-    return state, out
+    start = (jnp.int32(0), state, now, out, jnp.zeros(len(now.counts_R), bool))
+    n, state, _, out, _ = jax.lax.while_loop(more, one, start)
+    return state, out, n

@@ -201,12 +201,15 @@ def decoding(setup: Setup, at: Start) -> Program:
         law = Law(rate, rate, rate, rate, each, ids(B, 2).update(dtype=jnp.uint32))
         return steps.Now(ids(B, tokens), each, each, each, each, each, law)
 
-    def generate(weights, prompts, rows_B, after):
+    def generate(weights, prompts, rows_B, after, until):
         state = steps.new_state(model, B, P + new)
         state, _ = steps.read(model, 0, weights, state, prompts, rows_B, rows_B)
-        return steps.go_on(model, new, 0, weights, state, after, new)[1]
+        return steps.go_on(model, new, 0, weights, state, after, until)[1]
 
-    arguments = (weights, now(P), ids(B), now(1))
+    until = steps.Until(
+        ids(B), ids(B, 1), jax.ShapeDtypeStruct((), bool, sharding=replicated(setup.mesh))
+    )
+    arguments = (weights, now(P), ids(B), now(1), until)
     return Program("generate", jax.jit(generate), arguments, B, P + new, turns=new)
 
 

@@ -16,6 +16,7 @@ from medmoe_jax.base import trees
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.errors import UserError
+from medmoe_jax.inference import steps
 from medmoe_jax.inference.engine import Engine
 from medmoe_jax.inference.requests import Token
 from medmoe_jax.inference.sampling import Sampling
@@ -192,7 +193,7 @@ def test_greedy_generation(mesh):
     assert engine.generate(prompts, 10, (-1,)) == free
 
 
-def test_ids_that_follow_each_other_end_a_generation():
+def test_ids_that_follow_each_other_end_a_generation(monkeypatch):
     prompts = questions()[0]
     engine = make_engine()
     free = engine.generate(prompts, 10, (-1,))
@@ -203,6 +204,15 @@ def test_ids_that_follow_each_other_end_a_generation():
         want.append(ids[: min(found, default=10)])
     assert len(want[0]) == 3 and want[2] == []
     assert engine.generate(prompts, 10, runs) == want
+    program, taken = steps.go_on, []
+
+    def counted(*arguments):
+        taken.append(program(*arguments))
+        return taken[-1]
+
+    monkeypatch.setattr(steps, "go_on", counted)
+    assert engine.generate(prompts[:1], 10, runs[:1]) == want[:1]
+    assert sum(int(n) for _, _, n in taken) == 5  # it ended there, not after 10
 
 
 def test_generation_alone_equals_generation_in_a_batch():
