@@ -41,8 +41,18 @@ def peak_gib(variant: str) -> dict[str, float]:
 
 def torch_steps(rounds: int, tuned: bool) -> dict:
     """Seconds of PyTorch's steps, as installed or tuned (see README.md)."""
+    return _torch("torch_peers", [str(rounds)], tuned)
+
+
+def torch_decode(rounds: int, tuned: bool, model: str) -> dict:
+    """Seconds in which transformers writes NEW tokens, by rows: `torch_decode.py`."""
+    return _torch("torch_decode", [str(rounds), model], tuned)
+
+
+def _torch(module: str, arguments: list[str], tuned: bool) -> dict:
+    """What a module prints that runs PyTorch, and as `tuning` how."""
     if not tuned:
-        return {**json.loads(_run("torch_peers", str(rounds))), "tuning": "as installed"}
+        return {**json.loads(_run(module, *arguments)), "tuning": "as installed"}
     env, tuning = {}, "heap"
     with tempfile.TemporaryDirectory() as folder:
         compiler = shutil.which("cc")
@@ -52,5 +62,5 @@ def torch_steps(rounds: int, tuned: bool) -> dict:
             command = [compiler, "-shared", "-fPIC", str(source), "-o", str(library)]
             subprocess.run(command, check=True)
             env["LD_PRELOAD"], tuning = str(library), "heap, oneMKL's processor check"
-        out = json.loads(_run("torch_peers", str(rounds), "keep", env=env))
+        out = json.loads(_run(module, *arguments, "keep", env=env))
     return {**out, "tuning": tuning}

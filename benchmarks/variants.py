@@ -38,6 +38,7 @@ DECODER = DecoderConfig(
     rope_theta=1e6,
 )
 BATCH, TOKENS = 4, 256
+DECODE_ROWS, PROMPT, NEW = (1, 8), 64, 64  # of decode.py
 
 
 class Variant(NamedTuple):
