@@ -118,7 +118,7 @@ def _attention(config, execution, seam, layer: Layer, x_BxTxD, tokens: Tokens, c
         q, k = _head_norm(config, q, w["q_norm"]), _head_norm(config, k, w["k_norm"])
     tables = [jax.lax.dynamic_index_in_dim(x, layer.rope, keepdims=False) for x in tokens.rope]
     q, k = rope.rotate(q, *tables), rope.rotate(k, *tables)
-    if cache is not None:
+    if cache is not None and tokens.place is not None:
         pairs = zip(cache, (k, v), strict=True)
         cache, (k, v) = zip(
             *(append(old, new, context.layer, tokens.place) for old, new in pairs), strict=True

@@ -134,7 +134,7 @@ class Rows:
                 f"a prompt of {prompt} tokens and {request.max_tokens} new tokens do not fit a "
                 f"context of {limit}"
             )
-        slots = _power(prompt + request.max_tokens + self.stride, _LEAST_SLOTS)
+        slots = _power(prompt + request.max_tokens, _LEAST_SLOTS)
         check_room(self.config, self.rows, slots)
         self._waiting.append((self._numbers, request))
         self._numbers += 1
@@ -263,7 +263,11 @@ class Rows:
         """All rows go on by some tokens; those of rows that end before are thrown away."""
         live = self._live()
         rows = [self._rows[place] for place in live]
-        self._make_room(max(row.kept for row in rows) + self.stride)
+        left = [row.request.max_tokens - row.drawn for row in rows]
+        # A row that goes on beyond its end writes into its last slot, of which nothing is kept.
+        self._make_room(
+            max(row.kept + min(self.stride, n) for row, n in zip(rows, left, strict=True))
+        )
         last = [row.ids[-1:] if row.number >= 0 else [] for row in self._rows]
         now = self._now(self._rows, last, [row.kept for row in self._rows], self.rows, 1)
         state, self._state = self._state, None

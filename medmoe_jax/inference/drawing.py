@@ -8,7 +8,7 @@ draw, and nothing is compiled anew when that changes. What no row asks for is no
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +26,12 @@ class Law(NamedTuple):
       keys_Rx2: uint32, data of each row's key.
     """
 
-    temperature_R: np.ndarray
-    top_p_R: np.ndarray
-    min_p_R: np.ndarray
-    penalty_R: np.ndarray
-    top_k_R: np.ndarray
-    keys_Rx2: np.ndarray
+    temperature_R: Any
+    top_p_R: Any
+    min_p_R: Any
+    penalty_R: Any
+    top_k_R: Any
+    keys_Rx2: Any
 
 
 class Drawn(NamedTuple):

@@ -9,11 +9,10 @@ every call and is data, so that rows of all lengths and wishes share a program.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from medmoe_jax.adapters.model import AdaptedConfig
@@ -49,12 +48,12 @@ class Now(NamedTuple):
       law: how it draws.
     """
 
-    tokens_RxT: np.ndarray
-    counts_R: np.ndarray
-    written_R: np.ndarray
-    lengths_R: np.ndarray
-    languages_R: np.ndarray
-    steps_R: np.ndarray
+    tokens_RxT: Any
+    counts_R: Any
+    written_R: Any
+    lengths_R: Any
+    languages_R: Any
+    steps_R: Any
     law: Law
 
 
@@ -67,9 +66,9 @@ class Until(NamedTuple):
       any_: [] bool, whether one ripe row is enough, as others wait for its place; else all are.
     """
 
-    left_R: np.ndarray
-    ends_RxE: np.ndarray
-    any_: np.ndarray
+    left_R: Any
+    ends_RxE: Any
+    any_: Any
 
 
 def _pinned(config: AdaptedConfig, x: jax.Array) -> jax.Array:
@@ -138,8 +137,8 @@ def read(
     weights: Weights,
     state: State,
     now: Now,
-    rows_R: np.ndarray,
-    sources_R: np.ndarray,
+    rows_R: Any,
+    sources_R: Any,
 ) -> tuple[State, Drawn]:
     """Rows read tokens, and draw what comes after the last one.
 
@@ -173,7 +172,7 @@ def go_on(
     Args:
       config, most, alternatives: static; `most` is the largest number of steps.
       weights: their languages are those of `now`.
-      state: given up; it has `most` free slots for every row that is not idle, and one for others.
+      state: given up; it has slots for what each row has left, and one for those that stand idle.
       now: R = B.
       until: when.
 
