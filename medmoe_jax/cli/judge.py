@@ -40,7 +40,7 @@ from medmoe_jax.evaluation.judging.questions import SCALES, questions
 from medmoe_jax.evaluation.judging.verdicts import Verdicts
 from medmoe_jax.ranges import COUNT
 from medmoe_jax.storage.places import local
-from medmoe_jax.training.terminal import console, note
+from medmoe_jax.training.terminal import console, note, say
 
 KEY = "MEDMOE_JUDGE_KEY"
 # Fields of every request; --request lays others over them, and null takes one away.
@@ -185,7 +185,7 @@ def _show(lines: Sequence[dict], own: Path) -> None:
     problems = [line["unjudged"] for line in lines if "unjudged" in line]
     if problems:
         note(f"{len(problems)} answers are unjudged; the first: {problems[0]}")
-    print(f"written to {own / 'judged.json'}")
+    say(f"written to {own / 'judged.json'}")
 
 
 def _compare(lines: Sequence[dict], own: Path) -> None:
