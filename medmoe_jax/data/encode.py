@@ -5,6 +5,7 @@ Axis legend: N tokens of one row.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,6 +40,20 @@ class Encoded(NamedTuple):
         if len(self.tokens) <= length:
             return self
         return Encoded(self.tokens[:length], self.loss_mask[:length], self.language_id, True)
+
+
+class Frame(NamedTuple):
+    """What a template writes around what a model says, as it reads when it is decoded.
+
+    Attributes:
+      lead: between the prompt and the text of a plain answer.
+      before, after: around the reasoning before an answer, without white space; `after` is empty
+        where there is no place for it, and `before` where the prompt ends with it.
+    """
+
+    lead: str = ""
+    before: str = ""
+    after: str = ""
 
 
 class Run(NamedTuple):
@@ -111,16 +126,11 @@ class Encoder:
         )
         return before, with_text
 
-    def read(self, text: str) -> tuple[str, str]:
-        """`(answer, reasoning)` of what a model said, decoded, without the template's own words."""
-        lead = self._shown(self.template.lead())
-        if lead and text.startswith(lead):
-            return text[len(lead) :], ""
+    @functools.cached_property
+    def frame(self) -> Frame:
+        """What the template writes around what a model says."""
         before, after = (self._shown([piece]).strip() for piece in self.template.thought())
-        if after and after in text:
-            reasoning, _, answer = text.partition(after)
-            return answer.lstrip("\n"), reasoning.strip().removeprefix(before).strip()
-        return text, ""
+        return Frame(self._shown(self.template.lead()), before, after)
 
     def _shown(self, pieces: Sequence[Piece]) -> str:
         """How pieces read when their ids are decoded."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from medmoe_jax.data.conversation import Turn, turns_of
-from medmoe_jax.data.encode import Encoder
+from medmoe_jax.data.encode import Encoder, Frame
 from medmoe_jax.data.languages import spoken
 from medmoe_jax.data.pieces import Template
 from medmoe_jax.data.shortening import shortened
@@ -14,6 +14,7 @@ from medmoe_jax.data.tokens import Tokenizer
 from medmoe_jax.errors import UserError
 from medmoe_jax.inference.engine import Engine
 from medmoe_jax.inference.sampling import Sampling
+from medmoe_jax.inference.streaming import Detokenizer, Reader
 
 Prompt = str | Sequence[Turn]
 
@@ -129,54 +130,86 @@ class LanguageModel:
         """
         if not all(stops):
             raise UserError("stops: every one needs at least one character")
-        texts = (*self.stops.texts, *stops)
-        prompt_ids = []
-        for prompt in prompts:
-            turns = turns_of(prompt)
-            prompt_ids.append(self._fitted(turns, self._prompt(turns), max_tokens)[1])
-        tokenizer = self.encoder.tokenizer
-        ends = [*self.stops.ids, *(tokenizer.encode(text) for text in texts)]
-        starts = [tokenizer.begins_after(prompt) for prompt in prompt_ids]
+        prompt_ids = [self.fitted(turns_of(prompt), max_tokens)[1] for prompt in prompts]
 
         def enough(i: int, ids: list[int]) -> bool:
             # A text may be written in other tokens than those it is encoded to by itself.
-            text = tokenizer.decode(ids, start=starts[i])
-            return any(stop in text for stop in texts)
+            reader = self.reader(prompt_ids[i], stops)
+            reader.add(ids)
+            return bool(reader.ended)
 
         answers = self.engine.generate(
             prompt_ids,
             max_tokens,
-            ends,
+            self.stop_runs(stops),
             sampling,
             self._experts(prompts),
-            enough if texts else None,
+            enough if stops or self.stops.texts else None,
         )
         out = []
-        for start, ids in zip(starts, answers, strict=True):
-            text = tokenizer.decode(ids, start=start)
-            cut = text[: min((text.find(stop) for stop in texts if stop in text), default=None)]
-            out.append(Answer(*self.encoder.read(cut), len(ids) < max_tokens or cut != text))
+        for prompt, ids in zip(prompt_ids, answers, strict=True):
+            reader = self.reader(prompt, stops)
+            said = reader.add(ids, "stop" if len(ids) < max_tokens else "length")
+            out.append(Answer(said.content, said.reasoning, reader.ended == "stop"))
         return out
+
+    def stop_runs(self, stops: Sequence[str] = ()) -> tuple[tuple[int, ...], ...]:
+        """What ends an answer, further texts included, each as ids that follow each other."""
+        encode = self.encoder.tokenizer.encode
+        texts = (tuple(encode(text)) for text in (*self.stops.texts, *stops))
+        return (*((token,) for token in self.stops.ids), *texts)
+
+    def reader(self, prompt: Sequence[int], stops: Sequence[str] = ()) -> Reader:
+        """What reads the answer to a prompt, as its tokens come.
+
+        Args:
+          prompt: the ids that the model has read.
+          stops: texts that end the answer beside the template's.
+        """
+        return self._reader(prompt, (*self.stops.texts, *stops), self.encoder.frame)
+
+    def continuing(self, prompt: Sequence[int], stops: Sequence[str] = ()) -> Reader:
+        """What reads what comes after a text that no template was put around."""
+        return self._reader(prompt, stops, Frame())
+
+    def _reader(self, prompt: Sequence[int], stops: Sequence[str], frame: Frame) -> Reader:
+        tokenizer = self.encoder.tokenizer
+        text = Detokenizer(tokenizer, tokenizer.begins_after(prompt))
+        return Reader(text, self.stops.ids, stops, frame)
 
     def _experts(self, prompts: Sequence[Prompt]) -> list[int]:
         return [self.expert_of(spoken(turns_of(prompt))) for prompt in prompts]
 
     @property
-    def _context(self) -> int:
+    def context(self) -> int:
+        """The most positions of a prompt with its answer."""
         return self.engine.config.decoder.max_positions
+
+    def fitted(self, turns: Sequence[Turn], room: int) -> tuple[Sequence[Turn], list[int]]:
+        """The turns of a prompt and their ids, shortened where `room` new ones would not fit.
+
+        Raises:
+          UserError: the template refuses the turns, or not even its own words fit.
+        """
+        return self._fitted(turns, self.prompt(turns), room)
 
     def _fitted(
         self, turns: Sequence[Turn], ids: list[int], room: int
     ) -> tuple[Sequence[Turn], list[int]]:
         """The turns of a prompt and their ids, with room for an answer in the context."""
-        limit = self._context - room
+        limit = self.context - room
         if len(ids) <= limit or limit <= 0:  # the engine refuses what leaves no room
             return turns, ids
         self.shortened += 1
         turns = shortened(turns, limit, lambda some: len(self.encoder.prompt(some)))
-        return turns, self._prompt(turns)
+        return turns, self.prompt(turns)
 
-    def _prompt(self, turns: Sequence[Turn]) -> list[int]:
+    def prompt(self, turns: Sequence[Turn]) -> list[int]:
+        """The ids that the model reads before it answers these turns.
+
+        Raises:
+          UserError: the template refuses them, or there is none.
+        """
         ids = self.encoder.prompt(turns)
         if not ids:
             raise UserError("the prompt is empty and the template adds nothing to it")
@@ -191,7 +224,7 @@ class LanguageModel:
             turns = turns_of(prompt)
             ids, said = self._said(turns, options, ending)
             room = max(map(len, said))
-            if len(ids) + room > self._context:
+            if len(ids) + room > self.context:
                 turns, _ = self._fitted(turns, ids, room)
                 ids, said = self._said(turns, options, ending)
             prompt_ids.append(ids)
@@ -202,7 +235,7 @@ class LanguageModel:
         self, turns: Sequence[Turn], choices: Sequence[str], ending: bool
     ) -> tuple[list[int], list[list[int]]]:
         """What the model reads, and what it says in order to give each of the answers."""
-        ids = self._prompt(turns)
+        ids = self.prompt(turns)
         answered: list[list[Turn]] = [
             [*turns, {"role": "assistant", "content": text}] for text in choices
         ]
