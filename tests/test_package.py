@@ -23,7 +23,7 @@ FLOORS = [
     {"adapters"},
     {"checkpoints"},
     {"training", "inference"},
-    {"evaluation", "planning"},
+    {"evaluation", "planning", "serving"},
     {"cli"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

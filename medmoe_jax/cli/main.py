@@ -34,6 +34,7 @@ from medmoe_jax.cli import (  # what takes seconds comes after what listens for 
     plan,
     route,
     score,
+    serve,
     tokenizer,
     train,
 )
@@ -59,6 +60,7 @@ COMMANDS = {
     "overlap": overlap,
     "generate": generate,
     "score": score,
+    "serve": serve,
     "export": export,
     "analyze": analyze,
     "data": data,

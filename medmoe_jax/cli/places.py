@@ -36,6 +36,7 @@ OPTIONS = {
     "table": REMOTE,
     "evaluation": _LOCAL,
     "key_file": _LOCAL,
+    "api_key_file": _LOCAL,
     # What is made in several files, with tools that know disks alone.
     "demo workdir": _LOCAL,
     "export output": _LOCAL,

@@ -109,19 +109,42 @@ def open_stage(run: Run, stage: str | None = None) -> Trained:
     Raises:
       UserError: no such stage, or it is not finished.
     """
+    return open_trained(run, stage_of(run, stage))
+
+
+def stage_of(run: Run, stage: str | None, option: str = "--stage") -> str:
+    """The name of a stage, "" for the bare base; see `open_stage`. `option` is for messages."""
     names = [one.name for one in run.stages]
     if stage is None:
         name = run.last_finished() if run.workdir else ""
         if names and not name:
             raise UserError(
                 f"no stage is finished in '{run.workdir}'; run medmoe train first, or ask for the "
-                "bare base with --stage=base"
+                f"bare base with {option}=base"
             )
     else:
         name = "" if stage == "base" else stage
     if name and name not in names:
-        raise UserError(f"--stage: '{name}' is none of base, {', '.join(names)}")
-    return open_trained(run, name)
+        raise UserError(f"{option}: '{name}' is none of base, {', '.join(names)}")
+    return name
+
+
+def open_models(run: Run, asked: Sequence[tuple[str, Sequence[str]]]) -> list[LanguageModel]:
+    """Models of one run that share the base, but for the kernels that a stage has merged into.
+
+    Args:
+      run: the run.
+      asked: the stage of each ("" = the bare base) and its banks that are left out.
+
+    Raises:
+      UserError: as of `open_stage` and `language_model`.
+    """
+    stages = dict.fromkeys(stage for stage, _ in asked)
+    if any(stages):
+        _ = run.setup.base_fingerprint  # what is read for it is not read again
+    base = run.setup.load_base()
+    trained = {stage: open_trained(run, stage, base) for stage in stages}
+    return [language_model(run.setup, trained[stage], off) for stage, off in asked]
 
 
 def run_tasks(

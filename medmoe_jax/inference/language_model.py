@@ -177,8 +177,12 @@ class LanguageModel:
         text = Detokenizer(tokenizer, tokenizer.begins_after(prompt))
         return Reader(text, self.stops.ids, stops, frame)
 
+    def language(self, prompt: Prompt) -> int:
+        """The expert of a prompt's language, or -1."""
+        return self.expert_of(spoken(turns_of(prompt)))
+
     def _experts(self, prompts: Sequence[Prompt]) -> list[int]:
-        return [self.expert_of(spoken(turns_of(prompt))) for prompt in prompts]
+        return [self.language(prompt) for prompt in prompts]
 
     @property
     def context(self) -> int:

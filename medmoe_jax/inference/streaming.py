@@ -15,8 +15,10 @@ from medmoe_jax.data.encode import Frame
 from medmoe_jax.data.tokens import Tokenizer
 
 _UNKNOWN = "\ufffd"  # what stands for bytes that are no character, or not yet
-# Some decoders look at a run of such tokens as a whole: none of it is sure before its end.
+# Some decoders look at a run of such tokens as a whole: none of it is sure before its end. In a
+# longer run whole characters are taken for sure, or scripts without spaces would never be told.
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_RUN = 32
 
 
 class Said(NamedTuple):
@@ -38,13 +40,16 @@ class Detokenizer:
         """The text that is sure now."""
         decode = self._tokenizer.decode
         self._held += (token for token in ids if decode([token]))  # others leave no trace
-        if not self._held or _BYTE.fullmatch(self._tokenizer.text_of(self._held[-1])):
+        if not self._held or (len(self._held) < _RUN and self._ends_with_byte()):
             return ""
         text = decode(self._held, self._start)
         if not text or text.endswith(_UNKNOWN):
             return ""
         self._held, self._start = [], False
         return text
+
+    def _ends_with_byte(self) -> bool:
+        return bool(_BYTE.fullmatch(self._tokenizer.text_of(self._held[-1])))
 
     def end(self) -> str:
         """What was held."""

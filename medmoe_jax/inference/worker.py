@@ -113,6 +113,10 @@ class Worker:
         """What has ended the thread, where it was not `close`."""
         return self._end.exception() if self._end.done() else None
 
+    def when_over(self, tell: Callable[[], None]) -> None:
+        """Call this at the thread's end, in that thread, or now where it is over."""
+        self._end.add_done_callback(lambda _: tell())
+
     def close(self) -> None:
         """Answer what was asked, take nothing more, and wait for the thread's end.
 

@@ -38,8 +38,14 @@ class Trained:
         return trees.overlay(self.base, self.leaves)
 
 
-def open_trained(run: Run, name: str) -> Trained:
+def open_trained(run: Run, name: str, base: Any = None) -> Trained:
     """The model at the end of a finished stage; "" is the bare base.
+
+    Args:
+      run: the run.
+      name: of the stage.
+      base: the base as loaded, which others use too; what a merge changes is made anew. None: it is
+        loaded here, and given up to the model.
 
     Raises:
       CheckpointError: the stage's files are damaged.
@@ -52,10 +58,11 @@ def open_trained(run: Run, name: str) -> Trained:
     replayed = replay(
         setup.stages,
         name,
-        setup.load_base(),
+        setup.load_base() if base is None else base,
         setup.base.config,
         lambda one: load_final(run.stage(one)),
         setup.shardings,
+        donate=base is None,
     )
     return Trained(name, *replayed)
 

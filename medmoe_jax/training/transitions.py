@@ -73,10 +73,9 @@ def start(
     base: Params,
     decoder: DecoderConfig,
     shardings: ShardingsOf | None = None,
+    donate: bool = True,
 ) -> tuple[Roster, Mapping[str, Any], Params]:
     """What a stage starts from: banks merged into the base, and new ones initialised.
-
-    The old base's merged kernels are given up.
 
     Args:
       stage: the stage about to run (or to be replayed).
@@ -84,12 +83,13 @@ def start(
       decoder: the base's shapes.
       shardings: a function from a tree of shapes to its shardings, for the new banks; None: one
         device.
+      donate: give up the old base's merged kernels.
 
     Returns:
       `(roster, banks, base)`.
     """
     for name in stage.merge:
-        roster, base = lifecycle.merge(roster, banks, base, name, donate=True)
+        roster, base = lifecycle.merge(roster, banks, base, name, donate=donate)
     for name in stage.drop:
         roster, banks = lifecycle.drop(roster, banks, name)
     key = jax.random.key(stage.config.seed)
@@ -132,6 +132,7 @@ def replay(
     decoder: DecoderConfig,
     final_of: Callable[[str], Any],
     shardings: ShardingsOf | None = None,
+    donate: bool = True,
 ) -> tuple[Roster, Mapping[str, Any], Params, Params]:
     """Roster, banks, base and trained leaves at the end of a finished stage.
 
@@ -140,17 +141,17 @@ def replay(
     Args:
       stages: the recipe.
       name: the stage, or "" for the bare base.
-      base: the base as loaded; its merged kernels are given up.
+      base: the base as loaded.
       decoder: its shapes.
       final_of: what a finished stage left, `{"banks", "base"}`, by name.
-      shardings: as in `start`.
+      shardings, donate: as in `start`.
     """
     roster: Roster = {}
     banks: Mapping[str, Any] = {}
     leaves: Params = {}
     for stage in chain(stages, name):
         whole = trees.overlay(base, leaves)
-        roster, banks, base = start(stage, roster, banks, whole, decoder, shardings)
+        roster, banks, base = start(stage, roster, banks, whole, decoder, shardings, donate)
         banks, base, leaves = ended(final_of(stage.name), base)
     return roster, banks, base, leaves
 

@@ -1,6 +1,9 @@
-"""A decoder without a model, whose answers are known: it says what a function of the prompt says."""
+"""A decoder without a model, whose answers are known: a function of the prompt gives them."""
 
-from collections.abc import Callable, Sequence
+import itertools
+import queue
+import time
+from collections.abc import Callable, Iterable, Iterator
 
 from medmoe_jax.errors import UserError
 from medmoe_jax.inference.requests import Request, Said, Token
@@ -10,20 +13,20 @@ class Scripted:
     """A `Decoding` of a few rows; each step says one token a row.
 
     Attributes:
-      running: requests in rows, by number; `waiting`: those without one.
+      cancelled: the numbers of requests that were cancelled while they waited or ran.
       most: the most rows that were taken at once.
-      before_step: called before each step.
     """
 
     def __init__(
         self,
-        answer: Callable[[Request], Sequence[int]],
+        answer: Callable[[Request], Iterable[int]],
         rows: int = 4,
         before_step: Callable[[], object] = lambda: None,
     ) -> None:
         self.answer, self.rows, self.before_step = answer, rows, before_step
-        self.running: dict[int, tuple[Request, list[int]]] = {}
+        self.running: dict[int, tuple[Request, Iterator[int], Iterator[int]]] = {}
         self.waiting: dict[int, Request] = {}
+        self.cancelled: queue.SimpleQueue[int] = queue.SimpleQueue()
         self.count = self.most = 0
 
     def submit(self, request: Request) -> int:
@@ -34,25 +37,30 @@ class Scripted:
         return self.count
 
     def cancel(self, request: int) -> None:
-        self.waiting.pop(request, None)
-        self.running.pop(request, None)
+        if self.waiting.pop(request, None) or self.running.pop(request, None):
+            self.cancelled.put(request)
 
     def step(self) -> list[Said]:
         self.before_step()
+        time.sleep(0)  # lets other threads run, as while a device computes
         while self.waiting and len(self.running) < self.rows:
-            number, request = next(iter(self.waiting.items()))
-            del self.waiting[number]
-            self.running[number] = (request, list(self.answer(request)))
+            number = next(iter(self.waiting))
+            request = self.waiting.pop(number)
+            self.running[number] = (request, iter(self.answer(request)), itertools.count(1))
         self.most = max(self.most, len(self.running))
         return [self._say(number) for number in list(self.running)]
 
     def _say(self, number: int) -> Said:
-        request, left = self.running[number]
-        said = left.pop(0)
-        told = sum(1 for _ in self.answer(request)) - len(left)
-        ended = "stop" if (said,) in request.stops else ""
-        ended = ended or ("length" if told >= request.max_tokens or not left else "")
+        request, ids, told = self.running[number]
+        token = next(ids)
+        ended = "stop" if (token,) in request.stops else ""
+        ended = ended or ("length" if next(told) >= request.max_tokens else "")
         if ended:
             del self.running[number]
-        likely = tuple((said + n, -0.5 - n) for n in range(request.alternatives))
-        return Said(number, (Token(said, -0.5, likely),), ended)
+        return Said(number, (scored(token, request.alternatives),), ended)
+
+
+def scored(token: int, alternatives: int) -> Token:
+    """A token with a log-probability and alternatives that can be told from its id."""
+    likely = tuple((token + n, -0.5 - n) for n in range(alternatives))
+    return Token(token, -0.5, likely)

@@ -56,6 +56,14 @@ def test_text_comes_as_soon_as_it_is_whole(byte_level_tokenizer):  # noqa: F811
     assert stream.add(byte_level_tokenizer.encode("a")) == "a" and stream.end() == ""
 
 
+def test_a_script_that_is_bytes_alone_is_told_before_its_end(metaspace_tokenizer):  # noqa: F811
+    text = "ཀཁགང" * 8
+    ids = metaspace_tokenizer.encode(text)
+    stream = Detokenizer(metaspace_tokenizer)
+    told = [stream.add([token]) for token in ids]
+    assert "".join(told[:50]) and "".join(told) + stream.end() == text
+
+
 def first_stop(text, stops):
     """The text before the stop that is complete first, character by character."""
     for end in range(len(text) + 1):
