@@ -20,6 +20,7 @@ from medmoe_jax.cli import early
 # isort: split
 from medmoe_jax.cli import (  # what takes seconds comes after what listens for SIGTERM
     analyze,
+    chat,
     compare,
     data,
     demo,
@@ -59,6 +60,7 @@ COMMANDS = {
     "lm-eval": lm_eval,
     "overlap": overlap,
     "generate": generate,
+    "chat": chat,
     "score": score,
     "serve": serve,
     "export": export,

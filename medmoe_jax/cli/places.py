@@ -37,6 +37,7 @@ OPTIONS = {
     "evaluation": _LOCAL,
     "key_file": _LOCAL,
     "api_key_file": _LOCAL,
+    "history": _LOCAL,
     # What is made in several files, with tools that know disks alone.
     "demo workdir": _LOCAL,
     "export output": _LOCAL,

@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
         loaded = open_models(opened, [(one.stage, one.off) for one in named])
         for one, model in zip(named, loaded, strict=True):
             places = model.engine.batch + arguments.queue
-            worker = stack.enter_context(Worker(model.engine.rows(), places))
+            worker = stack.enter_context(Worker(model.engine.decoding(), places))
             served.append(models.Served(one.name, model, worker, _about(one)))
             note(f"{one.name}: {_described(one, model)}; compiling")
             server.warm_up(served[-1])

@@ -23,6 +23,7 @@ from medmoe_jax.evaluation.shots import Fitter
 from medmoe_jax.evaluation.tasks import Task, expand, load_task
 from medmoe_jax.inference.engine import Engine
 from medmoe_jax.inference.language_model import LanguageModel
+from medmoe_jax.inference.sampling import Sampling
 from medmoe_jax.storage.fetched import fetched
 from medmoe_jax.training.compiling import keep_compiled
 from medmoe_jax.training.run import Run
@@ -246,6 +247,34 @@ def add_language_argument(parser: argparse.ArgumentParser) -> None:
         default="",
         metavar="CODE",
         help="of the texts, for routers that always force its expert (default: detected)",
+    )
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of every command that draws tokens."""
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (%(default)s)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus size (%(default)s)")
+    parser.add_argument(
+        "--top-k", type=int, default=0, help="draw from so many tokens; 0 = all (%(default)s)"
+    )
+    parser.add_argument(
+        "--min-p", type=float, default=0.0, help="least share of the likeliest's (%(default)s)"
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, help="above 1 repeats less (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
+
+
+def sampling_of(arguments: argparse.Namespace) -> Sampling:
+    """How tokens are drawn, by the arguments of `add_sampling_arguments`."""
+    return Sampling(
+        arguments.temperature,
+        arguments.top_p,
+        arguments.seed,
+        top_k=arguments.top_k,
+        min_p=arguments.min_p,
+        repetition_penalty=arguments.repetition_penalty,
     )
 
 

@@ -156,13 +156,7 @@ def measure(
     Raises:
       UserError: no bank that takes part has a router or mixing weights, or there is no text.
     """
-    gated = [bank for bank in model.banks if bank.gate != "always"]
-    if not gated:
-        names = ", ".join(bank.name for bank in model.banks) or "none"
-        raise UserError(
-            "no bank that takes part has a router or mixing weights, so there is no routing to "
-            f"analyse (banks: {names}); --stage names another stage"
-        )
+    gated = _gated(model)
     if not texts:
         raise UserError("there is no row to analyse")
     rows = round_up_rows(mesh, batch)
@@ -176,10 +170,80 @@ def measure(
         _total(model, base, banks, mesh, epoch_batches(one, rows, length=slots)) for one in encoded
     ]
     tokens, stats = zip(*jax.tree.map(to_host, sums), strict=True)
+    return _gates(gated, banks, tokens, stats, [one.code for one in texts], languages)
+
+
+def spoke(
+    model: AdaptedConfig,
+    base: Params,
+    banks: Mapping[str, Any],
+    mesh: Mesh,
+    prompt: Sequence[int],
+    answer: Sequence[int],
+    language: int = -1,
+    languages: Languages | None = None,
+) -> list[Gate]:
+    """What the gates did where an answer was said: at the tokens from which its own were drawn.
+
+    Args:
+      model: decoder and active banks.
+      base, banks: their parameters.
+      mesh: where they live.
+      prompt, answer: their ids, one of each at least.
+      language: the expert of the prompt's language, or -1.
+      languages: the table, if any.
+
+    Raises:
+      UserError: no bank that takes part has a router or mixing weights.
+    """
+    gated = _gated(model)
+    ids = [*prompt, *answer[:-1]]
+    rows = round_up_rows(mesh, 1)
+    slots = row_slots(1 << (len(ids) - 1).bit_length(), mesh.shape[SEQUENCE], None)
+    sums = []
+    # What is read before is the same in both, as no token sees a later one.
+    for read in (len(ids), len(prompt) - 1):
+        batch = {
+            name: np.zeros((rows, slots), np.int32)
+            for name in ("tokens", "segment_ids", "positions", "language_ids")
+        }
+        batch["tokens"][0, :read] = ids[:read]
+        batch["segment_ids"][0, :read] = 1
+        batch["positions"][0, :read] = np.arange(read)
+        batch["language_ids"][:] = -1
+        batch["language_ids"][0, :read] = language
+        sums.append(_total(model, base, banks, mesh, [batch]))
+    tokens, stats = jax.tree.map(
+        lambda whole, before: whole - before, *(jax.tree.map(to_host, one) for one in sums)
+    )
+    return _gates(gated, banks, [tokens], [stats], [""], languages)
+
+
+def _gated(model: AdaptedConfig) -> list[BankSpec]:
+    """The banks with a router or mixing weights. Raises UserError where there is none."""
+    gated = [bank for bank in model.banks if bank.gate != "always"]
+    if not gated:
+        names = ", ".join(bank.name for bank in model.banks) or "none"
+        raise UserError(
+            "no bank that takes part has a router or mixing weights, so there is no routing to "
+            f"analyse (banks: {names}); --stage names another stage"
+        )
+    return gated
+
+
+def _gates(
+    gated: Sequence[BankSpec],
+    banks: Mapping[str, Any],
+    tokens: Sequence[Any],
+    stats: Sequence[Mapping[str, RouterStats]],
+    codes: Sequence[str],
+    languages: Languages | None,
+) -> list[Gate]:
+    """What the gates of banks did, from the sums of each group of tokens."""
     out = []
     for bank in gated:
         named = languages if bank.gate == "language" and _fits(bank, languages) else None
-        own = [named.ids.get(one.code, -1) if named else -1 for one in texts]
+        own = [named.ids.get(code, -1) if named else -1 for code in codes]
         experts = named.experts if named else tuple(str(e) for e in range(bank.experts))
         common = {"first_layer": bank.start, "experts": experts, "own_G": np.asarray(own)}
         common["tokens_G"] = np.asarray(tokens, np.float64)
@@ -188,7 +252,7 @@ def measure(
             found = [name for name in names if name in stats[0]]
             out += [_routed(name, [s[name] for s in stats], common) for name in found]
         else:
-            out.append(_mixed(bank, banks[bank.name], len(texts), common))
+            out.append(_mixed(bank, banks[bank.name], len(codes), common))
     return out
 
 

@@ -160,11 +160,20 @@ def _common(fields: Fields) -> dict[str, Any]:
 
 
 def _sampling(fields: Fields) -> Sampling:
-    """OpenAI draws at temperature 1, and anew each time, unless it is told otherwise."""
-    temperature, top_p = fields.real("temperature", 1.0), fields.real("top_p", 1.0)
+    """OpenAI draws at temperature 1, and anew each time, unless it is told otherwise.
+
+    The last three fields are not OpenAI's, but those of other open servers.
+    """
     seed = fields.whole("seed", None, SEED)
     try:
-        return Sampling(temperature, top_p, secrets.randbits(63) if seed is None else seed)
+        return Sampling(
+            fields.real("temperature", 1.0),
+            fields.real("top_p", 1.0),
+            secrets.randbits(63) if seed is None else seed,
+            top_k=fields.whole("top_k", 0) or 0,
+            min_p=fields.real("min_p", 0.0),
+            repetition_penalty=fields.real("repetition_penalty", 1.0),
+        )
     except ParameterError as error:
         raise Refused(str(error), param=str(error).partition(":")[0]) from None
 

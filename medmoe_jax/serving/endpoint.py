@@ -133,7 +133,8 @@ async def _score(
     if served.scoring.statistics().tasks_waiting >= served.worker.places:
         raise busy(served.worker.places)
     ids = [list(prompt.ids) for prompt in prompts]
-    told = functools.partial(served.model.engine.told, ids, asked.alternatives)
+    languages = [prompt.language for prompt in prompts]
+    told = functools.partial(served.model.engine.told, ids, asked.alternatives, languages)
     try:
         async with asyncio.timeout(until - time.monotonic()):
             return await anyio.to_thread.run_sync(

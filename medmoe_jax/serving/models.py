@@ -23,12 +23,14 @@ class Prepared(NamedTuple):
     Attributes:
       ids: of the prompt.
       text: that is told where the prompt is to be echoed.
+      language: the expert of its language, or -1.
       requests: one for each answer.
       readers: of the answers.
     """
 
     ids: tuple[int, ...]
     text: str
+    language: int
     requests: list[Request]
     readers: list[Reader]
 
@@ -115,4 +117,6 @@ class Served:
             )
             for number in range(asked.n if room else 0)
         ]
-        return Prepared(tuple(ids), text, requests, [read(ids, asked.stops) for _ in requests])
+        return Prepared(
+            tuple(ids), text, language, requests, [read(ids, asked.stops) for _ in requests]
+        )

@@ -114,6 +114,37 @@ def test_counts_are_those_of_loops(gates, parameters, encoder):
     assert gates[0].divergence_N.min() > 1e-3 and (gates[0].use_GxNxE > 0).any(axis=0).all()
 
 
+@pytest.mark.parametrize("sizes", [{"fsdp": 1}, {"fsdp": 2, "sequence": 4}])
+def test_those_of_an_answer_are_counted_where_its_tokens_were_drawn(sizes, parameters, encoder):
+    """By loops, from the last token of the prompt to the last but one of the answer."""
+    base, banks = parameters
+    ids = encoder(texts()[0].rows[0]).cut(LENGTH).tokens
+    at = len(ids) // 2
+    batch, _ = naive.pack([ids], [[0]], len(ids))
+    routed = [spec.replace(gate="token") for spec in (FAMILY, LATE)]
+    model = naive.adapted([*routed, PLAIN], banks, margin=MARGIN)
+    wanted = collections.defaultdict(lambda: np.zeros((2, 3)))
+
+    def linear(layer, site, x_TxD, weight):
+        for spec in routed:
+            if site in spec.sites and spec.start <= layer < spec.stop:
+                router, i = naive.f64(banks[spec.name][site]["router"]), layer - spec.start
+                for x_D in x_TxD[at - 1 : -1]:
+                    picks = naive.router_gates(x_D, router, i, spec.top_k, False, MARGIN)
+                    wanted[f"{spec.name}/{site}"][i, np.flatnonzero(picks)] += 1
+        return model(layer, site, x_TxD, weight)
+
+    naive.logits(CONFIG, base, batch, linear)
+    mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+    config = AdaptedConfig(CONFIG, SPECS, Execution(activations=batch_sharding(mesh, 3)))
+    gates = routing.spoke(config, base, banks, mesh, ids[:at], ids[at:], 0, TABLE)
+    assert [gate.name for gate in gates[:3]] == sorted(wanted, key=list(wanted).index)
+    for gate in gates[:3]:
+        layers, experts = gate.use_GxNxE.shape[1:]
+        assert np.array_equal(gate.use_GxNxE[0], wanted[gate.name][:layers, :experts])
+        assert gate.tokens_G.tolist() == [len(ids) - at]
+
+
 @pytest.mark.parametrize("sizes", [{"fsdp": 1}, {"fsdp": 8}, {"fsdp": 2, "sequence": 4}])
 def test_any_batch_size_and_mesh_gives_the_same_table(sizes, gates, parameters, encoder):
     others = measured(parameters, encoder, 8, **sizes)

@@ -43,7 +43,7 @@ def served(name, rows, places, context=CONTEXT, clock=None, before_step=lambda: 
     decoding = Scripted(answer, rows, before_step)
     engine = types.SimpleNamespace(
         config=types.SimpleNamespace(decoder=tiny.DECODER.replace(max_positions=context)),
-        told=lambda prompts, n: [[scored(token, n) for token in ids] for ids in prompts],
+        told=lambda prompts, n, languages: [[scored(token, n) for token in ids] for ids in prompts],
     )
     template = load_template("chatml", tiny.tokenizer())
     worker = Worker(decoding, places, *([clock] if clock else []))

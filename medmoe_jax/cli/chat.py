@@ -1,0 +1,154 @@
+"""Talk with a model: many turns, answers as they come.
+
+  medmoe chat --config=FILE --workdir=DIR
+  echo "What does a lack of vitamin C cause?" | medmoe chat --config=FILE --workdir=DIR
+
+A line is a question; one that begins with / is a command, which /help lists, and // begins a
+question with a /. Ctrl-C stops the answer, Ctrl-D or the end of the input ends the talk. Answers
+are written to standard output, all else to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import readline
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+
+from medmoe_jax.cli.session import (
+    add_language_argument,
+    add_model_arguments,
+    add_sampling_arguments,
+    open_run,
+    open_stage,
+    sampling_of,
+)
+from medmoe_jax.cli.talk import Talk
+from medmoe_jax.errors import UserError
+from medmoe_jax.inference.streaming import Said
+from medmoe_jax.ranges import COUNT
+from medmoe_jax.screen import harmless
+from medmoe_jax.training.terminal import console, note
+
+_LINES = 1000  # that the history keeps
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's own arguments."""
+    add_model_arguments(parser)
+    add_language_argument(parser)
+    add_sampling_arguments(parser)
+    parser.add_argument("--system", default="", metavar="TEXT", help="what the model is told first")
+    parser.add_argument("--max-tokens", type=int, default=512, help="of an answer (%(default)s)")
+    parser.add_argument(
+        "--history",
+        metavar="FILE",
+        help="lines typed in a terminal, for the arrow keys; '' = none are kept "
+        "(default: chat_history in the user's state folder)",
+    )
+
+
+def run(arguments: argparse.Namespace, rest: list[str]) -> None:
+    """Run the command."""
+    COUNT.check("max_tokens", arguments.max_tokens)
+    sampling = sampling_of(arguments)
+    opened = open_run(rest, arguments.workdir)
+    trained = open_stage(opened, arguments.stage)
+    talk = Talk(
+        opened.setup, trained, sampling, arguments.max_tokens, arguments.off, arguments.language
+    )
+    with talk:
+        if arguments.system:
+            talk.command(f"/system {arguments.system}")
+        if sys.stdin.isatty():
+            note(f"{talk.about()}\n/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends")
+        for line in _lines(arguments.history):
+            _take(talk, line)
+
+
+def _take(talk: Talk, line: str) -> None:
+    """Do what a line asks for; what cannot be done is said, and the talk goes on."""
+    text = line.strip()
+    try:
+        if text.startswith("/") and not text.startswith("//"):
+            console.print(talk.command(text), markup=False, highlight=False)
+        elif text:
+            _answer(talk, text.removeprefix("/") if text.startswith("//") else text)
+    except UserError as error:
+        note(harmless(str(error)))
+
+
+def _answer(talk: Talk, text: str) -> None:
+    """Print an answer as it comes; Ctrl-C ends it and keeps what was said."""
+    stopped: list[str] = []
+    try:
+        with contextlib.closing(talk.ask(text)) as answer:
+            for said in answer:
+                _print(said)
+    except KeyboardInterrupt:
+        stopped = ["stopped"]
+    print(flush=True)
+    for remark in (*stopped, *talk.remarks()):
+        note(remark)
+
+
+def _print(said: Said) -> None:
+    """Print new text: reasoning on standard error, the answer on standard output."""
+    if said.reasoning:
+        console.print(
+            harmless(said.reasoning), style="dim", end="", markup=False, highlight=False,
+            soft_wrap=True,
+        )  # fmt: skip
+    if said.content:  # for a program it stays as it is
+        print(harmless(said.content) if sys.stdout.isatty() else said.content, end="", flush=True)
+
+
+def _lines(history: str | None) -> Iterator[str]:
+    """What the person writes, line by line, to the end of the input."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    typed = Typed(_history_file() if history is None else Path(history) if history else None)
+    while True:
+        try:
+            yield typed.line()
+        except KeyboardInterrupt:  # leaves the line, not the talk
+            print()
+        except EOFError:
+            print()
+            return
+
+
+def _history_file() -> Path:
+    state = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(state) / "medmoe" / "chat_history"
+
+
+class Typed:
+    """Lines that are typed in a terminal, with arrow keys and those typed before."""
+
+    def __init__(self, path: Path | None) -> None:
+        """`path`: where lines are kept, for the next talk too; None = nowhere."""
+        self._path = path
+        readline.clear_history()
+        readline.set_history_length(_LINES)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600)  # what is asked may be of a patient
+            readline.read_history_file(path)
+        out = Console()
+        colour = out.is_terminal and not out.no_color
+        # Readline must know which characters of the prompt take no place.
+        self._prompt = "\x01\x1b[1;36m\x02> \x01\x1b[0m\x02" if colour else "> "
+
+    def line(self) -> str:
+        """The next one. Raises EOFError at the end, KeyboardInterrupt for one that is left."""
+        line = input(self._prompt)
+        if self._path is not None:
+            readline.write_history_file(self._path)
+        return line
