@@ -87,8 +87,9 @@ class Served:
         """The ids and the text of a prompt without a template."""
         tokenizer = self.model.encoder.tokenizer
         if isinstance(prompt, str):
-            bos = [tokenizer.bos_id] if tokenizer.begins_with_bos else []
-            return [*bos, *tokenizer.encode_markup(prompt, start=True)], prompt
+            bos = tokenizer.bos_id if tokenizer.begins_with_bos else None
+            first = [] if bos is None else [bos]
+            return [*first, *tokenizer.encode_markup(prompt, start=True)], prompt
         size = self.model.engine.config.decoder.vocab_size
         if not all(0 <= token < size for token in prompt):
             raise Refused(f"prompt: ids must be from 0 to {size - 1}", param="prompt")
