@@ -15,15 +15,16 @@ from medmoe_jax.checkpoints.files import write_text
 from medmoe_jax.cli.session import (
     add_language_argument,
     add_model_arguments,
+    add_sampling_arguments,
     check_prompts,
     note_cut,
     open_model,
     open_run,
     read_rows,
+    sampling_of,
 )
 from medmoe_jax.data.conversation import check_text
 from medmoe_jax.errors import UserError
-from medmoe_jax.inference.sampling import Sampling
 from medmoe_jax.ranges import COUNT
 from medmoe_jax.training.terminal import say
 
@@ -36,21 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", help="JSONL of prompts")
     parser.add_argument("--output", help="JSONL to write")
     parser.add_argument("--max-tokens", type=int, default=256, help="of an answer (%(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (%(default)s)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus size (%(default)s)")
-    parser.add_argument(
-        "--top-k", type=int, default=0, help="draw from so many tokens; 0 = all (%(default)s)"
-    )
-    parser.add_argument(
-        "--min-p", type=float, default=0.0, help="least share of the likeliest's (%(default)s)"
-    )
-    parser.add_argument(
-        "--repetition-penalty", type=float, default=1.0, help="above 1 repeats less (%(default)s)"
-    )
+    add_sampling_arguments(parser)
     parser.add_argument(
         "--stop", action="append", default=[], help="text that ends an answer; repeatable"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
 
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> None:
@@ -60,14 +50,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     if (arguments.input is None) != (arguments.output is None):
         raise UserError("--input and --output go together")
     COUNT.check("max_tokens", arguments.max_tokens)
-    sampling = Sampling(
-        arguments.temperature,
-        arguments.top_p,
-        arguments.seed,
-        top_k=arguments.top_k,
-        min_p=arguments.min_p,
-        repetition_penalty=arguments.repetition_penalty,
-    )
+    sampling = sampling_of(arguments)
     rows, places = [{"prompt": arguments.prompt}], ["the prompt"]
     check_text(rows, "the prompt")
     if arguments.input is not None:

@@ -136,7 +136,7 @@ class Talk:
         sampling = dataclasses.replace(self._sampling)
         self._sampling = dataclasses.replace(sampling, first=sampling.first + 1)
         request = Request(
-            tuple(ids), self._max_tokens, self._model.stop_runs, sampling,
+            tuple(ids), self._max_tokens, self._model.stop_runs(), sampling,
             self._model.language(asked),
         )  # fmt: skip
         self._last = _Answer(request.prompt, [], request.language)

@@ -111,7 +111,7 @@ class Served:
             Request(
                 tuple(ids),
                 room,
-                self.model.stop_runs if chat else tuple((i,) for i in self.model.stops.ids),
+                self.model.stop_runs() if chat else tuple((i,) for i in self.model.stops.ids),
                 dataclasses.replace(asked.sampling, first=first + number),
                 language,
                 asked.alternatives,

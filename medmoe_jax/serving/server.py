@@ -57,7 +57,7 @@ def warm_up(served: Served) -> None:
     """Let a model answer once, so that it is compiled; raises what the answer fails with."""
     told: queue.SimpleQueue = queue.SimpleQueue()
     ids = served.model.prompt([{"role": "user", "content": "Hello"}])
-    request = Request(tuple(ids), 2, served.model.stop_runs, Sampling())
+    request = Request(tuple(ids), 2, served.model.stop_runs(), Sampling())
     served.worker.ask([(request, told.put)], float("inf"))
     while True:
         said = told.get()
