@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import readline
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -62,13 +63,25 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     talk = Talk(
         opened.setup, trained, sampling, arguments.max_tokens, arguments.off, arguments.language
     )
-    with talk:
+    with talk, _without_news():
         if arguments.system:
             talk.command(f"/system {arguments.system}")
         if sys.stdin.isatty():
             note(f"{talk.about()}\n/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends")
         for line in _lines(arguments.history):
             _take(talk, line)
+
+
+@contextlib.contextmanager
+def _without_news() -> Generator[None]:
+    """What is logged of compiling and the like is no part of a talk."""
+    log = logging.getLogger("medmoe_jax")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _take(talk: Talk, line: str) -> None:

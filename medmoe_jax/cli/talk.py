@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import queue
+import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple
 
@@ -154,7 +155,10 @@ class Talk:
 
     def _answer(self, request: Request, ids: list[int]) -> Iterator[Said]:
         """The text of an answer; its ids are added to the list."""
-        worker = self._worker = self._worker or Worker(self._model.engine.decoding(), 1)
+        if self._worker is None:
+            # One answers at a time, but one that was stopped keeps its place to the step's end.
+            self._worker = Worker(self._model.engine.decoding(), sys.maxsize)
+        worker = self._worker
         reader = self._model.reader(request.prompt)
         told: queue.SimpleQueue[Told] = queue.SimpleQueue()
         (ask,) = worker.ask([(request, told.put)], float("inf"))
