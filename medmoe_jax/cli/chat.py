@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import logging
 import os
-import readline
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -32,6 +31,7 @@ from medmoe_jax.cli.session import (
 from medmoe_jax.cli.talk import Talk
 from medmoe_jax.errors import UserError
 from medmoe_jax.inference.streaming import Said
+from medmoe_jax.parallel import processes
 from medmoe_jax.ranges import COUNT
 from medmoe_jax.screen import harmless
 from medmoe_jax.training.terminal import console, note
@@ -58,6 +58,8 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Run the command."""
     COUNT.check("max_tokens", arguments.max_tokens)
     sampling = sampling_of(arguments)
+    if processes.count() > 1:
+        raise UserError("a talk is led in one process, and here are several")
     opened = open_run(rest, arguments.workdir)
     trained = open_stage(opened, arguments.stage)
     talk = Talk(
@@ -148,6 +150,9 @@ class Typed:
     def __init__(self, path: Path | None) -> None:
         """`path`: where lines are kept, for the next talk too; None = nowhere."""
         self._path = path
+        import readline  # not every Python has it, and the other commands do without
+
+        self._readline = readline
         readline.clear_history()
         readline.set_history_length(_LINES)
         if path is not None:
@@ -163,5 +168,5 @@ class Typed:
         """The next one. Raises EOFError at the end, KeyboardInterrupt for one that is left."""
         line = input(self._prompt)
         if self._path is not None:
-            readline.write_history_file(self._path)
+            self._readline.write_history_file(self._path)
         return line
