@@ -18,6 +18,7 @@ from medmoe_jax.inference.requests import Request
 from medmoe_jax.inference.sampling import Sampling
 from medmoe_jax.serving.models import Served
 
+_LONG = 512  # tokens
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -54,17 +55,22 @@ def _no_address(error: OSError, host: str, port: int) -> Exception:
 
 
 def warm_up(served: Served) -> None:
-    """Let a model answer once, so that it is compiled; raises what the answer fails with."""
-    told: queue.SimpleQueue = queue.SimpleQueue()
-    ids = served.model.prompt([{"role": "user", "content": "Hello"}])
-    request = Request(tuple(ids), 2, served.model.stop_runs(), Sampling())
-    served.worker.ask([(request, told.put)], float("inf"))
-    while True:
+    """Let a model answer a long prompt and a short one, so that what most need is compiled.
+
+    The long one comes first, as memory grows with it, and programs are of a size of memory. What an
+    answer fails with is raised.
+    """
+    model, told = served.model, queue.SimpleQueue()
+    ids = model.prompt([{"role": "user", "content": "Hello"}])
+    for length in (min(_LONG, model.context // 2), len(ids)):
+        prompt = (ids * (length // len(ids) + 1))[:length]
+        request = Request(tuple(prompt), 2, model.stop_runs(), Sampling())
+        served.worker.ask([(request, told.put)], float("inf"))
         said = told.get()
+        while not isinstance(said, BaseException) and not said.ended:
+            said = told.get()
         if isinstance(said, BaseException):
             raise said
-        if said.ended:
-            return
 
 
 class Server(uvicorn.Server):
