@@ -119,8 +119,8 @@ def _print(said: Said) -> None:
             harmless(said.reasoning), style="dim", end="", markup=False, highlight=False,
             soft_wrap=True,
         )  # fmt: skip
-    if said.content:  # for a program it stays as it is
-        print(harmless(said.content) if sys.stdout.isatty() else said.content, end="", flush=True)
+    if said.content:
+        print(harmless(said.content), end="", flush=True)
 
 
 def _lines(history: str | None) -> Iterator[str]:

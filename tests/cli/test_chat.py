@@ -160,9 +160,6 @@ def test_control_c_stops_the_answer_and_not_the_talk(talk, monkeypatch, capsys):
 def test_a_model_cannot_steer_the_terminal(talk, monkeypatch, capsys):
     use(talk, monkeypatch, say("a\x1b[2Jb\x07"))
     chat._take(talk, "//one")
-    assert capsys.readouterr().out == "a\x1b[2Jb\x07\n"  # for a program
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    chat._take(talk, "two")
     assert capsys.readouterr().out == "a\\x1b[2Jb\\x07\n"
     assert talk.turns[0]["content"] == "/one"
 
