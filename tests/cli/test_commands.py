@@ -109,7 +109,7 @@ def test_a_notice_while_a_stage_is_evaluated(tmp_path, config, monkeypatch, caps
 
 
 def test_usage_errors(capsys):
-    for arguments in ([], ["fly"], ["train"], ["data"], ["score", "--input=x"]):
+    for arguments in (["fly"], ["train"], ["data"], ["score", "--input=x"]):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         assert caught.value.code == 2
