@@ -142,6 +142,19 @@ class DecoderConfig:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
+    def to_json(self) -> dict[str, Any]:
+        """All fields as JSON has them; equal configurations give equal text."""
+        return _plain(dataclasses.asdict(self))
+
+
+def _plain(value: Any) -> Any:
+    """A value with tuples as lists, and whole floats as integers: 10000 and 10000.0 are one."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
 
 def site_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
     """`{site: (D_in, D_out)}` of the seven linear layers of a block."""

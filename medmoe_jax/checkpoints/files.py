@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from medmoe_jax import json_text
 from medmoe_jax.checkpoints.agreement import from_first_process
+from medmoe_jax.checkpoints.fingerprint import hasher
 from medmoe_jax.errors import UserError, bad_or_lost
 from medmoe_jax.parallel import processes
 from medmoe_jax.storage import objects
@@ -173,16 +174,22 @@ class MetricsLog:
           UserError: a line other than the last is not a JSON object with an integer `step`.
         """
         self.path = place(path)
-        if is_remote(self.path):
-            content = objects.read(self.path) or b""
-            length = _length_up_to(self.path, io.BytesIO(content), after_step)
-            self._file: Grown | _DiskFile = Grown(self.path, content[:length])
-        else:
-            self._file = _DiskFile(self.path, after_step)
+        content = _content(self.path)
+        content = content[: length_up_to(self.path, io.BytesIO(content), after_step)]
+        self._size, self._hash = len(content), hasher(content)
+        kind = Grown if is_remote(self.path) else _DiskFile
+        self._file: Grown | _DiskFile = kind(self.path, content)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append one line {"step": step, **values}; values are JSON-able."""
-        self._file.write((json.dumps({"step": step, **values}) + "\n").encode())
+        line = (json.dumps({"step": step, **values}) + "\n").encode()
+        self._file.write(line)
+        self._size += len(line)
+        self._hash.update(line)
+
+    def mark(self) -> list[Any]:
+        """`fingerprint.file_mark` of all lines."""
+        return [self._size, self._hash.hexdigest()]
 
     def sync(self) -> None:
         """Wait until every line is on the disk, or on object storage."""
@@ -200,15 +207,22 @@ class MetricsLog:
         self.close()
 
 
+def _content(path: Path) -> bytes:
+    """A file's bytes, none where it is not there."""
+    if is_remote(path):
+        return objects.read(path) or b""
+    return path.read_bytes() if path.exists() else b""
+
+
 class _DiskFile:
     """A log on disk, every line of which is written when it comes."""
 
-    def __init__(self, path: Path, after_step: int) -> None:
+    def __init__(self, path: Path, content: bytes) -> None:
+        """Begin with some content, which is the beginning of what the file holds."""
         path.parent.mkdir(parents=True, exist_ok=True)
         # Unbuffered: a line reaches the kernel whole, whatever then happens to the process.
         self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
-        with open(path, "rb") as lines:
-            self._file.truncate(_length_up_to(path, lines, after_step))
+        self._file.truncate(len(content))
 
     @property
     def closed(self) -> bool:
@@ -248,8 +262,12 @@ def _parse(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
     return row
 
 
-def _length_up_to(path: Path, lines: Iterable[bytes], step: int) -> int:
-    """Bytes of the leading whole lines whose step is at most `step`."""
+def length_up_to(path: Path, lines: Iterable[bytes], step: int) -> int:
+    """Bytes of the leading whole lines of a metrics log whose step is at most `step`.
+
+    Raises:
+      UserError: a line before is not a JSON object with an integer `step`.
+    """
     length = 0
     for number, line in enumerate(lines, 1):
         if not line.endswith(b"\n") or _parse(path, number, line)["step"] > step:

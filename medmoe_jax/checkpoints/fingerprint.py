@@ -9,6 +9,7 @@ import jax
 
 import medmoe_jax
 from medmoe_jax.parallel.hashing import array_hashes
+from medmoe_jax.storage.objects import size_of
 from medmoe_jax.storage.places import place
 
 
@@ -18,10 +19,20 @@ def json_fingerprint(value: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+def hasher(content: bytes = b"") -> Any:
+    """What makes a fingerprint of bytes that come one after another: `update`, `hexdigest`."""
+    return hashlib.blake2b(content, digest_size=16)
+
+
 def file_fingerprint(path: str | Path) -> str:
     """32 hex digits for the bytes of a file. Raises OSError if it cannot be read."""
     with place(path).open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return hashlib.file_digest(file, hasher).hexdigest()
+
+
+def file_mark(path: Path) -> list[Any]:
+    """`[bytes, fingerprint]` of a file. Raises OSError if it cannot be read."""
+    return [size_of(path), file_fingerprint(path)]
 
 
 def code_fingerprint() -> str:

@@ -82,3 +82,8 @@ class StageFolder:
     def is_finished(self) -> bool:
         """Whether the stage has reached its end and its banks can be loaded."""
         return from_first_process(self.manifest.exists)
+
+    def is_used(self) -> bool:
+        """Whether a run has left something here that stands on `recipe`."""
+        kept = (self.manifest, self.metrics, self.final, self.steps)
+        return any(path.exists() for path in kept)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from medmoe_jax.adapters.lifecycle import STATES
-from medmoe_jax.checkpoints.files import read_json, write_json
+from medmoe_jax.checkpoints.records import RecordError, read_record, remedy, write_record
 from medmoe_jax.errors import UserError
+from medmoe_jax.storage.places import place
 
 BANK_STATES = (*STATES, "dropped")
 LIBRARIES = ("medmoe_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -34,13 +35,16 @@ class Manifest:
     Attributes:
       stage, after: its name, and that of the stage it starts from ("" for the first).
       recipe_fingerprint: of its recipe, which covers the stages before it.
-      base_fingerprint: of the base as loaded.
-      parent_fingerprint: of the recipe of the stage it starts from ("" for the first).
+      base_fingerprint: of the base: weights, architecture, tokenizer, template.
+      parent_fingerprint: `content` of the stage it starts from ("" for the first).
       operations: what happened to the banks before it, in order, each a dictionary with `op`.
       banks: each bank's entry.
       steps: updates made.
       metrics: its last metrics, ranks, counts of rows, and scores.
       versions: of the libraries that made it.
+      content: of its recipe and every bit of what it left; two that are equal are one model.
+      seal: fingerprint of the seal of what it left.
+      files: `[bytes, fingerprint]` of other files of its folder, by name.
     """
 
     stage: str
@@ -53,6 +57,9 @@ class Manifest:
     steps: int
     metrics: dict[str, Any]
     versions: dict[str, str]
+    content: str = ""
+    seal: str = ""
+    files: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as JSON-able dictionaries."""
@@ -91,12 +98,20 @@ class Manifest:
 
     def write(self, path: str | Path) -> None:
         """Write the manifest to `path`, atomically."""
-        write_json(path, self.to_json())
+        write_record(path, self.to_json())
 
     @classmethod
     def read(cls, path: str | Path) -> "Manifest":
-        """Read a manifest. Raises UserError naming the file, and the line or field at fault."""
-        return cls.from_json(read_json(path), path)
+        """Read a manifest.
+
+        Raises:
+          UserError: it is gone or damaged, or was changed; names the file, and line or field.
+        """
+        try:
+            content, _ = read_record(path)
+        except RecordError as error:
+            raise RecordError(f"{error}; {remedy(place(path).parent)}") from None
+        return cls.from_json(content, path)
 
 
 def library_versions() -> dict[str, str]:

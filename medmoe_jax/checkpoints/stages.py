@@ -5,15 +5,16 @@
     STAGE/manifest.json                        written last: it exists = the stage is finished
 
 Orbax renames a checkpoint into place once it is whole, or marks it as whole on object storage; its
-seal is written after that (`staging`: where Orbax cannot write in place). Everything
-here is called by all processes alike; what is on the disk is judged by the first one, and the
-others follow it.
+seal is written after that (`staging`: where Orbax cannot write in place), and says which run, stage
+and step it is of. Everything here is called by all processes alike; what is on the disk is judged
+by the first one, and the others follow it.
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,8 @@ from medmoe_jax.checkpoints import staging
 from medmoe_jax.checkpoints.agreement import from_first_process
 from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.checkpoints.manifest import Manifest
-from medmoe_jax.checkpoints.seals import SEAL, damage, seal
+from medmoe_jax.checkpoints.records import remedy
+from medmoe_jax.checkpoints.seals import SEAL, damage, read_seal, seal
 from medmoe_jax.errors import StorageError, UserError, is_storage
 from medmoe_jax.parallel import processes
 from medmoe_jax.storage.objects import failures
@@ -61,13 +63,16 @@ class StageCheckpoints:
     an interrupted save left behind is removed on opening.
     """
 
-    def __init__(self, folder: StageFolder, keep: int = 3) -> None:
+    def __init__(
+        self, folder: StageFolder, keep: int = 3, of: Mapping[str, Any] | None = None
+    ) -> None:
         """Open the checkpoints of a stage, whose folder is made if absent.
 
         Args:
           folder: the stage's.
           keep: how many finished checkpoints stay; with 1, the one before also stays until the
             next save, so that an interruption never leaves none.
+          of: what the checkpoints belong to, JSON-able; those of anything else are refused.
 
         Raises:
           CheckpointError: the folder cannot be made or read.
@@ -77,7 +82,7 @@ class StageCheckpoints:
         self._steps = absolute(folder.steps)
         self._staging = contextlib.ExitStack()
         self._written = self._staging.enter_context(staging.written(self._steps))
-        self._keep = keep
+        self._keep, self._of = keep, dict(of or {})
         self._current: int | None = None
         self._held: list[int] = []
         self._saving: futures.Future | None = None
@@ -126,6 +131,9 @@ class StageCheckpoints:
 
     def _is_sealed(self, step: int) -> bool:
         return (self._steps / str(step) / SEAL).exists()
+
+    def _owner(self, step: int) -> dict[str, Any]:
+        return {**self._of, "step": step}
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Orbax's question at each save: the newest sealed ones stay, and the one being saved."""
@@ -186,7 +194,7 @@ class StageCheckpoints:
             copied.set_result(None)
             saved.result()
             if processes.index() == 0:
-                seal(self._written / str(step))
+                seal(self._written / str(step), self._owner(step))
                 staging.publish(self._written / str(step), self._steps / str(step))
                 if staging.is_staged(self._steps):
                     self._remove(lambda one: one < step and not self._stays(one))
@@ -209,23 +217,25 @@ class StageCheckpoints:
             saving.result()
 
     def restore(self, abstract_state: Any) -> Restored | None:
-        """The newest checkpoint that is whole, or None if no save was ever made.
+        """The newest checkpoint that is whole, or None if no save was ever finished.
 
         Damaged and unfinished ones are passed over with a logged warning, and named in `skipped`.
+        Without a seal nothing tells whether one is whole, so it is not used.
 
         Args:
           abstract_state: pytree of jax.ShapeDtypeStruct with the shardings to restore onto.
 
         Raises:
-          CheckpointError: checkpoints exist and none is usable, or the state asked for has other
-            leaves, shapes or dtypes than the one saved.
+          CheckpointError: checkpoints exist and none is usable, the newest is of another run,
+            stage or step, or the state asked for has other leaves, shapes or dtypes than the one
+            saved.
         """
         self.wait()
         found = from_first_process(self._newest_whole)
         for problem in found["skipped"]:
             log.warning("checkpoint passed over: %s", problem)
         step = found["step"]
-        if step is None and not found["skipped"]:
+        if step is None and found["fresh"]:
             return None
         if step is None:
             raise CheckpointError(
@@ -261,13 +271,12 @@ class StageCheckpoints:
             return ocp.load_checkpointables(str(folder), wanted)
 
     def _newest_whole(self) -> dict[str, Any]:
-        """{"step": newest usable step or None, "skipped": what is wrong with newer ones}."""
+        """{"step": newest usable step or None, "skipped": what is wrong with newer ones, "fresh":
+        whether no save was ever finished}.
+        """
         on_disk = self._on_disk()
-        if len(on_disk) == 1 and not self._is_sealed(on_disk[0]):
-            folder = self._steps / str(on_disk[0])
-            # Killed between the first save's rename, which vouches for it, and its seal.
-            log.warning("%s was saved whole but not sealed; sealed now", folder)
-            seal(folder)
+        # One alone without a seal was killed in the first save: a later one leaves one before it.
+        fresh = len(on_disk) == 0 or (len(on_disk) == 1 and not self._is_sealed(on_disk[0]))
         skipped = []
         for step in on_disk:
             folder = self._steps / str(step)
@@ -276,8 +285,21 @@ class StageCheckpoints:
             elif problem := damage(staging.readable(folder)):
                 skipped.append(problem)
             else:
-                return {"step": step, "skipped": skipped}
-        return {"step": None, "skipped": skipped}
+                self._check_owner(step)
+                return {"step": step, "skipped": skipped, "fresh": False}
+        return {"step": None, "skipped": skipped, "fresh": fresh}
+
+    def _check_owner(self, step: int) -> None:
+        folder = self._steps / str(step)
+        there, here = read_seal(staging.readable(folder))[0], self._owner(step)
+        others = [
+            f"{k} {there.get(k)!r} and not {here[k]!r}" for k in here if there.get(k) != here[k]
+        ]
+        if others:
+            raise CheckpointError(
+                f"{folder} is not of this place: its {SEAL} says {', '.join(others)}; put the "
+                f"checkpoints of {self._steps} back as they were written, or remove {folder}"
+            )
 
     def close(self) -> None:
         """Wait for the last save and release the folder. Raises WriteError if it failed."""
@@ -296,9 +318,14 @@ class StageCheckpoints:
 
 
 def save_final(folder: StageFolder, tree: Any, manifest: Manifest) -> None:
-    """Save a stage's end: a tree (nested dicts of jax arrays), then the manifest.
+    """Save a stage's end: a tree (nested dicts of jax arrays), then the manifest, which names it.
 
     A save that is interrupted leaves no manifest and is simply made again.
+
+    Args:
+      folder: the stage's.
+      tree: what it left.
+      manifest: without the fingerprint of the seal.
 
     Raises:
       ValueError: the stage is finished already.
@@ -314,9 +341,10 @@ def save_final(folder: StageFolder, tree: Any, manifest: Manifest) -> None:
                 ocp.save_checkpointables(str(there), items, overwrite=True)
 
             def close() -> None:
-                seal(there)
+                of = {"stage": manifest.stage, "recipe": manifest.recipe_fingerprint}
+                fingerprint = seal(there, of)
                 staging.publish(there, final)
-                manifest.write(folder.manifest)
+                dataclasses.replace(manifest, seal=fingerprint).write(folder.manifest)
 
             from_first_process(close)
     except (*WRITE_ERRORS, *failures()) as error:
@@ -324,6 +352,25 @@ def save_final(folder: StageFolder, tree: Any, manifest: Manifest) -> None:
             f"the stage's end could not be written to {final}: {error}. Free space on the disk or "
             "mend its permissions, and start again: the stage's checkpoints are intact."
         ) from error
+
+
+def check_final(folder: StageFolder) -> None:
+    """Raise CheckpointError unless what a stage left is what its manifest names, byte by byte.
+
+    Raises UserError for a manifest that is not valid.
+    """
+    named = Manifest.read(folder.manifest).seal
+    final = staging.readable(absolute(folder.final))
+
+    def problem() -> str:
+        if found := damage(final):
+            return found
+        if read_seal(final)[1] != named:
+            return f"{final} is not what {folder.manifest} names: it is of another end of a stage"
+        return ""
+
+    if found := from_first_process(problem):
+        raise CheckpointError(f"{found}; {remedy(folder.path)}")
 
 
 def abstract_final(folder: StageFolder) -> Any:
@@ -336,37 +383,40 @@ def abstract_final(folder: StageFolder) -> Any:
     )
 
 
-def load_final(folder: StageFolder, abstract: Any = None) -> tuple[Any, Manifest]:
+def load_final(
+    folder: StageFolder, arrange: Callable[[Any], Any] | None = None
+) -> tuple[Any, Manifest]:
     """The tree and the manifest that `save_final` was given.
 
     Args:
       folder: the finished stage's.
-      abstract: pytree of jax.ShapeDtypeStruct with shardings; None loads everything, each array
-        whole on one device.
+      arrange: gives shardings to the tree of shapes (`abstract_final`) that is to be loaded; None
+        loads everything, each array whole on one device.
 
     Raises:
-      CheckpointError: the stage is not finished, its files are damaged, or the tree asked for has
-        other leaves, shapes or dtypes than the one saved.
+      CheckpointError: the stage is not finished, its files are damaged or not its own, or the tree
+        asked for has other leaves, shapes or dtypes than the one saved.
       UserError: the manifest is not valid.
     """
     if not folder.is_finished():
         raise CheckpointError(
             f"{folder.path} holds no finished stage: {folder.manifest.name} is not there"
         )
-    manifest = Manifest.read(folder.manifest)
+    check_final(folder)
+    abstract = (arrange or _on_one_device)(abstract_final(folder))
     final = staging.readable(absolute(folder.final))
-    if problem := from_first_process(lambda: damage(final)):
-        raise CheckpointError(f"{problem}; restore the file from a copy, or train the stage again")
-    if abstract is None:
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-            abstract_final(folder),
-        )
     with _context():
         extra = ocp.load_checkpointables(str(final), {"extra": None})["extra"]
         _check_fit(final, extra["leaves"], abstract)
-        return ocp.load_checkpointables(str(final), {"banks": abstract})["banks"], manifest
+        tree = ocp.load_checkpointables(str(final), {"banks": abstract})["banks"]
+    return tree, Manifest.read(folder.manifest)
+
+
+def _on_one_device(tree: Any) -> Any:
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tree
+    )
 
 
 def _context() -> ocp.Context:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -15,6 +16,7 @@ from medmoe_jax.base import decoder
 from medmoe_jax.checkpoints.files import read_json
 from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.checkpoints.origins import CARD, Origin, origin_of
+from medmoe_jax.checkpoints.stage_records import read_recipe
 from medmoe_jax.data import origins
 from medmoe_jax.evaluation.report import Report, percent
 from medmoe_jax.storage.places import place
@@ -91,7 +93,7 @@ def _front_matter(run: Run, base: Origin, stages: Sequence[dict], library: str) 
 
 def _stage(stage: StageRun, sections: Any) -> dict[str, Any]:
     """What a finished stage has recorded of itself."""
-    recipe = read_json(stage.folder.recipe)["recipe"]
+    recipe, _ = read_recipe(stage.folder, stage.name)
     manifest = Manifest.read(stage.folder.manifest)
     mixture = recipe["stage"]["mixture"]
     return {
@@ -123,9 +125,9 @@ def _reports(
         return [], []
     workdir = place(run.workdir)
     content, found, others = content_of(run, trained), [], []
-    own = run.stage(trained.stage).folder.report if trained.stage else None
+    own = _own_report(run.stage(trained.stage)) if trained.stage else None
     places = [*sorted(workdir.glob("report.json")), *sorted(workdir.glob("*/report.json"))]
-    for path in [own, *places] if own and own.is_file() else places:
+    for path in [own, *places] if own else places:
         if "results" not in read_json(path):  # such as the demo's
             others.append(path.relative_to(workdir).as_posix())
             continue
@@ -138,6 +140,12 @@ def _reports(
         else:
             others.append(name)
     return found, others
+
+
+def _own_report(stage: StageRun) -> Path | None:
+    """The evaluation at a stage's end, where its manifest names one."""
+    path = stage.folder.report
+    return path if path.name in Manifest.read(stage.folder.manifest).files else None
 
 
 def _pairs(fields: dict[str, Any]) -> str:

@@ -248,11 +248,11 @@ class Tokenizer(ABC):
 
     @functools.cached_property
     def digest(self) -> str:
-        """A hash of all that decides the ids and the text of a conversation, wherever they lie."""
+        """A hash of all that decides the ids and the text of ids, wherever the files lie."""
         ends = [self.text_of(self.bos_id) or None, self.text_of(self.eos_id) or None]
         beside = [*ends, self._beside.config.get("legacy")]
         tokens = sorted(self.added.items())
-        return _digest(self._content, self.chat_template, json.dumps([beside, tokens]))
+        return _digest(self._content, json.dumps([beside, tokens, self._new_tokens]))
 
     def __getstate__(self) -> dict:
         return {"path": self.path}
@@ -261,10 +261,9 @@ class Tokenizer(ABC):
         return f"{type(self).__name__}({str(self.path)!r})"
 
 
-def _digest(content: bytes, *parts: str | None) -> str:
+def _digest(content: bytes, beside: str) -> str:
     digest = hashlib.sha256(content)
-    for part in parts:
-        digest.update(b"\0" + (part or "").encode())
+    digest.update(b"\0" + beside.encode())
     return digest.hexdigest()
 
 

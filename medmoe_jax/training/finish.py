@@ -12,7 +12,9 @@ from medmoe_jax.adapters.lifecycle import Roster
 from medmoe_jax.checkpoints import stages as store
 from medmoe_jax.checkpoints.agreement import from_first_process
 from medmoe_jax.checkpoints.files import read_metrics
+from medmoe_jax.checkpoints.fingerprint import json_fingerprint, tree_fingerprint
 from medmoe_jax.checkpoints.manifest import BankEntry, Manifest, library_versions
+from medmoe_jax.checkpoints.stage_records import kept_files
 from medmoe_jax.training import summary
 from medmoe_jax.training.preparing import Prepared
 from medmoe_jax.training.run import StageRun
@@ -90,6 +92,7 @@ def save_end(
     Raises:
       CheckpointError: it cannot be written.
     """
+    left = {name: tree for name, tree in final.items() if tree}
     manifest = Manifest(
         stage=stage.name,
         after=stage.recipe.after,
@@ -104,8 +107,10 @@ def save_end(
         steps=steps,
         metrics=metrics,
         versions=library_versions(),
+        content=json_fingerprint([fingerprint, tree_fingerprint(left)]),
+        files=kept_files(stage.folder),
     )
-    store.save_final(stage.folder, {k: v for k, v in final.items() if v}, manifest)
+    store.save_final(stage.folder, left, manifest)
 
 
 def _shapes(params) -> dict[str, list[int]]:

@@ -98,6 +98,7 @@ def _fit(
     if stage.is_claimed():
         stage.claim({}, origin)
     if stage.folder.is_finished():
+        stage.check_whole()
         note(f"stage '{name}' is finished: skipped")
         return Fit(**Manifest.read(stage.folder.manifest).metrics["fit"])
     batch, parts = batch_of(setup, name, rows)

@@ -7,16 +7,18 @@ of them call everything here alike.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medmoe_jax.checkpoints.files import read_json, write_json
-from medmoe_jax.checkpoints.fingerprint import json_fingerprint
+from medmoe_jax.checkpoints.agreement import from_first_process
 from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.checkpoints.manifest import Manifest
-from medmoe_jax.data.jinja_template import Jinja
+from medmoe_jax.checkpoints.records import write_record
+from medmoe_jax.checkpoints.seals import SEAL
+from medmoe_jax.checkpoints.stage_records import check_links, read_recipe
+from medmoe_jax.checkpoints.stages import check_final
 from medmoe_jax.errors import UserError
 from medmoe_jax.training.reading import open_data as open_data  # where others have it from
 from medmoe_jax.training.setup import Setup
@@ -24,6 +26,8 @@ from medmoe_jax.training.stage import Stage, chain, find_stage
 
 # The fields of a stage's section that decide which function its banks compute.
 _MODEL_FIELDS = ("after", "merge", "drop", "stack", "banks", "states", "train_base")
+# The fields of `data` that decide which text a model reads, and which experts read it.
+_TEXT_FIELDS = ("tokenizer", "template", "template_options", "languages", "detect_language")
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,20 @@ class Run:
         return tuple(StageRun(self, stage) for stage in chain(self.setup.stages, name))
 
     def last_finished(self) -> str:
-        """The name of the last stage in order that is finished, or ""."""
-        return next((s.name for s in reversed(self.stages) if s.folder.is_finished()), "")
+        """The name of the last stage in order that is finished, or "".
+
+        Raises:
+          UserError: a later one has left its end, and what says so is gone.
+        """
+        for stage in reversed(self.stages):
+            if stage.folder.is_finished():
+                return stage.name
+            if from_first_process((stage.folder.final / SEAL).exists):
+                raise UserError(
+                    f"{stage.folder.manifest}: no such file, though {stage.folder.final} is there; "
+                    "put it back, or let medmoe train finish the stage"
+                )
+        return ""
 
 
 @dataclass(frozen=True)
@@ -86,10 +102,10 @@ class StageRun:
 
     @property
     def parent_fingerprint(self) -> str:
-        """The recipe fingerprint of the stage it starts from, or ""."""
+        """`content` of the stage it starts from, which is finished, or ""."""
         if not self.recipe.after:
             return ""
-        return read_json(self.run.stage(self.recipe.after).folder.recipe)["fingerprint"]
+        return Manifest.read(self.run.stage(self.recipe.after).folder.manifest).content
 
     def is_claimed(self) -> bool:
         """Whether the stage's folder belongs to a recipe already."""
@@ -97,8 +113,7 @@ class StageRun:
 
     def is_imported(self) -> bool:
         """Whether the stage is finished with banks that were not trained here."""
-        finished = self.folder.is_finished()
-        return finished and "imported" in read_json(self.folder.recipe)["recipe"]
+        return self.folder.is_finished() and "imported" in read_recipe(self.folder, self.name)[0]
 
     def claim(self, digests: Mapping[str, str], imported: Mapping[str, Any] | None = None) -> str:
         """Write what the stage is run with, or compare it with what it was; gives its fingerprint.
@@ -109,21 +124,22 @@ class StageRun:
             of a task's rows and how it was fitted on them.
 
         Raises:
-          UserError: the folder was made by another recipe; the message lists the fields.
+          UserError: the folder was made by another recipe, and the message lists the fields; or
+            what it was made by is gone or changed.
         """
         content = self._content(digests)
         if imported is not None:
             content["imported"] = dict(imported)
-        fingerprint = json_fingerprint(content)
-        path = self.folder.recipe
-        if not path.exists():
-            write_json(path, {"fingerprint": fingerprint, "recipe": content})
-            return fingerprint
-        before = read_json(path)
-        if before["fingerprint"] != fingerprint:
-            changed = _differences(before["recipe"], _read_back(content))
+        return from_first_process(lambda: self._claim(_read_back(content)))
+
+    def _claim(self, content: dict[str, Any]) -> str:
+        folder = self.folder
+        if not folder.recipe.exists() and not folder.is_used():
+            return write_record(folder.recipe, {"stage": self.name, "recipe": content})
+        before, fingerprint = read_recipe(folder, self.name)
+        if changed := _differences(before, content):
             raise UserError(
-                f"{path.parent} was made by another recipe; {'; '.join(changed)}. Use another "
+                f"{folder.path} was made by another recipe; {'; '.join(changed)}. Use another "
                 "workdir, or remove that folder to run the stage anew"
             )
         return fingerprint
@@ -131,24 +147,20 @@ class StageRun:
     def _content(self, digests: Mapping[str, str]) -> dict[str, Any]:
         """All that decides what training the stage gives, by content."""
         setup = self.setup
-        config, data = setup.config, setup.config.data.to_dict()
+        data = setup.config.data.to_dict()
         data.pop("sources")
         data.pop("ignore")  # what it leaves of the rows is in the digests
-        if not data["template_options"]:
-            data.pop("template_options")  # as work directories know it that are older than it
-        data["languages"] = dict(setup.languages.ids) if setup.languages else {}
-        if isinstance(setup.template, Jinja):
-            data["template"] = json_fingerprint(setup.template.source)
         section = self.recipe.config.to_dict()
         if not section["evaluation"]["best"]:
             section.pop("evaluation")  # it tells, and decides nothing
         content = {
-            "base": {
-                "content": setup.base_fingerprint,
-                "dtype": config.base.dtype,
-                "quantise": config.base.quantise,
+            "base": {"weights": setup.weights_fingerprint, **setup.identity["base"]},
+            "data": {
+                **data,
+                **setup.identity["data"],
+                "languages": dict(setup.languages.ids) if setup.languages else {},
+                "sources": dict(digests),
             },
-            "data": {**data, "tokenizer": setup.tokenizer.digest, "sources": dict(digests)},
             "stage": section,
         }
         if self.recipe.after:
@@ -156,29 +168,46 @@ class StageRun:
         return content
 
     def check(self) -> None:
-        """Raise UserError unless it is finished and was made with this base and these banks."""
-        folder, setup = self.folder, self.setup
-        if not folder.is_finished():
+        """Raise UserError unless it is finished and is the model that the configuration means.
+
+        Its records belong together, and it was made with this base, this text and these banks. Of
+        what it left, `load_final` sees whether that is whole, as `check_whole` does.
+        """
+        now = _read_back(self._content({}))
+        from_first_process(lambda: self._check(now))
+
+    def check_whole(self) -> None:
+        """`check`, and raise CheckpointError where what it left is damaged or another's."""
+        self.check()
+        check_final(self.folder)
+
+    def _check(self, now: Mapping[str, Any]) -> None:
+        folder = self.folder
+        if not folder.manifest.exists():
             raise UserError(
                 f"stage '{self.name}' is not finished in {self.run.workdir}; run medmoe train first"
             )
-        manifest = Manifest.read(folder.manifest)
-        if manifest.base_fingerprint != setup.base_fingerprint:
+        then = check_links(folder, self.name, self.parent_fingerprint)
+        if changed := _changed(then, now, "base") + _changed(then, now, "data", _TEXT_FIELDS):
             raise UserError(
-                f"{folder.path} was trained on another base (content "
-                f"{manifest.base_fingerprint[:12]}, this one is {setup.base_fingerprint[:12]}); "
-                "set base.path, base.dtype and base.quantise to what it was trained with"
+                f"{folder.path} was trained on another base, or with another tokenizer or "
+                f"template; {'; '.join(changed)}. Set base and data to what it was trained with"
             )
-        then = read_json(folder.recipe)["recipe"]
-        now = _read_back(self.recipe.config.to_dict())
-        changed = _differences(
-            {name: then["stage"].get(name) for name in _MODEL_FIELDS},
-            {name: now[name] for name in _MODEL_FIELDS},
-            f"stages.{self.name}",
-        )
-        changed += _differences(then["data"]["tokenizer"], setup.tokenizer.digest, "tokenizer")
-        if changed:
+        if changed := _changed(then, now, "stage", _MODEL_FIELDS, f"stages.{self.name}"):
             raise UserError(f"{folder.path} holds another model; {'; '.join(changed)}")
+
+
+def _changed(
+    then: Mapping[str, Any],
+    now: Mapping[str, Any],
+    section: str,
+    fields: Sequence[str] = (),
+    shown: str = "",
+) -> list[str]:
+    """The differences in a section of a recipe, of all its fields or of some; `shown`: its name."""
+    parts = [dict(recipe.get(section) or {}) for recipe in (then, now)]
+    old, new = ({name: part.get(name) for name in fields or part} for part in parts)
+    return _differences(old, new, shown or section)
 
 
 def _read_back(value: Any) -> Any:

@@ -20,8 +20,9 @@ from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.base.presets import HUB
 from medmoe_jax.checkpoints.bases import Base, open_base
-from medmoe_jax.checkpoints.fingerprint import tree_fingerprint
+from medmoe_jax.checkpoints.fingerprint import json_fingerprint, tree_fingerprint
 from medmoe_jax.data.encode import Encoder
+from medmoe_jax.data.jinja_template import Jinja
 from medmoe_jax.data.pieces import Template
 from medmoe_jax.data.templates import load_template
 from medmoe_jax.data.tokenizers import check_vocabulary, load
@@ -98,11 +99,45 @@ class Setup:
         return self.base.load(self.dtype, shardings(tree, self.mesh, BASE_RULES))
 
     @functools.cached_property
-    def base_fingerprint(self) -> str:
+    def weights_fingerprint(self) -> str:
         """Content hash of the base as loaded; what was read for it is kept for one `load_base`."""
         base = self._load()
         self._spare.append(base)
         return tree_fingerprint(base)
+
+    @property
+    def base_fingerprint(self) -> str:
+        """What tells a base from others: its weights, and all that `identity` names."""
+        return json_fingerprint([self.weights_fingerprint, self.identity])
+
+    def identify(self, base: Any) -> str:
+        """`base_fingerprint`, where the base's parameters are at hand."""
+        return json_fingerprint([tree_fingerprint(base), self.identity])
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """All beside its weights that makes a base the function it is, by content, JSON-able."""
+        config, tokenizer, stops = self.config, self.tokenizer, self.encoder.stops
+        template = self.template
+        return {
+            "base": {
+                "dtype": config.base.dtype,
+                "quantise": config.base.quantise,
+                "architecture": self.base.config.to_json(),
+                "special_tokens": {
+                    "named": tokenizer.names,
+                    "ids": [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id],
+                    "ends": [list(stops.ids), list(stops.texts)],
+                },
+            },
+            "data": {
+                "tokenizer": tokenizer.digest,
+                "template": json_fingerprint(template.source)
+                if isinstance(template, Jinja)
+                else config.data.template,
+                "template_options": config.data.template_options.to_dict(),
+            },
+        }
 
     @functools.cached_property
     def encoder(self) -> Encoder:

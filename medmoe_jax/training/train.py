@@ -13,9 +13,10 @@ from typing import Any
 import jax
 
 from medmoe_jax.checkpoints import stages as store
-from medmoe_jax.checkpoints.agreement import check_shared, union
+from medmoe_jax.checkpoints.agreement import check_shared, from_first_process, union
 from medmoe_jax.checkpoints.finite import not_finite
 from medmoe_jax.checkpoints.lease import only_writer
+from medmoe_jax.checkpoints.stage_records import check_metrics
 from medmoe_jax.checkpoints.staging import check_processes
 from medmoe_jax.errors import UserError, field_names
 from medmoe_jax.parallel import processes
@@ -100,13 +101,14 @@ def _run_stages(run: Run, callers: _Callers) -> None:
     opened = open_rows(run.setup, trained)
     for stage in run.stages:
         if stage.name in imported:
-            stage.check()
+            stage.check_whole()
             note(f"stage '{stage.name}' was not trained here: skipped")
             continue
         data = open_data(run.setup, stage.recipe, opened)
         callers.confirm_lease()
         fingerprint = stage.claim(data.digests)
         if stage.folder.is_finished():
+            stage.check_whole()
             note(f"stage '{stage.name}' is finished: skipped")
         else:
             _run_stage(stage, data, fingerprint, callers)
@@ -115,12 +117,12 @@ def _run_stages(run: Run, callers: _Callers) -> None:
 
 def _run_stage(stage: StageRun, data: StageData, fingerprint: str, callers: _Callers) -> None:
     """Train a stage and finish it; none of its arrays are held when the next one begins."""
-    prepared, state, read = _make_steps(stage, data, callers)
+    prepared, state, read = _make_steps(stage, data, fingerprint, callers)
     finish(prepared, state, read, fingerprint, callers.evaluate, callers.confirm_lease)
 
 
 def _make_steps(
-    stage: StageRun, data: StageData, callers: _Callers
+    stage: StageRun, data: StageData, fingerprint: str, callers: _Callers
 ) -> tuple[Prepared, TrainState, dict[str, Any]]:
     """The stage with the state that it ends with, and what it has read."""
     config, section = stage.setup.config, stage.recipe.config
@@ -130,7 +132,9 @@ def _make_steps(
     summary.print_languages(data.languages)
     summary.print_undivided({"state": state, "frozen": prepared.frozen}, stage.setup.rules)
     callers.confirm_lease()
-    with store.StageCheckpoints(stage.folder, keep=config.run.keep) as checkpoints:
+    of = {"stage": stage.name, "recipe": fingerprint}
+    log = MetricsFile(stage.folder.metrics, callers.confirm_lease)
+    with store.StageCheckpoints(stage.folder, config.run.keep, of) as checkpoints:
         state, first = _resume(prepared, checkpoints, data, state)
         scored = _evaluations(prepared, data, callers, checkpoints)
         loop = loop_lib.Loop(
@@ -138,9 +142,9 @@ def _make_steps(
             step_fn=_compile(prepared, state),
             stream=data.stream,
             to_mesh=data.placement,
-            save=functools.partial(_save, checkpoints),
+            save=functools.partial(_save, checkpoints, log),
             stop=callers.stop,
-            hooks=_hooks(prepared, scored, callers, checkpoints.saved),
+            hooks=_hooks(prepared, scored, callers, checkpoints.saved, log),
             steps=steps,
             save_every=config.run.save_every,
         )
@@ -190,6 +194,7 @@ def _resume(
     restored = checkpoints.restore(_shapes(state))
     if restored is None:
         return state, 0
+    check_metrics(prepared.stage.folder, restored.step, restored.extra["metrics"])
     data.stream.set_state(restored.extra["data"])
     name, steps = prepared.stage.name, prepared.steps
     note(f"stage '{name}' continues after step {restored.step} of {steps}")
@@ -210,10 +215,15 @@ def _compile(prepared: Prepared, state: TrainState) -> Callable[..., Any]:
 
 
 def _save(
-    checkpoints: store.StageCheckpoints, step: int, state: TrainState, extra: Mapping[str, Any]
+    checkpoints: store.StageCheckpoints,
+    log: MetricsFile,
+    step: int,
+    state: TrainState,
+    extra: Mapping[str, Any],
 ) -> None:
-    """A checkpoint with the data state of every process's shards."""
-    checkpoints.save(step, state, {"data": union(extra["data"])})
+    """A checkpoint with the data state of every process's shards, and the mark of the metrics."""
+    metrics = from_first_process(log.mark)
+    checkpoints.save(step, state, {"data": union(extra["data"]), "metrics": metrics})
 
 
 def _hooks(
@@ -221,6 +231,7 @@ def _hooks(
     scored: Evaluations | None,
     callers: _Callers,
     saved: Callable[[], list[int]],
+    log: MetricsFile,
 ) -> list[Hook]:
     """All hooks of a stage: what may end it, what adds metrics, the caller's, what writes."""
     stage = prepared.stage
@@ -240,7 +251,7 @@ def _hooks(
         *callers.more_hooks(prepared),
     ]
     if processes.index() == 0:
-        hooks.append(MetricsFile(folder.metrics, callers.confirm_lease))
+        hooks.append(log)
         hooks.append(TensorBoard(place(stage.run.workdir) / "tensorboard", settings.log_every))
         hooks.append(Bar(settings.log_every))
         if settings.profile:

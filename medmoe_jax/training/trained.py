@@ -9,7 +9,6 @@ from typing import Any
 from medmoe_jax.adapters.lifecycle import Roster
 from medmoe_jax.base import trees
 from medmoe_jax.checkpoints import stages as store
-from medmoe_jax.checkpoints.fingerprint import tree_fingerprint
 from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.parallel.rules import placed
 from medmoe_jax.training.run import Run, StageRun
@@ -68,10 +67,10 @@ def open_trained(run: Run, name: str, base: Any = None) -> Trained:
 
 
 def content_of(run: Run, trained: Trained) -> str:
-    """What tells a model from others: its stage's recipe fingerprint, or the bare base's."""
+    """What tells a model from others: that of its stage's end, or of the bare base."""
     if not trained.stage:
-        return tree_fingerprint(trained.base)
-    return Manifest.read(run.stage(trained.stage).folder.manifest).recipe_fingerprint
+        return run.setup.identify(trained.base)
+    return Manifest.read(run.stage(trained.stage).folder.manifest).content
 
 
 def load_final(stage: StageRun) -> dict[str, Any]:
@@ -80,5 +79,4 @@ def load_final(stage: StageRun) -> dict[str, Any]:
     Raises:
       CheckpointError: the stage's files are damaged.
     """
-    tree = store.abstract_final(stage.folder)
-    return store.load_final(stage.folder, placed(tree, stage.setup.shardings(tree)))[0]
+    return store.load_final(stage.folder, lambda tree: placed(tree, stage.setup.shardings(tree)))[0]

@@ -203,12 +203,55 @@ def test_a_stage_does_not_start_over_when_every_checkpoint_is_damaged(tmp_path):
         restore(tmp_path)
 
 
-def test_the_first_checkpoint_killed_before_its_seal_is_used(tmp_path, caplog):
+def test_the_first_checkpoint_killed_before_its_seal_is_not_used(tmp_path, caplog):
+    """Nothing tells whether it is whole: the stage begins again, and saves it anew."""
     save_steps(tmp_path, [10])
     (tmp_path / "steps" / "10" / "SEAL.json").unlink()
+    assert restore(tmp_path) is None
+    assert "its seal SEAL.json is not there" in caplog.text
+    assert not (tmp_path / "steps" / "10" / "SEAL.json").exists()
+    save_steps(tmp_path, [10])
     assert restore(tmp_path).step == 10
-    assert "not sealed" in caplog.text
-    assert (tmp_path / "steps" / "10" / "SEAL.json").exists()
+
+
+def test_a_checkpoint_of_another_place_is_refused(tmp_path):
+    """Of another step, stage or recipe: swapped, renamed, or from another run."""
+    of = {"stage": "first", "recipe": "r"}
+
+    def saved(folder, steps=(10, 20), of=of):
+        with StageCheckpoints(StageFolder(folder), 3, of) as checkpoints:
+            for step in steps:
+                checkpoints.save(step, make_state(step), {})
+
+    def refused(folder, words):
+        with (
+            StageCheckpoints(StageFolder(folder), 3, of) as checkpoints,
+            pytest.raises(CheckpointError, match=f"{words}.*put the checkpoints.*or remove"),
+        ):
+            checkpoints.restore(abstract(make_state(0)))
+
+    saved(tmp_path / "a")
+    steps = tmp_path / "a" / "steps"
+    (steps / "20").rename(steps / "30")
+    refused(tmp_path / "a", r"steps/30 is not of this place: .* says step 20 and not 30")
+    (steps / "10").rename(steps / "20")
+    (steps / "30").rename(steps / "10")
+    refused(tmp_path / "a", "steps/20 is not of this place: .* says step 10 and not 20")
+    for other in ({**of, "stage": "second"}, {**of, "recipe": "q"}, {}):
+        shutil.rmtree(tmp_path / "b", ignore_errors=True)
+        saved(tmp_path / "b", of=other)
+        refused(tmp_path / "b", "steps/20 is not of this place")
+
+
+def test_an_edited_seal_is_damage(tmp_path):
+    save_steps(tmp_path, [10, 20])
+    path = tmp_path / "steps" / "20" / "SEAL.json"
+    path.write_text(path.read_text().replace('"step": 20', '"step": 30'))
+    restored = restore(tmp_path)
+    assert restored.step == 10 and "was changed after it was written" in restored.skipped[0]
+    (tmp_path / "steps" / "10" / "state" / "more").write_text("")
+    with pytest.raises(CheckpointError, match="state/more is damage: no such file was written"):
+        restore(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -379,17 +422,17 @@ def test_a_finished_stage_comes_back_with_its_manifest(tmp_path):
     stages.save_final(folder, banks, MANIFEST)
     assert folder.is_finished()
     got, manifest = stages.load_final(folder)
-    assert manifest == MANIFEST
+    assert manifest == dataclasses.replace(MANIFEST, seal=manifest.seal) and manifest.seal
     assert_same(got, banks)
     assert stages.abstract_final(folder) == jax.eval_shape(lambda: make_state(5)["banks"])
     rows = jax.NamedSharding(jax.make_mesh((8,), ("x",)), jax.P("x"))
-    got, _ = stages.load_final(folder, abstract(banks, rows))
+    got, _ = stages.load_final(folder, lambda _: abstract(banks, rows))
     assert got["lora"]["a"].sharding == rows
     assert_same(got, banks)
     with pytest.raises(ValueError, match="finished already"):
         stages.save_final(folder, banks, MANIFEST)
     with pytest.raises(CheckpointError, match="lora/a"):
-        stages.load_final(folder, {"lora": {"b": abstract(banks)["lora"]["b"]}})
+        stages.load_final(folder, lambda _: {"lora": {"b": abstract(banks)["lora"]["b"]}})
 
 
 def test_an_interrupted_end_is_made_again_and_a_damaged_one_is_refused(tmp_path, monkeypatch):
@@ -437,7 +480,7 @@ if index == 0:
 with StageCheckpoints(StageFolder(Path(folder)), keep=2) as checkpoints:
     restored = checkpoints.restore(like(columns))
 save_final(StageFolder(Path(folder)), state, Manifest("s", "", "", "", "", [], {}, 3, {}, {}))
-banks, manifest = load_final(StageFolder(Path(folder)), like(columns))
+banks, manifest = load_final(StageFolder(Path(folder)), lambda _: like(columns))
 print(restored.step, restored.extra["step"], len(restored.skipped), manifest.steps,
       *(tree_fingerprint(tree) for tree in (state, restored.state, banks)))
 """

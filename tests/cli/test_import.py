@@ -122,7 +122,7 @@ def test_training_goes_on_from_an_imported_stage(config, released, tmp_path, cap
     same(workdir, "align")
     manifests = [Manifest.read(StageFolder.of(workdir, s).manifest) for s in
                  ("aggregate", "align")]  # fmt: skip
-    assert manifests[1].parent_fingerprint == manifests[0].recipe_fingerprint
+    assert manifests[1].parent_fingerprint == manifests[0].content
     run("train", config, workdir, ghost)
     assert "stage 'align' is finished: skipped" in capsys.readouterr().err
 
@@ -158,7 +158,7 @@ def test_both_stages_imported_and_used(config, released, tmp_path, capsys):
     assert {k: b.state for k, b in second.banks.items()} == {
         "attention": "merged", "knowledge": "frozen", "alignment": "train"}  # fmt: skip
     assert (second.steps, second.base_fingerprint) == (0, setup.base_fingerprint)
-    assert second.parent_fingerprint == first.recipe_fingerprint
+    assert second.parent_fingerprint == first.content
     assert str(tmp_path) not in json.dumps([first.to_json(), second.to_json()])
     error = fails(capsys, "import", config, f"--workdir={workdir}", f"--adapter={released[0]}")
     assert f"every stage is finished in {workdir}" in error

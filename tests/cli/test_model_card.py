@@ -8,9 +8,12 @@ import shutil
 import pytest
 from huggingface_hub import ModelCard
 
+from medmoe_jax.checkpoints.folders import StageFolder
+from medmoe_jax.checkpoints.stage_records import kept_files
 from medmoe_jax.cli.main import main
 from medmoe_jax.evaluation.report import Report, Result
 from tests import tiny
+from tests.forged import forge
 
 CONFIG = """from tests import tiny
 
@@ -95,10 +98,12 @@ def test_every_figure_is_one_of_the_records(workdir, tmp_path):
         for stage in ("aggregate", "align")
     }
     manifest = records["align"]["manifest"]
-    report(workdir / "report.json", manifest["recipe_fingerprint"], 0.625)
+    report(workdir / "report.json", manifest["content"], 0.625)
     report(workdir / "old" / "report.json", "of another recipe", 0.999)
-    report(workdir / "part" / "report.json", manifest["recipe_fingerprint"], 0.888, ["alignment"])
-    report(workdir / "stages" / "align" / "report.json", "", 0.75)  # of `run.tasks`
+    report(workdir / "part" / "report.json", manifest["content"], 0.888, ["alignment"])
+    own = StageFolder.of(workdir, "align")
+    report(own.report, "", 0.75)  # of `run.tasks`
+    forge(own, manifest=lambda told: told.update(files=kept_files(own)))
     (workdir / "demo").mkdir()
     (workdir / "demo" / "report.json").write_text('{"models": {}}')
     card = export(tmp_path, workdir, "peft")
@@ -151,9 +156,7 @@ def test_every_figure_is_one_of_the_records(workdir, tmp_path):
 
 
 def test_what_is_not_known_is_said_to_be(workdir, tmp_path):
-    manifest = workdir / "stages" / "align" / "manifest.json"
-    told = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps({**told, "metrics": {}}))
+    forge(StageFolder.of(workdir, "align"), manifest=lambda told: told.update(metrics={}))
     card = export(tmp_path, workdir, "hf", "--off=alignment")
     assert card.data.library_name == "transformers"
     assert "Loss of the last step: unknown." in section(card, "Recipe")
@@ -164,11 +167,11 @@ def test_what_is_not_known_is_said_to_be(workdir, tmp_path):
 
 
 def test_a_stage_that_was_not_trained_here_says_so(workdir, tmp_path):
-    path = workdir / "stages" / "align" / "recipe.json"
-    told = json.loads(path.read_text())
-    told["recipe"]["imported"] = {"adapter_model.safetensors": "0123abcd"}
-    told["recipe"]["data"]["sources"] = {}
-    path.write_text(json.dumps(told))
+    def imported(recipe):
+        recipe["imported"] = {"adapter_model.safetensors": "0123abcd"}
+        recipe["data"]["sources"] = {}
+
+    forge(StageFolder.of(workdir, "align"), recipe=imported)
     recipe = section(export(tmp_path, workdir, "peft"), "Recipe").split("Stage 2: align")[1]
     assert "Not trained here" in recipe and "adapter_model.safetensors 0123abcd" in recipe
     assert "AdamW" not in recipe

@@ -82,12 +82,18 @@ def test_pickle_and_digest(any_tokenizer, tmp_path):
     assert moved.chat_template == any_tokenizer.chat_template
 
 
-def test_digest_sees_the_chat_template(byte_level_tokenizer, tmp_path):
+def test_digest_sees_added_tokens_and_not_the_chat_template(byte_level_tokenizer, tmp_path):
     shutil.copytree(byte_level_tokenizer.path.parent, tmp_path / "t")
     (tmp_path / "t" / "chat_template.jinja").write_text("{{ messages[0].content }}")
     changed = tk.load(tmp_path / "t")
     assert changed.chat_template == "{{ messages[0].content }}"
-    assert changed.digest != byte_level_tokenizer.digest
+    assert changed.digest == byte_level_tokenizer.digest  # a template is compared by itself
+    digests = {changed.digest}
+    for token in ({"content": "<x>"}, {"content": "<x>", "normalized": True}):
+        added = {"added_tokens_decoder": {str(changed.vocab_size): token}}
+        (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps(added))
+        digests.add(tk.load(tmp_path / "t").digest)
+    assert len(digests) == 3
 
 
 def test_named_templates_of_a_config(byte_level_tokenizer, tmp_path):

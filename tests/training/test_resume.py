@@ -57,10 +57,10 @@ def disturb_save(monkeypatch, step, action):
     """Do something while the checkpoint of a step is being written."""
     real = store.seal
 
-    def seal(path):
+    def seal(path, of):
         if path.name == str(step):
             action()
-        real(path)
+        return real(path, of)
 
     monkeypatch.setattr(store, "seal", seal)
 

@@ -1,5 +1,6 @@
 """The recipe of skills, and mixing weights fitted on a task's rows, against float64 sums."""
 
+import json
 import shutil
 
 import numpy as np
@@ -19,6 +20,7 @@ from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import open_setup
 from medmoe_jax.training.trained import open_trained
 from tests import naive, skills, tiny
+from tests.forged import forge
 
 NAMES = tuple(skills.table())
 ROWS = [
@@ -225,6 +227,35 @@ def test_a_finished_fit_is_shown_again_and_another_is_refused(workdir, rows):
         fit_stage(Run(setup, workdir), "two", rows, "cma", steps=2)
     with pytest.raises(UserError, match=r"imported\.steps: 2 then, 3 now"):
         fit_stage(Run(setup, workdir), "one", rows, "cma", steps=3)
+
+
+def test_skills_of_equal_shapes_are_not_taken_for_each_other(workdir, rows, tmp_path):
+    def swap(part):
+        facts, verdict = (StageFolder.of(workdir, s).path / part for s in ("facts", "verdict"))
+        facts.rename(tmp_path / "aside")
+        verdict.rename(facts)
+        (tmp_path / "aside").rename(verdict)
+
+    setup = open_setup(skills.config())
+    for part, words in (
+        ("final", "facts/final is not what .*manifest.json names"),
+        ("manifest.json", "facts/manifest.json is of another stage"),
+        ("recipe.json", "facts/recipe.json is of stage 'verdict' and not of 'facts'"),
+        ("", "facts/recipe.json is of stage 'verdict' and not of 'facts'"),
+    ):
+        swap(part)
+        with pytest.raises(UserError, match=f"{words}.*or remove"):
+            fit_stage(Run(setup, workdir), "one", rows, "cma", 2)
+        swap(part)
+    folder = StageFolder.of(workdir, "one")
+    fit_stage(Run(setup, workdir), "one", rows, "cma", 2)
+    forge(folder, manifest=lambda told: told["metrics"]["fit"].update(loss=0.0))
+    assert fit_stage(Run(setup, workdir), "one", rows, "cma", 2).loss == 0.0  # the forger's
+    told = json.loads(folder.manifest.read_text())
+    told["metrics"]["fit"]["loss"] = 1.0
+    folder.manifest.write_text(json.dumps(told))
+    with pytest.raises(UserError, match=r"one/manifest\.json: was changed after"):
+        fit_stage(Run(setup, workdir), "one", rows, "cma", 2)
 
 
 def test_rows_that_are_cut_before_their_answers(workdir, tmp_path):

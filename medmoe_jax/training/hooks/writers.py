@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from medmoe_jax.checkpoints.files import MetricsLog
 from medmoe_jax.storage.spool import Spool
@@ -54,6 +55,10 @@ class MetricsFile(Hook):
     def on_save(self, progress: Progress) -> None:
         """Bring all lines to the disk, before the checkpoint that vouches for them."""
         self._log.sync()
+
+    def mark(self) -> list[Any]:
+        """What tells the lines so far from others, for the checkpoint that vouches for them."""
+        return self._log.mark()
 
     def on_end(self, progress: Progress) -> None:
         """Close it, unless it is another program's by now."""
