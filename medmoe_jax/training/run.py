@@ -27,7 +27,7 @@ from medmoe_jax.training.stage import Stage, chain, find_stage
 # The fields of a stage's section that decide which function its banks compute.
 _MODEL_FIELDS = ("after", "merge", "drop", "stack", "banks", "states", "train_base")
 # The fields of `data` that decide which text a model reads, and which experts read it.
-_TEXT_FIELDS = ("tokenizer", "template", "template_options", "languages", "detect_language")
+_TEXT_FIELDS = ("tokenizer", "template", "template_options", "detect_language")
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,12 @@ class StageRun:
                 f"stage '{self.name}' is not finished in {self.run.workdir}; run medmoe train first"
             )
         then = check_links(folder, self.name, self.parent_fingerprint)
-        if changed := _changed(then, now, "base") + _changed(then, now, "data", _TEXT_FIELDS):
+        changed = _changed(then, now, "base") + _changed(then, now, "data", _TEXT_FIELDS)
+        # Others may have joined since: the experts answer them as they are.
+        known = tuple(then["data"]["languages"])
+        languages = (recipe["data"]["languages"] for recipe in (then, now))
+        changed += _differences(*(_of(one, known) for one in languages), "data.languages")
+        if changed:
             raise UserError(
                 f"{folder.path} was trained on another base, or with another tokenizer or "
                 f"template; {'; '.join(changed)}. Set base and data to what it was trained with"
@@ -206,8 +211,12 @@ def _changed(
 ) -> list[str]:
     """The differences in a section of a recipe, of all its fields or of some; `shown`: its name."""
     parts = [dict(recipe.get(section) or {}) for recipe in (then, now)]
-    old, new = ({name: part.get(name) for name in fields or part} for part in parts)
+    old, new = (_of(part, fields or tuple(part)) for part in parts)
     return _differences(old, new, shown or section)
+
+
+def _of(section: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any]:
+    return {name: section.get(name) for name in fields}
 
 
 def _read_back(value: Any) -> Any:

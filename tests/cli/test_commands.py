@@ -284,7 +284,7 @@ def test_eval(config, workdir, tmp_path, capsys):
     about = json.loads((out / "report.json").read_text())["about"]
     assert about["stage"] == "align" and about["template"] and about["versions"]["jax"]
     manifest = json.loads(Path(workdir, "stages/align/manifest.json").read_text())
-    assert about["fingerprint"] == manifest["recipe_fingerprint"]
+    assert about["fingerprint"] == manifest["content"]
     page = (out / "report.html").read_text()
     assert "Right answers" in page and "Confusion: formats" in page
     capsys.readouterr()

@@ -65,6 +65,10 @@ def test_the_language_of_a_row_reaches_its_router(tmp_path):
     (tmp_path / "table.csv").write_text(TABLE + "yo,west\n")
     grown = open_model(Run(open_setup(setup.config), tmp_path / "work"), language="yo")
     assert grown.score(["Is it?"], [" yes"]) == logs["en"]
+    # One that was there may not change its family.
+    (tmp_path / "table.csv").write_text(TABLE.replace("de,west", "de,east"))
+    with pytest.raises(UserError, match=r"data\.languages\.de: 0 then, 1 now"):
+        open_model(Run(open_setup(setup.config), tmp_path / "work"))
 
 
 REFUSED = {

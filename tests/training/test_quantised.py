@@ -78,7 +78,7 @@ def test_another_base_dtype_is_another_base(done):
     _, workdir = done
     with pytest.raises(UserError, match=r"base\.quantise: 'nf4' then, 'int8' now"):
         train(Run(open_setup(config_of("int8")), workdir))
-    with pytest.raises(UserError, match=r"trained on another base .* base\.quantise"):
+    with pytest.raises(UserError, match=r"trained on another base.* base\.quantise"):
         open_trained(Run(open_setup(config_of("")), workdir), "align")
 
 
