@@ -33,6 +33,18 @@ def test_files_and_names_exist(page):
     assert not wrong
 
 
+def test_every_line_on_what_is_the_same_names_its_tests():
+    """That they exist is seen above."""
+    text = (ROOT / "docs" / "reproducibility.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| (?!compared|what|-)(.+) \|$", text, re.MULTILINE)
+    assert len(lines) > 30
+    for line in lines:
+        compared, same, tests = line.split(" | ")
+        assert compared and re.search(r"bit for bit|the same|\de-\d|twice", same), line
+        for name in tests.split(", "):
+            assert re.fullmatch(r"`tests/[\w/]+/test_\w+\.py:(test|Test)\w+`", name), line
+
+
 def test_one_call_is_told_from_the_command_to_the_kernel():
     """In the table and in the drawing alike."""
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
