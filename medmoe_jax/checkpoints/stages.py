@@ -253,12 +253,14 @@ class StageCheckpoints:
         """The state of the checkpoint of one step; `abstract_state` as for `restore`.
 
         Raises:
-          CheckpointError: it is not there, damaged, or of other leaves, shapes or dtypes.
+          CheckpointError: it is not there, damaged, of another run, stage or step, or of other
+            leaves, shapes or dtypes.
         """
         self.wait()
         folder = self._steps / str(step)
         if problem := from_first_process(lambda: damage(staging.readable(folder))):
             raise CheckpointError(problem)
+        from_first_process(lambda: self._check_owner(step))
         extra = self._load(step, {"extra": None})["extra"]
         _check_fit(folder, extra["leaves"], abstract_state)
         return self._load(step, {"state": abstract_state})["state"]
