@@ -70,7 +70,7 @@ def test_what_is_wrong_is_named(path, put, message):
 
 def test_a_file_that_is_no_manifest_is_named(tmp_path):
     (tmp_path / "manifest.json").write_text("[]")
-    with pytest.raises(UserError, match=r"manifest.json: the file must be a JSON object"):
+    with pytest.raises(UserError, match=r"manifest.json: expected a JSON object"):
         Manifest.read(tmp_path / "manifest.json")
 
 
