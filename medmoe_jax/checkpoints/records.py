@@ -44,8 +44,6 @@ def read_record(path: str | Path, *fields: str) -> tuple[dict[str, Any], str]:
         raise RecordError(f"{path}: not a file: {error.strerror}") from None
     except UserError as error:
         raise RecordError(str(error)) from None
-    if not isinstance(value, dict):
-        raise RecordError(f"{path}: the file must be a JSON object")
     if value.get("format") != FORMAT:
         raise RecordError(
             f"{path}: its format is {value.get('format')!r} and not {FORMAT}: another version of "
