@@ -65,8 +65,8 @@ def words(hint: Any) -> str:
     """A type in words."""
     arguments, origin = get_args(hint), get_origin(hint) or hint
     if origin in (Union, types.UnionType):
-        if set(arguments) == {int, float}:
-            return "a number"
+        if {int, float} <= set(arguments):
+            arguments = [one for one in arguments if one is not int]
         return " or ".join(dict.fromkeys(words(one) for one in arguments))
     if origin in (list, Sequence, dict, Mapping):
         what = "a list" if origin in (list, Sequence) else "an object"

@@ -220,7 +220,7 @@ def test_rope_scalings():
         ("llama", {"partial_rotary_factor": 0.75}, "partial_rotary_factor: 0.75 is not supported"),
         ("phi3", {"partial_rotary_factor": 0.4}, "head_dim 8, rotary_dim 3: both must be even"),
         ("llama", {"rope_scaling": "yarn"}, "rope_scaling: 'yarn' is not a set of fields"),
-        ("llama", {"rope_theta": "1e6"}, "rope_theta: '1e6' is not a number"),
+        ("llama", {"rope_theta": "1e6"}, "rope_theta: '1e6' is not a number or null"),
         ("llama", {"rope_scaling": {"type": "default", "factor": 2.0}}, r"supported \['factor'\]"),
         ("gemma3_text", {"rope_parameters": {"rope_theta": 5.0}}, "needs one set a layer type"),
         ("llama", {"is_causal": False}, "is_causal: False is not supported"),

@@ -349,7 +349,7 @@ def test_damaged_files(tmp_path, rng):
     with pytest.raises(UserError, match="r is 0 and lora_alpha 4; give two numbers"):
         read(folder, roster)
     (folder / "adapter_config.json").write_text("[]")
-    with pytest.raises(UserError, match=r"adapter_config\.json: not a JSON object"):
+    with pytest.raises(UserError, match=r"adapter_config\.json: expected a JSON object"):
         read(folder, roster)
     (folder / "adapter_config.json").unlink()
     with pytest.raises(UserError, match=r"adapter_config\.json: no such file"):

@@ -137,6 +137,15 @@ def test_what_does_not_fit_the_context_is_forgotten_and_said(talk, monkeypatch):
         list(talk.ask("\ud800"))
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt, also in a background job, where the shell has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_control_c_stops_the_answer_and_not_the_talk(talk, monkeypatch, capsys):
     steps = itertools.count()
 

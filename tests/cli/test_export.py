@@ -84,9 +84,9 @@ def run(config, workdir, kind, output, *options):
     return main(["export", config, *arguments])
 
 
-def fails(capsys, *arguments):
+def fails(capsys, *arguments, status=1):
     capsys.readouterr()
-    assert run(*arguments) == 1
+    assert run(*arguments) == status
     error = capsys.readouterr().err
     assert error.startswith("medmoe export: error: ") and error.count("\n") == 1, error
     return error
@@ -298,7 +298,7 @@ def test_nothing_is_left_when_the_disk_is_full(config, workdir, tmp_path, capsys
 
     monkeypatch.setattr(files, "save_file", full)
     for kind in ("hf", "peft"):
-        error = fails(capsys, config, workdir, kind, tmp_path / "out")
+        error = fails(capsys, config, workdir, kind, tmp_path / "out", status=74)
         assert "out: cannot be written" in error and "No space left on device" in error
     assert not list(tmp_path.iterdir())
     (tmp_path / "out").mkdir()

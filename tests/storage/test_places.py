@@ -18,7 +18,7 @@ _NO_PATH = {
     "coordinator", "command", "config", "action", "method", "stage", "off", "language", "split",
     "answer", "score", "shots_as", "compat", "format", "dtype", "name", "ignore", "column",
     "option", "mask", "push", "prompt", "topology", "search", "devices", "kind", "kinds",
-    "model", "price", "request", "scales", "url", "asked",
+    "model", "price", "request", "scales", "url", "asked", "host", "stop", "system",
 }  # fmt: skip
 
 

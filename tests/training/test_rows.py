@@ -104,7 +104,9 @@ def test_options_reach_training_and_belong_to_the_recipe(recipe, tmp_path):
     prompts = [setup.encoder.prompt(TWO["messages"][:1]) for setup in setups]
     assert len(prompts[0]) < len(prompts[1]) and prompts[1][: len(prompts[0])] == prompts[0]
     runs[0].stages[0].claim({})
-    with pytest.raises(UserError, match=r"data\.template_options: None then, .*False"):
+    with pytest.raises(
+        UserError, match=r"data\.template_options\.enable_thinking: None then, False now"
+    ):
         runs[1].stages[0].claim({})
     plain.data.template_options.thinking = True
     with pytest.raises(UserError, match=r"data\.template_options\.thinking: the chat template has"):
