@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -23,6 +24,14 @@ DATA_DIR = Path(os.environ.get("MEDMOE_DATA", ROOT.parent / "shared" / "data")).
 def data_dir() -> Path:
     """The folder of real data; tests that use it carry the marker `data`."""
     return DATA_DIR
+
+
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt, also in a background job, where the shell has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def pytest_configure(config):

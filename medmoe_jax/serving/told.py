@@ -55,7 +55,7 @@ class Form(Protocol):
 
 
 class ChatForm:
-    """Of `/v1/chat/completions`. Reasoning is told apart, as other open servers do."""
+    """The form of `/v1/chat/completions`. Reasoning is told apart, as other open servers do."""
 
     prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
@@ -91,7 +91,7 @@ class ChatForm:
 
 
 class TextForm:
-    """Of `/v1/completions`."""
+    """The form of `/v1/completions`."""
 
     prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
 

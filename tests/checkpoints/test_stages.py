@@ -325,15 +325,7 @@ def test_a_process_ended_while_it_saves_loses_at_most_that_save(tmp_path, sent):
         last = restored
 
 
-@pytest.fixture
-def heard():
-    """SIGINT raises KeyboardInterrupt, also in a background job, where the shell has it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("heard")
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_in_the_middle_of_a_save_is_heard_and_the_save_made(tmp_path, monkeypatch):
     save_async = ocp.training.Checkpointer.save_checkpointables_async
 

@@ -21,24 +21,7 @@ from medmoe_jax.training.trained import open_trained
 from tests import tiny
 from tests.inference.scripted import Scripted
 
-CONFIG = """from tests import tiny
-
-def get_config():
-    return tiny.medcare_config()
-"""
 ASKED = tiny.alignment_rows()[0]["prompt"]
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    file = tmp_path_factory.mktemp("config") / "recipe.py"
-    file.write_text(CONFIG)
-    return f"--config={file}"
-
-
-@pytest.fixture(scope="module")
-def workdir():
-    return f"--workdir={tiny.trained()[1]}"
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +55,11 @@ def text(answer):
 
 def test_piped_lines_are_answered_as_generate_answers(config, workdir, monkeypatch, capsys):
     """Answers alone on standard output, without colour; a bad command does not end the talk."""
-    assert main(["generate", config, workdir, "--max-tokens=8", ASKED]) == 0
+    assert main(["generate", config, f"--workdir={workdir}", "--max-tokens=8", ASKED]) == 0
     want = capsys.readouterr().out
     lines = f"{ASKED}\n\n/bank\n/flx\n/hlp\n/new\n{ASKED}\n/route now\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    assert main(["chat", config, workdir, "--max-tokens=8", "--history="]) == 0
+    assert main(["chat", config, f"--workdir={workdir}", "--max-tokens=8", "--history="]) == 0
     out, err = capsys.readouterr()
     assert out == want * 2 and "\x1b" not in out + err
     assert "banks: knowledge, alignment" in err
@@ -93,7 +76,7 @@ def test_options_are_checked(config, workdir, capsys):
         ("--off=ghost", "there is no bank 'ghost'"),
         ("--history=gs://b/h", "--history: "),
     ):
-        assert main(["chat", config, workdir, option]) == 1
+        assert main(["chat", config, f"--workdir={workdir}", option]) == 1
         assert words in capsys.readouterr().err
 
 
@@ -135,14 +118,6 @@ def test_what_does_not_fit_the_context_is_forgotten_and_said(talk, monkeypatch):
     assert any("the question was cut" in one for one in talk.remarks())
     with pytest.raises(UserError, match="half of a surrogate pair"):
         list(talk.ask("\ud800"))
-
-
-@pytest.fixture
-def interruptible():
-    """SIGINT raises KeyboardInterrupt, also in a background job, where the shell has it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("interruptible")

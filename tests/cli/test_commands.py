@@ -23,25 +23,6 @@ from medmoe_jax.training.run import Run
 from medmoe_jax.training.trained import open_trained
 from tests import naive, tiny
 
-CONFIG = """from tests import tiny
-
-def get_config():
-    return tiny.medcare_config()
-"""
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    """`--config=` of the tiny recipe."""
-    file = tmp_path_factory.mktemp("config") / "recipe.py"
-    file.write_text(CONFIG)
-    return f"--config={file}"
-
-
-@pytest.fixture(scope="module")
-def workdir():
-    return str(tiny.trained()[1])
-
 
 def write_rows(path, rows):
     return str(tiny.write_rows(path, rows))

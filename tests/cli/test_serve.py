@@ -17,25 +17,8 @@ from medmoe_jax.cli.main import main
 from medmoe_jax.training.setup import Setup
 from tests import tiny
 
-CONFIG = """from tests import tiny
-
-def get_config():
-    return tiny.medcare_config()
-"""
 ASKED = [row["prompt"] for row in tiny.alignment_rows()[:2]]
 MODELS = {"med": "align", "calm": "aggregate:noise,knowledge", "raw": "base"}
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    file = tmp_path_factory.mktemp("config") / "recipe.py"
-    file.write_text(CONFIG)
-    return f"--config={file}"
-
-
-@pytest.fixture(scope="module")
-def workdir():
-    return f"--workdir={tiny.trained()[1]}"
 
 
 def served(arguments, ask, monkeypatch):
@@ -92,7 +75,7 @@ def test_models_of_one_base_answer_as_generate_and_score_do(
         return chats, told.choices[0].logprobs
 
     asked = [f"--model={name}={what}" for name, what in MODELS.items()]
-    (chats, told), said = served([config, workdir, *asked], ask, monkeypatch)
+    (chats, told), said = served([config, f"--workdir={workdir}", *asked], ask, monkeypatch)
     assert len(loads) == 1, "the base is in memory once"
     assert any(line.startswith("calm: stage aggregate, attention, context 128") for line in said)
     for name, what in MODELS.items():
@@ -100,7 +83,8 @@ def test_models_of_one_base_answer_as_generate_and_score_do(
         source = tiny.write_rows(tmp_path / "in.jsonl", [{"prompt": text} for text in ASKED])
         out = tmp_path / "out.jsonl"
         more = [f"--off={bank}" for bank in off.split(",") if bank]
-        command = ["generate", config, workdir, f"--stage={stage}", *more, "--max-tokens=8"]
+        model = [config, f"--workdir={workdir}", f"--stage={stage}"]
+        command = ["generate", *model, *more, "--max-tokens=8"]
         assert main([*command, f"--input={source}", f"--output={out}"]) == 0
         rows = [json.loads(line) for line in out.read_text().splitlines()]
         assert [row["response"] for row in rows] == [chats[name, text] for text in ASKED], name
@@ -112,7 +96,7 @@ def test_models_of_one_base_answer_as_generate_and_score_do(
               zip(told.token_logprobs[1:], told.top_logprobs[1:], strict=True)]  # fmt: skip
     assert greedy[-1], "what was generated greedily is the most probable"
     source = tiny.write_rows(tmp_path / "in.jsonl", [{"prompt": ASKED[0], "completion": "yes"}])
-    command = ["score", config, workdir, f"--input={source}", f"--output={out}"]
+    command = ["score", config, f"--workdir={workdir}", f"--input={source}", f"--output={out}"]
     assert main(command) == 0
     whole = json.loads(out.read_text())["logprob"]  # with the end of the turn
     assert sum(told.token_logprobs[len(prompt) : -1]) >= whole
@@ -134,7 +118,7 @@ def test_options_are_checked_before_anything_is_loaded(config, workdir, tmp_path
         (["--model=a=align:ghost"], "there is no bank 'ghost'"),
         (["--zzz"], "unknown argument '--zzz'"),
     ):
-        assert main(["serve", config, workdir, "--port=0", *arguments]) == 1
+        assert main(["serve", config, f"--workdir={workdir}", "--port=0", *arguments]) == 1
         error = capsys.readouterr().err
         assert words in error and "Traceback" not in error
 
