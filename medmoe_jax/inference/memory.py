@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import jax
 import numpy as np
 
 from medmoe_jax.adapters.model import AdaptedConfig
@@ -23,7 +24,9 @@ def check_room(config: AdaptedConfig, rows: int, slots: int) -> None:
     A device that does not tell its memory has that of the machine, shared with its neighbours.
     """
     execution = config.execution
-    stats = execution.device.memory_stats()
+    # A process can ask its own devices alone.
+    own = jax.local_devices() if execution.mesh is None else execution.mesh.local_devices
+    stats = own[0].memory_stats()
     needed = cache_bytes(config, rows, slots)
     if stats and "bytes_limit" in stats:
         there, whose = stats["bytes_limit"], "a device"
