@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from medmoe_jax.adapters.bank import count
@@ -20,9 +21,15 @@ WORTH_TELLING = 64 * 2**20  # bytes of a device
 def print_stage(prepared: Prepared, state: TrainState) -> None:
     """The matched sites, each bank's parameters and the trainable share."""
     name, frozen, trainable = prepared.stage.name, prepared.frozen, state.trainable
-    table = Table(title=f"stage '{name}': {prepared.steps} steps", title_justify="left")
-    for column in ("bank", "state", "sites", "layers", "experts x rank", "gate", "parameters"):
-        table.add_column(column, justify="right" if column == "parameters" else "left")
+    table = Table(
+        title=f"stage '{name}': {prepared.steps} steps",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for column in ("bank", "state", "sites", "layers", "experts x rank", "gate"):
+        table.add_column(column, overflow="fold")
+    table.add_column("parameters", justify="right", no_wrap=True)
     layers, banks = prepared.stage.setup.base.config.n_layers, prepared.banks(state)
     for bank, (spec, use) in prepared.roster.items():
         table.add_row(
