@@ -25,8 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from rich import box
-from rich.table import Table
 from tqdm import tqdm
 
 from medmoe_jax import json_text
@@ -40,7 +38,7 @@ from medmoe_jax.evaluation.judging.questions import SCALES, questions
 from medmoe_jax.evaluation.judging.verdicts import Verdicts
 from medmoe_jax.ranges import COUNT
 from medmoe_jax.storage.places import local
-from medmoe_jax.training.terminal import console, note, say
+from medmoe_jax.training.terminal import console, note, say, table_of
 
 KEY = "MEDMOE_JUDGE_KEY"
 # Fields of every request; --request lays others over them, and null takes one away.
@@ -175,7 +173,7 @@ def _write(own: Path, who: judge.Judge, lines: Sequence[dict], tokens: list[int]
 
 
 def _show(lines: Sequence[dict], own: Path) -> None:
-    table = _table("task", "scale", "score", "95% interval", "n", "unjudged")
+    table = table_of(("task", "scale"), "score", "95% interval", "n", "unjudged")
     for one in judge.summaries(lines):
         told = ["", ""]
         if one.score is not None:
@@ -194,16 +192,9 @@ def _compare(lines: Sequence[dict], own: Path) -> None:
         if path.parent == own:
             continue
         other = [line for _, line in json_text.lines(path.read_bytes(), path)]
-        table = _table("task", "scale", "n", "equal", "kappa")
+        table = table_of(("task", "scale"), "n", "equal", "kappa")
         for one in judge.agreements(lines, other):
             kappa = "" if one.kappa is None else f"{one.kappa:.3f}"
             table.add_row(one.task, one.scale, str(one.n), f"{one.exact:.3f}", kappa)
         note(f"{own.name} and {path.parent.name} on the same answers:")
         console.print(table)
-
-
-def _table(*columns: str) -> Table:
-    table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for name in columns:
-        table.add_column(name, justify="left" if name in ("task", "scale") else "right")
-    return table

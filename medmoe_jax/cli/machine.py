@@ -134,7 +134,8 @@ def holders(files: tuple[str, ...] = _TPU_FILES, processes: str = "/proc") -> It
     wanted = set(_files(files))
     for link in glob.glob(f"{processes}/[0-9]*/fd/*") if wanted else []:
         try:
-            if os.readlink(link) not in wanted:
+            device = os.readlink(link)
+            if device not in wanted:
                 continue
             number = Path(link).parts[-3]
             line = Path(processes, number, "cmdline").read_bytes()
@@ -142,7 +143,7 @@ def holders(files: tuple[str, ...] = _TPU_FILES, processes: str = "/proc") -> It
             continue
         command = line.replace(b"\0", b" ").decode(errors="replace").strip()
         yield Finding("bad", "TPU", f"held by process {number}: {command}", f"kill {number}")
-        wanted.discard(os.readlink(link))
+        wanted.discard(device)
 
 
 def memory(needed: int = 0) -> Iterator[Finding]:

@@ -14,9 +14,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from rich import box
-from rich.table import Table
-
 from medmoe_jax.checkpoints.files import write_text
 from medmoe_jax.cli.session import no_rest
 from medmoe_jax.data import medical
@@ -28,7 +25,7 @@ from medmoe_jax.evaluation.overlap import RUN, overlaps, row_text
 from medmoe_jax.evaluation.tasks import expand, load_items
 from medmoe_jax.ranges import COUNT
 from medmoe_jax.storage.places import exists, place
-from medmoe_jax.training.terminal import console, say
+from medmoe_jax.training.terminal import console, say, table_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,9 +48,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     texts = [pair for source in arguments.train for pair in _texts(source)]
     found = overlaps(items, (text for _, text in texts), arguments.words)
     counts = Counter(one.task for one in found)
-    table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for column in ("task", "items", "in training rows", "share"):
-        table.add_column(column, justify="left" if column == "task" else "right")
+    table = table_of(("task",), "items", "in training rows", "share")
     for name, of in items.items():
         table.add_row(name, str(len(of)), str(counts[name]), f"{100 * counts[name] / len(of):.1f}%")
     console.print(table)
