@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Union, get_args, get_origin
@@ -10,6 +11,7 @@ from typing import Any, Union, get_args, get_origin
 from medmoe_jax.errors import UserError
 
 Number = int | float  # that is finite
+_DIGITS = re.compile(r"[0-9]{1,18}")
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -50,6 +52,11 @@ def check_fields(fields: Mapping[str, Any], hints: Mapping[str, Any], where: str
     """Raise UserError, beginning with `where`, for the first field that is of another type."""
     for line in wrong_fields(fields, hints)[:1]:
         raise UserError(f"{where}: {line}")
+
+
+def whole_number(text: str) -> int | None:
+    """The number that a text of up to 18 of the digits 0-9 writes; None for any other text."""
+    return int(text) if _DIGITS.fullmatch(text) else None
 
 
 def shown(value: Any) -> str:

@@ -38,6 +38,12 @@ def chat(written: str) -> Jinja:
     return Jinja(source, {"eos_token": "</s>"}, ("<|im_end|>", "</s>"))
 
 
+def test_only_short_plain_digits_are_a_number():
+    assert [kinds.whole_number(text) for text in ("0", "017", "9" * 18)] == [0, 17, 10**18 - 1]
+    others = ("", "-1", "+1", " 1", "1.0", "1_0", "²", "١", "9" * 19, "9" * 5000)
+    assert not any(kinds.whole_number(text) is not None for text in others)
+
+
 # Templates ----------------------------------------------------------------------------------------
 
 GREEDY = {

@@ -29,6 +29,7 @@ from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.checkpoints.records import remedy
 from medmoe_jax.checkpoints.seals import SEAL, damage, read_seal, seal
 from medmoe_jax.errors import StorageError, UserError, is_storage
+from medmoe_jax.kinds import whole_number
 from medmoe_jax.parallel import processes
 from medmoe_jax.storage.objects import failures
 from medmoe_jax.storage.places import absolute
@@ -118,7 +119,8 @@ class StageCheckpoints:
             names = [folder.name for folder in self._steps.iterdir()]
         except FileNotFoundError:  # on object storage, before the first save
             names = []
-        return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+        steps = map(whole_number, names)
+        return sorted((step for step in steps if step is not None), reverse=True)
 
     def _remove(self, chosen: Callable[[int], bool]) -> None:
         """Remove steps from object storage, which Orbax has not written there itself."""

@@ -24,6 +24,7 @@ _KINDS: dict[str, Any] = {
     "about": dict[str, Any],
     "failures": list[dict[str, str]],
 }
+_FAILURE = {"task": str, "error": str}
 COLUMNS = ("task", "metric", "score", "95% interval", "chance", "majority", "n")
 
 
@@ -166,6 +167,8 @@ class Report:
                 check_fields(
                     result, get_type_hints(Result), f"results of {shown(result.get('task'))}"
                 )
+            for failure in data.get("failures", ()):
+                check_fields({**dict.fromkeys(_FAILURE), **failure}, _FAILURE, "failures")
             try:
                 results = [Result(**result) for result in data["results"]]
             except TypeError as error:  # a field that is not known, or one that is missing

@@ -17,6 +17,8 @@ import socket
 import threading
 import time
 
+from medmoe_jax.kinds import whole_number
+
 LEFT = "left"
 GONE = 69  # exit status: EX_UNAVAILABLE
 _COMING = 90  # seconds within which every process comes
@@ -78,7 +80,7 @@ class RollCall:
 def _read(link: socket.socket) -> str:
     """What came on a connection, "" if it was closed or broke."""
     try:
-        return link.recv(256).decode()
+        return link.recv(256).decode(errors="replace")
     except OSError:
         return ""
 
@@ -96,9 +98,9 @@ def host(listener: socket.socket, count: int) -> RollCall:
         with contextlib.suppress(TimeoutError):
             link, _ = listener.accept()
             link.settimeout(_PATIENCE)
-            number = _read(link).strip()
-            if number.isdigit():  # not some stranger's
-                links[int(number)] = link
+            number = whole_number(_read(link).strip())
+            if number is not None:  # not some stranger's
+                links[number] = link
     missing = sorted(set(range(1, count)) - links.keys())
     for link in links.values():
         link.sendall(f"{json.dumps(missing)}\n".encode())

@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from medmoe_jax.errors import UserError
 from medmoe_jax.inference.requests import Token
 from medmoe_jax.inference.streaming import Said
+from medmoe_jax.kinds import whole_number
 from medmoe_jax.serving.answering import Answers, HungUp
 from medmoe_jax.serving.asked import Asked, Text
 from medmoe_jax.serving.metrics import Metrics
@@ -93,8 +94,8 @@ class Endpoint:
             raise Refused(f"content-type: must be application/json, not '{kind}'", 415)
         limit, body = self._limits.body, bytearray()
         too_large = Refused(f"the request has more than {limit:,} bytes, the most taken", 413)
-        declared = request.headers.get("content-length", "")
-        if declared.isdigit() and int(declared) > limit:
+        declared = whole_number(request.headers.get("content-length", ""))
+        if declared is not None and declared > limit:
             raise too_large
         try:
             async with asyncio.timeout(self._limits.seconds):

@@ -419,6 +419,16 @@ CORRUPT = [
     ("frenchmedmcqa", "dev.json", "3", r"dev\.json: neither a list nor an object of records"),
     ("headqa", "dev_HEAD.json", '{"version": 1}', r"no 'exams\.\*\.data' in it"),
     ("bc5cdr", "CDR_DevelopmentSet.PubTator.txt", "1|t|a b\n1\t0\t1\tx\tD\ti\n", r"txt:2"),
+    *(
+        ("bc5cdr", "CDR_DevelopmentSet.PubTator.txt", f"1|t|a\n1\t{n}\t1\ta\tD\ti\n", r"txt:2")
+        for n in ("²", "-1", "0" * 5000)
+    ),
+    (
+        "medqa",
+        "medqa_test.jsonl",
+        json.dumps({"question": "q", "options": {"A": "x", "B": "y"}, "answer_idx": "9" * 5000}),
+        r"jsonl:1: answer '9{79}… names none of the options A",
+    ),
     ("ncbi_disease", "devel.tsv", b"a\tO\n\xff\xfe\tO\n", r"tsv:2: not UTF-8"),
     ("meqsum", "MeQSum_ACL2019_BenAbacha_Demner-Fushman.xlsx", "x", r"not a whole Excel file"),
     ("mmlu_pro_health", "data/test-0.parquet", "x", r"not a whole Parquet file"),

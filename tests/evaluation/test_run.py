@@ -293,6 +293,10 @@ def test_reports_survive_saving(tmp_path):
     assert report.table().row_count == 1 and report.notes() == ["base: b"]
     saved = json.loads(path.read_text())
     assert saved["about"]["versions"] == {"x": "1"} and saved["settings"]["answer"] == "letter"
+    for failures in ([{"error": "e"}], [{"task": "t"}], [{"task": "t", "error": 1}]):
+        path.write_text(json.dumps({**saved, "failures": failures}))
+        with pytest.raises(UserError, match=r"report\.json: .*failures"):
+            Report.load(path)
     path.write_text("{}")
     with pytest.raises(UserError, match=r"report\.json"):
         Report.load(path)

@@ -102,8 +102,11 @@ def test_process_0_that_never_comes(monkeypatch):
         rollcall.answer(address, 1, 2)
 
 
-def test_a_stranger_is_not_counted(ends):
-    first, second = meet(2, (0, 1), stranger=b"GET / HTTP/1.1\r\n\r\n")
+@pytest.mark.parametrize(
+    "stranger", [b"GET / HTTP/1.1\r\n\r\n", "²".encode(), b"\xff\xfe", b"9" * 200]
+)
+def test_a_stranger_is_not_counted(ends, stranger):
+    first, second = meet(2, (0, 1), stranger=stranger)
     assert sorted(first._links) == [1]
     for roll in (first, second):
         roll.leave()

@@ -14,6 +14,7 @@ from typing import Any
 from medmoe_jax import json_text
 from medmoe_jax.data.medical.files import REPAIR
 from medmoe_jax.errors import UserError
+from medmoe_jax.kinds import shown, whole_number
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -150,7 +151,9 @@ def answers_of(
     known = {place for place in places if place is not None}
     if not known or None in places:
         keys = ", ".join(key for key, _ in options)
-        raise UserError(f"{where}: answer {value!r} names none of the options {keys}; {REPAIR}")
+        raise UserError(
+            f"{where}: answer {shown(value)} names none of the options {keys}; {REPAIR}"
+        )
     return sorted(known)
 
 
@@ -161,8 +164,8 @@ def _places(value, options, counts_from: int) -> list[int | None]:
     named = str(value).strip()
     if named in keys:
         return [keys.index(named)]
-    if re.fullmatch(r"\d+", named):
-        place = int(named) - counts_from
+    if (number := whole_number(named)) is not None:
+        place = number - counts_from
         return [place if 0 <= place < len(options) else None]
     texts = [option.casefold() for _, option in options]
     if named.casefold() in texts:

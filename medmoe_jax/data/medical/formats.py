@@ -29,6 +29,7 @@ from medmoe_jax.data.medical.files import (
 from medmoe_jax.data.medical.locate import Found
 from medmoe_jax.data.medical.row import held_out
 from medmoe_jax.errors import UserError
+from medmoe_jax.kinds import shown, whole_number
 
 _SENTENCE_END = re.compile(r"(?<=[.?!])\s+(?=[A-Z0-9\[(])")
 _TICO_HELD_OUT = frozenset(
@@ -116,10 +117,11 @@ def _documents(path: Path) -> Iterator[tuple[str, str, list, list]]:
             text = part[2] if part[1] == "t" else f"{text} {part[2]}"
         elif len(fields) == 4 and fields[1] == "CID":
             relations.append((fields[2], fields[3]))
-        elif len(fields) in (6, 7) and fields[1].isdigit() and fields[2].isdigit():
-            start, stop = int(fields[1]), int(fields[2])
-            if text[start:stop] != fields[3]:
-                raise UserError(f"{where}: {fields[3]!r} is not at {start}-{stop} of the text")
+        elif len(fields) in (6, 7):
+            start, stop = whole_number(fields[1]), whole_number(fields[2])
+            if start is None or stop is None or text[start:stop] != fields[3]:
+                span = shown("-".join(fields[1:3]))
+                raise UserError(f"{where}: {shown(fields[3])} is not at {span} of the text")
             mentions.append((start, stop, fields[4], fields[5]))
         elif line.strip():
             raise UserError(f"{where}: {line[:60]!r} is not a PubTator line; {REPAIR}")
