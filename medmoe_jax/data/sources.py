@@ -29,6 +29,7 @@ from medmoe_jax.storage.places import exists
 _DEMO = {
     "demo_general": corpus.pretraining_rows,
     "demo_knowledge": corpus.knowledge_rows,
+    "demo_answers": corpus.answer_rows,
     "demo_alignment": corpus.alignment_rows,
 }
 
@@ -208,8 +209,10 @@ def open_source(
         rows = found.rows.changed(lambda number, row: form.conversation(row))
         digest = form.digest(found.digest) if found.built else _digest(rows)
         return replace(found, rows=rows, digest=digest)
-    if reader in _DEMO:
-        found = [form.conversation(row) for row in _DEMO[reader]()]
+    part, _, language = reader.partition(":")
+    if part in _DEMO:
+        found = corpus.in_language(_DEMO[part](), language)
+        found = [form.conversation(row) for row in found]
         return Source(Rows(found, f"{reader}, row {{}}".format), _digest(found))
     whole = [form.row(row) for row in medical.training_rows(reader, fields["split"])]
     found = [(fit(row) if fit else row).conversation() for row in whole]
@@ -267,7 +270,7 @@ def check_source(name: str, fields: Mapping[str, Any]) -> None:
             raise UserError(f"{where}.path is empty; name a file or a built data set")
         if not is_name(path) and not exists(path):
             raise UserError(f"{where}.path: there is no file or folder '{path}'")
-    elif reader not in _DEMO and reader.partition(":")[0] not in medical.SETS:
+    elif reader.partition(":")[0] not in {*_DEMO, *medical.SETS}:
         known = ", ".join(["rows", *_DEMO, *medical.SETS])
         raise UserError(f"{where}.reader: '{reader}' is none of {known}")
     elif path:

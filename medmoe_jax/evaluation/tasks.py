@@ -156,7 +156,7 @@ def load_items(names: Sequence[str], split: str | None = None) -> dict[str, tupl
 
 def _check_name(name: str) -> None:
     base, _, split = name.partition("@")
-    if not name.endswith((".jsonl", ".jsonl.gz")) and base not in _DEMO:
+    if not name.endswith((".jsonl", ".jsonl.gz")) and base.partition(":")[0] not in _DEMO:
         entry, _ = medical.find(base)
         if split and split not in entry.splits:
             raise UserError(f"{base} has no split {split!r}; it has {', '.join(entry.splits)}")
@@ -190,7 +190,7 @@ def load_task(
         return _of_user(fetched(name), limit, seed, few)
     base, _, asked = str(name).partition("@")
     split = asked or split
-    if base in _DEMO:
+    if base.partition(":")[0] in _DEMO:
         if split not in (None, "dev"):
             raise UserError(f"{base} has no split {split!r}; it has dev")
         return _demo_task(base, limit, seed, few)
@@ -271,10 +271,11 @@ def _item(row: Row, examples, few: Shots, max_tokens: int, guided: bool, fit) ->
 
 
 def _demo_task(name: str, limit: int | None, seed: int, few: Shots) -> Task:
-    group, kind, metric, read = _DEMO[name]
+    part, _, language = name.partition(":")
+    group, kind, metric, read = _DEMO[part]
     items = [
         Item(row["prompt"], row["answer"], tuple(row["choices"]), language=row.get("language", ""))
-        for row in read()
+        for row in corpus.in_language(read(), language)
     ]
     return _of_items(
         name, items, kind, metric, limit, seed, few, group=group, split="dev", max_tokens=48

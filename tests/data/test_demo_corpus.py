@@ -9,14 +9,18 @@ from medmoe_jax.data.demo import (
     alignment,
     alignment_items,
     alignment_rows,
+    answer_rows,
+    answers,
     corpus,
     frames,
+    in_language,
     knowledge_items,
     knowledge_rows,
     pretraining_rows,
     texts_for_tokenizer,
 )
 from medmoe_jax.data.demo.tables import LANGUAGES, facts, general_facts, leaks, relations
+from medmoe_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +40,7 @@ def _turns(row):
 
 
 def _prompts(rows):
-    return {_turns(row)[0] for row in rows}
+    return {text for row in rows for text in _turns(row)[::2]}
 
 
 def test_facts_are_many_sourced_and_complete():
@@ -95,7 +99,7 @@ def test_sizes(pretraining):
 
 def test_everything_is_deterministic_and_the_seed_matters(pretraining):
     assert pretraining_rows() == pretraining
-    for make in (knowledge_rows, alignment_rows, knowledge_items, alignment_items):
+    for make in (knowledge_rows, answer_rows, alignment_rows, knowledge_items, alignment_items):
         assert make() == make()
         assert make(seed=0) != make(seed=1)
 
@@ -136,9 +140,10 @@ def test_clinical_formats_are_absent_from_pretraining_and_knowledge(pretraining)
 
 
 def test_held_out_items_are_absent_from_training(pretraining):
-    training = _prompts(pretraining + knowledge_rows() + alignment_rows())
+    training = _prompts(pretraining + knowledge_rows() + answer_rows() + alignment_rows())
     items = knowledge_items() + alignment_items()
     assert not training & {item["prompt"] for item in items}
+    assert not training & {q.text for q in answers.questions() if q.kind == "medical"}
     for language in LANGUAGES:
         assert not set(frames.TRAIN[language]) & set(frames.HELD_OUT[language])
 
@@ -180,3 +185,60 @@ def test_rows_are_conversations_and_tokenizer_texts_are_their_turns(pretraining)
     assert len(texts_for_tokenizer()) == 2 * (
         len(pretraining) + len(knowledge_rows()) + corpus.ALIGNMENT_ROWS
     )
+
+
+def _names(fact):
+    return [text["en"].casefold() for text in (fact.subject, fact.object)]
+
+
+def test_sentences_are_about_one_fact_and_ask_from_both_of_its_ends():
+    pairs = list(answers.training_pairs())
+    assert len({question for question, _ in pairs}) == len(set(pairs))
+    assert not any(set("{}") & set(question + answer) for question, answer in pairs)
+    for fact in facts():
+        subject, object_ = _names(fact)
+        sentences = [
+            (question.casefold(), answer.casefold())
+            for question, answer in pairs
+            if subject in answer.casefold() and object_ in answer.casefold()
+        ]
+        assert any(subject in asked and object_ not in asked for asked, _ in sentences), fact
+        assert any(object_ in asked and subject not in asked for asked, _ in sentences), fact
+
+
+def test_answers_hold_every_pair_once_a_few_to_a_conversation():
+    rows = answer_rows()
+    pairs = [pair for row in rows for pair in zip(_turns(row)[::2], _turns(row)[1::2], strict=True)]
+    assert sorted(pairs) == sorted(answers.training_pairs())
+    assert {len(_turns(row)) for row in rows[:-1]} == {2 * answers.TURNS}
+    roles = [turn["role"] for turn in rows[0]["conversations"]]
+    assert roles == ["user", "assistant"] * answers.TURNS and rows[0]["language"] == "en"
+
+
+def test_articles_and_capitals_of_sentences():
+    said = {answer for _, answer in answers.training_pairs()}
+    assert "Lisinopril is an ACE inhibitor." in said
+    assert "Simvastatin is an HMG-CoA reductase inhibitor." in said
+    assert "Furosemide is a loop diuretic." in said
+    assert "Scurvy is caused by a lack of vitamin C." in said
+
+
+def test_open_questions_are_ten_of_taught_facts_and_five_of_every_day():
+    questions = answers.questions()
+    assert Counter(q.kind for q in questions) == {"medical": 10, "everyday": 5}
+    taught = [" ".join(_names(fact)) for fact in facts()]
+    for question in questions:
+        known = [text for text in taught if any(name.casefold() in text for name in question.names)]
+        assert known or question.kind == "everyday", question
+        assert not question.answered(question.text), question
+    first = questions[0]
+    assert first.answered("It is a lack of VITAMIN C.") and not first.answered("Mites cause it.")
+
+
+def test_one_language_of_rows_and_items():
+    for found in (alignment_rows(80), knowledge_items()):
+        english = in_language(found, "en")
+        assert english + in_language(found, "zh") != [] and in_language(found, "") == found
+        assert len(english) * 2 == len(found) and {one["language"] for one in english} == {"en"}
+    with pytest.raises(UserError, match="no language 'fr'; it has en, zh"):
+        in_language(knowledge_items(), "fr")

@@ -6,6 +6,8 @@
 from medmoe_jax.data.demo.corpus import (
     alignment_items,
     alignment_rows,
+    answer_rows,
+    in_language,
     knowledge_items,
     knowledge_rows,
     pretraining_rows,
@@ -15,6 +17,8 @@ from medmoe_jax.data.demo.corpus import (
 __all__ = [
     "alignment_items",
     "alignment_rows",
+    "answer_rows",
+    "in_language",
     "knowledge_items",
     "knowledge_rows",
     "pretraining_rows",

@@ -7,14 +7,19 @@ group "knowledge" and is empty for group "alignment", where the answer is genera
 """
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from medmoe_jax.data.conversation import Conversation
-from medmoe_jax.data.demo import alignment, general, knowledge
+from medmoe_jax.data.conversation import Conversation, Turn
+from medmoe_jax.data.demo import alignment, answers, general, knowledge
+from medmoe_jax.data.demo.tables import LANGUAGES
+from medmoe_jax.errors import UserError
 
 PRETRAINING_ROWS = 18_000
 ALIGNMENT_ROWS = 4_000
 ITEMS_PER_FORMAT_TASK = 25
+
+Pair = tuple[str, str]  # what is asked, and the answer
 
 
 def pretraining_rows(rows: int = PRETRAINING_ROWS, seed: int = 0) -> list[Conversation]:
@@ -29,6 +34,11 @@ def pretraining_rows(rows: int = PRETRAINING_ROWS, seed: int = 0) -> list[Conver
 def knowledge_rows(seed: int = 0) -> list[Conversation]:
     """Return every medical fact in every training frame and language, in shuffled order."""
     return _rows(knowledge.training_pairs(), f"{seed}/knowledge")
+
+
+def answer_rows(seed: int = 0) -> list[Conversation]:
+    """Return every medical fact in English, asked and answered in words and whole sentences."""
+    return [_row(pairs, "en") for pairs in answers.conversations(seed)]
 
 
 def alignment_rows(rows: int = ALIGNMENT_ROWS, seed: int = 0) -> list[Conversation]:
@@ -46,6 +56,19 @@ def alignment_items(per_task: int = ITEMS_PER_FORMAT_TASK, seed: int = 0) -> lis
     return list(alignment.items(per_task, seed))
 
 
+def in_language(found: Sequence[Any], language: str) -> list[Any]:
+    """Return those of some rows or items that are in a language; "" = all.
+
+    Raises:
+      UserError: the corpus has none in it.
+    """
+    if language and language not in LANGUAGES:
+        raise UserError(
+            f"the demonstration has no language '{language}'; it has {', '.join(LANGUAGES)}"
+        )
+    return [one for one in found if not language or one["language"] == language]
+
+
 def texts_for_tokenizer(seed: int = 0) -> list[str]:
     """Return every turn of all training rows; the held-out items are not among them."""
     rows = pretraining_rows(seed=seed) + knowledge_rows(seed) + alignment_rows(seed=seed)
@@ -53,15 +76,13 @@ def texts_for_tokenizer(seed: int = 0) -> list[str]:
 
 
 def _rows(pairs: Iterable[tuple[str, str, str]], key: str) -> list[Conversation]:
-    rows: list[Conversation] = [
-        {
-            "conversations": [
-                {"role": "user", "content": prompt},
-                {"role": "assistant", "content": answer},
-            ],
-            "language": language,
-        }
-        for prompt, answer, language in pairs
-    ]
+    rows = [_row([(prompt, answer)], language) for prompt, answer, language in pairs]
     random.Random(key).shuffle(rows)
     return rows
+
+
+def _row(pairs: Iterable[Pair], language: str) -> Conversation:
+    said: list[Turn] = []
+    for prompt, answer in pairs:
+        said += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    return {"conversations": said, "language": language}

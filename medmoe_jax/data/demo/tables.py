@@ -12,6 +12,12 @@ LANGUAGES = ("en", "zh")
 Text = dict[str, str]
 
 
+def table(name: str) -> list[dict[str, str]]:
+    """Return the records of a `.tsv` file beside this module."""
+    text = resources.files("medmoe_jax.data.demo").joinpath(name).read_text(encoding="utf-8")
+    return list(csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
 @dataclass(frozen=True)
 class Fact:
     """One fact: `relation(subject) = object`; `source` is empty outside medicine."""
@@ -44,7 +50,7 @@ def facts() -> tuple[Fact, ...]:
     """Return the medical facts, each with a public source."""
     return tuple(
         Fact(r["id"], r["relation"], _both(r, "subject"), _both(r, "object"), r["source"])
-        for r in _rows("facts.tsv")
+        for r in table("facts.tsv")
     )
 
 
@@ -53,7 +59,7 @@ def general_facts() -> tuple[Fact, ...]:
     """Return the everyday facts of the pretraining text; none is medical."""
     return tuple(
         Fact(f"general-{i}", r["relation"], _both(r, "subject"), _both(r, "object"))
-        for i, r in enumerate(_rows("general.tsv"))
+        for i, r in enumerate(table("general.tsv"))
     )
 
 
@@ -66,7 +72,7 @@ def relations() -> dict[str, Relation]:
             r["domain"] == "medical",
             *(_both(r, column) for column in ("noun", "question", "other", "stem")),
         )
-        for r in _rows("relations.tsv")
+        for r in table("relations.tsv")
     }
 
 
@@ -74,7 +80,7 @@ def relations() -> dict[str, Relation]:
 def words() -> dict[str, tuple[Text, ...]]:
     """Return the word lists by kind: names, colors, fruits, complaints, drugs and so on."""
     kinds: dict[str, list[Text]] = {}
-    for r in _rows("words.tsv"):
+    for r in table("words.tsv"):
         kinds.setdefault(r["kind"], []).append({"en": r["en"], "zh": r["zh"]})
     return {kind: tuple(entries) for kind, entries in kinds.items()}
 
@@ -97,8 +103,3 @@ def _links() -> tuple[tuple[str, set[str]], ...]:
 
 def _both(record: dict[str, str], column: str) -> Text:
     return {language: record[f"{column}_{language}"] for language in LANGUAGES}
-
-
-def _rows(name: str) -> list[dict[str, str]]:
-    text = resources.files("medmoe_jax.data.demo").joinpath(name).read_text(encoding="utf-8")
-    return list(csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
