@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from medmoe_jax.checkpoints import staging
+from medmoe_jax.checkpoints import staging, waiting
 from medmoe_jax.checkpoints.agreement import from_first_process
 from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.checkpoints.manifest import Manifest
@@ -85,6 +85,7 @@ class StageCheckpoints:
         self._written = self._staging.enter_context(staging.written(self._steps))
         self._keep, self._of = keep, dict(of or {})
         self._current: int | None = None
+        self._lost = False  # a save waits on for processes that will not come
         self._held: list[int] = []
         self._saving: futures.Future | None = None
         self._pool = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -184,7 +185,7 @@ class StageCheckpoints:
         # leave threads that wait for each other for ever.
         copied = futures.Future()
         self._saving = self._pool.submit(self._write, step, items, copied)
-        futures.wait([copied, self._saving], return_when=futures.FIRST_COMPLETED)
+        self._until_any(copied, self._saving)
         if not copied.done():
             self.wait()
 
@@ -204,7 +205,7 @@ class StageCheckpoints:
             raise self._failed(step, error) from error
         self._sealed.add(step)
 
-    def _failed(self, step: int, error: BaseException) -> WriteError:
+    def _failed(self, step: int | None, error: BaseException) -> WriteError:
         self._failed_save = True
         return WriteError(
             f"the checkpoint of step {step} could not be written to {self._steps}: {error}. "
@@ -216,7 +217,15 @@ class StageCheckpoints:
         """Wait until the last save is finished. Raises WriteError if it failed."""
         saving, self._saving = self._saving, None
         if saving is not None:
+            self._until_any(saving)
             saving.result()
+
+    def _until_any(self, *works: futures.Future) -> None:
+        try:
+            waiting.until_any(works, self._written)
+        except waiting.StorageLost as error:
+            self._saving, self._lost = None, True
+            raise self._failed(self._current, error) from error
 
     def restore(self, abstract_state: Any) -> Restored | None:
         """The newest checkpoint that is whole, or None if no save was ever finished.
@@ -310,8 +319,9 @@ class StageCheckpoints:
         try:
             self.wait()
         finally:
-            self._pool.shutdown()
-            self._release()
+            self._pool.shutdown(wait=not self._lost)
+            if not self._lost:
+                self._release()
             self._staging.close()
 
     def __enter__(self) -> "StageCheckpoints":
@@ -340,9 +350,13 @@ def save_final(folder: StageFolder, tree: Any, manifest: Manifest) -> None:
     final = absolute(folder.final)
     try:
         with staging.written(final) as there:
-            with _context():
-                items = {"banks": tree, "extra": {"leaves": _describe(tree)}}
-                ocp.save_checkpointables(str(there), items, overwrite=True)
+
+            def save() -> None:
+                with _context():
+                    items = {"banks": tree, "extra": {"leaves": _describe(tree)}}
+                    ocp.save_checkpointables(str(there), items, overwrite=True)
+
+            waiting.done(save, there.parent)
 
             def close() -> None:
                 of = {"stage": manifest.stage, "recipe": manifest.recipe_fingerprint}

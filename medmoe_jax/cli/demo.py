@@ -130,11 +130,12 @@ def _open(show: Demonstration, workdir: Path, rest: list[str]) -> Run:
 def _look(run: Run, show: Demonstration, models: Sequence[Compared]) -> dict[str, Seen]:
     """What some models score and answer, by their labels."""
     opened = open_models(run, [(one.stage, one.off) for one in models])
+    limit = run.setup.config.run.task_limit or None
     seen = {}
     for one, model in zip(models, opened, strict=True):
         note(f"evaluating: {one.label}")
         said = _asked(model) if one.asked else ()
-        seen[one.label] = Seen(run_tasks(run.setup, model, show.tasks), said)
+        seen[one.label] = Seen(run_tasks(run.setup, model, show.tasks, limit), said)
     return seen
 
 
@@ -170,7 +171,7 @@ def _write(run: Run, workdir: Path, seen: Mapping[str, Seen]) -> None:
             "answers": [
                 {"kind": q.kind, "question": q.text, "names": q.names}
                 | {"answers": {label: texts[i] for label, texts in said.items()}}
-                for i, q in enumerate(questions)
+                for i, q in enumerate(questions if said else ())
             ],
             "mean_abs_cos": cosines,
         },

@@ -19,7 +19,7 @@ from tests.soak.disturbances import Disturbance, Scene
 from tests.soak.hosts import ROOT, Faults, Launcher, storage, wait_for
 
 _STAGE = "aggregate"
-_MOST = 10  # steps from one disturbance to the next, and a few until it strikes
+_MOST = 5  # steps from one disturbance to the next, and a few until it strikes
 _MEGABYTES = 200  # of the work directory's file system
 _CHECKPOINTS = f"stages/{_STAGE}/steps/"
 _CURVE = ("step", "loss", "gradient_norm", "rows_hash", "target_tokens", "learning_rate")
@@ -76,7 +76,7 @@ def soak(
     Raises:
       AssertionError: the ends differ, or the launcher gave up.
     """
-    steps = 15 * (len(sequence) + 1)
+    steps = 8 * (len(sequence) + 1)
     recipe = folder / "recipe.py"
     recipe.write_text(_RECIPE.format(root=str(ROOT), stage=_STAGE, steps=steps))
     tiny.medcare_config()  # its files: both hosts would write them at the same time
