@@ -23,7 +23,7 @@ FEW = ["--config.run.task_limit=3"] + [
 def shown(folder):
     """report.json, and report.html as text, of a demonstration whose scores are whole."""
     report = json.loads((folder / "report.json").read_text())
-    assert list(report["models"]) == LABELS
+    assert set(report["models"]) == set(LABELS)
     for results in report["models"].values():
         assert [r["n"] for r in results] == [3, 3]
         assert [r["group"] for r in results] == ["knowledge", "alignment"]
@@ -45,7 +45,7 @@ def test_a_chat_model_is_asked_before_and_after(tmp_path, capsys):
     asked = [LABELS[0], LABELS[2], LABELS[3]]
     assert len(report["answers"]) == len(answers.questions())
     for one, question in zip(report["answers"], answers.questions(), strict=True):
-        assert one["question"] == question.text and list(one["answers"]) == asked
+        assert one["question"] == question.text and set(one["answers"]) == set(asked)
         assert question.text in page
     assert {r["task"] for r in report["models"]["base"]} == {
         "demo_knowledge:en",

@@ -23,7 +23,8 @@ from random import Random
 from medmoe_jax.errors import UserError
 from tests.fuzz.targets import TARGETS
 
-LONGEST = 30  # seconds that an input may take
+LONGEST = 30  # seconds of computing that an input may take
+_WAITING = 300  # seconds that it may take in all, on a machine that others use too
 _ROUND = 25  # inputs of a target before the next one has its turn
 
 
@@ -47,7 +48,8 @@ def attempt(name: str, seed: str, folder: Path, tally: Tally) -> None:
     folder.mkdir()
     folder.with_name("seed").write_text(seed)  # left where the input ends the process
     began = time.monotonic()
-    signal.setitimer(signal.ITIMER_REAL, LONGEST)
+    signal.setitimer(signal.ITIMER_PROF, LONGEST)
+    signal.setitimer(signal.ITIMER_REAL, _WAITING)
     try:
         TARGETS[name](Random(seed), folder)
         tally.read += 1
@@ -61,6 +63,7 @@ def attempt(name: str, seed: str, folder: Path, tally: Tally) -> None:
             tally.faults[where] = seed
             print(f"{seed}: {where}: {str(error)[:200]!r}", flush=True)
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
     tally.inputs += 1
     tally.slowest = max(tally.slowest, time.monotonic() - began)
@@ -77,7 +80,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--again", help="TARGET:SEED:N of one input")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGALRM, _too_long)
+    for number in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(number, _too_long)
     faulthandler.enable()
     names = arguments.targets or list(TARGETS)
     tallies = {name: Tally() for name in names}
