@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from medmoe_jax.cli import demo
 from medmoe_jax.cli.main import main
 from medmoe_jax.data.demo import answers
 from tests import tiny
@@ -57,12 +58,15 @@ def test_a_chat_model_is_asked_before_and_after(tmp_path, capsys):
     assert "Use of the experts, aggregate: noise" in page
 
 
-@pytest.mark.slow
-def test_the_tiny_one_makes_its_own_base_and_tokenizer(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    few = ["--config.stages.pretrain.steps=2", "--config.base.decoder.n_layers=1"]
-    main(["demo", "--tiny", *FEW, *few])
-    report, page = shown(tmp_path / "runs" / "demo-tiny")
-    assert report["answers"] == [] and "Open questions" not in page
-    assert (tmp_path / "runs" / "demo-tiny" / "tokenizer.model").exists()
-    assert "chance is 25% on knowledge (3 items)" in capsys.readouterr().err
+def test_the_tiny_one_makes_its_own_tokenizer_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo.corpus, "texts_for_tokenizer", lambda: ["What is it? It is 药。"] * 99)
+    size = ["--config.base.decoder.vocab_size=280"]
+    made = []
+    for _ in range(2):
+        run = demo._open(demo.TINY, tmp_path, size)
+        assert run.setup.tokenizer.path == tmp_path / "tokenizer.model"
+        assert [one.name for one in run.stages] == ["pretrain", "aggregate", "align", "align_free"]
+        made.append((tmp_path / "tokenizer.model").stat().st_mtime_ns)
+    assert made[0] == made[1]
+    stages = {one.stage for one in demo.TINY.models}
+    assert stages == {"pretrain", "aggregate", "align", "align_free"}
