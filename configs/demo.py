@@ -23,7 +23,7 @@ def _align(weight: float) -> ConfigDict:
         banks={"alignment": bank(sites=KNOWLEDGE_SITES, rank=32, alpha=64.0)},
         losses={"orthogonality": orthogonality("alignment", "knowledge", weight=weight)},
         mixture={"alignment": 4.0, "knowledge": 1.0},
-        steps=24,
+        steps=15,
         learning_rate=5e-4,
         warmup=0.1,
     )
