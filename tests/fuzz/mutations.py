@@ -84,7 +84,9 @@ def changed_value(random: Random, whole: Any) -> Any:
                 other, name = random.choice(_places(root))
                 holder[key] = copy.deepcopy(other[name])
             case 5 if isinstance(own, dict):
-                own[changed_text(random, random.choice([*own, "a"]))] = random.choice(VALUES)
+                own[changed_text(random, random.choice([*own, "a"]))] = copy.deepcopy(
+                    random.choice(VALUES)
+                )
             case _:
                 holder[key] = [own]
         if len(_places(root)) > 20_000:

@@ -1,5 +1,6 @@
 """Any bytes give a value or a UserError: a few inputs a target, and with `make fuzz` many."""
 
+import copy
 import json
 from random import Random
 
@@ -8,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from medmoe_jax.errors import UserError
-from tests.fuzz import targets
+from tests.fuzz import mutations, targets
 from tests.fuzz.targets import TARGETS
 
 
@@ -46,3 +47,12 @@ def test_an_input_without_a_change_is_read(name, tmp_path_factory, monkeypatch):
         except UserError as error:
             refused.append(str(error))
     assert len(refused) < 8, refused[0]
+
+
+def test_an_input_depends_on_its_seed_alone():
+    before = copy.deepcopy(mutations.VALUES)
+    made = [
+        [mutations.changed_json(Random(seed), {"a": {"b": [1, "c"]}}) for seed in range(400)]
+        for _ in range(2)
+    ]
+    assert made[0] == made[1] and repr(mutations.VALUES) == repr(before)
