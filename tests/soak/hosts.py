@@ -28,6 +28,7 @@ PidFile none
 StrictModes no
 UsePAM no
 PermitRootLogin prohibit-password
+Subsystem sftp internal-sftp
 """
 _SSH = """Host soak-0 soak-1
   HostName 127.0.0.1
