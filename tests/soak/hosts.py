@@ -29,7 +29,7 @@ StrictModes no
 UsePAM no
 PermitRootLogin prohibit-password
 Subsystem sftp internal-sftp
-"""
+{environment}"""
 _SSH = """Host soak-0 soak-1
   HostName 127.0.0.1
   Port {port}
@@ -116,7 +116,15 @@ class Launcher:
         self.jobs = self.folder / "launch"
 
     def _ssh(self, lines: str) -> None:
-        names = {"folder": self.folder, "port": free_port(), "user": getpass.getuser()}
+        # Where packages come from here, a login over ssh does not know by itself.
+        here = {k: v for k, v in os.environ.items() if k.startswith(("PIP_", "SSL_", "UV_"))}
+        told = " ".join(f'"{name}={value}"' for name, value in here.items())
+        names = {
+            "folder": self.folder,
+            "port": free_port(),
+            "user": getpass.getuser(),
+            "environment": f"SetEnv {told}\n" if here else "",
+        }
         for key in ("host", "mine"):
             words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.folder / key]
             subprocess.run(words, check=True)
