@@ -17,6 +17,7 @@ from flax import nnx
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.seam import AdaptedSeam
 from medmoe_jax.base import decoder
+from medmoe_jax.base.attention import Branches
 from medmoe_jax.base.cache import Cache
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.execution import Execution
@@ -122,6 +123,7 @@ def hidden(
     trained: Params | None = None,
     context: Context = Context(),
     cache: Cache | None = None,
+    branches: Branches | None = None,
 ) -> tuple[jax.Array, Cache | None, tuple[dict[str, RouterStats], ...]]:
     """Final hidden states of the decoder with its active banks; see `base.decoder.hidden`.
 
@@ -141,6 +143,7 @@ def hidden(
         trained=trained,
         context=context,
         cache=cache,
+        branches=branches,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,21 @@ from medmoe_jax.errors import ParameterError
 
 _BLOCK = 128  # tokens: what splash attention's blocks are multiples of
 _CHUNK_SCORES = 2**20  # float32 attention scores of a chunk on one device: 4 MiB
+
+
+class Branches(NamedTuple):
+    """Texts that begin alike, as a tree in a row: what they begin with stands there once.
+
+    A token is followed by all that continues it, branch after branch; positions are those of the
+    whole texts.
+
+    Attributes:
+      last_BxT: int32, the last slot of the row that continues the token; its own where none does.
+      lengths_BxT: int32, tokens of the texts that the token belongs to (`rope.tables`).
+    """
+
+    last_BxT: jax.Array
+    lengths_BxT: jax.Array
 
 
 def row_slots(tokens: int, shards: int, limit: int | None) -> int:
@@ -47,6 +63,13 @@ def visible(
     same_BxTxS = q_segments_BxT[:, :, None] == k_segments_BxS[:, None, :]
     near_BxTxS = (window == 0) | (distance_BxTxS < window)
     return same_BxTxS & (distance_BxTxS >= 0) & near_BxTxS
+
+
+def continued(last_BxT: jax.Array) -> jax.Array:
+    """Boolean mask `[B, T, T]`: a token of a tree continues the key, or is it (`Branches`)."""
+    slot_T = jnp.arange(last_BxT.shape[1], dtype=jnp.int32)
+    after_TxT = slot_T[:, None] >= slot_T[None]
+    return after_TxT[None] & (slot_T[None, :, None] <= last_BxT[:, None])
 
 
 def _by_head(q_BxTxHxh, K: int):

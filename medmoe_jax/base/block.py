@@ -28,6 +28,7 @@ class Tokens(NamedTuple):
       k_segments_BxS, k_positions_BxS: int32, of the keys.
       place: where their keys and values are written in the cache; None where there is none.
       rope: the tables of `rope.tables`.
+      branches: how texts share the tokens of a row; None = each has its own.
       attend: runs attention without a cache, as `attention.splash_attention` does; None = masked.
     """
 
@@ -37,6 +38,7 @@ class Tokens(NamedTuple):
     k_positions_BxS: jax.Array
     place: Place | None
     rope: tuple[jax.Array, jax.Array]
+    branches: attention.Branches | None
     attend: Callable | None
 
 
@@ -134,6 +136,8 @@ def _attention(config, execution, seam, layer: Layer, x_BxTxD, tokens: Tokens, c
             tokens.k_positions_BxS,
             layer.window,
         )
+        if tokens.branches is not None:
+            mask &= attention.continued(tokens.branches.last_BxT)
         out = attention.attend(
             config, q, k.astype(q.dtype), v.astype(q.dtype), mask, execution.row_shards
         )

@@ -94,6 +94,7 @@ def hidden(
     trained: Params | None = None,
     context: Context = Context(),
     cache: Cache | None = None,
+    branches: attention.Branches | None = None,
 ) -> tuple[jax.Array, Cache | None, tuple[dict[str, Any], ...]]:
     """Final hidden states, after the last norm.
 
@@ -107,6 +108,8 @@ def hidden(
       trained: nested dict of base leaves that take the place of those in `params`.
       context: what the seam is told of the tokens.
       cache: earlier keys and values; the tokens given are written at `cache.place`.
+      branches: how texts share the tokens of a row, where there is no cache; None = each segment
+        is a text.
 
     Returns:
       `(x_BxTxD, cache, statistics)`: of each range those of its seam, leaves `[layers, ...]`.
@@ -121,8 +124,14 @@ def hidden(
         x_BxTxD *= jnp.asarray(config.embed_scale, execution.dtype)
     x_BxTxD = execution.constrain(x_BxTxD)
     k_segments, k_positions, place = segment_ids_BxT, positions_BxT, None
-    kv, lengths_BxT = None, rope.text_lengths(segment_ids_BxT, positions_BxT)
-    if cache is not None:
+    kv, flash = None, None
+    if branches is not None:
+        # Flash kernels know segments, not trees: the mask is the only form that all devices have.
+        lengths_BxT = branches.lengths_BxT
+    elif cache is None:
+        lengths_BxT = rope.text_lengths(segment_ids_BxT, positions_BxT)
+        flash = _flash(config, execution, tokens_BxT.shape[1])
+    else:
         lengths_BxT = jnp.broadcast_to(cache.lengths_R[:, None], positions_BxT.shape)
         place, kv = cache.place, (cache.k, cache.v)
         cache, k_segments, k_positions = note(cache, segment_ids_BxT, positions_BxT)
@@ -133,7 +142,8 @@ def hidden(
         k_positions,
         place,
         rope.tables(config, positions_BxT, lengths_BxT),
-        _flash(config, execution, tokens_BxT.shape[1]) if cache is None else None,
+        branches,
+        flash,
     )
     context = context._replace(segment_ids_BxT=segment_ids_BxT)
     layers, trained_layers = params["layers"], trained.get("layers", {})

@@ -35,17 +35,31 @@ def logits(config: DecoderConfig, head_VxD: jax.Array, x_BxTxD: jax.Array) -> ja
     return z_BxTxV
 
 
-def _log_probs(config, head_VxD, x_PxCxD, targets_PxC, cut: NamedSharding | None = None):
+def _chunk_logits(config, cut: NamedSharding | None, head_VxD, x_PxCxD):
     if cut is not None:
         rows = NamedSharding(cut.mesh, PartitionSpec(*cut.spec[:2]))
         x_PxCxD = jax.lax.with_sharding_constraint(x_PxCxD, rows)
     z_PxCxV = logits(config, head_VxD, x_PxCxD)
     if cut is not None:
         z_PxCxV = jax.lax.with_sharding_constraint(z_PxCxV, cut)
+    return z_PxCxV
+
+
+def _log_probs(z_PxCxV, targets_PxC):
     # Not a lookup: a device that holds a part of V has nothing to look up elsewhere.
-    ids_1x1xV = jnp.arange(config.vocab_size, dtype=targets_PxC.dtype)[None, None]
-    picked_PxC = jnp.sum(jnp.where(targets_PxC[..., None] == ids_1x1xV, z_PxCxV, 0.0), axis=-1)
+    picked_PxC = jnp.sum(jnp.where(targets_PxC[..., None] == _ids(z_PxCxV), z_PxCxV, 0.0), axis=-1)
     return picked_PxC - jax.nn.logsumexp(z_PxCxV, axis=-1)
+
+
+def _likeliest(z_PxCxV):
+    """The token of the largest logit, of equals the first; no lookup either."""
+    most_PxCx1 = jnp.max(z_PxCxV, axis=-1, keepdims=True)
+    V = z_PxCxV.shape[-1]
+    return jnp.min(jnp.where(z_PxCxV == most_PxCx1, _ids(z_PxCxV), V), axis=-1)
+
+
+def _ids(z_PxCxV):
+    return jnp.arange(z_PxCxV.shape[-1], dtype=jnp.int32)[None, None]
 
 
 def token_log_probs(
@@ -53,19 +67,45 @@ def token_log_probs(
     head_VxD: jax.Array,
     x_BxTxD: jax.Array,
     targets_BxT: jax.Array,
+    weights_BxT: jax.Array,
     execution: Execution = Execution(),
-) -> jax.Array:
-    """Log-probability of each target, float32 `[B, T]`."""
+) -> tuple[jax.Array, jax.Array]:
+    """What the model says of each target; tokens of weight 0 cost nothing.
+
+    Args:
+      config, head_VxD, x_BxTxD, targets_BxT, execution: as in `cross_entropy`.
+      weights_BxT: 0 where there is no target.
+
+    Returns:
+      `[B, T]` each: log-probabilities, float32, and whether no other token is as likely, of equals
+      the first counting as the likelier; 0 and False where there is no target.
+    """
     into = chunks.divide(execution, *targets_BxT.shape, config.vocab_size)
-    given = chunks.sort(into, execution, x_BxTxD, targets_BxT, jnp.ones(targets_BxT.shape))
+    given = chunks.sort(into, execution, x_BxTxD, targets_BxT, weights_BxT)
+    head_VxD = _laid_out(config, execution, head_VxD)
+    cut = execution.logits_sharding(config.vocab_size, into.axes)
 
-    def one(_, n):
-        x_PxCxD, targets_PxC, _ = chunks.chunk(into, execution, given, n)
-        return None, _log_probs(config, head_VxD, x_PxCxD, targets_PxC)
+    def one(n, out):
+        x_PxCxD, targets_PxC, weights_PxC = chunks.chunk(into, execution, given, n)
+        z_PxCxV = _chunk_logits(config, cut, head_VxD, x_PxCxD)
+        there_PxC = weights_PxC != 0
+        found = (
+            jnp.where(there_PxC, _log_probs(z_PxCxV, targets_PxC), 0.0),
+            there_PxC & (_likeliest(z_PxCxV) == targets_PxC),
+        )
+        write = functools.partial(jax.lax.dynamic_update_slice, start_indices=(0, n * into.tokens))
+        return jax.tree.map(write, out, found)
 
-    _, out_NxPxC = jax.lax.scan(one, None, jnp.arange(into.count))
-    out_PxK = jnp.moveaxis(out_NxPxC, 0, 1).reshape(out_NxPxC.shape[1], -1)
-    return chunks.rejoined(into, out_PxK[:, : given.x_PxMxD.shape[1]], targets_BxT.shape)
+    shape = given.targets_PxK.shape
+    start = (jnp.zeros(shape, jnp.float32), jnp.zeros(shape, bool))
+    start = jax.tree.map(functools.partial(chunks.on_parts, into, execution), start)
+    log_probs_PxK, likeliest_PxK = jax.lax.fori_loop(0, given.filled, one, start)
+    M = given.x_PxMxD.shape[1]
+    place_PxM = jnp.argsort(given.order_PxK[:, :M], axis=1)
+    return tuple(
+        chunks.rejoined(into, jnp.take_along_axis(x, place_PxM, axis=1), targets_BxT.shape)
+        for x in (log_probs_PxK, likeliest_PxK)
+    )
 
 
 def _laid_out(config: DecoderConfig, execution: Execution, head_VxD):
@@ -78,7 +118,7 @@ def _laid_out(config: DecoderConfig, execution: Execution, head_VxD):
 
 
 def _chunk_loss(config, cut, head_VxD, x_PxCxD, targets_PxC, weights_PxC):
-    log_probs_PxC = _log_probs(config, head_VxD, x_PxCxD, targets_PxC, cut)
+    log_probs_PxC = _log_probs(_chunk_logits(config, cut, head_VxD, x_PxCxD), targets_PxC)
     return -jnp.sum(log_probs_PxC * weights_PxC)
 
 

@@ -7,6 +7,7 @@ where `TemplateLM` cuts them.
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -106,23 +107,16 @@ class Harness(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """(log probability, whether it is the greedy answer) of each continuation.
 
-        Continuations of one context share its reading, and one greedy answer, of which each that is
-        greedy is the beginning.
+        Continuations of one context share its reading.
         """
-        by_context: dict[tuple[str, tuple[int, ...]], list[int]] = defaultdict(list)
         pairs = [self._pair(*request) for request in requests]
-        for number, pair in enumerate(pairs):
-            by_context[pair.text, pair.context].append(number)
-        prompts = [list(context) for _, context in by_context]
-        experts = [self._model.expert_of(text) for text, _ in by_context]
-        asked = [[list(pairs[n].continuation) for n in own] for own in by_context.values()]
-        sums = self._model.engine.score(prompts, asked, experts)
-        greedy = self._greedy(prompts, [max(map(len, options)) for options in asked], experts)
-        out: dict[int, tuple[float, bool]] = {}
-        for own, options, row, best in zip(by_context.values(), asked, sums, greedy, strict=True):
-            for number, ids, total in zip(own, options, row, strict=True):
-                out[number] = (total, best[: len(ids)] == ids)
-        found = [out[number] for number in range(len(pairs))]
+        expert_of = functools.cache(self._model.expert_of)
+        rows = self._model.engine.scored(
+            [pair.context for pair in pairs],
+            [[pair.continuation] for pair in pairs],
+            [expert_of(pair.text) for pair in pairs],
+        )
+        found = [(score.log_prob, score.greedy) for (score,) in rows]
         for (texts, *_), answer in zip(requests, found, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
@@ -135,26 +129,6 @@ class Harness(TemplateLM):
         if at < 1:
             raise UserError(f"{len(said)} tokens do not fit a context of {self.max_length}")
         return Pair(texts[0] if texts else "", tuple(whole[:at]), tuple(said))
-
-    def _greedy(
-        self, prompts: Sequence[list[int]], lengths: Sequence[int], experts: Sequence[int]
-    ) -> list[list[int]]:
-        """The greedy answer to each prompt, of so many tokens, whatever ends a turn."""
-        out: list[list[int]] = [[] for _ in prompts]
-        by_length: dict[int, list[int]] = defaultdict(list)
-        for number, length in enumerate(lengths):
-            by_length[1 << (length - 1).bit_length()].append(number)
-        for most, own in by_length.items():
-            # A power of two of tokens compiles few programs, where the context has room for it.
-            room = self.max_length + 1 - max(len(prompts[n]) for n in own)
-            most = max(min(most, room), max(lengths[n] for n in own))
-            never = [[self.eot_token_id] * (most + 1)]
-            found = self._model.engine.generate(
-                [prompts[n] for n in own], most, never, Sampling(), [experts[n] for n in own]
-            )
-            for number, ids in zip(own, found, strict=True):
-                out[number] = ids
-        return out
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False

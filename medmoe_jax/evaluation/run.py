@@ -45,6 +45,8 @@ def evaluate(
       way: how items are answered.
       written: a file that gets a JSON line an item, whole after every task.
       resamples: bootstrap draws for the intervals of scores that are no plain share.
+      batch: items that are asked at once where answers are written; those that are scored are
+        batches of the model's own.
       stop: asked after every batch of items, whether to end there.
       finished: called after every task with the report so far.
       about, failures: for the report: the model, and tasks that failed before.
@@ -78,12 +80,15 @@ def evaluate(
 
 
 def _answers(model, task: Task, way: Way, seed: int, batch: int, bar, stop) -> list[Answer]:
-    given: list[Answer] = []
-    for items in _batches(task.items, batch):
-        given += ways.ask(model, task, items, way, seed, first=len(given))
-        bar.update(len(items))
+    def done(items: int) -> None:
+        bar.update(items)
         if stop():
             raise Stopped(f"evaluation was asked to stop, in task '{task.name}'")
+
+    given: list[Answer] = []
+    size = max(len(task.items), 1) if way.scored(task) else batch
+    for items in _batches(task.items, size):
+        given += ways.ask(model, task, items, way, seed, len(given), done)
     return given
 
 

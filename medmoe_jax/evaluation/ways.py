@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -47,9 +47,16 @@ class LanguageModel(Protocol):
     """All that evaluation asks of a model. A prompt is a text or a list of turns."""
 
     def choose(
-        self, prompts: Sequence, choices: Sequence[Sequence[str]], ending: bool = False
+        self,
+        prompts: Sequence,
+        choices: Sequence[Sequence[str]],
+        ending: bool,
+        done: Callable[[int], object],
     ) -> list[list[tuple[float, int]]]:
-        """For each prompt and choice: (sum of log probabilities, number of tokens)."""
+        """For each prompt and choice: (sum of log probabilities, number of tokens).
+
+        `done` is told how many prompts have theirs, whenever some have.
+        """
 
     def constrained(self, prompts: Sequence, choices: Sequence[Sequence[str]]) -> list[int]:
         """The place of the choice that each prompt's greedy answer is, among its choices."""
@@ -108,6 +115,10 @@ class Way:
             return self.max_tokens
         return max(task.max_tokens, self.least if task.kind == "choice" else 0)
 
+    def scored(self, task: Task) -> bool:
+        """Whether answers to a task are scored, which takes least time with all items at once."""
+        return task.kind == "choice" and self.answer in _SCORED
+
     @property
     def asks(self) -> tuple[str, ...]:
         """What may stand after a prompt, to ask for reasoning."""
@@ -139,32 +150,49 @@ class Answer:
 
 
 def ask(
-    model: LanguageModel, task: Task, items: Sequence[Item], way: Way, seed: int, first: int = 0
+    model: LanguageModel,
+    task: Task,
+    items: Sequence[Item],
+    way: Way,
+    seed: int,
+    first: int,
+    done: Callable[[int], object],
 ) -> list[Answer]:
     """The answers to items of a task, the first of which is its item number `first`.
 
-    Each item has draws of its own. Raises ValueError where the model's scores are NaN.
+    Each item has draws of its own. `done` is told how many items are answered, whenever some are.
+    Raises ValueError where the model's scores are NaN.
     """
+    if way.scored(task):
+        return _likeliest(model, task, items, way, done)
     sampling = Sampling(temperature=way.temperature, seed=seed, first=first)
     if task.kind == "generate":
-        return _written(model, task, items, way, sampling)
-    if way.least:
-        return _read(model, task, items, way, sampling)
-    if way.answer == "constrained":
+        given = _written(model, task, items, way, sampling)
+    elif way.least:
+        given = _read(model, task, items, way, sampling)
+    else:
         places = model.constrained([i.turns for i in items], [i.choices for i in items])
         chosen = (item.choices[place] for item, place in zip(items, places, strict=True))
-        return [Answer(choice, (choice,)) for choice in chosen]
-    return _likeliest(model, task, items, way)
+        given = [Answer(choice, (choice,)) for choice in chosen]
+    done(len(given))
+    return given
 
 
-def _likeliest(model: LanguageModel, task: Task, items: Sequence[Item], way: Way) -> list[Answer]:
+def _likeliest(
+    model: LanguageModel,
+    task: Task,
+    items: Sequence[Item],
+    way: Way,
+    done: Callable[[int], object],
+) -> list[Answer]:
     """The choices of each item, best first; of equals the one that stands first."""
     given = [i.texts if way.answer == "text" and i.texts else i.choices for i in items]
-    pairs = model.choose([i.turns for i in items], given, way.ending)
     base: list[list[float]] = [[0.0] * len(texts) for texts in given]
     if way.score == "unconditional":
-        alone = model.choose([last_line(i.prompt) or " " for i in items], given, way.ending)
+        cues = [last_line(i.prompt) or " " for i in items]
+        alone = model.choose(cues, given, way.ending, lambda cues: done(0))
         base = [[total for total, _ in row] for row in alone]
+    pairs = model.choose([i.turns for i in items], given, way.ending, done)
     out = []
     for item, texts, row, less in zip(items, given, pairs, base, strict=True):
         values = tuple(

@@ -1,22 +1,24 @@
 """A base and its banks that score and continue token ids.
 
-Axes: B rows, P prompt slots, C completion slots, N completions a prompt.
-Rows that are scored are bucketed by length, so a few compiled shapes serve every input.
+Axes: B rows, P prompt slots, T slots of a row.
+A few compiled shapes serve every input.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base import rope
+from medmoe_jax.base.config import DecoderConfig, site_shapes
 from medmoe_jax.base.seam import Params
 from medmoe_jax.errors import UserError
+from medmoe_jax.inference.branching import Filled, Packed, Tree, grow, lay, pack, portions
 from medmoe_jax.inference.decoding import STRIDE, Rows
 from medmoe_jax.inference.forward import Weights
 from medmoe_jax.inference.requests import Request, Token
@@ -41,6 +43,24 @@ def _slots(length: int) -> int:
 def _before_stop(ids: list[int], stops: Sequence[tuple[int, ...]]) -> list[int]:
     """The ids of an answer without the stop that they end with."""
     return ids[: -max(len(stop) for stop in stops if tuple(ids[-len(stop) :]) == stop)]
+
+
+def _balance(config: DecoderConfig) -> float:
+    """Slots of a row with which attention's products cost a token what the linear layers' do."""
+    linear = sum(d_in * d_out for d_in, d_out in site_shapes(config).values())
+    return linear / (2 * config.n_heads * config.head_dim)
+
+
+class Score(NamedTuple):
+    """What a model says of a completion.
+
+    Attributes:
+      log_prob: summed over its tokens.
+      greedy: whether each of its tokens is the likeliest there.
+    """
+
+    log_prob: float
+    greedy: bool
 
 
 class Engine:
@@ -79,14 +99,29 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         completions: Sequence[Sequence[Sequence[int]]],
         languages: Sequence[int] | None = None,
+        done: Callable[[int], object] = lambda prompts: None,
     ) -> list[list[float]]:
-        """Summed log-probability of each completion of each prompt.
+        """Summed log-probability of each completion of each prompt; see `scored`."""
+        rows = self.scored(prompts, completions, languages, done)
+        return [[score.log_prob for score in row] for row in rows]
+
+    def scored(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[Sequence[int]]],
+        languages: Sequence[int] | None = None,
+        done: Callable[[int], object] = lambda prompts: None,
+    ) -> list[list[Score]]:
+        """The score of each completion of each prompt; the more are given at once, the faster.
+
+        Prompts that are equal are read once.
 
         Args:
           prompts: ids.
-          completions: ids of each prompt's completions.
+          completions: ids of each prompt's completions, at least one.
           languages: the expert of each prompt's language, for gates that always force it; -1 (or
             None) = unknown.
+          done: told after each batch how many prompts it was the last for.
 
         Raises:
           UserError: a prompt or completion is empty, or a completion does not fit the context.
@@ -94,48 +129,55 @@ class Engine:
         if any(not p for p in prompts) or any(not c for cs in completions for c in cs):
             raise UserError("score: every prompt and every completion needs at least one token")
         prompts = self._fit(prompts, [max(map(len, cs)) for cs in completions])
-        out = [[0.0] * len(cs) for cs in completions]
-        texts = [
-            (i, same)
-            for i, cs in enumerate(completions)
-            for same in self._alike(len(prompts[i]), [len(c) for c in cs])
-        ]
-        longest = [len(prompts[i]) + max(len(completions[i][n]) for n in same) for i, same in texts]
-        for rows in self._batches(longest):
-            items = [texts[row] for row in rows]
-            weights = self._weights([i for i, _ in items], languages)
-            options = [[completions[i][n] for n in same] for i, same in items]
-            sums = self._score_rows(weights, [prompts[i] for i, _ in items], options)
-            for column, (i, same) in enumerate(items):
-                for n, s in zip(same, sums[:, column], strict=False):
-                    out[i][n] = float(s)
+        trees, owners = self._trees(prompts, completions, languages)
+        out = [[Score(0.0, False)] * len(cs) for cs in completions]
+        left = [len(cs) for cs in completions]
+        step = round_up_rows(self.mesh, -(-self.batch // 4))
+        sizes = [tree.size for tree in trees]
+        for filled in pack(sizes, self.batch, step, _balance(self.config.decoder)):
+            finished = 0
+            for (tree, n), score in self._run(trees, filled):
+                for i, place in owners[tree][n]:
+                    out[i][place] = score
+                    left[i] -= 1
+                    finished += not left[i]
+            done(finished)
         return out
 
-    def _alike(self, prompt: int, completions: Sequence[int]) -> list[list[int]]:
-        """Completions whose texts have the same rotary frequencies, so that they share a prompt.
+    def _trees(self, prompts, completions, languages) -> tuple[list[Tree], list[list[list]]]:
+        """Trees, and of each one's completions the prompts, and places there, that ask for it.
 
-        Args:
-          prompt, completions: their lengths.
+        Texts in one tree have the same rotary frequencies.
         """
         limit = rope.switches_at(self.config.decoder)
-        beyond = [limit is not None and prompt + length > limit for length in completions]
-        groups = ([n for n, one in enumerate(beyond) if one == side] for side in (False, True))
-        return [group for group in groups if group]
-
-    def _score_rows(self, weights: Weights, prompts, completions) -> np.ndarray:
-        B = self.batch
-        N = max(len(cs) for cs in completions)
-        C = max(4, 1 << (max(len(c) for cs in completions for c in cs) - 1).bit_length())
-        given, targets = np.zeros((2, N, B, C), np.int32)
-        lengths = np.zeros((N, B), np.int32)
-        for b, (prompt, options) in enumerate(zip(prompts, completions, strict=True)):
+        asked: dict[tuple, dict[tuple, list[tuple[int, int]]]] = {}
+        for i, (prompt, options) in enumerate(zip(prompts, completions, strict=True)):
+            language = -1 if languages is None else languages[i]
             for n, ids in enumerate(options):
-                lengths[n, b] = len(ids)
-                targets[n, b, : len(ids)] = ids
-                given[n, b, : len(ids)] = [prompt[-1], *ids[:-1]]
-        prompt_arrays = self._pad([p[:-1] for p in prompts])
-        arrays = [self._put(a, 1) for a in (given, targets, lengths)]
-        return to_host(score_batch(self.config, weights, *prompt_arrays, *arrays))
+                beyond = limit is not None and len(prompt) + len(ids) > limit
+                same = asked.setdefault((tuple(prompt), language, beyond), {})
+                same.setdefault(tuple(ids), []).append((i, n))
+        trees, owners = [], []
+        for (prompt, language, _), whose in asked.items():
+            for some in portions(len(prompt), whose):
+                trees.append(grow(prompt, some, language))
+                owners.append([whose[tuple(ids)] for ids in some])
+        return trees, owners
+
+    def _run(self, trees: Sequence[Tree], filled: Filled) -> Iterator[tuple[tuple, Score]]:
+        """Of a batch, each completion's `(number of its tree, its own there)` and score."""
+        packed = Packed(*(self._put(array, 0) for array in lay(trees, filled)))
+        weights = Weights(self.base, self.banks, self.trained)
+        found = score_batch(self.config, weights, packed)
+        log_probs_BxT, likeliest_BxT = (to_host(x) for x in found)
+        for b, row in enumerate(filled.rows):
+            start = 0
+            for tree in row:
+                for n, count in enumerate(trees[tree].counts):
+                    own = np.s_[b, start : start + count]
+                    total = log_probs_BxT[own].sum(dtype=np.float64)
+                    yield (tree, n), Score(float(total), bool(likeliest_BxT[own].all()))
+                    start += count
 
     def generate(
         self,
@@ -153,7 +195,7 @@ class Engine:
           max_tokens: at most so many new ones.
           stop_ids: what ends a continuation: an id, or ids that follow each other.
           sampling: how tokens are drawn.
-          languages: as in `score`.
+          languages: as in `scored`.
           enough: asked every few tokens whether a prompt's continuation, which has these ids by
             now, need not go on.
 
@@ -200,7 +242,7 @@ class Engine:
         Args:
           prompts: ids.
           alternatives: so many of the most probable tokens in each one's place.
-          languages: as in `score`.
+          languages: as in `scored`.
 
         Raises:
           UserError: an empty text, or one that is longer than the context.

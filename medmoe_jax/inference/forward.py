@@ -1,4 +1,4 @@
-"""The model on tokens whose predecessors lie in a cache.
+"""The model on tokens, whose predecessors may lie in a cache.
 
 Axes: R rows, T tokens, D model, V vocabulary.
 """
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from medmoe_jax.adapters import model as adapted
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base import decoder
+from medmoe_jax.base.attention import Branches
 from medmoe_jax.base.cache import Cache
 from medmoe_jax.base.seam import Context
 
@@ -23,7 +24,8 @@ class Weights(NamedTuple):
     Attributes:
       base, banks: parameters of the decoder and of its banks.
       trained: base leaves that take the place of those in `base`.
-      language_ids_Rx1: int32, the expert of each row's language, or -1 where it is unknown.
+      language_ids_Rx1: int32, the expert of each row's language, or -1 where it is unknown;
+        `[R, T]` where the texts of a row differ in it.
     """
 
     base: Any
@@ -39,6 +41,7 @@ def forward(
     segments_RxT: jax.Array,
     positions_RxT: jax.Array,
     cache: Cache | None = None,
+    branches: Branches | None = None,
 ) -> tuple[jax.Array, jax.Array, Cache | None]:
     """`(the head [V, D], final hidden states [R, T, D], cache)`; segment 0 is padding."""
     languages_RxT = jnp.where(segments_RxT > 0, weights.language_ids_Rx1, -1)
@@ -52,5 +55,6 @@ def forward(
         trained=weights.trained,
         context=Context(language_ids_BxT=languages_RxT),
         cache=cache,
+        branches=branches,
     )
     return decoder.head(weights.base, weights.trained), x_RxTxD, cache

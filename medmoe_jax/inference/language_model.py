@@ -68,14 +68,19 @@ class LanguageModel:
         return [row[0] for row in self.choose(prompts, [[c] for c in completions], ending=True)]
 
     def choose(
-        self, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]], ending: bool = False
+        self,
+        prompts: Sequence[Prompt],
+        choices: Sequence[Sequence[str]],
+        ending: bool = False,
+        done: Callable[[int], object] = lambda prompts: None,
     ) -> list[list[tuple[float, int]]]:
         """`(summed log-probability, tokens)` of every choice of every prompt.
 
         ending: not of the choice's text alone, but of all that the model says around it as well.
+        done: told after each batch how many prompts it was the last for.
         """
         prompt_ids, choice_ids = self._encoded(prompts, choices, ending)
-        sums = self.engine.score(prompt_ids, choice_ids, self._experts(prompts))
+        sums = self.engine.score(prompt_ids, choice_ids, self._experts(prompts), done)
         return [
             [(s, len(ids)) for s, ids in zip(row, options, strict=True)]
             for row, options in zip(sums, choice_ids, strict=True)

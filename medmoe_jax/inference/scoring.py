@@ -1,9 +1,7 @@
 """The compiled programs of scoring: completions of prompts, and whole texts token by token.
 
-Axes: B rows, P prompt slots, C completion slots, N completions a prompt, T tokens, V vocabulary,
-A alternatives.
-Prompts are padded on the left, completions on the right; padding is segment 0, which no other
-token sees.
+Axes: B rows, T tokens, V vocabulary, A alternatives.
+Padding is segment 0, which no other token sees.
 """
 
 from __future__ import annotations
@@ -14,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from medmoe_jax.adapters.model import AdaptedConfig
-from medmoe_jax.base.cache import new_cache
+from medmoe_jax.base.attention import Branches
 from medmoe_jax.base.loss import logits, token_log_probs
+from medmoe_jax.inference.branching import Packed
 from medmoe_jax.inference.drawing import Drawn, told
 from medmoe_jax.inference.forward import Weights, forward
 
@@ -24,45 +23,35 @@ _BLOCK = 32  # tokens of a row whose logits exist at once
 
 @functools.partial(jax.jit, static_argnums=0)
 def score_batch(
-    config: AdaptedConfig,
-    weights: Weights,
-    prompts: jax.Array,
-    segments: jax.Array,
-    positions: jax.Array,
-    given: jax.Array,
-    targets: jax.Array,
-    lengths: jax.Array,
-) -> jax.Array:
-    """Log-probabilities of N completions a prompt, the prompt being read once.
+    config: AdaptedConfig, weights: Weights, packed: Packed
+) -> tuple[jax.Array, jax.Array]:
+    """What the model says of the tokens that trees are asked about, in one forward pass.
+
+    No gate and no expert looks beyond its own token, and attention sees a token's own text alone:
+    each text is read as it would be by itself.
 
     Args:
       config: static.
-      weights: parameters and languages.
-      prompts, segments, positions: `[B, P]` int32, prompts without their last token, padded on
-        the left; segment 0 is padding.
-      given, targets: `[N, B, C]`, inputs (from the last prompt token on) and what they predict.
-      lengths: `[N, B]` tokens of each completion.
+      weights: parameters; languages are those of `packed`.
+      packed: the trees.
 
     Returns:
-      `[N, B]` float32 sums.
+      `[B, T]` each, in the order of the questions: log-probabilities, float32, and whether the
+      token is the likeliest there; 0 and False where nothing is asked.
     """
-    B, P = prompts.shape
-    C = given.shape[-1]
-    start_Bx1 = jnp.sum(segments, axis=1, keepdims=True)
-    whole_B = start_Bx1[:, 0] + 1 + jnp.max(lengths, axis=0)
-    cache = new_cache(config.decoder, B, P + C, config.execution.dtype, whole_B)
-    _, _, cache = forward(config, weights, prompts, segments, positions, cache)
-    offsets_1xC = jnp.arange(C, dtype=jnp.int32)[None]
-
-    def one(_, completion):
-        given_BxC, targets_BxC, lengths_B = completion
-        live_BxC = (offsets_1xC < lengths_B[:, None]).astype(jnp.int32)
-        positions_BxC = (start_Bx1 + offsets_1xC) * live_BxC
-        head, x, _ = forward(config, weights, given_BxC, live_BxC, positions_BxC, cache)
-        log_probs_BxC = token_log_probs(config.decoder, head, x, targets_BxC, config.execution)
-        return None, jnp.sum(log_probs_BxC * live_BxC, axis=1)
-
-    return jax.lax.scan(one, None, (given, targets, lengths))[1]
+    head, x_BxTxD, _ = forward(
+        config,
+        weights._replace(language_ids_Rx1=packed.languages),
+        packed.tokens,
+        packed.segments,
+        packed.positions,
+        branches=Branches(packed.last, packed.lengths),
+    )
+    x_BxTxD = jnp.take_along_axis(x_BxTxD, packed.at[..., None], axis=1)
+    there_BxT = packed.targets >= 0
+    return token_log_probs(
+        config.decoder, head, x_BxTxD, packed.targets, there_BxT, config.execution
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -1,6 +1,6 @@
 """The programs of a recipe on a slice, by their shapes alone: nothing is loaded, nothing runs.
 
-Axes: B rows, T tokens, N completions, P prompt slots, C completion slots.
+Axes: B rows, T tokens, P prompt slots.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from medmoe_jax.base.chunks import divide
 from medmoe_jax.errors import UserError
 from medmoe_jax.inference import scoring as scoring_programs
 from medmoe_jax.inference import steps
+from medmoe_jax.inference.branching import Packed
 from medmoe_jax.inference.drawing import Law
 from medmoe_jax.inference.forward import Weights
 from medmoe_jax.parallel.mesh import replicated, round_up_rows, row_sharding
@@ -38,7 +39,6 @@ from medmoe_jax.training.step import TrainState
 
 # Of a stage that runs by epochs: a constant in the compiled step, which costs the same with any.
 SOME_STEPS = 100_000
-COMPLETIONS = 4  # choices of a prompt that is scored
 NEW_TOKENS = 256  # of a prompt that is answered; at most half a row
 
 
@@ -179,14 +179,17 @@ def _answering(setup: Setup, at: Start):
 
 
 def scoring(setup: Setup, at: Start) -> Program:
-    """Scoring COMPLETIONS, an eighth of a row each, of `run.score_batch` prompts."""
+    """Scoring what `run.score_batch` rows hold, where every token of a row is asked about."""
     model, weights, B, ids = _answering(setup, at)
-    N, C = COMPLETIONS, max(setup.config.data.length // 8, 1)
-    P = setup.config.data.length - C
-    completions = (ids(N, B, C, axis=1), ids(N, B, C, axis=1), ids(N, B, axis=1))
-    arguments = (weights, ids(B, P), ids(B, P), ids(B, P), *completions)
+    T = setup.config.data.length
+    packed = Packed(*(ids(B, T) for _ in Packed._fields))
     return Program(
-        "score", functools.partial(scoring_programs.score_batch, model), arguments, B, P + N * C
+        "score",
+        functools.partial(scoring_programs.score_batch, model),
+        (weights, packed),
+        B,
+        T,
+        turns=divide(model.execution, B, T, model.decoder.vocab_size).count,
     )
 
 

@@ -59,9 +59,24 @@ def chunk(request, monkeypatch):
 @pytest.mark.parametrize("name", CASES)
 def test_token_log_probs(name, chunk):
     config, i = CASES[name], _inputs(CASES[name])
-    got = loss.token_log_probs(config, i["head"], i["x"], i["targets"])
     head, x = (np.asarray(i[k], np.float64) for k in ("head", "x"))
-    assert rel(got, _naive_log_probs(config, head, x, i["targets"])) < 1e-5
+    ids = np.arange(config.vocab_used or V)[:, None, None]
+    all_VxBxT = np.stack([_naive_log_probs(config, head, x, np.full((B, T), n)) for n in ids])
+    targets = np.array(i["targets"])
+    targets[:, ::3] = all_VxBxT.argmax(0)[:, ::3]
+    there = np.asarray(i["weights"]) != 0
+    got, likeliest = loss.token_log_probs(config, i["head"], i["x"], targets, i["weights"])
+    assert rel(got, np.where(there, _naive_log_probs(config, head, x, targets), 0)) < 1e-5
+    np.testing.assert_array_equal(likeliest, there & (all_VxBxT.argmax(0) == targets))
+    assert likeliest.any() and not likeliest.all()
+
+
+def test_of_equal_logits_the_first_is_the_likeliest():
+    config = TINY.replace(vocab_size=4)
+    head = jnp.array([[0, 1], [1, 0], [1, 0], [0, 0]], jnp.float32)
+    x, targets = jnp.tile(jnp.array([1.0, 0.0]), (1, 4, 1)), jnp.arange(4)[None]
+    _, likeliest = loss.token_log_probs(config, head, x, targets, jnp.ones((1, 4)))
+    assert likeliest.tolist() == [[False, True, False, False]]
 
 
 @pytest.mark.parametrize("train_head", [True, False])

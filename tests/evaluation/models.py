@@ -17,7 +17,7 @@ class Constant:
         self.text, self.ended = text, ended
         self.asked = 0
 
-    def choose(self, prompts, choices, ending=False):
+    def choose(self, prompts, choices, ending, done):
         self.asked += len(prompts)
         return [[(float(c == self.text), 1) for c in options] for options in choices]
 
@@ -36,7 +36,7 @@ class Oracle(Constant):
         items = [item for task in tasks for item in task.items]
         self.answers = {asked(item.turns): item.answer for item in items}
 
-    def choose(self, prompts, choices, ending=False):
+    def choose(self, prompts, choices, ending, done):
         self.asked += len(prompts)
         return [
             [(0.0 if c == self.answers[asked(p)] else -5.0, 1) for c in options]
@@ -44,6 +44,7 @@ class Oracle(Constant):
         ]
 
     def constrained(self, prompts, choices):
+        self.asked += len(prompts)
         return [
             list(options).index(self.answers[asked(p)])
             for p, options in zip(prompts, choices, strict=True)
@@ -60,7 +61,7 @@ class Guesser(Constant):
         super().__init__("")
         self.random = random.Random(seed)
 
-    def choose(self, prompts, choices, ending=False):
+    def choose(self, prompts, choices, ending, done):
         return [[(self.random.random(), 1) for _ in options] for options in choices]
 
 

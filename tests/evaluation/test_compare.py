@@ -25,7 +25,7 @@ class Said(Constant):
         super().__init__("")
         self.said = said
 
-    def choose(self, prompts, choices, ending=False):
+    def choose(self, prompts, choices, ending, done):
         return [
             [(float(c == self.said[p]), 1) for c in options]
             for p, options in zip(prompts, choices, strict=True)

@@ -166,7 +166,7 @@ def test_ids_and_greedy_answers(ours, theirs):
     pairs = [("What is ", "aspirin for?"), ("", "fever"), ("x" * 500, " sleep"), ("What", " is")]
     mine, right = (m.loglikelihood([request(*p) for p in pairs]) for m in (ours, theirs))
     np.testing.assert_allclose(*([one[0] for one in found] for found in (mine, right)), rtol=1e-4)
-    greedy = ours._greedy([ours.tok_encode("What is")], [3], [-1])[0]
+    greedy = ours._model.engine.generate([ours.tok_encode("What is")], 3, [-1])[0]
     ask = [(None, ours.tok_encode("What is"), ids) for ids in (greedy[:3], [*greedy[:2], 7], [9])]
     flags = [[flag for _, flag in m._loglikelihood_tokens(ask)] for m in (ours, theirs)]
     assert flags[0] == flags[1] == [True, greedy[2] == 7, greedy[0] == 9]

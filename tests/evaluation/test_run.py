@@ -44,7 +44,7 @@ def test_a_constant_scores_the_share_of_its_letter():
 class Lengths:
     """The second choice is less likely, but longer in tokens and bytes."""
 
-    def choose(self, prompts, choices, ending=False):
+    def choose(self, prompts, choices, ending, done):
         self.ending = ending
         alone = [len(p) < 4 for p in prompts]
         return [[(-1.0, 1), (-9.0, 3)] if a else [(-2.0, 1), (-3.0, 3)] for a in alone]
@@ -197,7 +197,7 @@ def test_a_reading_takes_the_place_of_ours():
 
 def test_nan_is_an_error():
     class Broken:
-        def choose(self, prompts, choices, ending=False):
+        def choose(self, prompts, choices, ending, done):
             return [[(float("nan"), 1)] * 4 for _ in prompts]
 
     with pytest.raises(ValueError, match=r"exam: .*NaN"):
@@ -216,6 +216,7 @@ def test_a_stop_ends_after_a_batch_and_keeps_the_tasks_that_are_finished(tmp_pat
         evaluate(
             oracle,
             [task, exam(name="second")],
+            way=Way("constrained"),
             batch=32,
             written=tmp_path / "records",
             stop=stop,
@@ -224,6 +225,27 @@ def test_a_stop_ends_after_a_batch_and_keeps_the_tasks_that_are_finished(tmp_pat
         )
     assert asked[:2] == [32, 64] and asked[-1] == 400 + 3 * 32
     assert saved == [["exam"]] and len(records.read(tmp_path / "records")) == 400
+
+
+@pytest.mark.parametrize("score", ["sum", "unconditional"])
+def test_scored_items_are_asked_at_once_and_a_stop_ends_between_their_batches(score):
+    class Batches(Constant):
+        def choose(self, prompts, choices, ending, done):
+            answers = super().choose(prompts, choices, ending, done)
+            for size in (100, 250, 50):
+                told.append(size)
+                done(size)
+            return answers
+
+    told, model = [], Batches("A")
+    way = Way(score=score)
+    assert one(model, exam(), way=way).n == 400
+    times = 2 if score == "unconditional" else 1
+    assert told == [100, 250, 50] * times and model.asked == 400 * times
+    told.clear()
+    with pytest.raises(Stopped, match="in task 'exam'"):
+        evaluate(model, [exam()], way=way, progress=False, stop=lambda: len(told) == 2)
+    assert told == [100, 250]
 
 
 def test_a_task_that_cannot_be_done_does_not_lose_the_others(tmp_path):
@@ -248,7 +270,7 @@ def test_a_task_that_cannot_be_done_does_not_lose_the_others(tmp_path):
 
 def test_further_scores_and_rankings():
     class Ranker:
-        def choose(self, prompts, choices, ending=False):
+        def choose(self, prompts, choices, ending, done):
             return [[(-float(i), 1) for i, _ in enumerate(c)] for c in choices]
 
     labels = ("a", "b", "c", "d")

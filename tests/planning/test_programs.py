@@ -95,9 +95,10 @@ def test_answering_programs_hold_whole_rows():
     at = start(setup, "aggregate")
     score, generate = programs.scoring(setup, at), programs.decoding(setup, at)
     assert (score.rows, generate.rows, generate.turns) == (16, 16, programs.NEW_TOKENS)
+    assert score.turns == 28  # 6,144 tokens of a device, by 220: no more logits exist at once
     rows = [x for x in jax.tree.leaves(score.arguments) if x.shape[:1] == (16,)]
-    # Prompts, and the expert of each row's language, as the engine has them.
-    assert {x.shape for x in rows} == {(16, setup.config.data.length * 7 // 8), (16, 1)}
+    # Trees, and the expert of each row's language, as the engine has them.
+    assert {x.shape for x in rows} == {(16, setup.config.data.length), (16, 1)}
     assert all(x.sharding.shard_shape(x.shape)[0] == 2 for x in rows)
 
 
