@@ -1,4 +1,4 @@
-"""Cached scoring and generation against float64 forward passes without a cache."""
+"""Scoring and cached generation against float64 forward passes of single texts."""
 
 import collections
 import dataclasses
@@ -96,7 +96,7 @@ def assert_scores(got, want):
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_scores(mesh):
-    """Very different lengths in a batch, left padding, uneven choices, a batch not filled."""
+    """Very different lengths in a row, uneven choices, a batch not filled."""
     engine = make_engine(mesh)
     assert_scores(engine.score(*questions()), answers())
     assert engine.truncated == 0
