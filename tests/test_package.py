@@ -24,6 +24,7 @@ FLOORS = [
     {"checkpoints"},
     {"training", "inference"},
     {"evaluation", "planning", "serving"},
+    {"api"},
     {"cli"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 from medmoe_jax import json_text
 from medmoe_jax.checkpoints.agreement import from_first_process
-from medmoe_jax.errors import StorageError, UserError
+from medmoe_jax.errors import ParameterError, StorageError, UserError
 from medmoe_jax.storage import objects
 from medmoe_jax.storage.partials import start_of, system
 from medmoe_jax.storage.places import is_remote
@@ -143,7 +143,7 @@ def take(
 ) -> Lease:
     """The lease of a folder, which is made if absent; see `only_writer`."""
     if not str(folder):
-        raise UserError("--workdir: is empty; give the path of a folder")
+        raise ParameterError("workdir: is empty; give the path of a folder")
     folder = storage_place(folder)
     place, made = folder / FOLDER, not folder.exists()
     if folder.exists() and not folder.is_dir():

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 
+from medmoe_jax.api.opening import open_model
 from medmoe_jax.base import trees
-from medmoe_jax.cli.session import add_model_arguments, open_model, open_run
+from medmoe_jax.cli.session import add_model_arguments, open_run
 from medmoe_jax.data.conversation import Conversation
 from medmoe_jax.data.hub import is_name
 from medmoe_jax.data.languages import detector, row_languages

@@ -20,12 +20,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from medmoe_jax.api.opening import open_stage
 from medmoe_jax.cli.session import (
     add_language_argument,
     add_model_arguments,
     add_sampling_arguments,
     open_run,
-    open_stage,
     sampling_of,
 )
 from medmoe_jax.cli.talk import Talk
@@ -63,11 +63,10 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     opened = open_run(rest, arguments.workdir)
     trained = open_stage(opened, arguments.stage)
     talk = Talk(
-        opened.setup, trained, sampling, arguments.max_tokens, arguments.off, arguments.language
-    )
+        opened.setup, trained, sampling, arguments.max_tokens, arguments.off, arguments.language,
+        arguments.system,
+    )  # fmt: skip
     with talk, _without_news():
-        if arguments.system:
-            talk.command(f"/system {arguments.system}")
         if sys.stdin.isatty():
             note(f"{talk.about()}\n/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends")
         for line in _lines(arguments.history):
@@ -108,7 +107,7 @@ def _answer(talk: Talk, text: str) -> None:
     except KeyboardInterrupt:
         stopped = ["stopped"]
     print(flush=True)
-    for remark in (*stopped, *talk.remarks()):
+    for remark in (*stopped, *talk.remarks):
         note(remark)
 
 

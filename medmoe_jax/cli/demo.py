@@ -15,11 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from medmoe_jax.api.opening import open_models
+from medmoe_jax.api.tasks import run_tasks
 from medmoe_jax.checkpoints.files import read_metrics, write_json
 from medmoe_jax.checkpoints.lease import only_writer
 from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.cli.configs import load_config
-from medmoe_jax.cli.session import open_models, open_run, run_tasks
+from medmoe_jax.cli.session import open_run
 from medmoe_jax.data import tokenizers
 from medmoe_jax.data.demo import answers, corpus
 from medmoe_jax.data.demo.answers import Question

@@ -14,34 +14,16 @@ prints a table with 95% intervals beside chance and the commonest answer.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from medmoe_jax.checkpoints.manifest import library_versions
-from medmoe_jax.cli.session import (
-    add_language_argument,
-    add_model_arguments,
-    check_items,
-    language_model,
-    no_rest,
-    note_cut,
-    open_run,
-    open_stage,
-)
+from medmoe_jax.api.evaluate import evaluate
+from medmoe_jax.cli.session import add_language_argument, add_model_arguments, no_rest, open_run
 from medmoe_jax.errors import UserError
-from medmoe_jax.evaluation import page, readings, records
-from medmoe_jax.evaluation.html import report_html
-from medmoe_jax.evaluation.report import Report
-from medmoe_jax.evaluation.run import evaluate
-from medmoe_jax.evaluation.shots import FORMS, Fitter, Shots
-from medmoe_jax.evaluation.tasks import Task, expand, list_tasks, load_task, suites
-from medmoe_jax.evaluation.ways import ANSWERS, SCORES, Way
-from medmoe_jax.parallel import processes
-from medmoe_jax.ranges import COUNT, NOT_NEGATIVE
-from medmoe_jax.storage.places import make_folder, place
-from medmoe_jax.training.run import Run
-from medmoe_jax.training.setup import Setup
+from medmoe_jax.evaluation import readings
+from medmoe_jax.evaluation.shots import FORMS
+from medmoe_jax.evaluation.tasks import list_tasks, suites
+from medmoe_jax.evaluation.ways import ANSWERS, SCORES
+from medmoe_jax.storage.places import place
 from medmoe_jax.training.terminal import console, note, say
-from medmoe_jax.training.trained import Trained, content_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,113 +61,29 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
         no_rest(rest)
         _print_known(arguments.list_suites)
         return
-    if arguments.limit is not None:
-        COUNT.check("limit", arguments.limit)
-    NOT_NEGATIVE.check("seed", arguments.seed)
-    names = expand([name for name in arguments.tasks.split(",") if name])
+    names = [name for name in arguments.tasks.split(",") if name]
     if not names:
         raise UserError("--tasks is empty; `medmoe eval --list` prints the known ones")
     output = arguments.output or arguments.workdir
     if not output:
         raise UserError("give --output (or --workdir) for report.json")
-    way, few = _way(arguments)
-    opened = open_run(rest, arguments.workdir)
-    setup = opened.setup
-    tasks, failures = _load(setup, names, arguments, way, few)
-    trained = open_stage(opened, arguments.stage)
-    model = language_model(setup, trained, arguments.off, arguments.language)
-    folder = place(output)
-    make_folder(folder)
+    asked = ("stage", "off", "language", "split", "limit", "seed", "shots", "shots_as", "answer")
+    asked += ("score", "ending", "samples", "temperature", "max_tokens")
     report = evaluate(
-        model,
-        tasks,
-        way=way,
-        limit=arguments.limit,
-        seed=arguments.seed,
-        batch=8 * model.engine.batch,
-        written=folder / "records.jsonl",
-        finished=lambda so_far: so_far.save(folder / "report.json"),
-        about=_about(opened, trained, arguments),
-        failures=failures,
-    )
-    note_cut(model)
-    _show(report, folder)
-
-
-def _way(arguments) -> tuple[Way, Shots]:
-    """How items are answered: as a paper's code does it, where nothing else is said."""
-    name = readings.find(arguments.compat) if arguments.compat else ""
-    preset = readings.READINGS.get(name, {})
-    count = arguments.shots if arguments.shots is not None else preset.get("shots", 0)
-    most = arguments.max_tokens if arguments.max_tokens is not None else preset.get("max_tokens")
-    way = Way(
-        answer=arguments.answer or preset.get("answer", "letter"),
-        score=arguments.score,
-        ending=arguments.ending,
-        samples=arguments.samples,
-        temperature=arguments.temperature,
-        reading=name,
-        max_tokens=most,
-    )
-    return way, Shots(count, arguments.shots_as)
-
-
-def _load(
-    setup: Setup, names: list[str], arguments, way: Way, few: Shots
-) -> tuple[list[Task], list[dict]]:
-    """The tasks, before any weight is read, and those of several that cannot be had."""
-    longest = setup.base.config.max_positions
-    tasks, failures, errors = [], [], []
-    for name in names:
-        try:
-            fit = Fitter(setup.encoder, longest, way.max_tokens, way.least, way.asks)
-            task = load_task(
-                name,
-                arguments.limit,
-                arguments.seed,
-                split=arguments.split,
-                few=few,
-                guided=not arguments.bare,
-                fit=fit,
-            )
-            check_items(setup, task)
-            tasks.append(task)
-        except (UserError, FileNotFoundError) as error:
-            errors.append(error)
-            failures.append({"task": name, "error": str(error)})
-    if not tasks:
-        raise errors[0]
-    for failure in failures:
-        note(f"left out: {failure['error']}")
-    return tasks, failures
-
-
-def _about(opened: Run, trained: Trained, arguments) -> dict:
-    """The model and what it ran on, for the report."""
-    config = opened.setup.config
-    return {
-        "base": config.base.path or config.base.preset,
-        "template": config.data.template,
-        "stage": trained.stage or "base",
-        "fingerprint": content_of(opened, trained),
-        "off": list(arguments.off),
-        "guided": not arguments.bare,
-        "versions": library_versions(),
-    }
-
-
-def _show(report: Report, folder: Path) -> None:
-    """Prints the report and writes its page."""
+        open_run(rest, arguments.workdir),
+        names,
+        guided=not arguments.bare,
+        compat=arguments.compat or "",
+        output=output,
+        **{name: getattr(arguments, name) for name in asked},
+    ).report
     if report.results:
         console.print(report.table())
     for line in report.notes():
         note(line)
     if not report.results:
         raise UserError("no task could be done; the notes above say why")
-    if processes.index() == 0:
-        found = records.read(folder / "records.jsonl")
-        report_html(folder / "report.html", page.of_report(report, found), "Evaluation")
-    say(f"written to {folder / 'report.json'}")
+    say(f"written to {place(output) / 'report.json'}")
 
 
 def _print_known(of_suites: bool) -> None:

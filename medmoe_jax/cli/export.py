@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from medmoe_jax.adapters import lifecycle
+from medmoe_jax.api.opening import open_stage
 from medmoe_jax.base import decoder
 from medmoe_jax.checkpoints import companions, gguf_export
 from medmoe_jax.checkpoints.families import FAMILIES
@@ -38,7 +39,7 @@ from medmoe_jax.checkpoints.peft_export import TrainedLeaves, save_peft, serving
 from medmoe_jax.checkpoints.peft_names import CONFIG
 from medmoe_jax.checkpoints.uploads import check_repository, upload
 from medmoe_jax.cli.model_card import card_files
-from medmoe_jax.cli.session import add_model_arguments, open_run, open_stage
+from medmoe_jax.cli.session import add_model_arguments, open_run
 from medmoe_jax.data import ollama
 from medmoe_jax.data.gguf_fields import tokenizer_fields
 from medmoe_jax.data.jinja_template import Jinja

@@ -11,16 +11,16 @@ from __future__ import annotations
 import argparse
 import json
 
+from medmoe_jax.api.model import load
+from medmoe_jax.api.tasks import check_prompts
 from medmoe_jax.checkpoints.files import write_text
 from medmoe_jax.cli.session import (
     add_language_argument,
     add_model_arguments,
     add_sampling_arguments,
-    check_prompts,
-    note_cut,
-    open_model,
     open_run,
     read_rows,
+    sampling_arguments,
     sampling_of,
 )
 from medmoe_jax.data.conversation import check_text
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     if (arguments.input is None) != (arguments.output is None):
         raise UserError("--input and --output go together")
     COUNT.check("max_tokens", arguments.max_tokens)
-    sampling = sampling_of(arguments)
+    sampling_of(arguments)  # a bad number shows before anything is opened
     rows, places = [{"prompt": arguments.prompt}], ["the prompt"]
     check_text(rows, "the prompt")
     if arguments.input is not None:
@@ -58,9 +58,10 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     prompts = [row["prompt"] for row in rows]
     opened = open_run(rest, arguments.workdir)
     check_prompts(opened.setup, prompts, places.__getitem__)
-    model = open_model(opened, arguments.stage, arguments.off, arguments.language)
-    answers = model.answer(prompts, arguments.max_tokens, sampling, arguments.stop)
-    note_cut(model)
+    model = load(opened, stage=arguments.stage, off=arguments.off, language=arguments.language)
+    answers = model.answer(
+        prompts, arguments.max_tokens, stops=arguments.stop, **sampling_arguments(arguments)
+    )
     if arguments.input is None:
         say(answers[0].text)
         return

@@ -14,12 +14,8 @@ import argparse
 import importlib.util
 import sys
 
-from medmoe_jax.cli.session import (
-    add_language_argument,
-    add_model_arguments,
-    open_model,
-    open_run,
-)
+from medmoe_jax.api.opening import open_model
+from medmoe_jax.cli.session import add_language_argument, add_model_arguments, open_run
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel import processes
 

@@ -12,16 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 
+from medmoe_jax.api.model import load
+from medmoe_jax.api.tasks import check_prompts
 from medmoe_jax.checkpoints.files import write_text
-from medmoe_jax.cli.session import (
-    add_language_argument,
-    add_model_arguments,
-    check_prompts,
-    note_cut,
-    open_model,
-    open_run,
-    read_rows,
-)
+from medmoe_jax.cli.session import add_language_argument, add_model_arguments, open_run, read_rows
 from medmoe_jax.training.terminal import say
 
 
@@ -39,13 +33,9 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     prompts, completions = [r["prompt"] for r in rows], [r["completion"] for r in rows]
     opened = open_run(rest, arguments.workdir)
     check_prompts(opened.setup, prompts, places.__getitem__, completions)
-    model = open_model(opened, arguments.stage, arguments.off, arguments.language)
-    scores = model.score(prompts, completions)
-    note_cut(model)
-    scored = [
-        {**row, "logprob": logprob, "tokens": tokens}
-        for row, (logprob, tokens) in zip(rows, scores, strict=True)
-    ]
+    model = load(opened, stage=arguments.stage, off=arguments.off, language=arguments.language)
+    scores = model.score(prompts, [[one] for one in completions])
+    scored = [{**row, **one._asdict()} for row, (one,) in zip(rows, scores, strict=True)]
     write_text(
         arguments.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scored)
     )

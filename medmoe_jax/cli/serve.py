@@ -18,7 +18,8 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from medmoe_jax.cli.session import open_models, open_run, stage_of
+from medmoe_jax.api.opening import open_models, stage_of
+from medmoe_jax.cli.session import open_run
 from medmoe_jax.errors import UserError
 from medmoe_jax.inference.language_model import LanguageModel
 from medmoe_jax.inference.worker import Worker
@@ -112,7 +113,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
 def _named(opened: Run, given: Sequence[str]) -> list[Named]:
     """The models that are asked for. Raises UserError."""
     if not given:
-        stage = stage_of(opened, None, "--model=base")
+        stage = stage_of(opened, None, "model")
         return [Named(stage or "base", stage, ())]
     out: list[Named] = []
     for text in given:
@@ -123,7 +124,7 @@ def _named(opened: Run, given: Sequence[str]) -> list[Named]:
         if name in [one.name for one in out]:
             raise UserError(f"--model: the name '{name}' is given twice")
         banks = tuple(bank for bank in off.split(",") if bank)
-        out.append(Named(name, stage_of(opened, stage, "--model"), banks))
+        out.append(Named(name, stage_of(opened, stage, "model"), banks))
     return out
 
 

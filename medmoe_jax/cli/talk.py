@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import queue
-import sys
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from rich.console import RenderableType
 
 from medmoe_jax.adapters import lifecycle
+from medmoe_jax.api.opening import language_model
 from medmoe_jax.base import trees
 from medmoe_jax.cli.bars import bars
-from medmoe_jax.cli.session import language_model
-from medmoe_jax.data.conversation import Turn, check_text
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import routing
-from medmoe_jax.inference.requests import Request
+from medmoe_jax.inference.chat import Chat
 from medmoe_jax.inference.sampling import Sampling
-from medmoe_jax.inference.streaming import Said
-from medmoe_jax.inference.worker import Told, Worker
 from medmoe_jax.training.setup import Setup
 from medmoe_jax.training.trained import Trained
-
-
-class _Answer(NamedTuple):
-    """The last answer: ids, and the expert of its language."""
-
-    prompt: tuple[int, ...]
-    ids: list[int]
-    language: int
 
 
 class _Command(NamedTuple):
@@ -42,13 +28,8 @@ class _Command(NamedTuple):
     run: Callable[[str], RenderableType]
 
 
-class Talk:
-    """A conversation. To be used as a context manager: its decoder is a thread.
-
-    Attributes:
-      turns: what was said so far, the system's text aside.
-      system: what the model is told first, or "".
-    """
+class Talk(Chat):
+    """A conversation that commands steer. To be used as a context manager."""
 
     def __init__(
         self,
@@ -58,32 +39,23 @@ class Talk:
         max_tokens: int,
         off: Sequence[str] = (),
         language: str = "",
+        system: str = "",
     ) -> None:
         """
         Args:
           setup, trained: the configuration's parts and its weights.
-          sampling: how tokens are drawn; each answer draws from a stream of its own.
-          max_tokens: of an answer.
+          sampling, max_tokens, system: see `inference.chat.Chat`.
           off: banks left out.
           language: code of the talk's language; "" = it is detected where a bank asks.
 
         Raises:
-          UserError: as of `cli.session.language_model`, or an answer leaves no room for a prompt.
+          UserError: as of `api.opening.language_model` and `Chat`.
         """
+        super().__init__(
+            language_model(setup, trained, off, language), sampling, max_tokens, system
+        )
         self._setup, self._trained = setup, trained
-        self._sampling, self._max_tokens = sampling, max_tokens
         self._off, self._language = list(off), language
-        self.turns: list[Turn] = []
-        self.system = ""
-        self._last: _Answer | None = None
-        self._remarks: list[str] = []
-        self._worker: Worker | None = None
-        self._model = language_model(setup, trained, off, language)
-        if max_tokens >= self._model.context:
-            raise UserError(
-                f"--max-tokens: {max_tokens} leave no room for a question in a context of "
-                f"{self._model.context} tokens"
-            )
         self._commands = {
             "new": _Command("/new", "forget what was said", self._new),
             "system": _Command("/system TEXT", "tell the model this first; no TEXT: nothing",
@@ -95,13 +67,6 @@ class Talk:
             "route": _Command("/route", "which experts spoke in the last answer", self._route),
             "help": _Command("/help", "this", self._help),
         }  # fmt: skip
-
-    def __enter__(self) -> Talk:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._worker is not None:
-            self._worker.close()
 
     def about(self) -> str:
         """The model in a line."""
@@ -121,87 +86,6 @@ class Talk:
             raise UserError(f"there is no command /{name}{hint}")
         return self._commands[name].run(rest.strip())
 
-    def ask(self, text: str) -> Generator[Said]:
-        """Yields the answer to a question as it comes; stopped early, what was said is kept.
-
-        Raises:
-          UserError: the question cannot be asked; the talk is as before.
-        """
-        check_text(text, "the question")
-        self._remarks = []
-        question: Turn = {"role": "user", "content": text}
-        asked = [*self._system_turns(), *self.turns, question]
-        fitted, ids = self._model.fitted(asked, self._max_tokens)
-        self._remark_on(asked, fitted)
-        self.turns = [turn for turn in fitted if turn["role"] != "system"]
-        sampling = dataclasses.replace(self._sampling)
-        self._sampling = dataclasses.replace(sampling, first=sampling.first + 1)
-        request = Request(
-            tuple(ids), self._max_tokens, self._model.stop_runs(), sampling,
-            self._model.language(asked),
-        )  # fmt: skip
-        self._last = _Answer(request.prompt, [], request.language)
-        said: list[Said] = []
-        try:
-            for one in self._answer(request, self._last.ids):
-                said.append(one)
-                yield one
-        finally:
-            self._keep(said)
-
-    def remarks(self) -> list[str]:
-        """What is to be known of the last answer beside its text."""
-        return self._remarks
-
-    def _answer(self, request: Request, ids: list[int]) -> Iterator[Said]:
-        """The text of an answer; its ids are added to the list."""
-        if self._worker is None:
-            # One answers at a time, but one that was stopped keeps its place to the step's end.
-            self._worker = Worker(self._model.engine.decoding(), sys.maxsize)
-        worker = self._worker
-        reader = self._model.reader(request.prompt)
-        told: queue.SimpleQueue[Told] = queue.SimpleQueue()
-        (ask,) = worker.ask([(request, told.put)], float("inf"))
-        try:
-            while not reader.ended:
-                one = told.get()
-                if isinstance(one, BaseException):
-                    raise one
-                new = [token.id for token in one.tokens]
-                ids += new
-                yield reader.add(new, one.ended)
-        finally:
-            worker.cancel(ask)
-        if reader.ended == "length":
-            self._remarks.append(f"cut at {self._max_tokens} tokens (--max-tokens)")
-
-    def _keep(self, said: Sequence[Said]) -> None:
-        """An answer becomes a turn, where there is any."""
-        content = "".join(one.content for one in said)
-        reasoning = "".join(one.reasoning for one in said)
-        if not content:
-            self.turns.pop()
-            self._remarks.append("no answer; the question is forgotten")
-            return
-        turn: Turn = {"role": "assistant", "content": content}
-        if reasoning:
-            turn["reasoning_content"] = reasoning
-        self.turns.append(turn)
-
-    def _remark_on(self, asked: Sequence[Turn], fitted: Sequence[Turn]) -> None:
-        """Say what did not fit the context."""
-        dropped, context = len(asked) - len(fitted), self._model.context
-        if dropped:
-            self._remarks.append(
-                f"the {dropped} oldest turns are forgotten: with an answer the talk does not fit "
-                f"the context of {context} tokens"
-            )
-        if [turn["content"] for turn in asked[dropped:]][-1] != fitted[-1]["content"]:
-            self._remarks.append(f"the question was cut to fit the context of {context} tokens")
-
-    def _system_turns(self) -> list[Turn]:
-        return [{"role": "system", "content": self.system}] if self.system else []
-
     def _banks(self) -> str:
         """All banks of the stage, those left out in brackets."""
         shown = [
@@ -215,16 +99,11 @@ class Talk:
 
     def _new(self, rest: str) -> str:
         self._no_more(rest, "new")
-        self.turns, self._last = [], None
+        self.forget()
         return "a new talk"
 
     def _set_system(self, text: str) -> str:
-        check_text(text, "the system text")
-        if text:
-            self._setup.encoder.prompt(
-                [{"role": "system", "content": text}, {"role": "user", "content": "x"}]
-            )
-        self.system = text
+        self.tell(text)
         return f"the system text is: {text}" if text else "there is no system text"
 
     def _set_language(self, code: str) -> str:
@@ -248,9 +127,8 @@ class Talk:
     def _use(self, off: list[str], language: str) -> None:
         """Another set of banks or language from the next answer on."""
         model = language_model(self._setup, self._trained, off, language)
-        if off != self._off and self._worker is not None:
-            self._worker.close()
-            self._worker = None
+        if off != self._off:
+            self.close()
         self._model, self._off, self._language = model, off, language
 
     def _route(self, rest: str) -> RenderableType:

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import argparse
 
-from medmoe_jax.cli.in_training import task_scorer
-from medmoe_jax.cli.session import open_run, stage_evaluator
+from medmoe_jax.api.train import train_run
+from medmoe_jax.cli.session import open_run
 from medmoe_jax.parallel.processes import Notice
-from medmoe_jax.training.train import train
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,5 +25,4 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Run the command."""
     opened = open_run(rest, arguments.workdir)
     with Notice() as notice:
-        at_end, meanwhile = stage_evaluator(opened, notice), task_scorer(opened, notice)
-        train(opened, at_end, notice, score_tasks=meanwhile)
+        train_run(opened, notice)

@@ -29,6 +29,7 @@ def evaluate(
     seed: int = 0,
     batch: int = 32,
     written: str | Path | None = None,
+    lines: list[dict] | None = None,
     progress: bool = True,
     resamples: int = 1000,
     stop: Callable[[], bool] = lambda: False,
@@ -44,6 +45,7 @@ def evaluate(
     Args:
       way: how items are answered.
       written: a file that gets a JSON line an item, whole after every task.
+      lines: a list that gets the same, a dictionary an item.
       resamples: bootstrap draws for the intervals of scores that are no plain share.
       batch: items that are asked at once where answers are written; those that are scored are
         batches of the model's own.
@@ -58,7 +60,7 @@ def evaluate(
     loaded = [t if isinstance(t, Task) else load_task(t, limit, seed) for t in tasks]
     settings = {"seed": seed, "limit": limit, "resamples": resamples, **asdict(way)}
     report = Report([], settings, about or {}, list(failures))
-    lines: list[dict] = []
+    lines = [] if lines is None else lines
     quiet = not progress or processes.index() > 0
     with tqdm(total=sum(len(t.items) for t in loaded), disable=quiet) as bar:
         for task in loaded:

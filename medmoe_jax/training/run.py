@@ -20,6 +20,7 @@ from medmoe_jax.checkpoints.seals import SEAL
 from medmoe_jax.checkpoints.stage_records import check_links, read_recipe
 from medmoe_jax.checkpoints.stages import check_final
 from medmoe_jax.errors import UserError
+from medmoe_jax.training.kept import keep
 from medmoe_jax.training.reading import open_data as open_data  # where others have it from
 from medmoe_jax.training.setup import Setup
 from medmoe_jax.training.stage import Stage, chain, find_stage
@@ -123,6 +124,8 @@ class StageRun:
           imported: what its banks come from where it is not trained: the content of files, or that
             of a task's rows and how it was fitted on them.
 
+        The configuration is kept beside the stages (`training.kept`).
+
         Raises:
           UserError: the folder was made by another recipe, and the message lists the fields; or
             what it was made by is gone or changed.
@@ -130,7 +133,13 @@ class StageRun:
         content = self._content(digests)
         if imported is not None:
             content["imported"] = dict(imported)
-        return from_first_process(lambda: self._claim(_read_back(content)))
+
+        def claim() -> str:
+            fingerprint = self._claim(_read_back(content))
+            keep(self.setup.config, self.run.workdir)
+            return fingerprint
+
+        return from_first_process(claim)
 
     def _claim(self, content: dict[str, Any]) -> str:
         folder = self.folder

@@ -7,9 +7,9 @@ import pytest
 
 from benchmarks import served_texts, vllm_texts
 from medmoe_jax.adapters.bank import BankSpec
+from medmoe_jax.api.opening import language_model
 from medmoe_jax.checkpoints.huggingface import save_hf
 from medmoe_jax.cli.export import FORMATS
-from medmoe_jax.cli.session import language_model
 from medmoe_jax.training.setup import open_setup
 from medmoe_jax.training.trained import Trained
 from tests import naive, tiny

@@ -8,8 +8,8 @@ import pytest
 from benchmarks import trial_rows, trial_tables, trials
 from configs import trial_base, trial_families, trial_mixture, trial_skills
 from medmoe_jax.adapters.bank import abstract, count
+from medmoe_jax.api.opening import language_model
 from medmoe_jax.base.config import DecoderConfig
-from medmoe_jax.cli.session import language_model
 from medmoe_jax.data.medical import Row
 from medmoe_jax.data.rows import read_file
 from medmoe_jax.routing.languages import read_languages

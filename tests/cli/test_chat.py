@@ -109,13 +109,13 @@ def test_what_does_not_fit_the_context_is_forgotten_and_said(talk, monkeypatch):
     talk.command("/system Be short.")
     for n in range(9):
         assert text(talk.ask(f"question {n} " + "pain " * 4)) == "yes"
-        if talk.remarks():
+        if talk.remarks:
             break
-    (remark,) = talk.remarks()
+    (remark,) = talk.remarks
     assert "oldest turns are forgotten" in remark and "128 tokens" in remark and n > 1
     assert talk.turns[0]["content"] != "question 0 " and len(talk.turns) < 2 * n + 2
     list(talk.ask("pain " * 200))
-    assert any("the question was cut" in one for one in talk.remarks())
+    assert any("the question was cut" in one for one in talk.remarks)
     with pytest.raises(UserError, match="half of a surrogate pair"):
         list(talk.ask("\ud800"))
 
@@ -125,7 +125,7 @@ def test_control_c_stops_the_answer_and_not_the_talk(talk, monkeypatch, capsys):
     steps = itertools.count()
 
     def interrupt():
-        if next(steps) == 5:
+        if next(steps) == 50:
             os.kill(os.getpid(), signal.SIGINT)
 
     decoding = say("pain " * 10**5, "yes", before_step=interrupt)
@@ -151,9 +151,9 @@ def test_a_model_cannot_steer_the_terminal(talk, monkeypatch, capsys):
 def test_an_answer_that_is_cut_or_empty_is_said_to_be(talk, monkeypatch):
     use(talk, monkeypatch, say("It is for pain and sugar.", ""))
     list(talk.ask("one"))
-    assert talk.remarks() == ["cut at 8 tokens (--max-tokens)"]
+    assert talk.remarks == ["cut at 8 tokens, the most of an answer"]
     list(talk.ask("two"))
-    assert talk.remarks() == ["no answer; the question is forgotten"] and len(talk.turns) == 2
+    assert talk.remarks == ["no answer; the question is forgotten"] and len(talk.turns) == 2
 
 
 def test_banks_are_taken_out_and_back(talk):

@@ -386,7 +386,7 @@ def test_bad_models(config, workdir, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     score = ["score", config, f"--input={source}", f"--output={out}"]
     there = f"--workdir={workdir}"
-    assert "no stage is finished in ''" in fails(capsys, *score)
+    assert "--stage: no stage is finished in ''" in fails(capsys, *score)
     line = fails(capsys, *score, f"--workdir={tmp_path / 'none'}")
     assert "no stage is finished" in line and "medmoe train" in line
     line = fails(capsys, *score, f"--workdir={tmp_path / 'none'}", "--stage=align")
@@ -422,7 +422,7 @@ def test_control_c(config, workdir, capsys, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("medmoe_jax.cli.train.train", stop)
+    monkeypatch.setattr("medmoe_jax.cli.train.train_run", stop)
     assert main(["train", config, f"--workdir={workdir}"]) == 130
     assert "the same command continues" in capsys.readouterr().err
 
@@ -440,7 +440,7 @@ def test_lost_storage_is_not_bad_input(config, workdir, capsys, monkeypatch, err
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("medmoe_jax.cli.train.train", fail)
+    monkeypatch.setattr("medmoe_jax.cli.train.train_run", fail)
     assert main(["train", config, f"--workdir={workdir}"]) == status
     assert str(error) in capsys.readouterr().err
 
@@ -464,19 +464,13 @@ import medmoe_jax.cli.main
     assert done.stderr == "medmoe: asked to stop before it began; the same command starts again\n"
 
 
-@pytest.mark.parametrize("during", ["load_config", "open_setup", "stage_evaluator"])
+@pytest.mark.parametrize("during", ["cli.session.load_config", "api.opening.open_setup",
+                                    "cli.train.open_run"])  # fmt: skip
 def test_sigterm_before_training_listens(config, tmp_path, monkeypatch, capsys, during):
     """While the configuration is read, while the base is opened, and right before the loop."""
-    from medmoe_jax.cli import session
-    from medmoe_jax.cli import train as command
-
-    module = command if during == "stage_evaluator" else session
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(module, during, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    run = ["train", config, f"--workdir={tmp_path / 'w'}"]
-    if during == "stage_evaluator":
-        monkeypatch.setattr(command, "open_run", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    assert main(run) == 75
+    monkeypatch.setattr(f"medmoe_jax.{during}", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(["train", config, f"--workdir={tmp_path / 'w'}"]) == 75
     assert "asked to stop; it starts again" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before and not (tmp_path / "w").exists()
 

@@ -82,7 +82,7 @@ def test_half_a_character_is_named_by_every_command(arguments, tmp_path, capsys)
 
 
 def test_a_row_that_the_template_refuses_is_named(arguments, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("medmoe_jax.cli.session.open_stage", None)  # no model is opened for it
+    monkeypatch.setattr("medmoe_jax.api.model.open_stage", None)  # no model is opened for it
     rows, asked = files(tmp_path, '"no"')
     of_templates = ("data inspect", "train", "score", "generate")
     for command in of_templates:

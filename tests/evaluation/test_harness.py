@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tokenizers as hf
 
+from medmoe_jax.api.opening import open_model
 from medmoe_jax.checkpoints.huggingface import save_hf
 from medmoe_jax.cli.main import main
-from medmoe_jax.cli.session import open_model
 from medmoe_jax.errors import UserError
 from medmoe_jax.training.config import recipe
 from medmoe_jax.training.run import Run

@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from medmoe_jax.api.places import FIELDS, check_fields
 from medmoe_jax.checkpoints.files import MetricsLog, new_folder, write_json
 from medmoe_jax.cli import main, places
 from medmoe_jax.data import builder, tokenizers
@@ -81,7 +82,7 @@ def test_an_unknown_place_is_refused_by_name_and_nothing_is_made(
 
 
 def test_an_unknown_place_in_a_field_is_refused_by_name():
-    fields = [*places.FIELDS, "data.sources.knowledge.path"]
+    fields = [*FIELDS, "data.sources.knowledge.path"]
     for name in fields:
         config = tiny.medcare_config()
         *sections, field = name.split(".")
@@ -90,8 +91,8 @@ def test_an_unknown_place_in_a_field_is_refused_by_name():
             section = section[one]
         section[field] = ("az://box/x",) if name == "run.tasks" else "az://box/x"
         with pytest.raises(UserError, match=f"{name}: 'az://box/x' is a place"):
-            places.check_fields(config)
-    places.check_fields(tiny.medcare_config())
+            check_fields(config)
+    check_fields(tiny.medcare_config())
 
 
 def test_what_writes_refuses_an_unknown_place_itself(tmp_path, monkeypatch):

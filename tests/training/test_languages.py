@@ -4,9 +4,9 @@ import pytest
 
 from configs import apollo_moe
 from medmoe_jax.adapters.bank import abstract
+from medmoe_jax.api.opening import open_model
 from medmoe_jax.checkpoints.files import read_metrics
 from medmoe_jax.checkpoints.manifest import Manifest
-from medmoe_jax.cli.session import open_model
 from medmoe_jax.errors import UserError
 from medmoe_jax.training.config import source
 from medmoe_jax.training.run import Run

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import tokenizers as hf
 
+from medmoe_jax.api.opening import open_stage
 from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.checkpoints.records import read_record, write_record
 from medmoe_jax.checkpoints.stage_records import kept_files
 from medmoe_jax.cli.main import main
-from medmoe_jax.cli.session import open_stage
 from medmoe_jax.errors import UserError
 from medmoe_jax.training.config import bank, recipe, source, stage
 from medmoe_jax.training.run import Run

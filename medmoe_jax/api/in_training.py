@@ -6,7 +6,8 @@ import difflib
 from collections.abc import Callable
 from functools import partial
 
-from medmoe_jax.cli.session import check_items, language_model, note_cut
+from medmoe_jax.api.opening import language_model
+from medmoe_jax.api.tasks import check_items, note_cut
 from medmoe_jax.errors import Stopped, UserError, within
 from medmoe_jax.evaluation.report import Report
 from medmoe_jax.evaluation.run import evaluate

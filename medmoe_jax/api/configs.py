@@ -1,0 +1,138 @@
+"""Configurations: read from a recipe, and changed by fields."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from medmoe_jax.api.places import check_fields
+from medmoe_jax.errors import ParameterError, UserError
+from medmoe_jax.storage.places import check
+
+# The folder configs/ of the project, inside the package.
+SHIPPED = Path(__file__).parents[1] / "configs"
+# What reading a recipe, or a value for one of its fields, may raise.
+_OF_FILES = (AttributeError, ImportError, KeyError, NameError, SyntaxError)
+_OF_FILES += (TypeError, ValueError, flags.Error)
+# Mappings of the configuration that may be given any key.
+_OPEN = re.compile(r"(data\.(?:template_options|sources\.\w+\.columns))\.(\w+)")
+
+
+def config(
+    recipe: str | os.PathLike[str] | ConfigDict, overrides: Mapping[str, Any] | None = None
+) -> ConfigDict:
+    """A configuration, locked: an unknown field is an error.
+
+    Args:
+      recipe: a file with `get_config`, or the name of a recipe that comes with the package, either
+        with an argument after a colon (`medcare:qwen2-1.5b`); or a configuration, which is copied.
+      overrides: values by field, `{"run.save_every": 50, "data.sources.mine.path": "rows.jsonl"}`.
+
+    Raises:
+      UserError: no such recipe, an unknown field (with the closest known one), or a value of
+        another type.
+    """
+    read = recipe.copy_and_resolve_references() if isinstance(recipe, ConfigDict) else None
+    changed = read_recipe(os.fspath(recipe)) if read is None else read.lock()
+    for name, value in (overrides or {}).items():
+        set_field(changed, name, value)
+    check_fields(changed)
+    return changed
+
+
+def read_recipe(given: str) -> ConfigDict:
+    """What a recipe's `get_config` gives, locked. `given`: RECIPE or RECIPE:ARG, see `config`.
+
+    Raises:
+      UserError: no such recipe, or it cannot be read.
+    """
+    name, colon, argument = given.partition(":")
+    file = f"{_file(name, given)}{colon}{argument}"
+    command = ["medmoe", f"--config={file}"]
+    values = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_file(
+            "config", flag_values=values, lock_config=True, sys_argv=command
+        )
+        values(command)
+    except _OF_FILES as error:
+        raise UserError(f"{file}: {_last_line(error)}") from error
+    try:  # an OSError of the file is kept until somebody touches the configuration
+        getattr(values.config, "lock", None)
+    except OSError as error:
+        raise UserError(f"{file}: {error.__cause__}") from error
+    if not isinstance(values.config, ConfigDict):
+        raise UserError(f"{file}: get_config() must return an ml_collections.ConfigDict")
+    return values.config
+
+
+def recipes() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(path.stem for path in SHIPPED.glob("*.py"))
+
+
+def _file(name: str, given: str) -> Path:
+    """The file of a recipe that is given by its path or by its name."""
+    if os.path.isfile(name):
+        return Path(name)
+    if name in recipes():
+        return SHIPPED / f"{name}.py"
+    check(given, "config", ())
+    if re.fullmatch(r"[\w-]+", name):
+        close = difflib.get_close_matches(name, recipes(), n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(recipes())}"
+        raise ParameterError(f"config: no file and no recipe is called '{name}'; {hint}")
+    raise ParameterError(f"config: there is no file '{name}'")
+
+
+def _last_line(error: BaseException) -> str:
+    """The end of an error's text; config_flags puts the path of the file before it."""
+    return (str(error).strip().splitlines() or ["no message"])[-1]
+
+
+def set_field(changed: ConfigDict, name: str, value: Any) -> None:
+    """Set a field by its dotted name.
+
+    Raises:
+      ParameterError: there is none, or the value is of another type.
+    """
+    section, _, key = name.rpartition(".")
+    if not is_new(changed, name):
+        check_field(changed, name)
+    with changed.unlocked():
+        inner = functools.reduce(getattr, section.split("."), changed) if section else changed
+        try:
+            inner[key] = value
+        except TypeError as error:
+            raise ParameterError(f"{name}: {_last_line(error)}") from None
+
+
+def is_new(changed: ConfigDict, name: str) -> bool:
+    """Whether a field is one that an open mapping does not hold yet."""
+    found = _OPEN.fullmatch(name)
+    known = set(_fields(changed)) if found else set()
+    return bool(found) and found[1] in known and name not in known
+
+
+def check_field(changed: ConfigDict, name: str) -> None:
+    """Raise ParameterError for a field that the configuration does not have."""
+    known = list(_fields(changed))
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        raise ParameterError(f"{name}: the configuration has no such field{hint}")
+
+
+def _fields(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+    for key, value in config.items():
+        yield prefix + key
+        if isinstance(value, ConfigDict):
+            yield from _fields(value, f"{prefix}{key}.")
