@@ -40,8 +40,10 @@ def config(
       UserError: no such recipe, an unknown field (with the closest known one), or a value of
         another type.
     """
-    read = recipe.copy_and_resolve_references() if isinstance(recipe, ConfigDict) else None
-    changed = read_recipe(os.fspath(recipe)) if read is None else read.lock()
+    if isinstance(recipe, ConfigDict):
+        changed = recipe.copy_and_resolve_references().lock()
+    else:
+        changed = read_recipe(os.fspath(recipe))
     for name, value in (overrides or {}).items():
         set_field(changed, name, value)
     check_fields(changed)
