@@ -135,6 +135,7 @@ setup(
                 "model",
                 "typed",
                 "html",
+                "js",
             )
         ]
         + ["configs/*.py", "configs/*.csv"]  # a link to the folder beside this file

@@ -18,10 +18,21 @@ if TYPE_CHECKING:
     from medmoe_jax.api.configs import config
     from medmoe_jax.api.evaluate import Scores, evaluate
     from medmoe_jax.api.model import Model, load
+    from medmoe_jax.api.plot import Pictures, plot
     from medmoe_jax.api.train import Finished, train
 
 __version__ = "0.1.0"
-__all__ = ["Finished", "Model", "Scores", "config", "evaluate", "load", "train"]
+__all__ = [
+    "Finished",
+    "Model",
+    "Pictures",
+    "Scores",
+    "config",
+    "evaluate",
+    "load",
+    "plot",
+    "train",
+]
 
 _MODULES = {
     "config": "configs",
@@ -29,6 +40,8 @@ _MODULES = {
     "Finished": "train",
     "load": "model",
     "Model": "model",
+    "Pictures": "plot",
+    "plot": "plot",
     "Scores": "evaluate",
     "train": "train",
 }

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from medmoe_jax.api.model import Model, load, open_source
+from medmoe_jax.api.plot import FOLDER, PAGE
 from medmoe_jax.api.tasks import check_items, note_cut
 from medmoe_jax.checkpoints.manifest import library_versions
 from medmoe_jax.errors import ParameterError, UserError
@@ -200,7 +201,9 @@ def _evaluate(
     )
     note_cut(answers, before)
     if folder and records and processes.index() == 0:
-        report_html(folder / "report.html", page.of_report(report, records), "Evaluation")
+        drawn = {"How it was trained": f"{FOLDER}/{PAGE}"}
+        links = drawn if (folder / FOLDER / PAGE).is_file() else {}
+        report_html(folder / "report.html", page.of_report(report, records), "Evaluation", links)
     return Scores(report, records)
 
 

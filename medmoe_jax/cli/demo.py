@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from medmoe_jax.api.opening import open_models
 from medmoe_jax.api.tasks import run_tasks
-from medmoe_jax.checkpoints.files import read_metrics, write_json
+from medmoe_jax.checkpoints.files import write_json
 from medmoe_jax.checkpoints.lease import only_writer
 from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.cli.configs import load_config
@@ -26,6 +26,7 @@ from medmoe_jax.data import tokenizers
 from medmoe_jax.data.demo import answers, corpus
 from medmoe_jax.data.demo.answers import Question
 from medmoe_jax.evaluation import html
+from medmoe_jax.evaluation.logged import pictures, read_logged
 from medmoe_jax.evaluation.report import Report, Result
 from medmoe_jax.inference.language_model import LanguageModel
 from medmoe_jax.training.run import Run, StageRun
@@ -178,18 +179,20 @@ def _write(run: Run, workdir: Path, seen: Mapping[str, Seen]) -> None:
             "mean_abs_cos": cosines,
         },
     )
-    title = "Held-out scores, percent (95% interval)"
+    scores = "Held-out scores, percent (95% interval)"
     sections = [
         *_answer_sections(questions, said),
-        html.TableSection(title, _COLUMNS, rows, chance),
+        html.TableSection(scores, _COLUMNS, rows, chance),
         html.TextSection("Orthogonality", overlap),
-        *_pictures(run),
+        *(picture for _, picture in pictures(read_logged([str(workdir)]))),
     ]
-    page = html.report_html(workdir / "report.html", sections, "medmoe_jax demonstration")
+    page = html.report_html(
+        workdir / "report.html", sections, "medmoe_jax demonstration", live=True
+    )
     table = table_of(_COLUMNS[:1], *_COLUMNS[1:])
     for row in rows:
         table.add_row(*row)
-    note(title)
+    note(scores)
     console.print(table)
     for line in (chance, overlap, *_right(questions, said)):
         note(line)
@@ -229,23 +232,3 @@ def _answer_sections(questions: Sequence[Question], said: Mapping[str, Sequence[
         rows,
         "✓: the answer names the fact. " + "; ".join(_right(questions, said)),
     )
-
-
-def _pictures(run: Run):
-    """Loss curves, and each routed bank's use per layer and expert."""
-    logs = {stage.name: read_metrics(stage.folder.metrics) for stage in run.stages}
-    yield html.LinesSection(
-        "Training loss",
-        [(name, [r["step"] for r in log], [r["loss"] for r in log]) for name, log in logs.items()],
-    )
-    for name, log in logs.items():
-        last = next((r["router"] for r in reversed(log) if "router" in r), {})
-        for router, figures in last.items():
-            use = figures["use"]
-            yield html.HeatMapSection(
-                f"Use of the experts, {name}: {router}",
-                use,
-                [f"layer {i}" for i in range(len(use))],
-                [f"expert {e}" for e in range(len(use[0]))],
-                note="Share of the picks of a batch's tokens; every row sums to one.",
-            )

@@ -15,15 +15,16 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from medmoe_jax.checkpoints.files import write_bytes, write_text
+from medmoe_jax.evaluation import charts
 from medmoe_jax.evaluation.report import COLUMNS, Report, percent
 from medmoe_jax.storage.places import place
 
 INK = "#010203"  # stands for the page's text colour in figures
-LINE_COLOURS = ("#3b82f6", "#f97316", "#10b981", "#e11d48", "#8b5cf6", "#ca8a04", "#0891b2")
 _STYLE = """
 :root { color-scheme: light dark; --page: #fbfbfa; --card: #fff; --ink: #1c2024; --soft: #6b7280;
   --edge: #e4e4e1; --bar: #3b82f6; --reach: #93b8f5; --mark: #e11d48; }
@@ -75,25 +76,54 @@ class LinesSection:
         figure = Figure(figsize=(8.4, 3.6))
         axes = figure.add_subplot()
         for i, (name, steps, values) in enumerate(self.series):
-            colour = LINE_COLOURS[i % len(LINE_COLOURS)]
-            style = ("-", "--", ":")[i // len(LINE_COLOURS) % 3]
+            colour, (style, _) = charts.style_of(i)
             axes.plot(steps, values, style, color=colour, linewidth=1.6, label=name)
-        axes.set_xlabel(self.x)
-        axes.set_ylabel(self.y)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.25, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        if self.series:
-            many = len(self.series) > _LEGEND
-            place: dict[str, Any] = (
-                {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {}
-            )
-            columns = -(-len(self.series) // 16)
-            axes.legend(frameon=False, fontsize=7 if many else 9, ncols=columns, **place)
+        _dress(axes, self.x, self.y, len(self.series))
         return figure
 
     def body(self) -> str:
         return _svg(self.figure())
+
+    def data(self) -> dict[str, Any]:
+        return charts.lines(self.series, self.x, self.y)
+
+
+@dataclass(frozen=True)
+class IntervalsSection:
+    """Values with their intervals over a few labels; `series` of (name, values).
+
+    Each value is (value, low, high), or None where a label has none.
+    """
+
+    title: str
+    labels: Sequence[str]
+    series: Sequence[tuple[str, Sequence[tuple[float, float, float] | None]]]
+    x: str = ""
+    y: str = ""
+    note: str = ""
+
+    def figure(self) -> Figure:
+        figure = Figure(figsize=(8.4, 3.6))
+        axes = figure.add_subplot()
+        for i, (name, found) in enumerate(self.series):
+            colour, (style, _) = charts.style_of(i)
+            places = [at for at, one in enumerate(found) if one is not None]
+            value, low, high = np.asarray([found[at] for at in places]).reshape(-1, 3).T
+            axes.errorbar(
+                places, value, (value - low, high - value), fmt=f"o{style}", color=colour,
+                label=name, linewidth=1.2, markersize=4, capsize=3,
+            )  # fmt: skip
+        axes.set_xticks(range(len(self.labels)), self.labels)
+        axes.set_xlim(-0.5, len(self.labels) - 0.5)
+        _dress(axes, self.x, self.y, len(self.series))
+        return figure
+
+    def body(self) -> str:
+        return _svg(self.figure())
+
+    def data(self) -> dict[str, Any]:
+        return charts.intervals(self.labels, self.series, self.x, self.y)
 
 
 @dataclass(frozen=True)
@@ -154,7 +184,7 @@ class HeatMapsSection:
     """Matrices `[rows, columns]` by name, side by side, in one scale of colours from 0 up."""
 
     title: str
-    matrices: Mapping[str, Sequence[Sequence[float]]]
+    matrices: Mapping[str, Sequence[Sequence[float]] | np.ndarray]
     rows: Sequence[str]
     columns: Sequence[str]
     note: str = ""
@@ -185,6 +215,27 @@ class HeatMapsSection:
 
     def body(self) -> str:
         return _svg(self.figure())
+
+
+@dataclass(frozen=True)
+class MomentsSection:
+    """Matrices `[rows, columns]` of several moments in order; drawn are some, evenly spaced."""
+
+    title: str
+    matrices: Mapping[str, Sequence[Sequence[float]] | np.ndarray]
+    rows: Sequence[str]
+    columns: Sequence[str]
+    note: str = ""
+
+    def figure(self) -> Figure:
+        some = {name: self.matrices[name] for name in charts.spread(list(self.matrices), _DRAWN)}
+        return HeatMapsSection(self.title, some, self.rows, self.columns).figure()
+
+    def body(self) -> str:
+        return _svg(self.figure())
+
+    def data(self) -> dict[str, Any]:
+        return charts.moments(self.title, self.matrices, self.rows, self.columns)
 
 
 @dataclass(frozen=True)
@@ -222,10 +273,12 @@ class ResultsSection:
         return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
-Picture = LinesSection | HeatMapSection | HeatMapsSection
+Live = LinesSection | IntervalsSection | MomentsSection
+Picture = Live | HeatMapSection | HeatMapsSection
 Section = TableSection | TextSection | ResultsSection | Picture
 _CENTRED: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7}
 _LEGEND = 8  # lines with more names have them beside the plot
+_DRAWN = 4  # moments
 
 
 # A `$` in a name is a `$`, not the beginning of mathematics.
@@ -243,28 +296,55 @@ def save_png(path: str | Path, picture: Picture) -> Path:
     return place(path)
 
 
-@_as_written
 def report_html(
-    path: str | Path, sections: Sequence[Section], title: str = "medmoe_jax report"
+    path: str | Path,
+    sections: Sequence[Section],
+    title: str = "medmoe_jax report",
+    links: Mapping[str, str] | None = None,
+    live: bool = False,
 ) -> Path:
-    """Writes one HTML page that needs nothing else: no links out, figures inline as SVG."""
+    """Writes one HTML page that needs nothing else; see `page_html`; whole or absent."""
+    write_text(path, page_html(sections, title, links, live))
+    return place(path)
+
+
+@_as_written
+def page_html(
+    sections: Sequence[Section],
+    title: str,
+    links: Mapping[str, str] | None = None,
+    live: bool = False,
+) -> str:
+    """A page with figures inline as SVG, which fetches nothing.
+
+    Args:
+      sections: in order.
+      title: of the page.
+      links: addresses of other pages by what is said of them, relative to this one.
+      live: whether its drawings answer the pointer, by a script in the page; else it has none.
+    """
     parts = []
     for number, section in enumerate(sections, 1):
         note = f'<p class="note">{html.escape(section.note)}</p>' if section.note else ""
         heading = f"<h2>{html.escape(section.title)}</h2>"
-        parts.append(f'<section id="s{number}">{heading}{section.body()}{note}</section>')
-    links = "".join(
-        f'<a href="#s{number}">{html.escape(section.title)}</a>'
-        for number, section in enumerate(sections, 1)
+        body = section.body()
+        if live and isinstance(section, Live):
+            body = charts.figure(body, section.data())
+        parts.append(f'<section id="s{number}">{heading}{body}{note}</section>')
+    addresses = [(section.title, f"#s{number}") for number, section in enumerate(sections, 1)]
+    navigation = "".join(
+        f'<a href="{html.escape(address)}">{html.escape(text)}</a>'
+        for text, address in [*(links or {}).items(), *addresses]
     )
-    page = (
+    script = f"<script>{charts.SCRIPT.read_text(encoding='utf-8')}</script>" if live else ""
+    style = _STYLE + (charts.STYLE if live else "")
+    return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>"
-        f"<h1>{html.escape(title)}</h1><nav>{links}</nav>{''.join(parts)}</body></html>\n"
+        f"<title>{html.escape(title)}</title><style>{style}</style></head><body>"
+        f"<h1>{html.escape(title)}</h1><nav>{navigation}</nav>{''.join(parts)}{script}"
+        "</body></html>\n"
     )
-    write_text(path, page)
-    return place(path)
 
 
 def _cell(value: object) -> str:
@@ -288,6 +368,19 @@ def _bar(result) -> str:
         f'<rect x="{100 * result.low:.1f}" y="2" height="10" opacity="0.75" fill="var(--reach)" '
         f'width="{100 * (result.high - result.low):.1f}"/>{mark}</svg>'
     )
+
+
+def _dress(axes: Axes, x: str, y: str, lines: int) -> None:
+    """Names of the axes, a grid, and a legend of so many lines."""
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    if lines:
+        many = lines > _LEGEND
+        place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {}
+        columns = -(-lines // 16)
+        axes.legend(frameon=False, fontsize=7 if many else 9, ncols=columns, **place)
 
 
 def _svg(figure: Figure) -> str:
