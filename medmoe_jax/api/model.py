@@ -231,7 +231,7 @@ def load(
       off: banks left out.
       language: code of the texts' language, for routers that always force its expert; "" = it is
         detected where a bank asks.
-      config: the work directory's recipe, as of `config`; None = the one it was last used with.
+      config: the work directory's recipe, as of `config`; None = the one it was last trained with.
       overrides: fields that differ (`{"base.dtype": "bfloat16"}`).
 
     Raises:

@@ -1,7 +1,7 @@
 """`--config=RECIPE[:ARG] --config.field=value`: a locked ml-collections configuration.
 
 RECIPE is a file, or the name of one that comes with the package: `medcare`. Where a work directory
-was used before, `--config` may be left out: it is what the directory was last used with.
+was trained in, `--config` may be left out: it is what a stage was last trained with there.
 """
 
 from __future__ import annotations

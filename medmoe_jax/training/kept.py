@@ -1,4 +1,4 @@
-"""The configuration that a work directory was last used with, so that it can be opened again.
+"""The configuration that a stage of a work directory was last trained with, to open it again.
 
 W/run.json is written by whatever trains, imports or fits a stage there. It stands in for
 a recipe where none is named; nothing is proved by it: whether a stage's end is that of the
@@ -7,12 +7,13 @@ configuration, its own records tell.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from medmoe_jax.checkpoints.records import read_record, write_record
+from medmoe_jax.checkpoints.records import RecordError, read_record, write_record
 from medmoe_jax.errors import UserError
 from medmoe_jax.storage.places import place
 from medmoe_jax.training.config import recipe
@@ -21,8 +22,14 @@ NAME = "run.json"
 
 
 def keep(config: ConfigDict, workdir: str | Path) -> None:
-    """Write the configuration, in place of the one before."""
-    write_record(place(workdir) / NAME, {"config": config.to_dict()})
+    """Write the configuration, unless it is the one that is there.
+
+    Raises:
+      RecordError: the file that is there was changed.
+    """
+    content = {"config": config.to_dict()}
+    if not is_kept(workdir) or _read(workdir) != json.loads(json.dumps(content)):
+        write_record(place(workdir) / NAME, content)
 
 
 def is_kept(workdir: str | Path) -> bool:
@@ -36,15 +43,22 @@ def kept(workdir: str | Path) -> ConfigDict:
     Raises:
       UserError: there is none, or the file was changed.
     """
-    path = place(workdir) / NAME
-    content, _ = read_record(path, "config")
-    config = recipe()
+    content, config = _read(workdir), recipe()
     try:
         with config.unlocked():
             config.update(_tuples(content["config"]))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a configuration: {error}") from None
+        raise UserError(f"{place(workdir) / NAME}: not a configuration: {error}") from None
     return config.lock()
+
+
+def _read(workdir: str | Path) -> dict[str, Any]:
+    try:
+        return read_record(place(workdir) / NAME, "config")[0]
+    except RecordError as error:
+        raise RecordError(
+            f"{error}; put back what was written there, or remove the file and name the recipe"
+        ) from None
 
 
 def _tuples(value: Any) -> Any:

@@ -124,7 +124,7 @@ class StageRun:
           imported: what its banks come from where it is not trained: the content of files, or that
             of a task's rows and how it was fitted on them.
 
-        The configuration is kept beside the stages (`training.kept`).
+        Where the stage is not finished, the configuration is kept beside it (`training.kept`).
 
         Raises:
           UserError: the folder was made by another recipe, and the message lists the fields; or
@@ -136,7 +136,8 @@ class StageRun:
 
         def claim() -> str:
             fingerprint = self._claim(_read_back(content))
-            keep(self.setup.config, self.run.workdir)
+            if not self.folder.manifest.exists():
+                keep(self.setup.config, self.run.workdir)
             return fingerprint
 
         return from_first_process(claim)

@@ -279,7 +279,7 @@ def test_a_stopped_run_ends_where_one_on_disk_ends(cloud, tmp_path, monkeypatch,
     jax.tree.map(np.testing.assert_array_equal, banks, expected)
     assert manifest.recipe_fingerprint == other.recipe_fingerprint
     names = {one.name.split("/")[0] for one in objects.listing(cloud / "w")}
-    assert names == {"stages", "tensorboard"} and not list(tmp_path.iterdir())
+    assert names == {"run.json", "stages", "tensorboard"} and not list(tmp_path.iterdir())
 
     item = {"prompt": "What is aspirin for?", "answer": "pain", "choices": ["pain", "fever"]}
     objects.write(cloud / "t.jsonl", json.dumps(item).encode())
