@@ -55,7 +55,7 @@ def test_a_chat_model_is_asked_before_and_after(tmp_path, capsys):
     printed = capsys.readouterr().err
     for label in asked:
         assert f"{label}: 0 of 10 medical, 0 of 5 everyday questions answered right" in printed
-    assert "Use of the experts, aggregate: noise" in page
+    assert "aggregate: use of the experts of noise" in page
 
 
 def test_the_tiny_one_makes_its_own_tokenizer_once(tmp_path, monkeypatch):

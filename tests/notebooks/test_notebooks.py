@@ -7,6 +7,8 @@ import matplotlib
 import nbformat
 import pytest
 
+from tests import tiny
+
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -31,20 +33,27 @@ def test_notebook_is_valid_and_clean(path):
 
 
 @pytest.mark.slow
-def test_medcare_notebook_runs(monkeypatch, tmp_path, capsys):
-    """From the first cell to the last, with two steps a stage."""
+def test_quickstart_runs(monkeypatch, tmp_path, capsys):
+    """From the first cell to the last, on the tiny base and with two steps a stage."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
     matplotlib.use("agg")
+    small = {
+        "base.path": str(tiny.base_path()),
+        "base.tokenizer": str(tiny.tokenizer().path),
+        "data.template": "user_assistant",
+        "data.length": 96,
+        "stages.aggregate.steps": 2,
+        "stages.align.steps": 2,
+    }
     names = {}
-    for tags, source in code_cells(ROOT / "notebooks" / "medcare_colab.ipynb"):
-        if "train" in tags:
-            for stage in names["config"].stages.order:
-                names["config"].stages[stage].steps = 2
-        exec(compile(source, "cell", "exec"), names)
+    for tags, source in code_cells(ROOT / "notebooks" / "quickstart.ipynb"):
+        exec(compile(source.replace("limit=60", "limit=3"), "cell", "exec"), names)
+        if "settings" in tags:
+            names["SETTINGS"] |= small
     printed = capsys.readouterr().out
-    assert (
-        "lerning_rate" in printed and "align      What does a lack of vitamin C cause?" in printed
-    )
-    assert [ax.get_title() for ax in names["axes"]] == ["pretrain", "aggregate", "align"]
-    assert all(len(ax.lines[0].get_xdata()) == 2 for ax in names["axes"])
+    assert "did you mean 'stages.align.learning_rate'" in printed
+    assert "stage 2" in printed and "Scurvy" in printed
+    assert names["done"].stages == ("aggregate", "align")
+    assert [one.n for one in names["scores"].report.results] == [3, 3]
+    assert {"aggregate.loss", "align.loss", "align.overlap_cos"} <= set(names["drawn"].pictures)
+    assert "<iframe" in names["drawn"]._repr_html_()
