@@ -102,10 +102,12 @@ def token_log_probs(
     log_probs_PxK, likeliest_PxK = jax.lax.fori_loop(0, given.filled, one, start)
     M = given.x_PxMxD.shape[1]
     place_PxM = jnp.argsort(given.order_PxK[:, :M], axis=1)
-    return tuple(
-        chunks.rejoined(into, jnp.take_along_axis(x, place_PxM, axis=1), targets_BxT.shape)
-        for x in (log_probs_PxK, likeliest_PxK)
-    )
+
+    def in_rows(x_PxK):
+        x_PxM = jnp.take_along_axis(x_PxK, place_PxM, axis=1)
+        return chunks.rejoined(into, x_PxM, targets_BxT.shape)
+
+    return in_rows(log_probs_PxK), in_rows(likeliest_PxK)
 
 
 def _laid_out(config: DecoderConfig, execution: Execution, head_VxD):

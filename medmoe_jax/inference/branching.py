@@ -52,13 +52,13 @@ class Tree(NamedTuple):
         return max(len(self.tokens), len(self.at))
 
 
-def portions(prompt: int, completions: Iterable[Sequence[int]]) -> list[list[Sequence[int]]]:
+def portions(prompt: int, completions: Iterable[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
     """Completions of a prompt of that length, in order, as many to a tree as it has room for.
 
     A tree may be twice as long as its prompt, so that no number of completions makes a row endless.
     """
     room = max(_ROW - prompt, prompt)
-    out: list[list[Sequence[int]]] = []
+    out: list[list[tuple[int, ...]]] = []
     left = 0
     for ids in sorted(completions):
         if not out or len(ids) > left:
