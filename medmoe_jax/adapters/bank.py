@@ -15,7 +15,7 @@ import fnmatch
 import functools
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,8 @@ INITS = ("a", "b")
 _FFN = (*GROUPS["mlp.in"], *GROUPS["mlp.out"])
 # Gives the shardings of a tree of shapes.
 ShardingsOf = Callable[[Any], Any]
+# `{site: (D, O)}` of a model's linear layers.
+Widths = Mapping[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class BankSpec:
 
     Attributes:
       name: unique within a recipe.
-      sites: the sites it sits on.
-      start, stop: its range of layers.
+      sites: the sites it sits on; `adapters.nnx_models` and `linen_models` fill them in.
+      start, stop: its range of layers; in those models a site is one layer.
       form: what an expert is: `lora`, low-rank factors on one site, each site with its own gate;
         `ffn_lora`, the base's feed-forward network with low-rank factors on its sites, one router a
         network; `ffn`, a whole network of its own, at first a copy of the base's (upcycling), in
@@ -70,9 +72,9 @@ class BankSpec:
     """
 
     name: str
-    sites: tuple[str, ...]
-    start: int
-    stop: int
+    sites: tuple[str, ...] = ()
+    start: int = 0
+    stop: int = 1
     form: str = "lora"
     experts: int = 1
     rank: int = 16
@@ -177,10 +179,14 @@ def match_layers(
 
 def shapes(spec: BankSpec, config: DecoderConfig) -> dict[str, dict[str, Any]]:
     """The tree of shapes of a bank's parameters."""
+    return _shapes(spec, site_shapes(config))
+
+
+def _shapes(spec: BankSpec, widths: Widths) -> dict[str, dict[str, Any]]:
     N, E, r = spec.layers, spec.experts, spec.rank
     out: dict[str, dict[str, Any]] = {}
     for site in spec.sites:
-        D, O = site_shapes(config)[site]
+        D, O = widths[site]
         if spec.whole:
             out[site] = {"experts": (N, E, D, O)}
             continue
@@ -190,7 +196,7 @@ def shapes(spec: BankSpec, config: DecoderConfig) -> dict[str, dict[str, Any]]:
         if spec.routed and spec.form == "lora":
             out[site]["router"] = _router_shapes(spec, D)
     if spec.form != "lora":
-        out["mlp"] = {"router": _router_shapes(spec, config.d_model)}
+        out["mlp"] = {"router": _router_shapes(spec, widths["mlp.gate"][0])}
     if spec.gate == "skill":
         out["mix"] = {"weight": (N if spec.mix_per_layer else 1, E)}
     return out
@@ -224,9 +230,13 @@ def site_params(spec: BankSpec, params: Params, site: str) -> dict[str, Any]:
 
 def abstract(spec: BankSpec, config: DecoderConfig) -> dict[str, Any]:
     """The bank's parameters as `ShapeDtypeStruct`s."""
+    return _abstract(spec, site_shapes(config))
+
+
+def _abstract(spec: BankSpec, widths: Widths) -> dict[str, Any]:
     return jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
-        shapes(spec, config),
+        _shapes(spec, widths),
         is_leaf=lambda x: isinstance(x, tuple),
     )
 
@@ -262,6 +272,19 @@ def init(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _init(spec: BankSpec, config: DecoderConfig, treedef, shardings, key: jax.Array, base):
+    params = init_on(spec, site_shapes(config), key, base)
+    wanted = jax.tree.unflatten(treedef, shardings)
+    return params if wanted is None else jax.lax.with_sharding_constraint(params, wanted)
+
+
+def init_on(spec: BankSpec, widths: Widths, key: jax.Array, base: Any = None) -> dict[str, Any]:
+    """`init` for a bank on the linear layers of any model, value by value.
+
+    Args:
+      spec: the bank.
+      widths: of its sites at least.
+      key, base: see `init`.
+    """
 
     def leaf(path, struct):
         name = jax.tree_util.keystr(path)
@@ -279,13 +302,12 @@ def _init(spec: BankSpec, config: DecoderConfig, treedef, shardings, key: jax.Ar
             return jnp.zeros(struct.shape, struct.dtype)
         if spec.learned_scale and "lora" in name:
             return 0.02 * jax.random.normal(k, struct.shape, struct.dtype)
-        D = site_shapes(config)[path[0].key][0] if path[0].key != "mlp" else config.d_model
+        # The one router of feed-forward experts reads what their first products read.
+        D = widths[path[0].key if path[0].key in widths else "mlp.gate"][0]
         bound = (spec.rank if path[-1].key == "lora_b" else D) ** -0.5
         return jax.random.uniform(k, struct.shape, struct.dtype, -bound, bound)
 
-    params = jax.tree_util.tree_map_with_path(leaf, abstract(spec, config))
-    wanted = jax.tree.unflatten(treedef, shardings)
-    return params if wanted is None else jax.lax.with_sharding_constraint(params, wanted)
+    return jax.tree_util.tree_map_with_path(leaf, _abstract(spec, widths))
 
 
 def split_gate(params: Params) -> tuple[dict[str, Any], dict[str, Any]]:

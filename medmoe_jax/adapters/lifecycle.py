@@ -32,6 +32,21 @@ def active_banks(roster: Roster) -> tuple[BankSpec, ...]:
     return tuple(spec for spec, state in roster.values() if state in ACTIVE)
 
 
+def split(roster: Roster, banks: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`(frozen, trained)` banks; one may lie in both, its gate in the second.
+
+    `base.trees.overlay` puts them together again.
+    """
+    frozen, trained = {}, {}
+    for name, params in banks.items():
+        _, state = find(roster, name)
+        gate, rest = bank_lib.split_gate(params) if state == "gate" else ({}, params)
+        (trained if state == "train" else frozen)[name] = rest
+        if gate:
+            trained[name] = gate
+    return frozen, trained
+
+
 def add(
     roster: Roster,
     banks: Mapping[str, Any],

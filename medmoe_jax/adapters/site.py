@@ -6,7 +6,7 @@ Axes: B batch, T tokens, D input width, E experts.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -90,27 +90,30 @@ def _router(
     )
 
 
-def adapted_linear(
+def site_terms(
     banks: tuple[BankSpec, ...],
     strategy: Strategy,
     group: str,
     x_BxTxD: jax.Array,
-    weights: Mapping[str, Any],
+    sites: Iterable[str],
     params: Mapping[str, Any],
     context: Context,
-) -> tuple[dict[str, Any], dict[str, RouterStats]]:
-    """The sites of a projection group with their banks: `y = x W + Σ_banks s B(gate ∘ Λ ∘ A x)`.
+) -> tuple[dict[str, list[LoraTerm]], dict[str, RouterStats]]:
+    """What the banks add to the sites of a projection group, for a strategy to compute.
 
     Args:
       banks: those active on this range of layers.
-      strategy: runs their experts and routers.
-      group, x_BxTxD, weights, context: see `base.seam.Seam`.
+      strategy: runs their routers.
+      group: the name of the sites that share the input; sets draws apart.
+      x_BxTxD: the input.
+      sites: the group's.
       params: `{bank: {site: parameters}}` of this layer.
+      context: what is known of the tokens.
 
     Returns:
-      `({site: y}, {"bank/site": RouterStats})`.
+      `({site: terms}, {"bank/site": RouterStats})`; a site without banks has no terms.
     """
-    present = [(b, site) for site in weights for b in banks if site in params[b.name]]
+    present = [(b, site) for site in sites for b in banks if site in params[b.name]]
     routed = {f"{b.name}/{site}": (b, site) for b, site in present if b.routed}
     decisions = decide(
         strategy,
@@ -135,4 +138,28 @@ def adapted_linear(
             inputs[bank.dropout].dropout,
         )
         terms.setdefault(site, []).append(term)
+    return terms, stats
+
+
+def adapted_linear(
+    banks: tuple[BankSpec, ...],
+    strategy: Strategy,
+    group: str,
+    x_BxTxD: jax.Array,
+    weights: Mapping[str, Any],
+    params: Mapping[str, Any],
+    context: Context,
+) -> tuple[dict[str, Any], dict[str, RouterStats]]:
+    """The sites of a projection group with their banks: `y = x W + Σ_banks s B(gate ∘ Λ ∘ A x)`.
+
+    Args:
+      banks: those active on this range of layers.
+      strategy: runs their experts and routers.
+      group, x_BxTxD, weights, context: see `base.seam.Seam`.
+      params: `{bank: {site: parameters}}` of this layer.
+
+    Returns:
+      `({site: y}, {"bank/site": RouterStats})`.
+    """
+    terms, stats = site_terms(banks, strategy, group, x_BxTxD, weights, params, context)
     return strategy.linear(x_BxTxD, weights, terms), stats

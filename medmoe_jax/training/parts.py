@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import optax
 
 from medmoe_jax.adapters import lifecycle
-from medmoe_jax.adapters.bank import split_gate
 from medmoe_jax.adapters.lifecycle import Roster
 from medmoe_jax.base.seam import Params
 from medmoe_jax.parallel.mesh import replicated
@@ -38,15 +37,11 @@ def split(
 ) -> tuple[dict, dict]:
     """`(frozen, trainable)` trees of a stage; a bank may lie in both, its gate in the second."""
     frozen_base, trained_base = split_base(base, stage.train_base)
-    frozen: dict = {"base": frozen_base, "banks": {}}
-    trainable: dict = {"base": trained_base, "banks": {}}
-    for name, params in banks.items():
-        state = roster[name][1]
-        gate, rest = split_gate(params) if state == "gate" else ({}, params)
-        (trainable if state == "train" else frozen)["banks"][name] = rest
-        if gate:
-            trainable["banks"][name] = gate
-    return frozen, trainable
+    frozen_banks, trained_banks = lifecycle.split(roster, banks)
+    return (
+        {"base": frozen_base, "banks": frozen_banks},
+        {"base": trained_base, "banks": trained_banks},
+    )
 
 
 def first_state(

@@ -8,7 +8,7 @@ is the only tree that is differentiated, updated and donated. `frozen` is `{"bas
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -20,13 +20,13 @@ import optax
 from medmoe_jax.adapters import model
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.model import AdaptedConfig
+from medmoe_jax.adapters.router_loss import router_loss
 from medmoe_jax.base import decoder, trees
 from medmoe_jax.base.loss import cross_entropy, next_token_targets
 from medmoe_jax.base.seam import Context, Params
 from medmoe_jax.kernels.router_equations import RouterStats
 from medmoe_jax.parallel.hashing import mix
 from medmoe_jax.routing import telemetry
-from medmoe_jax.routing.routers import balance_loss, z_loss
 
 
 class TrainState(NamedTuple):
@@ -135,17 +135,6 @@ def nll(
         config.execution,
     )
     return total, (jnp.sum(weights_BxT), telemetry.collect(aux))
-
-
-def router_loss(banks: Iterable[BankSpec], stats: Mapping[str, RouterStats]) -> jax.Array:
-    """Σ over banks of their weighted router losses, each the mean over the bank's routers."""
-    total = jnp.float32(0)
-    for bank in banks:
-        mine = [s for key, s in stats.items() if key.split("/")[0] == bank.name]
-        for weight, loss in ((bank.balance_loss, balance_loss), (bank.z_loss, z_loss)):
-            if weight:
-                total += weight * jnp.mean(jnp.concatenate([loss(s) for s in mine]))
-    return total
 
 
 def _micro_loss(config: AdaptedConfig, trainable, frozen, batch, key):

@@ -1,0 +1,421 @@
+"""Banks inside NNX models that import nothing of ours: a Mixer and a ViT."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from medmoe_jax.adapters import foreign, lifecycle, nnx_models
+from medmoe_jax.adapters.bank import BankSpec
+from medmoe_jax.adapters.nnx_models import AdaptedLinear, BankParam, FrozenBankParam
+from medmoe_jax.adapters.router_loss import router_loss
+from medmoe_jax.base.execution import Execution
+from medmoe_jax.base.seam import Context
+from medmoe_jax.errors import UserError
+from medmoe_jax.parallel.mesh import make_mesh, replicated
+from medmoe_jax.routing.dispatch import Stacked
+from tests.adapters import foreign_twin
+from tests.adapters.other_models import Mixer, ViT, images
+from tests.naive import rel, tree_rel
+
+EXPERTS = BankSpec("experts", experts=4, rank=2, gate="token", top_k=2, balance_loss=0.01)
+PLAIN = BankSpec("plain", rank=3, alpha=3.0)
+SKILLS = BankSpec("skills", experts=3, rank=2, gate="skill", mix_softmax=True, alpha=2.0)
+LANGUAGES = BankSpec("languages", experts=4, rank=2, gate="language", forcing="always")
+
+
+def randomise(model, seed=0):
+    """Values at which every leaf of every bank matters."""
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        value = 0.4 * rng.standard_normal(leaf.shape)
+        return jax.device_put(value.astype(np.float32), leaf.sharding)
+
+    nnx.update(model, jax.tree.map(draw, nnx.state(model, BankParam)))
+
+
+def put(node, mesh):
+    """What is on one device goes to all of the mesh's, as a user places a model."""
+
+    def place(leaf):
+        alone = len(leaf.sharding.device_set) == 1
+        return jax.device_put(leaf, replicated(mesh)) if alone else leaf
+
+    nnx.update(node, jax.tree.map(place, nnx.state(node)))
+
+
+def adapted(kind, patterns, *banks, **options):
+    """`(the model as it was, its twin with banks, paths)`."""
+    model, bare = kind(nnx.Rngs(0)), kind(nnx.Rngs(0))
+    paths = nnx_models.adapt(model, patterns, banks, rngs=nnx.Rngs(1), **options)
+    return bare, model, paths
+
+
+@nnx.jit
+def forward(model, x):
+    return model(x)
+
+
+def loss_of(z, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(z, labels).mean()
+
+
+class Patched(nnx.Module):
+    """A layer whose output another function completes."""
+
+    def __init__(self, base, then):
+        self.base, self.then = base, then
+
+    def __call__(self, x, *args, **options):
+        return self.then(x, self.base(x, *args, **options))
+
+
+def naive(bare, specs, banks, paths, **told):
+    """The bare model, every layer of which is completed by a loop over experts."""
+    model = nnx.clone(bare)
+    for path in paths:
+        *parents, last = path.split(".")
+        node = functools.reduce(
+            lambda at, key: at[int(key)] if key.isdigit() else getattr(at, key), parents, model
+        )
+        layer = getattr(node, last)
+        axes = len(layer.axis) if isinstance(layer, nnx.LinearGeneral) else 1
+        then = functools.partial(foreign_twin.of_layer, specs, banks, path, axes=axes, **told)
+        setattr(node, last, Patched(layer, then))
+    return model
+
+
+def step_of(told=None):
+    """A user's training step: loss with the routers', gradient and update of the banks."""
+
+    @nnx.jit
+    def step(model, optimiser, x, labels):
+        def loss(model):
+            with foreign.given(told or Context()):
+                z, collected = nnx.capture(model, nnx_models.RouterStatistics)(x)
+            stats = foreign.statistics(collected)
+            specs = [spec for spec, _ in nnx_models.roster(model).values()]
+            return loss_of(z, labels), (z, stats, router_loss(specs, stats))
+
+        grad = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, BankParam), has_aux=True)
+        (value, aux), grads = grad(model)
+        optimiser.update(model, grads)
+        return value, aux, grads
+
+    return step
+
+
+def as_tree(model, grads):
+    """Gradients as the tree of the banks."""
+    twin = nnx.clone(model)
+    nnx.update(twin, grads)
+    return nnx_models.bank_tree(twin)
+
+
+@pytest.fixture(scope="module")
+def mixer():
+    """A Mixer, trained for some steps on 2 x 4 devices, its experts spread over four."""
+    mesh = make_mesh({"data": 2, "expert": 4})
+    run = {"dispatch": "all_to_all", "execution": foreign.on_mesh(mesh)}
+    bare, model, paths = adapted(Mixer, "blocks.*", PLAIN, SKILLS, **run)
+    nnx_models.adapt(model, "*.tokens.*", EXPERTS, rngs=nnx.Rngs(1), **run)
+    x, labels = images(16, (6, 5))
+    randomise(model)
+    start = nnx_models.bank_tree(model)
+    optimiser = nnx.Optimizer(model, optax.adam(3e-3), wrt=BankParam)
+    put(model, mesh), put(optimiser, mesh)
+    step = step_of()
+    x_8 = jax.device_put(x, foreign.on_mesh(mesh).activations)
+    done = [step(model, optimiser, x_8, labels) for _ in range(6)]
+    return bare, model, paths, start, (x, labels), done
+
+
+def test_at_first_the_model_is_what_it_was():
+    bare, model, _ = adapted(Mixer, ("embed", "*.up"), PLAIN, EXPERTS)
+    x, _ = images(2, (6, 5))
+    assert np.array_equal(forward(model, x), forward(bare, x))
+
+
+def test_forward_and_gradient_are_those_of_a_loop(mixer):
+    bare, model, paths, start, (x, labels), done = mixer
+    specs = [spec for spec, _ in nnx_models.roster(model).values()]
+
+    @jax.jit
+    def grad(banks):
+        def loss(banks):
+            z = naive(bare, specs, banks, paths)(x)
+            return loss_of(z, labels), z
+
+        return jax.grad(loss, has_aux=True)(banks)
+
+    want, z = grad(start)
+    _, (got, *_), grads = done[0]
+    assert rel(got, z) < 1e-5 and rel(bare(x), z) > 0.1
+    assert tree_rel(as_tree(model, grads), want) < 1e-4
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(want))
+
+
+def test_training_changes_the_banks_alone(mixer):
+    bare, model, *_, done = mixer
+    assert done[-1][0] < 0.9 * done[0][0]
+    base = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(bare))}
+    held = nnx.to_flat_state(nnx.state(model, nnx.Not(BankParam)))
+    held = {".".join(map(str, path)).replace("base.", ""): leaf for path, leaf in held}
+    assert held.keys() == base.keys()
+    assert all(np.array_equal(held[path][...], base[path][...]) for path in base)
+
+
+def test_routers_tell_what_they_did(mixer):
+    _, model, _, start, (x, _), done = mixer
+    _, (_, stats, loss), _ = done[0]
+    assert set(stats) == {f"experts/blocks.0.tokens.{name}" for name in ("up", "down")}
+    one = stats["experts/blocks.0.tokens.up"]
+    tokens = 16 * 8  # the token-mixing layers read channels
+    assert one.tokens == tokens and one.use_E.sum() == 2 * tokens and one.use_E.shape == (1, 4)
+    block = model.blocks[0]
+    leaves = start["experts"]["blocks.0.tokens.up"]["router"]
+    seen = jnp.swapaxes(block.norm1(model.embed(x)), 1, 2)
+    picked = foreign_twin.gates(EXPERTS, leaves, seen) > 0
+    assert np.array_equal(one.use_E[0], picked.sum((0, 1)))
+    assert 0.009 < loss < 0.04  # 0.01 where every load is even, at most E times that
+
+
+def test_what_is_shared_stays_one_and_experts_lie_apart(mixer):
+    _, model, *_ = mixer
+    up, down = (getattr(model.blocks[0].tokens, name).banks for name in ("up", "down"))
+    assert up["skills"]["mix"]["weight"] is down["skills"]["mix"]["weight"]
+    a = up["experts"]["lora_a"].get_value()
+    assert a.shape == (1, 6, 4, 2) and a.sharding.shard_shape(a.shape) == (1, 6, 1, 2)
+    assert len(a.sharding.device_set) == 8
+
+
+def test_lifecycle_of_a_trained_model(mixer):
+    """Freeze, gate and off; then drop, merge and fold, after which no trace is left."""
+    bare, model, _, _, (x, _), _ = mixer
+    model = nnx.clone(model)
+    nnx.update(model, jax.tree.map(jnp.asarray, jax.device_get(nnx.state(model))))
+    for _, layer in nnx.iter_modules(model):
+        if isinstance(layer, AdaptedLinear):
+            layer.strategy = Stacked(Execution())
+    everything = nnx_models.count(model)
+    nnx_models.freeze(model, "plain")
+    nnx_models.set_state(model, "skills", "gate")
+    frozen = nnx.state(model, FrozenBankParam)
+    assert len(jax.tree.leaves(frozen)) == 2 * 4 + 2 * 4 and nnx_models.count(model) < everything
+    mix = model.blocks[0].channels.up.banks["skills"]["mix"]["weight"]
+    assert (
+        type(mix) is BankParam and mix is model.blocks[0].tokens.up.banks["skills"]["mix"]["weight"]
+    )
+    with pytest.raises(UserError, match="'experts' has gate 'token'"):
+        nnx_models.fold(model)
+    with_experts = forward(model, x)
+    nnx_models.set_state(model, "experts", "off")
+    off = forward(model, x)
+    assert rel(off, with_experts) > 0.01
+    nnx_models.drop(model, "experts")
+    nnx_models.merge(model, "plain")
+    assert set(nnx_models.roster(model)) == {"skills"} and rel(forward(model, x), off) < 1e-5
+    nnx_models.fold(model)
+    assert rel(forward(model, x), off) < 1e-5 and rel(forward(bare, x), off) > 0.01
+    assert not [m for _, m in nnx.iter_modules(model) if isinstance(m, AdaptedLinear)]
+    assert nnx.graphdef(model) == nnx.graphdef(bare)
+
+
+@pytest.fixture(scope="module")
+def vit():
+    """A ViT with languages on its attention and MLP, trained on eight devices."""
+    mesh = make_mesh({"data": 8})
+    execution = foreign.on_mesh(mesh)
+    bare, model, paths = adapted(
+        ViT, ("*.query", "*.out", "*.up"), LANGUAGES, dispatch="grouped", execution=execution
+    )
+    run = {"dispatch": "grouped", "execution": execution}
+    more = nnx_models.adapt(model, "*.mlp.*", PLAIN, rngs=nnx.Rngs(2), **run)
+    paths = tuple(dict.fromkeys((*paths, *more)))
+    randomise(model)
+    nnx_models.freeze(model, "plain")
+    x, labels = jax.device_put(images(8, (4, 6, 2)), replicated(mesh))
+    told = Context(
+        language_ids_BxT=np.array([[-1], [0], [1], [2], [3], [3], [0], [-1]]),
+        segment_ids_BxT=np.arange(48).reshape(8, 6) % 5,
+    )
+    start = nnx_models.bank_tree(model)
+    optimiser = nnx.Optimizer(model, optax.adam(3e-3), wrt=BankParam)
+    put(model, mesh), put(optimiser, mesh)
+    step = step_of(told)
+    done = [step(model, optimiser, x, labels) for _ in range(4)]
+    return bare, model, paths, start, (x, labels), told, done
+
+
+def test_a_vit_with_languages_and_padding_is_that_of_a_loop(vit):
+    bare, model, paths, start, (x, labels), told, done = vit
+    specs = [spec for spec, _ in nnx_models.roster(model).values()]
+    forced = jnp.broadcast_to(told.language_ids_BxT, (8, 6))
+    valid = jnp.asarray(told.segment_ids_BxT > 0, jnp.float32)
+
+    @jax.jit
+    def grad(languages):
+        def loss(languages):
+            banks = {**start, "languages": languages}
+            z = naive(bare, specs, banks, paths, forced=forced, valid=valid)(x)
+            return loss_of(z, labels), z
+
+        return jax.grad(loss, has_aux=True)(languages)
+
+    want, z = grad(start["languages"])
+    value, (got, stats, _), grads = done[0]
+    assert rel(got, z) < 1e-5 and rel(bare(x), z) > 0.1
+    assert tree_rel(as_tree(model, grads)["languages"], want) < 1e-4
+    one = stats["languages/block.attention.query"]
+    assert one.tokens == valid.sum() and one.forced > 0
+    assert done[-1][0] < value
+
+
+def test_a_frozen_bank_is_not_trained(vit):
+    _, model, _, start, *_ = vit
+    now = nnx_models.bank_tree(model)
+    assert tree_rel(now["plain"], start["plain"]) == 0
+    assert tree_rel(now["languages"], start["languages"]) > 0
+
+
+def test_split_and_merge_of_parameters(vit):
+    """As an optimiser of one's own takes them."""
+    _, model, *_ = vit
+    graph, banks, rest = nnx.split(model, BankParam, ...)
+    assert {"lora_a", "lora_b", "kernel", "bias"} == {
+        path[-1] for path, _ in nnx.to_flat_state(banks)
+    }
+    half = nnx.merge(graph, jax.tree.map(lambda v: 0.5 * v, banks), rest)
+    got, want = nnx_models.bank_tree(half), nnx_models.bank_tree(model)
+    assert tree_rel(got["languages"], jax.tree.map(lambda v: 0.5 * v, want["languages"])) == 0
+    assert tree_rel(got["plain"], want["plain"]) == 0
+
+
+def test_banks_are_trees_that_the_lifecycle_takes(vit):
+    _, model, *_ = vit
+    spec, _ = nnx_models.roster(model)["plain"]
+    tree = nnx_models.bank_tree(model)["plain"]
+    both, params = lifecycle.stack("both", [(spec, tree), (spec, tree)])
+    site = "block.mlp.up"
+    one, two = (
+        lifecycle.delta(s, jax.tree.map(lambda v: v[0], p[site]))
+        for s, p in ((spec, tree), (both, params))
+    )
+    assert rel(two, 2 * one) < 1e-6
+
+
+class Corners(nnx.Module):
+    """A layer used twice, one in a tuple, a stack of layers, kernels that are shared."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Linear(4, 4, rngs=rngs)
+        self.again = self.first
+        self.pair = nnx.data((nnx.Linear(4, 4, rngs=rngs), {"in": nnx.Linear(4, 4, rngs=rngs)}))
+        self.stack = nnx.vmap(lambda r: nnx.Linear(4, 4, rngs=r))(rngs.split(3))
+        self.tied = nnx.Linear(4, 4, rngs=rngs)
+        self.tied.kernel = self.first.kernel
+        self.batch = nnx.LinearGeneral(4, 4, batch_axis={0: 2}, rngs=rngs)
+        self.conv = nnx.Conv(4, 4, (1,), rngs=rngs)
+
+    def __call__(self, x):
+        return self.again(self.first(self.pair[0](self.pair[1]["in"](x))))
+
+
+def test_layers_used_twice_and_in_containers():
+    model = Corners(nnx.Rngs(0))
+    x = jnp.ones(4)  # no rows at all
+    paths = nnx_models.adapt(model, ("again", "pair.*"), PLAIN, rngs=nnx.Rngs(1))
+    assert set(paths) == {"again", "pair.0", "pair.1.in"} and model.first is model.again
+    randomise(model)
+    tree = nnx_models.bank_tree(model)
+    for path in ("pair.1.in", "pair.0", "again", "again"):
+        base = functools.reduce(
+            lambda at, key: (
+                at[int(key) if key.isdigit() else key]
+                if isinstance(at, tuple | dict)
+                else getattr(at, key)
+            ),
+            path.split("."),
+            model,
+        ).base
+        x = foreign_twin.of_layer([PLAIN], tree, path, x, base(x))
+    assert rel(forward(model, jnp.ones(4)), x) < 1e-5
+    with pytest.raises(UserError, match="share one kernel"):
+        nnx_models.merge(model, "plain")
+
+
+@pytest.mark.parametrize(
+    "patterns, bank, options, message",
+    [
+        ("nothing.*", PLAIN, {}, "patterns: 'nothing.*' matches no layer; linear are again"),
+        (("tied", "conv"), PLAIN, {}, "patterns: 'conv' matches 'conv', which is of Conv"),
+        ((), PLAIN, {}, "patterns: none is given"),
+        ("stack", PLAIN, {}, r"the kernel of layer 'stack' is float32 \(3, 4, 4\), not floats"),
+        ("batch", PLAIN, {}, "patterns: layer 'batch' has a kernel a batch entry"),
+        ("tied", (PLAIN, PLAIN), {}, "bank 'plain' is added twice"),
+        ("tied", BankSpec("f", ("mlp.gate", "mlp.up", "mlp.down"), form="ffn", gate="token",
+                          experts=2), {}, "bank 'f'.form: 'ffn' is for our decoder"),
+        ("tied", SKILLS.replace(mix_per_layer=True), {}, "bank 'skills'.mix_per_layer"),
+        ("tied", SKILLS.replace(mix_softmax=False), {}, "bank 'skills'.mix_softmax"),
+        ("tied", PLAIN, {"dispatch": "fast"}, "dispatch: 'fast' is none of reference"),
+        ("tied", EXPERTS.replace(experts=6),
+         {"dispatch": "all_to_all", "mesh": {"data": 2, "expert": 4}},
+         "dispatch: the 4 devices of the mesh axis expert do not divide the 6 experts"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_one_clear_error(patterns, bank, options, message):
+    options = dict(options)
+    if "mesh" in options:
+        options["execution"] = foreign.on_mesh(make_mesh(options.pop("mesh")))
+    model = Corners(nnx.Rngs(0))
+    banks = bank if isinstance(bank, tuple) else (bank,)
+    before = nnx.graphdef(model)
+    with pytest.raises(UserError, match=message):
+        nnx_models.adapt(model, patterns, banks, rngs=nnx.Rngs(1), **options)
+    assert nnx.graphdef(model) == before
+
+
+def test_meshes_that_do_not_fit():
+    mesh = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    with pytest.raises(UserError, match="rows: the mesh has the axes rows; name those"):
+        foreign.on_mesh(mesh)
+    with pytest.raises(UserError, match="rows: 'columns' is none of the axes rows"):
+        foreign.on_mesh(mesh, ("columns",))
+    explicit = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with pytest.raises(UserError, match="mesh: its axes must be of type Auto"):
+        foreign.on_mesh(explicit, ("rows",))
+    _, model, _ = adapted(Mixer, "head", PLAIN, execution=foreign.on_mesh(mesh, ("rows",)))
+    with pytest.raises(
+        UserError, match="8 parts, which do not divide the 3 rows that layer 'head'"
+    ):
+        jax.eval_shape(model, jnp.ones((3, 6, 5)))
+
+
+def test_what_is_told_has_to_fit_and_to_be_told_inside():
+    _, model, _ = adapted(Mixer, ("embed", "head"), LANGUAGES)
+    x = jnp.ones((2, 6, 5))
+    told = Context(language_ids_BxT=np.zeros((2, 6), int))
+    with pytest.raises(UserError, match=r"language_ids_BxT is \(2, 6\), but layer 'head' sees"):
+        jax.eval_shape(lambda: _told(model, told, x))
+    with foreign.given(Context(training=True)), pytest.raises(UserError, match="enter it inside"):
+        jax.eval_shape(nnx.jit(lambda m, x: m(x)), model, x)
+
+
+def test_dropout_acts_with_a_key():
+    _, model, _ = adapted(Mixer, "embed", PLAIN.replace(dropout=0.5))
+    randomise(model)
+    x = jnp.ones((2, 6, 5))
+    run = jax.jit(lambda key: _told(model, Context(dropout_key=key), x))
+    outputs = [run(jax.random.key(seed)) for seed in (0, 0, 1)]
+    assert np.array_equal(outputs[0], outputs[1]) and rel(outputs[0], outputs[2]) > 1e-3
+    assert rel(outputs[0], forward(model, x)) > 1e-3
+
+
+def _told(model, context, x):
+    with foreign.given(context):
+        return model(x)
