@@ -1,6 +1,8 @@
-"""What the pages name exists: files, and the functions and classes in them."""
+"""What the pages name exists: files, and the functions and classes in them; examples run."""
 
 import ast
+import doctest
+import importlib
 import re
 from pathlib import Path
 
@@ -9,6 +11,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *(ROOT / "docs").glob("*.md")})
 NAMED = re.compile(r"`([\w./]+\.py)(?::(\w+))?`")
+
+
+# Whose docstrings have examples, on plain arrays.
+WITH_EXAMPLES = (
+    "kernels.grouped",
+    "kernels.lora_linear",
+    "kernels.permute",
+    "kernels.router_equations",
+    "kernels.routing",
+    "routing.dispatch",
+)
 
 
 def find(name: str, page: Path) -> Path | None:
@@ -56,3 +69,20 @@ def test_one_call_is_told_from_the_command_to_the_kernel():
     drawn = set(re.findall(r'\["([\w/]+\.py)"\]', drawing))
     assert set(steps) <= drawn
     assert all((ROOT / "medmoe_jax" / name).is_file() for name in drawn)
+
+
+def test_examples_in_docstrings():
+    for name in WITH_EXAMPLES:
+        module = importlib.import_module(f"medmoe_jax.{name}")
+        failed, tried = doctest.testmod(module)
+        assert tried and not failed, name
+
+
+def test_the_code_of_the_page_on_reuse_runs():
+    """Every block in turn, in one namespace, as a reader would paste them."""
+    text = (ROOT / "docs" / "reuse.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) > 5
+    names = {}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"docs/reuse.md, block {number}", "exec"), names)

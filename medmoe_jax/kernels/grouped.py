@@ -86,6 +86,12 @@ def grouped_matmul(
 
     Raises:
       UserError: shapes or dtypes that do not fit together.
+
+    Example, one row for the first of two experts and two for the second:
+      >>> x_MxD = jnp.array([[1.0, 2.0], [1.0, 2.0], [3.0, 4.0]])
+      >>> w_ExDxO = jnp.array([[[1.0], [1.0]], [[10.0], [0.0]]])
+      >>> grouped_matmul(x_MxD, w_ExDxO, jnp.array([1, 2]), backend="xla").tolist()
+      [[3.0], [10.0], [30.0]]
     """
     _check(x_MxD, sizes_E, backend, w_ExDxO=w_ExDxO)
     _check_width("w_ExDxO", w_ExDxO.shape[1], x_MxD)
@@ -151,6 +157,13 @@ def grouped_lora(
 
     Raises:
       UserError: shapes or dtypes that do not fit together.
+
+    Example, experts of rank 1 that add up their row and write the sum, the second one tenfold:
+      >>> x_MxD = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+      >>> a_ExrxD, b_ExrxO = jnp.ones((2, 1, 2)), jnp.array([[[1.0]], [[10.0]]])
+      >>> weight_M, sizes_E = jnp.array([1.0, 0.5]), jnp.array([1, 1])
+      >>> grouped_lora(x_MxD, a_ExrxD, b_ExrxO, weight_M, sizes_E, backend="xla").tolist()
+      [[3.0], [35.0]]
     """
     _check(x_MxD, sizes_E, backend, weight_M=weight_M, a_ExrxD=a_ExrxD, b_ExrxO=b_ExrxO)
     _check_width("a_ExrxD", a_ExrxD.shape[2], x_MxD)

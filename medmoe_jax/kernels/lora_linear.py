@@ -325,6 +325,13 @@ def lora_linear(
     Raises:
       UserError: shapes or dtypes that do not fit together; on "pallas" and "interpret" also more
         rank columns than fit VMEM (about 1,500 in bfloat16).
+
+    Example, with one rank column that adds up x, and is halved by its gate:
+      >>> x_TxD, w_DxO = jnp.array([[1.0, 2.0]]), jnp.eye(2)
+      >>> a_DxR, b_RxO = jnp.ones((2, 1)), jnp.array([[10.0, 20.0]])
+      >>> gate_TxR = jnp.array([[0.5]])
+      >>> lora_linear(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, backend="xla").tolist()
+      [[16.0, 32.0]]
     """
     check_backend(backend)
     gate = {} if gate_TxR is None else {"gate_TxR": gate_TxR}

@@ -48,6 +48,11 @@ def sort_by_expert(picks_TxK: jax.Array, n_experts: int, *, backend: str) -> Ord
 
     Raises:
       UserError: no integers, or more experts or pairs than the kernel counts.
+
+    Example, three tokens of one pick each; 2 stands for no expert:
+      >>> order = sort_by_expert(jnp.array([[1], [0], [2]]), 2, backend="xla")
+      >>> order.source_M.tolist(), order.sizes_E.tolist()
+      ([1, 0, 2], [1, 1])
     """
     check_backend(backend)
     if picks_TxK.ndim != 2 or not jnp.issubdtype(picks_TxK.dtype, jnp.integer):
@@ -121,6 +126,11 @@ def gather(x_TxD: jax.Array, order: Order, *, backend: str) -> jax.Array:
 
     Raises:
       UserError: not the order's number of tokens, or a width that the kernel cannot tile.
+
+    Example:
+      >>> order = sort_by_expert(jnp.array([[1], [0], [2]]), 2, backend="xla")
+      >>> gather(jnp.array([[10.0], [20.0], [30.0]]), order, backend="xla").tolist()
+      [[20.0], [10.0], [0.0]]
     """
     _check("x_TxD", x_TxD, order.position_TxK.shape[0], backend)
     return _gather(x_TxD, order, backend)
@@ -136,6 +146,11 @@ def scatter_add(y_MxD: jax.Array, order: Order, *, backend: str) -> jax.Array:
 
     Raises:
       UserError: not the order's number of rows, or a width that the kernel cannot tile.
+
+    Example, one token with two picks:
+      >>> order = sort_by_expert(jnp.array([[1, 0]]), 2, backend="xla")
+      >>> scatter_add(jnp.array([[1.0], [5.0]]), order, backend="xla").tolist()
+      [[6.0]]
     """
     _check("y_MxD", y_MxD, order.source_M.size, backend)
     return _scatter_add(y_MxD, order, backend)

@@ -79,6 +79,16 @@ def choose_experts(
       renormalise: whether the kept weights sum to one (equal to a softmax over the kept logits).
       forced_BxT: int32, an expert that must be among a token's picks, or -1; where it is not, it
         takes the place of the weakest pick (the hybrid routing of Apollo-MoE, arXiv 2410.10626).
+
+    Example, one token, whose second pick is overridden:
+      >>> logits_BxTxE = jnp.log(jnp.array([[[0.5, 3.0, 1.0]]]))
+      >>> gates = choose_experts(logits_BxTxE, 2, renormalise=True).gates
+      >>> gates.picks_BxTxK.tolist(), gates.weights_BxTxK.round(2).tolist()
+      ([[[1, 2]]], [[[0.75, 0.25]]])
+      >>> forced_BxT = jnp.array([[0]])
+      >>> choice = choose_experts(logits_BxTxE, 2, renormalise=True, forced_BxT=forced_BxT)
+      >>> choice.gates.picks_BxTxK.tolist(), choice.forced_BxT.tolist()
+      ([[[1, 0]]], [[True]])
     """
     experts = logits_BxTxE.shape[-1]
     prob_BxTxE = jax.nn.softmax(logits_BxTxE, axis=-1)

@@ -128,6 +128,17 @@ def route(
 
     Raises:
       UserError: shapes or dtypes that do not fit together, or too many experts for the kernel.
+
+    Example, two tokens that pick one of three experts:
+      >>> x_TxD, kernel_DxE = jnp.eye(2), jnp.array([[1.0, 0.0, 2.0], [3.0, 0.0, 1.0]])
+      >>> valid_T = jnp.array([True, True])
+      >>> routed = route(
+      ...     x_TxD, kernel_DxE, None, valid_T, top_k=1, renormalise=True, backend="xla"
+      ... )
+      >>> routed.picks_TxK.tolist(), routed.weights_TxK.tolist()
+      ([[2], [0]], [[1.0], [1.0]])
+      >>> routed.stats.use_E.tolist()
+      [1.0, 0.0, 1.0]
     """
     check_backend(backend)
     check_floats(x_TxD=x_TxD, kernel_DxE=kernel_DxE)

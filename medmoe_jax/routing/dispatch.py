@@ -9,6 +9,24 @@ Axes: B batch, T tokens, D input width, F feed-forward, E experts, O output widt
 | `Grouped` | tokens sorted by expert, each expert on its own (`sparse`) |
 | `AllToAll` | the same, experts spread over the mesh axis `expert`, tokens travel to them |
 | `Auto` | of the last three the one that takes least time by count, for each mixture (`auto`) |
+
+Each takes plain arrays. A router first, then what the experts add to a layer's output:
+
+    >>> import jax.numpy as jnp
+    >>> from medmoe_jax.routing.terms import LoraTerm
+    >>> x_BxTxD = jnp.array([[[1.0, 2.0], [2.0, 0.0]]])
+    >>> router = Router(jnp.array([[1.0, 0.0], [0.0, 1.0]]), None, top_k=1, renormalise=True)
+    >>> stacked = strategy("stacked")
+    >>> ((gates, stats),) = stacked.decide(x_BxTxD, jnp.array([[True, True]]), [router])
+    >>> gates.picks_BxTxK.tolist(), stats.use_E.tolist()
+    ([[[1], [0]]], [1.0, 1.0])
+    >>> lora_a_DxExr, lora_b_ExrxO = jnp.ones((2, 2, 1)), jnp.array([[[1.0]], [[10.0]]])
+    >>> term = LoraTerm(x_BxTxD, lora_a_DxExr, lora_b_ExrxO, gates, scale_Exr=None, s=1.0)
+    >>> stacked.lora({"site": [term]})["site"].tolist()
+    [[[30.0], [2.0]]]
+
+The others compute the same; see their examples. On several devices, `strategy(name, execution)`
+with an execution of `adapters.foreign.on_mesh`.
 """
 
 from __future__ import annotations
@@ -94,7 +112,15 @@ class Strategy(ABC):
 
 @dataclass(frozen=True)
 class Reference(Strategy):
-    """A plain loop over experts, for tests."""
+    """A plain loop over experts, for tests.
+
+    >>> import jax.numpy as jnp
+    >>> from medmoe_jax.routing.terms import LoraTerm
+    >>> x_BxTxD, a, b = jnp.ones((1, 1, 2)), jnp.ones((2, 3, 1)), jnp.ones((3, 1, 1))
+    >>> term = LoraTerm(x_BxTxD, a, b, gates=None, scale_Exr=None, s=2.0)
+    >>> Reference(Execution()).lora({"site": [term]})["site"].tolist()  # 3 experts, each 2 · 2
+    [[[12.0]]]
+    """
 
     def lora(self, terms: Terms) -> dict[str, Any]:
         """See `Strategy`."""
@@ -115,7 +141,15 @@ class Reference(Strategy):
 
 @dataclass(frozen=True)
 class Stacked(Strategy):
-    """Every expert on every token; on TPU a site's base and banks are one kernel."""
+    """Every expert on every token; on TPU a site's base and banks are one kernel.
+
+    >>> import jax.numpy as jnp
+    >>> from medmoe_jax.routing.terms import LoraTerm
+    >>> x_BxTxD, weights = jnp.ones((1, 1, 2)), {"site": {"kernel": jnp.ones((2, 1))}}
+    >>> term = LoraTerm(x_BxTxD, jnp.ones((2, 3, 1)), jnp.ones((3, 1, 1)), None, None, 2.0)
+    >>> Stacked(Execution()).linear(x_BxTxD, weights, {"site": [term]})["site"].tolist()
+    [[[14.0]]]
+    """
 
     def linear(
         self, x_BxTxD: jax.Array, weights: Mapping[str, Any], terms: Terms
@@ -138,7 +172,19 @@ class Stacked(Strategy):
 
 @dataclass(frozen=True)
 class Grouped(Strategy):
-    """Tokens sorted by expert; an expert sees only those that picked it."""
+    """Tokens sorted by expert; an expert sees only those that picked it.
+
+    Here two tokens pick one of two experts each, the second with weight one half:
+
+    >>> import jax.numpy as jnp
+    >>> from medmoe_jax.routing.terms import LoraTerm
+    >>> dense_BxTxE = jnp.array([[[0.0, 1.0], [0.5, 0.0]]])
+    >>> gates = Gates(dense_BxTxE, jnp.array([[[1], [0]]]), jnp.array([[[1.0], [0.5]]]))
+    >>> x_BxTxD, lora_b_ExrxO = jnp.ones((1, 2, 2)), jnp.array([[[1.0]], [[10.0]]])
+    >>> term = LoraTerm(x_BxTxD, jnp.ones((2, 2, 1)), lora_b_ExrxO, gates, None, 1.0)
+    >>> Grouped(Execution()).lora({"site": [term]})["site"].tolist()
+    [[[20.0], [1.0]]]
+    """
 
     def lora(self, terms: Terms) -> dict[str, Any]:
         """See `Strategy`."""
@@ -156,7 +202,10 @@ class Grouped(Strategy):
 
 @dataclass(frozen=True)
 class AllToAll(Grouped):
-    """`Grouped`, with the experts spread over the mesh axis `expert`; the same on one device."""
+    """`Grouped`, with the experts spread over the mesh axis `expert`; the same on one device.
+
+    >>> AllToAll(Execution()).check("bank 'experts'", 7)  # every device has all of them
+    """
 
     def check(self, where: str, experts: int) -> None:
         """See `Strategy`."""
@@ -182,7 +231,15 @@ class AllToAll(Grouped):
 
 @dataclass(frozen=True)
 class Auto(Strategy):
-    """The strategy that takes least time by count, for each mixture; see `routing.auto`."""
+    """The strategy that takes least time by count, for each mixture; see `routing.auto`.
+
+    >>> import jax.numpy as jnp
+    >>> from medmoe_jax.routing.terms import LoraTerm
+    >>> x_BxTxD, a, b = jnp.ones((1, 1, 2)), jnp.ones((2, 3, 1)), jnp.ones((3, 1, 1))
+    >>> term = LoraTerm(x_BxTxD, a, b, gates=None, scale_Exr=None, s=2.0)
+    >>> Auto(Execution()).lora({"site": [term]})["site"].tolist()
+    [[[12.0]]]
+    """
 
     def linear(
         self, x_BxTxD: jax.Array, weights: Mapping[str, Any], terms: Terms
