@@ -149,7 +149,10 @@ def bank(**fields: Any) -> ConfigDict:
 
     `sites` are globs, and `layers` is a slice of the layers.
     """
-    return _filled({"sites": (), "layers": (None, None), **_defaults(BankSpec)}, fields)
+    own = _defaults(BankSpec)
+    for place in ("sites", "start", "stop"):
+        del own[place]
+    return _filled({"sites": (), "layers": (None, None), **own}, fields)
 
 
 # The fields of a bank that say how its gate works.
