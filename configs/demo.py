@@ -1,6 +1,6 @@
 """The demonstration: SmolLM2-135M-Instruct learns medicine in MedCare's two stages.
 
-  make demo            (or: medmoe demo --config.base.path=MODEL)
+  make demo-chat       (or: medmoe demo --config.base.path=MODEL)
 
 Stage `aggregate` learns 180 facts, asked in many ways, and a few clinical formats; stage `align`
 the formats, orthogonal to the knowledge. `align_free` is `align` without the orthogonality term,
