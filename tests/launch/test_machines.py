@@ -301,7 +301,9 @@ def test_secrets_are_private_and_gone_when_the_job_ends(launcher):
     tokens.write_text("HF_TOKEN=hunter2\n")
     tokens.chmod(0o644)
     find = 'find "$FAKE"/home-* -name "env*" -printf "%m %P\\n"'
-    ssh.behaves(f'{find} >"$FAKE/seen-$worker"; cat "$FAKE"/home-*/medmoe-run/worker-*/env')
+    ssh.behaves(
+        f'{find} >"$FAKE/seen-$worker"; cat "$FAKE/home-$worker/medmoe-run/worker-$worker/env"'
+    )
     assert ssh("run", "--", "eval").returncode == 0
     folder = ssh.folder / "home-0" / "medmoe-run"
     folder.chmod(0o755)

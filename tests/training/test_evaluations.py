@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from medmoe_jax.api import opening
 from medmoe_jax.checkpoints.files import read_json, read_metrics
 from medmoe_jax.checkpoints.folders import StageFolder
-from medmoe_jax.cli import session
 from medmoe_jax.cli.main import main
 from medmoe_jax.errors import UserError
 from medmoe_jax.training.config import evaluation, source
@@ -101,7 +101,7 @@ def test_a_stage_ends_with_its_best_step(undisturbed):
 def test_the_loss_is_that_of_the_rows_alone(undisturbed):
     """Against the engine, which scores completions with a cache."""
     run, _, _ = undisturbed
-    model = session.language_model(run.setup, open_trained(run, "aggregate"))
+    model = opening.language_model(run.setup, open_trained(run, "aggregate"))
     pairs = model.score(*zip(*((r["prompt"], r["response"]) for r in HELD_OUT), strict=True))
     total, tokens = (sum(part) for part in zip(*pairs, strict=True))
     step = read_json(run.stage("aggregate").folder.manifest)["steps"]
