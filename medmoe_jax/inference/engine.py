@@ -165,7 +165,7 @@ class Engine:
         return trees, owners
 
     def _run(self, trees: Sequence[Tree], filled: Filled) -> Iterator[tuple[tuple, Score]]:
-        """Of a batch, each completion's `(number of its tree, its own there)` and score."""
+        """Each completion of a batch: `(number of its tree, its own there)` and its score."""
         packed = Packed(*(self._put(array, 0) for array in lay(trees, filled)))
         weights = Weights(self.base, self.banks, self.trained)
         found = score_batch(self.config, weights, packed)
