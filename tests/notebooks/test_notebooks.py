@@ -57,3 +57,18 @@ def test_quickstart_runs(monkeypatch, tmp_path, capsys):
     assert [one.n for one in names["scores"].report.results] == [3, 3]
     assert {"aggregate.loss", "align.loss", "align.overlap_cos"} <= set(names["drawn"].pictures)
     assert "<iframe" in names["drawn"]._repr_html_()
+
+
+@pytest.mark.slow
+def test_reuse_notebook_runs(monkeypatch, tmp_path, capsys):
+    """From the first cell to the last, with a few steps."""
+    monkeypatch.chdir(tmp_path)
+    matplotlib.use("agg")
+    names = {}
+    for _, source in code_cells(ROOT / "notebooks" / "reuse.ipynb"):
+        exec(compile(source.replace("STEPS = 150", "STEPS = 3"), "cell", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "('blocks.0.up', 'blocks.1.up')" in printed and "changed by 0.0" in printed
+    assert "'experts' has gate 'token'" in printed and "Linear Linear" in printed
+    whole, merged = map(float, printed.splitlines()[-1].replace("loss ", "").split(", merged "))
+    assert abs(whole - merged) < 2e-4
