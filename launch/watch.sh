@@ -50,6 +50,7 @@ start() {
   elif ((running)); then
     say "some workers still run an earlier start: stopping it, and starting all together"
     each worker stop "$FLAG_GRACE" || return "$LOST"
+    backend_ship || return "$LOST" # the variables went with the jobs that were stopped
     each start_worker || bad=$LOST
   fi
   return "$bad"

@@ -7,7 +7,8 @@
 #   DIR/code/HASH/       the code and its .venv; DIR/current points at the one in use
 #   DIR/worker-NUMBER/   the job: command, log, pid (medmoe), group (all its processes), lock (held
 #                        while one of them lives), stopped (it was asked to end), status (its end),
-#                        env (variables for medmoe; gone when the job ends)
+#                        env (variables for medmoe; gone when the job ends), env.next (those of
+#                        the next start: the job that runs may end before it)
 #
 # Every folder that the launcher makes holds a file .tpu_run, and it removes none without it.
 #
@@ -69,8 +70,8 @@ install() { # HASH PYTHON PACKAGES SETUP
 # The variables that were sent become this worker's own; its folder may be that of others, too.
 take_environment() {
   make_own "$job"
-  rm -f "$job/env"
-  if [[ -e $dir/env ]]; then (umask 077 && cat "$dir/env" >"$job/env"); fi
+  rm -f "$job/env.next"
+  if [[ -e $dir/env ]]; then (umask 077 && cat "$dir/env" >"$job/env.next"); fi
 }
 
 # A TPU serves one process; where one of an earlier job still has it, libtpu's error hides that.
@@ -96,13 +97,15 @@ start() { # VARIABLE=VALUE ... -- ARGUMENTS
   done
   shift
   make_own "$job"
+  trap 'rm -f "$job/env.next"' EXIT # where the job does not begin
   if running; then
     [[ $(cat "$job/command") == "${*@Q}" ]] ||
       fail "another job is running here: medmoe $(cat "$job/command"); stop it first"
     exit 10
   fi
   [[ " ${environment[*]} " == *" JAX_PLATFORMS=cpu "* ]] || check_devices
-  rm -f "$job"/{pid,group,stopped,status}
+  rm -f "$job"/{pid,group,stopped,status,env}
+  if [[ -e $job/env.next ]]; then mv "$job/env.next" "$job/env"; fi
   printf '%s' "${*@Q}" >"$job/command"
   (setsid bash "$0" keep "$dir" "$number" "${environment[@]}" -- "$@" </dev/null >"$job/log" 2>&1 &)
   for _ in {1..100}; do
@@ -189,19 +192,21 @@ log() { # LINES FOLLOW
 
 stop() { # GRACE
   if ! running; then
-    rm -f "$job/env" # of a job that was killed with its parent
+    rm -f "$job"/env{,.next} # of a job that was killed with its parent, or never started
     return
   fi
   touch "$job/stopped"
   kill -TERM "$(cat "$job/pid")" 2>/dev/null || true # its children are medmoe's own to end
   for ((tenths = 0; tenths < $1 * 10; tenths++)); do
-    running || return 0
+    running || break
     sleep 0.1
   done
-  say "the job did not end within $1 s: killed"
-  kill -KILL -- "-$(cat "$job/group")"
-  while running; do sleep 0.1; done
-  rm -f "$job/env"
+  if running; then
+    say "the job did not end within $1 s: killed"
+    kill -KILL -- "-$(cat "$job/group")"
+    while running; do sleep 0.1; done
+  fi
+  rm -f "$job"/env{,.next}
 }
 
 # One line that changes with every checkpoint and every finished stage of a work directory.

@@ -29,12 +29,12 @@ _installed = []  # a hook stays for the life of the process, and does nothing ou
 
 @contextlib.contextmanager
 def failing(folder, at, errno):
-    """From the `at`-th write in a folder on, every one fails with this number."""
+    """From the `at`-th write in a folder on, every one fails with this number; `seen` counts them."""
     if not _installed:
         sys.addaudithook(_watch)
         _installed.append(True)
     _state.update(folder=str(folder), left=at, errno=errno, seen=0)
     try:
-        yield
+        yield _state
     finally:
         _state["folder"] = ""

@@ -320,6 +320,52 @@ def test_secrets_are_private_and_gone_when_the_job_ends(launcher):
     assert ssh("stop").returncode == 0 and not left.exists()
 
 
+def test_variables_of_the_next_start_outlive_the_job_before_it(launcher):
+    """A launcher sends them while the job of one that was killed still runs, and ends meanwhile."""
+    ssh = stubs(launcher("--backend=ssh", "--hosts=home-0", "--env-file=tokens"))
+    (ssh.folder / "tokens").write_text("HF_TOKEN=hunter2\n")
+    ssh.behaves(': >"$FAKE/ready"; until [[ -e $FAKE/go ]]; do sleep 0.1; done')
+    folder = ssh.folder / "home-0" / "medmoe-run" / "worker-0"
+    first = ssh.begin("run", "--", "eval")
+    wait_for((ssh.folder / "ready").exists)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    assert ssh("ship").returncode == 0  # of the next launcher
+    (ssh.folder / "go").touch()
+    wait_for((folder / "status").exists)
+    assert [path.name for path in folder.glob("env*")] == ["env.next"]
+    (ssh.folder / "environment-0").unlink()
+    start = "bash medmoe-run/worker.sh start medmoe-run 0 JAX_PLATFORMS=cpu -- eval"
+    home = ssh.folder / "home-0"
+    subprocess.run(start.split(), env=ssh.env | {"HOME": str(home)}, cwd=home, check=True)
+    wait_for((folder / "status").exists)
+    assert ssh.environment(0)["HF_TOKEN"] == "hunter2" and not list(folder.glob("env*"))
+    # Neither a start that is refused nor a stop before the start leaves them there.
+    assert ssh("ship").returncode == 0 and (folder / "env.next").exists()
+    assert ssh("stop").returncode == 0 and not list(folder.glob("env*"))
+
+
+def test_variables_reach_all_where_some_workers_still_ran(launcher):
+    ssh = stubs(launcher("--backend=ssh", "--hosts=home-0,home-1", "--env-file=tokens"))
+    (ssh.folder / "tokens").write_text("HF_TOKEN=hunter2\n")
+    ssh.behaves(
+        ': >"$FAKE/ready-$worker"\nif (($(wc -l <"$FAKE/starts-0") == 1)); then exec sleep 60; fi'
+    )
+    first = ssh.begin("run", "--", "eval")
+    for worker in (0, 1):
+        wait_for((ssh.folder / f"ready-{worker}").exists)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    group = ssh.folder / "home-1" / "medmoe-run" / "worker-1" / "group"
+    os.killpg(int(group.read_text()), signal.SIGKILL)
+    for worker in (0, 1):
+        (ssh.folder / f"environment-{worker}").unlink()
+    ended = ssh("run", "--grace=1", "--", "eval")
+    assert ended.returncode == 0, ended.stderr
+    assert "some workers still run an earlier start" in ended.stderr
+    assert [ssh.environment(worker)["HF_TOKEN"] for worker in (0, 1)] == ["hunter2"] * 2
+
+
 def test_what_a_killed_launcher_left_is_cleaned_up(launcher):
     """Its followers would write every line twice, its copies of the code would stay for ever."""
     local = launcher("--backend=local", "--hosts=2")
@@ -349,7 +395,7 @@ def test_what_a_killed_launcher_left_is_cleaned_up(launcher):
 
 
 def wait_for(condition) -> None:
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.02)
