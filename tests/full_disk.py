@@ -29,7 +29,7 @@ _installed = []  # a hook stays for the life of the process, and does nothing ou
 
 @contextlib.contextmanager
 def failing(folder, at, errno):
-    """From the `at`-th write in a folder on, every one fails with this number; `seen` counts them."""
+    """From the `at`-th write in a folder on, each fails with this number; `seen` counts them."""
     if not _installed:
         sys.addaudithook(_watch)
         _installed.append(True)

@@ -1,9 +1,11 @@
 """What others wrote has limits: of time, of memory, and of what it does to a terminal or a page."""
 
+import errno
 import gzip
 import io
 import json
 import os
+import random
 import struct
 import zipfile
 import zlib
@@ -215,13 +217,31 @@ def test_archives_that_cannot_be_read(tmp_path):
     (tmp_path / "r.jsonl.gz").write_bytes(content)
     with pytest.raises(UserError, match=r"r\.jsonl\.gz: not a"):
         list(read_items(tmp_path / "r.jsonl.gz"))
-    with zipfile.ZipFile(tmp_path / "m.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("a.csv", os.urandom(3000))
-    content = bytearray((tmp_path / "m.zip").read_bytes())
-    content[500:600] = bytes(100)
-    (tmp_path / "m.zip").write_bytes(content)
-    with pytest.raises(UserError, match=r"m\.zip!a\.csv: not a whole member"):
-        list(members(tmp_path / "m.zip", ".csv"))
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_damage_wherever_it_lies_in_a_member(tmp_path, method):
+    """Each library says it by an error of its own."""
+    path = tmp_path / "m.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("a.csv", random.Random(1).randbytes(600))
+    whole, said = path.read_bytes(), set()
+    for at in range(30, 600, 3):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x5A]) + whole[at + 1 :])
+        try:
+            list(members(path, ".csv"))
+        except UserError as error:
+            assert "not a whole" in str(error), error
+            said.add(type(error.__cause__))
+    assert len(said) > 1
+
+
+def test_a_disk_that_fails_is_no_damage():
+    with (
+        pytest.raises(OSError, match="Input/output error"),
+        packed.damage_named("x.zip", "zip file"),
+    ):
+        raise OSError(errno.EIO, "Input/output error")
 
 
 def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path):

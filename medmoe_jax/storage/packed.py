@@ -6,6 +6,7 @@ import contextlib
 import errno
 import gzip
 import io
+import lzma
 import struct
 import zipfile
 import zlib
@@ -20,10 +21,10 @@ from medmoe_jax.storage.plain import check_plain
 # was made to fill a disk or a memory.
 RATIO, FREE = 200, 1 << 30
 MEMBERS = 200_000
-# What the libraries raise for damaged files. EINVAL: an offset that no file has.
+# What the libraries raise for damaged files.
 _DAMAGE = (
-    *(zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, struct.error, EOFError, KeyError),
-    *(NotImplementedError, RuntimeError, UnicodeDecodeError, ValueError, OverflowError),
+    *(zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError, struct.error),
+    *(EOFError, KeyError, NotImplementedError, RuntimeError, ValueError, OverflowError),
 )
 
 
@@ -37,7 +38,8 @@ def damage_named(where: object, what: str) -> Generator[None]:
     except _DAMAGE as error:
         raise UserError(f"{where}: not a whole {what}: truncated or damaged ({error})") from error
     except OSError as error:
-        if error.errno != errno.EINVAL:
+        # EINVAL: an offset that no file has. Without a number: bz2's, of bytes and not of the disk.
+        if error.errno not in (None, errno.EINVAL):
             raise
         raise UserError(f"{where}: not a whole {what}: truncated or damaged ({error})") from error
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import random
-import zipfile
 from collections.abc import Mapping
 
 from medmoe_jax.data.medical.cards import MedicalSet
@@ -21,6 +20,7 @@ from medmoe_jax.data.medical.files import (
 )
 from medmoe_jax.data.medical.locate import Found
 from medmoe_jax.errors import UserError
+from medmoe_jax.storage.packed import open_zip
 
 _OPTIONS = 10  # diagnoses to choose among
 
@@ -93,11 +93,8 @@ def _rows(path) -> Records:
     if path.suffix == ".csv":
         yield from read_csv(read_text(path), path)
         return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError) as error:
-        raise UserError(f"{path}: not a whole zip file ({error}); {REPAIR}") from error
+    with open_zip(path) as archive:
+        names = archive.namelist()
     for where, raw in members(path, names[0] if names else ""):
         yield from read_csv(decode(raw, where), where)
 
