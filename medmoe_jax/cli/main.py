@@ -165,15 +165,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+_WRITTEN = ("workdir", "output", "out")  # options that name what a command writes
+
+
 def _complain(command: str, error: object) -> None:
     print(harmless(f"medmoe {command}: error: {error}"), file=sys.stderr)
 
 
 def _named(error: Exception, arguments: argparse.Namespace) -> str:
-    """An error's message; where it begins with a parameter that is an option, with the option."""
+    """An error's message; where it begins with a parameter that is an option, with the option, and
+    where it names no file, with the folders that the command writes into.
+    """
+    given = vars(arguments)
     name, _, rest = str(error).partition(":")
-    if isinstance(error, ParameterError) and name in vars(arguments):
+    if isinstance(error, ParameterError) and name in given:
         return f"--{name.replace('_', '-')}:{rest}"
+    places = [f"--{key}={given[key]}" for key in _WRITTEN if given.get(key)]
+    if isinstance(error, OSError) and error.filename is None and is_storage(error) and places:
+        return f"{error}: while a file of {' or '.join(places)} was written"
     return str(error)
 
 

@@ -442,7 +442,10 @@ def test_lost_storage_is_not_bad_input(config, workdir, capsys, monkeypatch, err
 
     monkeypatch.setattr("medmoe_jax.cli.train.train_run", fail)
     assert main(["train", config, f"--workdir={workdir}"]) == status
-    assert str(error) in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert str(error) in said
+    nameless = type(error) is OSError  # then the folder that is written is told
+    assert (f"a file of --workdir={workdir} was written" in said) == nameless
 
 
 def test_sigterm_while_modules_are_imported():
