@@ -36,6 +36,7 @@ REQUIRES = [
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
     "packaging>=24,<27",
+    "psutil>=6,<8",
     "py3langid>=0.4,<0.5",
     "pyarrow>=26,<27",
     "rich>=14,<16",

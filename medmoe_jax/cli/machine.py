@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from packaging.requirements import Requirement
 
+from medmoe_jax.parallel.room import machine_free
+
 _TPU_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*")
 _GPU_FILES = ("/dev/nvidia[0-9]*",)
 # Packages that must be of the release that jax itself asks for, where they are installed.
@@ -148,11 +150,7 @@ def holders(files: tuple[str, ...] = _TPU_FILES, processes: str = "/proc") -> It
 
 def memory(needed: int = 0) -> Iterator[Finding]:
     """Free memory of the machine, beside the bytes that a base takes on it."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return  # not Linux
-    free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    free = machine_free()
     text = f"{_size(free)} free"
     if not needed:
         yield Finding("ok", "memory", text)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from medmoe_jax.errors import field_names
 from medmoe_jax.mesh_axes import SEQUENCE, TENSOR
 from medmoe_jax.parallel.mesh import batch_shards, slice_of
+from medmoe_jax.parallel.room import beside_arguments
 from medmoe_jax.parallel.topology import Topology, compile_for
 from medmoe_jax.planning import hlo
 from medmoe_jax.planning.attention import splash_costs
@@ -89,7 +90,7 @@ def measure(setup: Setup, topology: Topology, program: Program) -> Figures:
     return Figures(
         program.name,
         True,
-        _hbm(sizes) / GIB,
+        (sizes.argument_size_in_bytes + beside_arguments(sizes)) / GIB,
         arguments,
         seconds,
         sizes.temp_size_in_bytes / GIB,
@@ -105,17 +106,6 @@ def needed_gib(message: str) -> float | None:
     """What a program needs at least, from the compiler's refusal; None if that is another one."""
     found = _TOO_LARGE.search(message)
     return float(found[1]) * _UNITS[found[2].upper()] / GIB if found else None
-
-
-def _hbm(memory) -> int:
-    """Bytes at once: what is donated is counted as an argument only."""
-    return (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes
-    )
 
 
 def _splash(setup: Setup, program: Program) -> dict[str, hlo.Cost]:

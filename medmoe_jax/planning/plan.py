@@ -17,9 +17,6 @@ from medmoe_jax.planning.programs import Start
 from medmoe_jax.planning.roofline import floor_flops, lowest_layer
 from medmoe_jax.training.setup import Setup
 
-# What `--all` adds to the training step.
-OTHERS = (programs.frozen, programs.scoring, programs.decoding)
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -31,6 +28,7 @@ class Plan:
       mesh: sizes of the axes.
       rows, length, accumulation: a step's rows (of all micro-batches), their tokens, and its
         micro-batches.
+      remat: what the training step recomputes.
       steps: how many the stage has; 0 = they depend on the data.
       floor: FLOPs of a chip and step that a frozen base cannot do without.
       train: the training step.
@@ -43,6 +41,7 @@ class Plan:
     rows: int
     length: int
     accumulation: int
+    remat: str
     steps: int
     floor: float
     train: Figures
@@ -77,10 +76,19 @@ def floor(setup: Setup, at: Start) -> float:
 
 
 def make_plan(setup: Setup, topology: Topology, at: Start, everything: bool = False) -> Plan:
-    """Compile a stage's training step, and with `everything` the programs of OTHERS too."""
-    made = [programs.training(setup, at)]
-    made += [make(setup, at) for make in OTHERS] if everything else []
-    train, *others = [measure(setup, topology, program) for program in made]
+    """Compile a stage's training step; with `everything` the bare base's, scoring and generation.
+
+    With `run.remat=auto` the step recomputes the least with which it fits.
+    """
+    for remat in setup.remats:
+        train = measure(setup, topology, programs.training(setup, at, remat))
+        if train.fits:
+            break
+    made = []
+    if everything:
+        made += [programs.frozen(setup, at, remat)]
+        made += [make(setup, at) for make in (programs.scoring, programs.decoding)]
+    others = [measure(setup, topology, program) for program in made]
     config = setup.config
     return Plan(
         topology=topology,
@@ -89,6 +97,7 @@ def make_plan(setup: Setup, topology: Topology, at: Start, everything: bool = Fa
         rows=config.data.global_batch,
         length=config.data.length,
         accumulation=config.run.accumulation,
+        remat=remat,
         steps=at.stage.config.steps,
         floor=floor(setup, at),
         train=train,
@@ -106,6 +115,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "rows": plan.rows,
         "length": plan.length,
         "accumulation": plan.accumulation,
+        "remat": plan.remat,
         **_figures(plan, plan.train),
         "floor_flops_per_chip": plan.floor,
         "flops_over_floor": plan.train.flops / plan.floor if plan.train.fits else None,
@@ -183,6 +193,7 @@ def _lines(plan: Plan):
 
         return cell
 
+    yield "recomputes (run.remat)", lambda one: plan.remat if one is plan.train else ""
     yield "arguments, GiB", lambda one: f"{one.arguments:.2f}"
     yield "temporaries, GiB", known(lambda one: f"{one.temporaries:.2f}")
     yield f"memory of {chip.hbm_gib} GiB", lambda one: f"{one.hbm:.2f}"

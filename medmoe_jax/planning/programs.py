@@ -5,6 +5,7 @@ Axes: B rows, T tokens, P prompt slots.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -30,7 +31,7 @@ from medmoe_jax.planning.frozen import frozen_step
 from medmoe_jax.ranges import COUNT
 from medmoe_jax.training import transitions
 from medmoe_jax.training.optimiser import make_optimiser, schedule
-from medmoe_jax.training.parts import jit_step, make_objective, split
+from medmoe_jax.training.parts import jit_step, make_objective, recomputing, split
 from medmoe_jax.training.placement import abstract_batch
 from medmoe_jax.training.recipe import budget_schedules
 from medmoe_jax.training.setup import Setup, open_setup
@@ -119,8 +120,13 @@ def start(setup: Setup, name: str = "") -> Start:
     return Start(stages[-1], roster, *trees)
 
 
-def training(setup: Setup, at: Start) -> Program:
-    """The training step that `training.train` compiles."""
+def training(setup: Setup, at: Start, remat: str = "") -> Program:
+    """The training step that `training.train` compiles.
+
+    Args:
+      setup, at: the recipe, and what the stage starts from.
+      remat: what it recomputes; "" = as `run.remat` says, the most for `auto`.
+    """
     config, mesh = setup.config, setup.mesh
     steps = at.stage.config.steps or SOME_STEPS
     budgets = budget_schedules(at.stage, at.roster, steps)
@@ -133,6 +139,8 @@ def training(setup: Setup, at: Start) -> Program:
         placed(moments, state_shardings(moments, mesh, setup.rules)),
     )
     objective = make_objective(setup, at.stage, at.roster)
+    if remat:
+        objective = recomputing(objective, remat)
     rows = config.data.global_batch
     return Program(
         "train",
@@ -155,12 +163,16 @@ def _batch(setup: Setup, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     return abstract_batch(setup.mesh, rows, setup.config.data.length, bool(setup.languages))
 
 
-def frozen(setup: Setup, at: Start) -> Program:
-    """The bare base's step on one micro-batch, run once for each of a training step's."""
+def frozen(setup: Setup, at: Start, remat: str = "") -> Program:
+    """The bare base's step on one micro-batch, run once for each of a training step's.
+
+    Args: see `training`.
+    """
     config = setup.config
     rows = config.data.global_batch // config.run.accumulation
     model = setup.model(())
-    step = jax.jit(functools.partial(frozen_step, model.decoder, model.execution))
+    execution = dataclasses.replace(model.execution, remat=remat or model.execution.remat)
+    step = jax.jit(functools.partial(frozen_step, model.decoder, execution))
     arguments = (at.base, _batch(setup, rows))
     length, times = config.data.length, config.run.accumulation
     return Program("frozen", step, arguments, rows, length, times, _chunks(setup, rows))

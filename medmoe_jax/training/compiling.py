@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ def keep_compiled(directory: str | Path, workdir: str | Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH)
 
 
-def compile_ahead(function: jax.stages.Wrapped, *arguments: Any) -> tuple[Callable, str]:
+def compile_ahead(function: jax.stages.Wrapped, *arguments: Any) -> tuple[jax.stages.Compiled, str]:
     """A jitted function compiled for these arguments or shapes, and how that went, in words.
 
     All processes return together: a collective between CPUs would not wait for the slowest.

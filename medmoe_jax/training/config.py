@@ -77,7 +77,9 @@ def recipe() -> ConfigDict:
                 # Rows over data, fsdp and expert, their tokens over sequence; one of all may be -1.
                 "mesh": {"data": 1, "fsdp": -1, "expert": 1, "sequence": 1, "tensor": 1},
                 "accumulation": 1,  # micro-batches a step
-                "remat": "full",
+                # What the backward pass recomputes: none, all but products (dots), layers (full);
+                # auto = the least that fits into memory.
+                "remat": "auto",
                 "unroll": 1,
                 "attention": "auto",  # splash (TPU), cudnn (NVIDIA GPU), xla, or the fitting one
                 "kernels": "auto",  # of routing and experts: pallas (TPU), xla, or the fitting one

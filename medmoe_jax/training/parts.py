@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -30,6 +31,13 @@ def make_objective(setup: Setup, stage: Stage, roster: Roster) -> Objective:
         accumulation=setup.config.run.accumulation,
         seed=stage.config.seed,
     )
+
+
+def recomputing(objective: Objective, remat: str) -> Objective:
+    """The same objective, whose backward pass recomputes what `remat` says (`base.execution`)."""
+    model = objective.model
+    execution = dataclasses.replace(model.execution, remat=remat)
+    return dataclasses.replace(objective, model=dataclasses.replace(model, execution=execution))
 
 
 def split(

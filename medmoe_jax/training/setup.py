@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.model import AdaptedConfig
-from medmoe_jax.base.execution import Execution
+from medmoe_jax.base.execution import REMAT, Execution
 from medmoe_jax.base.presets import HUB
 from medmoe_jax.checkpoints.bases import Base, open_base
 from medmoe_jax.checkpoints.fingerprint import json_fingerprint, tree_fingerprint
@@ -37,6 +37,7 @@ from medmoe_jax.training.limits import check_numbers
 from medmoe_jax.training.recipe import parse
 from medmoe_jax.training.stage import Stage
 
+AUTO = "auto"  # of `run.remat`: the least recomputation that fits
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -167,8 +168,16 @@ class Setup:
                 f"devices x run.accumulation {accumulation}"
             )
 
+    @property
+    def remats(self) -> tuple[str, ...]:
+        """What a training step may recompute, the least first: all of REMAT for `auto`."""
+        asked = self.config.run.remat
+        return REMAT if asked == AUTO else (asked,)
+
     def model(self, banks: tuple[BankSpec, ...]) -> AdaptedConfig:
         """The decoder with these banks active, run as `config.run` says.
+
+        With `run.remat=auto` it recomputes the most until `training.recomputation` chooses less.
 
         Raises:
           UserError: the mesh does not divide the rows' tokens, heads or experts.
@@ -178,7 +187,7 @@ class Setup:
             check_divides(self.mesh, SEQUENCE, length, "tokens of a row (data.length)")
             execution = Execution(
                 dtype=self.dtype,
-                remat=run.remat,
+                remat=self.remats[-1],
                 unroll=run.unroll,
                 attention=run.attention,
                 kernels=run.kernels,
@@ -250,6 +259,9 @@ def _check_settings(config: ConfigDict) -> None:
     check_numbers(config)
     if config.base.dtype not in _DTYPES:
         raise UserError(f"base.dtype: '{config.base.dtype}' is none of {', '.join(_DTYPES)}")
+    remats = (AUTO, *REMAT)
+    if config.run.remat not in remats:
+        raise UserError(f"run.remat: '{config.run.remat}' is none of {', '.join(remats)}")
     with field_names("run."):
         strategy(config.run.dispatch)
 

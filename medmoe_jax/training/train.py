@@ -18,12 +18,11 @@ from medmoe_jax.checkpoints.finite import not_finite
 from medmoe_jax.checkpoints.lease import only_writer
 from medmoe_jax.checkpoints.stage_records import check_metrics
 from medmoe_jax.checkpoints.staging import check_processes
-from medmoe_jax.errors import UserError, field_names
+from medmoe_jax.errors import UserError
 from medmoe_jax.parallel import processes
 from medmoe_jax.storage.places import place
 from medmoe_jax.training import loop as loop_lib
 from medmoe_jax.training import summary
-from medmoe_jax.training.compiling import compile_ahead
 from medmoe_jax.training.finish import Evaluate, finish
 from medmoe_jax.training.held_out import HeldOut
 from medmoe_jax.training.hooks.bar import Bar
@@ -33,10 +32,9 @@ from medmoe_jax.training.hooks.figures import figures
 from medmoe_jax.training.hooks.profiler import Profiler
 from medmoe_jax.training.hooks.protocol import Hook
 from medmoe_jax.training.hooks.writers import Checked, MetricsFile, TensorBoard
-from medmoe_jax.training.parts import jit_step
-from medmoe_jax.training.placement import abstract_batch
 from medmoe_jax.training.preparing import Prepared, prepare
 from medmoe_jax.training.reading import StageData, check_sources, open_data, open_rows
+from medmoe_jax.training.recomputation import compile_step, told_what_fits
 from medmoe_jax.training.run import Run, StageRun
 from medmoe_jax.training.step import TrainState
 from medmoe_jax.training.terminal import note
@@ -135,20 +133,22 @@ def _make_steps(
     of = {"stage": stage.name, "recipe": fingerprint}
     log = MetricsFile(stage.folder.metrics, callers.confirm_lease)
     with store.StageCheckpoints(stage.folder, config.run.keep, of) as checkpoints:
-        state, first = _resume(prepared, checkpoints, data, state)
+        state, first, remat = _resume(prepared, checkpoints, data, state)
+        step = compile_step(prepared, state, remat)
         scored = _evaluations(prepared, data, callers, checkpoints)
         loop = loop_lib.Loop(
             name=stage.name,
-            step_fn=_compile(prepared, state),
+            step_fn=step.function,
             stream=data.stream,
             to_mesh=data.placement,
-            save=functools.partial(_save, checkpoints, log),
+            save=functools.partial(_save, checkpoints, log, step.remat),
             stop=callers.stop,
             hooks=_hooks(prepared, scored, callers, checkpoints.saved, log),
             steps=steps,
             save_every=config.run.save_every,
         )
-        state = loop_lib.run(loop, state, prepared.frozen, first)
+        with told_what_fits(prepared, _shapes(state), step):
+            state = loop_lib.run(loop, state, prepared.frozen, first)
         read = {"rows": data.stream.counters(union), "languages": data.languages}
         found = scored.best if scored else None
         if found:
@@ -189,41 +189,34 @@ def _shapes(state: TrainState) -> TrainState:
 
 def _resume(
     prepared: Prepared, checkpoints: store.StageCheckpoints, data: StageData, state: TrainState
-) -> tuple[TrainState, int]:
-    """The last checkpoint's state and step, with the stream set to go on from there."""
+) -> tuple[TrainState, int, str]:
+    """The last checkpoint's state, step and rematerialisation, with the stream set to go on from
+    there; "" where there is no checkpoint.
+    """
     restored = checkpoints.restore(_shapes(state))
     if restored is None:
-        return state, 0
+        return state, 0, ""
     check_metrics(prepared.stage.folder, restored.step, restored.extra["metrics"])
     data.stream.set_state(restored.extra["data"])
     name, steps = prepared.stage.name, prepared.steps
     note(f"stage '{name}' continues after step {restored.step} of {steps}")
-    return restored.state, restored.step
-
-
-def _compile(prepared: Prepared, state: TrainState) -> Callable[..., Any]:
-    """The step, compiled before the first one is due."""
-    setup, data = prepared.stage.setup, prepared.stage.setup.config.data
-    batch = abstract_batch(setup.mesh, data.global_batch, data.length, bool(setup.languages))
-    with field_names("run."):
-        step_fn, how = compile_ahead(
-            jit_step(setup, prepared.objective, prepared.optimiser, state),
-            *(state, prepared.frozen, batch),
-        )
-    note(f"stage '{prepared.stage.name}': its step was {how}")
-    return step_fn
+    return restored.state, restored.step, restored.extra.get("remat", "")
 
 
 def _save(
     checkpoints: store.StageCheckpoints,
     log: MetricsFile,
+    remat: str,
     step: int,
     state: TrainState,
     extra: Mapping[str, Any],
 ) -> None:
-    """A checkpoint with the data state of every process's shards, and the mark of the metrics."""
+    """A checkpoint with the data state of every process's shards, the mark of the metrics and what
+    a step recomputes, with which the stage goes on.
+    """
     metrics = from_first_process(log.mark)
-    checkpoints.save(step, state, {"data": union(extra["data"]), "metrics": metrics})
+    kept = {"data": union(extra["data"]), "metrics": metrics, "remat": remat}
+    checkpoints.save(step, state, kept)
 
 
 def _hooks(

@@ -10,9 +10,10 @@ from medmoe_jax.cli.configs import load_config
 from medmoe_jax.cli.main import main
 from medmoe_jax.mesh_axes import AXES
 from medmoe_jax.parallel.topology import CHIPS, Topology
+from medmoe_jax.planning import plan as plan_module
 from medmoe_jax.planning.figures import Figures, needed_gib
 from medmoe_jax.planning.hlo import Traffic
-from medmoe_jax.planning.plan import Plan, as_json, shardings_table
+from medmoe_jax.planning.plan import Plan, as_json, make_plan, shardings_table, table
 from medmoe_jax.planning.programs import open_abstract, start, training
 from medmoe_jax.planning.roofline import bound
 
@@ -105,6 +106,30 @@ def test_the_search_compiles_the_most_promising(recipe, tmp_path, capsys):
     assert "compiling 1 of at most 1" in capsys.readouterr().err
 
 
+def test_the_plan_recomputes_as_little_as_fits(recipe, monkeypatch):
+    """As a run would choose; the bare base's step beside it recomputes the same."""
+    here = Topology("here", CHIPS["v5e"], tuple(jax.devices()))
+    measured = []
+
+    def measure(setup, topology, program):
+        measured.append(program)
+        trained = [one for one in measured if one.name == "train"]
+        return Figures(program.name, len(trained) == 2, 20.0 - len(measured), 1.0, 0.0)
+
+    monkeypatch.setattr(plan_module, "measure", measure)
+    setup = open_abstract(load_config([f"--config={recipe}"]), here)
+    plan = make_plan(setup, here, start(setup, "aggregate"), everything=True)
+    assert plan.remat == "dots" == as_json(plan)["remat"] and plan.train.hbm == 18.0
+    assert [one.name for one in measured] == ["train", "train", "frozen", "score", "generate"]
+    columns = [list(column.cells) for column in table(plan).columns]
+    assert dict(zip(columns[0], columns[1], strict=True))["recomputes (run.remat)"] == "dots"
+
+    measured.clear()
+    setup = open_abstract(load_config([f"--config={recipe}", "--config.run.remat=full"]), here)
+    assert make_plan(setup, here, start(setup, "aggregate")).remat == "full"
+    assert len(measured) == 1
+
+
 def test_an_unknown_topology_is_refused(recipe, capsys):
     assert main(["plan", f"--config={recipe}", "--topology=v5e:9x9"]) == 1
     assert "topology 'v5e:9x9' is not known" in capsys.readouterr().err
@@ -138,7 +163,16 @@ def plan_of(**fields):
     )
     given = dict(stage="one", mesh={"data": 2}, rows=4, length=100, accumulation=1, steps=7200)
     topology = Topology("v5e:2x1", chip, (0, 1))
-    return Plan(**{"topology": topology, "floor": 98.5e12, "train": train, **given, **fields})
+    return Plan(
+        **{
+            "topology": topology,
+            "remat": "full",
+            "floor": 98.5e12,
+            "train": train,
+            **given,
+            **fields,
+        }
+    )
 
 
 def test_figures_of_a_plan():

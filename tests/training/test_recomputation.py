@@ -1,0 +1,152 @@
+"""What a step recomputes under `run.remat=auto`, and what is said when memory runs out."""
+
+import re
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from medmoe_jax.base.execution import REMAT
+from medmoe_jax.checkpoints.files import read_metrics
+from medmoe_jax.checkpoints.folders import StageFolder
+from medmoe_jax.checkpoints.manifest import Manifest
+from medmoe_jax.errors import Stopped, UserError
+from medmoe_jax.parallel import processes, room
+from medmoe_jax.parallel.mesh import make_mesh
+from medmoe_jax.training import recomputation
+from medmoe_jax.training import train as training
+from medmoe_jax.training.run import Run
+from medmoe_jax.training.setup import AUTO, open_setup
+from medmoe_jax.training.train import train
+from tests import tiny
+
+SAID = re.compile(r"needs ([\d.]+) GiB of ([\d.]+) GiB for itself.*remat '(\w+)'")
+
+
+def run_of(workdir, remat=AUTO):
+    config = tiny.medcare_config()
+    config.stages.order = ("aggregate",)
+    config.stages.aggregate.steps = 4
+    config.data.length, config.data.global_batch = 128, 16
+    config.run.remat = remat
+    return Run(open_setup(config), workdir)
+
+
+def end_of(workdir):
+    """Losses of every step, and the fingerprint of what was trained."""
+    folder = StageFolder.of(workdir, "aggregate")
+    losses = [row["loss"] for row in read_metrics(folder.metrics)]
+    return losses, Manifest.read(folder.manifest).content
+
+
+def test_the_least_that_fits_is_kept_when_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    """With memory between that of `none` and of `dots`; and then with all that there is."""
+    needs = []
+    real = recomputation.taken
+    monkeypatch.setattr(
+        recomputation, "taken", lambda *given: needs.append(real(*given)) or needs[-1]
+    )
+    monkeypatch.setattr(recomputation, "room", lambda mesh: 0)
+    asked = iter([False, True])
+    with pytest.raises(Stopped):
+        train(run_of(tmp_path / "w"), stop=lambda: next(asked))
+    none, dots, full = needs
+    assert none > 1.1 * dots and dots > 1.1 * full
+    said = capsys.readouterr().err
+    assert "remat 'none' does not fit" in said and "remat 'dots' does not fit" in said
+    assert SAID.findall(said)[-1][2] == "full"  # runs, although there is said to be no room
+
+    monkeypatch.setattr(recomputation, "room", lambda mesh: 10**15)
+    train(run_of(tmp_path / "w"))
+    assert SAID.findall(capsys.readouterr().err)[-1][2] == "full" and len(needs) == 4
+    train(run_of(tmp_path / "whole", "full"))
+    assert end_of(tmp_path / "w") == end_of(tmp_path / "whole")
+
+    chosen = []
+    for there in (none, none - 1, dots, dots - 1):
+        monkeypatch.setattr(recomputation, "room", lambda mesh, there=there: there)
+        prepared, state = training.prepare(run_of(tmp_path / "new").stage("aggregate"), 2)
+        chosen.append(recomputation.compile_step(prepared, state, "").remat)
+    assert chosen == ["none", "dots", "dots", "full"]
+    # The process with the least memory decides for all.
+    monkeypatch.setattr(processes, "gather", lambda value: [value, dots] if value else [value])
+    monkeypatch.setattr(recomputation, "room", lambda mesh: 10**15)
+    assert recomputation.compile_step(prepared, state, "").remat == "dots"
+
+
+def exhausted(*_):
+    raise jax.errors.JaxRuntimeError(
+        "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 34359738368 bytes.\nmore"
+    )
+
+
+def test_running_out_of_memory_names_a_setting_that_needs_less(tmp_path, monkeypatch):
+    monkeypatch.setattr(training.loop_lib, "run", exhausted)
+    for remat, advice in {
+        "none": r"--config\.run\.remat=dots needs [\d.]+ GiB instead of [\d.]+",
+        "full": r"--config\.run\.remat=full --config\.run\.accumulation=2 needs [\d.]+ GiB instead",
+    }.items():
+        with pytest.raises(UserError, match=advice) as caught:
+            train(run_of(tmp_path / remat, remat))
+        said = str(caught.value)
+        assert f"run.remat '{remat}'" in said and "to allocate 34359738368 bytes" in said
+        assert "more" not in said.split("(RESOURCE")[1]
+
+
+def test_a_compiler_that_finds_no_room(tmp_path, monkeypatch, capsys):
+    """Its refusal of `none` is no error; that of the last one is, and others stay as they are."""
+    real = recomputation.compile_ahead
+    refused = []
+
+    def compiles(function, *arguments):
+        if len(refused) < 1:
+            refused.append(function)
+            exhausted()
+        return real(function, *arguments)
+
+    monkeypatch.setattr(recomputation, "compile_ahead", compiles)
+    prepared, state = training.prepare(run_of(tmp_path / "w").stage("aggregate"), 2)
+    monkeypatch.setattr(recomputation, "room", lambda mesh: 10**15)
+    assert recomputation.compile_step(prepared, state, "").remat == "dots"
+    assert "remat 'none' does not fit" in capsys.readouterr().err
+    refused.clear()
+    with pytest.raises(UserError, match=r"with run.remat 'full'; raise run.accumulation, lower"):
+        recomputation.compile_step(prepared, state, "full")
+
+    def broken(*_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: x")
+
+    monkeypatch.setattr(recomputation, "compile_ahead", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        recomputation.compile_step(prepared, state, "")
+
+
+def test_room_of_a_device_of_a_machine_and_of_a_container(tmp_path, monkeypatch):
+    memory = SimpleNamespace(
+        temp_size_in_bytes=100, output_size_in_bytes=20, alias_size_in_bytes=15,
+        generated_code_size_in_bytes=1,
+    )  # fmt: skip
+    mesh = make_mesh({"fsdp": 8}, jax.devices()[:8])
+    assert room.taken(memory, mesh) == 8 * 106  # eight devices live in one memory
+    free = SimpleNamespace(available=4000)
+    monkeypatch.setattr(room.psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(room, "_CGROUP", tmp_path)
+    assert room.machine_free() == 4000 and room.room(mesh) == 1000
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 300\n")
+    assert room.machine_free() == 4000
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert room.machine_free() == 400
+
+    stats = {"bytes_limit": 1000, "bytes_in_use": 200}
+    device = SimpleNamespace(memory_stats=lambda: stats)
+    there = SimpleNamespace(local_devices=[device, device])
+    assert room.room(there) == 760 and room.taken(memory, there) == 106
+
+
+def test_what_the_field_may_be(tmp_path):
+    assert run_of(tmp_path).setup.remats == REMAT
+    assert run_of(tmp_path, "dots").setup.remats == ("dots",)
+    with pytest.raises(UserError, match=r"run\.remat: 'some' is none of auto, none, dots, full"):
+        run_of(tmp_path, "some")
