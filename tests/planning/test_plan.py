@@ -114,7 +114,8 @@ def test_the_plan_recomputes_as_little_as_fits(recipe, monkeypatch):
     def measure(setup, topology, program):
         measured.append(program)
         trained = [one for one in measured if one.name == "train"]
-        return Figures(program.name, len(trained) == 2, 20.0 - len(measured), 1.0, 0.0)
+        sizes = (20.0 - len(measured), 1.0, 0.0, 1.0, 1.0, 1.0)
+        return Figures(program.name, len(trained) == 2, *sizes)
 
     monkeypatch.setattr(plan_module, "measure", measure)
     setup = open_abstract(load_config([f"--config={recipe}"]), here)
