@@ -155,6 +155,20 @@ check_workdir_scheme() {
     fail "--workdir=$path: several workers write to a disk that all share, or to gs://"
 }
 
+# What --accelerator-type means, by whichever of its names it is given: SLICE_NAME, _LAYOUT, _COUNT,
+# _CHIPS, _HOSTS, _TYPE (Google Cloud's name), _RUNTIME, _ACCELERATOR and _MACHINE (GKE's words).
+# Fails, with SLICE_FAULT, where nothing is called so.
+read_slice() {
+  local told key value
+  command -v python3 >/dev/null || fail "python3 is needed on this machine: it knows the slices"
+  told=$(PYTHONPATH=$ROOT python3 -m medmoe_jax.parallel.slices "$FLAG_ACCELERATOR_TYPE" 2>&1) || {
+    # shellcheck disable=SC2034  # for the back ends
+    SLICE_FAULT=$told
+    return 1
+  }
+  while IFS='=' read -r key value; do printf -v "SLICE_$key" '%s' "$value"; done <<<"$told"
+}
+
 # For machines of their own: they share no current folder, and new code replaces the old one's.
 check_shared_workdir() {
   local path

@@ -31,13 +31,13 @@ FLAGS='backend|tpu|tpu (Cloud TPU through gcloud), ssh (hosts you have) or local
 name|medmoe|the name of the TPU and of its queued resource
 zone||tpu: zone, such as us-west4-a; always needed
 project||tpu: project; empty: the one gcloud is set to
-accelerator-type|v5litepod-16|tpu: slice as gcloud calls it
+accelerator-type|v5litepod-16|tpu: slice, by any of its names: v5litepod-16, v5e-16, v5e:4x4
 runtime-version||tpu: software of the machines; empty: the usual one of the slice
 spot|no|tpu: cheaper machines that can be taken away at any time
 queued|yes|tpu: wait in the queue for machines; no: take them now or fail
 create-flags||tpu: more flags for the gcloud command that creates, such as --network=N
 ssh-flags||tpu: more flags for gcloud tpu-vm ssh and scp, such as --internal-ip
-hosts||ssh: host,host,...; local: how many processes (2); tpu: how many, if the slice is unknown
+hosts||ssh: host,host,...; local: how many processes (2); tpu: how many, if not as usual
 devices|4|local: simulated CPU devices of each process
 coordinator||where processes meet; empty: tpu auto, ssh port 8476 of the first host, local any
 dir|medmoe-run|tpu, ssh: folder on the workers, from the home folder, for code and logs

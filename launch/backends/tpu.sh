@@ -2,21 +2,23 @@
 # shellcheck shell=bash disable=SC2034
 
 backend_prepare() {
-  local number chips
+  local number
   [[ -n $FLAG_ZONE ]] || fail "--backend=tpu needs --zone=ZONE, such as us-west4-a"
-  chips=${FLAG_ACCELERATOR_TYPE##*-}
-  [[ $chips =~ ^[1-9][0-9]*$ ]] ||
-    fail "--accelerator-type=$FLAG_ACCELERATOR_TYPE: a name such as v5litepod-16 is needed"
-  case $FLAG_ACCELERATOR_TYPE in
-    v5litepod-*) slice v2-alpha-tpuv5-lite $((chips <= 8 ? 1 : chips / 4)) ;;
-    v6e-*) slice v2-alpha-tpuv6e $((chips <= 8 ? 1 : chips / 4)) ;;
-    v5p-*) slice v2-alpha-tpuv5 $((chips / 8)) ;; # named by cores: 8 of them, 4 chips, a host
-    v4-*) slice tpu-ubuntu2204-base $((chips / 8)) ;;
-    *) slice '' '' ;;
-  esac
-  [[ -n $FLAG_RUNTIME_VERSION && $FLAG_HOSTS =~ ^[1-9][0-9]*$ ]] ||
-    fail "--accelerator-type=$FLAG_ACCELERATOR_TYPE is not one that this launcher knows" \
-      "(v4, v5litepod, v5p, v6e): give --runtime-version=VERSION and --hosts=NUMBER"
+  if ! read_slice; then
+    [[ -n $FLAG_RUNTIME_VERSION && -n $FLAG_HOSTS ]] ||
+      fail "--accelerator-type: $SLICE_FAULT. For one that this launcher does not know, give" \
+        "--runtime-version=VERSION and --hosts=NUMBER"
+    SLICE_TYPE=$FLAG_ACCELERATOR_TYPE SLICE_COUNT=1
+  fi
+  ((SLICE_COUNT == 1)) ||
+    fail "--accelerator-type=$FLAG_ACCELERATOR_TYPE: --backend=tpu makes one slice; several that" \
+      "train together need --backend=gke"
+  FLAG_RUNTIME_VERSION=${FLAG_RUNTIME_VERSION:-$SLICE_RUNTIME}
+  FLAG_HOSTS=${FLAG_HOSTS:-$SLICE_HOSTS}
+  [[ -n $FLAG_RUNTIME_VERSION ]] ||
+    fail "--accelerator-type=$FLAG_ACCELERATOR_TYPE is rented through Kubernetes: --backend=gke"
+  [[ $FLAG_HOSTS =~ ^[1-9][0-9]*$ ]] ||
+    fail "--hosts=$FLAG_HOSTS: --backend=tpu needs the number of machines, or none"
   for ((number = 0; number < FLAG_HOSTS; number++)); do WORKERS+=("$FLAG_NAME-w-$number"); done
   check_shared_workdir
   WORKER_SCRIPT=$FLAG_DIR/worker.sh
@@ -24,11 +26,6 @@ backend_prepare() {
   FLAG_COORDINATOR=${FLAG_COORDINATOR:-auto}
   read -ra CREATE_FLAGS <<<"$FLAG_CREATE_FLAGS"
   read -ra SSH_FLAGS <<<"$FLAG_SSH_FLAGS"
-}
-
-slice() { # RUNTIME HOSTS: what holds where no flag says otherwise
-  FLAG_RUNTIME_VERSION=${FLAG_RUNTIME_VERSION:-$1}
-  FLAG_HOSTS=${FLAG_HOSTS:-$2}
 }
 
 cloud() {
@@ -53,11 +50,11 @@ backend_create() {
   if [[ $FLAG_SPOT == yes ]]; then spot=(--spot); fi
   if [[ $FLAG_QUEUED == yes ]]; then
     cloud queued-resources create "$FLAG_NAME" --node-id="$FLAG_NAME" "${spot[@]}" \
-      --accelerator-type="$FLAG_ACCELERATOR_TYPE" --runtime-version="$FLAG_RUNTIME_VERSION" \
+      --accelerator-type="$SLICE_TYPE" --runtime-version="$FLAG_RUNTIME_VERSION" \
       "${CREATE_FLAGS[@]}"
   else
     cloud tpu-vm create "$FLAG_NAME" "${spot[@]}" \
-      --accelerator-type="$FLAG_ACCELERATOR_TYPE" --version="$FLAG_RUNTIME_VERSION" \
+      --accelerator-type="$SLICE_TYPE" --version="$FLAG_RUNTIME_VERSION" \
       "${CREATE_FLAGS[@]}"
   fi
   note "every $FLAG_POLL s, until the TPU is READY:"

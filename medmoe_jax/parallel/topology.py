@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,14 +17,18 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from medmoe_jax.errors import UserError
+from medmoe_jax.parallel import slices
 
 
 class Chip(NamedTuple):
-    """Public figures of one chip (cloud.google.com/tpu/docs), the unit that a JAX device is.
+    """Public figures of what a JAX device is: one chip, and half of one on v7x.
 
     Attributes:
       kind: what `jax.Device.device_kind` says.
+      libtpu: what the compiler calls it.
+      devices: JAX devices of one chip.
       vmem_mib: on-chip vector memory that one kernel can address, MiB (v5p: of one of two cores).
+      columns: a product with fewer columns fills no matrix unit.
       hbm_gib: GiB.
       bf16_tflops: peak, 1e12 bf16 operations a second.
       hbm_gb_s: 1e9 bytes a second.
@@ -34,23 +37,24 @@ class Chip(NamedTuple):
     """
 
     kind: str
+    libtpu: str
+    devices: int
     vmem_mib: int
+    columns: int
     hbm_gib: int
-    bf16_tflops: int
+    bf16_tflops: float
     hbm_gb_s: int
     ici_gb_s: int
     dcn_gb_s: float
 
 
+# cloud.google.com/tpu/docs/{v5e,v5p,v6e}. v4, whose cores have 16 MiB of vector memory, less than
+# the kernels take, is not counted.
 CHIPS = {
-    "v5e": Chip("TPU v5 lite", 128, 16, 197, 819, 400, 3.125),
-    "v5p": Chip("TPU v5", 64, 95, 459, 2765, 1200, 6.25),
-    "v6e": Chip("TPU v6 lite", 128, 32, 918, 1638, 800, 12.5),
+    "v5e": Chip("TPU v5 lite", "v5e", 1, 128, 128, 16, 197, 819, 400, 3.125),
+    "v5p": Chip("TPU v5", "v5p", 1, 64, 128, 95, 459, 2765, 1200, 6.25),
+    "v6e": Chip("TPU v6 lite", "v6e", 1, 128, 256, 32, 918, 1638, 800, 12.5),
 }
-
-_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBES = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
-LAYOUTS = {"v5e": _FLAT, "v5p": _CUBES, "v6e": _FLAT}
 
 # What libtpu asks a TPU host about itself, answered for a machine that is none; read at its load.
 _NO_HOST = {
@@ -68,20 +72,22 @@ class Topology(NamedTuple):
     chip: Chip
     devices: tuple
 
+    @property
+    def chips(self) -> int:
+        """How many chips there are."""
+        return len(self.devices) // self.chip.devices
+
 
 def describe(name: str) -> Topology:
-    """The slice called `CHIP:LAYOUT`, such as `v5e:4x4` or `v5p:2x2x1`; two of them: `2xv5e:4x4`.
+    """The slice of a name (see `slices`), such as `v5e:4x4`, `v5p-16` or `2xv5e:4x4`.
 
     Raises:
-      UserError: an unknown name (the message lists the known ones), or no `libtpu` wheel.
+      UserError: an unknown name (the message has the closest), a chip without figures, or no
+        `libtpu` wheel that knows it.
     """
-    parts = re.fullmatch(r"(?:([1-9]\d*)x)?([^:]*):?(.*)", name)
-    several, chip, layout = parts.groups() if parts else (None, "", "")
-    if layout not in LAYOUTS.get(chip, ()):
-        known = "; ".join(f"{chip}:{{{','.join(names)}}}" for chip, names in LAYOUTS.items())
-        raise UserError(
-            f"topology '{name}' is not known; give one of {known}, with Nx before it for N slices"
-        )
+    one = slices.parse(name)
+    if one.chip not in CHIPS:
+        raise UserError(f"no figures of {one.chip} are known, only of {', '.join(CHIPS)}")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"compiling for {name} needs the libtpu wheel: pip install 'medmoe_jax[aot]'"
@@ -89,14 +95,14 @@ def describe(name: str) -> Topology:
     for variable, value in _NO_HOST.items():
         os.environ.setdefault(variable, value)
     # A host has 2x2 chips, unless it is told to have one.
-    one_chip = not set(layout) - {"1", "x"}
-    options: dict[str, Any] = {"chips_per_host_bounds": [1, 1, 1]} if one_chip else {}
-    if several:
-        options["num_slices"] = int(several)
+    options: dict[str, Any] = {"chips_per_host_bounds": [1, 1, 1]} if one.chips == 1 else {}
+    if one.count > 1:
+        options["num_slices"] = one.count
+    chip = CHIPS[one.chip]
     described = topologies.get_topology_desc(
-        platform="tpu", topology_name=f"{chip}:{layout}", **options
+        platform="tpu", topology_name=f"{chip.libtpu}:{one.layout}", **options
     )
-    return Topology(name, CHIPS[chip], tuple(described.devices))
+    return Topology(one.name, chip, tuple(described.devices))
 
 
 def compile_for(

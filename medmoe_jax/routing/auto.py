@@ -58,7 +58,7 @@ _TPU = {
         1e12 * chip.bf16_tflops,
         1e9 * chip.hbm_gb_s,
         1e9 * chip.ici_gb_s,
-        256 if chip is CHIPS["v6e"] else 128,
+        chip.columns,
     )
     for chip in CHIPS.values()
 }

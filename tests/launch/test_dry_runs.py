@@ -142,14 +142,24 @@ def test_tpu_logs_stop_status_delete(plan):
     [
         ("v5litepod-8", "v2-alpha-tpuv5-lite", 1),
         ("v5litepod-16", "v2-alpha-tpuv5-lite", 4),
-        ("v5p-128", "v2-alpha-tpuv5", 16),
+        ("v5litepod-16 v5e:4x4", "v2-alpha-tpuv5-lite", 4),
+        ("v5p-128 v5p:4x4x4", "v2-alpha-tpuv5", 16),
         ("v6e-256", "v2-alpha-tpuv6e", 64),
     ],
 )
 def test_slices(plan, slice_, runtime, hosts):
-    flags = ["--zone=z", f"--accelerator-type={slice_}"]
-    assert f"--runtime-version={runtime} " in plan("create", *flags)[0]
+    cloud, _, same = slice_.partition(" ")
+    flags = ["--zone=z", f"--accelerator-type={same or cloud}"]
+    create = plan("create", *flags)[0]
+    assert f"--accelerator-type={cloud} --runtime-version={runtime} " in create
     assert len(plan("stop", *flags)) == hosts
+
+
+def test_a_slice_that_the_launcher_does_not_know(plan):
+    """It is gcloud's to judge, once the machines are described."""
+    flags = ["--zone=z", "--accelerator-type=v9-8", "--runtime-version=r", "--hosts=3"]
+    assert "--accelerator-type=v9-8 --runtime-version=r " in plan("create", *flags)[0]
+    assert len(plan("stop", *flags)) == 3
 
 
 def test_every_line_is_a_command_that_a_shell_reads_back(plan):

@@ -6,6 +6,7 @@ A stub machine is a folder that serves as its home: `home-0`, `home-1`.
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -63,8 +64,10 @@ cp "${@:1:$#-1}" "$FAKE/${to/://}"
 """
 
 # `python3 -m pip install --target=DIR uv` makes a uv; that makes an environment with the fake.
-PYTHON = r"""#!/usr/bin/env bash
-for word; do case $word in --target=*) target=${word#*=} ;; esac; done
+PYTHON = rf"""#!/usr/bin/env bash
+if [[ $1 == -m && $2 == medmoe_jax.* ]]; then exec {sys.executable} "$@"; fi
+"""
+PYTHON += r"""for word; do case $word in --target=*) target=${word#*=} ;; esac; done
 echo "$*" >>"$FAKE/pip"
 mkdir -p "$target/bin"
 cat >"$target/bin/uv" <<'UV'

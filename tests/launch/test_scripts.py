@@ -57,6 +57,18 @@ def test_readme_lists_every_flag_as_help_does():
             "--runtime-version=VERSION and --hosts",
         ),
         (
+            ["create", "--zone=z", "--accelerator-type=v5e:4x5"],
+            "--accelerator-type: slice 'v5e:4x5' is not known; the closest is v5e:4x4",
+        ),
+        (
+            ["create", "--zone=z", "--accelerator-type=2xv5e:4x4"],
+            "--backend=tpu makes one slice",
+        ),
+        (
+            ["create", "--zone=z", "--accelerator-type=tpu7x-16"],
+            "is rented through Kubernetes: --backend=gke",
+        ),
+        (
             ["stop", "--backend=local", "--hosts=a,b"],
             "--backend=local needs the number of processes",
         ),
