@@ -76,12 +76,14 @@ EXTRAS = {
         "gcp-storage-emulator>=2026.7,<2028",
         "gcsfs>=2026.9,<2028",
         "hypothesis>=6.130,<7",
+        "jsonschema>=4.23,<5",
         "moto[s3]>=5.2,<6",
         "nbformat>=5.10,<6",
         "openai>=3.40,<4",
         "prometheus-client>=0.22,<0.30",
         "pytest>=8.3,<10",
         "pytest-xdist>=3.6,<4",
+        "pyyaml>=6,<7",
         "ruff==0.17.5",  # the formatter's output changes between releases
         "s3fs>=2026.9,<2028",
         "setuptools>=77,<90",  # builds the wheel that a test looks into

@@ -24,35 +24,40 @@ resume  run again, on new machines where the old ones are gone, until the job is
 status  the machines and the job of every worker
 logs    the last lines of every worker, or of one; go on with --follow
 stop    ask medmoe to save and end on all workers; end it after --grace seconds
-delete  give the machines back; ssh, local: stop, and remove what was installed'
+delete  give the machines back; gke, ssh, local: stop, and remove what was made or installed'
 
 # flag|default|meaning. yes or no as default makes a switch: --spot is --spot=yes.
-FLAGS='backend|tpu|tpu (Cloud TPU through gcloud), ssh (hosts you have) or local (this machine)
-name|medmoe|the name of the TPU and of its queued resource
+FLAGS='backend|tpu|tpu (Cloud TPU through gcloud), gke (a cluster you have), ssh (hosts you have) or local
+name|medmoe|the name of the TPU and of its queued resource; gke: of the JobSet
 zone||tpu: zone, such as us-west4-a; always needed
 project||tpu: project; empty: the one gcloud is set to
-accelerator-type|v5litepod-16|tpu: slice, by any of its names: v5litepod-16, v5e-16, v5e:4x4
+accelerator-type|v5litepod-16|tpu, gke: slice, by any of its names: v5litepod-16, v5e-16, v5e:4x4; gke: 2xv5e-16
 runtime-version||tpu: software of the machines; empty: the usual one of the slice
-spot|no|tpu: cheaper machines that can be taken away at any time
+spot|no|tpu, gke: cheaper machines that can be taken away at any time
 queued|yes|tpu: wait in the queue for machines; no: take them now or fail
 create-flags||tpu: more flags for the gcloud command that creates, such as --network=N
 ssh-flags||tpu: more flags for gcloud tpu-vm ssh and scp, such as --internal-ip
-hosts||ssh: host,host,...; local: how many processes (2); tpu: how many, if not as usual
+hosts||ssh: host,host,...; local: how many processes (2); tpu, gke: how many, if not as usual
+image||gke: image with medmoe, REGISTRY/NAME:TAG; without a tag it is built of this checkout
+context||gke: cluster, as kubectl config get-contexts names it; empty: the current one
+namespace|default|gke: namespace
+service-account||gke: service account of the pods, such as one that may use gs://
+volumes||gke: claims that the pods mount, CLAIM:/PATH ...
 devices|4|local: simulated CPU devices of each process
-coordinator||where processes meet; empty: tpu auto, ssh port 8476 of the first host, local any
+coordinator||tpu, ssh, local: where processes meet; empty: tpu auto, ssh port 8476 of the first host, local any
 dir|medmoe-run|tpu, ssh: folder on the workers, from the home folder, for code and logs
 setup||tpu, ssh: shell command on every worker before each start, such as a mount
-python|3.12|tpu, ssh: Python of the environment; uv fetches it where it is missing
-packages|-e .[tpu]|tpu, ssh: what is installed in it, as pip takes it
-env-file||tpu, ssh: file of VAR=value lines for medmoe, such as tokens; sent by scp, never printed
+python|3.12|tpu, ssh, gke: Python of the environment or image; uv fetches it where it is missing
+packages|-e .[tpu]|tpu, ssh, gke: what is installed in it, as pip takes it
+env-file||tpu, ssh, gke: file of VAR=value lines for medmoe, such as tokens; never printed
 logs|runs/launch|folder on this machine; worker-N.log holds what this launcher saw
 worker|all|logs: number of one worker, or all
 lines|50|logs: how many lines back
 follow|no|logs: go on as lines are written
 grace|60|seconds between asking medmoe to end and ending it
-max-restarts|3|resume: give up after so many starts in a row that saved nothing new
-poll|20|tpu: seconds between two looks at machines that are being made ready
-dry-run|no|print the commands, one a line and quoted for a shell, and do nothing'
+max-restarts|3|resume: give up after so many starts in a row that saved nothing new; gke: so many failures
+poll|20|tpu: seconds between two looks at machines that are being made ready; gke: at the job
+dry-run|no|print the commands, one a line and quoted for a shell, and do nothing; gke: the manifest'
 
 usage() {
   local verb flag default meaning
@@ -122,7 +127,8 @@ check_flags() {
     [[ ${!variable} =~ ^[1-9][0-9]*$ ]] ||
       fail "--${name,,}=${!variable}: a whole number of at least 1 is needed"
   done
-  [[ $FLAG_BACKEND =~ ^(tpu|ssh|local)$ ]] || fail "--backend=$FLAG_BACKEND: tpu, ssh or local"
+  [[ $FLAG_BACKEND =~ ^(tpu|gke|ssh|local)$ ]] ||
+    fail "--backend=$FLAG_BACKEND: tpu, gke, ssh or local"
   [[ $FLAG_NAME =~ ^[a-z][a-z0-9-]*$ ]] ||
     fail "--name=$FLAG_NAME: lower-case letters, digits and hyphens, a letter first"
   local part='[A-Za-z0-9_][A-Za-z0-9_.-]*'
@@ -153,16 +159,6 @@ backend_prepare
 case $VERB in
   create) backend_create ;;
   ship) backend_ship ;;
-  run)
-    backend_ship
-    attempt
-    ;;
-  resume) resume ;;
-  status)
-    backend_status
-    each worker status | sort --version-sort
-    ;;
-  logs) show_logs ;;
-  stop) each worker stop "$FLAG_GRACE" ;;
+  run | resume | status | logs | stop) "verb_$VERB" ;;
   delete) backend_delete ;;
 esac

@@ -1,4 +1,5 @@
-# Start the job, follow it, and start it again.
+# Start the job, follow it, and start it again, on workers that keep it with worker.sh. The verbs of a
+# job are at the end; a back end whose cluster keeps the job has verbs of its own.
 # shellcheck shell=bash
 
 # Of worker.sh: the same job runs already; it refused, and said why.
@@ -99,7 +100,7 @@ interrupted() {
   say "stopping the job on all workers (again to leave it to itself)"
   # What has not begun cannot be stopped.
   if ((${#STARTING[@]})); then wait "${STARTING[@]}" || true; fi
-  each worker stop "$FLAG_GRACE" || say "some workers could not be told; see: status"
+  verb_stop || say "some workers could not be told; see: status"
   exit "$STOPPED"
 }
 
@@ -204,7 +205,7 @@ saved() {
   if [[ -n $path ]]; then worker 0 saved "$path"; fi
 }
 
-resume() {
+verb_resume() {
   local before='' now='' code fruitless=0 starts=0 ready
   while true; do
     backend_ensure
@@ -245,7 +246,19 @@ prefixed() {
   worker "$1" log "$FLAG_LINES" "$FLAG_FOLLOW" | while IFS= read -r line; do echo "[$1] $line"; done
 }
 
-show_logs() {
+verb_run() {
+  backend_ship
+  attempt
+}
+
+verb_status() {
+  backend_status
+  each worker status | sort --version-sort
+}
+
+verb_stop() { each worker stop "$FLAG_GRACE"; }
+
+verb_logs() {
   if [[ $FLAG_WORKER == all ]]; then
     if dry; then each worker log "$FLAG_LINES" "$FLAG_FOLLOW"; else each prefixed; fi
   else

@@ -33,6 +33,7 @@ _initialize = functools.partial(
     heartbeat_timeout_seconds=60,
     shutdown_timeout_seconds=30,
 )
+_CLUSTER_COMES = 600
 _ANSWER = 3600  # what the others wait for while one hashes or writes a large model
 _ECHO = 2  # until the roll call knows of a death whose echo is another error
 _calls = itertools.count()
@@ -49,7 +50,7 @@ class Membership:
 
         Args:
           coordinator: HOST:PORT of process 0, which listens there and on the port after it; `auto`
-            where the machines tell it (Cloud TPU, Slurm, Open MPI); "" = this is the only process.
+            where the machines tell it (Cloud TPU, GKE, Slurm, Open MPI); "" = this is the only one.
           processes, process: how many there are, and which one this is; unused with `auto`.
 
         Raises:
@@ -82,9 +83,12 @@ class Membership:
 
     def _meet_in_cluster(self) -> None:
         try:
-            _initialize()
+            # Pods begin when their node has fetched the image, some minutes after the first.
+            _initialize(initialization_timeout=_CLUSTER_COMES)
         except ValueError as error:
             raise ParameterError(f"coordinator: auto finds nothing here: {error}") from None
+        except RuntimeError as error:  # of JAX, which has found out who is who but cannot reach it
+            raise ProcessError(f"the cluster's processes did not meet: {error}") from error
         found = distributed.global_state
         if found.coordinator_address is None:
             raise ParameterError("coordinator: auto finds no address of process 0 here")

@@ -12,7 +12,7 @@ SCRIPTS = sorted(LAUNCH.rglob("*.sh"))
 
 
 def test_scripts_parse_and_shellcheck_finds_nothing():
-    assert len(SCRIPTS) >= 7
+    assert len(SCRIPTS) >= 9
     for script in SCRIPTS:
         subprocess.run(["bash", "-n", script], check=True)
     shellcheck = Path(sys.executable).with_name("shellcheck")
@@ -51,7 +51,7 @@ def test_readme_lists_every_flag_as_help_does():
         (["create", "--zone"], "--zone needs a value"),
         (["create", "--zone="], "needs --zone=ZONE"),
         (["create", "--spot=maybe"], "--spot=maybe: yes or no is needed"),
-        (["create", "--backend=gpu"], "--backend=gpu: tpu, ssh or local"),
+        (["create", "--backend=gpu"], "--backend=gpu: tpu, gke, ssh or local"),
         (
             ["create", "--zone=z", "--accelerator-type=v9x-8"],
             "--runtime-version=VERSION and --hosts",
