@@ -6,8 +6,10 @@
 
 Compiles the real training step for the slice with the libtpu wheel (pip install 'medmoe_jax[aot]')
 and counts the compiled program. No weights, tokenizer or data need exist: shapes come from the
-configuration and, for a published base, its preset. A topology is CHIP:LAYOUT, or NxCHIP:LAYOUT for
-N slices; a wrong one lists all. Times are bounds: the chip's busiest resource at its full speed.
+configuration and, for a published base, its preset; a folder with nothing but a base's config.json
+does, too (--config.base.path=FOLDER). A topology goes by any name of a slice: v5e:4x4, v5e-16 and
+v5litepod-16 are one, v5p-16 has 8 chips, 2xv5e:4x4 are two. Times are bounds: the busiest resource
+at its full speed.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ from medmoe_jax.training.terminal import console, note
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
-    parser.add_argument("--topology", required=True, metavar="NAME", help="such as v5e:4x4")
+    parser.add_argument(
+        "--topology", required=True, metavar="NAME", help="such as v5e:4x4 or v5litepod-16"
+    )
     parser.add_argument("--stage", default="", help="whose step it is (default: the first)")
     parser.add_argument(
         "--all", action="store_true", help="the frozen base's step, scoring and generation too"
@@ -67,6 +71,11 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
         result = searches.search(config, topology, arguments.stage, arguments.search, note)
         figures = searches.as_json(result, tokens)
         console.print(searches.table(result, topology, tokens))
+        best = result.found[0] if result.found else None
+        if best and best.figures.fits:
+            console.print("the fastest:", " ".join(searches.flags(best.candidate)), soft_wrap=True)
+        else:
+            note("no candidate that was compiled fits: try more of them (--search=N) or more chips")
     else:
         plan = plans.make_plan(setup, topology, at, arguments.all)
         figures = plans.as_json(plan)

@@ -7,6 +7,7 @@ FLOPs and collectives.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable
@@ -29,7 +30,8 @@ class Chip(NamedTuple):
       devices: JAX devices of one chip.
       vmem_mib: on-chip vector memory that one kernel can address, MiB (v5p: of one of two cores).
       columns: a product with fewer columns fills no matrix unit.
-      hbm_gib: GiB.
+      hbm_gib: GiB that it has.
+      limit_gib: GiB that the compiler gives a program.
       bf16_tflops: peak, 1e12 bf16 operations a second.
       hbm_gb_s: 1e9 bytes a second.
       ici_gb_s: over all links of the chip, both directions added, 1e9 bytes a second.
@@ -42,18 +44,23 @@ class Chip(NamedTuple):
     vmem_mib: int
     columns: int
     hbm_gib: int
+    limit_gib: float
     bf16_tflops: float
     hbm_gb_s: int
     ici_gb_s: int
     dcn_gb_s: float
 
 
-# cloud.google.com/tpu/docs/{v5e,v5p,v6e}. v4, whose cores have 16 MiB of vector memory, less than
-# the kernels take, is not counted.
+# cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}; the limits are what libtpu names when it refuses.
+# A chip of v7x (Ironwood) is two chiplets, which JAX presents as two devices. It has 192 GiB,
+# 2,307 TFLOP/s in bf16 (4,614 in fp8, which nothing here uses), 7,380 GB/s and 1,200 GB/s of links,
+# half of it each; vector memory from docs.jax.dev/en/latest/pallas/tpu/hardware.html.
+# v4, whose cores have 16 MiB of that, less than the kernels take, is not counted.
 CHIPS = {
-    "v5e": Chip("TPU v5 lite", "v5e", 1, 128, 128, 16, 197, 819, 400, 3.125),
-    "v5p": Chip("TPU v5", "v5p", 1, 64, 128, 95, 459, 2765, 1200, 6.25),
-    "v6e": Chip("TPU v6 lite", "v6e", 1, 128, 256, 32, 918, 1638, 800, 12.5),
+    "v5e": Chip("TPU v5 lite", "v5e", 1, 128, 128, 16, 15.75, 197, 819, 400, 3.125),
+    "v5p": Chip("TPU v5", "v5p", 1, 64, 128, 95, 95.74, 459, 2765, 1200, 6.25),
+    "v6e": Chip("TPU v6 lite", "v6e", 1, 128, 256, 32, 31.25, 918, 1638, 800, 12.5),
+    "v7x": Chip("TPU7x", "tpu7x", 2, 64, 256, 96, 94.75, 1153.5, 3690, 600, 6.25),
 }
 
 # What libtpu asks a TPU host about itself, answered for a machine that is none; read at its load.
@@ -99,9 +106,16 @@ def describe(name: str) -> Topology:
     if one.count > 1:
         options["num_slices"] = one.count
     chip = CHIPS[one.chip]
-    described = topologies.get_topology_desc(
-        platform="tpu", topology_name=f"{chip.libtpu}:{one.layout}", **options
-    )
+    try:
+        described = topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{chip.libtpu}:{one.layout}", **options
+        )
+    except jax.errors.JaxRuntimeError as error:
+        version = importlib.metadata.version("libtpu")
+        raise UserError(
+            f"{one.name} cannot be compiled for: libtpu {version} does not know it ({error}); a "
+            "newer one may: pip install --upgrade libtpu"
+        ) from None
     return Topology(one.name, chip, tuple(described.devices))
 
 

@@ -63,7 +63,7 @@ class Plan:
     def chip_hours(self) -> float | None:
         """Chip-hours of the whole stage at the bound; None where its steps are not known."""
         seconds = self.steps * self.train.bound.seconds
-        return len(self.topology.devices) * seconds / 3600 if seconds else None
+        return self.topology.chips * seconds / 3600 if seconds else None
 
 
 def floor(setup: Setup, at: Start) -> float:
@@ -106,10 +106,11 @@ def make_plan(setup: Setup, topology: Topology, at: Start, everything: bool = Fa
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """The plan's figures, a chip's and a step's, those of the training step on top."""
+    """A device's figures (v7x has two a chip) and a step's, those of the training step on top."""
     return {
         "topology": plan.topology.name,
-        "chips": len(plan.topology.devices),
+        "chips": plan.topology.chips,
+        "devices": len(plan.topology.devices),
         "stage": plan.stage,
         "mesh": dict(plan.mesh),
         "rows": plan.rows,
@@ -131,7 +132,7 @@ def _figures(plan: Plan, one: Figures) -> dict[str, Any]:
     memory = {
         "fits": one.fits,
         "hbm_gib": one.hbm,
-        "hbm_limit_gib": plan.topology.chip.hbm_gib,
+        "hbm_limit_gib": plan.topology.chip.limit_gib,
         "arguments_gib": one.arguments,
         "compile_seconds": one.compile_seconds,
     }
@@ -153,14 +154,16 @@ def _figures(plan: Plan, one: Figures) -> dict[str, Any]:
 
 
 def table(plan: Plan) -> Table:
-    """The plan for a person: a column a program, everything a chip's."""
+    """The plan for a person: a column a program, everything a device's, which is mostly a chip."""
+    devices, chips = len(plan.topology.devices), plan.topology.chips
+    unit = "chip" if devices == chips else "device"
+    size = f"{chips} chips" if devices == chips else f"{chips} chips, {devices} devices"
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     out = Table(
-        title=f"stage '{plan.stage}' on {plan.topology.name}: {len(plan.topology.devices)} chips "
-        f"({mesh}), {plan.rows} rows of {plan.length} tokens a step, {plan.accumulation} "
-        "micro-batches",
+        title=f"stage '{plan.stage}' on {plan.topology.name}: {size} ({mesh}), {plan.rows} rows of "
+        f"{plan.length} tokens a step, {plan.accumulation} micro-batches",
         title_justify="left",
-        caption="a chip's figures; the bound is the busiest resource's time",
+        caption=f"a {unit}'s figures; the bound is the busiest resource's time",
         caption_justify="left",
     )
     every = (plan.train, *plan.others)
@@ -196,7 +199,7 @@ def _lines(plan: Plan):
     yield "recomputes (run.remat)", lambda one: plan.remat if one is plan.train else ""
     yield "arguments, GiB", lambda one: f"{one.arguments:.2f}"
     yield "temporaries, GiB", known(lambda one: f"{one.temporaries:.2f}")
-    yield f"memory of {chip.hbm_gib} GiB", lambda one: f"{one.hbm:.2f}"
+    yield f"memory of {chip.limit_gib:g} GiB", lambda one: f"{one.hbm:.2f}"
     yield "fits", lambda one: "yes" if one.fits else "NO"
     yield "TFLOPs", known(lambda one: f"{one.flops / 1e12:.3f}")
     yield "FLOPs over the floor", training(lambda: f"{plan.train.flops / plan.floor:.3f}")

@@ -18,7 +18,7 @@ from rich.table import Table
 from medmoe_jax.base.config import site_shapes
 from medmoe_jax.base.execution import REMAT
 from medmoe_jax.errors import UserError
-from medmoe_jax.mesh_axes import AXES, EXPERT, FSDP, SEQUENCE, TENSOR
+from medmoe_jax.mesh_axes import AXES, DATA, EXPERT, FSDP, SEQUENCE, TENSOR
 from medmoe_jax.parallel.mesh import batch_shards, slice_of
 from medmoe_jax.parallel.topology import Topology
 from medmoe_jax.planning import programs
@@ -102,7 +102,7 @@ def search(
       topology: the slice.
       stage: whose step it is; "" = the first.
       most: candidates to compile.
-      report: told of the number of candidates, and of each before it is compiled.
+      report: told of the number of candidates, and of each before and after it is compiled.
 
     Raises:
       UserError: a bad recipe, or one whose rows no mesh divides.
@@ -115,7 +115,7 @@ def search(
             starts[candidate.mesh] = programs.start(setup, stage)
         return setup, starts[candidate.mesh]
 
-    limit = topology.chip.hbm_gib
+    limit = topology.chip.limit_gib
     known = {c: estimate(*opened(c), topology) for c in candidates(config, topology)}
     if not known:
         raise UserError(
@@ -133,6 +133,7 @@ def search(
         setup, at = opened(candidate)
         figures = measure(setup, topology, programs.training(setup, at))
         found.append(Found(candidate, figures))
+        report(_in_words(figures, limit, config.data.global_batch * config.data.length))
         if figures.fits:
             best = min(best, figures.bound.seconds)
         waiting = [c for c in waiting if known[c].least < best]
@@ -142,6 +143,26 @@ def search(
         too_slow=len(possible) - len(found) - len(waiting),
         left=len(waiting),
     )
+
+
+def _in_words(figures: Figures, limit: float, tokens: int) -> str:
+    """What was found of a candidate, in a line."""
+    memory = f"{figures.hbm:.2f} of {limit:g} GiB"
+    if not figures.fits:
+        return f"  does not fit: {memory}"
+    seconds = figures.bound.seconds
+    return (
+        f"  {1e3 * seconds:.2f} ms by {figures.bound.resource}, {tokens / seconds:,.0f} tokens/s, "
+        f"{memory}"
+    )
+
+
+def flags(candidate: Candidate) -> list[str]:
+    """The options of `medmoe train` that run the recipe in the candidate's way."""
+    sizes = dict(zip(AXES, candidate.mesh, strict=True))
+    fields = {f"mesh.{axis}": sizes[axis] for axis in (DATA, FSDP, TENSOR)}
+    fields |= {"accumulation": candidate.accumulation, "remat": candidate.remat}
+    return [f"--config.run.{name}={value}" for name, value in fields.items()]
 
 
 def _with(config: ConfigDict, candidate: Candidate) -> ConfigDict:
@@ -232,7 +253,7 @@ def table(result: Result, topology: Topology, tokens: int) -> Table:
       tokens: how many a step reads.
     """
     out = Table(
-        title=f"fastest on {topology.name}, by bound",
+        title=f"fastest on {topology.name}, by bound, in {topology.chip.limit_gib:g} GiB",
         title_justify="left",
         caption=f"not compiled: {result.too_large} too large, {result.too_slow} too slow, "
         f"{result.left} left",
@@ -254,12 +275,14 @@ def table(result: Result, topology: Topology, tokens: int) -> Table:
 def as_json(result: Result, tokens: int) -> dict[str, Any]:
     """The result's figures; seconds and tokens a second only of what fits."""
     rows = []
-    for (mesh, accumulation, remat), figures in result.found:
+    for candidate, figures in result.found:
+        mesh, accumulation, remat = candidate
         row: dict[str, Any] = {
             "mesh": dict(zip(AXES, mesh, strict=True)),
             "accumulation": accumulation,
         }
         row |= {"remat": remat, "fits": figures.fits, "hbm_gib": figures.hbm}
+        row["flags"] = flags(candidate)
         if figures.fits:
             seconds = figures.bound.seconds
             row |= {"step_seconds_bound": seconds, "tokens_per_second_bound": tokens / seconds}

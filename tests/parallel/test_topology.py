@@ -19,6 +19,25 @@ def test_what_cannot_be_described():
         topology.describe("v4-8")
 
 
+def test_a_libtpu_that_does_not_know_the_chip_is_named(monkeypatch):
+    def refuse(**_):
+        raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: Invalid TPU external name: TPU7x")
+
+    monkeypatch.setattr(topology.topologies, "get_topology_desc", refuse)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(topology.importlib.metadata, "version", lambda name: "0.0.21")
+    with pytest.raises(UserError, match=r"^v7x:2x2x1 cannot .* libtpu 0.0.21 does not know it"):
+        topology.describe("tpu7x-8")
+
+
+def test_a_device_of_v7x_is_half_a_chip():
+    """Doubled, its figures are the published ones of the chip."""
+    half = topology.CHIPS["v7x"]
+    assert topology.Topology("v7x:2x2x1", half, (0,) * 8).chips == 4
+    published = (192, 2307, 7380, 1200, 100 / 8)  # GiB, TFLOP/s, GB/s, GB/s, 100 Gbit/s
+    assert tuple(2 * figure for figure in half[-6:] if figure != half.limit_gib) == published
+
+
 def test_without_libtpu_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'medmoe_jax\[aot\]'"):
@@ -58,7 +77,8 @@ def test_hbm_of_the_table_is_where_the_compiler_says_no(chip):
 
     memory = peak(slice_.chip.hbm_gib * 0.9).memory_analysis()
     assert memory.argument_size_in_bytes > slice_.chip.hbm_gib * 0.44 * 2**30
-    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+    limit = rf"RESOURCE_EXHAUSTED.*exceeds available HBM \({slice_.chip.limit_gib:.2f}G\)"
+    with pytest.raises(jax.errors.JaxRuntimeError, match=limit):
         peak(slice_.chip.hbm_gib * 1.1)
 
 

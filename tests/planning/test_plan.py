@@ -1,6 +1,7 @@
 """`medmoe plan` from the command line to its figures, on slices that are not there."""
 
 import json
+import shutil
 
 import jax
 import pytest
@@ -16,6 +17,7 @@ from medmoe_jax.planning.hlo import Traffic
 from medmoe_jax.planning.plan import Plan, as_json, make_plan, shardings_table, table
 from medmoe_jax.planning.programs import open_abstract, start, training
 from medmoe_jax.planning.roofline import bound
+from tests import tiny
 
 RECIPE = """
 from configs import medcare
@@ -58,7 +60,7 @@ def run(recipe, tmp_path, *arguments):
 def test_a_training_step_and_all_the_rest(recipe, tmp_path, capsys):
     figures = run(recipe, tmp_path, "--topology=v5e:2x2", "--all")
     assert figures["fits"] and 0 < figures["arguments_gib"] < figures["hbm_gib"] < 1
-    assert figures["hbm_limit_gib"] == 16 and figures["chips"] == 4
+    assert figures["hbm_limit_gib"] == 15.75 and figures["chips"] == figures["devices"] == 4
     assert figures["mesh"] == {**dict.fromkeys(AXES, 1), "fsdp": 4}
     assert {"all-gather"} <= set(figures["collectives"])
     assert all(c["dcn_bytes"] == 0 < c["ici_bytes"] for c in figures["collectives"].values())
@@ -103,7 +105,9 @@ def test_the_search_compiles_the_most_promising(recipe, tmp_path, capsys):
     assert best["fits"] and best["tokens_per_second_bound"] > 0
     # One chip: as many micro-batches as divide sixteen rows, with three rematerialisations each.
     assert sum(figures["not_compiled"].values()) == 5 * 3 - 1
-    assert "compiling 1 of at most 1" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "compiling 1 of at most 1" in shown.err and " of 15.75 GiB\n" in shown.err
+    assert f"the fastest: {' '.join(best['flags'])}\n" in shown.out
 
 
 def test_the_plan_recomputes_as_little_as_fits(recipe, monkeypatch):
@@ -133,15 +137,33 @@ def test_the_plan_recomputes_as_little_as_fits(recipe, monkeypatch):
 
 def test_an_unknown_topology_is_refused(recipe, capsys):
     assert main(["plan", f"--config={recipe}", "--topology=v5e:9x9"]) == 1
-    assert "topology 'v5e:9x9' is not known" in capsys.readouterr().err
+    assert "slice 'v5e:9x9' is not known; the closest is v5e:8x8" in capsys.readouterr().err
+
+
+def test_a_folder_with_nothing_but_a_config_json_is_planned_for(recipe, tmp_path):
+    """The shapes are those of the whole folder."""
+    (tmp_path / "base").mkdir()
+    shutil.copy(tiny.base_path() / "config.json", tmp_path / "base")
+    here = Topology("here", CHIPS["v5e"], tuple(jax.devices()))
+
+    def shapes(path):
+        fields = [f"--config.base.path={path}", "--config.base.tokenizer=absent"]
+        fields += ["--config.data.length=64"]
+        config = load_config([f"--config={recipe}", *fields])
+        config.base.decoder = {}
+        setup = open_abstract(config, here)
+        state, frozen, _ = training(setup, start(setup, "aggregate")).arguments
+        return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (state.trainable, frozen))
+
+    assert shapes(tmp_path / "base") == shapes(tiny.base_path())
 
 
 def test_shardings_of_every_array_of_the_step(recipe):
     here = Topology("here", CHIPS["v5e"], tuple(jax.devices()))
     setup = open_abstract(load_config([f"--config={recipe}"]), here)
     at = start(setup, "aggregate")
-    table = shardings_table(setup, at)
-    paths, shapes, axes = ([*column.cells] for column in table.columns)
+    shown = shardings_table(setup, at)
+    paths, shapes, axes = ([*column.cells] for column in shown.columns)
     rows = dict(zip(paths, zip(shapes, axes, strict=True), strict=True))
     state, frozen, batch = training(setup, at).arguments
     leaves = (state.trainable, state.optimiser, frozen, batch)
@@ -187,9 +209,20 @@ def test_figures_of_a_plan():
     }
 
 
+def test_a_plan_for_two_devices_a_chip():
+    """One hour of a step and chip, in each of two devices."""
+    plan = plan_of(topology=Topology("v7x:1x1x1", CHIPS["v7x"], (0, 1)), steps=3600)
+    assert plan.chip_hours == pytest.approx(1.0)
+    figures = as_json(plan)
+    assert (figures["chips"], figures["devices"], figures["hbm_limit_gib"]) == (1, 2, 94.75)
+    shown = table(plan)
+    assert "v7x:1x1x1: 1 chips, 2 devices (data 2)" in shown.title
+    assert shown.caption.startswith("a device's figures")
+
+
 def test_a_plan_that_does_not_fit_knows_its_memory_only():
     figures = as_json(plan_of(train=Figures("train", False, 20.0, 4.0, 30.0)))
-    assert (figures["fits"], figures["hbm_gib"], figures["hbm_limit_gib"]) == (False, 20.0, 16)
+    assert (figures["fits"], figures["hbm_gib"], figures["hbm_limit_gib"]) == (False, 20.0, 15.75)
     assert figures["mfu_bound"] is figures["chip_hours"] is figures["flops_over_floor"] is None
 
 

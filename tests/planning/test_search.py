@@ -7,6 +7,7 @@ from rich.console import Console
 from configs import medcare
 from medmoe_jax.base.config import site_shapes
 from medmoe_jax.base.presets import preset
+from medmoe_jax.cli.configs import load_config
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel.topology import CHIPS, Topology
 from medmoe_jax.planning import search
@@ -114,7 +115,11 @@ def test_a_search_compiles_what_may_win(monkeypatch):
     result = search.search(config_of(rows=8, accumulation=8), HERE, "", 3, lines.append)
     assert len(compiled) == len(result.found) <= 3
     assert not result.found[-1].figures.fits and result.found[0].figures.fits
-    assert len(lines) == 1 + len(compiled)
+    # Each is told of before it is compiled, and what was found right after.
+    assert len(lines) == 1 + 2 * len(compiled)
+    assert lines[2] == "  does not fit: 9.00 of 15.75 GiB"
+    seconds = next(f for f in result.found if f.figures.fits).figures.bound.seconds
+    assert f"{1e3 * seconds:.2f} ms by products" in "".join(lines[4::2])
     total = len(list(candidates(config_of(rows=8), HERE)))
     assert len(compiled) + result.too_large + result.too_slow + result.left == total
     assert result.too_slow > 0
@@ -135,6 +140,14 @@ def test_rows_that_no_mesh_divides():
         search.search(config, HERE, "", 1)
 
 
+def test_the_flags_run_the_recipe_in_the_candidates_way():
+    words = ["--config=medcare:qwen1.5-1.8b", "--config.run.mesh.expert=2"]
+    for one in list(candidates(load_config(words), HERE))[::7]:
+        run = load_config([*words, *search.flags(one)]).run
+        assert tuple(run.mesh[axis] for axis in search.AXES) == one.mesh
+        assert (run.accumulation, run.remat) == (one.accumulation, one.remat)
+
+
 def test_the_table_and_the_json_say_the_same():
     fits = Figures("train", True, 9.0, 1.0, 1.0, bound=bound(CHIP, 197e12, 0))
     not_ = Figures("train", False, 20.0, 1.0, 1.0)
@@ -145,6 +158,10 @@ def test_the_table_and_the_json_say_the_same():
     assert figures["candidates"][1] == {
         "mesh": {"data": 1, "fsdp": 8, "expert": 1, "sequence": 1, "tensor": 1},
         "accumulation": 2, "remat": "none", "fits": False, "hbm_gib": 20.0,
+        "flags": [
+            "--config.run.mesh.data=1", "--config.run.mesh.fsdp=8", "--config.run.mesh.tensor=1",
+            "--config.run.accumulation=2", "--config.run.remat=none",
+        ],
     }  # fmt: skip
     assert figures["not_compiled"] == {"too_large": 5, "too_slow": 6, "left": 7}
     table = search.table(result, HERE, 4000)
@@ -152,5 +169,6 @@ def test_the_table_and_the_json_say_the_same():
     with (console := Console(width=80)).capture() as shown:
         console.print(table)
     printed = shown.get()
+    assert "fastest on here, by bound, in 15.75 GiB" in printed
     assert "│ fsdp 8 │" in printed and " 1000.00 " in printed and "does not fit" in printed
     assert "…" not in printed

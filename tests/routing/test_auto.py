@@ -36,9 +36,9 @@ def best(machine, shapes, tokens):
 
 
 def test_machines():
-    assert len(set(MACHINES.values())) == 4
+    assert len(set(MACHINES.values())) == 5
     assert MACHINES["TPU v5 lite"] == Machine(197e12, 819e9, 400e9, 128)
-    assert MACHINES["TPU v6 lite"].columns == 256
+    assert MACHINES["TPU v6 lite"].columns == MACHINES["TPU7x"].columns == 256
     assert auto.machine(jax.devices()[0]) == MACHINES["cpu"]
 
 
