@@ -83,7 +83,7 @@ def test_hbm_of_the_table_is_where_the_compiler_says_no(chip):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("name", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4"])
+@pytest.mark.parametrize("name", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4", "v7x:2x2x1"])
 def test_a_sharded_program_compiles_with_its_collectives(name):
     slice_ = topology.describe(name)
     mesh = meshes.make_mesh({"data": 1, "fsdp": -1, "expert": 2, "tensor": 1}, slice_.devices)
