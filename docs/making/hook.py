@@ -1,14 +1,16 @@
-"""A hook of MkDocs: pages from outside of docs/, and links that mean the same on every host.
+"""A hook of MkDocs: pages from outside of docs/, links that mean the same on every host, tables.
 
 Pages link each other by their paths in the repository, so that they can be read where it is hosted.
 On the site a link to a page leads to that page, and one to any other file to the repository, whose
-address is `repo_url` in mkdocs.yml; without one, its words stay as plain text.
+address is `repo_url` in mkdocs.yml; without one, its words stay as plain text. A comment of the
+form `<!-- fields: NAME -->` becomes a table of `fields.SECTIONS`.
 """
 
 from __future__ import annotations
 
 import posixpath
 import re
+import sys
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -16,6 +18,9 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # MkDocs knows this folder alone, and mends the path afterwards
+from docs.making import fields  # noqa: E402
+
 # Pages of the site that do not lie in docs/, by their path in the repository.
 OUTSIDE = {
     "README.md": "index.md",
@@ -26,6 +31,7 @@ OUTSIDE = {
     "SECURITY.md": "security.md",
 }
 _SOURCES = {page: source for source, page in OUTSIDE.items()}
+_FIELDS = re.compile(r"<!-- fields: (\w+) -->")
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s]+)\)")
 
 
@@ -37,7 +43,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Lead a page's links to where the site has what they name."""
+    """Fill in a page's tables, and lead its links to where the site has what they name."""
+    markdown = _FIELDS.sub(lambda comment: fields.table(comment[1]), markdown)
     return relinked(markdown, page.file.src_uri, config.repo_url or "", set(files.src_uris))
 
 

@@ -52,8 +52,9 @@ class BankSpec:
         network; `ffn`, a whole network of its own, at first a copy of the base's (upcycling), in
         whose place the mixture stands; `ffn_beside`, the same with the base's network beside the
         mixture (a shared expert), and the last product of the copies zero at first.
-      experts, rank: E and r.
-      alpha: `s = alpha / r`, or `alpha / sqrt(r)` if `rank_stabilised`.
+      experts, rank: E, how many a site or network has, and r, the rank of each.
+      alpha, rank_stabilised: the bank's output is multiplied by `s = alpha / r`, or, if stabilised,
+        by `alpha / sqrt(r)`.
       gate: `always` (weight 1), `token` (learned router, top-k), `language` (the same, with the
         expert of the token's language forced among the picks) or `skill` (mixing weights, the same
         for every token).

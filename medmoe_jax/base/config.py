@@ -58,12 +58,13 @@ class DecoderConfig:
       vocab_size: rows of the embedding.
       vocab_used: ids from here on are padding rows, never sampled and left out of the
         cross-entropy; 0 means that every row is used.
-      d_model, n_layers, n_heads, n_kv_heads, head_dim, d_ff: the usual widths.
+      d_model, n_layers, n_heads, n_kv_heads, head_dim, d_ff: width of the residual sum, layers,
+        query heads, key and value heads, width of a head, hidden width of the feed-forward network.
       activation: `silu` (SwiGLU) or `gelu_tanh` (GeGLU).
       norm_eps, norm_offset: RMSNorm multiplies by `weight + norm_offset` (1 for Gemma).
       tied: logits use the embedding; there is no `head`.
       qkv_bias, o_bias, mlp_bias: biases on q, k and v; on o; on gate, up and down.
-      qk_norm: RMSNorm on each head's q and k, or on all heads of a token as one (`qk_norm_whole`).
+      qk_norm, qk_norm_whole: RMSNorm on each head's q and k; on all heads of a token as one.
       pre_norms, post_norms: a norm before attention and MLP, and one after.
       embed_scale, residual_scale, output_scale: multiply the embeddings, what attention and MLP add
         to the residual sum, and the final hidden states.

@@ -45,10 +45,10 @@ def recipe() -> ConfigDict:
             # The frozen decoder.
             "base": {
                 "path": "",  # directory or file of weights; empty = random weights
-                "preset": "",  # architecture, where `path` does not give it
-                "decoder": {},  # fields of base.DecoderConfig laid over the preset
+                "preset": "",  # name in base/presets.py of an architecture, where `path` gives none
+                "decoder": {},  # fields of base.config.DecoderConfig laid over the preset
                 "tokenizer": "",  # file or directory; empty = the one inside `path`
-                "dtype": "float32",  # of the frozen weights and the activations
+                "dtype": "float32",  # of frozen weights and activations: float32 or bfloat16
                 "quantise": "",  # kernels of the frozen base: int8, nf4, or empty = `dtype`
                 "seed": 0,  # of random weights
             },
@@ -56,7 +56,7 @@ def recipe() -> ConfigDict:
             "data": {
                 "sources": {},  # {name: source(...)}
                 "ignore": (),  # keys of rows that are left out and counted; "*_id" is a pattern
-                "template": "chatml",
+                "template": "chatml",  # built-in, `tokenizer` (the base's own), or a .jinja file
                 "template_options": {},  # variables of a Jinja template, such as enable_thinking
                 "mask": "completion",  # what is learned: completion, answer, qwen_legacy
                 "languages": "",  # table of language experts: a published one's name, or a file
@@ -66,8 +66,8 @@ def recipe() -> ConfigDict:
                 "length": 1024,  # tokens a row of a batch
                 "global_batch": 8,  # rows a step
                 "shards": 8,  # virtual shards; divides global_batch
-                "pack": True,
-                "seed": 0,
+                "pack": True,  # whether several rows of the sources share a row of a batch
+                "seed": 0,  # of the order of the rows
             },
             # Training phases: `order` lists them, the rest are stage(...) by name.
             "stages": {"order": ()},
@@ -80,17 +80,17 @@ def recipe() -> ConfigDict:
                 # What the backward pass recomputes: none, all but products (dots), layers (full);
                 # auto = the least that fits into memory.
                 "remat": "auto",
-                "unroll": 1,
+                "unroll": 1,  # layers an iteration of the loop over them holds
                 "attention": "auto",  # splash (TPU), cudnn (NVIDIA GPU), xla, or the fitting one
                 "kernels": "auto",  # of routing and experts: pallas (TPU), xla, or the fitting one
-                "dispatch": "auto",
+                "dispatch": "auto",  # of experts: stacked, grouped, all_to_all, or the fitting one
                 "compilation_cache": "",  # directory; empty = JAX's own, or one in the workdir
-                "log_every": 10,  # steps
-                "save_every": 200,  # steps
-                "keep": 2,  # checkpoints of a stage
+                "log_every": 10,  # steps from a line for the terminal and TensorBoard to the next
+                "save_every": 200,  # steps from a checkpoint to the next
+                "keep": 2,  # newest checkpoints of a stage that stay
                 "profile": (),  # (first step, steps) of each stage to trace for XProf; () = none
-                "tasks": (),  # evaluated at the end of every stage
-                "task_limit": 0,  # items a task; 0 = all
+                "tasks": (),  # tasks (docs/tasks.md) scored at the end of every stage
+                "task_limit": 0,  # items of each of them; 0 = all
                 "score_batch": 16,  # rows of scoring and generation
             },
         }
@@ -128,33 +128,37 @@ def stage(**fields: Any) -> ConfigDict:
             "train_base": (),  # globs of base leaves trained in this stage
             "losses": ConfigDict(),  # {name: orthogonality(...) or another loss}
             "allocators": ConfigDict(),  # {name: allocator(...)}
-            "mixture": ConfigDict(),  # {source: weight}
-            "evaluation": evaluation(),  # while it trains
-            "steps": 0,  # 0 = as many as `epochs` take
-            "epochs": 1.0,
-            "learning_rate": 2e-4,
+            "mixture": ConfigDict(),  # {source: weight}: how many of its rows for one of another's
+            "evaluation": evaluation(),  # what is scored while it trains
+            "steps": 0,  # updates of the weights; 0 = as many as `epochs` take
+            "epochs": 1.0,  # 1 = as many rows as the sources of the mixture hold together
+            "learning_rate": 2e-4,  # after the warm-up; then a cosine
             "warmup": 0.03,  # share of the steps
             "final_learning_rate": 0.0,  # share of learning_rate at the end of the cosine
-            "weight_decay": 0.0,
-            "clip": 1.0,  # global gradient norm
-            "b1": 0.9,
-            "b2": 0.999,
-            "eps": 1e-8,
-            "seed": 0,
+            "weight_decay": 0.0,  # of AdamW, times the learning rate
+            "clip": 1.0,  # longest norm of the whole gradient; 0 = not clipped
+            "b1": 0.9,  # decay of AdamW's mean of gradients
+            "b2": 0.999,  # decay of its mean of their squares
+            "eps": 1e-8,  # added to the root of that mean
+            "seed": 0,  # of the banks' first values, dropout and noise
         },
         fields,
     )
 
 
 def bank(**fields: Any) -> ConfigDict:
-    """A bank of experts: the fields of `adapters.bank.BankSpec`.
-
-    `sites` are globs, and `layers` is a slice of the layers.
-    """
+    """A bank of experts: the fields of `adapters.bank.BankSpec`, and where it sits."""
     own = _defaults(BankSpec)
     for place in ("sites", "start", "stop"):
         del own[place]
-    return _filled({"sites": (), "layers": (None, None), **own}, fields)
+    return _filled(
+        {
+            "sites": (),  # globs of the linear layers it sits on, such as "attn.*" and "mlp.up"
+            "layers": (None, None),  # slice of the decoder's layers: (-2, None) = the last two
+            **own,
+        },
+        fields,
+    )
 
 
 # The fields of a bank that say how its gate works.
@@ -181,10 +185,15 @@ def source(
 ) -> ConfigDict:
     """Rows of conversations: a file or built data set (docs/data.md), or a named reader's split.
 
-    `prompt` is what the first user turn of every row is put into, at `{text}`. `columns` maps the
-    keys of a form of rows to the names that these rows give them, `{"prompt": "Question"}`. With a
-    `window`, JSON lines and Parquet files of any size are streamed and shuffled in a window of so
-    many rows; otherwise all rows are read, checked and counted before the first step.
+    Args:
+      path: the file, folder, built data set, or address on a hub or on object storage.
+      reader: `rows`, the forms of docs/data.md, or the name of a known set (docs/tasks.md), which
+        needs no path.
+      split: which part of the rows, where there are several.
+      prompt: what the first user turn of every row is put into, at `{text}`.
+      columns: by key of a form of rows, the name that these rows give it: `{"prompt": "Question"}`.
+      window: rows; with one, JSON lines and Parquet files of any size are streamed and shuffled in
+        a window of so many. 0 = all rows are read, checked and counted before the first step.
     """
     fields = {"path": path, "reader": reader, "split": split, "prompt": prompt, "window": window}
     return ConfigDict({**fields, "columns": dict(columns or {})})

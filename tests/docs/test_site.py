@@ -2,7 +2,6 @@
 
 import logging
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,8 @@ from docs.making import hook
 ROOT = Path(__file__).parents[2]
 
 
-def make(folder: Path, monkeypatch, **settings) -> None:
+def make(folder: Path, **settings) -> None:
     """Build the site of this checkout, or of the one that `settings` names, in a folder."""
-    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
     config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder), strict=True, **settings)
     config.plugins.on_startup(command="build", dirty=False)
     build(config)
@@ -27,8 +25,7 @@ def make(folder: Path, monkeypatch, **settings) -> None:
 def site(tmp_path_factory):
     """The built site; all tests look into the same one."""
     folder = tmp_path_factory.mktemp("site")
-    with pytest.MonkeyPatch.context() as patch:
-        make(folder, patch)
+    make(folder)
     return folder
 
 
@@ -49,14 +46,14 @@ def test_nothing_is_asked_of_other_servers(site):
         assert not re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="https?://[^"]*"', text), page
 
 
-def test_a_link_that_leads_nowhere_fails_the_build(tmp_path, monkeypatch, caplog):
+def test_a_link_that_leads_nowhere_fails_the_build(tmp_path, caplog):
     docs = tmp_path / "docs"
     docs.mkdir()
     (docs / "index.md").write_text("[a](no.md) [b](#nowhere) [c](other.md#there)\n")
     (docs / "other.md").write_text("# Here\n")
     settings = {"docs_dir": str(docs), "nav": ["index.md", "other.md"], "hooks": [], "plugins": []}
     with caplog.at_level(logging.INFO, "mkdocs"), pytest.raises(Abort):
-        make(tmp_path / "site", monkeypatch, **settings)
+        make(tmp_path / "site", **settings)
     for target in ("no.md", "#nowhere", "other.md#there"):
         assert f"'{target}'" in caplog.text
 
