@@ -17,7 +17,7 @@ PAGES = sorted(
     | {*ROOT.glob("*/README.md"), *ROOT.glob("docs/**/*.md")}
 )
 # Pages whose Python blocks stand alone; others have tests of their own, or need names of a run.
-ALONE = ("configs.md",)
+ALONE = ("concepts.md", "configs.md", "guide.md", "start/notebook.md")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```|((?:^    [^\n]*\n|^\n)+)", re.MULTILINE | re.DOTALL)
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 MENTION = re.compile(r"`(medmoe [^`]+)`")
@@ -69,7 +69,7 @@ def fault(call: str, top: argparse.ArgumentParser) -> str:
 def mention_fault(call: str, top: argparse.ArgumentParser) -> str:
     """What is wrong with a call that leaves things out, or nothing: its words must exist."""
     words, known = call.split()[1:], subparsers(top)
-    if not words[0].startswith("-") and words[0] not in known:
+    if not words[0].startswith("-") and words[0] not in {*known, "COMMAND"}:
         return f"no command: {call}"
     parser = known.get(words[0], top)
     named = {w.partition("=")[0] for w in words if re.match(r"--\w", w)}

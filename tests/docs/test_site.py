@@ -9,7 +9,7 @@ from mkdocs.commands.build import build
 from mkdocs.config import load_config
 from mkdocs.exceptions import Abort
 
-from docs.making import hook
+from docs.making import figures, hook
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,3 +76,12 @@ def test_a_link_that_leads_nowhere_fails_the_build(tmp_path, caplog):
 def test_links_lead_to_pages_or_to_the_repository(page, link, address, wanted):
     pages = {"data.md", "tasks.md", "index.md", "pods.md", "site.css"}
     assert hook.relinked(link, page, address, pages) == wanted
+
+
+def test_the_figures_are_those_of_the_recipes():
+    """`python -m docs.making.figures` draws them anew."""
+    drawn = figures.figures()
+    assert {path.stem for path in figures.FOLDER.glob("*.svg")} == set(drawn)
+    for name, drawing in drawn.items():
+        assert (figures.FOLDER / f"{name}.svg").read_text(encoding="utf-8") == drawing.svg(), name
+        assert len(drawing.svg()) < 100_000
