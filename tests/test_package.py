@@ -165,7 +165,7 @@ def defined(source: Path) -> set[str]:
 
 def test_the_documents_point_to_code_that_is_there():
     pointers, lost = 0, []
-    for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for document in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         for path, name in POINTER.findall(document.read_text(encoding="utf-8")):
             pointers += 1
             source = next((r / path for r in (ROOT, PACKAGE) if (r / path).is_file()), None)

@@ -69,7 +69,7 @@ def fault(call: str, top: argparse.ArgumentParser) -> str:
 def mention_fault(call: str, top: argparse.ArgumentParser) -> str:
     """What is wrong with a call that leaves things out, or nothing: its words must exist."""
     words, known = call.split()[1:], subparsers(top)
-    if not words[0].startswith("-") and words[0] not in {*known, "COMMAND"}:
+    if not words[0].startswith("-") and words[0].rstrip(":") not in {*known, "COMMAND"}:
         return f"no command: {call}"
     parser = known.get(words[0], top)
     named = {w.partition("=")[0] for w in words if re.match(r"--\w", w)}
