@@ -67,7 +67,9 @@ class Case(NamedTuple):
         Every layer is recomputed, so that a row needs one compilation and all compare.
         """
         fields = {"data.length": "2048", "data.global_batch": str(CHIPS[self.topology])}
-        fields |= {"run.accumulation": "1", "run.remat": "full"} | dict(f.split("=", 1) for f in self.fields)
+        fields |= {"run.accumulation": "1", "run.remat": "full"} | dict(
+            f.split("=", 1) for f in self.fields
+        )
         config = [f"--config.{name}={value}" for name, value in fields.items()]
         return [f"--config={ROOT / 'configs' / self.config}", *config]
 
