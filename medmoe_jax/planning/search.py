@@ -160,7 +160,7 @@ def _in_words(figures: Figures, limit: float, tokens: int) -> str:
 def flags(candidate: Candidate) -> list[str]:
     """The options of `medmoe train` that run the recipe in the candidate's way."""
     sizes = dict(zip(AXES, candidate.mesh, strict=True))
-    fields = {f"mesh.{axis}": sizes[axis] for axis in (DATA, FSDP, TENSOR)}
+    fields: dict[str, int | str] = {f"mesh.{axis}": sizes[axis] for axis in (DATA, FSDP, TENSOR)}
     fields |= {"accumulation": candidate.accumulation, "remat": candidate.remat}
     return [f"--config.run.{name}={value}" for name, value in fields.items()]
 
