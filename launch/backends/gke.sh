@@ -50,6 +50,7 @@ check_image() {
 # --volumes as CLAIMS and PATHS; the work directory has to outlive the pods.
 check_volumes() {
   local volume path kept=no volumes
+  CLAIMS=() PATHS=()
   read -ra volumes <<<"$FLAG_VOLUMES"
   path=$(workdir)
   if [[ -z $path || $path == gs://* ]]; then kept=yes; fi
