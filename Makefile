@@ -8,7 +8,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-chat models llama-cpp vllm docs test fast fuzz lint format clean
+.PHONY: help demo demo-chat models llama-cpp vllm docs notebooks test fast fuzz lint format clean
 
 # Extra options for every test step, such as PYTEST_ARGS=-x; the most seconds that a step may take.
 LIMIT ?= 1800
@@ -36,6 +36,7 @@ help:
 	@echo "make llama-cpp   build llama.cpp and run exported GGUF files in it"
 	@echo "make vllm     compare the answers of exports with those of vLLM on CPU, in its own environment"
 	@echo "make docs     build the pages as a site, in site/"
+	@echo "make notebooks   write the repository's address and the cell that installs into all of them"
 	@echo "make test     lint, then the fast, the slow, the parity and the compiled-program tests"
 	@echo "make test T=tests/base/test_loss.py    one file or folder, or one test of it"
 	@echo "make fast     lint and the fast tests; needs no torch"
@@ -109,6 +110,9 @@ vllm: $(VENV)/.installed-test $(VLLM)/.installed $(SMOLLM2)
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/mkdocs build
+
+notebooks: $(VENV)/.installed-fast
+	$(BIN)/python notebooks/shared.py
 
 lint: $(VENV)/.installed-fast
 	@echo "== lint =="

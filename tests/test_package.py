@@ -5,13 +5,14 @@ import graphlib
 import importlib.metadata
 import os
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests import wheel
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "medmoe_jax"
@@ -285,36 +286,15 @@ assert tuple(config.stages.order) == ("aggregate", "align") and config.run.log_e
 @pytest.mark.slow
 def test_the_wheel_holds_all_that_the_folder_does(tmp_path):
     """Every file that belongs to the package, recipes too; a recipe loads where no clone is."""
-    copy = tmp_path / "clone"
-    files = subprocess.run(
-        ["git", "ls-files", "medmoe_jax", "configs", "*.toml", "setup.py", "README.md", "LICENSE"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout.split()  # fmt: skip
-    for name in files:
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, copy / name, follow_symlinks=False)
-    build = [
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        tmp_path,
-        copy,
-    ]
-    subprocess.run([sys.executable, *build], check=True)
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
-        held = set(wheel.namelist())
-        wheel.extractall(tmp_path / "site")
+    with zipfile.ZipFile(next(wheel.folder().glob("*.whl"))) as archive:
+        held = set(archive.namelist())
     wanted = {
         name if name.startswith("medmoe_jax/") else f"medmoe_jax/{name}"
-        for name in files
+        for name in wheel.files()
         if name.startswith(("medmoe_jax/", "configs/")) and (ROOT / name).is_file()
     }
     assert wanted <= held, wanted - held
-    site = str(tmp_path / "site")
+    site = str(wheel.site())
     subprocess.run(
         [sys.executable, "-c", WHEEL_ONLY, site], cwd=tmp_path, check=True,
         env=os.environ | {"PYTHONPATH": site},

@@ -1,24 +1,16 @@
-"""The notebooks: valid, without outputs, and their cells run."""
+"""The notebooks: valid, without outputs, alike in what they share, and run from the wheel."""
 
 import ast
-from pathlib import Path
+import re
 
-import matplotlib
 import nbformat
 import pytest
 
+from notebooks import shared
 from tests import tiny
+from tests.notebooks.executed import execute, printed, shown
 
-ROOT = Path(__file__).parents[2]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-
-
-def code_cells(path: Path):
-    """(tags, source) of every code cell, shell commands left out."""
-    for cell in nbformat.read(path, as_version=4).cells:
-        if cell.cell_type == "code":
-            lines = (line for line in cell.source.splitlines() if not line.strip().startswith("!"))
-            yield set(cell.metadata.get("tags", ())), "\n".join(lines)
+NOTEBOOKS = shared.NOTEBOOKS
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -27,48 +19,66 @@ def test_notebook_is_valid_and_clean(path):
     nbformat.validate(notebook)
     for cell in notebook.cells:
         assert not cell.get("outputs") and cell.get("execution_count") is None
-    for _, source in code_cells(path):
-        ast.parse(source)
-    assert NOTEBOOKS
+        if cell.cell_type == "code":
+            ast.parse(cell.source)
+    text = path.read_text(encoding="utf-8")
+    assert len(text) < 100_000 and text == nbformat.writes(notebook) + "\n"
 
 
-@pytest.mark.slow
-def test_quickstart_runs(monkeypatch, tmp_path, capsys):
-    """From the first cell to the last, on the tiny base and with two steps a stage."""
-    monkeypatch.chdir(tmp_path)
-    matplotlib.use("agg")
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_notebooks_share_is_the_same_in_all(path):
+    """As of now, and with an address that the project may get."""
+    as_it_is = nbformat.read(path, as_version=4)
+    again = shared.fill(nbformat.read(path, as_version=4), shared.repository(), path.name)
+    assert again == as_it_is, "run `make notebooks`"
+    assert again.cells[0].cell_type == "markdown" and again.cells[0].source.startswith("# ")
+    filled = shared.fill(again, "https://github.com/org/some.name.git", path.name)
+    text = nbformat.writes(filled)
+    assert f"/github/org/some.name/blob/main/notebooks/{path.name})" in text
+    assert 'REPOSITORY = \\"https://github.com/org/some.name.git\\"' in text
+    back = shared.fill(filled, "", path.name)
+    assert "colab-badge" not in nbformat.writes(back)
+
+
+def test_a_notebook_that_shares_nothing_is_refused():
+    notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
+    del notebook.cells[1].metadata["tags"]
+    with pytest.raises(ValueError, match="0 cells are tagged 'colab'"):
+        shared.fill(notebook, "", "a.ipynb")
+
+
+def settings(**fields) -> str:
+    """Code that makes a notebook on a chat model run in seconds."""
     small = {
         "base.path": str(tiny.base_path()),
         "base.tokenizer": str(tiny.tokenizer().path),
         "data.template": "user_assistant",
         "data.length": 96,
-        "stages.aggregate.steps": 2,
-        "stages.align.steps": 2,
+        **fields,
     }
-    names = {}
-    for tags, source in code_cells(ROOT / "notebooks" / "quickstart.ipynb"):
-        exec(compile(source.replace("limit=60", "limit=3"), "cell", "exec"), names)
-        if "settings" in tags:
-            names["SETTINGS"] |= small
-    printed = capsys.readouterr().out
-    assert "did you mean 'stages.align.learning_rate'" in printed
-    assert "stage 2" in printed and "Scurvy" in printed
-    assert names["done"].stages == ("aggregate", "align")
-    assert [one.n for one in names["scores"].report.results] == [3, 3]
-    assert {"aggregate.loss", "align.loss", "align.overlap_cos"} <= set(names["drawn"].pictures)
-    assert "<iframe" in names["drawn"]._repr_html_()
+    return f"LIMIT = 3\nSETTINGS |= {small!r}"
 
 
 @pytest.mark.slow
-def test_reuse_notebook_runs(monkeypatch, tmp_path, capsys):
-    """From the first cell to the last, with a few steps."""
-    monkeypatch.chdir(tmp_path)
-    matplotlib.use("agg")
-    names = {}
-    for _, source in code_cells(ROOT / "notebooks" / "reuse.ipynb"):
-        exec(compile(source.replace("STEPS = 150", "STEPS = 3"), "cell", "exec"), names)
-    printed = capsys.readouterr().out
-    assert "('blocks.0.up', 'blocks.1.up')" in printed and "changed by 0.0" in printed
-    assert "'experts' has gate 'token'" in printed and "Linear Linear" in printed
-    whole, merged = map(float, printed.splitlines()[-1].replace("loss ", "").split(", merged "))
+def test_quickstart_runs(tmp_path):
+    """On the tiny base and with two steps a stage."""
+    steps = {"stages.aggregate.steps": 2, "stages.align.steps": 2}
+    ran = execute("quickstart", tmp_path, settings(**steps))
+    told = printed(ran)
+    assert "did you mean 'stages.align.learning_rate'" in told
+    assert "stage 2" in told and "Scurvy" in told
+    assert "Finished(aggregate, align; in runs/quickstart)" in told
+    pages = "\n".join(shown(ran, "text/html"))
+    assert pages.count("demo_knowledge:en") >= 2 and "95% interval" in pages
+    for name in ("aggregate: loss", "align: loss", "align: overlap cos"):
+        assert name in pages
+
+
+@pytest.mark.slow
+def test_reuse_runs(tmp_path):
+    """With a few steps."""
+    told = printed(execute("reuse", tmp_path, "STEPS = 3"))
+    assert "('blocks.0.up', 'blocks.1.up')" in told and "changed by 0.0" in told
+    assert "'experts' has gate 'token'" in told and "Linear Linear" in told
+    whole, merged = map(float, re.search(r"loss ([\d.]+), merged ([\d.]+)", told).groups())
     assert abs(whole - merged) < 2e-4
