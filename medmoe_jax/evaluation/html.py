@@ -110,8 +110,10 @@ class IntervalsSection:
             colour, (style, _) = charts.style_of(i)
             places = [at for at, one in enumerate(found) if one is not None]
             value, low, high = np.asarray([found[at] for at in places]).reshape(-1, 3).T
+            # A bootstrap's interval may lie beside the value.
+            reach = np.maximum((value - low, high - value), 0)
             axes.errorbar(
-                places, value, (value - low, high - value), fmt=f"o{style}", color=colour,
+                places, value, reach, fmt=f"o{style}", color=colour,
                 label=name, linewidth=1.2, markersize=4, capsize=3,
             )  # fmt: skip
         axes.set_xticks(range(len(self.labels)), self.labels)

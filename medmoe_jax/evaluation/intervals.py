@@ -18,7 +18,9 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     centre = share + Z95**2 / (2 * n)
     reach = Z95 * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n * n))
     scale = 1 + Z95**2 / n
-    return max(0.0, (centre - reach) / scale), min(1.0, (centre + reach) / scale)
+    # At no and at all successes one end is the share itself, but for rounding.
+    low, high = (centre - reach) / scale, (centre + reach) / scale
+    return max(0.0, min(share, low)), min(1.0, max(share, high))
 
 
 def bootstrap(

@@ -174,6 +174,14 @@ def test_wilson_matches_scipy(hits, n):
     assert wilson(hits, n) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
+def test_wilson_holds_the_share_itself():
+    """To the last bit: a picture draws from the share to the interval's ends."""
+    for n in range(1, 200):
+        for hits in (0, 1, n - 1, n):
+            low, high = wilson(hits, n)
+            assert 0 <= low <= hits / n <= high <= 1
+
+
 def test_bootstrap_is_seeded_and_near_the_normal_interval():
     values = np.random.default_rng(1).normal(0.4, 0.1, 400)
     low, high = bootstrap(values, lambda rows: float(rows.mean()), seed=5)
