@@ -15,10 +15,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from medmoe_jax.api.configs import config
+    from medmoe_jax.api.configs import config, variants
     from medmoe_jax.api.evaluate import Scores, evaluate
     from medmoe_jax.api.model import Model, load
+    from medmoe_jax.api.plan import plan
     from medmoe_jax.api.plot import Pictures, plot
+    from medmoe_jax.api.table import Table
     from medmoe_jax.api.train import Finished, train
 
 __version__ = "0.1.0"
@@ -27,11 +29,14 @@ __all__ = [
     "Model",
     "Pictures",
     "Scores",
+    "Table",
     "config",
     "evaluate",
     "load",
+    "plan",
     "plot",
     "train",
+    "variants",
 ]
 
 _MODULES = {
@@ -41,9 +46,12 @@ _MODULES = {
     "load": "model",
     "Model": "model",
     "Pictures": "plot",
+    "plan": "plan",
     "plot": "plot",
     "Scores": "evaluate",
+    "Table": "table",
     "train": "train",
+    "variants": "configs",
 }
 
 

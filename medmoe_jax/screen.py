@@ -6,11 +6,13 @@ direction show a text in another order than it has. They are shown as `\\x1b` an
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterable
 from typing import IO, Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.measure import Measurement
 from rich.segment import Segment
 from rich.text import Text
 
@@ -19,10 +21,26 @@ _STEERING = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u2028\u2029\ud800-\udfff]"
 )
 
+_WIDE = 10_000  # columns; more than any table has
+
 
 def harmless(text: str) -> str:
     """The text with what steers a terminal written out; line breaks and tabs stay."""
     return _STEERING.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def plain(shown: RenderableType, width: int | None = None) -> str:
+    """A table or the like as lines of plain text, also within a notebook.
+
+    Args:
+      shown: what `rich` draws.
+      width: of the lines; None = as wide as it is.
+    """
+    out = Console(file=io.StringIO(), width=width or _WIDE, markup=False, force_jupyter=False)
+    wide = width or Measurement.get(out, out.options, shown).maximum
+    with out.capture() as text:
+        out.print(shown, width=wide)
+    return "\n".join(line.rstrip() for line in text.get().splitlines()).strip("\n")
 
 
 class Screen(Console):

@@ -50,6 +50,41 @@ def config(
     return changed
 
 
+def variants(
+    recipe: str | os.PathLike[str] | ConfigDict,
+    stage: str,
+    changes: Mapping[str, Mapping[str, Any]],
+) -> ConfigDict:
+    """A configuration with further stages, each like one that is there but for some fields.
+
+    They start where that one does: in one work directory, what lies before it is trained once.
+
+    Args:
+      recipe: as of `config`; it stays as it is.
+      stage: the name of the one that they are like.
+      changes: by the name of each new stage, its values by field of a stage,
+        `{"align_10": {"losses.orthogonality.weight": 10.0}}`.
+
+    Raises:
+      UserError: there is no such stage or field, or one of a new name is there already.
+    """
+    changed = config(recipe)
+    known = [name for name in changed.stages if name != "order"]
+    if stage not in known:
+        raise ParameterError(f"stage: '{stage}' is none of {', '.join(known) or '(no stage)'}")
+    for name, fields in changes.items():
+        if name in changed.stages:
+            raise ParameterError(f"changes: the recipe has a stage '{name}' already")
+        if "." in name:
+            raise ParameterError(f"changes: '{name}' holds a dot, which parts fields; write '_'")
+        with changed.unlocked():
+            changed.stages[name] = changed.stages[stage].copy_and_resolve_references()
+            changed.stages.order = (*changed.stages.order, name)
+        for field, value in fields.items():
+            set_field(changed.stages[name], field, value)
+    return changed.lock()
+
+
 def read_recipe(given: str) -> ConfigDict:
     """What a recipe's `get_config` gives, locked. `given`: RECIPE or RECIPE:ARG, see `config`.
 

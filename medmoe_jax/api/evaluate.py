@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from rich.console import Console
 
 from medmoe_jax.api.model import Model, load, open_source
 from medmoe_jax.api.plot import FOLDER, PAGE
@@ -24,6 +21,7 @@ from medmoe_jax.evaluation.tasks import Task, expand, load_task
 from medmoe_jax.evaluation.ways import Way
 from medmoe_jax.parallel import processes
 from medmoe_jax.ranges import COUNT, NOT_NEGATIVE
+from medmoe_jax.screen import plain
 from medmoe_jax.storage.places import make_folder, place
 from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import Setup
@@ -50,10 +48,7 @@ class Scores:
         raise KeyError(task)
 
     def __repr__(self) -> str:
-        out = Console(file=io.StringIO(), width=80)
-        with out.capture() as shown:
-            out.print(self.report.table())
-        return "\n".join([shown.get().strip("\n"), *self.report.notes()])
+        return "\n".join([plain(self.report.table(), 80), *self.report.notes()])
 
     def _repr_html_(self) -> str:
         cells = [result.cells() for result in self.report.results]

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from medmoe_jax.api import configs
 from medmoe_jax.api.opening import language_model, open_run, open_stage
+from medmoe_jax.api.routing import Routing, measure
 from medmoe_jax.api.tasks import check_prompts, note_cut
 from medmoe_jax.base.presets import HUB
 from medmoe_jax.checkpoints.bases import open_base
@@ -210,6 +211,18 @@ class Model:
             repetition_penalty=repetition_penalty,
         )  # fmt: skip
         return Chat(self.language_model, sampling, max_tokens, system)
+
+    def routing(self, *data: str | os.PathLike[str], limit: int | None = None) -> Routing:
+        """Which experts rows use, by their languages, as `medmoe analyze routing` tells it.
+
+        Args:
+          data: sources of the recipe, or files or built data sets of rows.
+          limit: rows a language, the first ones; None = all.
+
+        Raises:
+          UserError: no bank that takes part has a router, or there are no such rows.
+        """
+        return measure(self.run.setup, self.language_model, [os.fspath(one) for one in data], limit)
 
 
 def load(

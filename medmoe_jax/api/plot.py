@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from medmoe_jax.api.train import Finished
-from medmoe_jax.evaluation.html import Picture, page_html, report_html, save_png
+from medmoe_jax.evaluation.html import Picture, framed, page_html, report_html, save_png
 from medmoe_jax.evaluation.logged import pictures, read_logged
 from medmoe_jax.storage.places import make_folder, place
 from medmoe_jax.training.run import Run
@@ -52,10 +51,7 @@ class Pictures:
         return f"Pictures({', '.join(self.pictures)})"
 
     def _repr_html_(self) -> str:
-        """The page in a frame of its own, so that neither changes the other's style."""
-        page = page_html(list(self.pictures.values()), _TITLE, live=True)
-        style = "width: 100%; height: 40rem; border: 0"
-        return f'<iframe srcdoc="{html.escape(page)}" style="{style}"></iframe>'
+        return framed(page_html(list(self.pictures.values()), _TITLE, live=True))
 
 
 def plot(*runs: str | os.PathLike[str] | Finished | Run) -> Pictures:

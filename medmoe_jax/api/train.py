@@ -13,6 +13,7 @@ from medmoe_jax.api import configs
 from medmoe_jax.api.in_training import task_scorer
 from medmoe_jax.api.model import Model, load
 from medmoe_jax.api.opening import open_run
+from medmoe_jax.api.table import Table
 from medmoe_jax.api.tasks import stage_evaluator
 from medmoe_jax.checkpoints.files import read_metrics
 from medmoe_jax.checkpoints.manifest import Manifest
@@ -55,12 +56,32 @@ class Finished:
             for name, manifest in self.manifests.items()
         }
 
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """A row a stage, for a `Table`: steps, parameters in banks that it trained, loss, scores.
+
+        A score is a share from 0 to 1, by its task of `run.tasks`.
+        """
+        return [
+            {
+                "stage": name,
+                "steps": manifest.steps,
+                "bank parameters": manifest.trained,
+                "loss": manifest.metrics.get("train", {}).get("loss"),
+                **{task: found["score"] for task, found in self.scores[name].items()},
+            }
+            for name, manifest in self.manifests.items()
+        ]
+
     def load(self, stage: str | None = None, off: Sequence[str] = (), language: str = "") -> Model:
         """The model at the end of a stage; see `medmoe_jax.load`."""
         return load(self.run, stage=stage, off=off, language=language)
 
     def __repr__(self) -> str:
         return f"Finished({', '.join(self.stages) or 'no stage'}; in {self.run.workdir})"
+
+    def _repr_html_(self) -> str:
+        return Table(self.rows)._repr_html_()
 
 
 def train(

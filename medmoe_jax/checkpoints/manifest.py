@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import math
 import platform
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -60,6 +61,12 @@ class Manifest:
     content: str = ""
     seal: str = ""
     files: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def trained(self) -> int:
+        """Parameters of the banks that it trained; not those of which only the gate was."""
+        banks = [bank for bank in self.banks.values() if bank.state == "train"]
+        return sum(math.prod(shape) for bank in banks for shape in bank.shapes.values())
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as JSON-able dictionaries."""

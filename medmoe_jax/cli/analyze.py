@@ -10,23 +10,15 @@ name, or of a detected one (data.detect_language).
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from rich.table import Table
 
 from medmoe_jax.api.opening import open_model
-from medmoe_jax.base import trees
+from medmoe_jax.api.routing import measure
 from medmoe_jax.cli.session import add_model_arguments, open_run
-from medmoe_jax.data.conversation import Conversation
-from medmoe_jax.data.hub import is_name
-from medmoe_jax.data.languages import detector, row_languages
-from medmoe_jax.data.sources import RowFitter, open_source
-from medmoe_jax.errors import UserError
-from medmoe_jax.evaluation import routing, routing_report
+from medmoe_jax.evaluation import routing
 from medmoe_jax.ranges import COUNT
-from medmoe_jax.storage.places import exists
-from medmoe_jax.training.config import source
-from medmoe_jax.training.setup import Setup
 from medmoe_jax.training.terminal import console, say
 
 
@@ -51,41 +43,12 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     if arguments.limit is not None:
         COUNT.check("limit", arguments.limit)
     opened = open_run(rest, arguments.workdir)
-    setup = opened.setup
-    rows = list(_rows(setup, arguments.data))
-    texts = routing.by_language(rows, setup.languages, arguments.limit)
-    engine = open_model(opened, arguments.stage, arguments.off).engine
-    gates = routing.measure(
-        engine.config,
-        trees.overlay(engine.base, engine.trained),
-        engine.banks,
-        setup.mesh,
-        texts,
-        setup.encoder,
-        setup.config.data.length,
-        engine.batch,
-        setup.languages,
-    )
-    written = routing_report.save(arguments.out, texts, gates, "Routing by language")
-    for gate in gates:
-        console.print(_table(gate, texts))
+    model = open_model(opened, arguments.stage, arguments.off)
+    found = measure(opened.setup, model, arguments.data, arguments.limit)
+    written = found.save(arguments.out)
+    for gate in found.gates:
+        console.print(_table(gate, found.texts))
     say(f"written to {written['html']} and {written['json']}")
-
-
-def _rows(setup: Setup, names: Sequence[str]) -> Iterator[tuple[Conversation, str, str]]:
-    """Rows of sources of the config, or of paths, with their languages and places."""
-    data = setup.config.data
-    detect = detector(data.detect_language)
-    fit = RowFitter(setup.encoder, data.length)
-    for name in names:
-        if name not in data.sources and not (is_name(name) or exists(name)):
-            known = ", ".join(data.sources) or "none"
-            raise UserError(f"--data: '{name}' is no file and no source of the config ({known})")
-        fields = data.sources[name] if name in data.sources else source(name)
-        rows = open_source(name, fields.to_dict(), data.ignore, fit).rows
-        found = row_languages(rows, detect)
-        for number, (row, (code, _)) in enumerate(zip(rows, found, strict=True)):
-            yield row, code, rows.place(number)
 
 
 def _table(gate: routing.Gate, texts: Sequence[routing.Texts]) -> Table:

@@ -349,6 +349,12 @@ def page_html(
     )
 
 
+def framed(page: str) -> str:
+    """A page within another, in a frame of its own, so that neither changes the other's style."""
+    style = "width: 100%; height: 40rem; border: 0"
+    return f'<iframe srcdoc="{html.escape(page)}" style="{style}"></iframe>'
+
+
 def _cell(value: object) -> str:
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     numeric = re.fullmatch(r"[-+]?[\d.,]+(?:e[-+]?\d+)?%?(?: – [\d.]+)?", text)

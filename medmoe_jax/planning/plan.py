@@ -15,12 +15,13 @@ from medmoe_jax.planning import programs
 from medmoe_jax.planning.figures import Figures, measure
 from medmoe_jax.planning.programs import Start
 from medmoe_jax.planning.roofline import floor_flops, lowest_layer
+from medmoe_jax.screen import plain
 from medmoe_jax.training.setup import Setup
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
-    """What a stage takes on a slice.
+    """What a stage takes on a slice; shown as its table.
 
     Attributes:
       topology: the slice.
@@ -46,6 +47,9 @@ class Plan:
     floor: float
     train: Figures
     others: tuple[Figures, ...] = ()
+
+    def __repr__(self) -> str:
+        return plain(table(self), 80)
 
     @property
     def mfu(self) -> float:

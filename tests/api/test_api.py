@@ -193,6 +193,73 @@ def test_fields_are_set_and_the_given_configuration_stays():
     assert by_name.run.tasks == ("cmedtc",) and by_name.base.path.endswith("Qwen2-1.5B")
 
 
+def test_variants_are_stages_that_differ_in_what_was_said():
+    given = tiny.medcare_config()
+    found = {"weak": 0.1, "strong": 10.0}
+    weights = {name: {"losses.orthogonality.weight": w} for name, w in found.items()}
+    swept = medmoe_jax.variants(given, "align", weights)
+    assert swept.stages.order == ("aggregate", "align", "weak", "strong")
+    for name, weight in (("align", 1.0), *found.items()):
+        fields = swept.stages[name].to_dict()
+        assert fields["losses"]["orthogonality"].pop("weight") == weight
+        expected = given.stages.align.to_dict()
+        del expected["losses"]["orthogonality"]["weight"]
+        assert fields == expected
+    assert swept.is_locked and given.to_dict() == tiny.medcare_config().to_dict()
+    for stage, changes, words in (
+        ("algin", {}, "stage: 'algin' is none of aggregate, align"),
+        ("order", {}, "stage: 'order' is none of aggregate, align"),
+        ("align", {"aggregate": {}}, "changes: the recipe has a stage 'aggregate' already"),
+        ("align", {"weight_0.1": {}}, "changes: 'weight_0.1' holds a dot"),
+        ("align", {"a": {"lerning_rate": 1.0}}, "lerning_rate: .*did you mean 'learning_rate'"),
+    ):
+        with pytest.raises(UserError, match=words):
+            medmoe_jax.variants(given, stage, changes)
+
+
+def test_a_table_has_a_column_for_each_key():
+    table = medmoe_jax.Table(
+        [{"stage": "a", "loss": 0.123456}, {"stage": "x" * 90, "bank parameters": 1234567}]
+    )
+    lines = repr(table).splitlines()
+    assert lines[0].split() == ["stage", "loss", "bank", "parameters"]
+    assert lines[2].split() == ["a", "0.1235"] and lines[3].split() == ["x" * 90, "1234567"]
+    page = table._repr_html_()
+    assert page.count("<tr>") == 3 and '<td class="number">0.1235</td>' in page
+    assert medmoe_jax.Table([]).columns == ()
+
+
+def test_a_finished_run_is_a_table_of_its_stages(workdir):
+    done = medmoe_jax.train(tiny.medcare_config(), workdir)
+    first, last = done.rows
+    assert (first["stage"], last["stage"], last["steps"]) == ("aggregate", "align", tiny.STEPS)
+    assert last["loss"] == done.metrics["align"][-1]["loss"]
+    # Rank 2 on the three sites of two layers: A and B of (16 and 24) + (16 and 24) + (24 and 16).
+    assert last["bank parameters"] == 2 * 2 * 3 * (16 + 24)
+    assert f'<td>align</td><td class="number">{tiny.STEPS}</td>' in done._repr_html_()
+
+
+def test_routing_by_language(workdir, model, tmp_path):
+    """As the command tells it."""
+    rows = [{**row, "language": ("en", "de")[n % 2]} for n, row in enumerate(tiny.alignment_rows())]
+    file = tiny.write_rows(tmp_path / "rows.jsonl", rows)
+    routed = medmoe_jax.load(workdir, stage="aggregate").routing(file, limit=4)
+    out = f"--out={tmp_path / 'out'}"
+    command = ["analyze", "routing", f"--workdir={workdir}", "--stage=aggregate", "--limit=4"]
+    assert main([*command, f"--data={file}", out]) == 0
+    assert json.loads((tmp_path / "out" / "routing.json").read_text()) == routed.to_dict()
+    assert repr(routed).startswith("Routing(de, en; noise/mlp.")
+    assert len(routed.rows) == 2 * 3 and routed.rows[0]["language"] == "de"
+    for row in routed.rows:
+        share = routed.to_dict()["gates"][row["gate"]]["share"][row["language"]]
+        assert [row[str(e)] for e in range(4)] == pytest.approx(np.mean(share, axis=0), abs=1e-6)
+    assert set(routed.figures()) == set(routed.pictures) and "<iframe" in routed._repr_html_()
+    with pytest.raises(UserError, match="no bank that takes part has a router"):
+        model.routing(file)
+    with pytest.raises(UserError, match="data: 'nowhere' is no file and no source of the config"):
+        model.routing("nowhere")
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

@@ -1,0 +1,52 @@
+"""Rows shown as a table: `medmoe_jax.Table`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from medmoe_jax.evaluation.html import TableSection
+from medmoe_jax.screen import plain
+from medmoe_jax.training.terminal import table_of
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows with a column for each of their keys; in a notebook and in text they are a table.
+
+    Attributes:
+      rows: dictionaries; what one lacks, or what is None, stays empty.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The keys of all rows, in the order in which they come."""
+        return tuple(dict.fromkeys(key for row in self.rows for key in row))
+
+    def _cells(self) -> list[list[str]]:
+        return [[_cell(row.get(name)) for name in self.columns] for row in self.rows]
+
+    def __repr__(self) -> str:
+        words = [
+            name
+            for name in self.columns
+            if any(isinstance(row.get(name), str) for row in self.rows)
+        ]
+        shown = table_of(())
+        for name in self.columns:
+            shown.add_column(name, justify="left" if name in words else "right", no_wrap=True)
+        for cells in self._cells():
+            shown.add_row(*cells)
+        return plain(shown)
+
+    def _repr_html_(self) -> str:
+        return TableSection("", self.columns, self._cells()).body()
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
