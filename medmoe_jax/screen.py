@@ -36,7 +36,11 @@ def plain(shown: RenderableType, width: int | None = None) -> str:
       shown: what `rich` draws.
       width: of the lines; None = as wide as it is.
     """
-    out = Console(file=io.StringIO(), width=width or _WIDE, markup=False, force_jupyter=False)
+    # A notebook's kernel asks for colours, and would show the captured text as well.
+    out = Console(
+        file=io.StringIO(), width=width or _WIDE, markup=False, color_system=None,
+        force_terminal=False, force_jupyter=False,
+    )  # fmt: skip
     wide = width or Measurement.get(out, out.options, shown).maximum
     with out.capture() as text:
         out.print(shown, width=wide)
