@@ -5,6 +5,7 @@ import re
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 
 from notebooks import shared
 from tests import tiny
@@ -20,7 +21,7 @@ def test_notebook_is_valid_and_clean(path):
     for cell in notebook.cells:
         assert not cell.get("outputs") and cell.get("execution_count") is None
         if cell.cell_type == "code":
-            ast.parse(cell.source)
+            ast.parse(TransformerManager().transform_cell(cell.source))
     text = path.read_text(encoding="utf-8")
     assert len(text) < 100_000 and text == nbformat.writes(notebook) + "\n"
 
@@ -72,6 +73,73 @@ def test_quickstart_runs(tmp_path):
     assert pages.count("demo_knowledge:en") >= 2 and "95% interval" in pages
     for name in ("aggregate: loss", "align: loss", "align: overlap cos"):
         assert name in pages
+
+
+@pytest.mark.slow
+def test_two_stages_runs(tmp_path):
+    """On the tiny base, with two steps a stage and tasks that need no generation."""
+    steps = {f"stages.{name}.steps": 2 for name in ("aggregate", "align", "align_free")}
+    tasks = "\nTASKS = ('demo_knowledge:en', 'demo_knowledge:zh')"
+    ran = execute("two_stages", tmp_path, settings(**steps) + tasks)
+    assert "assistant" in printed(ran) and len(shown(ran, "image/png")) == 1
+    table = printed(ran, "scores")
+    for model in ("base", "stage 1", "stage 2", "stage 2, free"):
+        assert re.search(rf"^ *{model} +\d+% +\d+%$", table, re.MULTILINE), model
+    cosines = re.findall(r"^align(?:_free)? +(0\.\d{4})$", printed(ran, "cosines"), re.MULTILINE)
+    assert len(cosines) == 2 and float(cosines[0]) < float(cosines[1])
+    assert "stage 2, free: " in printed(ran, "forgotten")
+
+
+@pytest.mark.slow
+def test_configs_runs(tmp_path):
+    """The sweep trains its own stages only, and one table has them all."""
+    steps = {f"stages.{name}.steps": 2 for name in ("aggregate", "align")}
+    few = "\nTASKS, WEIGHTS, EXPERTS, RANKS = ('demo_knowledge:en',), {'free': 0.0}, (2,), ()"
+    ran = execute("configs", tmp_path, settings(**steps) + few)
+    told = printed(ran)
+    assert "did you mean 'stages.align.learning_rate'" in told
+    assert re.search(r"^free +after aggregate$", told, re.MULTILINE)
+    assert re.search(r"^experts_2 +after the base$", told, re.MULTILINE)
+    table = printed(ran, "table")
+    names = [line.split()[0] for line in table.splitlines() if line.strip()]
+    assert {"aggregate", "align", "free", "experts_2"} <= set(names)
+    more = printed(ran, "more")
+    for name in ("aggregate", "align", "free", "experts_2"):
+        assert f"stage '{name}' is finished: skipped" in more
+    assert "stage 'stronger': 2 steps" in more and len(shown(ran, "image/png")) == 2
+
+
+@pytest.mark.slow
+def test_languages_runs(tmp_path):
+    """On the tiny base: tables and pictures of every language, taught or not."""
+    layers = {"stages.mixture.banks.experts.layers": (-2, None)}
+    ran = execute("languages", tmp_path, settings(**layers, **{"stages.mixture.steps": 2}))
+    assert len(shown(ran, "image/png")) == 1
+    shares, new, added = (printed(ran, tag) for tag in ("shares", "new", "added"))
+    for code in ("en", "de", "es", "fr", "sw", "zh"):
+        assert re.search(rf"\b{code}( +[\d.e-]+){{5}}$", shares, re.MULTILINE), code
+    for code in ("pt", "nl"):
+        # Its expert is known only once the table has it.
+        assert re.search(rf"\b{code}( +[\d.e-]+){{4}}$", new, re.MULTILINE), code
+        assert re.search(rf"\b{code}( +[\d.e-]+){{5}}$", added, re.MULTILINE), code
+    assert "experts" in printed(ran, "refused") and "5" in printed(ran, "refused")
+
+
+@pytest.mark.aot
+def test_plan_a_pod_runs(tmp_path):
+    """A small decoder on two slices."""
+    decoder = {"vocab_size": 512, "d_model": 256, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2}
+    decoder |= {"head_dim": 128, "d_ff": 512, "max_positions": 32768}
+    small = {"base.path": "", "base.decoder": decoder, "data.length": 256, "data.global_batch": 8}
+    small["run.accumulation"] = 1
+    parameters = f"SETTINGS, SLICES = {small!r}, ('v5e:1x1', 'v6e:2x2')"
+    parameters += "\nCHANGES = {'short rows': {'data.length': 128}}"
+    ran = execute("plan_a_pod", tmp_path, parameters)
+    assert len(shown(ran, "image/png")) == 1
+    table = printed(ran, "plans")
+    for name, chips, memory in (("v5e:1x1", 1, 16), ("v6e:2x2", 4, 32)):
+        assert re.search(rf"{name} +{chips} +[\d.]+ +{memory} +yes", table)
+    assert re.search(r"short rows +[\d.e-]+ +yes +\d+$", printed(ran, "smaller"), re.MULTILINE)
 
 
 @pytest.mark.slow
