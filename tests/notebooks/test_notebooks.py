@@ -127,19 +127,18 @@ def test_languages_runs(tmp_path):
 
 @pytest.mark.aot
 def test_plan_a_pod_runs(tmp_path):
-    """A small decoder on two slices."""
+    """A small decoder on one chip: a compilation for TPU takes most of the time."""
     decoder = {"vocab_size": 512, "d_model": 256, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2}
     decoder |= {"head_dim": 128, "d_ff": 512, "max_positions": 32768}
     small = {"base.path": "", "base.decoder": decoder, "data.length": 256, "data.global_batch": 8}
     small["run.accumulation"] = 1
-    parameters = f"SETTINGS, SLICES = {small!r}, ('v5e:1x1', 'v6e:2x2')"
-    parameters += "\nCHANGES = {'short rows': {'data.length': 128}}"
+    parameters = f"SETTINGS, SLICES = {small!r}, ('v5e:1x1',)"
+    parameters += "\nCHANGES = {}"
     ran = execute("plan_a_pod", tmp_path, parameters)
     assert len(shown(ran, "image/png")) == 1
     table = printed(ran, "plans")
-    for name, chips, memory in (("v5e:1x1", 1, 16), ("v6e:2x2", 4, 32)):
-        assert re.search(rf"{name} +{chips} +[\d.]+ +{memory} +yes", table)
-    assert re.search(r"short rows +[\d.e-]+ +yes +\d+$", printed(ran, "smaller"), re.MULTILINE)
+    assert re.search(r"v5e:1x1 +1 +[\d.]+ +16 +yes$", table, re.MULTILINE)
+    assert re.search(r"as it is +[\d.]+ +yes +\d+$", printed(ran, "smaller"), re.MULTILINE)
 
 
 @pytest.mark.slow
