@@ -53,6 +53,7 @@ REQUIRES = [
     "zstandard>=0.25,<0.26",
 ]
 EXTRAS = {
+    # jax's own extras bring the libtpu and the CUDA plugin of its release.
     "tpu": ["jax[tpu]>=0.10,<0.12"],
     "gpu": ["jax[cuda13]>=0.10,<0.12"],
     # Object storage: gs:// (Orbax asks Google's own library too) and s3://.
@@ -65,9 +66,8 @@ EXTRAS = {
         "starlette>=1.0,<2",
         "uvicorn>=0.40,<0.60",
     ],
-    # Compiles for TPU slices on a machine without one: the release that jax[tpu] itself asks for.
-    # jaxlib cannot print every program that a later one compiles.
-    "aot": ["libtpu>=0.0.42,<0.0.43"],
+    # Compiles for TPU slices on a machine without one: the libtpu of a TPU machine.
+    "aot": ["jax[tpu]>=0.10,<0.12"],
     # The site of the documentation.
     "docs": [
         "mkdocs>=1.6,<1.7",
@@ -113,6 +113,8 @@ EXTRAS = {
 }
 EXTRAS["test"] += EXTRAS["docs"]  # a test builds the site
 EXTRAS["all"] = sorted({requirement for group in EXTRAS.values() for requirement in group})
+# In the place of `gpu`, for drivers of NVIDIA before 580.
+EXTRAS["cuda12"] = ["jax[cuda12]>=0.10,<0.12"]
 # Tries exported GGUF files. Not of `all`: it compiles llama.cpp, with cmake and a C++ compiler.
 EXTRAS["llama-cpp"] = ["llama-cpp-python>=0.3.16,<0.4"]
 

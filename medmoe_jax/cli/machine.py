@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import glob
-import importlib.metadata
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from packaging.requirements import Requirement
-
+from medmoe_jax.parallel import releases
+from medmoe_jax.parallel.releases import Misfit
 from medmoe_jax.parallel.room import machine_free
 
-_TPU_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*")
-_GPU_FILES = ("/dev/nvidia[0-9]*",)
-# Packages that must be of the release that jax itself asks for, where they are installed.
-_PLUGINS = ("jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
-_EXTRAS = ("tpu", "cuda12", "cuda13")  # of jax
 _PATIENCE = 180  # seconds that a process may take to find its devices
 _LOOK = "import jax; print(*(f'{d.platform}:{d.device_kind}' for d in jax.devices()), sep='\\n')"
 _LOW_DISK = 10 << 30  # bytes: a few checkpoints and what is fetched
@@ -48,7 +42,7 @@ def versions(installed: Mapping[str, str] | None = None) -> Iterator[Finding]:
     Args:
       installed: version by normal name; None = those of this environment.
     """
-    found = _installed() if installed is None else installed
+    found = releases.installed() if installed is None else installed
     wrong = list(_wrong(found))
     yield from wrong
     if not wrong:
@@ -56,44 +50,17 @@ def versions(installed: Mapping[str, str] | None = None) -> Iterator[Finding]:
         yield Finding("ok", "versions", f"Python {sys.version.split()[0]}, {main}")
 
 
-def _installed() -> dict[str, str]:
-    return {
-        _normal(one.name): one.version for one in importlib.metadata.distributions() if one.name
-    }
-
-
-def _normal(name: str) -> str:
-    return name.lower().replace("_", "-").replace(".", "-")
-
-
 def _wrong(installed: Mapping[str, str]) -> Iterator[Finding]:
     """What this package needs and has not, and what does not fit: the plugins of jax, too."""
-    for one in _requires("medmoe_jax", ("",)):
-        have = installed.get(_normal(one.name))
+    unfit = []
+    for one in releases.requirements("medmoe_jax", ("",)):
+        have = installed.get(releases.normal(one.name))
         if have is None:
             yield Finding("bad", "versions", f"{one.name} is missing", f"pip install '{one}'")
-        elif not one.specifier.contains(have, prereleases=True):
-            yield _unfit(one, have, "medmoe_jax")
-    plugins = {_normal(one.name): one for one in _requires("jax", (*_EXTRAS, ""))}
-    for name in _PLUGINS:
-        have = installed.get(name)
-        if name in plugins and have and not plugins[name].specifier.contains(have, True):
-            yield _unfit(plugins[name], have, f"jax {installed['jax']}")
-
-
-def _unfit(wanted: Requirement, have: str, asker: str) -> Finding:
-    text = f"{wanted.name} {have} is installed; {asker} asks for {wanted.specifier}"
-    return Finding("bad", "versions", text, f"pip install '{wanted.name}{wanted.specifier}'")
-
-
-def _requires(name: str, extras: Sequence[str]) -> list[Requirement]:
-    """What an installed package asks for, with these extras; nothing where it is only a folder."""
-    try:
-        found = map(Requirement, importlib.metadata.requires(name) or [])
-    except importlib.metadata.PackageNotFoundError:
-        return []
-    asked = [{"extra": extra} for extra in extras]
-    return [one for one in found if not one.marker or any(map(one.marker.evaluate, asked))]
+        elif not releases.fits(one, have):
+            unfit.append(Misfit(one, have, "medmoe_jax"))
+    for found in (*unfit, *releases.misfits(installed)):
+        yield Finding("bad", "versions", found.text, found.remedy)
 
 
 def devices() -> Iterator[Finding]:
@@ -113,8 +80,7 @@ def devices() -> Iterator[Finding]:
     kinds = ended.stdout.split("\n")[:-1]
     platforms = {kind.partition(":")[0] for kind in kinds}
     counts = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))
-    there = {"tpu": _files(_TPU_FILES), "gpu": _files(_GPU_FILES)}
-    unused = [name for name, files in there.items() if files and name not in platforms]
+    unused = [name for name in releases.FILES if releases.files_of(name) and name not in platforms]
     asked = os.environ.get("JAX_PLATFORMS", "")
     if unused and not asked:
         extra = unused[0]
@@ -127,13 +93,11 @@ def devices() -> Iterator[Finding]:
         yield Finding("ok", "devices", counts + note)
 
 
-def _files(patterns: tuple[str, ...]) -> list[str]:
-    return [path for pattern in patterns for path in glob.glob(pattern)]
-
-
-def holders(files: tuple[str, ...] = _TPU_FILES, processes: str = "/proc") -> Iterator[Finding]:
+def holders(
+    files: tuple[str, ...] = releases.FILES["tpu"], processes: str = "/proc"
+) -> Iterator[Finding]:
     """Processes that have a TPU open: it serves one at a time."""
-    wanted = set(_files(files))
+    wanted = {path for pattern in files for path in glob.glob(pattern)}
     for link in glob.glob(f"{processes}/[0-9]*/fd/*") if wanted else []:
         try:
             device = os.readlink(link)

@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from medmoe_jax.errors import ParameterError
 from medmoe_jax.mesh_axes import AXES, BATCH_AXES, SEQUENCE
+from medmoe_jax.parallel.releases import check_plugins
 
 
 def resolve(sizes: Mapping[str, int], n_devices: int) -> dict[str, int]:
@@ -43,7 +44,10 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
     Raises:
       ParameterError: the sizes do not fit the devices (see `resolve`) or their slices.
+      UserError: a plugin of jax does not fit it (`releases.check_plugins`).
     """
+    if devices is None:
+        check_plugins()
     devices = list(devices if devices is not None else jax.devices())
     shape = tuple(resolve(sizes, len(devices)).values())
     arrange = _along_links if devices[0].platform == "tpu" else _in_order

@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 
 from medmoe_jax.errors import ParameterError, Stopped
 from medmoe_jax.parallel import rollcall
+from medmoe_jax.parallel.releases import check_plugins
 from medmoe_jax.parallel.rollcall import ProcessError, RollCall
 
 AUTO = "auto"
@@ -73,8 +74,11 @@ class Membership:
 
         Raises:
           ParameterError: `auto` finds nothing.
+          UserError: a plugin of jax does not fit it (`releases.check_plugins`).
           ProcessError: a process did not come.
         """
+        if self._coordinator:
+            check_plugins()
         if self._coordinator == AUTO:
             self._meet_in_cluster()
         elif self._coordinator:

@@ -19,6 +19,7 @@ from jax.sharding import SingleDeviceSharding
 
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel import slices
+from medmoe_jax.parallel.releases import check_libtpu
 
 
 class Chip(NamedTuple):
@@ -90,7 +91,7 @@ def describe(name: str) -> Topology:
 
     Raises:
       UserError: an unknown name (the message has the closest), a chip without figures, or no
-        `libtpu` wheel that knows it.
+        `libtpu` wheel that knows it and fits jax.
     """
     one = slices.parse(name)
     if one.chip not in CHIPS:
@@ -99,6 +100,7 @@ def describe(name: str) -> Topology:
         raise UserError(
             f"compiling for {name} needs the libtpu wheel: pip install 'medmoe_jax[aot]'"
         )
+    check_libtpu()
     for variable, value in _NO_HOST.items():
         os.environ.setdefault(variable, value)
     # A host has 2x2 chips, unless it is told to have one.

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from medmoe_jax.cli import machine, main
+from medmoe_jax.parallel import releases
 from tests import several, tiny
 
 
@@ -15,7 +16,7 @@ def _states(findings):
 
 def test_versions_that_do_not_fit():
     """A plugin of another release than jax asks for, an old package and a missing one."""
-    here = machine._installed()
+    here = releases.installed()
     assert _states(machine.versions(here)) == [("ok", "versions")]
     wrong = here | {"jaxlib": "0.4.1", "optax": "0.1.0"}
     del wrong["sacrebleu"]
