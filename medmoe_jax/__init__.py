@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from medmoe_jax.api.table import Table
     from medmoe_jax.api.train import Finished, train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Finished",
     "Model",

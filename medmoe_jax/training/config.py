@@ -88,6 +88,7 @@ def recipe() -> ConfigDict:
                 "log_every": 10,  # steps from a line for the terminal and TensorBoard to the next
                 "save_every": 200,  # steps from a checkpoint to the next
                 "keep": 2,  # newest checkpoints of a stage that stay
+                "trackers": (),  # told the metrics beside TensorBoard: wandb, trackio, mlflow
                 "profile": (),  # (first step, steps) of each stage to trace for XProf; () = none
                 "tasks": (),  # tasks (docs/tasks.md) scored at the end of every stage
                 "task_limit": 0,  # items of each of them; 0 = all

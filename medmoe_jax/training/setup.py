@@ -33,6 +33,7 @@ from medmoe_jax.parallel.mesh import batch_sharding, batch_shards, check_divides
 from medmoe_jax.parallel.rules import BASE_RULES, Rule, rules_for, shardings
 from medmoe_jax.routing.dispatch import strategy
 from medmoe_jax.routing.languages import Languages, read_languages
+from medmoe_jax.training.hooks.trackers import check_names
 from medmoe_jax.training.limits import check_numbers
 from medmoe_jax.training.recipe import parse
 from medmoe_jax.training.stage import Stage
@@ -255,8 +256,9 @@ def base_of(section: ConfigDict, planned: bool) -> Base:
 
 
 def _check_settings(config: ConfigDict) -> None:
-    """Raise UserError for a number, a dtype or a strategy that there cannot be."""
+    """Raise UserError for a number, a dtype, a tracker or a strategy that there cannot be."""
     check_numbers(config)
+    check_names(config.run.trackers)
     if config.base.dtype not in _DTYPES:
         raise UserError(f"base.dtype: '{config.base.dtype}' is none of {', '.join(_DTYPES)}")
     remats = (AUTO, *REMAT)

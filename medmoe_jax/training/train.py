@@ -31,6 +31,7 @@ from medmoe_jax.training.hooks.faults import Faults, keep_batch
 from medmoe_jax.training.hooks.figures import figures
 from medmoe_jax.training.hooks.profiler import Profiler
 from medmoe_jax.training.hooks.protocol import Hook
+from medmoe_jax.training.hooks.trackers import Trackers
 from medmoe_jax.training.hooks.writers import Checked, MetricsFile, TensorBoard
 from medmoe_jax.training.preparing import Prepared, prepare
 from medmoe_jax.training.reading import StageData, check_sources, open_data, open_rows
@@ -47,13 +48,19 @@ MakeMeasure = Callable[[Prepared], Measure]
 
 @dataclass(frozen=True)
 class _Callers:
-    """What the caller of `train` plugs in, and `confirm_lease`, which ends a run that lost it."""
+    """What the caller of `train` plugs in, and what all stages share.
+
+    Attributes:
+      confirm_lease: ends a run that lost it.
+      trackers: of the run.
+    """
 
     evaluate: Evaluate
     stop: Callable[[], bool]
     more_hooks: MakeHooks
     score_tasks: MakeMeasure | None
     confirm_lease: Callable[[], None]
+    trackers: Trackers
 
 
 def train(
@@ -81,8 +88,11 @@ def train(
     """
     check_processes(place(run.workdir))
     check_shared(run.workdir)
-    with only_writer(run.workdir) as confirm_lease:
-        _run_stages(run, _Callers(evaluate, stop, more_hooks, score_tasks, confirm_lease))
+    config = run.setup.config
+    trackers = Trackers(config.run.trackers, run.workdir, config.to_dict())
+    with only_writer(run.workdir) as confirm_lease, trackers:
+        callers = _Callers(evaluate, stop, more_hooks, score_tasks, confirm_lease, trackers)
+        _run_stages(run, callers)
 
 
 def _run_stages(run: Run, callers: _Callers) -> None:
@@ -115,6 +125,7 @@ def _run_stages(run: Run, callers: _Callers) -> None:
 
 def _run_stage(stage: StageRun, data: StageData, fingerprint: str, callers: _Callers) -> None:
     """Train a stage and finish it; none of its arrays are held when the next one begins."""
+    callers.trackers.begin()
     prepared, state, read = _make_steps(stage, data, fingerprint, callers)
     finish(prepared, state, read, fingerprint, callers.evaluate, callers.confirm_lease)
 
@@ -246,6 +257,7 @@ def _hooks(
     if processes.index() == 0:
         hooks.append(log)
         hooks.append(TensorBoard(place(stage.run.workdir) / "tensorboard", settings.log_every))
+        hooks.extend(callers.trackers.hooks(settings.log_every))
         hooks.append(Bar(settings.log_every))
         if settings.profile:
             hooks.append(Profiler(folder.profile, *settings.profile))
