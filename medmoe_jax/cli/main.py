@@ -22,6 +22,7 @@ from medmoe_jax.cli import (  # what takes seconds comes after what listens for 
     analyze,
     chat,
     compare,
+    completion,
     data,
     demo,
     doctor,
@@ -69,6 +70,7 @@ COMMANDS = {
     "analyze": analyze,
     "data": data,
     "tokenizer": tokenizer,
+    "completion": completion,
 }
 
 
@@ -113,6 +115,7 @@ def parser() -> argparse.ArgumentParser:
         )
         module.add_arguments(one)
         one.set_defaults(run=module.run)
+    commands.choices["completion"].set_defaults(top=top)
     return top
 
 
