@@ -54,15 +54,25 @@ def _commands(top: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentPar
     return sub.choices
 
 
-def _options(parser: argparse.ArgumentParser) -> Iterator[Option]:
+def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """What a command takes, and what the commands within it take."""
+    for action in parser._actions:
+        yield action
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from _actions(inner)
+
+
+def _options(parser: argparse.ArgumentParser) -> list[Option]:
     """The options of a command; `--config` is of all."""
     listed = {"tasks": (*(task.name for task in list_tasks()), *suites())}
-    for action in parser._actions:
-        names = [name for name in action.option_strings if name.startswith("--")]
-        for name in names:
-            values = map(str, action.choices or listed.get(action.dest, ()))
-            yield Option(name, action.nargs != 0, tuple(values))
-    yield Option("--config", True, tuple(recipes()))
+    found = {"--config": Option("--config", True, tuple(recipes()))}
+    for action in _actions(parser):
+        values = tuple(map(str, action.choices or listed.get(action.dest, ())))
+        for name in action.option_strings:
+            if name.startswith("--"):
+                found[name] = Option(name, action.nargs != 0, values)
+    return list(found.values())
 
 
 def _own(parser: argparse.ArgumentParser) -> list[str]:
@@ -71,10 +81,11 @@ def _own(parser: argparse.ArgumentParser) -> list[str]:
     return [str(word) for action in places for word in action.choices or ()]
 
 
-# The word in the making is looked for as a whole (compgen of zsh does not look). Bash itself completes what stands behind its
-# last `=`, zsh the whole: the part before is taken from each answer where the shell has it already.
+# The word in the making is looked for as a whole (compgen of zsh does not look). Bash completes
+# what stands behind its last `=`, zsh all of it: what the shell has already is cut from answers.
 _BASH = """_medmoe() {{
-  local line=${{COMP_LINE:0:$COMP_POINT}} part=${{COMP_WORDS[COMP_CWORD]}} command= words= word one i
+  local line=${{COMP_LINE:0:$COMP_POINT}} part=${{COMP_WORDS[COMP_CWORD]}}
+  local command= words= word one i
   word=${{line##*[[:space:]]}}
   [[ $part == = ]] && part=
   for ((i = 1; i < COMP_CWORD; i++)); do

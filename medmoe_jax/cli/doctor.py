@@ -6,7 +6,8 @@
 Without a configuration it looks at the machine: versions that do not fit each other, devices that
 are not found or held by another process, memory and disk. With one also at the base, the tokenizer
 and the template beside it, and the first rows of every source; with a work directory at whether it
-can be written, who writes there, and how far it is. Ends with status 1 where a run would fail.
+can be written, who writes there, how far it is, and at the configuration that it names. Ends with
+status 1 where a run would fail.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from medmoe_jax.data.sources import first_rows
 from medmoe_jax.data.templates import doubts
 from medmoe_jax.errors import UserError
 from medmoe_jax.storage.places import cache_folder, is_remote, place
+from medmoe_jax.training.kept import is_kept
 from medmoe_jax.training.reading import check_sources
 from medmoe_jax.training.setup import Setup, open_setup
 from medmoe_jax.training.terminal import console
@@ -71,9 +73,9 @@ def _findings(workdir: str, rest: list[str]) -> Iterator[Finding]:
         places["the run"] = Path(workdir).absolute()
     yield from machine.disk(places)
     setup = None
-    if rest:
+    if rest or (workdir and is_kept(workdir)):
         try:
-            setup = open_setup(load_config(rest))
+            setup = open_setup(load_config(rest, workdir))
         except UserError as error:
             yield Finding("bad", "recipe", str(error))
     needed = _base_bytes(setup) if setup and jax.default_backend() == "cpu" else 0

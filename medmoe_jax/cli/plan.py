@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--topology", required=True, metavar="NAME", help="such as v5e:4x4 or v5litepod-16"
     )
+    parser.add_argument("--workdir", default="", help="whose configuration it is, without --config")
     parser.add_argument("--stage", default="", help="whose step it is (default: the first)")
     parser.add_argument(
         "--all", action="store_true", help="the frozen base's step, scoring and generation too"
@@ -60,7 +61,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     # Nothing runs here: a TPU of this machine stays free for others.
     jax.config.update("jax_platforms", "cpu")
     topology = describe(arguments.topology)
-    config = load_config(rest)
+    config = load_config(rest, arguments.workdir)
     if arguments.print_shardings or not arguments.search:
         setup = open_abstract(config, topology)
         at = start(setup, arguments.stage)

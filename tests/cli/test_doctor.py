@@ -71,6 +71,8 @@ def test_a_recipe_its_rows_and_its_work_directory(tmp_path, capsys, quiet_machin
     assert status == 0, text
     assert "stages:aggregate,align" in text and "finishedstages:aggregate,alignof2" in text
     assert "source'knowledge',first24rows" in text and "0holdnotarget" in text
+    status, text = _doctor(capsys, f"--workdir={tiny.trained()[1]}")
+    assert status == 0 and "finishedstages:aggregate,alignof2" in text  # as run.json there says
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a"}\n')
     source = "--config.data.sources.knowledge.path"

@@ -194,7 +194,9 @@ class Trackers:
     left out from then on: a note says so, and the training goes on.
     """
 
-    def __init__(self, names: Sequence[str], workdir: str | Path, config: Mapping[str, Any]):
+    def __init__(
+        self, names: Sequence[str], workdir: str | Path, config: Mapping[str, Any]
+    ) -> None:
         """Begin nothing yet.
 
         Args:
