@@ -73,18 +73,40 @@ def append(
       place: where.
     """
     new_RxT = new_RxT.astype(stack_LxBxS.dtype)
-
-    def write(old, new, layer, slot):
-        return jax.lax.dynamic_update_slice(old, new[None], (layer, slot, *(0,) * (new.ndim - 1)))
-
     if place.rows_R is None:
-        each = jax.vmap(write, in_axes=(1, 0, None, 0), out_axes=1)
-        stack_LxBxS = each(stack_LxBxS, new_RxT, layer, place.written_R)
+        stack_LxBxS = _written(stack_LxBxS, new_RxT, layer, place.written_R)
         return stack_LxBxS, jax.lax.dynamic_index_in_dim(stack_LxBxS, layer, keepdims=False)
     mine_1xRxS = stack_LxBxS[layer, place.sources_R][None]
-    each = jax.vmap(write, in_axes=(1, 0, None, 0), out_axes=1)
-    mine_RxS = each(mine_1xRxS, new_RxT, 0, place.written_R)[0]
+    mine_RxS = _written(mine_1xRxS, new_RxT, 0, place.written_R)[0]
     return stack_LxBxS.at[layer, place.rows_R].set(mine_RxS, mode="drop"), mine_RxS
+
+
+def _written(
+    stack_LxRxS: jax.Array, new_RxT: jax.Array, layer: jax.Array | int, slots_R: jax.Array
+) -> jax.Array:
+    """The stack with every row's tokens in one layer, from the row's own slot on.
+
+    One scatter, whose batch dimension is the stack's second: `vmap` would make it the first, and
+    the whole stack be copied into that order and back for every layer.
+    """
+    layer_R = jnp.full_like(slots_R, layer)
+    window = tuple(range(1, new_RxT.ndim))  # T and what a token has
+    numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=window,
+        inserted_window_dims=(0,),
+        scatter_dims_to_operand_dims=(0, 2),
+        operand_batching_dims=(1,),
+        scatter_indices_batching_dims=(0,),
+    )
+    return jax.lax.scatter(
+        stack_LxRxS,
+        jnp.stack([layer_R, slots_R], axis=1),
+        new_RxT,
+        numbers,
+        indices_are_sorted=True,
+        unique_indices=True,
+        mode=jax.lax.GatherScatterMode.CLIP,
+    )
 
 
 def note(
