@@ -20,6 +20,7 @@ _NO_PATH = {
     "answer", "score", "shots_as", "compat", "format", "dtype", "name", "ignore", "column",
     "option", "mask", "push", "prompt", "topology", "search", "devices", "kind", "kinds",
     "model", "price", "request", "scales", "url", "asked", "host", "stop", "system",
+    "shell",
 }  # fmt: skip
 
 
