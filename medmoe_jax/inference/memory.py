@@ -9,6 +9,7 @@ import numpy as np
 
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.errors import UserError
+from medmoe_jax.parallel.room import limit_of
 
 
 def cache_bytes(config: AdaptedConfig, rows: int, slots: int) -> int:
@@ -26,10 +27,9 @@ def check_room(config: AdaptedConfig, rows: int, slots: int) -> None:
     execution = config.execution
     # A process can ask its own devices alone.
     own = jax.local_devices() if execution.mesh is None else execution.mesh.local_devices
-    stats = own[0].memory_stats()
+    there, whose = limit_of(own[0]), "a device"
     needed = cache_bytes(config, rows, slots)
-    if stats and "bytes_limit" in stats:
-        there, whose = stats["bytes_limit"], "a device"
+    if there is not None:
         heads = execution.size(execution.tensor_axis(config.decoder.n_kv_heads))
         needed //= execution.row_shards * heads
     else:

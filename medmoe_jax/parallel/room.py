@@ -22,10 +22,15 @@ def room(mesh: Mesh) -> int:
     or of the machine where devices do not tell their own.
     """
     device = mesh.local_devices[0]
-    if _tells(device):
-        stats = device.memory_stats()
-        return int(_OF_DEVICE * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)))
+    limit = limit_of(device)
+    if limit is not None:
+        return int(_OF_DEVICE * (limit - device.memory_stats().get("bytes_in_use", 0)))
     return int(_OF_MACHINE * machine_free())
+
+
+def limit_of(device: jax.Device) -> int | None:
+    """Bytes of a device's own memory; None where it has none, or does not tell."""
+    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def machine_free() -> int:
@@ -60,10 +65,5 @@ def beside_arguments(memory: Any) -> int:
 
 def taken(memory: Any, mesh: Mesh) -> int:
     """What a program on a mesh takes of `room`, from its `memory_analysis()`."""
-    devices = 1 if _tells(mesh.local_devices[0]) else len(mesh.local_devices)
+    devices = len(mesh.local_devices) if limit_of(mesh.local_devices[0]) is None else 1
     return devices * beside_arguments(memory)
-
-
-def _tells(device: jax.Device) -> bool:
-    """Whether a device has memory of its own and says how much."""
-    return "bytes_limit" in (device.memory_stats() or {})
