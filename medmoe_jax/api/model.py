@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from medmoe_jax.api import configs
 from medmoe_jax.api.opening import language_model, open_run, open_stage
-from medmoe_jax.api.routing import Routing, measure
+from medmoe_jax.api.routing import Routing, measure, read
 from medmoe_jax.api.tasks import check_prompts, note_cut
 from medmoe_jax.base.presets import HUB
 from medmoe_jax.checkpoints.bases import open_base
@@ -222,7 +222,8 @@ class Model:
         Raises:
           UserError: no bank that takes part has a router, or there are no such rows.
         """
-        return measure(self.run.setup, self.language_model, [os.fspath(one) for one in data], limit)
+        texts = read(self.run.setup, [os.fspath(one) for one in data], limit)
+        return measure(self.run.setup, self.language_model, texts)
 
 
 def load(

@@ -88,13 +88,15 @@ class Routing:
         return framed(page_html(list(self.pictures.values()), TITLE))
 
 
-def measure(
-    setup: Setup, model: LanguageModel, data: Sequence[str], limit: int | None = None
-) -> Routing:
-    """Run rows through a model and read its gates; see `Model.routing`."""
+def read(setup: Setup, data: Sequence[str], limit: int | None = None) -> Sequence[Texts]:
+    """The rows of each language; see `Model.routing`."""
     if limit is not None:
         COUNT.check("limit", limit)
-    texts = routing.by_language(_rows(setup, data), setup.languages, limit)
+    return routing.by_language(_rows(setup, data), setup.languages, limit)
+
+
+def measure(setup: Setup, model: LanguageModel, texts: Sequence[Texts]) -> Routing:
+    """Run the rows of `read` through a model and read its gates."""
     engine = model.engine
     gates = routing.measure(
         engine.config,

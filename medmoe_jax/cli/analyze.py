@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from medmoe_jax.api.opening import open_model
-from medmoe_jax.api.routing import measure
+from medmoe_jax.api.routing import measure, read
 from medmoe_jax.cli.session import add_model_arguments, open_run
 from medmoe_jax.evaluation import routing
 from medmoe_jax.ranges import COUNT
@@ -43,8 +43,8 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     if arguments.limit is not None:
         COUNT.check("limit", arguments.limit)
     opened = open_run(rest, arguments.workdir)
-    model = open_model(opened, arguments.stage, arguments.off)
-    found = measure(opened.setup, model, arguments.data, arguments.limit)
+    texts = read(opened.setup, arguments.data, arguments.limit)  # bad rows load no model
+    found = measure(opened.setup, open_model(opened, arguments.stage, arguments.off), texts)
     written = found.save(arguments.out)
     for gate in found.gates:
         console.print(_table(gate, found.texts))
