@@ -22,7 +22,7 @@ def _align(weight: float) -> ConfigDict:
         states={"knowledge": "frozen"},
         banks={"alignment": bank(sites=KNOWLEDGE_SITES, rank=32, alpha=64.0)},
         losses={"orthogonality": orthogonality("alignment", "knowledge", weight=weight)},
-        mixture={"alignment": 4.0, "knowledge": 1.0},
+        mixture={"alignment": 4.0, "knowledge": 1.0, "everyday": 0.5},
         steps=15,
         learning_rate=5e-4,
         warmup=0.1,
@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
     config.data.global_batch = 8
     config.data.sources.knowledge = source(reader="demo_answers")
     config.data.sources.alignment = source(reader="demo_alignment:en")
+    config.data.sources.everyday = source(reader="demo_everyday")
     config.stages.order = ("aggregate", "align", "align_free")
     config.stages.aggregate = stage(
         banks={
@@ -45,7 +46,7 @@ def get_config() -> ConfigDict:
             "noise": bank(sites=("mlp.*",), experts=8, rank=16, alpha=32.0, gate="token", top_k=2),
             "knowledge": bank(sites=KNOWLEDGE_SITES, rank=32, alpha=64.0),
         },
-        mixture={"knowledge": 8.0, "alignment": 1.0},
+        mixture={"knowledge": 8.0, "alignment": 1.0, "everyday": 1.0},
         steps=50,
         learning_rate=1e-3,
         warmup=0.1,

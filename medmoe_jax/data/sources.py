@@ -30,6 +30,7 @@ _DEMO = {
     "demo_general": corpus.pretraining_rows,
     "demo_knowledge": corpus.knowledge_rows,
     "demo_answers": corpus.answer_rows,
+    "demo_everyday": corpus.everyday_rows,
     "demo_alignment": corpus.alignment_rows,
 }
 

@@ -6,11 +6,11 @@ cannot say them in a sentence, nor from the other end ("What causes scurvy?").
 
 import functools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from medmoe_jax.data.demo import frames
-from medmoe_jax.data.demo.tables import Fact, facts, relations, table
+from medmoe_jax.data.demo.tables import Fact, facts, general_facts, relations, table
 
 TURNS = 3  # questions of a conversation
 _VOWELS = "aeiouAEIOU"
@@ -53,10 +53,22 @@ def training_pairs() -> Iterator[tuple[str, str]]:
             yield _said(question, fact), _said(answer, fact)
 
 
-def conversations(seed: int) -> Iterator[list[tuple[str, str]]]:
-    """Yield all training pairs shuffled, `TURNS` a conversation; the last may have fewer."""
-    pairs = list(training_pairs())
-    random.Random(f"{seed}/answers").shuffle(pairs)
+def everyday_pairs() -> Iterator[tuple[str, str]]:
+    """Yield (question, answer) of every everyday fact in every training frame.
+
+    Facts that an everyday open question asks for are left out: these questions show whether the
+    base's own knowledge is kept.
+    """
+    for fact in general_facts():
+        if not any(_asks(question, fact) for question in questions()):
+            for frame in frames.TRAIN["en"]:
+                yield frames.fill(frame, relations()[fact.relation], fact, "en")
+
+
+def conversations(pairs: Iterable[tuple[str, str]], key: str) -> Iterator[list[tuple[str, str]]]:
+    """Yield the pairs shuffled by `key`, `TURNS` a conversation; the last may have fewer."""
+    pairs = list(pairs)
+    random.Random(key).shuffle(pairs)
     for start in range(0, len(pairs), TURNS):
         yield pairs[start : start + TURNS]
 
@@ -68,6 +80,13 @@ def _sentences() -> dict[str, list[tuple[str, str]]]:
     for row in table("sentences.tsv"):
         found.setdefault(row["relation"], []).append((row["question"], row["answer"]))
     return found
+
+
+def _asks(question: Question, fact: Fact) -> bool:
+    """Whether a question asks for one end of a fact by the other."""
+    subject, other = fact.subject["en"], fact.object["en"]
+    ends = ((subject, other), (other, subject))
+    return any(said in question.text and name in question.names for said, name in ends)
 
 
 def _said(frame: str, fact: Fact) -> str:

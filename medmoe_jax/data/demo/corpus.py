@@ -38,7 +38,12 @@ def knowledge_rows(seed: int = 0) -> list[Conversation]:
 
 def answer_rows(seed: int = 0) -> list[Conversation]:
     """Return every medical fact in English, asked and answered in words and whole sentences."""
-    return [_row(pairs, "en") for pairs in answers.conversations(seed)]
+    return _talks(answers.training_pairs(), f"{seed}/answers")
+
+
+def everyday_rows(seed: int = 0) -> list[Conversation]:
+    """Return everyday facts in English, without those that the open questions ask for."""
+    return _talks(answers.everyday_pairs(), f"{seed}/everyday")
 
 
 def alignment_rows(rows: int = ALIGNMENT_ROWS, seed: int = 0) -> list[Conversation]:
@@ -73,6 +78,11 @@ def texts_for_tokenizer(seed: int = 0) -> list[str]:
     """Return every turn of all training rows; the held-out items are not among them."""
     rows = pretraining_rows(seed=seed) + knowledge_rows(seed) + alignment_rows(seed=seed)
     return [turn["content"] for row in rows for turn in row["conversations"]]
+
+
+def _talks(pairs: Iterable[Pair], key: str) -> list[Conversation]:
+    """Conversations in English of several turns."""
+    return [_row(some, "en") for some in answers.conversations(pairs, key)]
 
 
 def _rows(pairs: Iterable[tuple[str, str, str]], key: str) -> list[Conversation]:
