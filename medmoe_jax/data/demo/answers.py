@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from medmoe_jax.data.demo import frames
 from medmoe_jax.data.demo.tables import Fact, facts, general_facts, relations, table
 
-TURNS = 3  # questions of a conversation
+TURNS = 6  # questions of a conversation
 _VOWELS = "aeiouAEIOU"
 
 
