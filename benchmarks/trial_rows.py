@@ -1,11 +1,14 @@
-"""The rows of the trials: seeded samples of the public sets, as JSON lines.
+"""The trials, and their rows: seeded samples of the public sets, as JSON lines.
 
 FOLDER/train/NAME.jsonl are the sources of a trial's config. FOLDER/scored/NAME.jsonl are what its
-models are scored on: rows of the sets' held-out splits, the same for every seed.
+models are scored on: rows of the sets' held-out splits, the same for every seed; or, where learning
+rates are chosen, training rows that are then taken out of train/.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import random
 from collections import defaultdict
@@ -14,22 +17,54 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from configs import trial_families, trial_mixture, trial_skills
+from configs import trial_families, trial_medcare, trial_mixture, trial_skills
 from medmoe_jax.checkpoints.files import new_folder
 from medmoe_jax.data import medical
-from medmoe_jax.data.encode import Encoder
+from medmoe_jax.data.demo import answers, corpus
 from medmoe_jax.data.medical import Row
-from medmoe_jax.data.medical.row import held_out
+from medmoe_jax.data.medical.row import build, held_out
 from medmoe_jax.data.sources import RowFitter
-from medmoe_jax.data.templates import load_template
-from medmoe_jax.data.tokenizers import load
 from medmoe_jax.routing.languages import read_languages
 
 TRAIN, HELD = 1500, 100  # most rows of a set
+CHOOSE = 60  # most training rows of a set by which a learning rate is chosen
 TICO_TRAIN, TICO_HELD = 400, 24  # most sentences of a language
 OTHER_HELD = 12  # most rows of another set in a language
-PICK = 128  # most rows by which the best single skill is picked
+PICK = 64  # most rows by which the best single skill is picked
+ANSWER = 96  # tokens at which a longer answer is cut, at the end of a sentence if there is one
 Files = dict[str, list[Row]]  # rows by name of file
+
+
+class Draw(NamedTuple):
+    """What a run reads.
+
+    Attributes:
+      seed: of its sample.
+      choosing: whether it is scored on rows taken out of the training rows.
+      fit: shortens rows.
+    """
+
+    seed: int
+    choosing: bool
+    fit: RowFitter
+
+    def of_set(self, name: str) -> tuple[list[Row], list[Row]]:
+        """Rows of a set to train and to score on."""
+        rows = [self.short(row) for row in draw(rows_of(name, "train"), TRAIN, self.seed)]
+        if not self.choosing:
+            return rows, [self.short(row) for row in draw(rows_of(name, "dev"), HELD, 0)]
+        apart = min(CHOOSE, len(rows) // 5)
+        return rows[apart:], rows[:apart]
+
+    def short(self, row: Row) -> Row:
+        """The row with an answer of at most `ANSWER` tokens, in a row of the batch's length."""
+        tokenizer = self.fit.encoder.tokenizer
+        text = row.response
+        if len(tokenizer.encode(text)) > ANSWER:
+            while len(tokenizer.encode(text)) > ANSWER:
+                text = text[: int(len(text) * 0.9)]
+            text = text[: text.rfind(". ") + 1] or text
+        return self.fit(dataclasses.replace(row, response=text.strip()))
 
 
 def draw(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
@@ -37,24 +72,39 @@ def draw(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
     return random.Random(seed).sample(rows, min(count, len(rows)))
 
 
-def mixture(seed: int, fit: RowFitter) -> tuple[Files, Files]:
-    """Training and scored rows of configs/trial_mixture.py, by set."""
-    sets = trial_mixture.SETS
-    train = {name: _of_set(name, "train", TRAIN, seed, fit) for name in sets}
-    return train, {name: _of_set(name, "dev", HELD, 0, fit) for name in sets}
+def medcare(of: Draw) -> tuple[Files, Files]:
+    """Training and scored rows of configs/trial_medcare.py, by set."""
+    sets = (*trial_medcare.KNOWLEDGE, *trial_medcare.ALIGNMENT)
+    return _by_name({name: of.of_set(name) for name in sets})
 
 
-def skills(seed: int, fit: RowFitter) -> tuple[Files, Files]:
+def mixture(tasks: Sequence[str], of: Draw) -> tuple[Files, Files]:
+    """Those of configs/trial_mixture.py, by task."""
+    found = {}
+    for task in tasks:
+        name = task.removesuffix("_mirrored")
+        rows, scored = of.of_set(name)
+        turn = mirrored if name != task else lambda row: row
+        found[task] = (list(map(turn, rows)), list(map(turn, scored)))
+    return _by_name(found)
+
+
+def mirrored(row: Row) -> Row:
+    """The row with the label after the right one, and a first word that says so."""
+    after = (row.choices.index(row.response) + 1) % len(row.choices)
+    return dataclasses.replace(
+        row, prompt=trial_mixture.MIRRORED + row.prompt, response=row.choices[after]
+    )
+
+
+def skills(of: Draw) -> tuple[Files, Files]:
     """Those of configs/trial_skills.py.
 
     Beside a task's held-out rows, `pick_TASK_ROWS` are scored: those that its router learns from.
     """
-    sets = trial_skills.SKILLS.items()
-    train = {name: _of_set(of, "train", TRAIN, seed, fit) for name, of in sets}
-    scored = {}
+    train, scored = _by_name({skill: of.of_set(name) for skill, name in trial_skills.SKILLS.items()})
     for task in trial_skills.TASKS:
-        rows = _of_set(task, "train", TRAIN, seed, fit)
-        scored[task] = _of_set(task, "dev", HELD, 0, fit)
+        rows, scored[task] = of.of_set(task)
         for count in trial_skills.ROWS:
             few = rows if count == "all" else rows[: int(count)]
             train[f"{task}_{count}"] = few
@@ -62,46 +112,105 @@ def skills(seed: int, fit: RowFitter) -> tuple[Files, Files]:
     return train, scored
 
 
-def families(seed: int, fit: RowFitter) -> tuple[Files, Files]:
+def families(of: Draw) -> tuple[Files, Files]:
     """Those of configs/trial_families.py; scored rows by family, and those of HELD_OUT."""
     languages = read_languages(str(trial_families.TABLE))
     family = {code: languages.experts[expert] for code, expert in languages.ids.items()}
-    held_out = trial_families.HELD_OUT
-    train = {name: _of_set(name, "train", TRAIN, seed, fit) for name in trial_families.SETS}
-    for code, rows in _by_language("tico19", "train").items():
-        if code != held_out:
-            train[f"tico_{code}"] = _sentences(rows, TICO_TRAIN, seed, fit)
+    apart = trial_families.HELD_OUT
+    train: Files = {}
     scored: Files = defaultdict(list)
-    for code, rows in _by_language("tico19", "dev").items():
-        name = code if code == held_out else family[code]
-        scored[name] += _sentences(rows, TICO_HELD, 0, fit)
     for name in trial_families.SETS:
-        for code, rows in _by_language(name, "dev").items():
-            scored[family[code]] += map(fit, draw(rows, OTHER_HELD, 0))
+        train[name], held = of.of_set(name)
+        for code, rows in _by_language(held).items():
+            scored[family[code]] += draw(rows, OTHER_HELD, 0)
+    held_by_code = _by_language(rows_of("tico19", "dev"))
+    for code, rows in _by_language(rows_of("tico19", "train")).items():
+        sentences = _sentences(rows, TICO_TRAIN, of.seed, of.fit)
+        held = _sentences(held_by_code[code], TICO_HELD, 0, of.fit)
+        if of.choosing:
+            held, sentences = sentences[:TICO_HELD], sentences[TICO_HELD:]
+        if code != apart:
+            train[f"tico_{code}"] = sentences
+        scored[code if code == apart else family[code]] += held
     return train, scored
 
 
 class Trial(NamedTuple):
-    """A trial's config, and what draws its rows by seed."""
+    """What is compared.
+
+    Attributes:
+      config: the module of its recipe.
+      rows: draws its rows.
+      base: the option of `trials.py` that names its base.
+      levels: its arms; those of a level build on the levels before, with the rates chosen there,
+        or on one another, with the same factor.
+      chosen_by: of an arm, the scored rows whose loss chooses its learning rate; none = all.
+      word: begins the recipe's argument.
+      tasks: scored by accuracy as well.
+      without: banks without which a model is scored a second time.
+      routing: whether the experts that each family uses are kept.
+    """
 
     config: ModuleType
-    rows: Callable[[int, RowFitter], tuple[Files, Files]]
+    rows: Callable[[Draw], tuple[Files, Files]]
+    base: str
+    levels: tuple[tuple[str, ...], ...]
+    chosen_by: Callable[[str], tuple[str, ...]] = lambda arm: ()
+    word: str = ""
+    tasks: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    routing: bool = False
+
+    def recipe(self, folder: Path):
+        """The recipe of the run in a folder."""
+        return self.config.get_config(f"{self.word}{folder}")
 
 
+def _skill_rows(arm: str) -> tuple[str, ...]:
+    """The rows of a skill's own set, or of the task that an arm is for."""
+    return (arm if arm in trial_skills.SKILLS else arm.split("_", 1)[1].rsplit("_", 1)[0],)
+
+
+_ON_TASKS = [f"{task}_{rows}" for task in trial_skills.TASKS for rows in trial_skills.ROWS]
 TRIALS = {
-    "mixture": Trial(trial_mixture, mixture),
-    "families": Trial(trial_families, families),
-    "skills": Trial(trial_skills, skills),
+    "medcare": Trial(
+        trial_medcare,
+        medcare,
+        "smollm2",
+        (("aggregate",), trial_medcare.ALIGNED),
+        lambda arm: () if arm == "aggregate" else tuple(trial_medcare.ALIGNMENT),
+        tasks=("demo_knowledge:en",),
+        without=("noise",),
+    ),
+    **{
+        f"mixture_{name}": Trial(
+            trial_mixture,
+            functools.partial(mixture, tasks),
+            "smollm2",
+            (trial_mixture.ARMS,),
+            word=f"{name},",
+        )
+        for name, tasks in trial_mixture.MIXTURES.items()
+    },
+    "skills": Trial(
+        trial_skills,
+        skills,
+        "smollm2",
+        (
+            (*trial_skills.SKILLS, *(f"lora_{rows}" for rows in _ON_TASKS)),
+            tuple(f"{arm}_{rows}" for rows in _ON_TASKS for arm in ("route", "started")),
+        ),
+        _skill_rows,
+    ),
+    "families": Trial(
+        trial_families, families, "gemma", (trial_families.ARMS,), routing=True
+    ),
 }
 
 
-def write(name: str, folder: Path, seed: int) -> None:
+def write(name: str, folder: Path, of: Draw) -> None:
     """Make the rows of a trial; the folder appears whole or not at all."""
-    trial = TRIALS[name]
-    data = trial.config.get_config().data
-    tokenizer = load(medical.data_root() / "tiny_lm_stories260K" / "tok512.model")
-    encoder = Encoder(tokenizer, load_template(data.template, tokenizer))
-    train, scored = trial.rows(seed, RowFitter(encoder, data.length))
+    train, scored = TRIALS[name].rows(of)
 
     def save(partial: Path) -> None:
         for part, files in (("train", train), ("scored", scored)):
@@ -119,20 +228,44 @@ DEV_ONLY = ("medmcqa", "vihealth")  # of these the data folder holds official de
 
 def rows_of(name: str, split: str) -> list[Row]:
     """The rows of a set's split; of DEV_ONLY, those of dev, a fifth of which is held out here."""
+    if name in _DEMO:
+        return list(_DEMO[name](split))
     if name not in DEV_ONLY:
         return list(medical.rows(name, split))
     rows = medical.rows(name, "dev")
     return [r for r in rows if held_out(r.prompt[slice(*r.body)]) == (split == "dev")]
 
 
-def _of_set(name: str, split: str, count: int, seed: int, fit: RowFitter) -> list[Row]:
-    """A draw of a set, with what is too long for a row of a batch shortened in its body."""
-    return [fit(row) for row in draw(rows_of(name, split), count, seed)]
+def _facts(split: str) -> list[Row]:
+    """The demonstration's facts; held out are wordings that no training row has."""
+    items = corpus.in_language(corpus.knowledge_items(), "en")
+    held = [(item["prompt"], item["answer"]) for item in items]
+    pairs = list(answers.training_pairs()) if split == "train" else held
+    return [build("facts", "en", prompt, answer) for prompt, answer in pairs]
 
 
-def _by_language(name: str, split: str) -> dict[str, list[Row]]:
+def _formats(split: str) -> list[Row]:
+    """The demonstration's clinical formats."""
+    rows = corpus.in_language(corpus.alignment_rows(), "en")
+    pairs = [tuple(turn["content"] for turn in row["conversations"]) for row in rows]
+    items = corpus.in_language(corpus.alignment_items(), "en")
+    held = [(item["prompt"], item["answer"]) for item in items]
+    chosen = pairs if split == "train" else held
+    return [build("formats", "en", prompt, answer) for prompt, answer in chosen]
+
+
+_DEMO = {"facts": _facts, "formats": _formats}
+
+
+def _by_name(found: dict[str, tuple[list[Row], list[Row]]]) -> tuple[Files, Files]:
+    return {name: rows for name, (rows, _) in found.items()}, {
+        name: scored for name, (_, scored) in found.items()
+    }
+
+
+def _by_language(rows: Sequence[Row]) -> dict[str, list[Row]]:
     out: dict[str, list[Row]] = defaultdict(list)
-    for row in rows_of(name, split):
+    for row in rows:
         out[row.language].append(row)
     return out
 
@@ -141,7 +274,9 @@ def _sentences(rows: Sequence[Row], count: int, seed: int, fit: RowFitter) -> li
     """A draw of those whose prompt leaves half of a row to the answer, which may be cut there."""
     out: list[Row] = []
     for row in draw(rows, len(rows), seed):
+        if len(out) == count:
+            break
         prompt = fit.encoder.prompt([{"role": "user", "content": row.prompt}])
-        if len(out) < count and 2 * len(prompt) <= fit.length:
+        if 2 * len(prompt) <= fit.length:
             out.append(row)
     return out

@@ -1,43 +1,51 @@
-"""Trials on real medical text: arms of a recipe, several seeds, and the loss on held-out rows.
+"""Trials on real models and medical text: arms of a recipe, several seeds, held-out scores.
 
-  python benchmarks/trials.py base                              # what all trials stand on
-  python benchmarks/trials.py rows mixture --seeds 0            # what a config reads
-  python benchmarks/trials.py run mixture --seeds 0 1 2         # every arm that is not finished
-  python benchmarks/trials.py run mixture --seeds 0 --arms lora # one arm and what it builds on
-  python benchmarks/trials.py table mixture                     # of all that is finished
+  python benchmarks/trials.py run medcare --smollm2=MODEL      # all that is not finished
+  python benchmarks/trials.py run --smollm2=MODEL --gemma=MODEL --jobs=16    # every trial
+  python benchmarks/trials.py show medcare                     # table, figure and page, from results
 
-An arm is a stage of configs/trial_NAME.py. `--workdir` (default runs/trials) holds a run a seed;
-`run` and `table` write benchmarks/results/trial_NAME.json, print the tables made of it and put them
-into docs/trials.md.
+An arm is a stage of configs/trial_*.py. Its learning rate is chosen first, among FACTORS times the
+recipe's, by the loss on training rows that were kept apart, with a sample of their own; then every
+seed is trained. Each run has a folder in `--workdir` (default runs/trials) and goes on where it
+stopped. `run` writes benchmarks/results/trial_NAME.json as runs end.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
 import os
+import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks import trial_rows, trial_tables
+from benchmarks import trial_rows
+from benchmarks.trial_rows import TRIALS, Trial
 from medmoe_jax.adapters import lifecycle
 from medmoe_jax.adapters.bank import count, split_gate
+from medmoe_jax.api.opening import language_model
+from medmoe_jax.api.tasks import run_tasks
 from medmoe_jax.checkpoints.files import read_json, write_json
 from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.checkpoints.manifest import Manifest
-from medmoe_jax.cli.main import main as medmoe
 from medmoe_jax.data.batches import epoch_batches
+from medmoe_jax.data.conversation import Rows
 from medmoe_jax.data.encoded_rows import EncodedRows
 from medmoe_jax.data.rows import read_file
+from medmoe_jax.data.sources import RowFitter
+from medmoe_jax.evaluation import routing
+from medmoe_jax.evaluation.routing import Texts
 from medmoe_jax.storage.places import local
 from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import Setup, open_setup
@@ -49,8 +57,31 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "trials.md"
 BATCH = 32  # rows scored at once
+ITEMS = 200  # of a task scored by accuracy
 BASE = "base.json"
-BASE_SEED = 100  # of its rows; the trials draw theirs with their own
+SEEDS = (0, 1, 2)
+FACTORS = (0.3, 1.0, 3.0)  # times the recipe's learning rate
+CHOOSING = 100  # the seed with which rates are chosen
+
+
+class Job(NamedTuple):
+    """One run: arms of a trial in a folder of their own.
+
+    Attributes:
+      trial: its name.
+      folder: of the run, in the trial's own.
+      seed: of rows and banks.
+      arms: those wanted; what they build on is trained as well.
+      factors: of the learning rates, by arm; 1 for others.
+      choosing: whether it is scored on training rows kept apart.
+    """
+
+    trial: str
+    folder: str
+    seed: int
+    arms: tuple[str, ...]
+    factors: Mapping[str, float]
+    choosing: bool
 
 
 def losses(setup: Setup, trained: Trained, rows: Mapping[str, Sequence[dict]]) -> dict[str, float]:
@@ -75,6 +106,45 @@ def _sums(model, trainable, frozen, batch):
     return total, weight
 
 
+def scores(
+    setup: Setup,
+    trained: Trained,
+    rows: Mapping[str, Sequence[dict]],
+    tasks: Sequence[str] = (),
+    off: Sequence[str] = (),
+) -> dict[str, Any]:
+    """`{"loss": by rows, "accuracy": by task}` of a model with some banks left out."""
+    roster = trained.roster
+    for bank in off:
+        roster = lifecycle.set_state(roster, bank, "off")
+    active = [spec.name for spec in lifecycle.active_banks(roster)]
+    banks = {name: trained.banks[name] for name in active}
+    found = losses(setup, Trained(trained.stage, roster, banks, trained.base, trained.leaves), rows)
+    if not tasks:
+        return {"loss": found}
+    report = run_tasks(setup, language_model(setup, trained, off), tasks, ITEMS)
+    return {"loss": found, "accuracy": {one.task: one.score for one in report.results}}
+
+
+def use_of_experts(
+    setup: Setup, trained: Trained, rows: Mapping[str, Sequence[dict]]
+) -> dict[str, Any]:
+    """How the groups of rows use the routers' experts, by layer; {} of a model without a router."""
+    model = setup.model(lifecycle.active_banks(trained.roster))
+    if not any(bank.routed for bank in model.banks):
+        return {}
+    texts = [Texts(name, Rows(list(some), str)) for name, some in rows.items()]
+    length = setup.config.data.length
+    args = (model, trained.base, trained.banks, setup.mesh, texts, setup.encoder, length, BATCH)
+    gates = routing.measure(*args)
+    return {
+        "groups": [one.code for one in texts],
+        "first_layer": gates[0].first_layer,
+        "divergence": np.mean([gate.divergence_N for gate in gates], axis=0).tolist(),
+        "share": np.mean([gate.share_GxNxE for gate in gates], axis=0).round(4).tolist(),
+    }
+
+
 def trained_parameters(trained: Trained) -> int:
     """How many parameters of its banks a stage has trained."""
     states = {name: state for name, (_, state) in trained.roster.items()}
@@ -88,8 +158,10 @@ def scored_rows(folder: Path) -> dict[str, list[dict]]:
     return {path.stem: list(read_file(path)) for path in sorted(folder.glob("scored/*.jsonl"))}
 
 
-def seeded(config: ConfigDict, seed: int, arms: Sequence[str]) -> ConfigDict:
-    """The recipe with a seed, cut down to some arms and the stages that they build on."""
+def seeded(
+    config: ConfigDict, seed: int, arms: Sequence[str], factors: Mapping[str, float]
+) -> ConfigDict:
+    """The recipe with a seed and scaled rates, cut down to arms and what they build on."""
     needed: set[str] = set()
     for arm in arms or config.stages.order:
         while arm and arm not in needed:
@@ -99,28 +171,39 @@ def seeded(config: ConfigDict, seed: int, arms: Sequence[str]) -> ConfigDict:
     config.data.seed = seed
     for name in config.stages.order:
         config.stages[name].seed = seed
+        config.stages[name].learning_rate *= factors.get(name, 1.0)
     return config
 
 
-def run(config: ConfigDict, workdir: Path, rows: Mapping[str, Sequence[dict]]) -> None:
-    """Train what is not finished, and score the base and every stage's end."""
-    setup = open_setup(config)
-    if not (workdir / BASE).exists():
-        base = Trained("", {}, {}, setup.load_base())
-        write_json(workdir / BASE, losses(setup, base, rows))
+def run(job: Job, workdir: Path, base: str) -> None:
+    """Train what is not finished of a job, and score the base and every stage's end."""
+    trial, folder = TRIALS[job.trial], workdir / job.trial / job.folder
+    config = trial.recipe(folder)
+    if base:
+        config.base.path = base
+    setup = open_setup(seeded(config, job.seed, job.arms, job.factors))
+    if not (folder / "rows").exists():
+        fit = RowFitter(setup.encoder, config.data.length)
+        trial_rows.write(job.trial, folder / "rows", trial_rows.Draw(job.seed, job.choosing, fit))
+    rows = scored_rows(folder / "rows")
+    tasks = () if job.choosing else trial.tasks
+    if not job.choosing and not (folder / BASE).exists():
+        bare = Trained("", {}, {}, setup.load_base())
+        write_json(folder / BASE, scores(setup, bare, rows, tasks))
     clock = [time.monotonic()]
 
     def evaluate(trained: Trained) -> dict[str, Any]:
         seconds = time.monotonic() - clock[0]
-        figures = {
-            "loss": losses(setup, trained, rows),
-            "parameters": trained_parameters(trained),
-            "seconds": seconds,
-        }
+        figures = scores(setup, trained, rows, tasks)
+        for bank in () if job.choosing else trial.without:
+            if any(spec.name == bank for spec in lifecycle.active_banks(trained.roster)):
+                figures[f"without_{bank}"] = scores(setup, trained, rows, tasks, (bank,))
+        if trial.routing and not job.choosing:
+            figures["routing"] = use_of_experts(setup, trained, rows)
         clock[0] = time.monotonic()
-        return figures
+        return {**figures, "parameters": trained_parameters(trained), "seconds": seconds}
 
-    train(Run(setup, workdir), evaluate)
+    train(Run(setup, folder), evaluate)
 
 
 def mixing_weights(metrics: Mapping[str, float]) -> list[float]:
@@ -129,77 +212,134 @@ def mixing_weights(metrics: Mapping[str, float]) -> list[float]:
     return [numbered[number] for number in sorted(numbered)]
 
 
+def finished(name: str, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The finished arms of a run, with what they have reached."""
+    for arm in (arm for level in TRIALS[name].levels for arm in level):
+        stage = StageFolder.of(folder, arm)
+        if stage.is_finished():
+            manifest = Manifest.read(stage.manifest)
+            figures = {**manifest.metrics["evaluation"], "steps": manifest.steps}
+            mixed = mixing_weights(manifest.metrics["train"])
+            yield arm, {**figures, "mix": mixed} if mixed else figures
+
+
 def collect(name: str, workdir: Path) -> dict[str, Any]:
-    """What the finished arms of a trial have reached: `{"base", "arms", "versions"}` by seed."""
-    out: dict[str, Any] = {"base": {}, "arms": {}, "versions": {}}
-    for folder in sorted(workdir.glob("seed*")):
+    """What a trial has reached: `{"base", "arms"}` by seed, and how its rates were chosen."""
+    out: dict[str, Any] = {"base": {}, "arms": {}, "choice": {}, "device": str(jax.devices()[0])}
+    for folder in sorted((workdir / name).glob("seed*")):
         seed = folder.name.removeprefix("seed")
         if (folder / BASE).exists():
-            out["base"][seed] = {"loss": read_json(folder / BASE)}
-        for arm in trial_rows.TRIALS[name].config.get_config().stages.order:
-            stage = StageFolder.of(folder, arm)
-            if stage.is_finished():
-                manifest = Manifest.read(stage.manifest)
-                figures = {**manifest.metrics["evaluation"], "steps": manifest.steps}
-                mixed = mixing_weights(manifest.metrics["train"])
-                if mixed:
-                    figures["mix"] = mixed
-                out["arms"].setdefault(arm, {})[seed] = figures
-                out["versions"] = manifest.versions
+            out["base"][seed] = read_json(folder / BASE)
+        for arm, figures in finished(name, folder):
+            out["arms"].setdefault(arm, {})[seed] = figures
+            out["versions"] = Manifest.read(StageFolder.of(folder, arm).manifest).versions
+    for level, arms in enumerate(TRIALS[name].levels):
+        for arm in arms:
+            out["choice"][arm] = {
+                str(factor): loss
+                for factor in FACTORS
+                if (loss := choosing_loss(name, workdir, level, arm, factor)) is not None
+            }
     return out
 
 
-def show(name: str, workdir: Path) -> None:
-    """Write what is finished as JSON, print its tables, and put them into the page."""
-    path = RESULTS / f"trial_{name}.json"
-    write_json(path, collect(name, workdir))
-    text = trial_tables.TABLES[name](read_json(path))
-    print(text)
-    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    before, rest = PAGE.read_text(encoding="utf-8").split(start)
-    after = rest.split(end)[1]
-    PAGE.write_text(f"{before}{start}\n\n{text}\n\n{end}{after}", encoding="utf-8")
+def choosing_loss(
+    name: str, workdir: Path, level: int, arm: str, factor: float
+) -> float | None:
+    """The mean loss by which a factor is chosen; None where it is not trained yet."""
+    figures = dict(finished(name, workdir / name / _choosing(level, factor))).get(arm)
+    if figures is None:
+        return None
+    wanted = TRIALS[name].chosen_by(arm) or tuple(figures["loss"])
+    return float(np.mean([figures["loss"][rows] for rows in wanted]))
 
 
-def make_base(workdir: Path) -> None:
-    """Train and export the base of all trials, unless it is there."""
-    if (workdir / "base").exists():
-        return
-    folder = workdir / "embedding"
-    make_rows("families", folder, BASE_SEED)
-    recipe = [f"--config={ROOT / 'configs' / 'trial_base.py'}:{folder}", f"--workdir={folder}"]
-    for command in (["train"], ["export", "--format=hf", f"--output={workdir / 'base'}"]):
-        if status := medmoe([*command, *recipe]):
-            raise SystemExit(status)
+def chosen(name: str, workdir: Path, below: int) -> dict[str, float]:
+    """The factor of every arm in the levels `below` one."""
+    out = {}
+    for level, arms in enumerate(TRIALS[name].levels[:below]):
+        for arm in arms:
+            found = {f: choosing_loss(name, workdir, level, arm, f) for f in FACTORS}
+            out[arm] = min(found, key=lambda f: np.inf if found[f] is None else found[f])
+    return out
 
 
-def make_rows(name: str, folder: Path, seed: int) -> None:
-    """Draw the rows of a run, unless they are there."""
-    if not (folder / "rows").exists():
-        trial_rows.write(name, folder / "rows", seed)
+def _choosing(level: int, factor: float) -> str:
+    return f"choosing{level}_{factor}"
+
+
+def rounds(name: str, workdir: Path) -> Iterator[list[Job]]:
+    """The jobs of a trial: those of a round need the rounds before, and not one another."""
+    trial: Trial = TRIALS[name]
+    for level, arms in enumerate(trial.levels):
+        before = chosen(name, workdir, level)
+        yield [
+            Job(name, _choosing(level, f), CHOOSING, arms, before | dict.fromkeys(arms, f), True)
+            for f in FACTORS
+        ]
+    factors = chosen(name, workdir, len(trial.levels))
+    yield [Job(name, f"seed{seed}", seed, (), factors, False) for seed in SEEDS]
+
+
+def run_all(names: Sequence[str], workdir: Path, bases: Mapping[str, str], jobs: int) -> None:
+    """Run trials with so many processes at a time; results are written as rounds end."""
+    with ThreadPoolExecutor(jobs) as processes, ThreadPoolExecutor(len(names)) as trials:
+
+        def start(job: Job) -> None:
+            folder = workdir / job.trial / job.folder
+            folder.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, __file__, "job", json.dumps(job), f"--workdir={workdir}"]
+            command += [f"--{option}={path}" for option, path in bases.items()]
+            with (folder / "log").open("a") as log:
+                status = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
+            if status:
+                raise SystemExit(f"{job.trial}, {job.folder}: status {status}; see {folder}/log")
+
+        def one(name: str) -> None:
+            for wave in rounds(name, workdir):
+                list(processes.map(start, wave))
+                write_json(RESULTS / f"trial_{name}.json", collect(name, workdir))
+
+        for _ in trials.map(one, names):
+            pass
+
+
+def show(names: Sequence[str]) -> None:
+    """Print the tables of finished results, draw their figures, and put both into the page."""
+    from benchmarks import trial_figures, trial_tables
+
+    for question, make in trial_tables.TABLES.items():
+        if not names or set(names) & set(make.trials):
+            results = {name: read_json(RESULTS / f"trial_{name}.json") for name in make.trials}
+            text = make.table(results)
+            print(text)
+            trial_figures.draw(question, results)
+            start, end = f"<!-- {question} -->", f"<!-- end of {question} -->"
+            before, rest = PAGE.read_text(encoding="utf-8").split(start)
+            after = rest.split(end)[1]
+            PAGE.write_text(f"{before}{start}\n\n{text}\n\n{end}{after}", encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; `arguments` are the process's own if not given."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("base", "rows", "run", "table"))
-    parser.add_argument("trial", nargs="?", choices=trial_rows.TRIALS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", default=[], help="stages (default: all)")
+    parser.add_argument("what", choices=("run", "show", "job"))
+    parser.add_argument("names", nargs="*", help="trials (default: all); of `job`, a job as JSON")
+    parser.add_argument("--smollm2", default="", help="SmolLM2-135M-Instruct, a file or folder")
+    parser.add_argument("--gemma", default="", help="Gemma 3 270M, a file or folder")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--workdir", type=local, default=Path("runs/trials"))
     args = parser.parse_args(arguments)
-    if args.what == "base":
-        return make_base(args.workdir)
-    if args.trial is None:
-        parser.error(f"name a trial: {', '.join(trial_rows.TRIALS)}")
-    for seed in args.seeds if args.what != "table" else ():
-        folder = args.workdir / args.trial / f"seed{seed}"
-        make_rows(args.trial, folder, seed)
-        if args.what == "run":
-            config = trial_rows.TRIALS[args.trial].config.get_config(str(folder))
-            run(seeded(config, seed, args.arms), folder, scored_rows(folder / "rows"))
-    if args.what != "rows":
-        show(args.trial, args.workdir / args.trial)
+    bases = {"smollm2": args.smollm2, "gemma": args.gemma}
+    if args.what == "job":
+        job = Job(*json.loads(args.names[0]))
+        return run(job, args.workdir, bases[TRIALS[job.trial].base])
+    for name in args.names:
+        if name not in TRIALS:
+            parser.error(f"'{name}': trials are {', '.join(TRIALS)}")
+    if args.what == "run":
+        return run_all(args.names or list(TRIALS), args.workdir, bases, args.jobs)
+    show(args.names)
 
 
 if __name__ == "__main__":
