@@ -58,11 +58,11 @@ class Draw(NamedTuple):
 
     def short(self, row: Row) -> Row:
         """The row with an answer of at most `ANSWER` tokens, in a row of the batch's length."""
-        tokenizer = self.fit.encoder.tokenizer
-        text = row.response
-        if len(tokenizer.encode(text)) > ANSWER:
-            while len(tokenizer.encode(text)) > ANSWER:
-                text = text[: int(len(text) * 0.9)]
+        tokens = self.fit.encoder.tokenizer.encode
+        text = row.response[: 8 * ANSWER]  # hardly any text has more characters a token
+        while len(tokens(text)) > ANSWER:
+            text = text[: int(0.9 * len(text))]
+        if len(text) < len(row.response):
             text = text[: text.rfind(". ") + 1] or text
         return self.fit(dataclasses.replace(row, response=text.strip()))
 

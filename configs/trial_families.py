@@ -52,6 +52,7 @@ def get_config(arg: str = "runs/trials/families/seed0") -> ConfigDict:
     """The recipe; `arg` is the folder of the run."""
     config = recipe()
     config.base.path = "hf://google/gemma-3-270m"
+    config.base.dtype = "bfloat16"
     config.data.template = "user_assistant"
     config.data.languages = str(TABLE)
     config.data.length = 128
@@ -62,7 +63,7 @@ def get_config(arg: str = "runs/trials/families/seed0") -> ConfigDict:
 
     def arm(**banks) -> ConfigDict:
         all_alike = dict.fromkeys(sources, 1.0)
-        return stage(banks=banks, mixture=all_alike, steps=300, learning_rate=1e-3)
+        return stage(banks=banks, mixture=all_alike, steps=200, learning_rate=1e-3)
 
     config.stages.order = ARMS
     config.stages.last = arm(experts=families(LAST, 18))

@@ -39,7 +39,7 @@ def align(weight: float = 0.0, knowledge: str = "frozen", **fields) -> ConfigDic
         "banks": {"alignment": bank(sites=MLP, rank=32, alpha=64.0, dropout=0.05)},
         "losses": term if weight else {},
         "mixture": ALIGNMENT,
-        "steps": 120,
+        "steps": 100,
         "learning_rate": 1e-3,
     }
     return stage(**{**ours, **fields})
@@ -49,6 +49,7 @@ def get_config(arg: str = "runs/trials/medcare/seed0") -> ConfigDict:
     """The recipe; `arg` is the folder of the run."""
     config = recipe()
     config.base.path = "hf://HuggingFaceTB/SmolLM2-135M-Instruct"
+    config.base.dtype = "bfloat16"
     config.data.template = "tokenizer"
     config.data.length = 256
     config.data.global_batch = 8
@@ -64,7 +65,7 @@ def get_config(arg: str = "runs/trials/medcare/seed0") -> ConfigDict:
             "knowledge": bank(sites=MLP, rank=32, alpha=64.0, dropout=0.05),
         },
         mixture={**KNOWLEDGE, **ALIGNMENT},
-        steps=300,
+        steps=200,
         learning_rate=1e-3,
     )
     for name, weight in WEIGHTS.items():

@@ -93,6 +93,7 @@ def get_config(arg: str = "runs/trials/skills/seed0") -> ConfigDict:
     """The recipe; `arg` is the folder of the run."""
     config = recipe()
     config.base.path = "hf://HuggingFaceTB/SmolLM2-135M-Instruct"
+    config.base.dtype = "bfloat16"
     config.data.template = "tokenizer"
     config.data.length = 256
     config.data.global_batch = 4
