@@ -84,7 +84,9 @@ def skills(results: Mapping[str, Results]) -> Figure:
     figure = Figure(figsize=(7, 3.4))
     rows = list(trial_skills.ROWS)
     names = {"route": "skills + router", "lora": "LoRA", "started": "LoRA on mixed skills"}
-    for axes, task in zip(figure.subplots(1, len(trial_skills.TASKS)), trial_skills.TASKS, strict=True):
+    for axes, task in zip(
+        figure.subplots(1, len(trial_skills.TASKS)), trial_skills.TASKS, strict=True
+    ):
         for arm, label in names.items():
             losses = [mean_loss(found["arms"][f"{arm}_{task}_{n}"], [task]) for n in rows]
             _points(axes, range(len(rows)), losses, label, "o-")

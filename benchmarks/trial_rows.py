@@ -26,9 +26,9 @@ from medmoe_jax.data.medical.row import build, held_out
 from medmoe_jax.data.sources import RowFitter
 from medmoe_jax.routing.languages import read_languages
 
-TRAIN, HELD = 1500, 100  # most rows of a set
+TRAIN, HELD = 600, 100  # most rows of a set
 CHOOSE = 60  # most training rows of a set by which a learning rate is chosen
-TICO_TRAIN, TICO_HELD = 400, 24  # most sentences of a language
+TICO_TRAIN, TICO_HELD = 300, 24  # most sentences of a language
 OTHER_HELD = 12  # most rows of another set in a language
 PICK = 64  # most rows by which the best single skill is picked
 ANSWER = 96  # tokens at which a longer answer is cut, at the end of a sentence if there is one
@@ -102,7 +102,9 @@ def skills(of: Draw) -> tuple[Files, Files]:
 
     Beside a task's held-out rows, `pick_TASK_ROWS` are scored: those that its router learns from.
     """
-    train, scored = _by_name({skill: of.of_set(name) for skill, name in trial_skills.SKILLS.items()})
+    train, scored = _by_name(
+        {skill: of.of_set(name) for skill, name in trial_skills.SKILLS.items()}
+    )
     for task in trial_skills.TASKS:
         rows, scored[task] = of.of_set(task)
         for count in trial_skills.ROWS:
@@ -142,10 +144,12 @@ class Trial(NamedTuple):
       config: the module of its recipe.
       rows: draws its rows.
       base: the option of `trials.py` that names its base.
-      levels: its arms; those of a level build on the levels before, with the rates chosen there,
-        or on one another, with the same factor.
+      levels: its arms in groups, whose rates are chosen in a folder of their own each; those of a
+        level build on the levels before, with the rates chosen there, or on others of their own
+        group, with the same factor.
       chosen_by: of an arm, the scored rows whose loss chooses its learning rate; none = all.
       word: begins the recipe's argument.
+      rates_of: the trial whose rates are taken; "" = its own are chosen.
       tasks: scored by accuracy as well.
       without: banks without which a model is scored a second time.
       routing: whether the experts that each family uses are kept.
@@ -154,12 +158,18 @@ class Trial(NamedTuple):
     config: ModuleType
     rows: Callable[[Draw], tuple[Files, Files]]
     base: str
-    levels: tuple[tuple[str, ...], ...]
+    levels: tuple[tuple[tuple[str, ...], ...], ...]
     chosen_by: Callable[[str], tuple[str, ...]] = lambda arm: ()
     word: str = ""
+    rates_of: str = ""
     tasks: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     routing: bool = False
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """All arms."""
+        return tuple(arm for level in self.levels for group in level for arm in group)
 
     def recipe(self, folder: Path):
         """The recipe of the run in a folder."""
@@ -171,13 +181,17 @@ def _skill_rows(arm: str) -> tuple[str, ...]:
     return (arm if arm in trial_skills.SKILLS else arm.split("_", 1)[1].rsplit("_", 1)[0],)
 
 
-_ON_TASKS = [f"{task}_{rows}" for task in trial_skills.TASKS for rows in trial_skills.ROWS]
+def _on_tasks(arm: str) -> tuple[str, ...]:
+    """The stages of an arm that is trained on every task and number of its rows."""
+    return tuple(f"{arm}_{task}_{n}" for task in trial_skills.TASKS for n in trial_skills.ROWS)
+
+
 TRIALS = {
     "medcare": Trial(
         trial_medcare,
         medcare,
         "smollm2",
-        (("aggregate",), trial_medcare.ALIGNED),
+        ((("aggregate",),), (trial_medcare.ALIGNED,)),
         lambda arm: () if arm == "aggregate" else tuple(trial_medcare.ALIGNMENT),
         tasks=("demo_knowledge:en",),
         without=("noise",),
@@ -187,8 +201,9 @@ TRIALS = {
             trial_mixture,
             functools.partial(mixture, tasks),
             "smollm2",
-            (trial_mixture.ARMS,),
+            ((trial_mixture.ARMS,),),
             word=f"{name},",
+            rates_of="" if name == "12" else "mixture_12",
         )
         for name, tasks in trial_mixture.MIXTURES.items()
     },
@@ -197,14 +212,14 @@ TRIALS = {
         skills,
         "smollm2",
         (
-            (*trial_skills.SKILLS, *(f"lora_{rows}" for rows in _ON_TASKS)),
-            tuple(f"{arm}_{rows}" for rows in _ON_TASKS for arm in ("route", "started")),
+            (
+                (*trial_skills.SKILLS, *_on_tasks("route"), *_on_tasks("started")),
+                _on_tasks("lora"),
+            ),
         ),
         _skill_rows,
     ),
-    "families": Trial(
-        trial_families, families, "gemma", (trial_families.ARMS,), routing=True
-    ),
+    "families": Trial(trial_families, families, "gemma", ((trial_families.ARMS,),), routing=True),
 }
 
 

@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -214,7 +215,7 @@ def mixing_weights(metrics: Mapping[str, float]) -> list[float]:
 
 def finished(name: str, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The finished arms of a run, with what they have reached."""
-    for arm in (arm for level in TRIALS[name].levels for arm in level):
+    for arm in TRIALS[name].arms:
         stage = StageFolder.of(folder, arm)
         if stage.is_finished():
             manifest = Manifest.read(stage.manifest)
@@ -233,56 +234,57 @@ def collect(name: str, workdir: Path) -> dict[str, Any]:
         for arm, figures in finished(name, folder):
             out["arms"].setdefault(arm, {})[seed] = figures
             out["versions"] = Manifest.read(StageFolder.of(folder, arm).manifest).versions
-    for level, arms in enumerate(TRIALS[name].levels):
-        for arm in arms:
-            out["choice"][arm] = {
-                str(factor): loss
-                for factor in FACTORS
-                if (loss := choosing_loss(name, workdir, level, arm, factor)) is not None
-            }
+    out["choice"] = {
+        arm: {str(factor): loss for factor, loss in found.items()}
+        for arm, found in choices(name, workdir).items()
+    }
     return out
 
 
-def choosing_loss(
-    name: str, workdir: Path, level: int, arm: str, factor: float
-) -> float | None:
-    """The mean loss by which a factor is chosen; None where it is not trained yet."""
-    figures = dict(finished(name, workdir / name / _choosing(level, factor))).get(arm)
-    if figures is None:
-        return None
-    wanted = TRIALS[name].chosen_by(arm) or tuple(figures["loss"])
-    return float(np.mean([figures["loss"][rows] for rows in wanted]))
-
-
-def chosen(name: str, workdir: Path, below: int) -> dict[str, float]:
-    """The factor of every arm in the levels `below` one."""
-    out = {}
-    for level, arms in enumerate(TRIALS[name].levels[:below]):
-        for arm in arms:
-            found = {f: choosing_loss(name, workdir, level, arm, f) for f in FACTORS}
-            out[arm] = min(found, key=lambda f: np.inf if found[f] is None else found[f])
+def choices(name: str, workdir: Path) -> dict[str, dict[float, float]]:
+    """By arm and factor, the mean loss by which the factor is chosen; of what is trained so far."""
+    trial = TRIALS[name]
+    if trial.rates_of:
+        return choices(trial.rates_of, workdir)
+    out: dict[str, dict[float, float]] = {arm: {} for arm in trial.arms}
+    for folder, group, factor in _choosing(trial):
+        for arm, figures in finished(name, workdir / name / folder):
+            if arm in group:
+                rows = trial.chosen_by(arm) or tuple(figures["loss"])
+                out[arm][factor] = float(np.mean([figures["loss"][one] for one in rows]))
     return out
 
 
-def _choosing(level: int, factor: float) -> str:
-    return f"choosing{level}_{factor}"
+def _choosing(
+    trial: Trial, level: int | None = None
+) -> Iterator[tuple[str, tuple[str, ...], float]]:
+    """Folder, arms and factor of every run that chooses rates, of all levels or one."""
+    for number, groups in enumerate(trial.levels):
+        if level in (None, number):
+            for place, group in enumerate(groups):
+                yield from ((f"choosing{number}.{place}_{f}", group, f) for f in FACTORS)
 
 
 def rounds(name: str, workdir: Path) -> Iterator[list[Job]]:
     """The jobs of a trial: those of a round need the rounds before, and not one another."""
-    trial: Trial = TRIALS[name]
-    for level, arms in enumerate(trial.levels):
-        before = chosen(name, workdir, level)
+
+    def chosen() -> dict[str, float]:
+        found = choices(name, workdir)
+        return {arm: min(losses, key=losses.__getitem__) for arm, losses in found.items() if losses}
+
+    trial = TRIALS[name]
+    for level in range(0 if trial.rates_of else len(trial.levels)):
+        before = chosen() if level else {}
         yield [
-            Job(name, _choosing(level, f), CHOOSING, arms, before | dict.fromkeys(arms, f), True)
-            for f in FACTORS
+            Job(name, folder, CHOOSING, group, before | dict.fromkeys(group, factor), True)
+            for folder, group, factor in _choosing(trial, level)
         ]
-    factors = chosen(name, workdir, len(trial.levels))
-    yield [Job(name, f"seed{seed}", seed, (), factors, False) for seed in SEEDS]
+    yield [Job(name, f"seed{seed}", seed, (), chosen(), False) for seed in SEEDS]
 
 
 def run_all(names: Sequence[str], workdir: Path, bases: Mapping[str, str], jobs: int) -> None:
     """Run trials with so many processes at a time; results are written as rounds end."""
+    rated = {name: Event() for name in names}  # set when its rates are chosen
     with ThreadPoolExecutor(jobs) as processes, ThreadPoolExecutor(len(names)) as trials:
 
         def start(job: Job) -> None:
@@ -296,7 +298,11 @@ def run_all(names: Sequence[str], workdir: Path, bases: Mapping[str, str], jobs:
                 raise SystemExit(f"{job.trial}, {job.folder}: status {status}; see {folder}/log")
 
         def one(name: str) -> None:
+            if TRIALS[name].rates_of in names:
+                rated[TRIALS[name].rates_of].wait()
             for wave in rounds(name, workdir):
+                if not wave[0].choosing:
+                    rated[name].set()
                 list(processes.map(start, wave))
                 write_json(RESULTS / f"trial_{name}.json", collect(name, workdir))
 

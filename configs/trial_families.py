@@ -63,7 +63,7 @@ def get_config(arg: str = "runs/trials/families/seed0") -> ConfigDict:
 
     def arm(**banks) -> ConfigDict:
         all_alike = dict.fromkeys(sources, 1.0)
-        return stage(banks=banks, mixture=all_alike, steps=200, learning_rate=1e-3)
+        return stage(banks=banks, mixture=all_alike, steps=150, learning_rate=1e-3)
 
     config.stages.order = ARMS
     config.stages.last = arm(experts=families(LAST, 18))

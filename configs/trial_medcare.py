@@ -39,7 +39,7 @@ def align(weight: float = 0.0, knowledge: str = "frozen", **fields) -> ConfigDic
         "banks": {"alignment": bank(sites=MLP, rank=32, alpha=64.0, dropout=0.05)},
         "losses": term if weight else {},
         "mixture": ALIGNMENT,
-        "steps": 100,
+        "steps": 80,
         "learning_rate": 1e-3,
     }
     return stage(**{**ours, **fields})
@@ -65,7 +65,7 @@ def get_config(arg: str = "runs/trials/medcare/seed0") -> ConfigDict:
             "knowledge": bank(sites=MLP, rank=32, alpha=64.0, dropout=0.05),
         },
         mixture={**KNOWLEDGE, **ALIGNMENT},
-        steps=200,
+        steps=150,
         learning_rate=1e-3,
     )
     for name, weight in WEIGHTS.items():

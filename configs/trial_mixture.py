@@ -55,7 +55,7 @@ def get_config(arg: str = "12,runs/trials/mixture_12/seed0") -> ConfigDict:
 
     def arm(**banks) -> ConfigDict:
         tasks = dict.fromkeys(MIXTURES[mixture], 1.0)
-        return stage(banks=banks, mixture=tasks, steps=200, learning_rate=1e-3)
+        return stage(banks=banks, mixture=tasks, steps=150, learning_rate=1e-3)
 
     attention = bank(sites=("attn.*",), rank=16, alpha=32.0, dropout=0.05)
     config.stages.order = ARMS

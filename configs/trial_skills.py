@@ -61,7 +61,7 @@ def skill(name: str, before: str) -> ConfigDict:
         losses={"orthonormality": orthonormality(name)},
         allocators={"ranks": allocator(name, target_rank=4, t_init=10, t_final=20, every=2)},
         mixture={name: 1.0},
-        steps=80,
+        steps=60,
         learning_rate=3e-3,
     )
 
@@ -73,7 +73,7 @@ def route(rows: str) -> ConfigDict:
         stack={"skills": stacked(tuple(SKILLS))},
         losses={"sparsity": sparsity("skills", weight=0.01)},
         mixture={rows: 1.0},
-        steps=60,
+        steps=40,
         learning_rate=5e-2,
     )
 

@@ -107,10 +107,22 @@ def held_out(key: str, share: float = 0.2) -> bool:
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
+class _Kept(dict):
+    """By code point, what `normal` keeps of it: the character, or nothing."""
+
+    def __missing__(self, code: int) -> int | None:
+        character = chr(code)
+        kept = unicodedata.category(character)[0] in "LMNS" and character != "~"
+        self[code] = code if kept else None
+        return self[code]
+
+
+_KEPT = _Kept()
+
+
 def normal(text: str) -> str:
     """Text without differences of width, case, spaces and punctuation: equals are duplicates.
 
     Signs that change the meaning stay, as in "<5" and ">5", and letters' marks with them.
     """
-    plain = unicodedata.normalize("NFKC", text).casefold()
-    return "".join(c for c in plain if unicodedata.category(c)[0] in "LMNS" and c != "~")
+    return unicodedata.normalize("NFKC", text).casefold().translate(_KEPT)
