@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import subprocess
 import sys
 import time
@@ -300,11 +299,14 @@ def run_all(names: Sequence[str], workdir: Path, bases: Mapping[str, str], jobs:
         def one(name: str) -> None:
             if TRIALS[name].rates_of in names:
                 rated[TRIALS[name].rates_of].wait()
-            for wave in rounds(name, workdir):
-                if not wave[0].choosing:
-                    rated[name].set()
-                list(processes.map(start, wave))
-                write_json(RESULTS / f"trial_{name}.json", collect(name, workdir))
+            try:
+                for wave in rounds(name, workdir):
+                    if not wave[0].choosing:
+                        rated[name].set()
+                    list(processes.map(start, wave))
+                    write_json(RESULTS / f"trial_{name}.json", collect(name, workdir))
+            finally:
+                rated[name].set()
 
         for _ in trials.map(one, names):
             pass
