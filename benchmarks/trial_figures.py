@@ -42,15 +42,11 @@ def medcare(results: Mapping[str, Results]) -> Figure:
     figure = Figure(figsize=(7, 4.2))
     axes = figure.subplots()
     sets = tuple(trial_medcare.ALIGNMENT), tuple(trial_medcare.KNOWLEDGE)
-    middle = {}
-    for arm in (arm for arm in trial_medcare.ALIGNED if arm in arms):
+    for arm, mark in zip(trial_medcare.ALIGNED, "os^Dv<>", strict=True):
         change = [minus(mean_loss(arms[arm], names), mean_loss(start, names)) for names in sets]
         (x, *x_ends), (y, *y_ends) = map(interval, change)
-        axes.errorbar(x, y, _ends(y, y_ends), _ends(x, x_ends), fmt="o", capsize=2, label=arm)
-        axes.annotate(arm, (x, y), xytext=(5, 4), textcoords="offset points")
-        middle[arm] = (x, y)
-    curve = [middle[arm] for arm in ("frozen", *trial_medcare.WEIGHTS) if arm in middle]
-    axes.plot(*zip(*curve, strict=True), color="0.7", zorder=0, label="λ from 0 to 10")
+        axes.errorbar(x, y, _ends(y, y_ends), _ends(x, x_ends), fmt=mark, capsize=2, label=arm)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.axhline(0, color="0.8", linewidth=0.8)
     axes.set_xlabel("alignment sets: change of the loss in stage 2, nats (left is learnt)")
     axes.set_ylabel("knowledge sets: the same (up is forgotten)")
@@ -70,7 +66,8 @@ def mixture(results: Mapping[str, Results]) -> Figure:
         ]
         _points(axes, np.arange(len(values)) + shift, values, f"LoRA with {label}")
     names = [name.removeprefix("mixture_") for name in results]
-    axes.set_xticks(range(len(names)), [n if n == "conflict" else f"{n} tasks" for n in names])
+    axes.set_xticks(range(len(names)), names)
+    axes.set_xlabel("tasks in the mixture")
     axes.axhline(0, color="0.6", linewidth=0.8)
     axes.set_ylabel("MING-MOE − LoRA, nats")
     axes.set_title(f"Below 0 MING-MOE is better ({SEVERAL})")
@@ -120,7 +117,9 @@ def families(results: Mapping[str, Results]) -> Figure:
         _points(left, np.arange(len(names)) + shift, values, f"last − {other}")
     left.set_xticks(range(len(names)), names, rotation=60, ha="right")
     left.axhline(0, color="0.6", linewidth=0.8)
-    left.set_ylabel("nats, below 0 families are better")
+    left.set_ylabel("nats (below 0: families)")
+    left.set_title("family experts − dense LoRA")
+    left.margins(y=0.3)
     left.legend(frameon=False)
     for arm in ("everywhere", "unforced", "last"):
         found = [figures["routing"] for figures in arms[arm].values()]
@@ -129,7 +128,8 @@ def families(results: Mapping[str, Results]) -> Figure:
         right.plot(depth, values.mean(axis=0), "o-", markersize=3, label=arm)
         right.fill_between(depth, values.min(axis=0), values.max(axis=0), alpha=0.2)
     right.set_xlabel("layer")
-    right.set_ylabel("divergence of the families, 0 to 1")
+    right.set_ylabel("0: alike, 1: apart")
+    right.set_title("how families part in the routers")
     right.legend(frameon=False)
     figure.suptitle(f"{SEVERAL}; bands: all seeds")
     figure.tight_layout()

@@ -1,10 +1,10 @@
 """The trials' tables in Markdown, from their results alone.
 
-Results are `{"base": {seed: scores}, "arms": {arm: {seed: {**scores, "parameters", ...}}}, "choice":
-{arm: {factor: loss}}}` with scores `{"loss": {rows: nats}, "accuracy": {task: share}}`. A cell is
-the mean over seeds ± their standard deviation (n − 1). A difference is taken seed by seed, which
-removes what the seeds have in common, the same rows in the same order; behind it in brackets stands
-its 95% interval by Student's t.
+Results are `{"base": {seed: scores}, "arms": {arm: {seed: {**scores, "parameters", ...}}},
+"choice": {arm: {factor: loss}}}` with scores `{"loss": {rows: nats}, "accuracy": {task: share}}`.
+A cell is the mean over seeds ± their standard deviation (n − 1). A difference is taken seed by
+seed, which removes what the seeds have in common, the same rows in the same order; behind it in
+brackets stands its 95% interval by Student's t.
 """
 
 from __future__ import annotations
@@ -136,10 +136,9 @@ def mixture(results: Mapping[str, Results]) -> str:
     tasks = [_mixture_line(task, twelve, (task,)) for task in trial_mixture.TWELVE]
     counts = [_parameters(twelve["arms"].get(arm, {})) for arm in _MIXTURE]
     last = ["trainable parameters", "0", *counts, "", ""]
-    below = "\n\n".join(f"`{name}`: {rates(found)}" for name, found in results.items())
     return (
         f"{markdown(header, [*lines, *grown, last])}\n\nThe twelve, one by one:\n\n"
-        f"{markdown(['task', *header[1:]], tasks)}\n\n{below}"
+        f"{markdown(['task', *header[1:]], tasks)}\n\n{rates(twelve)}"
     )
 
 

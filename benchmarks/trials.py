@@ -2,7 +2,7 @@
 
   python benchmarks/trials.py run medcare --smollm2=MODEL      # all that is not finished
   python benchmarks/trials.py run --smollm2=MODEL --gemma=MODEL --jobs=16    # every trial
-  python benchmarks/trials.py show medcare                     # table, figure and page, from results
+  python benchmarks/trials.py show medcare                     # tables, figure, page from results
 
 An arm is a stage of configs/trial_*.py. Its learning rate is chosen first, among FACTORS times the
 recipe's, by the loss on training rows that were kept apart, with a sample of their own; then every
@@ -30,7 +30,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks import trial_rows
+from benchmarks import trial_figures, trial_rows, trial_tables
 from benchmarks.trial_rows import TRIALS, Trial
 from medmoe_jax.adapters import lifecycle
 from medmoe_jax.adapters.bank import count, split_gate
@@ -141,7 +141,7 @@ def use_of_experts(
         "groups": [one.code for one in texts],
         "first_layer": gates[0].first_layer,
         "divergence": np.mean([gate.divergence_N for gate in gates], axis=0).tolist(),
-        "share": np.mean([gate.share_GxNxE for gate in gates], axis=0).round(4).tolist(),
+        "effective": np.mean([gate.effective_GxN.mean(axis=0) for gate in gates], axis=0).tolist(),
     }
 
 
@@ -225,7 +225,12 @@ def finished(name: str, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def collect(name: str, workdir: Path) -> dict[str, Any]:
     """What a trial has reached: `{"base", "arms"}` by seed, and how its rates were chosen."""
-    out: dict[str, Any] = {"base": {}, "arms": {}, "choice": {}, "device": str(jax.devices()[0])}
+    out: dict[str, Any] = {
+        "base": {},
+        "arms": {},
+        "choice": {},
+        "device": jax.devices()[0].device_kind,
+    }
     for folder in sorted((workdir / name).glob("seed*")):
         seed = folder.name.removeprefix("seed")
         if (folder / BASE).exists():
@@ -314,11 +319,11 @@ def run_all(names: Sequence[str], workdir: Path, bases: Mapping[str, str], jobs:
 
 def show(names: Sequence[str]) -> None:
     """Print the tables of finished results, draw their figures, and put both into the page."""
-    from benchmarks import trial_figures, trial_tables
-
     for question, make in trial_tables.TABLES.items():
-        if not names or set(names) & set(make.trials):
-            results = {name: read_json(RESULTS / f"trial_{name}.json") for name in make.trials}
+        files = {name: RESULTS / f"trial_{name}.json" for name in make.trials}
+        wanted = not names or set(names) & set(files)
+        if wanted and all(path.exists() for path in files.values()):
+            results = {name: read_json(path) for name, path in files.items()}
             text = make.table(results)
             print(text)
             trial_figures.draw(question, results)
@@ -346,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if name not in TRIALS:
             parser.error(f"'{name}': trials are {', '.join(TRIALS)}")
     if args.what == "run":
-        return run_all(args.names or list(TRIALS), args.workdir, bases, args.jobs)
+        run_all(args.names or list(TRIALS), args.workdir, bases, args.jobs)
     show(args.names)
 
 

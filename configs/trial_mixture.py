@@ -8,7 +8,8 @@ public sets under $MEDMOE_DATA (default ../shared/data). All stages start from t
 same rows in the same order:
 
 - `experts`: the banks of configs/ming_moe.py;
-- `lora`: one LoRA on every linear layer with as many trainable parameters: 26,864,640 of 26,819,280;
+- `lora`: one LoRA on every linear layer with as many trainable parameters: 26,864,640 beside
+  26,819,280;
 - `lora_active`: attention as in `experts`, and on the feed-forward sites the rank that a token
   passes there, two experts of sixteen: 7,925,760.
 

@@ -1,52 +1,67 @@
 """The trials: equal arms, rows that do not leak, losses and tables against independent figures."""
 
-import json
+import functools
 from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import trial_rows, trial_tables, trials
-from configs import trial_base, trial_families, trial_mixture, trial_skills
+from benchmarks import trial_figures, trial_rows, trial_tables, trials
+from benchmarks.trials import Job
+from configs import trial_families, trial_medcare, trial_mixture, trial_skills
 from medmoe_jax.adapters.bank import abstract, count
 from medmoe_jax.api.opening import language_model
-from medmoe_jax.base.config import DecoderConfig
+from medmoe_jax.base.presets import PRESETS
+from medmoe_jax.checkpoints.files import read_json
+from medmoe_jax.data.encode import Encoder
 from medmoe_jax.data.medical import Row
-from medmoe_jax.data.rows import read_file
+from medmoe_jax.data.sources import RowFitter
+from medmoe_jax.data.templates import load_template
+from medmoe_jax.data.tokenizers import load
 from medmoe_jax.routing.languages import read_languages
 from medmoe_jax.training.recipe import parse
 from medmoe_jax.training.run import Run
 from medmoe_jax.training.trained import open_trained
 from tests import tiny
 
-STORIES = DecoderConfig(
-    vocab_size=512, d_model=64, n_layers=5, n_heads=8, n_kv_heads=4, head_dim=8, d_ff=172,
-    max_positions=512,
-)  # fmt: skip
+SMOL, GEMMA = PRESETS["smollm2-135m"], PRESETS["gemma3-270m"]
+
+
+def _parameters(module, decoder) -> dict[str, int]:
+    """What the banks of every stage hold that it adds."""
+    return {
+        stage.name: sum(count(abstract(spec, decoder)) for spec in stage.added)
+        for stage in parse(module.get_config(), decoder)
+    }
 
 
 @pytest.mark.parametrize(
-    ("module", "counts"),
+    ("module", "decoder", "alike"),
     [
-        (trial_mixture, {"experts": 161_240, "lora": 161_840}),
-        (
-            trial_families,
-            {"last": 114_304, "everywhere": 115_840, "dense": 115_600, "dense_last": 113_280},
-        ),
+        (trial_mixture, SMOL, ("experts", "lora")),
+        (trial_families, GEMMA, trial_families.ARMS),
+        (trial_medcare, SMOL, trial_medcare.ALIGNED),
     ],
-    ids=["mixture", "families"],
+    ids=["mixture", "families", "medcare"],
 )
-def test_arms_train_as_many_parameters_as_the_config_says(module, counts):
-    found = {
-        stage.name: sum(count(abstract(spec, STORIES)) for spec in stage.added)
-        for stage in parse(module.get_config(), STORIES)
-    }
-    assert found == counts
-    assert max(counts.values()) < 1.03 * min(counts.values())
-    assert all(f"{number:,}" in module.__doc__ for number in counts.values())
+def test_arms_train_as_many_parameters_as_the_config_says(module, decoder, alike):
+    found = _parameters(module, decoder)
+    counts = [found[arm] for arm in alike]
+    assert max(counts) < 1.05 * min(counts)
+    told = module is not trial_medcare
+    assert not told or all(f"{number:,}" in module.__doc__ for number in found.values())
+
+
+def test_a_token_of_the_mixture_passes_as_many_parameters_as_the_active_lora_has():
+    stages = {stage.name: stage for stage in parse(trial_mixture.get_config(), SMOL)}
+    experts = {spec.name: spec for spec in stages["experts"].added}
+    lora = {spec.name: spec for spec in stages["lora_active"].added}
+    assert lora["attention"] == experts["attention"]
+    routed, plain = experts["experts"], lora["lora"]
+    assert routed.top_k * routed.rank == plain.rank and routed.sites == plain.sites
 
 
 def test_skills_are_stacked_whole_and_routed_by_their_gate_alone():
-    stages = {stage.name: stage for stage in parse(trial_skills.get_config(), STORIES)}
+    stages = {stage.name: stage for stage in parse(trial_skills.get_config(), SMOL)}
     names = list(trial_skills.SKILLS)
     assert len(names) == 12
     for before, name in zip(["", *names], names, strict=False):
@@ -56,8 +71,17 @@ def test_skills_are_stacked_whole_and_routed_by_their_gate_alone():
         assert task not in trial_skills.SKILLS.values()
         for rows in trial_skills.ROWS:
             routed, plain = stages[f"route_{task}_{rows}"], stages[f"lora_{task}_{rows}"]
+            started = stages[f"started_{task}_{rows}"]
             assert routed.stack["skills"][0] == tuple(names) and not routed.added
-            assert plain.after == "" and plain.mixture == routed.mixture
+            assert plain.after == "" and plain.mixture == routed.mixture == started.mixture
+            assert started.after == routed.name and started.added == plain.added
+            assert started.states == {"skills": "frozen"}
+
+
+def test_replay_reads_a_tenth_of_knowledge():
+    mixture = trial_medcare.get_config().stages.replay.mixture.to_dict()
+    again = sum(mixture[name] for name in trial_medcare.KNOWLEDGE)
+    assert again / sum(mixture.values()) == pytest.approx(0.1)
 
 
 def test_the_table_of_families_has_every_language_of_the_trial():
@@ -66,22 +90,24 @@ def test_the_table_of_families_has_every_language_of_the_trial():
     assert {*trial_families.TICO, "ja", "vi"} <= set(languages.ids)
 
 
+@functools.cache
+def _fit(folder, length=128) -> RowFitter:
+    tokenizer = load(folder / "tiny_lm_stories260K" / "tok512.model")
+    return RowFitter(Encoder(tokenizer, load_template("user_assistant", tokenizer)), length)
+
+
+def _prompts(files) -> set[str]:
+    return {row.prompt for rows in files.values() for row in rows}
+
+
 @pytest.mark.data
-def test_rows_of_the_families_and_of_the_base(data_dir, monkeypatch, tmp_path):
-    """The held-out language is in no training row, no row stands on both sides, and all fit."""
+def test_rows_of_the_families(data_dir, monkeypatch):
+    """The held-out language is in no training row, and no row stands on both sides."""
     monkeypatch.setenv("MEDMOE_DATA", str(data_dir))
     for name in ("TRAIN", "TICO_TRAIN", "TICO_HELD", "OTHER_HELD"):
         monkeypatch.setattr(trial_rows, name, 4)
-    trial_rows.write("families", tmp_path / "rows", 0)
-    train, scored = (
-        {file.stem: list(read_file(file)) for file in (tmp_path / "rows" / part).iterdir()}
-        for part in ("train", "scored")
-    )
-    for module in (trial_families, trial_base):
-        sources = module.get_config(str(tmp_path)).data.sources
-        assert {name: source.path for name, source in sources.items()} == {
-            name: str(tmp_path / "rows" / "train" / f"{name}.jsonl") for name in train
-        }
+    train, scored = trial_rows.families(trial_rows.Draw(0, False, _fit(data_dir)))
+    assert set(train) == set(trial_families.get_config().data.sources)
     families = read_languages(str(trial_families.TABLE))
     # No training rows in Japanese: what the folder holds of it are test questions.
     assert set(scored) == {*families.experts, trial_families.HELD_OUT} - {"japonic"}
@@ -89,14 +115,45 @@ def test_rows_of_the_families_and_of_the_base(data_dir, monkeypatch, tmp_path):
         inside = {name} if name == trial_families.HELD_OUT else {
             code for code, expert in families.ids.items() if families.experts[expert] == name
         }  # fmt: skip
-        assert {row["language"] for row in rows} <= inside
-    rows = [row for some in train.values() for row in some]
-    assert len({row["language"] for row in rows}) >= 12
-    assert trial_families.HELD_OUT not in {row["language"] for row in rows}
-    prompts = {row["conversations"][0]["content"] for row in rows}
-    assert not prompts & {
-        r["conversations"][0]["content"] for some in scored.values() for r in some
-    }
+        assert {row.language for row in rows} <= inside
+    languages = {row.language for some in train.values() for row in some}
+    assert len(languages) >= 12 and trial_families.HELD_OUT not in languages
+    assert not _prompts(train) & _prompts(scored)
+
+
+@pytest.mark.data
+def test_rates_are_chosen_on_training_rows_kept_apart(data_dir, monkeypatch):
+    monkeypatch.setenv("MEDMOE_DATA", str(data_dir))
+    monkeypatch.setattr(trial_rows, "TRAIN", 20)
+    monkeypatch.setattr(trial_rows, "HELD", 5)
+    fit = _fit(data_dir)
+    train, apart = trial_rows.Draw(100, True, fit).of_set("meqsum")
+    _, held = trial_rows.Draw(100, False, fit).of_set("meqsum")
+    assert (len(train), len(apart), len(held)) == (16, 4, 5)
+    sides = [{row.prompt for row in rows} for rows in (train, apart, held)]
+    assert len(set.union(*sides)) == 25  # none stands on two sides
+
+
+@pytest.mark.data
+def test_long_answers_end_with_a_sentence_and_fit(data_dir, monkeypatch):
+    monkeypatch.setenv("MEDMOE_DATA", str(data_dir))
+    fit = _fit(data_dir)
+    draw = trial_rows.Draw(0, False, fit)
+    text = " ".join(f"This is sentence number {n} of the answer." for n in range(40))
+    row = Row("What is it?", text, (), "en", "x", "generate", (0, 11))
+    short = draw.short(row)
+    assert text.startswith(short.response) and short.response.endswith(".")
+    tokens = fit.encoder.tokenizer.encode
+    assert len(tokens(short.response)) <= trial_rows.ANSWER < len(tokens(text))
+    assert short.prompt == row.prompt  # the question is whole
+    assert draw.short(short) == short
+
+
+def test_a_mirrored_row_has_the_label_after_the_right_one():
+    row = Row("Is it?", "no", ("yes", "no"), "en", "x", "choice", (0, 6))
+    mirrored = trial_rows.mirrored(row)
+    assert mirrored.prompt == "Mirrored. Is it?" and mirrored.response == "yes"
+    assert trial_rows.mirrored(mirrored).response == "no"
 
 
 def test_draws_are_seeded_and_without_repeats():
@@ -107,50 +164,99 @@ def test_draws_are_seeded_and_without_repeats():
     assert len(trial_rows.draw(rows, 99, 0)) == 50
 
 
-def test_a_seed_reaches_every_stage_and_an_arm_brings_what_it_builds_on():
-    config = trials.seeded(trial_skills.get_config(), 5, ["conversation", "lora_cmedic_16"])
-    order = ("question_answering", "multiple_choice", "conversation", "lora_cmedic_16")
+def test_a_seed_and_a_rate_reach_every_stage_and_an_arm_brings_what_it_builds_on():
+    arms = ["conversation", "lora_formats_16"]
+    config = trials.seeded(trial_skills.get_config(), 5, arms, {"conversation": 3.0})
+    order = ("question_answering", "multiple_choice", "conversation", "lora_formats_16")
     assert config.stages.order == order and config.data.seed == 5
     assert {config.stages[name].seed for name in order} == {5}
-    whole = trials.seeded(trial_skills.get_config(), 0, [])
-    assert len(whole.stages.order) == 12 + 2 * 3 * len(trial_skills.TASKS)
+    rates = [config.stages[name].learning_rate for name in order]
+    assert rates == pytest.approx([3e-3, 3e-3, 9e-3, 1e-3])
+    whole = trials.seeded(trial_skills.get_config(), 0, [], {})
+    assert len(whole.stages.order) == 12 + 3 * 3 * len(trial_skills.TASKS)
+    for name, trial in trial_rows.TRIALS.items():
+        assert sorted(trial.arms) == sorted(trial.recipe(f"runs/{name}").stages.order)
 
 
-def _run(folder):
-    trials.main(["run", "tiny", "--seeds", "0", "--arms", "aggregate", "--workdir", str(folder)])
-    return json.loads((folder / "results" / "trial_tiny.json").read_text())
+def _tiny_trial(monkeypatch, folder):
+    """A trial of two levels on the tiny base, its rows under `folder`."""
+    rows = {"knowledge": tiny.knowledge_rows()[:7], "alignment": tiny.alignment_rows()}
+
+    def write(name, path, draw):
+        for file, some in rows.items():
+            (path / "scored").mkdir(parents=True, exist_ok=True)
+            tiny.write_rows(path / "scored" / f"{file}.jsonl", some)
+
+    module = SimpleNamespace(get_config=lambda folder="": tiny.medcare_config())
+    levels = ((("aggregate",),), (("align",),))
+    trial = trial_rows.Trial(
+        module, lambda draw: ({}, {}), "smollm2", levels, lambda arm: ("alignment",),
+        without=("noise",), routing=True,
+    )  # fmt: skip
+    monkeypatch.setitem(trial_rows.TRIALS, "tiny", trial)
+    monkeypatch.setattr(trial_rows, "write", write)
+    monkeypatch.setattr(trials, "RESULTS", folder / "results")
+    return rows
 
 
 @pytest.mark.slow
-def test_a_run_trains_scores_and_is_not_repeated(tmp_path, monkeypatch):
+def test_a_run_trains_and_scores_with_and_without_a_bank(tmp_path, monkeypatch):
     """Its losses are the cached scorer's: −Σ log p over Σ tokens, of each group of rows."""
-    rows = {"knowledge": tiny.knowledge_rows()[:7], "alignment": tiny.alignment_rows()}
-    module = SimpleNamespace(get_config=lambda folder="": tiny.medcare_config())
-    monkeypatch.setitem(trial_rows.TRIALS, "tiny", trial_rows.Trial(module, lambda *_: ({}, {})))
-    monkeypatch.setitem(trial_tables.TABLES, "tiny", lambda results: str(results["arms"]))
-    monkeypatch.setattr(trials, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(trials, "PAGE", tmp_path / "page.md")
-    (tmp_path / "page.md").write_text("before\n<!-- tiny -->\nold\n<!-- end of tiny -->\nafter\n")
-    scored = tmp_path / "tiny" / "seed0" / "rows" / "scored"
-    scored.mkdir(parents=True)
-    for name, some in rows.items():
-        tiny.write_rows(scored / f"{name}.jsonl", some)
-    results = _run(tmp_path)
-    assert _run(tmp_path) == results
-    setup = trials.open_setup(trials.seeded(tiny.medcare_config(), 0, ["aggregate"]))
-    for stage, found in (("", results["base"]), ("aggregate", results["arms"]["aggregate"])):
-        trained = open_trained(Run(setup, tmp_path / "tiny" / "seed0"), stage)
-        model = language_model(setup, trained)
+    rows = _tiny_trial(monkeypatch, tmp_path)
+    trials.run(Job("tiny", "seed0", 0, ("aggregate",), {}, False), tmp_path, "")
+    found = trials.collect("tiny", tmp_path)
+    trials.run(Job("tiny", "seed0", 0, ("aggregate",), {}, False), tmp_path, "")
+    assert trials.collect("tiny", tmp_path) == found  # nothing is trained twice
+    figures = found["arms"]["aggregate"]["0"]
+    setup = trials.open_setup(trials.seeded(tiny.medcare_config(), 0, ["aggregate"], {}))
+    run = Run(setup, tmp_path / "tiny" / "seed0")
+    cases = [("", (), found["base"]["0"]), ("aggregate", (), figures)]
+    cases += [("aggregate", ("noise",), figures["without_noise"])]
+    for stage, off, scored in cases:
+        trained = open_trained(run, stage)
+        model = language_model(setup, trained, off)
         for name, some in rows.items():
             pairs = model.score([r["prompt"] for r in some], [r["response"] for r in some])
             want = -sum(total for total, _ in pairs) / sum(tokens for _, tokens in pairs)
-            assert found["0"]["loss"][name] == pytest.approx(want, rel=1e-4)
-    figures = results["arms"]["aggregate"]["0"]
+            assert scored["loss"][name] == pytest.approx(want, rel=1e-4)
+    assert figures["without_noise"]["loss"] != figures["loss"]
     assert figures["parameters"] == sum(count(params) for params in trained.banks.values())
     assert figures["steps"] == tiny.STEPS
-    assert figures["loss"]["knowledge"] < 0.9 * results["base"]["0"]["loss"]["knowledge"]
-    page = (tmp_path / "page.md").read_text()
-    assert page.startswith("before\n") and page.endswith("\nafter\n") and "old" not in page
+    assert figures["loss"]["knowledge"] < 0.9 * found["base"]["0"]["loss"]["knowledge"]
+    use = figures["routing"]
+    assert use["groups"] == ["alignment", "knowledge"]
+    assert all(0 < share < 1 for share in use["divergence"])
+
+
+def test_rates_are_chosen_level_by_level_by_the_loss_asked_for(tmp_path, monkeypatch):
+    """Each level is trained with every factor on what the levels before have chosen."""
+    _tiny_trial(monkeypatch, tmp_path)
+    best = {"aggregate": 0.3, "align": 3.0}
+
+    def pretend(name, folder):
+        job = started.get(folder.name)
+        for arm in job.arms if job else ():
+            factor = job.factors[arm]
+            loss = {"alignment": abs(factor - best[arm]), "knowledge": 9 - factor}
+            yield arm, {"loss": loss}
+
+    started = {}
+    monkeypatch.setattr(trials, "finished", pretend)
+    waves = []
+    for wave in trials.rounds("tiny", tmp_path):
+        waves.append(wave)
+        started |= {job.folder: job for job in wave}
+    assert [len(wave) for wave in waves] == [3, 3, 3]
+    assert [job.factors for job in waves[0]] == [{"aggregate": f} for f in trials.FACTORS]
+    assert [job.factors for job in waves[1]] == [
+        {"aggregate": 0.3, "align": f} for f in trials.FACTORS
+    ]
+    assert [(job.seed, job.factors, job.choosing) for job in waves[2]] == [
+        (seed, best, False) for seed in trials.SEEDS
+    ]
+    other = trial_rows.TRIALS["tiny"]._replace(rates_of="tiny")
+    monkeypatch.setitem(trial_rows.TRIALS, "other", other)
+    assert [job.factors for job in next(trials.rounds("other", tmp_path))] == [best] * 3
 
 
 def _arm(parameters, **by_seed):
@@ -160,24 +266,35 @@ def _arm(parameters, **by_seed):
     }
 
 
+def test_cells_and_differences():
+    """Means, n − 1 deviations and Student's intervals, worked by hand: t(0.975, 2) = 4.3027."""
+    one, other = {"0": 1.0, "1": 2.0, "2": 3.0}, {"0": 0.5, "1": 2.5, "2": 1.5, "9": 7.0}
+    assert trial_tables.cell(one) == "2.000 ± 1.000"
+    # 0.5, -0.5, 1.5: mean 0.5, deviation 1, half an interval 4.3027 / sqrt(3) = 2.484
+    assert trial_tables.difference(one, other) == "+0.500 (-1.984 to +2.984)"
+    assert trial_tables.difference({"0": 1.0}, other) == "+0.500"
+    assert trial_tables.cell({}) == trial_tables.difference({}, one) == "–"
+
+
 def test_the_table_of_the_mixture():
-    """Means, n − 1 deviations and differences seed by seed, worked by hand."""
-    results = {
-        "base": {s: {"loss": {"a": 5.0, "b": 7.0}} for s in "012"},
-        "arms": {
-            "experts": _arm(10, s0=(1.0, 3.0), s1=(2.0, 3.0), s2=(3.0, 3.0)),
-            "lora": _arm(1100, s0=(1.5, 2.0), s1=(2.5, 2.0), s2=(3.5, 2.0)),
-        },
-    }
-    assert trial_tables.mixture(results).split("\n") == [
-        "| task | base | LoRA | MING-MOE | MING-MOE − LoRA |",
-        "| --- | ---: | ---: | ---: | ---: |",
-        "| a | 5.000 | 2.500 ± 1.000 | 2.000 ± 1.000 | -0.500 ± 0.000 |",
-        "| b | 7.000 | 2.000 ± 0.000 | 3.000 ± 0.000 | +1.000 ± 0.000 |",
-        "| **mean** | 6.000 | 2.250 ± 0.500 | 2.500 ± 0.500 | +0.250 ± 0.000 |",
-        "| trainable parameters | 0 | 1,100 | 10 |  |",
-        "| seeds |  | 3 | 3 |  |",
-    ]
+    first = trial_mixture.FOUR[0]
+
+    def found(*scale):
+        names = trial_mixture.TWELVE
+        losses = {arm: dict.fromkeys(names, value) for arm, value in zip(arms, scale, strict=True)}
+        return {
+            "base": {"0": {"loss": dict.fromkeys(names, 5.0)}},
+            "arms": {arm: {"0": {"loss": losses[arm], "parameters": 1100}} for arm in arms},
+            "choice": {"lora": {"0.3": 2.0, "3.0": 1.0}, "experts": {}},
+        }
+
+    arms = ("lora", "lora_active", "experts")
+    results = {f"mixture_{n}": found(1.5, 2.0, 1.0) for n in trial_mixture.MIXTURES}
+    lines = trial_tables.mixture(results).split("\n")
+    assert lines[2] == "| 1 | 5.000 | 1.500 | 2.000 | 1.000 | -0.500 | -1.000 |"
+    assert f"| {first}, among 12 | 5.000 | 1.500 | 2.000 | 1.000 | -0.500 | -1.000 |" in lines
+    assert "| trainable parameters | 0 | 1,100 | 1,100 | 1,100 |  |  |" in lines
+    assert lines[-1] == "Learning rates, times the recipe's: 3.0 for `lora`."
 
 
 def test_the_table_of_families_sets_the_held_out_language_apart():
@@ -187,35 +304,58 @@ def test_the_table_of_families_sets_the_held_out_language_apart():
     results = {
         "base": {"0": loss(4.0, 4.0, 9.0)},
         "arms": {"last": {"0": loss(1.0, 2.0, 8.0)}, "dense": {"0": loss(2.0, 2.0, 6.0)}},
+        "choice": {},
     }
-    lines = trial_tables.families(results).split("\n")
-    assert lines[4].startswith("| **mean** | 4.000 | 2.000 | – | 1.500 | – | -0.500 | – | – |")
+    lines = trial_tables.families({"families": results}).split("\n")
+    assert lines[4].startswith("| **mean** | 4.000 | 2.000 | – | 1.500 | – | – | -0.500 | – | – |")
     assert lines[5].startswith(f"| {trial_families.HELD_OUT}, never trained on | 9.000 | 6.000 |")
 
 
 def test_the_best_skill_is_picked_on_the_rows_that_the_router_sees():
     """Not on the held-out ones, where another skill is better."""
-    task, few = "cmedic", "16"
+    task, few = "formats", "16"
     names = list(trial_skills.SKILLS)
 
     def loss(held, seen):
         picks = {f"pick_{t}_{n}": seen for t in trial_skills.TASKS for n in trial_skills.ROWS}
-        return {"loss": {**dict.fromkeys(trial_skills.TASKS, held), **picks}, "parameters": 1}
+        own = dict.fromkeys((*names, *trial_skills.TASKS), held)
+        return {"loss": {**own, **picks}, "parameters": 1}
 
     arms = {name: {"0": loss(2.0, 3.0)} for name in names}
     arms[names[4]] = {"0": loss(2.5, 1.0)}
     arms[names[7]] = {"0": loss(1.0, 2.0)}
     arms[f"route_{task}_{few}"] = {"0": loss(1.25, 0.0)}
     arms[f"lora_{task}_{few}"] = {"0": loss(1.5, 0.0)}
+    arms[f"started_{task}_{few}"] = {"0": loss(1.0, 0.0)}
     arms[f"route_{task}_all"] = {"0": {**loss(1.0, 0.0), "mix": [0.5] * 11 + [-0.25]}}
-    results = {"base": {"0": loss(6.0, 6.0)}, "arms": arms}
+    results = {"base": {"0": loss(6.0, 6.0)}, "arms": arms, "choice": {}}
     assert trial_tables.best_skill(results, task, few) == {"0": names[4]}
-    text = trial_tables.skills(results)
-    assert f"| {task} | {few} | 6.000 | 2.500 | 1.250 | 1.500 | -1.250 | -0.250 | 1 |" in text
-    assert f"| {names[11]} | 2.000 | – | 2.000 | -0.250 |" in text
+    text = trial_tables.skills({"skills": results})
+    line = f"| {task} | {few} | 6.000 | 2.500 | 1.250 | 1.500 | 1.000 | -1.250 | -0.250 | -0.500 |"
+    assert line in text
+    assert f"| {names[11]} | 2.000 | 6.000 | 2.000 | – | 2.000 | -0.250 |" in text
 
 
 def test_mixing_weights_stand_in_the_order_of_the_skills():
     """A file holds `mix/skills/10` before `mix/skills/2`."""
     by_text = dict(sorted((f"mix/skills/{n}", float(n)) for n in range(12)))
     assert trials.mixing_weights({"loss": 1.0, **by_text}) == list(range(12))
+
+
+def test_the_page_and_its_figures_are_those_of_the_results(tmp_path, monkeypatch):
+    page = trials.PAGE.read_text(encoding="utf-8")
+    monkeypatch.setattr(trials, "PAGE", tmp_path / "page.md")
+    folder = trial_figures.FOLDER
+    monkeypatch.setattr(trial_figures, "FOLDER", tmp_path)
+    trials.PAGE.write_text(page, encoding="utf-8")
+    trials.show([])
+    assert trials.PAGE.read_text(encoding="utf-8") == page
+    drawn = {path.name for path in tmp_path.glob("*.svg")}
+    assert drawn == {path.name for path in folder.glob("trial_*.svg")} and len(drawn) >= 3
+    for question, make in trial_tables.TABLES.items():
+        for name in make.trials:
+            if (trials.RESULTS / f"trial_{name}.json").exists():
+                found = read_json(trials.RESULTS / f"trial_{name}.json")
+                seeds = {arm: set(by_seed) for arm, by_seed in found["arms"].items()}
+                assert set(seeds) == set(trial_rows.TRIALS[name].arms), question
+                assert all(some == {"0", "1", "2"} for some in seeds.values())
