@@ -54,6 +54,7 @@ def get_config() -> ConfigDict:
     )
     config.stages.align = _align(weight=1.0)
     config.stages.align_free = _align(weight=0.0)
+    config.run.mesh.fsdp, config.run.mesh.sequence = 1, -1  # four rows, on any number of devices
     config.run.remat = "dots"
     config.run.log_every = 2
     config.run.save_every = 100

@@ -39,7 +39,7 @@ def test_a_chat_model_is_asked_before_and_after(tmp_path, capsys):
         [
             "demo", *FEW, f"--workdir={tmp_path}", f"--config.base.path={tiny.base_path()}",
             f"--config.base.tokenizer={tiny.tokenizer().path}", "--config.data.length=96",
-            "--config.data.template=user_assistant", "--config.data.global_batch=8",  # 8 devices
+            "--config.data.template=user_assistant",
         ]
     )  # fmt: skip
     report, page = shown(tmp_path)
