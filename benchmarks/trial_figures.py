@@ -20,13 +20,14 @@ from benchmarks.trial_tables import (
 )
 from configs import trial_families, trial_medcare, trial_skills
 
-FOLDER = Path(__file__).parents[1] / "docs" / "figures"
+FOLDER = Path(__file__).parents[1] / "docs" / "figures" / "trials"
 SEVERAL = "mean and 95% interval over seeds"
 
 
 def draw(question: str, results: Mapping[str, Results]) -> Path:
     """Write the figure of a question; the same results give the same file."""
-    path = FOLDER / f"trial_{question}.svg"
+    path = FOLDER / f"{question}.svg"
+    path.parent.mkdir(exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": question, "font.size": 9}):
         FIGURES[question](results).savefig(path, metadata={"Date": None}, bbox_inches="tight")
     # The writer leaves blanks at the ends of lines.

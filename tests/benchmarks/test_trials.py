@@ -351,7 +351,7 @@ def test_the_page_and_its_figures_are_those_of_the_results(tmp_path, monkeypatch
     trials.show([])
     assert trials.PAGE.read_text(encoding="utf-8") == page
     drawn = {path.name for path in tmp_path.glob("*.svg")}
-    assert drawn == {path.name for path in folder.glob("trial_*.svg")} and len(drawn) >= 3
+    assert drawn == {path.name for path in folder.glob("*.svg")} and len(drawn) >= 3
     for question, make in trial_tables.TABLES.items():
         for name in make.trials:
             if (trials.RESULTS / f"trial_{name}.json").exists():
