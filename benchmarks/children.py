@@ -51,12 +51,30 @@ def torch_decode(rounds: int, tuned: bool, model: str) -> dict:
 
 def _torch(module: str, arguments: list[str], tuned: bool) -> dict:
     """What a module prints that runs PyTorch, and as `tuning` how."""
+    return measured(module, arguments, tuned, torch=True)
+
+
+def measured(
+    module: str,
+    arguments: list[str],
+    tuned: bool,
+    torch: bool,
+    env: dict[str, str] | None = None,
+) -> dict:
+    """The JSON object that a module of this folder prints, and as `tuning` how it was run.
+
+    Args:
+      module, arguments: what is run.
+      tuned: with a heap that keeps its pages.
+      torch: whether PyTorch runs there, which is tuned by what oneMKL is told as well.
+      env: more of its environment.
+    """
     if not tuned:
-        return {**json.loads(_run(module, *arguments)), "tuning": "as installed"}
-    env, tuning = {}, "heap"
+        return {**json.loads(_run(module, *arguments, env=env)), "tuning": "as installed"}
+    env, tuning = dict(env or {}), "heap"
     with tempfile.TemporaryDirectory() as folder:
         compiler = shutil.which("cc")
-        if compiler:
+        if torch and compiler:
             source, library = Path(folder, "maker.c"), Path(folder, "maker.so")
             source.write_text(_MAKER)
             command = [compiler, "-shared", "-fPIC", str(source), "-o", str(library)]

@@ -25,8 +25,8 @@ import numpy as np
 
 from benchmarks import children
 from benchmarks.heap import keep_pages
-from benchmarks.routing import ROOT, console, machine, show
-from benchmarks.timing import interleaved
+from benchmarks.routing import PACKAGES, ROOT, console, show
+from benchmarks.timing import interleaved, machine
 from benchmarks.variants import DECODE_ROWS, DECODER, NEW, PROMPT, medcare_stage_1, random_banks
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.model import AdaptedConfig
@@ -126,7 +126,12 @@ def main() -> None:
     others = theirs(rounds, args.gguf)  # children first, while this process holds nothing
     mine = ours(rounds, args.gguf)
     report(mine, others)
-    results = {"machine": machine(), "quick": args.quick, "ours": mine, "transformers": others}
+    results = {
+        "machine": machine(PACKAGES),
+        "quick": args.quick,
+        "ours": mine,
+        "transformers": others,
+    }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(results, indent=1) + "\n")
     console.print(f"written to {args.output}")

@@ -9,11 +9,9 @@ them. `--quick` takes at most ten minutes on two cores.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import sys
 from pathlib import Path
 
@@ -25,12 +23,13 @@ from rich.table import Table
 
 from benchmarks import children, dense_gather, steps, sweeps
 from benchmarks.heap import keep_pages
-from benchmarks.timing import interleaved, processor
+from benchmarks.timing import interleaved, machine
 from benchmarks.variants import BATCH, TOKENS, medcare_stage_1, plain_lora
 from medmoe_jax.base.presets import preset
 from medmoe_jax.storage.places import local
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = ("jax", "jaxlib", "torch", "peft", "transformers", "google-tunix", "libtpu")
 BATCH_TOKENS = BATCH * TOKENS
 console = Console(width=120)
 
@@ -149,18 +148,6 @@ SECTIONS = {
 }
 
 
-def machine() -> dict:
-    """What the figures were taken on."""
-    names = ("jax", "jaxlib", "torch", "peft", "transformers", "google-tunix", "libtpu")
-    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
-    return {
-        "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "versions": {name: installed[name] for name in names if name in installed},
-    }
-
-
 def main() -> None:
     """Run the sections asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -172,7 +159,7 @@ def main() -> None:
     if unknown:
         parser.error(f"--only: no section {', '.join(unknown)}; known: {', '.join(SECTIONS)}")
     keep_pages()
-    results = {"machine": machine(), "quick": args.quick}
+    results = {"machine": machine(PACKAGES), "quick": args.quick}
     for name in args.only.split(","):
         results[name] = SECTIONS[name](args.quick)
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.heap import keep_pages
-from benchmarks.routing import ROOT, console, machine, show
-from benchmarks.timing import interleaved
+from benchmarks.routing import PACKAGES, ROOT, console, show
+from benchmarks.timing import interleaved, machine
 from benchmarks.variants import DECODER, medcare_stage_1, random_banks
 from medmoe_jax.adapters import model as adapted
 from medmoe_jax.adapters.model import AdaptedConfig
@@ -134,7 +134,7 @@ def main() -> None:
     ]  # fmt: skip
     columns = ["options", "tokens", "slots over tokens", "scoring, s", "forward, s", "ratio"]
     show(f"{count} items of four options", columns, rows)
-    results = {"machine": machine(), "quick": args.quick, "items": count, "found": found}
+    results = {"machine": machine(PACKAGES), "quick": args.quick, "items": count, "found": found}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(results, indent=1) + "\n")
     console.print(f"written to {args.output}")

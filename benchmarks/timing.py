@@ -1,7 +1,9 @@
-"""Timing of variants side by side: interleaved rounds, medians; and on what processor."""
+"""Timing of variants side by side: interleaved rounds, medians; and on what machine."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
 import platform
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -37,3 +39,14 @@ def processor() -> str:
     """The processor's own name, as Linux tells it."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((x.split(":")[1].strip() for x in lines if "model name" in x), platform.machine())
+
+
+def machine(packages: Collection[str]) -> dict:
+    """What figures were taken on, with the versions of those packages that are installed."""
+    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    return {
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "versions": {name: installed[name] for name in packages if name in installed},
+    }

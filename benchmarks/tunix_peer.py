@@ -1,4 +1,4 @@
-"""The frozen step of google-tunix's Qwen2 on our weights: forward, loss and input gradient.
+"""google-tunix's Qwen2 on our weights, and its frozen step: forward, loss and input gradient.
 
 Axes: B rows, T tokens, D model, V vocabulary.
 """
@@ -17,8 +17,11 @@ from benchmarks.variants import Variant
 from medmoe_jax.base.config import DecoderConfig
 
 
-def _model(config: DecoderConfig, base) -> Qwen2:
-    """tunix's module with our base's weights, so that both losses can be compared."""
+def make_model(config: DecoderConfig, base, dtype=jnp.float32) -> Qwen2:
+    """tunix's module with our base's weights, so that both losses can be compared.
+
+    A decoder of the Llama kind is one of the Qwen2 kind without biases, which stay zero.
+    """
     shapes = ModelConfig(
         num_layers=config.n_layers,
         vocab_size=config.vocab_size,
@@ -30,6 +33,8 @@ def _model(config: DecoderConfig, base) -> Qwen2:
         rope_theta=int(config.rope_theta),
         norm_eps=config.norm_eps,
         use_tied_embedding=True,
+        dtype=dtype,
+        param_dtype=dtype,
     )
     model = Qwen2(shapes, rngs=nnx.Rngs(0))
     model.embedder.input_embedding.value = base["embed"]
@@ -41,7 +46,7 @@ def _model(config: DecoderConfig, base) -> Qwen2:
         for name in ("q", "k", "v", "o"):
             site = getattr(layer.attn, f"{name}_proj")
             site.w.value = w["attn"][name]["kernel"].reshape(site.w.value.shape)
-        for name in ("q", "k", "v"):
+        for name in ("q", "k", "v") if config.qkv_bias else ():
             getattr(layer.attn, f"{name}_bias").value = w["attn"][name]["bias"]
         for name in ("gate", "up", "down"):
             getattr(layer.mlp, f"{name}_proj").kernel.value = w["mlp"][name]["kernel"]
@@ -50,7 +55,7 @@ def _model(config: DecoderConfig, base) -> Qwen2:
 
 def tunix_variant(config: DecoderConfig, base, shape: tuple[int, int]) -> Variant:
     """As `variants.frozen_variant`."""
-    graph, params = nnx.split(_model(config, base))
+    graph, params = nnx.split(make_model(config, base))
 
     def loss(x_BxTxD, params, batch):
         model = nnx.merge(graph, params)

@@ -13,10 +13,11 @@ from tests.naive import TINY, random_params, rel
 pytestmark = pytest.mark.parity
 
 
-def test_the_frozen_steps_agree():
+@pytest.mark.parametrize("qkv_bias", [True, False], ids=["qwen2", "llama"])
+def test_the_frozen_steps_agree(qkv_bias):
     from benchmarks.tunix_peer import tunix_variant
 
-    config = dataclasses.replace(TINY, tied=True, qkv_bias=True)
+    config = dataclasses.replace(TINY, tied=True, qkv_bias=qkv_bias)
     params, batch = random_params(config), variants.make_batch(config, 2, 8)
     run, carry, theirs = tunix_variant(config, params, (2, 8))
     with jax.numpy_rank_promotion("allow"):
