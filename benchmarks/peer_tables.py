@@ -54,14 +54,21 @@ def _conditions(run: Mapping[str, Any]) -> str:
     steps = run["rounds"] * run["steps"]
     return (
         f"{run['date']}, {where}, {machine['cores']} cores. {run['base']}, {run['dtype']}, "
-        f"{run['rows']} x {run['tokens']} tokens, {run['targets']:,} of them targets; medians of "
-        f"{steps} steps in {run['rounds']} {'round' if run['rounds'] == 1 else 'rounds'}. "
+        f"{run['rows']} x {run['tokens']} tokens, {run['targets']:,} of them targets; "
+        f"{'one step' if steps == 1 else f'medians of {steps} steps'}"
+        f"{tuning(run)}. "
         f"Python {machine['python']}, {versions}."
     )
 
 
+def tuning(run: Mapping[str, Any]) -> str:
+    """What was done to a process beyond installing it, where that was done to all."""
+    one = next(iter(run["recipes"].values()))
+    return ", tuned" if hows(one) == ["tuned"] else ""
+
+
 def hows(sides: Sides) -> list[str]:
-    """The ways that there are figures of, the one to compare by first."""
+    """The ways that there are figures of: the one to compare by, then as users have it."""
     return [how for how in ("tuned", "installed") if how in sides[OURS]]
 
 
@@ -71,7 +78,7 @@ def seconds(side: Mapping[str, Any], how: str) -> float:
 
 
 def table(sides: Sides, tokens: int) -> str:
-    """A row a contender: speed in each way; first step and memory as installed."""
+    """A row a contender: speed in each way; first step and memory in the last of them."""
     header = [""]
     for how in hows(sides):
         suffix = "" if len(hows(sides)) == 1 else f", {_how(how)}"
@@ -88,7 +95,8 @@ def _cells(sides: Sides, side: Mapping[str, Any], tokens: int) -> list[str]:
     for how in hows(sides):
         s = seconds(side, how)
         out += [f"{tokens / s:,.0f}", f"{s:.3g}", f"{s / seconds(sides[OURS], how):.2f}"]
-    return [*out, f"{side['installed']['first']:.1f}", f"{side['installed']['peak_gib']:.2f}"]
+    last = side[hows(sides)[-1]]
+    return [*out, f"{last['first']:.1f}", f"{last['peak_gib']:.2f}"]
 
 
 def absent(sides: Sides) -> str:
@@ -117,7 +125,7 @@ def _compared(sides: Sides, side: Mapping[str, Any]) -> Sequence[tuple[str, floa
         for how in hows(sides)
     ]
     for name, what in (("first", "the first step"), ("peak_gib", "the memory")):
-        found.append((what, side["installed"][name], ours["installed"][name]))
+        found.append((what, side[hows(sides)[-1]][name], ours[hows(sides)[-1]][name]))
     return found
 
 

@@ -4,9 +4,10 @@
   python benchmarks/peers.py --table      # the page's tables again, from the last figures
 
 Whole training steps on a base from disk. Every contender is a process of its own, one after
-another, in rounds of alternating order; `--quick` takes one round. What is not installed is left
-out and named. Writes benchmarks/results/peers.json, where the figures of another device stay, and
-the tables of docs/comparison.md; benchmarks/README.md says how to read them.
+another; of several rounds every other goes backwards. `--quick` times one step of each, tuned
+alone. What is not installed is left out and named. Writes benchmarks/results/peers.json, where the
+figures of another device stay, and the tables of docs/comparison.md; benchmarks/README.md says how
+to read them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -36,21 +37,24 @@ CONTENDERS = {
     MEDCARE: ("medmoe_jax", "naive"),
 }
 HOWS = {"cpu": ("installed", "tuned"), "gpu": ("installed",)}
-# Timed steps of a process, and by how much first losses may differ: all start from the base.
+# Timed steps of a process.
 STEPS = {"cpu": 2, "gpu": 20}
+# By how much first losses may differ, relatively: all start from the base.
 SAME = {"cpu": 1e-4, "gpu": 2e-2}
 PACKAGES = ("medmoe_jax", "jax", "jaxlib", "flax", "torch", "transformers", "peft")
 PACKAGES += ("google-tunix", "qwix")
 
 
-def run(gguf: Path, device: str, quick: bool) -> dict[str, Any]:
+def run(gguf: Path, device: str, rounds: int, quick: bool) -> dict[str, Any]:
     """All figures of a device."""
-    rounds = 1 if quick else 2
+    steps = 1 if quick else STEPS[device]
+    hows = HOWS[device][-1:] if quick else HOWS[device]
     with tempfile.TemporaryDirectory() as cache:
         # Steps are compiled once: what a first step takes is told by the first round alone.
         env = {"JAX_COMPILATION_CACHE_DIR": cache, "TQDM_DISABLE": "1"}
         env["JAX_PLATFORMS"] = "cpu" if device == "cpu" else ""
-        found = {name: compare(name, gguf, device, rounds, env) for name in CONTENDERS}
+        contest = Contest(gguf.resolve(), device, hows, rounds, steps, env)
+        found = {name: compare(name, contest) for name in CONTENDERS}
     names = {f["device"] for sides in found.values() for f in sides.values() if "device" in f}
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -60,31 +64,40 @@ def run(gguf: Path, device: str, quick: bool) -> dict[str, Any]:
         "tokens": TOKENS,
         "targets": TARGETS,
         "rounds": rounds,
-        "steps": STEPS[device],
+        "steps": steps,
         "machine": machine(PACKAGES),
         "recipes": found,
     }
 
 
-def compare(
-    recipe: str, gguf: Path, device: str, rounds: int, env: dict[str, str]
-) -> dict[str, dict[str, Any]]:
+class Contest(NamedTuple):
+    """How contenders are run: in which ways, how many rounds and timed steps, and where."""
+
+    gguf: Path
+    device: str
+    hows: Sequence[str]
+    rounds: int
+    steps: int
+    env: dict[str, str]
+
+
+def compare(recipe: str, contest: Contest) -> dict[str, dict[str, Any]]:
     """The figures of a recipe's contenders, or why there are none."""
-    order = [(who, how) for who in CONTENDERS[recipe] for how in HOWS[device]]
+    order = [(who, how) for who in CONTENDERS[recipe] for how in contest.hows]
     out: dict[str, dict[str, Any]] = {who: {} for who in CONTENDERS[recipe]}
-    for number in range(rounds):
+    for number in range(contest.rounds):
         for who, how in order[:: -1 if number % 2 else 1]:
             if "missing" in out[who]:
                 continue
-            arguments = [who, recipe, str(gguf.resolve()), device, str(STEPS[device])]
-            torch = SIDES[who].torch
-            new = children.measured("peer_step", arguments, how == "tuned", torch, env)
+            arguments = [who, recipe, str(contest.gguf), contest.device, str(contest.steps)]
+            torch, tuned = SIDES[who].torch, how == "tuned"
+            new = children.measured("peer_step", arguments, tuned, torch, contest.env)
             print(recipe, who, how, json.dumps(new), flush=True)
             if "missing" in new:
                 out[who] = {"missing": new["missing"]}
             else:
                 add(out[who], how, new)
-    check(recipe, out, SAME[device])
+    check(recipe, out, SAME[contest.device])
     return out
 
 
@@ -127,16 +140,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gguf", type=Path, help="SmolLM2-135M-Instruct, or another of its kind")
     parser.add_argument("--device", choices=HOWS, default="cpu")
-    parser.add_argument("--quick", action="store_true", help="one round")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="one timed step of each, tuned alone")
     parser.add_argument("--table", action="store_true", help="measure nothing")
     args = parser.parse_args(arguments)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if args.table and not results:
         parser.error(f"--table: there are no figures in {RESULTS}")
+    if args.rounds < 1:
+        parser.error(f"--rounds: {args.rounds} measures nothing")
     if not args.table:
         if args.gguf is None or not args.gguf.is_file():
             parser.error("--gguf: name the file of the base (`make models` fetches it)")
-        results[args.device] = {"base": args.gguf.name, **run(args.gguf, args.device, args.quick)}
+        found = run(args.gguf, args.device, args.rounds, args.quick)
+        results[args.device] = {"base": args.gguf.name, **found}
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     show(results)
 

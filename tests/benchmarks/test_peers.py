@@ -95,7 +95,7 @@ def test_rounds_alternate_and_the_other_device_stays(place, monkeypatch):
     calls = []
     monkeypatch.setattr(peers.children, "measured", _measured(calls))
     peers.RESULTS.write_text(json.dumps({"gpu": _run({LORA: {"medmoe_jax": _side([1.0])}})}))
-    peers.main(["--gguf", str(place / "m.gguf")])
+    peers.main(["--rounds=2", "--gguf", str(place / "m.gguf")])
     first = [("medmoe_jax", False), ("medmoe_jax", True), ("peft", False), ("peft", True)]
     assert [call[:2] for call in calls] == [*first, ("tunix", False), *first[::-1]]
     assert {call[0]: call[2:] for call in calls} == {
@@ -110,6 +110,12 @@ def test_rounds_alternate_and_the_other_device_stays(place, monkeypatch):
     peers.PAGE.write_text(f"{peer_tables.START}{peer_tables.END}")
     peers.main(["--table"])
     assert peer_tables.tables(results) in peers.PAGE.read_text()
+    calls.clear()
+    peers.main(["--quick", "--gguf", str(place / "m.gguf")])
+    assert [call[:2] for call in calls] == [(who, True) for who in ("medmoe_jax", "peft", "tunix")]
+    text = peer_tables.tables(json.loads(peers.RESULTS.read_text()))
+    assert "targets; one step, tuned." in text
+    assert "| PEFT, transformers | 2,048 | 1 | 1.00 | 5.0 | 1.00 |" in text
 
 
 @pytest.mark.parametrize(
@@ -124,7 +130,9 @@ def test_what_is_not_the_same_model_is_not_compared(place, monkeypatch, changed,
     assert not peers.RESULTS.exists()
 
 
-@pytest.mark.parametrize("arguments", [[], ["--gguf=no.gguf"], ["--table"], ["--device=tpu"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["--gguf=no.gguf"], ["--table"], ["--device=tpu"], ["--rounds=0"]]
+)
 def test_arguments_that_lead_nowhere(place, arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         peers.main(arguments)
