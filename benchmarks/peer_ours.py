@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks.peer_task import DTYPES, LORA, MEDCARE, MING, ROWS, TOKENS, Contender, batch
@@ -53,11 +54,12 @@ def recipe_on(recipe: str, gguf: Path, device: str) -> ConfigDict:
 def host_batch(vocabulary: int) -> dict:
     """The batch of the comparison as a stream of the library gives it, int32 `[B, T]` each."""
     ids_BxT, target_BxT = batch(vocabulary)
-    position_BxT = jax.numpy.arange(TOKENS, dtype="int32") + 0 * ids_BxT
+    position_BxT = np.broadcast_to(np.arange(TOKENS, dtype=np.int32), ids_BxT.shape)
+    ones_BxT = np.ones_like(ids_BxT)
     return {
         "tokens": ids_BxT,
         "loss_mask": target_BxT,
-        "segment_ids": 1 + 0 * ids_BxT,
+        "segment_ids": ones_BxT,
         "positions": position_BxT,
     }
 

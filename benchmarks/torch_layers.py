@@ -61,8 +61,8 @@ class WithMixture(nn.Module):
     def forward(self, x):
         """`W x + Σ_k w_k s B_k A_k x`, and `+ s B A x` of the shared one."""
         top, picks = self.router(x).topk(self.top_k, dim=-1)
-        weights = top.softmax(dim=-1)
         every = torch.stack([expert(x) for expert in self.experts], dim=-2)
+        weights = top.softmax(dim=-1).to(every.dtype)
         index = picks[..., None].expand(*picks.shape, every.shape[-1])
         picked = every.gather(-2, index)
         y = self.base(x) + (weights[..., None] * picked).sum(-2)

@@ -2,11 +2,17 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import peer_ours, peer_step, peer_tables, peers
+from benchmarks import peer_ours, peer_step, peer_tables, peer_task, peers, variants
 from benchmarks.peer_task import LORA, MEDCARE, MING, PROMPT, ROWS, TARGETS, Contender, batch
+from medmoe_jax.adapters import bank
+from medmoe_jax.base import decoder
+from medmoe_jax.checkpoints import gguf_models
+from tests import gguf_files
 
 
 def _side(seconds, first=9.0, peak=4.0, parameters=1000, loss=2.0):
@@ -159,7 +165,7 @@ def test_the_batch_and_the_recipes_as_shipped(tmp_path):
     for recipe, rates in ((LORA, {0.0}), (MING, {0.05}), (MEDCARE, {0.05})):
         config = peer_ours.recipe_on(recipe, tmp_path / "m.gguf", "gpu")
         stage = config.stages[config.stages.order[0]]
-        assert {bank.dropout for bank in stage.banks.values()} == rates
+        assert {one.dropout for one in stage.banks.values()} == rates
         assert (config.base.dtype, config.run.remat) == ("bfloat16", "none")
         assert config.data.global_batch == ROWS
 
@@ -189,3 +195,32 @@ def test_the_plain_mixture_is_the_equations():
         for e, w in zip(picks, weights, strict=True):
             want = want + w * 2.0 * b[e] @ (a[e] @ token)
         np.testing.assert_allclose(y, want, rtol=1e-12)
+
+
+@pytest.mark.parity
+def test_the_others_start_from_our_loss_and_learn(tmp_path, monkeypatch):
+    """On one base: the same ids, targets and causal mask, and banks that change nothing yet."""
+    from benchmarks import peer_torch, peer_tunix
+    from tests.torch_side import torch  # noqa: F401  (with one thread)
+
+    for module in (peer_task, peer_tunix):
+        monkeypatch.setattr(module, "ROWS", 2)
+        monkeypatch.setattr(module, "TOKENS", 12)
+    monkeypatch.setattr(peer_task, "PROMPT", 5)
+    path = tmp_path / "m.gguf"
+    gguf_files.write(path, "qwen2", "F32", num_hidden_layers=1, tie_word_embeddings=True)
+    config, params = gguf_models.load(path, jnp.float32)
+    ids, target = (jnp.asarray(x) for x in batch(config.vocab_size))
+    positions = jnp.broadcast_to(jnp.arange(12), ids.shape)
+    hidden, _, _ = decoder.hidden(config, params, ids, jnp.ones_like(ids), positions)
+    log_p = np.asarray(jax.nn.log_softmax(hidden @ decoder.head(params).T)[:, :-1])
+    picked = np.take_along_axis(log_p, np.asarray(ids)[:, 1:, None], -1)[..., 0]
+    want = -picked[np.asarray(target)[:, 1:] > 0].mean()
+    lora = sum(bank.count(bank.abstract(spec, config)) for spec in variants.plain_lora(config))
+    assert target.sum() == 2 * 7
+    with jax.numpy_rank_promotion("allow"):
+        for module, recipe in ((peer_torch, LORA), (peer_torch, MEDCARE), (peer_tunix, LORA)):
+            contender = module.make("", recipe, path, "cpu")
+            first, second = contender.step(), contender.step()
+            assert first == pytest.approx(want, rel=1e-5) and second < first
+            assert (contender.parameters == lora) == (recipe == LORA)
