@@ -57,7 +57,7 @@ def _conditions(run: Mapping[str, Any]) -> str:
         f"{run['rows']} x {run['tokens']} tokens, {run['targets']:,} of them targets; "
         f"{'one step' if steps == 1 else f'medians of {steps} steps'}"
         f"{tuning(run)}. "
-        f"Python {machine['python']}, {versions}."
+        f"Python {machine['python']}, {OURS} {run['version']}, {versions}."
     )
 
 

@@ -27,6 +27,7 @@ from benchmarks import children, peer_tables
 from benchmarks.peer_step import SIDES
 from benchmarks.peer_task import DTYPES, LORA, MEDCARE, MING, ROWS, TARGETS, TOKENS
 from benchmarks.timing import machine
+from medmoe_jax import __version__
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "peers.json"
@@ -41,8 +42,7 @@ HOWS = {"cpu": ("installed", "tuned"), "gpu": ("installed",)}
 STEPS = {"cpu": 2, "gpu": 20}
 # By how much first losses may differ, relatively: all start from the base.
 SAME = {"cpu": 1e-4, "gpu": 2e-2}
-PACKAGES = ("medmoe_jax", "jax", "jaxlib", "flax", "torch", "transformers", "peft")
-PACKAGES += ("google-tunix", "qwix")
+PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "peft", "google-tunix", "qwix")
 
 
 def run(gguf: Path, device: str, rounds: int, quick: bool) -> dict[str, Any]:
@@ -63,6 +63,7 @@ def run(gguf: Path, device: str, rounds: int, quick: bool) -> dict[str, Any]:
         "rows": ROWS,
         "tokens": TOKENS,
         "targets": TARGETS,
+        "version": __version__,
         "rounds": rounds,
         "steps": steps,
         "machine": machine(PACKAGES),

@@ -24,7 +24,14 @@ def _side(seconds, first=9.0, peak=4.0, parameters=1000, loss=2.0):
 def _run(recipes, **fields):
     machine = {"processor": "X", "cores": 2, "python": "3.11.2", "versions": {"jax": "1", "b": "2"}}
     about = {"date": "2026-11-27", "device": "", "dtype": "float32", "rows": 8, "tokens": 256}
-    about |= {"targets": 1024, "rounds": 1, "steps": 2, "base": "m.gguf", "machine": machine}
+    about |= {
+        "targets": 1024,
+        "version": "0.9",
+        "rounds": 1,
+        "steps": 2,
+        "base": "m.gguf",
+        "machine": machine,
+    }
     return {**about, **fields, "recipes": recipes}
 
 
@@ -39,7 +46,10 @@ def test_a_table_tells_who_is_faster_and_who_is_not_there():
     lines = text.split("\n")
     assert lines[0] == "### On a processor"
     assert "m.gguf, float32, 8 x 256 tokens, 1,024 of them targets; medians of 2 steps" in lines[2]
-    assert "2026-11-27, X, 2 cores" in lines[2] and "Python 3.11.2, jax 1, b 2." in lines[2]
+    assert (
+        "2026-11-27, X, 2 cores" in lines[2]
+        and "Python 3.11.2, medmoe_jax 0.9, jax 1, b 2." in lines[2]
+    )
     assert "1,000 trained parameters" in lines[4]
     own, peft, tunix = lines[8:11]
     assert own == "| medmoe_jax | 1,024 | 2 | 1.00 | 1,024 | 2 | 1.00 | 9.0 | 4.00 |"
