@@ -4,7 +4,8 @@ Axes: B rows, R rows of one call, T tokens, S slots of a row.
 A row that ends is free for the next request at once, whatever the others are at. Prompts are read
 in chunks of a few lengths, and slots a row grow by doubling, so that few programs are compiled; the
 programs are those of `inference.steps`. What a prompt has in common with a text that still stands
-in some row is copied, not read again.
+in some row is copied, not read again. Rows that speak do not wait for the whole of a long prompt:
+between their steps a part of it is read.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ STRIDE = 8  # tokens that rows go on at most before somebody looks at them
 _CHUNK = 512  # tokens of a prompt that are read at once
 _LEAST_CHUNK, _LEAST_SLOTS, _LEAST_ENDS = 16, 64, 4
 _WORTH = 32  # tokens that must be alike before they are copied; for fewer it does not pay
+_PAUSE = 64  # tokens of prompts a row that are read while rows that speak wait
 
 _NOBODY = Request((0,), 1)
 _NO_KEY = np.zeros(2, np.uint32)
@@ -93,6 +95,11 @@ def _power(n: int, least: int) -> int:
     return max(least, 1 << max(n - 1, 0).bit_length())
 
 
+def _floor(n: int, least: int) -> int:
+    """The greatest power of two that is at most `n`, or `least`."""
+    return max(least, 1 << max(n.bit_length() - 1, 0))
+
+
 class Rows:
     """Rows of a batch in which requests are answered; fulfils `requests.Decoding`.
 
@@ -102,7 +109,12 @@ class Rows:
     """
 
     def __init__(
-        self, config: AdaptedConfig, weights: Weights, rows: int, stride: int = STRIDE
+        self,
+        config: AdaptedConfig,
+        weights: Weights,
+        rows: int,
+        stride: int = STRIDE,
+        pause: int | None = None,
     ) -> None:
         """Nothing is read yet.
 
@@ -111,13 +123,17 @@ class Rows:
           weights: their parameters, where they live; languages come with the requests.
           rows: as many as the mesh divides.
           stride: tokens that rows go on at most in a step.
+          pause: tokens that are read in a step, about, when some row speaks; None = as many as
+            befit the rows.
         """
         self.config, self.weights, self.rows, self.stride = config, weights, rows, stride
+        self.pause = max(_CHUNK, _PAUSE * rows) if pause is None else pause
         self.slots = 0
         self._state: steps.State | None = None
         self._rows = [_Row() for _ in range(rows)]
         self._free = collections.deque(range(rows))  # the one that was free longest stands first
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
+        self._unread: dict[int, _Start] = {}  # rows whose prompt is not read to its end, by turn
         self._numbers = 0
 
     def submit(self, request: Request) -> int:
@@ -150,44 +166,51 @@ class Rows:
     def step(self) -> list[Said]:
         """See `Decoding`."""
         said = _Answers({}, {})
-        while self._waiting and self._free:
-            self._read(self._admit(), said)
-        if self._live():
+        self._read(said)
+        if self._speaking():
             self._go_on(said)
         return [Said(n, tuple(tokens), said.ended.get(n, "")) for n, tokens in said.tokens.items()]
 
     def _live(self) -> list[int]:
         return [place for place, row in enumerate(self._rows) if row.number >= 0]
 
+    def _speaking(self) -> list[int]:
+        """Rows whose next tokens somebody waits for."""
+        return [place for place in self._live() if place not in self._unread]
+
     def _leave(self, place: int) -> None:
         """Free a row; its text stays until another one needs the place."""
         row = self._rows[place]
         row.number = -1
         row.kept = min(row.kept, self.slots - 1)
+        self._unread.pop(place, None)
         self._free.append(place)
 
-    def _admit(self) -> dict[int, _Start]:
-        """Rows taken by requests that wait, and where each one's beginning comes from.
+    def _admit(self) -> None:
+        """Requests that wait take rows, and it is noted where each one's beginning comes from.
 
         Of those whose prompts begin alike, and as no text here does, one goes first.
         """
-        taken: dict[int, _Start] = {}
         later: list[tuple[int, Request]] = []
-        while self._waiting and self._free:
+        while self._waiting and (free := self._vacant()):
             number, request = self._waiting.popleft()
             source, shared = self._source(request, range(self.rows), written=True)
-            if self._source(request, taken, written=False)[1] >= shared + _WORTH:
+            if self._source(request, self._unread, written=False)[1] >= shared + _WORTH:
                 later.append((number, request))
                 continue
-            place = source if source in self._free else self._free[0]
+            place = source if source in free else free[0]
             self._free.remove(place)
-            taken[place] = _Start(source, shared) if shared else _Start(place, 0)
+            self._unread[place] = _Start(source, shared) if shared else _Start(place, 0)
             key = request.sampling.keys([0])[0]
             # What is copied from another row stands here after the copy only.
             kept = shared if place == source else 0
             self._rows[place] = _Row(number, request, key, list(request.prompt), kept)
         self._waiting.extendleft(reversed(later))
-        return taken
+
+    def _vacant(self) -> list[int]:
+        """Free rows in whose text nothing stands that another row is still to copy."""
+        sources = {start.source for start in self._unread.values()}
+        return [place for place in self._free if place not in sources]
 
     def _source(self, request: Request, places: Collection[int], written: bool) -> tuple[int, int]:
         """The row whose text begins most like a prompt, and how many tokens are alike.
@@ -220,28 +243,32 @@ class Rows:
         beyond = [limit is not None and len(r.prompt) + r.max_tokens > limit for r in (one, other)]
         return one.language != other.language or beyond[0] != beyond[1]
 
-    def _read(self, taken: dict[int, _Start], said: _Answers) -> None:
-        """Read the prompts of rows chunk by chunk, shortest first, and draw their first tokens."""
-        left = dict(taken)
-        shards = self.config.execution.row_shards
-        while left:
-            many = len(left) > max(shards, self.rows // 4)
-            order = sorted(left, key=lambda place: len(self._rows[place].ids) - left[place].shared)
-            places = order[: self.rows if many else shards]
-            drawn = self._read_chunk(places, left, self.rows if many else shards)
-            for r, place in enumerate(places):
-                row = self._rows[place]
-                left[place] = _Start(place, row.kept)
-                if row.kept == len(row.ids):
-                    del left[place]
-                    self._take(place, drawn, (r,), said)
+    def _read(self, said: _Answers) -> None:
+        """Read prompts chunk by chunk, in turns, and draw their first tokens.
 
-    def _read_chunk(self, places: Sequence[int], left: dict[int, _Start], size: int) -> Drawn:
-        """Read the next chunk of some rows in a call of `size` rows."""
+        All are read to their end, but where rows speak no more than `pause`.
+        """
+        shards, spent = self.config.execution.row_shards, 0
+        self._admit()
+        while self._unread and spent < self.pause:
+            many = len(self._unread) > max(shards, self.rows // 4)
+            size = self.rows if many else shards
+            listened = bool(self._speaking())
+            most = _floor(self.pause // size, _LEAST_CHUNK) if listened else _CHUNK
+            length = self._read_chunk(list(self._unread)[:size], size, min(most, _CHUNK), said)
+            spent += size * length if listened else 0
+            self._admit()
+
+    def _read_chunk(self, places: Sequence[int], size: int, most: int, said: _Answers) -> int:
+        """Read the next tokens of some rows, `most` at most, in a call of `size` rows.
+
+        Returns:
+          the length of the call.
+        """
         rows = [self._rows[place] for place in places]
-        starts = [left[place] for place in places]
+        starts = [self._unread[place] for place in places]
         chunks = [
-            row.ids[start.shared : start.shared + _CHUNK]
+            row.ids[start.shared : start.shared + most]
             for row, start in zip(rows, starts, strict=True)
         ]
         T = _power(max(map(len, chunks)), _LEAST_CHUNK)
@@ -255,20 +282,27 @@ class Rows:
         self._state, drawn = steps.read(
             self.config, self._alternatives(rows), self.weights, state, now, rows_R, sources_R
         )
-        for row, start, chunk in zip(rows, starts, chunks, strict=True):
-            row.kept = start.shared + len(chunk)
-        return jax.tree.map(to_host, drawn)
+        drawn = jax.tree.map(to_host, drawn)
+        for r, place in enumerate(places):
+            row, start = self._rows[place], self._unread.pop(place)
+            row.kept = start.shared + len(chunks[r])
+            if row.kept < len(row.ids):
+                self._unread[place] = _Start(place, row.kept)  # behind the others
+            else:
+                self._take(place, drawn, (r,), said)
+        return T
 
     def _go_on(self, said: _Answers) -> None:
-        """All rows go on by some tokens; those of rows that end before are thrown away."""
-        live = self._live()
+        """Rows that speak go on by some tokens; those of rows that end before are thrown away."""
+        live = self._speaking()
         rows = [self._rows[place] for place in live]
         left = [row.request.max_tokens - row.drawn for row in rows]
         # A row that goes on beyond its end writes into its last slot, of which nothing is kept.
         self._make_room(
             max(row.kept + min(self.stride, n) for row, n in zip(rows, left, strict=True))
         )
-        last = [row.ids[-1:] if row.number >= 0 else [] for row in self._rows]
+        speak = set(live)
+        last = [row.ids[-1:] if p in speak else [] for p, row in enumerate(self._rows)]
         now = self._now(self._rows, last, [row.kept for row in self._rows], self.rows, 1)
         state, self._state = self._state, None
         self._state, drawn, count = steps.go_on(
@@ -345,7 +379,10 @@ class Rows:
 
     def _make_room(self, needed: int) -> None:
         """Slots for texts of `needed` tokens; far too many are given back."""
-        needed = max([needed, *(self._rows[place].kept for place in self._live())])
+        # What stands idle writes behind what is kept of it.
+        kept = [self._rows[place].kept for place in self._live()]
+        kept += [start.shared for start in self._unread.values()]
+        needed = max([needed, *(tokens + 1 for tokens in kept)])
         slots = _power(needed, _LEAST_SLOTS)
         if self._state is None:
             self._state = steps.new_state(self.config, self.rows, slots)

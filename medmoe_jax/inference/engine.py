@@ -7,6 +7,7 @@ A few compiled shapes serve every input.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -206,7 +207,7 @@ class Engine:
         if any(not p for p in prompts):
             raise UserError("generate: every prompt needs at least one token")
         prompts = self._fit(prompts, [max_tokens] * len(prompts))
-        rows = self.decoding(STRIDE if enough else _LONG_STRIDE)
+        rows = self.decoding(STRIDE if enough else _LONG_STRIDE, sys.maxsize)
         stops = tuple((stop,) if isinstance(stop, int) else tuple(stop) for stop in stop_ids)
         for i, prompt in enumerate(prompts):
             own = dataclasses.replace(sampling, first=sampling.first + i)
@@ -222,12 +223,13 @@ class Engine:
                     rows.cancel(one.request)
         return out
 
-    def decoding(self, stride: int = STRIDE) -> Rows:
+    def decoding(self, stride: int = STRIDE, pause: int | None = None) -> Rows:
         """Rows of this model that answer requests side by side, with a cache of their own.
 
-        stride: tokens that they go on at most in a step.
+        stride, pause: see `Rows`.
         """
-        return Rows(self.config, Weights(self.base, self.banks, self.trained), self.batch, stride)
+        weights = Weights(self.base, self.banks, self.trained)
+        return Rows(self.config, weights, self.batch, stride, pause)
 
     def told(
         self,

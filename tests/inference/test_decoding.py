@@ -130,12 +130,53 @@ def test_whoever_comes_when_each_is_answered_as_alone(mesh, monkeypatch):
     arrivals = rng.integers(0, 12, len(asked)).tolist()
     assert_same(answers(rows, asked, arrivals), want)
     assert rows.slots >= 64
+    read.clear()
+    assert_same(answers(make_engine(mesh).decoding(pause=16), asked, arrivals), want)
+    assert sum(read) < total
     some = [(tokens[:1], "cancelled") if len(tokens) > 9 else (tokens, how) for tokens, how in want]
     quitters = [i for i, (_, how) in enumerate(some) if how == "cancelled"]
     got = answers(rows, asked, arrivals[::-1], quitters)
     stayed = [i for i in range(len(asked)) if i not in quitters]
     assert quitters and stayed
     assert_same([got[i] for i in stayed], [want[i] for i in stayed])
+
+
+def test_rows_go_on_while_a_long_prompt_is_read():
+    """Its whole prompt takes four calls, and nobody waits for more than one of them."""
+    rng = np.random.default_rng(3)
+    long = tuple(rng.integers(0, 31, 52).tolist())
+    talker = Request((5, 7), 50)
+    others = [Request(long, 8), Request((9,), 3), Request((*long[:40], 1), 8), Request(long, 2)]
+    engine = make_engine()
+    want = [answers(engine.decoding(), [request])[0] for request in (talker, *others)]
+    rows = engine.decoding(stride=2, pause=16)
+    numbers = [rows.submit(talker)]
+    said = {numbers[0]: list(rows.step()[0].tokens)}
+    numbers += [rows.submit(request) for request in others]
+    firsts, ended = {}, {}
+    for step in range(40):
+        told = rows.step()
+        for one in told:
+            said.setdefault(one.request, []).extend(one.tokens)
+            firsts.setdefault(one.request, step)
+            ended |= {one.request: one.ended} if one.ended else {}
+        # Whoever has begun to speak goes on in every step.
+        assert {one.request for one in told} >= firsts.keys() - ended.keys()
+        if len(ended) == len(numbers):
+            break
+    assert_same([(said[n], ended[n]) for n in numbers], want)
+    assert firsts[numbers[2]] == 0 and 3 <= firsts[numbers[1]] < 12  # the short one is not behind
+
+    rows = engine.decoding(stride=2, pause=16)
+    rows.submit(talker)
+    rows.step()
+    quitter = rows.submit(others[0])
+    assert [one.request for one in rows.step()] == [0]
+    rows.cancel(quitter)  # in the midst of its prompt
+    again = rows.submit(others[0])
+    found = [token for _ in range(12) for one in rows.step() if one.request == again
+             for token in one.tokens]  # fmt: skip
+    assert [token.id for token in found] == [token.id for token in want[1][0]]
 
 
 def test_log_probabilities_are_those_of_the_whole_text():
