@@ -1,6 +1,7 @@
 """lm-evaluation-harness on one model twice: through us, and through its own `hf` model type."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -114,7 +115,7 @@ def manager(tmp_path_factory):
     return TaskManager(include_path=str(folder), include_defaults=False)
 
 
-def samples(model, manager, tasks, **options):
+def said(model, manager, tasks, **options):
     found = lm_eval.simple_evaluate(
         model=model, tasks=list(tasks), task_manager=manager, bootstrap_iters=0, **options
     )
@@ -132,7 +133,7 @@ def samples(model, manager, tasks, **options):
 def test_every_item_is_scored_as_by_its_own_model(ours, theirs, manager, options):
     """Requests and answers item by item; the greedy ones are among both kinds."""
     tasks = [name for name in TASKS if not options or name != "tiny_rolling"]
-    (mine, own), (right, other) = (samples(m, manager, tasks, **options) for m in (ours, theirs))
+    (mine, own), (right, other) = (said(m, manager, tasks, **options) for m in (ours, theirs))
     for task in tasks:
         pairs = list(zip(mine[task], right[task], strict=True))
         assert len(pairs) == 5
@@ -149,6 +150,117 @@ def test_every_item_is_scored_as_by_its_own_model(ours, theirs, manager, options
         for name, value in other[task].items():
             if isinstance(value, float):
                 np.testing.assert_allclose(own[task][name], value, rtol=1e-4, err_msg=name)
+
+
+PUBLISHED = {
+    "GBaker/MedQA-USMLE-4-options-hf": ("test", "train"),
+    "openlifescienceai/medmcqa": ("validation", "train"),
+    "bigbio/pubmed_qa/pubmed_qa_labeled_fold0_source": ("test", "train"),
+    "cais/mmlu/anatomy": ("test", "dev"),
+}
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """What `datasets` makes of files stays with the test."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def hub(tmp_path, cached):
+    """A folder with rows of our own for each of the published tasks, as the hub has them."""
+    folder = tmp_path / "hub"
+    for place, splits in PUBLISHED.items():
+        for split in splits:
+            rows = [published_row(f"{split} {n}", n % 3) for n in range(3)]
+            (folder / place).mkdir(parents=True, exist_ok=True)
+            tiny.write_rows(folder / place / f"{split}.jsonl", rows)
+    (folder / "bigbio/pubmed_qa/dataset_infos.json").write_text("{}")
+    return folder
+
+
+def published_row(name, answer):
+    """A question with the fields of all four."""
+    drugs = [f"{drug} {name}" for drug in tiny.DRUGS[:4]]
+    return {
+        "sent1": f"What helps {name}?",
+        **{f"ending{n}": drug for n, drug in enumerate(drugs)},
+        "label": answer,
+        "question": f"Which drug, {name}? ",
+        **{f"op{letter}": drug for letter, drug in zip("abcd", drugs, strict=True)},
+        "cop": answer,
+        "choices": drugs,
+        "answer": answer,
+        "CONTEXTS": [f"{name} was seen.", "Some slept."],
+        "QUESTION": f"Did {name} help?",
+        "final_decision": ("yes", "no", "maybe")[answer],
+    }
+
+
+def assert_equal_items(ours, theirs, tasks, data, items, **options):
+    from benchmarks.harness import compared, samples
+
+    (mine, own), (right, other) = (samples(m, tasks, data, **options) for m in (ours, theirs))
+    for task, row in compared(mine, right).items():
+        assert row["items"] == items and row["requests"] == items * (3 + (task != "pubmedqa"))
+        assert row["largest relative difference"] < 1e-4, task
+        assert row["other greedy flags"] == row["other scores"] == 0, task
+        assert own[task]["acc,none"] == other[task]["acc,none"]
+    return right
+
+
+def test_published_medical_tasks_on_files_of_a_folder(ours, theirs, hub):
+    """Their own prompts, item by item, and no word with the hub."""
+    tasks = ["medqa_4options", "medmcqa", "pubmedqa", "mmlu_anatomy"]
+    items = assert_equal_items(ours, theirs, tasks, hub, 3, num_fewshot=1)
+    asked = {task: items[task][0]["arguments"][0][0] for task in tasks}
+    drug = tiny.DRUGS[0]
+    assert asked["mmlu_anatomy"].startswith("The following are multiple choice questions")
+    assert f"Which drug, dev 0?\nA. {drug} dev 0\n" in asked["mmlu_anatomy"]
+    assert f"Question: What helps test 0?\nA. {drug} test 0\n" in asked["medqa_4options"]
+    assert f"Which drug, validation 0? \nChoices:\nA. {drug} validation 0" in asked["medmcqa"]
+    text = "Abstract: test 0 was seen.\nSome slept.\nQuestion: Did test 0 help?\nAnswer:"
+    assert asked["pubmedqa"].endswith(text)
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_published_medical_tasks_on_real_questions(ours, theirs, tmp_path, cached, data_dir):
+    from benchmarks.harness import write_sets
+
+    tasks = write_sets(tmp_path / "hub", 8, data_dir)
+    assert len(tasks) == 9
+    assert_equal_items(ours, theirs, tasks, tmp_path / "hub", 8)
+
+
+def test_what_the_folder_lacks_is_named(hub):
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks import TaskManager
+
+    from medmoe_jax.evaluation.published import from_folder
+
+    tasks = TaskManager(include_path=f"{lm_eval.__path__[0]}/tasks/medqa", include_defaults=False)
+
+    def opened():
+        with from_folder(hub):
+            return tasks.load(["medqa_4options"])
+
+    place = hub / "GBaker/MedQA-USMLE-4-options-hf"
+    (place / "dev.csv").write_text("a,b\n")  # of no split that the task reads
+    before = ConfigurableTask.download
+    assert opened()["tasks"]["medqa_4options"].dataset.keys() == {"test", "train"}
+    assert ConfigurableTask.download is before
+    (place / "test-00001.csv").write_text("a,b\n")
+    with pytest.raises(UserError, match="MedQA-USMLE-4-options-hf has csv and json files"):
+        opened()
+    (place / "test-00001.csv").unlink()
+    (place / "train.jsonl").unlink()
+    with pytest.raises(UserError, match=r"medqa_4options reads GBaker/.*no file of its split 'tra"):
+        opened()
+    shutil.rmtree(place)
+    with pytest.raises(UserError, match="hf download GBaker/MedQA-USMLE-4-options-hf --repo-type"):
+        opened()
+    assert ConfigurableTask.download is before
 
 
 def request(*arguments, kind="loglikelihood"):
@@ -178,14 +290,25 @@ def test_ids_and_greedy_answers(ours, theirs):
 
 def test_the_command_fills_in_the_model(base, monkeypatch, capsys):
     from lm_eval.api.registry import get_model
+    from lm_eval.api.task import ConfigurableTask
 
     given = []
-    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: given.append(sys.argv))
+    methods = []
+
+    def called():
+        given.append(sys.argv)
+        methods.append(ConfigurableTask.download)
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", called)
     config = ["--config=base_only", f"--config.base.path={base}"]
     asked = ["--tasks", "x", "--limit", "2"]
     before = sys.argv
     assert main(["lm-eval", *config, "--stage=base", "run", *asked]) == 0
     assert given == [["lm-eval", "run", "--model", "medmoe", *asked]] and sys.argv is before
+    monkeypatch.setattr("medmoe_jax.evaluation.harness.register", lambda model: None)
+    data = f"--data={base}"
+    assert main(["lm-eval", *config, "--stage=base", data, "run", *asked]) == 0
+    assert given[1] == given[0] and methods[0] is ConfigurableTask.download is not methods[1]
     model = get_model("medmoe").create_from_arg_obj({}, {"batch_size": 1, "device": None})
     assert model.loglikelihood([request("What", " is")])[0][0] < 0
     capsys.readouterr()
@@ -193,6 +316,8 @@ def test_the_command_fills_in_the_model(base, monkeypatch, capsys):
         (["run"], "say what to run"),
         (asked, "say what to run"),
         (["run", "--model", "hf"], "--model: the model is that of --config"),
+        (["run", "-M", "hf"], "-M: the model is that of --config"),
+        (["--data=nowhere", "run", *asked], "--data: no folder nowhere"),
     ):
         assert main(["lm-eval", *config, *more]) == 1
         assert told in capsys.readouterr().err
