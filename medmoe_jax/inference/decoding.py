@@ -5,7 +5,7 @@ A row that ends is free for the next request at once, whatever the others are at
 in chunks of a few lengths, and slots a row grow by doubling, so that few programs are compiled; the
 programs are those of `inference.steps`. What a prompt has in common with a text that still stands
 in some row is copied, not read again. Rows that speak do not wait for the whole of a long prompt:
-between their steps a part of it is read.
+it is read in parts, between which they go on.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ class Rows:
           weights: their parameters, where they live; languages come with the requests.
           rows: as many as the mesh divides.
           stride: tokens that rows go on at most in a step.
-          pause: tokens that are read in a step, about, when some row speaks; None = as many as
-            befit the rows.
+          pause: tokens that are read, about, while rows that speak wait; None = as many as befit
+            the rows.
         """
         self.config, self.weights, self.rows, self.stride = config, weights, rows, stride
         self.pause = max(_CHUNK, _PAUSE * rows) if pause is None else pause
@@ -134,6 +134,7 @@ class Rows:
         self._free = collections.deque(range(rows))  # the one that was free longest stands first
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self._unread: dict[int, _Start] = {}  # rows whose prompt is not read to its end, by turn
+        self._spent = 0  # tokens that were read while rows that speak waited
         self._numbers = 0
 
     def submit(self, request: Request) -> int:
@@ -167,8 +168,10 @@ class Rows:
         """See `Decoding`."""
         said = _Answers({}, {})
         self._read(said)
-        if self._speaking():
+        # First tokens are told at once. Others may come meanwhile, to be read before all go on.
+        if self._speaking() and not said.tokens:
             self._go_on(said)
+            self._spent = 0
         return [Said(n, tuple(tokens), said.ended.get(n, "")) for n, tokens in said.tokens.items()]
 
     def _live(self) -> list[int]:
@@ -248,15 +251,15 @@ class Rows:
 
         All are read to their end, but where rows speak no more than `pause`.
         """
-        shards, spent = self.config.execution.row_shards, 0
+        shards = self.config.execution.row_shards
         self._admit()
-        while self._unread and spent < self.pause:
+        while self._unread and self._spent < self.pause:
             many = len(self._unread) > max(shards, self.rows // 4)
             size = self.rows if many else shards
             listened = bool(self._speaking())
             most = _floor(self.pause // size, _LEAST_CHUNK) if listened else _CHUNK
             length = self._read_chunk(list(self._unread)[:size], size, min(most, _CHUNK), said)
-            spent += size * length if listened else 0
+            self._spent += size * length if listened else 0
             self._admit()
 
     def _read_chunk(self, places: Sequence[int], size: int, most: int, said: _Answers) -> int:
@@ -312,7 +315,7 @@ class Rows:
             self.weights,
             state,
             now,
-            self._until(),
+            self._until(live),
         )
         drawn = jax.tree.map(to_host, drawn)
         for n in range(int(to_host(count))):
@@ -320,14 +323,19 @@ class Rows:
                 if self._rows[place].number >= 0:
                     self._take(place, drawn, (n, place), said)
 
-    def _until(self) -> steps.Until:
-        """When the rows have to be looked at: see `steps.Until`."""
-        left_R = np.array([row.request.max_tokens - row.drawn for row in self._rows], np.int32)
+    def _until(self, live: Sequence[int]) -> steps.Until:
+        """When the rows have to be looked at: see `steps.Until`.
+
+        The more rows are still to be read, the sooner: a step costs the same for few and for many.
+        """
+        most = -(-self.stride * len(live) // (len(live) + len(self._unread)))
+        left = [min(most, row.request.max_tokens - row.drawn) for row in self._rows]
+        left_R = np.array(left, np.int32)
         ends = [{stop[-1] for stop in row.request.stops} for row in self._rows]
         ends_RxE = np.full((self.rows, _power(max(map(len, ends)), _LEAST_ENDS)), -1, np.int32)
         for row, own in zip(ends_RxE, ends, strict=True):
             row[: len(own)] = sorted(own)
-        return steps.Until(left_R, ends_RxE, np.array(bool(self._waiting)))
+        return steps.Until(left_R, ends_RxE, np.array(bool(self._waiting or self._unread)))
 
     def _now(
         self,
