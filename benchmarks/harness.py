@@ -26,7 +26,8 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 import lm_eval
 from lm_eval.tasks import TaskManager
 
-from benchmarks.routing import ROOT, console, machine, show
+from benchmarks.routing import PACKAGES, ROOT, console, show
+from benchmarks.timing import machine
 from medmoe_jax.data import medical
 from medmoe_jax.evaluation import published
 from medmoe_jax.evaluation.harness import Harness
@@ -201,7 +202,7 @@ def main() -> None:
     ]
     show(f"{args.gguf.stem}, ours beside hf", ["task", *next(iter(found.values()))], rows)
     results = {
-        "machine": machine(),
+        "machine": machine(PACKAGES),
         "model": args.gguf.name,
         "shots": args.shots,
         "differences": found,

@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 
 from benchmarks.heap import keep_pages
-from benchmarks.routing import ROOT, console, machine, show
+from benchmarks.routing import PACKAGES, ROOT, console, show
+from benchmarks.timing import machine
 from medmoe_jax.api.opening import open_model
 from medmoe_jax.inference.language_model import LanguageModel
 from medmoe_jax.inference.worker import Worker
@@ -148,7 +149,12 @@ def main() -> None:
         f"server over engine {found['server over engine']:.3f}, first token after "
         f"{np.median(found['first token, s']):.2f} s"
     )
-    results = {"machine": machine(), "model": args.gguf.name, "streams": args.streams, **found}
+    results = {
+        "machine": machine(PACKAGES),
+        "model": args.gguf.name,
+        "streams": args.streams,
+        **found,
+    }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(results, indent=1) + "\n")
     console.print(f"written to {args.output}")
