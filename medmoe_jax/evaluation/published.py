@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ _READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parqu
 
 
 @contextlib.contextmanager
-def from_folder(root: Path) -> Iterator[None]:
+def from_folder(root: Path) -> Generator[None]:
     """Tasks that are opened in here read their datasets from `root`, and never from the hub.
 
     Those that name files of their own, or make their items themselves, do so as ever. A task
