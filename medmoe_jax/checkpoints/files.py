@@ -94,14 +94,19 @@ def save_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
       OSError, SafetensorError: the disk is full or the folder cannot be written.
       UserError: an array holds NaN or infinity; nothing was written.
     """
-    for name, array in arrays.items():
-        if not np.isfinite(array).all():
-            raise UserError(f"{name}: NaN or infinity, which no export may hold; train it again")
+    check_exportable(arrays)
     save_file(dict(arrays), path, metadata={"format": "pt"})
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
     # safetensors makes a file that only its owner can read; who may enter the folder may read it.
     os.chmod(path, path.parent.stat().st_mode & 0o666)
+
+
+def check_exportable(arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise UserError where an array holds NaN or infinity."""
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise UserError(f"{name}: NaN or infinity, which no export may hold; train it again")
 
 
 def check_new(directory: str | Path) -> None:

@@ -219,7 +219,7 @@ def save_hf(
     for spec, _ in members:
         lifecycle.check_mergeable(spec)
     dtype = np.dtype(dtype or params["embed"].dtype)
-    hf = read_json(source / CONFIG) if source else config_to_hf(config, family)
+    hf = settings(config, family, source)
     files = {CONFIG: _with_dtype({**hf, **(extra or {})}, str(dtype)), **(companions or {})}
     weights = FoldedWeights(params, members, dtype)
     with contextlib.ExitStack() as stack:
@@ -232,6 +232,11 @@ def save_hf(
             write(functools.partial(write_companions, files))
             _write_shards(write, _shards(entries, max_shard_bytes))
     return Path(directory)
+
+
+def settings(config: DecoderConfig, family: str, source: Path | None) -> dict[str, Any]:
+    """The fields of a model's config.json: those of the folder it came from, or made anew."""
+    return read_json(source / CONFIG) if source else config_to_hf(config, family)
 
 
 def _with_dtype(hf: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.base.config import DecoderConfig, site_shapes
 from medmoe_jax.base.seam import Params
 from medmoe_jax.checkpoints import families
-from medmoe_jax.checkpoints.files import new_folder, save_tensors, write_json
+from medmoe_jax.checkpoints.files import Write, new_folder, save_tensors, write_json
 from medmoe_jax.checkpoints.folded import FoldedWeights
 from medmoe_jax.checkpoints.huggingface import write_companions
 from medmoe_jax.checkpoints.peft_names import CONFIG, PREFIX, WEIGHTS, linear_modules, site_of
@@ -33,7 +33,7 @@ from medmoe_jax.parallel.host import to_host
 # What vLLM takes as --max-lora-rank.
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
-_Factors = dict[str, tuple[np.ndarray, np.ndarray]]  # {module: (A [R, D], B [O, R])}
+Factors = dict[str, tuple[np.ndarray, np.ndarray]]  # {module: (A [R, D], B [O, R])}
 
 
 class TrainedLeaves(NamedTuple):
@@ -96,16 +96,18 @@ def save_peft(
     else:
         factors, arrays, fields = stacked(config, family, members, dtype), {}, {}
     rank = max(len(a_RxD) for a_RxD, _ in factors.values())
-    for module, pair in factors.items():
-        names = (f"{module}.{leaf}.weight" for leaf in LEAVES["LORA"])
-        arrays |= zip(names, _widened(pair, rank), strict=True)
-    options = _options(list(factors), rank, base, revision) | fields
-    arrays = {PREFIX + name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    arrays |= widened(factors, rank)
     with new_folder(directory) as write:
-        write(lambda folder: write_json(folder / CONFIG, options))
-        write(lambda folder: save_tensors(folder / WEIGHTS, arrays))
+        write_adapter(write, arrays, adapter_fields(list(factors), rank, base, revision) | fields)
         write(functools.partial(write_companions, companions or {}))
     return Path(directory)
+
+
+def write_adapter(write: Write, arrays: Mapping[str, np.ndarray], fields: dict[str, Any]) -> None:
+    """Write tensors, by their names in the model, and adapter_config.json into a new folder."""
+    named = {PREFIX + name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    write(lambda folder: write_json(folder / CONFIG, fields))
+    write(lambda folder: save_tensors(folder / WEIGHTS, named))
 
 
 def serving(options: Mapping[str, Any]) -> Iterator[str]:
@@ -124,7 +126,7 @@ def serving(options: Mapping[str, Any]) -> Iterator[str]:
 
 def stacked(
     config: DecoderConfig, family: str, members: Sequence[tuple[BankSpec, Any]], dtype: DTypeLike
-) -> _Factors:
+) -> Factors:
     """`{module: (A [R, D], B [O, R])}` of banks as one adapter; arguments as of `save_peft`.
 
     Raises:
@@ -132,13 +134,16 @@ def stacked(
     """
     if not members:
         raise UserError("there is no bank to write as an adapter")
-    found = _stack_all(config, family, members, dtype)
+    found = stack_all(config, family, members, dtype)
     if not found:
         raise UserError("every Λ of the banks to write is 0: there is nothing to write")
     return found
 
 
-def _stack_all(config: DecoderConfig, family: str, members, dtype: DTypeLike) -> _Factors:
+def stack_all(
+    config: DecoderConfig, family: str, members: Sequence[tuple[BankSpec, Any]], dtype: DTypeLike
+) -> Factors:
+    """`stacked` for banks of which there may be none, with nothing in them."""
     for spec, _ in members:
         lifecycle.check_mergeable(spec)
     at = {site: lifecycle.members_at(members, site) for site in site_shapes(config)}
@@ -149,7 +154,7 @@ def _stack_all(config: DecoderConfig, family: str, members, dtype: DTypeLike) ->
     return {module: factors for module, factors in modules.items() if len(factors[0])}
 
 
-def _options(modules: Sequence[str], rank: int, base: str, revision: str) -> dict[str, Any]:
+def adapter_fields(modules: Sequence[str], rank: int, base: str, revision: str) -> dict[str, Any]:
     """adapter_config.json for modules of this rank, every scaling 1."""
     return {
         "peft_type": "LORA",
@@ -172,12 +177,15 @@ def _options(modules: Sequence[str], rank: int, base: str, revision: str) -> dic
     }
 
 
-def _widened(pair: tuple[np.ndarray, np.ndarray], rank: int) -> Iterator[np.ndarray]:
-    """A `[rank, D]` and B `[O, rank]`, filled up with zeros."""
-    a_RxD, b_OxR = pair
-    more = rank - len(a_RxD)
-    yield np.pad(a_RxD, ((0, more), (0, 0)))
-    yield np.pad(b_OxR, ((0, 0), (0, more)))
+def widened(factors: Factors, rank: int) -> dict[str, np.ndarray]:
+    """`{name: tensor}`, filled up with zeros: A `[rank, D]` and B `[O, rank]` of every module."""
+    a, b = LEAVES["LORA"]
+    out = {}
+    for module, (a_RxD, b_OxR) in factors.items():
+        more = rank - len(a_RxD)
+        out[f"{module}.{a}.weight"] = np.pad(a_RxD, ((0, more), (0, 0)))
+        out[f"{module}.{b}.weight"] = np.pad(b_OxR, ((0, 0), (0, more)))
+    return out
 
 
 # Trained leaves -------------------------------------------------------------------------------
@@ -185,7 +193,7 @@ def _widened(pair: tuple[np.ndarray, np.ndarray], rank: int) -> Iterator[np.ndar
 
 def _beside_trained(
     config: DecoderConfig, family: str, members, trained: TrainedLeaves, dtype: np.dtype
-) -> tuple[_Factors, dict[str, np.ndarray], dict[str, Any]]:
+) -> tuple[Factors, dict[str, np.ndarray], dict[str, Any]]:
     """`(factors, other tensors, fields of adapter_config.json)` of banks and trained leaves."""
     plan = list(families.tensors(config, family))
     before = FoldedWeights(trained.before(), (), np.float32)
@@ -203,7 +211,7 @@ def _beside_trained(
     whole = {
         _module(t) for t in own if not t.name.endswith(".bias") and not (scaled and t in kernels)
     }
-    factors = _stack_all(config, family, members, dtype)
+    factors = stack_all(config, family, members, dtype)
     factors = {module: pair for module, pair in factors.items() if module not in whole}
     weights = FoldedWeights(trained.params, trained.members, dtype)
     arrays = {t.name: weights.tensor(t) for t in plan if _module(t) in whole}
@@ -215,7 +223,7 @@ def _beside_trained(
         arrays |= magnitudes
         fields["use_dora"] = True
     if not factors:
-        factors = _nothing(config, family, whole, dtype)
+        factors = nothing(config, family, whole, dtype)
     if any(t.name.endswith(".bias") and _module(t) not in whole for t in own):
         fields["bias"] = "all"
         for t in plan:
@@ -264,17 +272,17 @@ def _row_factors(
 def _decomposed(
     config: DecoderConfig,
     family: str,
-    factors: _Factors,
+    factors: Factors,
     scaled: Mapping[str, np.ndarray],
     before: FoldedWeights,
     members,
     dtype: np.dtype,
-) -> tuple[_Factors, dict[str, np.ndarray]]:
+) -> tuple[Factors, dict[str, np.ndarray]]:
     """Factors and magnitudes of a DoRA adapter: `m (W + B A) / |W + B A|` of rows.
 
     A scaled kernel g W with its banks b A is g (W + B A) with B = b / g, and m = g |W + B A|.
     """
-    beside = _stack_all(config, family, members, dtype)
+    beside = stack_all(config, family, members, dtype)
     out, magnitudes = {}, {}
     for module, weight in linear_modules(config, family).items():
         if module not in factors and module not in scaled:
@@ -290,7 +298,7 @@ def _decomposed(
     return out, magnitudes
 
 
-def _nothing(config: DecoderConfig, family: str, whole: set[str], dtype: np.dtype) -> _Factors:
+def nothing(config: DecoderConfig, family: str, whole: Collection[str], dtype: np.dtype) -> Factors:
     """A module with zeros: PEFT knows no adapter without one."""
     for module, weight in linear_modules(config, family).items():
         if module not in whole:

@@ -43,9 +43,10 @@ from medmoe_jax.checkpoints.safetensors_files import open_safetensors
 from medmoe_jax.checkpoints.torch_files import StoredTensor, open_torch
 from medmoe_jax.errors import UserError
 
-_OTHERS, _TENSORS, _MODEL = "non_lora_trainables.bin", "model.safetensors", "config.json"
+OTHERS, _TENSORS, MODEL = "non_lora_trainables.bin", "model.safetensors", "config.json"
+TOP_K = "num_experts_per_token"  # a field of MODEL
 TRAINED = ("train", "gate")  # states in which a stage changes a bank
-_FILES = (CONFIG, WEIGHTS, PICKLED, _OTHERS, _TENSORS, _MODEL)
+_FILES = (CONFIG, WEIGHTS, PICKLED, OTHERS, _TENSORS, MODEL)
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ LAYOUTS = (
 )
 
 # Where a stored tensor goes: layer i (and expert e) of a leaf, a view in the tensor's own axes.
-_VIEWS: dict[str, Callable[[np.ndarray, int, int], np.ndarray]] = {
+VIEWS: dict[str, Callable[[np.ndarray, int, int], np.ndarray]] = {
     "lora_a": lambda leaf_NxDxExr, i, e: leaf_NxDxExr[i, :, e].T,
     "lora_b": lambda leaf_NxExrxO, i, e: leaf_NxExrxO[i, e].T,
     "scale": lambda leaf_NxExr, i, e: leaf_NxExr[i, e],
@@ -185,7 +186,7 @@ def read_adapter(
     files = [name for name in _FILES if (folder / name).is_file()]
     if WEIGHTS in files and PICKLED in files:
         files.remove(PICKLED)  # the same again, as PEFT has it
-    known = (WEIGHTS, PICKLED, _OTHERS, _TENSORS)
+    known = (WEIGHTS, PICKLED, OTHERS, _TENSORS)
     if not set(known).intersection(files):
         raise UserError(f"{folder}: holds none of {', '.join(known)}")
     banks: dict[str, Any] = {}
@@ -251,7 +252,7 @@ def _open(
                 groups.append(_peft_group(adapter.spec, adapter.params, roster))
         except UserError as error:
             problems.append(str(error))
-    for name, opened in ((_OTHERS, open_torch), (_TENSORS, open_safetensors)):
+    for name, opened in ((OTHERS, open_torch), (_TENSORS, open_safetensors)):
         if name in files:
             try:
                 tensors |= stack.enter_context(opened(folder / name))
@@ -275,7 +276,7 @@ def _peft_group(spec: BankSpec, params: Params, roster: Roster) -> _Group:
         for i, (leaf, array) in itertools.product(range(spec.layers), params[site].items()):
             if not params[site]["lora_a"][i].any():
                 continue  # the adapter leaves this layer out
-            view = _VIEWS[leaf](array, i, 0)
+            view = VIEWS[leaf](array, i, 0)
             view = view[:, :rank] if leaf == "lora_b" else view[:rank]
             key = _Key(site, spec.start + i, leaf, 0)
             group.pieces[key] = _Piece(str(key), view.shape, functools.partial(np.asarray, view))
@@ -291,8 +292,8 @@ def _block_groups(
     if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
         raise UserError(f"{CONFIG}: r is {rank!r} and lora_alpha {alpha!r}; give two numbers")
     s = alpha / (rank**0.5 if options.get("use_rslora") else rank)
-    model = _fields(folder / _MODEL) if (folder / _MODEL).is_file() else {}
-    top_k = model.get("num_experts_per_token")
+    model = _fields(folder / MODEL) if (folder / MODEL).is_file() else {}
+    top_k = model.get(TOP_K)
     groups = {x.name: _Group(x.name, x.gate, s, top_k) for x in LAYOUTS}
     problems = []
     for name, tensor in tensors.items():
@@ -401,7 +402,7 @@ def _fill(
             experts = 1 if leaf.startswith("router") else bank.experts
             for i, e in itertools.product(range(bank.layers), range(experts)):
                 key = _Key(site, bank.start + i, leaf, e)
-                piece, view = left.pop(key, None), _VIEWS[leaf](array, i, e)
+                piece, view = left.pop(key, None), VIEWS[leaf](array, i, e)
                 if piece is None:
                     problems.append(f"bank '{bank.name}': {key} is missing")
                 elif piece.shape != view.shape:

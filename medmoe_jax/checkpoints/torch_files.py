@@ -1,4 +1,4 @@
-"""Tensors of a `torch.save` file, read without torch.
+"""Tensors of a `torch.save` file, read and written without torch.
 
 Such a file is a zip archive: `*/data.pkl` pickles a dictionary of tensors, each of which names a
 member `*/data/KEY` with its numbers. Nothing in the file is executed: its pickle may name a
@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import math
+import os
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import ml_dtypes  # noqa: F401  gives numpy the name bfloat16
 import numpy as np
 
+from medmoe_jax.checkpoints.files import check_exportable
 from medmoe_jax.errors import UserError, within
 from medmoe_jax.storage.packed import damage_named, open_zip
 
@@ -34,6 +37,7 @@ _STORAGES = {
 _KINDS = ("float8_e4m3fn", "float8_e5m2")
 _BYTES = "bytes"
 _FILE = "torch zip file"
+_ROOT = "archive"
 _PICKLE_ERRORS = (
     *(pickle.UnpicklingError, AttributeError, ImportError, IndexError, AssertionError, TypeError),
     *(MemoryError, RecursionError),
@@ -89,6 +93,79 @@ def _pickle_errors() -> Generator[None]:
         yield
     except _PICKLE_ERRORS as error:
         raise ValueError(str(error)) from error
+
+
+def save_torch(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write contiguous arrays as a file that `torch.load` reads, durably.
+
+    Args:
+      path: of the file; what stands there is replaced.
+      arrays: by name, of float64, float32, float16 or bfloat16.
+
+    Raises:
+      OSError: the disk is full or the folder cannot be written.
+      UserError: an array holds NaN or infinity; nothing was written.
+    """
+    check_exportable(arrays)
+    content = io.BytesIO()
+    _Pickler(content, protocol=2).dump(
+        {name: _Saved(str(key), x) for key, (name, x) in enumerate(arrays.items())}
+    )
+    with open(path, "wb") as file:
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr(f"{_ROOT}/data.pkl", content.getvalue())
+            archive.writestr(f"{_ROOT}/byteorder", "little")
+            archive.writestr(f"{_ROOT}/version", "3\n")
+            for key, x in enumerate(arrays.values()):
+                little = x.astype(x.dtype.newbyteorder("<"), copy=False)
+                archive.writestr(f"{_ROOT}/data/{key}", little.tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class _Named(NamedTuple):
+    """Something of torch or the standard library, of which a pickle holds the name alone."""
+
+    module: str
+    name: str
+
+    def __call__(self) -> None:
+        """Never called: the pickler asks that what makes a tensor could be."""
+
+
+class _Saved(NamedTuple):
+    """An array, as the tensor of a file with its numbers in a member."""
+
+    key: str
+    x: np.ndarray
+
+    def __reduce__(self) -> tuple:
+        (storage,) = (name for name, kind in _STORAGES.items() if kind == self.x.dtype.name)
+        stride = tuple(step // self.x.itemsize for step in self.x.strides)
+        held = _Held(("storage", _Named("torch", storage), self.key, "cpu", self.x.size))
+        made = (held, 0, self.x.shape, stride, False, OrderedDict())
+        return _Named("torch._utils", "_rebuild_tensor_v2"), made
+
+
+class _Held(NamedTuple):
+    """A storage: what a pickle says of it."""
+
+    told: tuple
+
+
+class _Pickler(pickle._Pickler):
+    """Writes names of torch without importing it, which the pickler in C would do."""
+
+    dispatch: ClassVar[dict[type, Any]] = dict(pickle._Pickler.dispatch)
+    write: Callable[[bytes], None]  # it makes this itself
+
+    def persistent_id(self, obj: Any) -> tuple | None:
+        return obj.told if isinstance(obj, _Held) else None
+
+    def _name(self, obj: _Named) -> None:
+        self.write(pickle.GLOBAL + f"{obj.module}\n{obj.name}\n".encode())
+
+    dispatch[_Named] = _name
 
 
 class _Strided(NamedTuple):

@@ -4,6 +4,7 @@
   medmoe export --config=FILE --workdir=DIR --format=peft --output=adapter
   medmoe export --config=FILE --workdir=DIR --format=gguf --dtype=q8_0 --output=model
   medmoe export --config=FILE --workdir=DIR --format=gguf-adapter --output=adapter
+  medmoe export --config=FILE --workdir=DIR --format=ming --output=adapter
 
 hf: every bank folded into the weights, as a folder that transformers loads.
 peft: every bank, merged ones too, as one LoRA adapter of summed rank over the base as it was, with
@@ -11,9 +12,11 @@ the leaves of the base that were trained as modules_to_save, biases or DoRA's ma
 what vLLM needs to load it.
 gguf: every bank folded into the weights, as one file for llama.cpp, and a Modelfile for Ollama.
 gguf-adapter: the adapter of peft as a file that llama.cpp puts over the base in a GGUF file.
+ming: one bank of experts with routers, and the adapter of peft for the other banks, as the code of
+MING-MOE loads them beside the base.
 Beside or in them stand the tokenizer, the chat template that was trained with its options, the ids
 that end an answer, and a model card (README.md): base, recipe, data, scores and limits.
-A bank whose gate depends on the token fits none of them; --off=BANK leaves it out.
+A bank whose gate depends on the token fits none of the others; --off=BANK leaves it out.
 --push=ORG/NAME uploads the folder to a new repository on the Hugging Face hub, with the token of
 `hf auth login` or $HF_TOKEN; nothing is uploaded without it.
 """
@@ -37,6 +40,7 @@ from medmoe_jax.checkpoints.files import check_new, read_json
 from medmoe_jax.checkpoints.huggingface import published, save_hf
 from medmoe_jax.checkpoints.peft_export import TrainedLeaves, save_peft, serving
 from medmoe_jax.checkpoints.peft_names import CONFIG
+from medmoe_jax.checkpoints.released_export import save_released
 from medmoe_jax.checkpoints.uploads import check_repository, upload
 from medmoe_jax.cli.model_card import card_files
 from medmoe_jax.cli.session import add_model_arguments, open_run
@@ -160,14 +164,13 @@ def _trained_leaves(setup: Setup, trained: Trained) -> list[str]:
     return list(dict.fromkeys(itertools.chain.from_iterable(found)))
 
 
-def _adapter(setup: Setup, trained: Trained):
-    """All banks, merged ones too, over a base that must be as it was."""
+def _check_base(setup: Setup, trained: Trained, otherwise: str) -> None:
+    """Raise UserError unless the base is as it was."""
     if leaves := _trained_leaves(setup, trained):
         raise UserError(
-            f"leaves of the base were trained ({', '.join(leaves)}), which llama.cpp's adapters "
-            "cannot hold; use --format=gguf"
+            f"leaves of the base were trained ({', '.join(leaves)}), which this format cannot "
+            f"hold; {otherwise}"
         )
-    return _members(trained, (*lifecycle.ACTIVE, "merged"))
 
 
 def _prompting(setup: Setup) -> dict[str, Any]:
@@ -226,14 +229,34 @@ def _export_gguf(
 def _export_gguf_adapter(
     setup: Setup, trained: Trained, output: str, dtype: str | None, card: Files
 ) -> None:
+    _check_base(setup, trained, "use --format=gguf")
     template = portable_template(setup.encoder).source
     gguf_export.save_gguf_adapter(
         output,
         setup.base.config,
         setup.base.family,
-        _adapter(setup, trained),
+        _members(trained, (*lifecycle.ACTIVE, "merged")),
         kind=dtype or "float32",
         companions={companions.TEMPLATE: template.encode(), **card},
+    )
+
+
+def _export_released(
+    setup: Setup, trained: Trained, output: str, dtype: str | None, card: Files
+) -> None:
+    _check_base(setup, trained, "train with train_base=() for it")
+    base, revision = published(setup.config.base.path)
+    states = (*lifecycle.ACTIVE, "merged")
+    save_released(
+        output,
+        setup.base.config,
+        setup.base.family,
+        [(spec, trained.banks[spec.name]) for spec, at in trained.roster.values() if at in states],
+        base=base,
+        revision=revision,
+        source=setup.base.folder,
+        dtype=np.dtype(dtype or "float32"),
+        companions={**_prompting(setup), **card},
     )
 
 
@@ -254,4 +277,5 @@ FORMATS = {
     "peft": Format(_export_peft, ("float32", "bfloat16"), "peft"),
     "gguf": Format(_export_gguf, tuple(gguf_export.KINDS), "gguf"),
     "gguf-adapter": Format(_export_gguf_adapter, ("float32", "float16", "bfloat16"), "gguf"),
+    "ming": Format(_export_released, ("float32", "bfloat16"), "peft"),
 }

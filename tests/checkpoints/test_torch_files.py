@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from medmoe_jax.checkpoints.torch_files import open_torch
+from medmoe_jax.checkpoints.torch_files import open_torch, save_torch
 from medmoe_jax.errors import UserError
 from tests import torch_zip
 
@@ -120,6 +120,36 @@ def test_damaged_archives(tmp_path):
             read(path)
     with pytest.raises(FileNotFoundError):
         read(tmp_path / "absent.bin")
+
+
+WRITTEN = {
+    f"{dtype.__name__}.{len(shape)}": RNG.normal(size=shape).astype(dtype)
+    for dtype in DTYPES[:4]
+    for shape in ((3, 5), (), (0, 3))
+}
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    save_torch(tmp_path / "x.bin", WRITTEN)
+    got = read(tmp_path / "x.bin")
+    assert list(got) == list(WRITTEN)
+    for name, x in WRITTEN.items():
+        assert got[name].dtype == x.dtype
+        np.testing.assert_array_equal(got[name], x)
+    with pytest.raises(UserError, match="bad: NaN or infinity"):
+        save_torch(tmp_path / "bad.bin", {"bad": np.float32([np.inf])})
+    assert [path.name for path in tmp_path.iterdir()] == ["x.bin"]
+
+
+@pytest.mark.parity
+def test_torch_reads_what_is_written(tmp_path):
+    torch = pytest.importorskip("torch")
+    save_torch(tmp_path / "x.bin", WRITTEN)
+    got = torch.load(tmp_path / "x.bin", weights_only=True)
+    assert list(got) == list(WRITTEN)
+    for name, x in WRITTEN.items():
+        assert str(got[name].dtype) == f"torch.{x.dtype}" and got[name].shape == x.shape
+        np.testing.assert_array_equal(got[name].double().numpy(), x.astype(np.float64))
 
 
 @pytest.mark.parity

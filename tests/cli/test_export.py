@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import json
+import re
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -16,6 +18,8 @@ from medmoe_jax.base import quantised, trees
 from medmoe_jax.checkpoints import files, gguf_models, huggingface, peft
 from medmoe_jax.checkpoints.bases import open_base
 from medmoe_jax.checkpoints.gguf_file import open_gguf
+from medmoe_jax.checkpoints.released import read_adapter
+from medmoe_jax.checkpoints.released_export import save_released
 from medmoe_jax.cli import export
 from medmoe_jax.cli.main import main
 from medmoe_jax.data import tokenizers
@@ -37,6 +41,7 @@ def get_config():
 """
 # What the tiny stage `align` adds to the base, merged or not.
 BANKS = ("attention", "knowledge", "alignment")
+FFN = ("mlp.gate", "mlp.up", "mlp.down")
 
 
 def write_config(folder, *lines):
@@ -264,6 +269,48 @@ def test_a_bank_that_looks_at_tokens_must_be_left_out(config, workdir, reference
     assert "bank 'attention' is merged into the base" in error
     error = fails(capsys, config, workdir, "peft", tmp_path / "out", "--stage=base")
     assert "there is no bank to write" in error
+
+
+def test_a_bank_that_looks_at_tokens_has_a_format(config, workdir, tmp_path, capsys):
+    """Read back, the stage's banks are what they were."""
+    options = ("--stage=aggregate", "--off=knowledge")
+    assert run(config, workdir, "ming", tmp_path / "out", *options) == 0
+    setup, _ = tiny.trained()
+    trained = open_trained(Run(setup, workdir), "aggregate")
+    banks = {name: trained.roster[name] for name in ("attention", "noise")}
+    roster = {name: (spec, "train") for name, (spec, _) in banks.items()}
+    back = read_adapter(
+        tmp_path / "out", setup.base.config, "llama", roster, (), setup.load_base
+    ).banks
+    for name in banks:
+        jax.tree.map(np.testing.assert_array_equal, back[name], trained.banks[name])
+    error = fails(capsys, config, workdir, "ming", tmp_path / "new", "--stage=align")
+    assert "no bank has a router, which this format is for; use --format=peft" in error
+
+
+UNFIT = {
+    "gate 'language', not 'token'": {"gate": "language"},
+    "form 'ffn_lora', not 'lora'": {"form": "ffn_lora"},
+    "renormalise=False, where the weights of a token's picks must sum to one": {
+        "renormalise": False
+    },
+    "attn.o mlp.up, where only mlp.gate mlp.up mlp.down can be": {"sites": ("attn.o", "mlp.up")},
+}
+
+
+def test_what_the_routed_format_cannot_hold_is_named(tmp_path):
+    spec = BankSpec("experts", FFN, 0, 2, experts=2, rank=2, gate="token")
+    wrong = {words: ([spec.replace(**change)], "llama") for words, change in UNFIT.items()}
+    wrong["a router for each projection, which are one in model.layers.0.mlp.gate_up_proj"] = (
+        *([spec], "phi3"),
+    )
+    wrong["one bank with routers, not experts, more"] = ([spec, spec.replace(name="more")], "llama")
+    for words, (specs, family) in wrong.items():
+        banks = naive.random_banks(specs, tiny.DECODER)
+        members = [(one, banks[one.name]) for one in specs]
+        with pytest.raises(UserError, match=re.escape(words)):
+            save_released(tmp_path / "out", tiny.DECODER, family, members)
+    assert not list(tmp_path.iterdir())
 
 
 def test_trained_leaves_of_the_base_are_in_an_adapter(workdir, tmp_path, capsys):

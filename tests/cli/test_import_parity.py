@@ -1,7 +1,8 @@
-"""Released directories written by a naive torch model of the published equations.
+"""Released directories beside a naive torch model of the published equations.
 
 The torch side is a transformers Qwen2 whose linear layers are replaced by the equations, one expert
-at a time; what it saves is imported, and the logits of both are compared.
+at a time; what it saves is imported, what it loads was exported, and the logits of both are
+compared.
 """
 
 import copy
@@ -16,9 +17,11 @@ import pytest
 
 from configs import apollo_moe, medcare, ming_moe
 from medmoe_jax.adapters import model as adapted
+from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.lifecycle import active_banks, set_state
 from medmoe_jax.base import decoder
 from medmoe_jax.base.loss import logits
+from medmoe_jax.cli.export import FORMATS
 from medmoe_jax.training.imports import import_stage
 from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import open_setup
@@ -61,20 +64,23 @@ class Pair(torch.nn.Module):
 class Routed(torch.nn.Module):
     """`W x + s Σ_j w_j B_j A_j x (+ s B_K A_K x)`, w the softmax over the K kept logits."""
 
-    def __init__(self, base, s, share):
+    def __init__(self, base, s, share, rank=R, experts=E, top_k=K):
         super().__init__()
         self.weight, self.s, d_in, d_out = base.weight, s, base.in_features, base.out_features
-        self.experts = torch.nn.ModuleList([Pair(d_in, d_out, R, f"_{e}") for e in range(E)])
-        self.switch = linear(d_in, E, bias=True)
+        self.top_k = top_k
+        self.experts = torch.nn.ModuleList(
+            [Pair(d_in, d_out, rank, f"_{e}") for e in range(experts)]
+        )
+        self.switch = linear(d_in, experts, bias=True)
         torch.nn.init.normal_(self.switch.bias)
-        self.share_experts = Pair(d_in, d_out, 2 * R) if share else None
+        self.share_experts = Pair(d_in, d_out, 2 * rank) if share else None
 
     def forward(self, x):
         y = x @ self.weight.T
         flat, out = x.reshape(-1, x.shape[-1]), torch.zeros_like(y).reshape(-1, y.shape[-1])
         z = flat @ self.switch.weight.T + self.switch.bias
         for t in range(len(flat)):
-            kept, which = z[t].topk(K)
+            kept, which = z[t].topk(self.top_k)
             for w, e in zip(kept.softmax(0), which.tolist(), strict=True):
                 out[t] += w * self.experts[e](flat[t])
         y = y + self.s * out.reshape(y.shape)
@@ -135,8 +141,8 @@ def base():
 
 
 @torch.no_grad()
-def want(model):
-    return model(torch.tensor(IDS)).logits.numpy()
+def want(model, ids=IDS):
+    return model(torch.tensor(ids)).logits.numpy()
 
 
 @torch.no_grad()
@@ -252,6 +258,78 @@ def test_routed_experts(tmp_path, alpha):
     setup = recipe(stages(mixture=ming_moe.routed_experts(mixture={"knowledge": 1.0})))
     assert import_stage(Run(setup, tmp_path / "w"), tmp_path / "a") == "mixture"
     compare(setup, tmp_path / "w", "mixture", want(model))
+
+
+@torch.no_grad()
+def loaded(folder):
+    """The model that the authors' code makes of a directory: PEFT's part merged, experts around."""
+    config, options = (
+        json.loads((folder / name).read_text()) for name in ("config.json", "adapter_config.json")
+    )
+    model = peft.PeftModel.from_pretrained(copy.deepcopy(base()[1]), folder).merge_and_unload()
+    rank, sizes = options["r"], (config["num_experts"], config["num_experts_per_token"])
+    for layer in model.model.layers:
+        for name in MLP:
+            routed = Routed(getattr(layer.mlp, name), options["lora_alpha"] / rank, 0, rank, *sizes)
+            setattr(layer.mlp, name, routed)
+    stored = torch.load(folder / "non_lora_trainables.bin", weights_only=True)
+    stored = {
+        key.removeprefix("base_model.").removeprefix("model."): x for key, x in stored.items()
+    }
+    absent, surplus = model.load_state_dict(stored, strict=False)
+    assert not surplus and not [key for key in absent if "experts" in key or "switch" in key]
+    return model.eval()
+
+
+FFN = ("mlp.gate", "mlp.up", "mlp.down")
+EXPORTED = {
+    "as published": (
+        BankSpec("attention", ("attn.q", "attn.k", "attn.v", "attn.o"), 0, 3, rank=R, alpha=6.0),
+        BankSpec("experts", FFN, 0, 3, experts=E, rank=R, alpha=6.0, gate="token"),
+    ),
+    "some layers and projections, Λ, no bias, a bank beside them": (
+        BankSpec("knowledge", FFN, 1, 3, rank=4, alpha=3.0),
+        BankSpec(
+            *("experts", ("mlp.up", "mlp.down"), 1, 2), experts=3, rank=2, rank_stabilised=True,
+            gate="token", top_k=1, router_bias=False, learned_scale=True,
+        ),
+    ),
+    "nothing beside them": (BankSpec("experts", FFN, 0, 3, experts=2, rank=2, gate="token"),),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("specs", EXPORTED.values(), ids=EXPORTED)
+def test_exported_experts(tmp_path, specs):
+    """As the banks in float64; with an expert that is never picked the logits are others."""
+    setup = recipe(stages(mixture=ming_moe.routed_experts(mixture={"knowledge": 1.0})))
+    trained = dataclasses.replace(
+        open_trained(Run(setup, tmp_path / "w"), ""),
+        roster={spec.name: (spec, "frozen") for spec in specs},
+        banks=naive.random_banks(specs, setup.base.config, size=2.0),
+    )
+    FORMATS["ming"].write(setup, trained, str(tmp_path / "out"), None, {})
+    model = loaded(tmp_path / "out").double()
+    ids = IDS[:1]
+    batch = {
+        "tokens": ids, "segment_ids": np.ones_like(ids), "positions": np.arange(ids.size)[None]
+    }  # fmt: skip
+
+    def ours(chosen):
+        linear = naive.adapted(chosen, trained.banks, margin=0.0)
+        return naive.logits(setup.base.config, trained.base, batch, linear)[..., :300]
+
+    theirs = want(model, ids)[..., :300]
+    assert naive.rel(ours(specs), theirs) < 1e-6
+    for spec in specs:
+        others = tuple(one for one in specs if one != spec)
+        assert naive.rel(ours(others), theirs) > VISIBLE, spec.name
+    (spec,) = (spec for spec in specs if spec.routed)
+    for e in range(spec.experts):
+        changed = copy.deepcopy(model)
+        for layer in changed.model.layers:
+            for name in MLP:
+                getattr(layer.mlp, name).switch.bias.data[e] -= 1e4
+        assert naive.rel(want(changed, ids)[..., :300], theirs) > 0.01, f"expert {e}"
 
 
 def test_two_stages(tmp_path):
