@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from medmoe_jax import screen
 from medmoe_jax.evaluation.html import TableSection
-from medmoe_jax.screen import plain
-from medmoe_jax.training.terminal import table_of
 
 
 @dataclass(frozen=True)
@@ -30,17 +29,14 @@ class Table:
         return [[_cell(row.get(name)) for name in self.columns] for row in self.rows]
 
     def __repr__(self) -> str:
-        words = [
+        numbers = [
             name
             for name in self.columns
-            if any(isinstance(row.get(name), str) for row in self.rows)
+            if not any(isinstance(row.get(name), str) for row in self.rows)
         ]
-        shown = table_of(())
-        for name in self.columns:
-            shown.add_column(name, justify="left" if name in words else "right", no_wrap=True)
-        for cells in self._cells():
-            shown.add_row(*cells)
-        return plain(shown)
+        words = [name for name in self.columns if name not in numbers]
+        rows = [[_cell(row.get(name)) for name in (*words, *numbers)] for row in self.rows]
+        return screen.plain(screen.Table(words, numbers, rows))
 
     def _repr_html_(self) -> str:
         return TableSection("", self.columns, self._cells()).body()

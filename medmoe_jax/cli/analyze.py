@@ -12,13 +12,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from rich.table import Table
-
 from medmoe_jax.api.opening import open_model
 from medmoe_jax.api.routing import measure, read
 from medmoe_jax.cli.session import add_model_arguments, open_run
 from medmoe_jax.evaluation import routing
 from medmoe_jax.ranges import COUNT
+from medmoe_jax.screen import Table
 from medmoe_jax.training.terminal import console, say
 
 
@@ -55,15 +54,16 @@ def _table(gate: routing.Gate, texts: Sequence[routing.Texts]) -> Table:
     """A gate's figures in its first and its last layer."""
     stop = gate.first_layer + gate.use_GxNxE.shape[1]
     ends = f"layer {gate.first_layer} → {stop - 1}"
-    table = Table(title=gate.name, title_justify="left")
-    for column in ("language", "tokens", f"effective experts, {ends}", f"own expert, {ends}"):
-        table.add_column(column, justify="left" if column == "language" else "right")
+    rows = []
     for g, one in enumerate(texts):
         effective, own = gate.effective_GxN[g], gate.own_GxN[g]
-        table.add_row(
-            one.name,
-            f"{int(gate.tokens_G[g]):,}",
-            f"{effective[0]:.2f} → {effective[-1]:.2f}",
-            f"{own[0]:.0%} → {own[-1]:.0%}" if gate.own_G[g] >= 0 else "–",
+        rows.append(
+            (
+                one.name,
+                f"{int(gate.tokens_G[g]):,}",
+                f"{effective[0]:.2f} → {effective[-1]:.2f}",
+                f"{own[0]:.0%} → {own[-1]:.0%}" if gate.own_G[g] >= 0 else "–",
+            )
         )
-    return table
+    numbers = ("tokens", f"effective experts, {ends}", f"own expert, {ends}")
+    return Table(("language",), numbers, rows, gate.name)

@@ -15,9 +15,6 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from rich import box
-from rich.table import Table
-
 from medmoe_jax.checkpoints.files import write_text
 from medmoe_jax.cli.session import no_rest
 from medmoe_jax.errors import UserError
@@ -25,6 +22,7 @@ from medmoe_jax.evaluation import page, records
 from medmoe_jax.evaluation.compare import Difference, alone, compare
 from medmoe_jax.evaluation.html import report_html
 from medmoe_jax.evaluation.report import Report
+from medmoe_jax.screen import Table
 from medmoe_jax.storage.places import make_folder, place
 from medmoe_jax.training.terminal import console, note, say
 
@@ -63,17 +61,9 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _table(found: list[Difference]) -> Table:
-    """Differences for the terminal, at most 80 characters wide."""
-    table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for name in page.COLUMNS:
-        if name == "task":
-            table.add_column(name, overflow="fold", max_width=18)
-        elif name != "metric":
-            table.add_column(name, justify="right", no_wrap=True)
-    for one in found:
-        task, _, *numbers = page.difference_cells(one)
-        table.add_row(task, *numbers)
-    return table
+    """Differences for the terminal."""
+    rows = [(task, *numbers) for task, _, *numbers in map(page.difference_cells, found)]
+    return Table(page.COLUMNS[:1], page.COLUMNS[2:], rows)
 
 
 def _write(folder: Path, runs: list[str], differences: dict[str, list[Difference]]) -> None:

@@ -19,8 +19,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rich.table import Table
-
 from medmoe_jax import json_text
 from medmoe_jax.cli.session import no_rest
 from medmoe_jax.data import tokenizers
@@ -45,7 +43,7 @@ from medmoe_jax.evaluation.items import Item
 from medmoe_jax.evaluation.overlap import ItemIndex, row_text
 from medmoe_jax.evaluation.tasks import expand, load_items
 from medmoe_jax.routing.languages import read_languages
-from medmoe_jax.screen import Screen
+from medmoe_jax.screen import Screen, Table
 from medmoe_jax.storage.places import exists
 from medmoe_jax.training.terminal import say
 
@@ -222,7 +220,7 @@ def _value(text: str) -> Any:
 def _print_languages(arguments) -> None:
     experts = read_languages(arguments.table) if arguments.table else None
     detect = detector(arguments.detect)
-    out = Table("input", "language", "expert", "rows that name it", "detected")
+    counted = []
     for path in arguments.input:
         rows = open_path(path, row_reader(arguments), arguments.split).rows
         for code, (named, detected) in census(rows, detect).items():
@@ -230,5 +228,6 @@ def _print_languages(arguments) -> None:
             if experts and code:
                 known = code in experts.ids
                 expert = experts.experts[experts.ids[code]] if known else "not in the table"
-            out.add_row(path, code or "unknown", expert, f"{named:,}", f"{detected:,}")
-    Screen().print(out)
+            counted.append((path, code or "unknown", expert, f"{named:,}", f"{detected:,}"))
+    words, numbers = ("input", "language", "expert"), ("rows that name it", "detected")
+    Screen().print(Table(words, numbers, counted))

@@ -29,8 +29,9 @@ from medmoe_jax.evaluation import html
 from medmoe_jax.evaluation.logged import pictures, read_logged
 from medmoe_jax.evaluation.report import Report, Result
 from medmoe_jax.inference.language_model import LanguageModel
+from medmoe_jax.screen import Table
 from medmoe_jax.training.run import Run, StageRun
-from medmoe_jax.training.terminal import console, note, table_of
+from medmoe_jax.training.terminal import console, note
 from medmoe_jax.training.train import train
 
 _ANSWER_TOKENS = 48
@@ -189,11 +190,8 @@ def _write(run: Run, workdir: Path, seen: Mapping[str, Seen]) -> None:
     page = html.report_html(
         workdir / "report.html", sections, "medmoe_jax demonstration", live=True
     )
-    table = table_of(_COLUMNS[:1], *_COLUMNS[1:])
-    for row in rows:
-        table.add_row(*row)
     note(scores)
-    console.print(table)
+    console.print(Table(_COLUMNS[:1], _COLUMNS[1:], rows))
     for line in (chance, overlap, *_right(questions, said)):
         note(line)
     note(f"written to {workdir / 'report.json'} and {page}")

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from rich.table import Column, Table
 from rich.text import Text
 
 from medmoe_jax.checkpoints.folders import StageFolder
@@ -32,6 +31,7 @@ from medmoe_jax.cli.session import no_rest
 from medmoe_jax.data.sources import first_rows
 from medmoe_jax.data.templates import doubts
 from medmoe_jax.errors import UserError
+from medmoe_jax.screen import Table
 from medmoe_jax.storage.places import cache_folder, is_remote, place
 from medmoe_jax.training.kept import is_kept
 from medmoe_jax.training.reading import check_sources
@@ -51,15 +51,13 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Run the command."""
     if not any(word.startswith("--config") for word in rest):
         no_rest(rest)
-    found_column = Column("found", overflow="fold")  # a long path is not cut
-    table = Table("", "looked at", found_column, box=None, pad_edge=False)
-    bad = 0
+    rows, bad = [], 0
     for found in _findings(arguments.workdir, rest):
         bad += found.state == "bad"
         remedy = f"\n-> {found.remedy}" if found.remedy else ""
         state = Text(found.state, _COLOURS[found.state])
-        table.add_row(state, found.what, Text(found.text + remedy))
-    console.print(table)
+        rows.append((state, found.what, Text(found.text + remedy)))
+    console.print(Table(("", "looked at", "found"), (), rows))
     if bad:
         raise UserError(f"{bad} of the things looked at would stop a run")
 

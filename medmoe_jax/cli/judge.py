@@ -37,8 +37,9 @@ from medmoe_jax.evaluation.judging.endpoint import Client, Endpoint
 from medmoe_jax.evaluation.judging.questions import SCALES, questions
 from medmoe_jax.evaluation.judging.verdicts import Verdicts
 from medmoe_jax.ranges import COUNT
+from medmoe_jax.screen import Table
 from medmoe_jax.storage.places import local
-from medmoe_jax.training.terminal import console, note, say, table_of
+from medmoe_jax.training.terminal import console, note, say
 
 KEY = "MEDMOE_JUDGE_KEY"
 # Fields of every request; --request lays others over them, and null takes one away.
@@ -173,13 +174,14 @@ def _write(own: Path, who: judge.Judge, lines: Sequence[dict], tokens: list[int]
 
 
 def _show(lines: Sequence[dict], own: Path) -> None:
-    table = table_of(("task", "scale"), "score", "95% interval", "n", "unjudged")
+    rows = []
     for one in judge.summaries(lines):
         told = ["", ""]
         if one.score is not None:
             told = [f"{one.score:.3f}", f"{one.low:.3f}–{one.high:.3f}"]
-        table.add_row(one.task, one.scale, *told, str(one.n), str(one.unjudged))
-    console.print(table)
+        rows.append((one.task, one.scale, *told, str(one.n), str(one.unjudged)))
+    numbers = ("score", "95% interval", "n", "unjudged")
+    console.print(Table(("task", "scale"), numbers, rows))
     problems = [line["unjudged"] for line in lines if "unjudged" in line]
     if problems:
         note(f"{len(problems)} answers are unjudged; the first: {problems[0]}")
@@ -192,9 +194,9 @@ def _compare(lines: Sequence[dict], own: Path) -> None:
         if path.parent == own:
             continue
         other = [line for _, line in json_text.lines(path.read_bytes(), path)]
-        table = table_of(("task", "scale"), "n", "equal", "kappa")
+        rows = []
         for one in judge.agreements(lines, other):
             kappa = "" if one.kappa is None else f"{one.kappa:.3f}"
-            table.add_row(one.task, one.scale, str(one.n), f"{one.exact:.3f}", kappa)
+            rows.append((one.task, one.scale, str(one.n), f"{one.exact:.3f}", kappa))
         note(f"{own.name} and {path.parent.name} on the same answers:")
-        console.print(table)
+        console.print(Table(("task", "scale"), ("n", "equal", "kappa"), rows))

@@ -24,8 +24,9 @@ from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation.overlap import RUN, overlaps, row_text
 from medmoe_jax.evaluation.tasks import expand, load_items
 from medmoe_jax.ranges import COUNT
+from medmoe_jax.screen import Table
 from medmoe_jax.storage.places import exists, place
-from medmoe_jax.training.terminal import console, say, table_of
+from medmoe_jax.training.terminal import console, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,10 +49,11 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     texts = [pair for source in arguments.train for pair in _texts(source)]
     found = overlaps(items, (text for _, text in texts), arguments.words)
     counts = Counter(one.task for one in found)
-    table = table_of(("task",), "items", "in training rows", "share")
-    for name, of in items.items():
-        table.add_row(name, str(len(of)), str(counts[name]), f"{100 * counts[name] / len(of):.1f}%")
-    console.print(table)
+    rows = [
+        (name, str(len(of)), str(counts[name]), f"{100 * counts[name] / len(of):.1f}%")
+        for name, of in items.items()
+    ]
+    console.print(Table(("task",), ("items", "in training rows", "share"), rows))
     places = [where for where, _ in texts]
     lines = (
         {**asdict(one), "row": places[one.row], "also": [places[row] for row in one.also]}

@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import numpy as np
-from rich.table import Table
 
 from medmoe_jax.checkpoints.files import write_json
 from medmoe_jax.cli.session import open_run
@@ -24,6 +23,7 @@ from medmoe_jax.data.hub import is_name
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation.html import HeatMapSection, save_png
 from medmoe_jax.ranges import COUNT, NOT_NEGATIVE
+from medmoe_jax.screen import Table
 from medmoe_jax.storage.places import exists, place
 from medmoe_jax.training.fit import Fit, find, fit_stage
 from medmoe_jax.training.fit_methods import METHODS
@@ -109,15 +109,16 @@ def _heat_map(fits: Mapping[str, Fit]) -> HeatMapSection:
 
 def _tables(fits: Mapping[str, Fit]) -> list[Table]:
     """The weights, skill by skill, and what they gain."""
-    weights = Table(title="mixing weights (means over the layers)", title_justify="left")
-    for column in ("skill", *fits):
-        weights.add_column(column, justify="left" if column == "skill" else "right")
     section = _heat_map(fits)
-    for skill, column in zip(section.columns, np.transpose(section.matrix), strict=True):
-        weights.add_row(skill, *(f"{weight:.3f}" for weight in column))
-    losses = Table(title="loss a target token", title_justify="left")
-    for column in ("task", "rows", "before", "after"):
-        losses.add_column(column, justify="left" if column == "task" else "right")
-    for task, fit in fits.items():
-        losses.add_row(task, str(fit.rows), f"{fit.loss_before:.4f}", f"{fit.loss:.4f}")
-    return [weights, losses]
+    weights = [
+        (skill, *(f"{weight:.3f}" for weight in column))
+        for skill, column in zip(section.columns, np.transpose(section.matrix), strict=True)
+    ]
+    losses = [
+        (task, str(fit.rows), f"{fit.loss_before:.4f}", f"{fit.loss:.4f}")
+        for task, fit in fits.items()
+    ]
+    return [
+        Table(("skill",), list(fits), weights, "mixing weights (means over the layers)"),
+        Table(("task",), ("rows", "before", "after"), losses, "loss a target token"),
+    ]

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from medmoe_jax.data import tokenizers
@@ -22,7 +21,7 @@ from medmoe_jax.data.sources import Source, open_path
 from medmoe_jax.data.templates import MARK, doubts, load_template
 from medmoe_jax.data.tokens import Tokenizer
 from medmoe_jax.errors import UserError
-from medmoe_jax.screen import Screen
+from medmoe_jax.screen import Screen, Table
 
 TARGET, CONTEXT, CUT = "bold green", "dim", "red"
 _DUPLICATES = {EXACT: "exact duplicates", NEAR: "near duplicates", HELD_OUT: "held-out rows"}
@@ -83,10 +82,8 @@ def inspect(
 
 
 def _print_table(title: str, values: Mapping[str, float], console: Console) -> None:
-    table = Table("statistic", "value", title=title)
-    for name, value in values.items():
-        table.add_row(name, f"{value:,.1f}".removesuffix(".0"))
-    console.print(table)
+    rows = [(name, f"{value:,.1f}".removesuffix(".0")) for name, value in values.items()]
+    console.print(Table(("statistic",), ("value",), rows, title))
 
 
 def _examples(repeats: Repeats) -> Iterator[str]:

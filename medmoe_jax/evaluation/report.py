@@ -8,13 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from rich import box
-from rich.table import Table
-
 from medmoe_jax import json_text
 from medmoe_jax.checkpoints.files import write_text
 from medmoe_jax.errors import UserError, within
 from medmoe_jax.kinds import check_fields, shown
+from medmoe_jax.screen import Table
 from medmoe_jax.storage.places import place
 from medmoe_jax.storage.plain import read_settings
 
@@ -118,22 +116,13 @@ class Report:
         return sum(scores) / len(scores) if scores else None
 
     def table(self) -> Table:
-        """The results as a table for the terminal, at most 80 characters wide."""
-        table = Table(
-            header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
-        )
-        for name in COLUMNS:
-            numeric = name not in ("task", "metric")
-            justify = "right" if numeric else "left"
-            if name == "task":
-                table.add_column(name, justify=justify, overflow="fold", max_width=22)
-            else:
-                table.add_column(name, justify=justify, no_wrap=True)
+        """The results as a table for the terminal."""
+        rows: list[Sequence[str]] = []
         for result in self.results:
-            table.add_row(*result.cells())
-            for name, value in result.also.items():
-                table.add_row("", name, percent(value))
-        return table
+            rows.append(result.cells())
+            empty = [""] * (len(COLUMNS) - 3)
+            rows += [("", name, percent(value), *empty) for name, value in result.also.items()]
+        return Table(COLUMNS[:2], COLUMNS[2:], rows)
 
     def notes(self) -> list[str]:
         """Lines on the model, on single results, and on tasks that could not be done."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from rich.table import Table
 
 from medmoe_jax.parallel.rules import describe
 from medmoe_jax.parallel.topology import Topology
@@ -15,7 +14,7 @@ from medmoe_jax.planning import programs
 from medmoe_jax.planning.figures import Figures, measure
 from medmoe_jax.planning.programs import Start
 from medmoe_jax.planning.roofline import floor_flops, lowest_layer
-from medmoe_jax.screen import plain
+from medmoe_jax.screen import Table, plain
 from medmoe_jax.training.setup import Setup
 
 
@@ -163,22 +162,16 @@ def table(plan: Plan) -> Table:
     unit = "chip" if devices == chips else "device"
     size = f"{chips} chips" if devices == chips else f"{chips} chips, {devices} devices"
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
-    out = Table(
-        title=f"stage '{plan.stage}' on {plan.topology.name}: {size} ({mesh}), {plan.rows} rows of "
-        f"{plan.length} tokens a step, {plan.accumulation} micro-batches",
-        title_justify="left",
-        caption=f"a {unit}'s figures; the bound is the busiest resource's time",
-        caption_justify="left",
-    )
     every = (plan.train, *plan.others)
-    out.add_column("")
-    for one in every:
-        out.add_column(one.name, justify="right")
-    for label, cell in _lines(plan):
-        cells = [cell(one) for one in every]
-        if any(cells):
-            out.add_row(label, *cells)
-    return out
+    rows = [(label, *map(cell, every)) for label, cell in _lines(plan)]
+    return Table(
+        ("",),
+        [one.name for one in every],
+        [row for row in rows if any(row[1:])],
+        f"stage '{plan.stage}' on {plan.topology.name}: {size} ({mesh}), {plan.rows} rows of "
+        f"{plan.length} tokens a step, {plan.accumulation} micro-batches",
+        f"a {unit}'s figures; the bound is the busiest resource's time",
+    )
 
 
 def _lines(plan: Plan):
@@ -236,12 +229,10 @@ def _chip_hours(plan: Plan) -> str:
 
 def shardings_table(setup: Setup, at: Start) -> Table:
     """Every leaf of the training step's arguments with its shape and how it is spread."""
-    out = Table(title="shardings", title_justify="left")
-    for column in ("parameter", "shape", "axes"):
-        out.add_column(column)
+    rows = []
     state, frozen, batch = programs.training(setup, at).arguments
     named = {"frozen": frozen, "trainable": state.trainable, "optimiser": state.optimiser}
     for owner, tree in {**named, "batch": batch}.items():
         for path, shape, spec in describe(tree, jax.tree.map(lambda leaf: leaf.sharding, tree)):
-            out.add_row(f"{owner}.{path}", " x ".join(map(str, shape)), spec)
-    return out
+            rows.append((f"{owner}.{path}", " x ".join(map(str, shape)), spec))
+    return Table(("parameter", "shape", "axes"), (), rows, "shardings")

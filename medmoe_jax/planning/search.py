@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
-from rich.table import Table
 
 from medmoe_jax.base.config import site_shapes
 from medmoe_jax.base.execution import REMAT
@@ -26,6 +25,7 @@ from medmoe_jax.planning.figures import GIB, Figures, measure
 from medmoe_jax.planning.plan import floor
 from medmoe_jax.planning.programs import Start, bytes_of
 from medmoe_jax.planning.roofline import bound, layer_weights, lowest_layer
+from medmoe_jax.screen import Table
 from medmoe_jax.training.setup import Setup, base_of
 
 
@@ -252,24 +252,22 @@ def table(result: Result, topology: Topology, tokens: int) -> Table:
       topology: the slice.
       tokens: how many a step reads.
     """
-    out = Table(
-        title=f"fastest on {topology.name}, by bound, in {topology.chip.limit_gib:g} GiB",
-        title_justify="left",
-        caption=f"not compiled: {result.too_large} too large, {result.too_slow} too slow, "
-        f"{result.left} left",
-        caption_justify="left",
-    )
-    out.add_column("mesh")
-    for column in ("micro-batches", "remat", "GiB", "ms", "set by", "tokens/s"):
-        out.add_column(column, justify="right")
+    rows = []
     for candidate, figures in result.found:
         cells = ["", "does not fit", ""]
         if figures.fits:
             seconds = figures.bound.seconds
             cells = [f"{1e3 * seconds:.2f}", figures.bound.resource, f"{tokens / seconds:,.0f}"]
         how = (candidate.axes, str(candidate.accumulation), candidate.remat)
-        out.add_row(*how, f"{figures.hbm:.2f}", *cells)
-    return out
+        rows.append((*how, f"{figures.hbm:.2f}", *cells))
+    return Table(
+        ("mesh",),
+        ("micro-batches", "remat", "GiB", "ms", "set by", "tokens/s"),
+        rows,
+        f"fastest on {topology.name}, by bound, in {topology.chip.limit_gib:g} GiB",
+        f"not compiled: {result.too_large} too large, {result.too_slow} too slow, "
+        f"{result.left} left",
+    )
 
 
 def as_json(result: Result, tokens: int) -> dict[str, Any]:

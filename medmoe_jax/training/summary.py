@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
 from medmoe_jax.adapters.bank import count
 from medmoe_jax.base import trees
 from medmoe_jax.parallel.rules import Rule, undivided
+from medmoe_jax.screen import Table
 from medmoe_jax.training.preparing import Prepared
 from medmoe_jax.training.step import TrainState
 from medmoe_jax.training.terminal import console, note
@@ -21,18 +19,9 @@ WORTH_TELLING = 64 * 2**20  # bytes of a device
 def print_stage(prepared: Prepared, state: TrainState) -> None:
     """The matched sites, each bank's parameters and the trainable share."""
     name, frozen, trainable = prepared.stage.name, prepared.frozen, state.trainable
-    table = Table(
-        title=f"stage '{name}': {prepared.steps} steps",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    for column in ("bank", "state", "sites", "layers", "experts x rank", "gate"):
-        table.add_column(column, overflow="fold")
-    table.add_column("parameters", justify="right", no_wrap=True)
     layers, banks = prepared.stage.setup.base.config.n_layers, prepared.banks(state)
-    for bank, (spec, use) in prepared.roster.items():
-        table.add_row(
+    rows = [
+        (
             bank,
             use,
             " ".join(spec.sites),
@@ -41,9 +30,13 @@ def print_stage(prepared: Prepared, state: TrainState) -> None:
             f"{spec.gate}, top {spec.top_k}" if spec.routed else spec.gate,
             f"{count(banks[bank]):,}",
         )
+        for bank, (spec, use) in prepared.roster.items()
+    ]
     for path, leaf in trees.flatten(trainable["base"]):
-        table.add_row("(base)", "train", path, "", "", "", f"{leaf.size:,}")
-    console.print(table)
+        rows.append(("(base)", "train", path, "", "", "", f"{leaf.size:,}"))
+    words = ("bank", "state", "sites", "layers", "experts x rank", "gate")
+    title = f"stage '{name}': {prepared.steps} steps"
+    console.print(Table(words, ("parameters",), rows, title))
     trains = count(trainable)
     total = trains + count(frozen)
     note(f"trainable {trains:,} of {total:,} parameters ({100 * trains / total:.2f}%)")
@@ -74,14 +67,13 @@ def print_languages(languages: Mapping[str, Mapping[str, int]]) -> None:
 def print_ranks(stage: str, ranks: Mapping[str, Mapping[str, list[list[int]]]]) -> None:
     """What the allocators left: `{bank: {site: ranks [layers][experts]}}`."""
     for bank, sites in ranks.items():
-        table = Table(title=f"stage '{stage}': ranks of bank '{bank}'", title_justify="left")
-        for column in ("site", "mean", "by layer"):
-            table.add_column(column)
+        rows = []
         for site, by_layer in sites.items():
             values = [rank for layer in by_layer for rank in layer]
             layers = " ".join(",".join(map(str, layer)) for layer in by_layer)
-            table.add_row(site, f"{sum(values) / len(values):.1f}", layers)
-        console.print(table)
+            rows.append((site, layers, f"{sum(values) / len(values):.1f}"))
+        title = f"stage '{stage}': ranks of bank '{bank}'"
+        console.print(Table(("site", "by layer"), ("mean",), rows, title))
 
 
 def print_counts(stage: str, counts: Mapping[str, int]) -> None:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Sequence
 from datetime import timedelta
 from typing import TextIO
 
-from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
 
 from medmoe_jax.screen import Screen, harmless
 
@@ -26,14 +23,6 @@ def note(text: str) -> None:
 def say(text: str) -> None:
     """A line of what the command was asked for, on the standard output."""
     print(harmless(text))
-
-
-def table_of(words: Sequence[str], *numbers: str) -> Table:
-    """An empty table with columns of words, to the left, and then of numbers, to the right."""
-    table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for name in (*words, *numbers):
-        table.add_column(name, justify="left" if name in words else "right")
-    return table
 
 
 class LogHandler(logging.StreamHandler):

@@ -312,7 +312,7 @@ def test_reports_survive_saving(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["report.json"]
     assert report.average("knowledge") == report.results[0].score
     assert report.average("alignment") is None
-    assert report.table().row_count == 1 and report.notes() == ["base: b"]
+    assert len(report.table().rows) == 1 and report.notes() == ["base: b"]
     saved = json.loads(path.read_text())
     assert saved["about"]["versions"] == {"x": "1"} and saved["settings"]["answer"] == "letter"
     for failures in ([{"error": "e"}], [{"task": "t"}], [{"task": "t", "error": 1}]):

@@ -17,6 +17,7 @@ from medmoe_jax.planning.hlo import Traffic
 from medmoe_jax.planning.plan import Plan, as_json, make_plan, shardings_table, table
 from medmoe_jax.planning.programs import open_abstract, start, training
 from medmoe_jax.planning.roofline import bound
+from medmoe_jax.screen import plain
 from tests import tiny
 
 RECIPE = """
@@ -126,8 +127,8 @@ def test_the_plan_recomputes_as_little_as_fits(recipe, monkeypatch):
     plan = make_plan(setup, here, start(setup, "aggregate"), everything=True)
     assert plan.remat == "dots" == as_json(plan)["remat"] and plan.train.hbm == 18.0
     assert [one.name for one in measured] == ["train", "train", "frozen", "score", "generate"]
-    columns = [list(column.cells) for column in table(plan).columns]
-    assert dict(zip(columns[0], columns[1], strict=True))["recomputes (run.remat)"] == "dots"
+    assert {label: cell for label, cell, *_ in table(plan).rows}["recomputes (run.remat)"] == "dots"
+    assert "recomputes (run.remat)" in plain(table(plan), 80)
 
     measured.clear()
     setup = open_abstract(load_config([f"--config={recipe}", "--config.run.remat=full"]), here)
@@ -162,9 +163,7 @@ def test_shardings_of_every_array_of_the_step(recipe):
     here = Topology("here", CHIPS["v5e"], tuple(jax.devices()))
     setup = open_abstract(load_config([f"--config={recipe}"]), here)
     at = start(setup, "aggregate")
-    shown = shardings_table(setup, at)
-    paths, shapes, axes = ([*column.cells] for column in shown.columns)
-    rows = dict(zip(paths, zip(shapes, axes, strict=True), strict=True))
+    rows = {path: (shape, axes) for path, shape, axes in shardings_table(setup, at).rows}
     state, frozen, batch = training(setup, at).arguments
     leaves = (state.trainable, state.optimiser, frozen, batch)
     assert len(rows) == sum(len(jax.tree.leaves(tree)) for tree in leaves)
