@@ -163,8 +163,9 @@ PRESETS: dict[str, DecoderConfig] = {
 }
 
 
-# Where the bases of the published methods lie, and others to run them on.
+# Where they lie: the names that recipes take.
 HUB = {
+    "qwen1.5-0.5b": "hf://Qwen/Qwen1.5-0.5B",
     "qwen1.5-1.8b": "hf://Qwen/Qwen1.5-1.8B",
     "qwen1.5-4b": "hf://Qwen/Qwen1.5-4B",
     "qwen1.5-7b": "hf://Qwen/Qwen1.5-7B",
@@ -172,14 +173,42 @@ HUB = {
     "qwen2-0.5b": "hf://Qwen/Qwen2-0.5B",
     "qwen2-1.5b": "hf://Qwen/Qwen2-1.5B",
     "qwen2-7b": "hf://Qwen/Qwen2-7B",
-    "smollm2-135m": "hf://HuggingFaceTB/SmolLM2-135M-Instruct",
+    "qwen2.5-0.5b": "hf://Qwen/Qwen2.5-0.5B",
+    "qwen2.5-1.5b": "hf://Qwen/Qwen2.5-1.5B",
+    "qwen2.5-3b": "hf://Qwen/Qwen2.5-3B",
+    "qwen2.5-7b": "hf://Qwen/Qwen2.5-7B",
+    "qwen3-0.6b": "hf://Qwen/Qwen3-0.6B",
+    "qwen3-1.7b": "hf://Qwen/Qwen3-1.7B",
+    "qwen3-4b": "hf://Qwen/Qwen3-4B",
+    "qwen3-8b": "hf://Qwen/Qwen3-8B",
+    "llama2-7b": "hf://meta-llama/Llama-2-7b-chat-hf",
+    "llama3-8b": "hf://meta-llama/Meta-Llama-3-8B-Instruct",
+    "llama3.2-1b": "hf://meta-llama/Llama-3.2-1B-Instruct",
+    "mistral-7b": "hf://mistralai/Mistral-7B-Instruct-v0.1",
+    "gemma2-2b": "hf://google/gemma-2-2b-it",
+    "gemma2-9b": "hf://google/gemma-2-9b-it",
+    "gemma3-270m": "hf://google/gemma-3-270m-it",
     "gemma3-1b": "hf://google/gemma-3-1b-it",
     "gemma3-4b": "hf://google/gemma-3-4b-it",
+    "gemma3-12b": "hf://google/gemma-3-12b-it",
+    "gemma3-27b": "hf://google/gemma-3-27b-it",
     "medgemma-4b": "hf://google/medgemma-4b-it",
     "medgemma-27b": "hf://google/medgemma-27b-text-it",
+    "smollm2-135m": "hf://HuggingFaceTB/SmolLM2-135M-Instruct",
+    "phi3-mini": "hf://microsoft/Phi-3-mini-4k-instruct",
 }
-# The built-in chat template of those that do not speak ChatML.
-CHAT = {name: "gemma" for name in HUB if "gemma" in name}
+# The chat template (`data.template`) of those that do not speak plain ChatML.
+CHAT = {
+    name: template
+    for template, names in {
+        "llama2": "llama2-7b",
+        "llama3": "llama3-8b llama3.2-1b",
+        "gemma": "gemma2-2b gemma2-9b gemma3-270m gemma3-1b gemma3-4b gemma3-12b gemma3-27b "
+        "medgemma-4b medgemma-27b",
+        "tokenizer": "qwen3-0.6b qwen3-1.7b qwen3-4b qwen3-8b mistral-7b phi3-mini",
+    }.items()
+    for name in names.split()
+}
 
 
 def preset(name: str) -> DecoderConfig:

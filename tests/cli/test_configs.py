@@ -1,11 +1,14 @@
 """Configuration files and their command-line fields."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from medmoe_jax.base.presets import preset
+from configs import apollo_moe, medcare, ming_moe, sa_mdkif
+from medmoe_jax.base.presets import HUB, PRESETS, preset
 from medmoe_jax.cli.configs import load_config
+from medmoe_jax.data.layouts import TEMPLATES
 from medmoe_jax.errors import UserError
 from medmoe_jax.routing.languages import read_languages
 from medmoe_jax.training.recipe import parse
@@ -29,6 +32,20 @@ def test_every_file_loads_locked(file):
         config.run.log_evry = 3
     with pytest.raises(UserError, match="did you mean 'run"):
         load_config([f"--config={file}", "--config.run.log_evry=3"])
+
+
+def test_every_recipe_takes_every_published_base():
+    """The page has all their names, each with the template that a recipe gives it."""
+    page = (ROOT / "docs" / "configs.md").read_text().partition("## Bases by name")[2]
+    lines = re.findall(r"^\| [^|]+ \| (`[^|]+`) \| `(\w+)` \|$", page.partition("## base")[0], re.M)
+    told = {name: template for names, template in lines for name in names.strip("`").split("` `")}
+    assert list(told) and set(told) == set(PRESETS) == set(HUB)
+    for name, template in told.items():
+        for module in (medcare, ming_moe, sa_mdkif, apollo_moe):
+            config = module.get_config(name)
+            assert config.base.path == HUB[name] and parse(config, preset(name))
+            known = template if module is not apollo_moe else "user_assistant"
+            assert config.data.template == known in (*TEMPLATES, "tokenizer")
 
 
 @pytest.mark.parametrize("base", BASES)
