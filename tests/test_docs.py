@@ -46,6 +46,14 @@ def test_files_and_names_exist(page):
     assert not wrong
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_code_is_taken_for_a_part_of_a_list(page):
+    """The site takes an indented block right after a list for a paragraph of its last item."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    item = r"^(?:[-*]|\d+\.) .*\n(?:(?: .*)?\n)*?\n {4,}\S.*"
+    assert not [found.splitlines()[-1] for found in re.findall(item, text, re.M)]
+
+
 def test_every_line_on_what_is_the_same_names_its_tests():
     """That they exist is seen above."""
     text = (ROOT / "docs" / "reproducibility.md").read_text(encoding="utf-8")

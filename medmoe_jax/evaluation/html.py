@@ -49,7 +49,7 @@ figure { margin: 0 } figure svg { max-width: 100%; height: auto; display: block;
 
 @dataclass(frozen=True)
 class TableSection:
-    """A table; `rows` of cells, numbers are set right-aligned."""
+    """A table; `rows` of cells, columns of numbers are set right-aligned."""
 
     title: str
     columns: Sequence[str]
@@ -57,9 +57,7 @@ class TableSection:
     note: str = ""
 
     def body(self) -> str:
-        head = "".join(f"<th>{html.escape(str(c))}</th>" for c in self.columns)
-        rows = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in self.rows)
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        return _table(self.columns, self.rows)
 
 
 @dataclass(frozen=True)
@@ -265,14 +263,12 @@ class ResultsSection:
 
     def body(self) -> str:
         columns = [*COLUMNS[:3], "0 … 100", *COLUMNS[3:]]
-        head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
-        rows = ""
+        rows: list[list[object]] = []
         for result in self.report.results:
-            cells = [_cell(text) for text in result.cells()]
-            rows += f"<tr>{''.join([*cells[:3], f'<td>{_bar(result)}</td>', *cells[3:]])}</tr>"
-            for name, value in result.also.items():
-                rows += f"<tr><td></td>{_cell(name)}{_cell(percent(value))}</tr>"
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+            cells = result.cells()
+            rows.append([*cells[:3], _bar(result), *cells[3:]])
+            rows += [["", name, percent(value)] for name, value in result.also.items()]
+        return _table(columns, rows)
 
 
 Live = LinesSection | IntervalsSection | MomentsSection
@@ -355,21 +351,39 @@ def framed(page: str) -> str:
     return f'<iframe srcdoc="{html.escape(page)}" style="{style}"></iframe>'
 
 
-def _cell(value: object) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    numeric = re.fullmatch(r"[-+]?[\d.,]+(?:e[-+]?\d+)?%?(?: – [\d.]+)?", text)
-    kind = ' class="number"' if numeric else ""
-    return f"<td{kind}>{html.escape(text)}</td>"
+class _Markup(str):
+    """What stands in a table as it is."""
 
 
-def _bar(result) -> str:
+_NUMBER = re.compile(r"[-+−]?[\d.,]+(?:e[-+]?\d+)?%?(?: ?– ?[-+−]?[\d.]+)?|")
+
+
+def _table(columns: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    """The table in HTML; a column whose cells are numbers stands to the right, its heading too."""
+    texts = [[f"{x:.4g}" if isinstance(x, float) else x for x in row] for row in rows]
+    kinds = []
+    for number in range(len(columns)):
+        cells = [str(row[number]) for row in texts if number < len(row)]
+        numeric = any(cells) and all(map(_NUMBER.fullmatch, cells))
+        kinds.append(' class="number"' if numeric else "")
+
+    def line(cells: Sequence[object], tag: str) -> str:
+        shown = [x if isinstance(x, _Markup) else html.escape(str(x)) for x in cells]
+        inner = "".join(f"<{tag}{k}>{x}</{tag}>" for k, x in zip(kinds, shown, strict=False))
+        return f"<tr>{inner}</tr>"
+
+    body = "".join(line(row, "td") for row in texts)
+    return f"<table><thead>{line(columns, 'th')}</thead><tbody>{body}</tbody></table>"
+
+
+def _bar(result) -> _Markup:
     """Score, interval, chance and majority on a line from 0 to 100."""
     mark = ""
     for value, colour in ((result.chance, "--soft"), (result.majority, "--mark")):
         if value is not None:
             x = 100 * value - 0.6
             mark += f'<rect x="{x:.1f}" width="1.2" height="14" fill="var({colour})"/>'
-    return (
+    return _Markup(
         '<svg width="120" height="14" viewBox="0 0 100 14" preserveAspectRatio="none">'
         '<rect y="6" width="100" height="2" fill="var(--edge)"/>'
         f'<rect y="4" width="{100 * result.score:.1f}" height="6" fill="var(--bar)"/>'

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import random
+import re
 
 import pytest
 from rich.console import Console
@@ -337,6 +338,16 @@ def test_a_table_keeps_its_columns_at_eighty_characters():
     for column in ("task", "metric", "score", "95% interval", "chance", "majority", "n"):
         assert column in text.splitlines()[1 if not text.splitlines()[0].strip() else 0]
     assert "97.0–100.0" in text and "sections_rouge_l" in text
+
+
+def test_a_column_of_a_page_is_all_numbers_or_all_words():
+    """Its heading too; an interval is a number, and so is nothing where there are numbers."""
+    rows = [["seed", 1, "13.7–69.4", "", ""], ["stage", "align", "2.0 – 30.0", "7%", ""]]
+    page = html.TableSection("", ["what", "is", "interval", "share", "none"], rows).body()
+    assert re.findall(r'class="number">([^<]+)<', page) == [
+        *("interval", "share", "13.7–69.4", "2.0 – 30.0", "7%")
+    ]
+    assert "<td>1</td>" in page and "<td>align</td>" in page
 
 
 def test_the_page_stands_alone(tmp_path):
