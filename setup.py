@@ -1,6 +1,7 @@
 """Package definition: pinned dependency ranges, extras and the `medmoe` command."""
 
 import re
+import tomllib
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -10,6 +11,8 @@ VERSION = re.search(
     r'^__version__ = "(.+)"$', (HERE / "medmoe_jax" / "__init__.py").read_text(), re.MULTILINE
 ).group(1)
 README = HERE / "README.md"
+# Where the project is published; "" = nowhere yet.
+ADDRESS = tomllib.loads((HERE / "pyproject.toml").read_text())["tool"]["medmoe"]["repository"]
 
 # Lower bound: a version the tests ran with. Upper bound: the next release that may break.
 REQUIRES = [
@@ -135,7 +138,8 @@ setup(
     author="medmoe_jax contributors",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    project_urls={
+    project_urls=({"Repository": ADDRESS} if ADDRESS else {})
+    | {
         "MedCare": "https://arxiv.org/abs/2406.17484",
         "MING-MOE": "https://arxiv.org/abs/2404.09027",
         "Apollo-MoE": "https://arxiv.org/abs/2410.10626",

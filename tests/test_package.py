@@ -5,8 +5,11 @@ import graphlib
 import importlib.metadata
 import os
 import re
+import runpy
+import shutil
 import subprocess
 import sys
+import unittest.mock
 import zipfile
 from pathlib import Path
 
@@ -258,6 +261,22 @@ def test_every_dependency_has_a_lower_and_an_upper_bound():
     assert len(requirements) > 20
     for requirement in requirements:
         assert re.search(r">=[\d.]+,<[\d.]+$|==[\d.]+$", requirement), requirement
+
+
+def test_the_package_index_is_told_the_address_of_the_project(tmp_path):
+    """That of pyproject.toml, where notebooks and site take it from too."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "medmoe_jax").mkdir()
+    shutil.copy(ROOT / "medmoe_jax" / "__init__.py", tmp_path / "medmoe_jax")
+    settings, told = tmp_path / "pyproject.toml", []
+    for address in ("", "https://github.com/org/name"):
+        line = f'repository = "{address}"'
+        settings.write_text(re.sub('^repository = ".*"', line, settings.read_text(), flags=re.M))
+        with unittest.mock.patch("setuptools.setup") as setup:
+            runpy.run_path(str(tmp_path / "setup.py"))
+        told.append(setup.call_args.kwargs["project_urls"].get("Repository"))
+    assert told == [None, "https://github.com/org/name"]
 
 
 def test_the_installed_command_points_to_the_entry_point():
