@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     known = Verdicts(judges / "verdicts.jsonl")
     if not _confirmed(judge.cost(who, asked, known), endpoint, price, arguments.yes):
         raise UserError("not judged")
-    with Client(endpoint) as client, tqdm(total=len(asked), desc="judging") as bar:
+    with Client(endpoint) as client, _bar(len(asked)) as bar:
         said = judge.put(who, client, asked, known, arguments.parallel, bar.update)
     lines = judge.judged(found, asked, said)
     own = judges / (arguments.name or _slug(arguments.model))
@@ -163,6 +163,10 @@ def _confirmed(
 
 def _slug(model: str) -> str:
     return re.sub(r"[^\w.-]+", "_", model).strip(".") or "judge"
+
+
+def _bar(total: int) -> tqdm:
+    return tqdm(total=total, desc="judging", disable=None)  # None: shown at a terminal
 
 
 def _write(own: Path, who: judge.Judge, lines: Sequence[dict], tokens: list[int]) -> None:

@@ -61,7 +61,8 @@ def evaluate(
     settings = {"seed": seed, "limit": limit, "resamples": resamples, **asdict(way)}
     report = Report([], settings, about or {}, list(failures))
     lines = [] if lines is None else lines
-    quiet = not progress or processes.index() > 0
+    # None: shown at a terminal.
+    quiet = True if not progress or processes.index() > 0 else None
     with tqdm(total=sum(len(t.items) for t in loaded), disable=quiet) as bar:
         for task in loaded:
             bar.set_description(task.name)

@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import TextIO
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from tqdm import tqdm
 
 from medmoe_jax.screen import Screen, harmless
 
@@ -16,8 +17,9 @@ console = Screen(stderr=True)
 
 
 def note(text: str) -> None:
-    """One line for the person; in a file it is not broken at a width."""
-    console.print(text, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+    """One line for the person, above a bar of tqdm; in a file it is not broken at a width."""
+    with tqdm.external_write_mode(file=sys.stderr):
+        console.print(text, markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
 def say(text: str) -> None:
@@ -30,6 +32,11 @@ class LogHandler(logging.StreamHandler):
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)  # not that of the stream, which would be kept
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the line; a bar of tqdm is drawn anew below it."""
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
 
     def format(self, record: logging.LogRecord) -> str:
         """The line, which may name what others wrote."""

@@ -325,6 +325,11 @@ def test_reports_survive_saving(tmp_path):
         Report.load(path)
 
 
+def test_an_evaluation_draws_no_bar_into_a_file(capsys):
+    evaluate(Guesser(0), [exam(4)])
+    assert capsys.readouterr().err == ""
+
+
 def test_a_table_keeps_its_columns_at_eighty_characters():
     long = exam(12345 // 100, name="medqa_mainland_4:a_long_part")
     long = dataclasses.replace(long, split="test")

@@ -1,13 +1,17 @@
 """What the hooks that come with the project leave behind: lines, a bar, events, a trace."""
 
+import ast
 import io
 import logging
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 from rich.console import Console
+from tqdm import tqdm
 
 from medmoe_jax.training import terminal
 from medmoe_jax.training.config import recipe
@@ -115,6 +119,31 @@ def test_lines_stand_above_the_bar(screen, monkeypatch):
     shown = [line.removeprefix("\x1b[?25l").strip() for line in shown]
     assert "a checkpoint was passed over" in shown and "a note" in shown
     assert shown.index("a note") < next(n for n, s in enumerate(shown) if "2/3" in s)
+
+
+def test_lines_stand_above_a_bar_of_tqdm(screen, monkeypatch):
+    """The bar is wiped before each of them, and drawn again after it."""
+    text = screen(is_terminal=True)
+    monkeypatch.setattr("sys.stderr", text)
+    with tqdm(total=3, file=text, desc="asking") as bar:
+        bar.update()
+        LogHandler().emit(logging.makeLogRecord({"msg": "a checkpoint was passed over"}))
+        note("a note")
+        *lines, last = re.split(r"\n", text.getvalue())
+    seen = [line.rsplit("\r", 1)[-1].strip() for line in lines]
+    assert seen == ["a checkpoint was passed over", "a note"] and "asking" in last
+
+
+def test_no_bar_is_drawn_where_there_is_no_terminal():
+    """Each of tqdm is told to look, or is drawn nowhere: its own rule is to draw everywhere."""
+    package, bars = Path(terminal.__file__).parents[1], []
+    for path in package.rglob("*.py"):
+        text = path.read_text()
+        for node in ast.walk(ast.parse(text if "tqdm(" in text else "")):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "tqdm":
+                (off,) = [ast.unparse(k.value) for k in node.keywords if k.arg == "disable"]
+                bars.append(off)
+    assert len(bars) >= 5 and set(bars) == {"None", "quiet"}
 
 
 def test_log_lines_go_to_standard_error_as_it_is(capsys):
