@@ -253,7 +253,7 @@ verb_run() {
 
 verb_status() {
   backend_status
-  each worker status | sort --version-sort
+  each worker status | sort --version-sort --stable --key=2,2 # a worker's lines stay in order
 }
 
 verb_stop() { each worker stop "$FLAG_GRACE"; }

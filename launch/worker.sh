@@ -177,8 +177,10 @@ status() {
   else
     state="killed, with no time to note a status"
   fi
+  say "$state"
+  say "  medmoe $(cat "$job/command")"
   # A progress bar writes its line again and again, after a carriage return.
-  say "$state: medmoe $(cat "$job/command"); last line: $(tail --lines=1 "$job/log" | sed 's/.*\r//')"
+  say "  $(tail --lines=1 "$job/log" | sed 's/.*\r//')"
 }
 
 log() { # LINES FOLLOW

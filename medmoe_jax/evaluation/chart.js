@@ -95,6 +95,7 @@
       const ys = seen.flatMap((s) => [...s.y, ...(s.low ?? []), ...(s.high ?? [])])
         .filter((v) => v !== null);
       if (!ys.length) return;
+      ys.push(...(data.span ?? []).filter((v) => v !== null && (!log || v > 0)));
       const pad = data.labels ? 0.5 : 0;
       const [x0, x1] = ends(xs).map((x, i) => x + (i ? pad : -pad));
       let [y0, y1] = ends(ys);

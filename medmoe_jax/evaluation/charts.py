@@ -39,15 +39,22 @@ def style_of(number: int) -> tuple[str, tuple[str, str]]:
 
 
 def lines(
-    series: Sequence[tuple[str, Sequence[float], Sequence[float] | np.ndarray]], x: str, y: str
+    series: Sequence[tuple[str, Sequence[float], Sequence[float] | np.ndarray]],
+    x: str,
+    y: str,
+    span: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
-    """What the script needs of a line plot: `series` of (name, steps, values), names of axes."""
+    """What the script needs of a line plot: `series` of (name, steps, values), names of axes.
+
+    `span`: values that the axis reaches at least.
+    """
     out = []
     for number, (name, steps, values) in enumerate(series):
         colour, (_, dash) = style_of(number)
         at, means = _thinned(np.asarray(steps, np.float64), np.asarray(values, np.float64))
         out.append({"name": name, "colour": colour, "dash": dash, "x": at, "y": means})
-    return {"kind": "lines", "x": x, "y": y, "series": out}
+    reach = _plain(np.asarray(span or (), np.float64))
+    return {"kind": "lines", "x": x, "y": y, "series": out, "span": reach}
 
 
 def intervals(

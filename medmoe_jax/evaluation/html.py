@@ -62,13 +62,17 @@ class TableSection:
 
 @dataclass(frozen=True)
 class LinesSection:
-    """A line plot; `series` of (name, steps, values)."""
+    """A line plot; `series` of (name, steps, values).
+
+    span: values that the axis reaches at least, so that several plots have one scale.
+    """
 
     title: str
     series: Sequence[tuple[str, Sequence[float], Sequence[float] | np.ndarray]]
     x: str = "step"
     y: str = "loss"
     note: str = ""
+    span: tuple[float, float] | None = None
 
     def figure(self) -> Figure:
         figure = Figure(figsize=(8.4, 3.6))
@@ -76,6 +80,9 @@ class LinesSection:
         for i, (name, steps, values) in enumerate(self.series):
             colour, (style, _) = charts.style_of(i)
             axes.plot(steps, values, style, color=colour, linewidth=1.6, label=name)
+        if self.span:
+            axes.update_datalim([(self.series[0][1][0], value) for value in self.span])
+            axes.autoscale_view()
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _dress(axes, self.x, self.y, len(self.series))
         return figure
@@ -84,7 +91,7 @@ class LinesSection:
         return _svg(self.figure())
 
     def data(self) -> dict[str, Any]:
-        return charts.lines(self.series, self.x, self.y)
+        return charts.lines(self.series, self.x, self.y, self.span)
 
 
 @dataclass(frozen=True)

@@ -92,11 +92,13 @@ def pictures(logged: Sequence[Logged]) -> Iterator[tuple[str, Picture]]:
     """Yields `(name of a file, picture)`: scores of all stages, then each stage's own figures."""
     several = len({one.run for one in logged}) > 1
     yield from _scores(logged, several)
+    spans = _spans(_lines(logged, several=True))
     for stage in dict.fromkeys(one.stage for one in logged):
         own = [one for one in logged if one.stage == stage]
         for kind, lines in _lines(own, several).items():
             x, y, note = "step", kind, _NOTES.get(kind, _NOTES.get(kind.split()[0], ""))
-            yield _file(stage, kind), LinesSection(f"{stage}: {kind}", lines, x, y, note)
+            title = f"{stage}: {kind}"
+            yield _file(stage, kind), LinesSection(title, lines, x, y, note, spans.get(kind))
         for one in own:
             whose = f"{one.run}, {stage}" if several else stage
             yield from _use(one, whose)
@@ -143,6 +145,19 @@ def _lines(
                 values = np.asarray([row[key] for row in known], np.float64)
                 found.setdefault(kind, []).append((label, [row["step"] for row in known], values))
     return found
+
+
+def _spans(
+    lines: dict[str, list[tuple[str, list[int], np.ndarray]]],
+) -> dict[str, tuple[float, float]]:
+    """The least and the greatest value of every kind, over all stages, that has a finite one."""
+    found = {kind: np.concatenate([values for *_, values in some]) for kind, some in lines.items()}
+    finite = {kind: values[np.isfinite(values)] for kind, values in found.items()}
+    return {
+        kind: (float(values.min()), float(values.max()))
+        for kind, values in finite.items()
+        if len(values)
+    }
 
 
 def _parted(key: str) -> tuple[str, str]:

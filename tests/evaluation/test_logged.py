@@ -48,6 +48,10 @@ def test_a_run_as_its_records_say():
     for stage, log in logs.items():
         x, y = drawn(found[f"{stage}.loss"])["loss"]
         assert list(x) == [row["step"] for row in log] and list(y) == [row["loss"] for row in log]
+    losses = [row["loss"] for log in logs.values() for row in log]
+    panels = [found[f"{stage}.loss"] for stage in logs]
+    assert len({one.figure().axes[0].get_ylim() for one in panels}) == 1  # equal scales
+    assert all(one.data()["span"] == pytest.approx([min(losses), max(losses)]) for one in panels)
     x, y = drawn(found["align.overlap_cos"])["alignment-knowledge"]
     known = [row for row in logs["align"] if "overlap/alignment-knowledge/cos" in row]
     assert list(x) == [row["step"] for row in known] and len(known) > 3

@@ -185,8 +185,11 @@ def test_a_job_outlives_its_launcher_and_is_found_again(local):
     begun.communicate(timeout=120)
     assert begun.returncode != 0
     status = local("status").stdout.splitlines()
-    assert [line.split(" ")[1] for line in status] == ["0", "1"]
-    assert all("running since" in line and "medmoe 'train' 'a b'" in line for line in status)
+    assert [line.split(" ")[1] for line in status] == ["0"] * 3 + ["1"] * 3
+    assert all("running since" in line for line in status[::3])
+    assert all("): " + "  medmoe 'train' 'a b'" in line for line in status[1::3])
+    assert all(line.endswith("  here") and len(line) <= 80 for line in status[2::3])
+    assert all(len(line) <= 80 for line in status)
     assert local("logs", "--worker=1").stdout == "here\n"
     assert sorted(local("logs").stdout.splitlines()) == ["[0] here", "[1] here"]
     other = local("run", "--", "train", "c")
