@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from medmoe_jax.api.opening import open_models
 from medmoe_jax.api.tasks import run_tasks
-from medmoe_jax.checkpoints.files import write_json
+from medmoe_jax.checkpoints.files import read_metrics, write_json
 from medmoe_jax.checkpoints.lease import only_writer
 from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.cli.configs import load_config
@@ -36,6 +36,11 @@ from medmoe_jax.training.train import train
 
 _ANSWER_TOKENS = 48
 _COLUMNS = ("model", "knowledge", "format")
+_SETTINGS = (
+    *("stage", "steps", "rows × tokens a step", "learning rate"),
+    *("parameters of trained banks", "tokens read", "minutes"),
+)
+_STEPS_ONLY = "Minutes of the steps alone, without compilation, saving and evaluation."
 
 
 class Compared(NamedTuple):
@@ -159,7 +164,11 @@ def _mark(question: Question, answer: str) -> str:
 def _write(run: Run, workdir: Path, seen: Mapping[str, Seen]) -> None:
     """Print the table; write report.json and report.html."""
     rows = [[label, *map(_with_interval, one.report.results)] for label, one in seen.items()]
-    chance = f"chance is 25% on knowledge ({next(iter(seen.values())).report.results[0].n} items)"
+    counts = [result.n for result in next(iter(seen.values())).report.results]
+    chance = (
+        f"knowledge: the likeliest of four answers is right ({counts[0]} items, chance 25%); "
+        f"format: what the model writes is the text that is asked for ({counts[1]} items)"
+    )
     cosines = {stage: _cosine(run.stage(stage)) for stage in ("align", "align_free")}
     free = cosines["align_free"] / max(cosines["align"], 1e-12)
     overlap = (
@@ -185,6 +194,7 @@ def _write(run: Run, workdir: Path, seen: Mapping[str, Seen]) -> None:
         *_answer_sections(questions, said),
         html.TableSection(scores, _COLUMNS, rows, chance),
         html.TextSection("Orthogonality", overlap),
+        html.TableSection("Settings and times", _SETTINGS, [*_settings(run)], _STEPS_ONLY),
         *(picture for _, picture in pictures(read_logged([str(workdir)]))),
     ]
     page = html.report_html(
@@ -195,6 +205,24 @@ def _write(run: Run, workdir: Path, seen: Mapping[str, Seen]) -> None:
     for line in (chance, overlap, *_right(questions, said)):
         note(line)
     note(f"written to {workdir / 'report.json'} and {page}")
+
+
+def _settings(run: Run) -> Iterator[list[str]]:
+    """What every stage was trained with, and how long its steps took."""
+    config = run.setup.config
+    for stage in run.stages:
+        rows = read_metrics(stage.folder.metrics)
+        seconds = sum(row["tokens"] / row["tokens_per_second"] for row in rows)
+        done = Manifest.read(stage.folder.manifest)
+        yield [
+            stage.name,
+            str(done.steps),
+            f"{config.data.global_batch} × {config.data.length}",
+            f"{config.stages[stage.name].learning_rate:g}",
+            f"{done.trained:,}",
+            f"{sum(row['tokens'] for row in rows):,}",
+            f"{seconds / 60:.1f}",
+        ]
 
 
 def _with_interval(result: Result) -> str:

@@ -1,9 +1,11 @@
 """`medmoe demo`, with a few steps and items: what it trains, asks, prints and writes."""
 
 import json
+import re
 
 import pytest
 
+from medmoe_jax.checkpoints.files import read_metrics
 from medmoe_jax.cli import demo
 from medmoe_jax.cli.main import main
 from medmoe_jax.data.demo import answers
@@ -56,6 +58,11 @@ def test_a_chat_model_is_asked_before_and_after(tmp_path, capsys):
     for label in asked:
         assert f"{label}: 0 of 10 medical, 0 of 5 everyday questions answered right" in printed
     assert "aggregate: use of the experts of noise" in page
+    log = read_metrics(tmp_path / "stages" / "aggregate" / "metrics.jsonl")
+    tokens = f"{sum(row['tokens'] for row in log):,}"
+    cells = ["aggregate", "2", "4 × 96", "0.003"]
+    line = "".join(f"<td[^>]*>{re.escape(cell)}</td>" for cell in cells)
+    assert re.search(rf"{line}<td[^>]*>[\d,]+</td><td[^>]*>{tokens}</td>", page)
 
 
 def test_the_tiny_one_makes_its_own_tokenizer_once(tmp_path, monkeypatch):
