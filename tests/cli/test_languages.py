@@ -1,5 +1,7 @@
 """`medmoe data languages`."""
 
+import re
+
 import pytest
 
 from medmoe_jax.cli.main import main
@@ -22,12 +24,9 @@ def rows(tmp_path):
 def counted(capsys, *arguments):
     """`{language: (expert, named, detected)}` as printed."""
     assert main(["data", "languages", *arguments]) == 0
-    out = {}
-    for line in capsys.readouterr().out.splitlines():
-        cells = [cell.strip() for cell in line.split("│")[2:-1]]
-        if len(cells) == 4 and cells[0]:
-            out[cells[0]] = (cells[1], cells[2], cells[3])
-    return out
+    printed = capsys.readouterr().out
+    found = re.findall(r"^ *(\S+) +(.*?) {2,}(\d+) +(\d+) *$", printed, re.MULTILINE)
+    return {language: tuple(cells) for language, *cells in found}
 
 
 def test_rows_of_each_language(rows, capsys, monkeypatch):
