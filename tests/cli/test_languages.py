@@ -25,7 +25,7 @@ def counted(capsys, *arguments):
     """`{language: (expert, named, detected)}` as printed."""
     assert main(["data", "languages", *arguments]) == 0
     printed = capsys.readouterr().out
-    found = re.findall(r"^ *(\S+) +(.*?) {2,}(\d+) +(\d+) *$", printed, re.MULTILINE)
+    found = re.findall(r"jsonl  (\S+) +(.*?) {2,}(\d+) +(\d+) *$", printed, re.MULTILINE)
     return {language: tuple(cells) for language, *cells in found}
 
 
