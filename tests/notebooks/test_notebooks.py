@@ -137,7 +137,7 @@ def test_plan_a_pod_runs(tmp_path):
     ran = execute("plan_a_pod", tmp_path, parameters)
     assert len(shown(ran, "image/png")) == 1
     table = printed(ran, "plans")
-    assert re.search(r"v5e:1x1 +1 +[\d.]+ +16 +yes$", table, re.MULTILINE)
+    assert re.search(r"v5e:1x1 +yes +1 +[\d.]+ +16$", table, re.MULTILINE)
     assert re.search(r"as it is +[\d.]+ +yes +\d+$", printed(ran, "smaller"), re.MULTILINE)
 
 
