@@ -138,7 +138,7 @@ def test_plan_a_pod_runs(tmp_path):
     assert len(shown(ran, "image/png")) == 1
     table = printed(ran, "plans")
     assert re.search(r"v5e:1x1 +yes +1 +[\d.]+ +16$", table, re.MULTILINE)
-    assert re.search(r"as it is +[\d.]+ +yes +\d+$", printed(ran, "smaller"), re.MULTILINE)
+    assert re.search(r"as it is +yes +[\d.]+ +\d+$", printed(ran, "smaller"), re.MULTILINE)
 
 
 @pytest.mark.slow
