@@ -244,7 +244,7 @@ DEV_ONLY = ("medmcqa", "vihealth")  # of these the data folder holds official de
 def rows_of(name: str, split: str) -> list[Row]:
     """The rows of a set's split; of DEV_ONLY, those of dev, a fifth of which is held out here."""
     if name in _DEMO:
-        return list(_DEMO[name](split))
+        return _DEMO[name](split)
     if name not in DEV_ONLY:
         return list(medical.rows(name, split))
     rows = medical.rows(name, "dev")
@@ -253,9 +253,7 @@ def rows_of(name: str, split: str) -> list[Row]:
 
 def _facts(split: str) -> list[Row]:
     """The demonstration's facts; held out are wordings that no training row has."""
-    items = corpus.in_language(corpus.knowledge_items(), "en")
-    held = [(item["prompt"], item["answer"]) for item in items]
-    pairs = list(answers.training_pairs()) if split == "train" else held
+    pairs = answers.training_pairs() if split == "train" else _held(corpus.knowledge_items())
     return [build("facts", "en", prompt, answer) for prompt, answer in pairs]
 
 
@@ -263,10 +261,13 @@ def _formats(split: str) -> list[Row]:
     """The demonstration's clinical formats."""
     rows = corpus.in_language(corpus.alignment_rows(), "en")
     pairs = [tuple(turn["content"] for turn in row["conversations"]) for row in rows]
-    items = corpus.in_language(corpus.alignment_items(), "en")
-    held = [(item["prompt"], item["answer"]) for item in items]
-    chosen = pairs if split == "train" else held
+    chosen = pairs if split == "train" else _held(corpus.alignment_items())
     return [build("formats", "en", prompt, answer) for prompt, answer in chosen]
+
+
+def _held(items: Sequence[dict]) -> list[tuple[str, str]]:
+    """Prompt and answer of the demonstration's English items."""
+    return [(item["prompt"], item["answer"]) for item in corpus.in_language(items, "en")]
 
 
 _DEMO = {"facts": _facts, "formats": _formats}

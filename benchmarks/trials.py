@@ -13,6 +13,7 @@ stopped. `run` writes benchmarks/results/trial_NAME.json as runs end.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import subprocess
@@ -119,10 +120,11 @@ def scores(
         roster = lifecycle.set_state(roster, bank, "off")
     active = [spec.name for spec in lifecycle.active_banks(roster)]
     banks = {name: trained.banks[name] for name in active}
-    found = losses(setup, Trained(trained.stage, roster, banks, trained.base, trained.leaves), rows)
+    model = dataclasses.replace(trained, roster=roster, banks=banks)
+    found = losses(setup, model, rows)
     if not tasks:
         return {"loss": found}
-    report = run_tasks(setup, language_model(setup, trained, off), tasks, ITEMS)
+    report = run_tasks(setup, language_model(setup, model), tasks, ITEMS)
     return {"loss": found, "accuracy": {one.task: one.score for one in report.results}}
 
 
