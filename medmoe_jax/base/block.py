@@ -1,7 +1,7 @@
 """One transformer block: attention, then the feed-forward network, each with its norms.
 
 Axes: B batch, T tokens, S keys (of the batch, or cache slots), D model, H query heads, K key/value
-heads, h head dimension, L layers.
+heads, h head dimension, F = K·h, L layers.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from medmoe_jax.base import attention, rope
 from medmoe_jax.base.cache import Place, append
 from medmoe_jax.base.config import GROUPS, DecoderConfig
+from medmoe_jax.base.decode_attention import decode_attention
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.base.seam import Context, Params, Seam
 
@@ -30,6 +31,7 @@ class Tokens(NamedTuple):
       rope: the tables of `rope.tables`.
       branches: how texts share the tokens of a row; None = each has its own.
       attend: runs attention without a cache, as `attention.splash_attention` does; None = masked.
+      one_by_one: whether `decode_attention` reads the cache.
     """
 
     segments_BxT: jax.Array
@@ -40,6 +42,7 @@ class Tokens(NamedTuple):
     rope: tuple[jax.Array, jax.Array]
     branches: attention.Branches | None
     attend: Callable | None
+    one_by_one: bool
 
 
 class Layer(NamedTuple):
@@ -85,7 +88,7 @@ def block(
       layer: its weights, and what else differs between layers.
       x_BxTxD: the hidden states.
       tokens: what is known of them.
-      cache: keys and values `[L, B, S, K, h]` of all layers, or None.
+      cache: keys and values `[L, B, S, F]` of all layers, or None.
     """
     norm = functools.partial(rms_norm, eps=config.norm_eps, offset=config.norm_offset)
     w, params, context = layer.weights, layer.params, layer.context
@@ -123,27 +126,38 @@ def _attention(config, execution, seam, layer: Layer, x_BxTxD, tokens: Tokens, c
     if cache is not None and tokens.place is not None:
         pairs = zip(cache, (k, v), strict=True)
         cache, (k, v) = zip(
-            *(append(old, new, context.layer, tokens.place) for old, new in pairs), strict=True
+            *(_cached(old, new, context.layer, tokens.place) for old, new in pairs), strict=True
         )
-    if tokens.attend:
-        out = tokens.attend(config, execution, q, k, v, tokens.segments_BxT, layer.window)
-    else:
-        k, v = execution.gather_tokens(k), execution.gather_tokens(v)
-        mask = attention.visible(
-            tokens.segments_BxT,
-            tokens.positions_BxT,
-            tokens.k_segments_BxS,
-            tokens.k_positions_BxS,
-            layer.window,
-        )
-        if tokens.branches is not None:
-            mask &= attention.continued(tokens.branches.last_BxT)
-        out = attention.attend(
-            config, q, k.astype(q.dtype), v.astype(q.dtype), mask, execution.row_shards
-        )
+    out = _attend(config, execution, tokens, layer, q, k, v, cache)
     out = out.reshape(B, T, config.n_heads * h)
     y, stats_out = seam.linear("attn.out", out, {"attn.o": w["o"]}, layer.params, context)
     return y["attn.o"], cache, stats | stats_out
+
+
+def _cached(stack_LxBxSxF, new_RxTxKxh, layer, place: Place):
+    """One of keys and values in the cache: `(the cache, those of the rows [R, S, K, h])`."""
+    R, T, K, h = new_RxTxKxh.shape
+    stack, mine_RxSxF = append(stack_LxBxSxF, new_RxTxKxh.reshape(R, T, K * h), layer, place)
+    return stack, mine_RxSxF.reshape(R, -1, K, h)
+
+
+def _attend(config, execution, tokens: Tokens, layer: Layer, q, k, v, cache):
+    """What the queries find, `[B, T, H, h]`."""
+    if tokens.attend:
+        return tokens.attend(config, execution, q, k, v, tokens.segments_BxT, layer.window)
+    mask = attention.visible(
+        tokens.segments_BxT,
+        tokens.positions_BxT,
+        tokens.k_segments_BxS,
+        tokens.k_positions_BxS,
+        layer.window,
+    )
+    if tokens.one_by_one:
+        return decode_attention(config, execution, q, *cache, layer.context.layer, mask)
+    if tokens.branches is not None:
+        mask &= attention.continued(tokens.branches.last_BxT)
+    k, v = (execution.gather_tokens(x).astype(q.dtype) for x in (k, v))
+    return attention.attend(config, q, k, v, mask, execution.row_shards)
 
 
 def _head_norm(config: DecoderConfig, x_BxTxHxh, weight):

@@ -1,7 +1,7 @@
 """Keys and values of tokens that were read before, for decoding token by token.
 
-Axes: B rows of the cache, R rows given, S cache slots, T tokens, L layers, K key/value heads,
-h head dimension.
+Axes: B rows of the cache, R rows given, S cache slots, T tokens, L layers, F = K·h width of all
+key/value heads K of dimension h: side by side, whole tiles of a TPU are full whatever K is.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Cache(NamedTuple):
     `lengths_R` counts a row's whole text, what is still to come included (`rope.tables`).
     """
 
-    k: jax.Array  # [L, B, S, K, h]
-    v: jax.Array  # [L, B, S, K, h]
+    k: jax.Array  # [L, B, S, F]
+    v: jax.Array  # [L, B, S, F]
     segments: jax.Array  # [B, S] int32
     positions: jax.Array  # [B, S] int32
     place: Place
@@ -54,7 +54,7 @@ def new_cache(
     lengths_B: jax.Array | None = None,
 ) -> Cache:
     """An empty cache for `slots` tokens a row; `lengths_B` of `Cache`, None = they fill it."""
-    shape = (config.n_layers, batch, slots, config.n_kv_heads, config.head_dim)
+    shape = (config.n_layers, batch, slots, config.kv_width)
     ids = jnp.zeros((batch, slots), jnp.int32)
     k, v = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
     lengths_B = jnp.full(batch, slots, jnp.int32) if lengths_B is None else lengths_B

@@ -139,6 +139,11 @@ class DecoderConfig:
         """Factor on q·k."""
         return self.query_scale or self.head_dim**-0.5
 
+    @property
+    def kv_width(self) -> int:
+        """Width of all key/value heads side by side."""
+        return self.n_kv_heads * self.head_dim
+
     def replace(self, **changes: Any) -> DecoderConfig:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
@@ -159,7 +164,7 @@ def _plain(value: Any) -> Any:
 
 def site_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
     """`{site: (D_in, D_out)}` of the seven linear layers of a block."""
-    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    q, kv = config.n_heads * config.head_dim, config.kv_width
     d, f = config.d_model, config.d_ff
     return {
         "attn.q": (d, q),

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from medmoe_jax.base import attention, cudnn, rope, trees
+from medmoe_jax.base import attention, cudnn, decode_attention, rope, trees
 from medmoe_jax.base.block import Layer, Tokens, block, rms_norm
-from medmoe_jax.base.cache import Cache, moved, note
+from medmoe_jax.base.cache import Cache, Place, moved, note
 from medmoe_jax.base.config import GROUPS, DecoderConfig, site_shapes
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.base.seam import BareSeam, Context, LayerRange, Params, activation
@@ -124,7 +124,7 @@ def hidden(
         x_BxTxD *= jnp.asarray(config.embed_scale, execution.dtype)
     x_BxTxD = execution.constrain(x_BxTxD)
     k_segments, k_positions, place = segment_ids_BxT, positions_BxT, None
-    kv, flash = None, None
+    kv, flash, one_by_one = None, None, False
     if branches is not None:
         # Flash kernels know segments, not trees: the mask is the only form that all devices have.
         lengths_BxT = branches.lengths_BxT
@@ -134,6 +134,7 @@ def hidden(
     else:
         lengths_BxT = jnp.broadcast_to(cache.lengths_R[:, None], positions_BxT.shape)
         place, kv = cache.place, (cache.k, cache.v)
+        one_by_one = _one_by_one(execution, place, tokens_BxT.shape[1])
         cache, k_segments, k_positions = note(cache, segment_ids_BxT, positions_BxT)
     tokens = Tokens(
         segment_ids_BxT,
@@ -144,6 +145,7 @@ def hidden(
         rope.tables(config, positions_BxT, lengths_BxT),
         branches,
         flash,
+        one_by_one,
     )
     context = context._replace(segment_ids_BxT=segment_ids_BxT)
     layers, trained_layers = params["layers"], trained.get("layers", {})
@@ -173,6 +175,11 @@ def _flash(config: DecoderConfig, execution: Execution, tokens: int) -> Callable
         if chosen == "cudnn":
             raise ParameterError(f"attention: 'cudnn' cannot run this: {against}; use 'auto'")
     return None
+
+
+def _one_by_one(execution: Execution, place: Place, tokens: int) -> bool:
+    """Whether every row of the cache reads one token, and the kernel for that is to run."""
+    return tokens == 1 and place.rows_R is None and decode_attention.serves(execution)
 
 
 def head(params: Params, trained: Params | None = None) -> jax.Array:

@@ -33,8 +33,8 @@ class Execution:
       unroll: layers a loop iteration holds.
       attention: `splash` (TPU only), `cudnn` (NVIDIA GPUs only), `xla`, or `auto`, the first that
         the devices and the decoder allow.
-      kernels: what runs routing and experts: `pallas` (TPU only), `xla`, `interpret` (the Pallas
-        kernels on a processor, for tests), or `auto`.
+      kernels: what runs routing, experts and attention over a cache: `pallas` (TPU only), `xla`,
+        `interpret` (the Pallas kernels on a processor, for tests), or `auto`.
       activations: sharding of `[B, T, D]` arrays, or None to leave it to the compiler.
     """
 

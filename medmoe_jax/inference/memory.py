@@ -16,7 +16,7 @@ def cache_bytes(config: AdaptedConfig, rows: int, slots: int) -> int:
     """Bytes of the keys and values of `rows` rows of `slots` tokens, over all devices."""
     d = config.decoder
     itemsize = np.dtype(config.execution.dtype).itemsize
-    return 2 * d.n_layers * rows * slots * d.n_kv_heads * d.head_dim * itemsize
+    return 2 * d.n_layers * rows * slots * d.kv_width * itemsize
 
 
 def check_room(config: AdaptedConfig, rows: int, slots: int) -> None:

@@ -1,7 +1,7 @@
 """The compiled programs of decoding: rows read tokens, rows go on by some tokens.
 
-Axes: B rows of the state, R rows given, T tokens, S slots, L layers, K key/value heads, h head
-dimension, E ends, A alternatives.
+Axes: B rows of the state, R rows given, T tokens, S slots, L layers, F width of all key/value
+heads, E ends, A alternatives.
 A row's text lies in the slots from 0 on, a token at its position. What a row is at comes along with
 every call and is data, so that rows of all lengths and wishes share a program.
 """
@@ -26,7 +26,7 @@ class State(NamedTuple):
     """What rows have read: it is given up to every program, and comes back.
 
     Attributes:
-      k, v: `[L, B, S, K, h]` keys and values.
+      k, v: `[L, B, S, F]` keys and values.
       ids: `[B, S]` int32, the tokens themselves.
     """
 
@@ -79,7 +79,7 @@ def _pinned(config: AdaptedConfig, x: jax.Array) -> jax.Array:
     spec = PartitionSpec(execution.row_axes, None)
     if x.ndim > 2:
         heads = execution.tensor_axis(config.decoder.n_kv_heads)
-        spec = PartitionSpec(None, *spec, heads, None)
+        spec = PartitionSpec(None, *spec, heads)
     return jax.lax.with_sharding_constraint(x, NamedSharding(execution.mesh, spec))
 
 
@@ -87,7 +87,7 @@ def _pinned(config: AdaptedConfig, x: jax.Array) -> jax.Array:
 def new_state(config: AdaptedConfig, rows: int, slots: int) -> State:
     """A state of so many rows of so many slots, in which nothing was read."""
     d = config.decoder
-    shape = (d.n_layers, rows, slots, d.n_kv_heads, d.head_dim)
+    shape = (d.n_layers, rows, slots, d.kv_width)
     k, v = (_pinned(config, jnp.zeros(shape, config.execution.dtype)) for _ in "kv")
     return State(k, v, _pinned(config, jnp.zeros((rows, slots), jnp.int32)))
 

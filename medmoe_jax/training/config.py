@@ -82,7 +82,8 @@ def recipe() -> ConfigDict:
                 "remat": "auto",
                 "unroll": 1,  # layers an iteration of the loop over them holds
                 "attention": "auto",  # splash (TPU), cudnn (NVIDIA GPU), xla, or the fitting one
-                "kernels": "auto",  # of routing and experts: pallas (TPU), xla, or the fitting one
+                # Of routing, experts and decoding: pallas (TPU), xla, or the fitting one.
+                "kernels": "auto",
                 "dispatch": "auto",  # of experts: stacked, grouped, all_to_all, or the fitting one
                 "compilation_cache": "",  # directory; empty = JAX's own, or one in the workdir
                 "log_every": 10,  # steps from a line for the terminal and TensorBoard to the next

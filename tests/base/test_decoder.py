@@ -174,12 +174,14 @@ def _pad(samples, length, left):
     return batch
 
 
-@pytest.fixture(scope="module")
-def cached_step():
+@pytest.fixture(scope="module", params=["xla", "interpret"])
+def cached_step(request):
+    execution = Execution(kernels=request.param)
+
     @jax.jit
     def step(params, batch, cache):
         ids = (batch[k] for k in ("tokens", "segment_ids", "positions"))
-        x, cache, _ = decoder.hidden(ALL, params, *ids, cache=cache)
+        x, cache, _ = decoder.hidden(ALL, params, *ids, execution=execution, cache=cache)
         return logits(ALL, decoder.head(params), x), cache
 
     return step

@@ -48,10 +48,11 @@ def parameters():
     return naive.random_params(CONFIG), naive.random_banks(SPECS, CONFIG)
 
 
-def make_engine(mesh="one", rows=4):
+def make_engine(mesh="one", rows=4, kernels="auto"):
     sizes, count = MESHES[mesh]
     mesh = make_mesh(sizes, jax.devices()[:count])
-    config = AdaptedConfig(CONFIG, SPECS, Execution(activations=batch_sharding(mesh, 3)))
+    execution = Execution(kernels=kernels, activations=batch_sharding(mesh, 3))
+    config = AdaptedConfig(CONFIG, SPECS, execution)
     return Engine(config, *parameters(), {}, mesh, rows)
 
 
@@ -139,6 +140,12 @@ def test_whoever_comes_when_each_is_answered_as_alone(mesh, monkeypatch):
     stayed = [i for i in range(len(asked)) if i not in quitters]
     assert quitters and stayed
     assert_same([got[i] for i in stayed], [want[i] for i in stayed])
+
+
+def test_the_kernels_of_tpu_say_the_same():
+    asked = requests()[1:4]
+    rows = make_engine("eight", kernels="interpret").decoding()
+    assert_same(answers(rows, asked), alone()[1:4])
 
 
 def test_rows_go_on_while_a_long_prompt_is_read():
