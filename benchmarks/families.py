@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from benchmarks.pages import put
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base import decoder, loss
 from medmoe_jax.checkpoints import huggingface
@@ -21,7 +22,6 @@ from medmoe_jax.parallel.mesh import make_mesh
 from tests.base import test_parity as parity
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
-START, END = "<!-- table -->", "<!-- end of table -->"
 # What each case of the parity tests stands for.
 CASES = {
     "qwen1.5": ("Qwen1.5", "biases on q, k, v; all heads"),
@@ -91,9 +91,7 @@ def main() -> None:
         line = f"| {family} | {case} | {logits:.1e} | {total:.1e} | {'equal' if equal else 'NO'} |"
         lines.append(line)
         print(line, flush=True)
-    before, rest = PAGE.read_text().split(START)
-    after = rest.split(END)[1]
-    PAGE.write_text("\n".join([before + START, "", *lines, "", END + after]))
+    put(PAGE, "table", "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.pages import markdown
 from benchmarks.peer_task import LORA, MEDCARE, MING
-from benchmarks.trial_tables import markdown
 
-START, END = "<!-- figures -->", "<!-- end of figures -->"
+PART = "figures"  # of the page
 OURS = "medmoe_jax"
 NAMES = {
     OURS: OURS,

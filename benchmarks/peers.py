@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import children, peer_tables
+from benchmarks import children, pages, peer_tables
 from benchmarks.peer_step import SIDES
 from benchmarks.peer_task import DTYPES, LORA, MEDCARE, MING, ROWS, TARGETS, TOKENS
 from benchmarks.timing import machine
@@ -130,10 +130,7 @@ def show(results: dict[str, Any]) -> None:
     """Print the tables, and put them into the page."""
     text = peer_tables.tables(results)
     print(text)
-    before, rest = PAGE.read_text(encoding="utf-8").split(peer_tables.START)
-    after = rest.split(peer_tables.END)[1]
-    marked = f"{peer_tables.START}\n\n{text}\n\n{peer_tables.END}"
-    PAGE.write_text(f"{before}{marked}{after}", encoding="utf-8")
+    pages.put(PAGE, peer_tables.PART, text)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

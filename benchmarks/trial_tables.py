@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
+from benchmarks.pages import markdown
 from configs import trial_families, trial_medcare, trial_mixture, trial_skills
 
 Results = Mapping[str, Any]
@@ -59,12 +60,6 @@ def difference(one: Values, other: Values, digits: int = 3) -> str:
 def minus(one: Values, other: Values) -> Values:
     """The difference of the seeds that both have."""
     return {seed: one[seed] - other[seed] for seed in one if seed in other}
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; numbers stand right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def mean_loss(arm: Mapping[str, Any], names: Sequence[str] = ()) -> Values:

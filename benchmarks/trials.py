@@ -31,7 +31,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks import trial_figures, trial_rows, trial_tables
+from benchmarks import pages, trial_figures, trial_rows, trial_tables
 from benchmarks.trial_rows import TRIALS, Trial
 from medmoe_jax.adapters import lifecycle
 from medmoe_jax.adapters.bank import count, split_gate
@@ -329,10 +329,7 @@ def show(names: Sequence[str]) -> None:
             text = make.table(results)
             print(text)
             trial_figures.draw(question, results)
-            start, end = f"<!-- {question} -->", f"<!-- end of {question} -->"
-            before, rest = PAGE.read_text(encoding="utf-8").split(start)
-            after = rest.split(end)[1]
-            PAGE.write_text(f"{before}{start}\n\n{text}\n\n{end}{after}", encoding="utf-8")
+            pages.put(PAGE, question, text)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import peer_ours, peer_step, peer_tables, peer_task, peers, variants
+from benchmarks import pages, peer_ours, peer_step, peer_tables, peer_task, peers, variants
 from benchmarks.peer_task import LORA, MEDCARE, MING, PROMPT, ROWS, TARGETS, Contender, batch
 from medmoe_jax.adapters import bank
 from medmoe_jax.base import decoder
@@ -75,9 +75,7 @@ def test_a_gpu_has_one_way_and_its_own_part():
 
 def test_the_page_holds_the_committed_figures():
     results = json.loads(peers.RESULTS.read_text()) if peers.RESULTS.exists() else {}
-    page = peers.PAGE.read_text(encoding="utf-8")
-    shown = page.split(peer_tables.START)[1].split(peer_tables.END)[0]
-    assert shown.strip() == peer_tables.tables(results)
+    assert pages.shown(peers.PAGE, peer_tables.PART) == peer_tables.tables(results)
 
 
 @pytest.fixture
@@ -86,8 +84,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "RESULTS", tmp_path / "peers.json")
     monkeypatch.setattr(peers, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(peers, "CONTENDERS", {LORA: ("medmoe_jax", "peft", "tunix")})
-    marks = f"{peer_tables.START}old{peer_tables.END}"
-    peers.PAGE.write_text(f"before\n{marks}\nafter\n")
+    peers.PAGE.write_text("before\n<!-- figures -->old<!-- end of figures -->\nafter\n")
     (tmp_path / "m.gguf").touch()
     return tmp_path
 
@@ -123,9 +120,9 @@ def test_rounds_alternate_and_the_other_device_stays(place, monkeypatch):
     page = peers.PAGE.read_text()
     assert page.startswith("before\n") and page.endswith("\nafter\n") and "old" not in page
     assert peer_tables.tables(results) in page
-    peers.PAGE.write_text(f"{peer_tables.START}{peer_tables.END}")
+    peers.PAGE.write_text("<!-- figures --><!-- end of figures -->")
     peers.main(["--table"])
-    assert peer_tables.tables(results) in peers.PAGE.read_text()
+    assert pages.shown(peers.PAGE, "figures") == peer_tables.tables(results)
     calls.clear()
     peers.main(["--quick", "--gguf", str(place / "m.gguf")])
     assert [call[:2] for call in calls] == [(who, True) for who in ("medmoe_jax", "peft", "tunix")]
