@@ -220,7 +220,7 @@ def _settings(run: Run) -> Iterator[list[str]]:
             f"{config.data.global_batch} × {config.data.length}",
             f"{config.stages[stage.name].learning_rate:g}",
             f"{done.trained:,}",
-            f"{sum(row['tokens'] for row in rows):,}",
+            f"{sum(row['tokens'] for row in rows):,.0f}",
             f"{seconds / 60:.1f}",
         ]
 

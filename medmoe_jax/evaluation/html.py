@@ -336,10 +336,13 @@ def page_html(
         if live and isinstance(section, Live):
             body = charts.figure(body, section.data())
         parts.append(f'<section id="s{number}">{heading}{body}{note}</section>')
-    addresses = [(section.title, f"#s{number}") for number, section in enumerate(sections, 1)]
+    addresses: dict[str, str] = {}
+    for number, section in enumerate(sections, 1):
+        # "align: loss" and "align: gradient norm" are found by "align".
+        addresses.setdefault(section.title.split(": ")[0], f"#s{number}")
     navigation = "".join(
         f'<a href="{html.escape(address)}">{html.escape(text)}</a>'
-        for text, address in [*(links or {}).items(), *addresses]
+        for text, address in [*(links or {}).items(), *addresses.items()]
     )
     script = f"<script>{charts.SCRIPT.read_text(encoding='utf-8')}</script>" if live else ""
     style = _STYLE + (charts.STYLE if live else "")

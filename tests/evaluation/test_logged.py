@@ -51,7 +51,9 @@ def test_a_run_as_its_records_say():
     losses = [row["loss"] for log in logs.values() for row in log]
     panels = [found[f"{stage}.loss"] for stage in logs]
     assert len({one.figure().axes[0].get_ylim() for one in panels}) == 1  # equal scales
-    assert all(one.data()["span"] == pytest.approx([min(losses), max(losses)]) for one in panels)
+    # A page has six digits of a number.
+    span = pytest.approx([min(losses), max(losses)], rel=1e-5)
+    assert all(one.data()["span"] == span for one in panels)
     x, y = drawn(found["align.overlap_cos"])["alignment-knowledge"]
     known = [row for row in logs["align"] if "overlap/alignment-knowledge/cos" in row]
     assert list(x) == [row["step"] for row in known] and len(known) > 3
@@ -138,6 +140,16 @@ def test_a_page_is_live_only_where_it_is_asked_to_be():
     assert '<a href="a&amp;b.html">Other &lt;page&gt;</a>' in live
     (data,) = numbers(live)
     assert data["series"][0]["name"] == name and data["series"][0]["y"] == [None, 2.0]
+
+
+def test_sections_that_begin_alike_share_a_link():
+    titles = ("Scores", "one: loss", "one: norm: of all", "two: loss")
+    page = html.page_html([html.TextSection(title, "text") for title in titles], "p")
+    links = re.findall(r'<a href="#(s\d)">(.*?)</a>', page)
+    assert links == [("s1", "Scores"), ("s2", "one"), ("s4", "two")]
+    assert re.findall(r'<section id="(s\d)"><h2>(.*?)</h2>', page) == [
+        (f"s{n}", title) for n, title in enumerate(titles, 1)
+    ]
 
 
 def test_a_long_line_is_thinned_by_means():
