@@ -59,7 +59,7 @@ def test_a_chat_model_is_asked_before_and_after(tmp_path, capsys):
         assert f"{label}: 0 of 10 medical, 0 of 5 everyday questions answered right" in printed
     assert "aggregate: use of the experts of noise" in page
     log = read_metrics(tmp_path / "stages" / "aggregate" / "metrics.jsonl")
-    tokens = f"{sum(row['tokens'] for row in log):,}"
+    tokens = f"{sum(int(row['tokens']) for row in log):,}"
     cells = ["aggregate", "2", "4 × 96", "0.003"]
     line = "".join(f"<td[^>]*>{re.escape(cell)}</td>" for cell in cells)
     assert re.search(rf"{line}<td[^>]*>[\d,]+</td><td[^>]*>{tokens}</td>", page)
