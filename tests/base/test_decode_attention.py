@@ -40,12 +40,13 @@ def naive(scale, softcap, q_BxHxh, k_BxSxKxh, v_BxSxKxh, seen):
     return out
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 128 slots, of which a row of 300 has three, the last one not full."""
     monkeypatch.setattr(decode_attention, "_BLOCK_BYTES", 1)
 
 
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(
     "heads, kv_heads, width, softcap, dtype, tolerance",
     [
@@ -80,6 +81,7 @@ def test_values(heads, kv_heads, width, softcap, dtype, tolerance):
     assert rel(got[:-1, 0], want) < tolerance
 
 
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("sizes", [{"fsdp": 4, "tensor": 2}, {"fsdp": 2, "tensor": 4}])
 def test_on_a_mesh(sizes):
     """With heads that the axis divides, and with heads that every device keeps."""
@@ -120,8 +122,7 @@ SHAPES = {
 @pytest.mark.aot
 @pytest.mark.parametrize("slice_name", ["v5e:1x1", "v5p:1x1x1", "v6e:1x1"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_kernel_compiles(slice_name, name, monkeypatch):
-    monkeypatch.undo()
+def test_kernel_compiles(slice_name, name):
     heads, kv_heads, width, slots, dtype = SHAPES[name]
     config = TINY.replace(n_heads=heads, n_kv_heads=kv_heads, head_dim=width)
     chip = describe(slice_name)
@@ -147,8 +148,7 @@ def test_kernel_compiles(slice_name, name, monkeypatch):
 
 @pytest.mark.aot
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}])
-def test_a_whole_step_reads_the_cache_where_it_lies(sizes, monkeypatch):
-    monkeypatch.undo()
+def test_a_whole_step_reads_the_cache_where_it_lies(sizes):
     config = DecoderConfig(
         vocab_size=512, d_model=512, n_layers=4, n_heads=8, n_kv_heads=4, head_dim=128, d_ff=512,
         tied=True, windows=(0, 512, 0, 512),
