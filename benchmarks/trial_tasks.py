@@ -18,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.pages import markdown, put
+from medmoe_jax.evaluation.report import percent
 from medmoe_jax.evaluation.tasks import list_tasks
 
 ROOT = Path(__file__).parents[1]
@@ -26,11 +27,6 @@ RESULTS, PAGE, PART = ROOT / "benchmarks/results/trial_tasks.json", ROOT / "docs
 FIELDS = ("task", "language", "split", "metric", "score", "low", "high", "n", "chance", "majority")
 COUNTED = ("unparsed", "cut", "shortened")
 HEADER = ("task", "language", "split", "metric", "n", "chance", "majority", "before", "after")
-
-
-def percent(share: float | None) -> str:
-    """A share as a table shows it."""
-    return "–" if share is None else f"{100 * share:.1f}"
 
 
 def cell(line: Mapping[str, Any]) -> str:
@@ -51,7 +47,8 @@ def table(results: Mapping[str, Any]) -> str:
         now = after[was["task"]]
         told = f"**{cell(now)}**" if beyond(now, was) else cell(now)
         names = (was["task"], was["language"], was["split"], was["metric"], str(was["n"]))
-        lines.append([*names, percent(was["chance"]), percent(was["majority"]), cell(was), told])
+        guessed = (percent(was[name]) or "–" for name in ("chance", "majority"))
+        lines.append([*names, *guessed, cell(was), told])
     return markdown(HEADER, lines)
 
 
