@@ -13,13 +13,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from medmoe_jax.base.config import DecoderConfig
-from medmoe_jax.base.execution import Execution
-from medmoe_jax.errors import ParameterError
 
-_BLOCK = 128  # tokens: what splash attention's blocks are multiples of
+LANES = 128  # tokens: what blocks of the TPU's kernels are multiples of
 _CHUNK_SCORES = 2**20  # float32 attention scores of a chunk on one device: 4 MiB
 
 
@@ -46,7 +43,7 @@ def row_slots(tokens: int, shards: int, limit: int | None) -> int:
       shards: the number of devices that share a row.
       limit: slots that a row has at most; None = as many as it takes.
     """
-    block = shards * _BLOCK
+    block = shards * LANES
     slots = -(-tokens // block) * block
     return slots if limit is None else min(slots, limit)
 
@@ -157,60 +154,7 @@ def _attention_backward(scale, softcap, residuals, d_out_BxTxHxh):
 einsum_attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _splash_kernel(heads: int, tokens: int, window: int, softcap: float, shards: int):
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    if tokens % (shards * _BLOCK):
-        cut = f" over {shards} devices" if shards > 1 else ""
-        raise ParameterError(
-            f"attention: splash takes a multiple of {_BLOCK} tokens of a row on each device, which "
-            f"{tokens}{cut} is not; change the rows' length, or take 'xla', which runs any"
-        )
-    shape = (tokens, tokens)
-    one = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
-    return splash.make_splash_mha(
-        masks.MultiHeadMask([one] * heads),
-        head_shards=1,
-        q_seq_shards=shards,
-        attn_logits_soft_cap=softcap or None,
-    )
-
-
-def splash_attention(
-    config: DecoderConfig,
-    execution: Execution,
-    q_BxTxHxh: jax.Array,
-    k_BxTxKxh: jax.Array,
-    v_BxTxKxh: jax.Array,
-    segments_BxT: jax.Array,
-    window: jax.Array,
-) -> jax.Array:
-    """TPU splash attention.
-
-    Within a packed row, segments are contiguous, so order in the row is order in the segment.
-    On a mesh, each device runs it on its own rows, on its own queries where the axis `sequence`
-    cuts them (keys and values of the whole row are gathered), and, where they divide, on its own
-    heads of the axis `tensor`.
-    """
-    _, T, H, _ = q_BxTxHxh.shape
-    sequence, tensor = execution.sequence_axis(T), execution.tensor_axis(k_BxTxKxh.shape[2])
-    heads, shards = H // execution.size(tensor), execution.size(sequence)
-    kernels = {
-        size: _splash_kernel(heads, T, size, config.attn_softcap, shards)
-        for size in _windows(config)
-    }
-    run = functools.partial(_local_splash, config, sequence)
-    if execution.mesh is not None:
-        tokens, by_head = execution.spec(T), execution.spec(T, tensor, None)
-        masks = NamedSharding(execution.mesh, PartitionSpec(None, sequence))
-        here = {size: kernel.manual_sharding_spec(masks) for size, kernel in kernels.items()}
-        inputs = (here, by_head, by_head, by_head, tokens, PartitionSpec())
-        run = execution.per_device(run, inputs, by_head)
-    return run(kernels, q_BxTxHxh, k_BxTxKxh, v_BxTxKxh, segments_BxT, window)
-
-
-def _windows(config: DecoderConfig) -> list[int]:
+def windows(config: DecoderConfig) -> list[int]:
     """The layers' different windows, 0 = unlimited."""
     return sorted(set(config.windows)) or [0]
 
@@ -219,44 +163,11 @@ def by_window(
     config: DecoderConfig, window: jax.Array, run: Callable[[int], jax.Array]
 ) -> jax.Array:
     """`run(size)` for the layer's window: layers of all kinds share one compiled loop."""
-    sizes = _windows(config)
+    sizes = windows(config)
     if len(sizes) == 1:
         return run(sizes[0])
     which = jnp.searchsorted(jnp.asarray(sizes), window)
     return jax.lax.switch(which, [functools.partial(run, size) for size in sizes])
-
-
-def _local_splash(
-    config: DecoderConfig,
-    sequence: str | None,
-    kernels,
-    q_BxTxHxh,
-    k_BxTxKxh,
-    v_BxTxKxh,
-    segments_BxT,
-    window,
-):
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-
-    def whole(x):
-        return jax.lax.all_gather(x, sequence, axis=1, tiled=True) if sequence else x
-
-    k_BxSxKxh, v_BxSxKxh, segments_BxS = map(whole, (k_BxTxKxh, v_BxTxKxh, segments_BxT))
-    repeat = q_BxTxHxh.shape[2] // k_BxSxKxh.shape[2]
-    q, k, v = (
-        jnp.swapaxes(x, 1, 2)
-        for x in (
-            q_BxTxHxh * jnp.asarray(config.scale, q_BxTxHxh.dtype),
-            jnp.repeat(k_BxSxKxh, repeat, axis=2),
-            jnp.repeat(v_BxSxKxh, repeat, axis=2),
-        )
-    )
-    ids = splash.SegmentIds(segments_BxT, segments_BxS)
-
-    def run(size: int):
-        return jax.vmap(kernels[size])(q, k, v, segment_ids=ids)
-
-    return jnp.swapaxes(by_window(config, window, run), 1, 2)
 
 
 def _divisor(n: int, most: int) -> int:

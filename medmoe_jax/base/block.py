@@ -30,7 +30,7 @@ class Tokens(NamedTuple):
       place: where their keys and values are written in the cache; None where there is none.
       rope: the tables of `rope.tables`.
       branches: how texts share the tokens of a row; None = each has its own.
-      attend: runs attention without a cache, as `attention.splash_attention` does; None = masked.
+      attend: runs attention without a cache, as `splash.splash_attention` does; None = masked.
       one_by_one: whether `decode_attention` reads the cache.
     """
 

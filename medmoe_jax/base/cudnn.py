@@ -49,7 +49,7 @@ def cudnn_attention(
     segments_BxT: jax.Array,
     window: jax.Array,
 ) -> jax.Array:
-    """Causal attention within packed segments, as `attention.splash_attention` is on TPU.
+    """Causal attention within packed segments, as `splash.splash_attention` is on TPU.
 
     Causality and windows leave blocks out. On a mesh, each device runs it on its own rows and,
     where they divide, on its own heads.

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from medmoe_jax.base import attention, cudnn, decode_attention, rope, trees
+from medmoe_jax.base import attention, cudnn, decode_attention, rope, splash, trees
 from medmoe_jax.base.block import Layer, Tokens, block, rms_norm
 from medmoe_jax.base.cache import Cache, Place, moved, note
 from medmoe_jax.base.config import GROUPS, DecoderConfig, site_shapes
@@ -167,7 +167,7 @@ def _flash(config: DecoderConfig, execution: Execution, tokens: int) -> Callable
     """The flash attention that runs rows of that many tokens, or None."""
     chosen = execution.attention
     if chosen == "splash" or (chosen == "auto" and execution.platform == "tpu"):
-        return attention.splash_attention
+        return splash.splash_attention
     if chosen in ("auto", "cudnn"):
         against = cudnn.obstacle(config, execution, tokens)
         if against is None:

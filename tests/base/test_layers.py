@@ -1,24 +1,18 @@
 """Norm, rotary embeddings and attention against their formulas in float64."""
 
-import functools
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from medmoe_jax.base import attention, rope
 from medmoe_jax.base.block import rms_norm
 from medmoe_jax.base.config import DecoderConfig, RopeScaling, site_shapes
-from medmoe_jax.base.execution import Execution
-from medmoe_jax.errors import ParameterError, UserError
+from medmoe_jax.errors import UserError
 from tests import naive
-from tests.naive import TINY, rel, tree_rel
+from tests.naive import TINY, rel
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
@@ -258,62 +252,6 @@ def test_site_shapes():
         "mlp.down": (11, 8),
     }
     assert jax.tree.all(jax.tree.map(lambda x: x > 0, site_shapes(config)))
-
-
-@pytest.mark.parametrize(
-    ("spread", "softcap"),
-    [({}, 0.0), ({"fsdp": 2, "tensor": 2}, 2.0), ({"fsdp": 2, "sequence": 2, "tensor": 2}, 0.0)],
-    ids=["one-device", "rows-and-heads", "rows-tokens-and-heads"],
-)
-def test_splash_is_attention(monkeypatch, spread, softcap):
-    """The TPU kernel, interpreted, in value and gradient, for a window and for none."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-
-    made = functools.partial(splash.make_splash_mha, interpret=True)
-    monkeypatch.setattr(splash, "make_splash_mha", made)
-    config = TINY.replace(head_dim=128, windows=(0, 50, 0), attn_softcap=softcap)
-    rng = np.random.default_rng(0)
-    T = 512 if "sequence" in spread else 128  # two blocks of queries on each device, or one
-    q, k, v = (jnp.asarray(rng.standard_normal((2, T, n, 128)), jnp.float32) for n in (4, 2, 2))
-    mix = jnp.asarray(rng.standard_normal(q.shape), jnp.float32)
-    segments = np.repeat([[1, 1, 2, 0], [1, 2, 2, 2]], T // 4, axis=1).astype(np.int32)
-    positions = np.tile(np.arange(T, dtype=np.int32), (2, 1))
-    execution = Execution()
-    if spread:
-        number = math.prod(spread.values())
-        mesh = Mesh(np.array(jax.devices()[:number]).reshape(*spread.values()), tuple(spread))
-        axis = "sequence" if "sequence" in spread else None
-        execution = Execution(activations=NamedSharding(mesh, P("fsdp", axis, None)))
-    real = (segments > 0)[..., None, None]
-
-    @jax.jit
-    def kernel(q, k, v, window):
-        out = attention.splash_attention(config, execution, q, k, v, segments, window)
-        return jnp.sum(jnp.where(real, out * mix, 0.0))
-
-    @jax.jit
-    def plain(q, k, v, window):
-        mask = attention.visible(segments, positions, segments, positions, window)
-        out = attention.einsum_attention(config.scale, softcap, q, k, v, mask)
-        return jnp.sum(jnp.where(real, out * mix, 0.0))
-
-    grads = []
-    for window in (0, 50):
-        got, want = (
-            jax.value_and_grad(f, argnums=(0, 1, 2))(q, k, v, jnp.int32(window))
-            for f in (kernel, plain)
-        )
-        assert abs(got[0] - want[0]) < 1e-4 * float(jnp.abs(mix).sum()) ** 0.5
-        assert tree_rel(got[1], want[1]) < 1e-4
-        grads.append(want[1])
-    assert tree_rel(*grads) > 1e-2
-
-
-@pytest.mark.parametrize(("tokens", "shards"), [(200, 1), (384, 2), (2048, 32)])
-def test_rows_that_splash_cannot_cut(tokens, shards):
-    cut = f" over {shards} devices" if shards > 1 else ""
-    with pytest.raises(ParameterError, match=f"^attention: .* which {tokens}{cut} is not"):
-        attention._splash_kernel(2, tokens, 0, 0.0, shards)
 
 
 @pytest.mark.parametrize(

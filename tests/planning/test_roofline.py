@@ -11,7 +11,6 @@ from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.parallel.topology import CHIPS
 from medmoe_jax.planning import hlo
-from medmoe_jax.planning.attention import splash_costs
 from medmoe_jax.planning.frozen import frozen_step
 from medmoe_jax.planning.roofline import Bound, bound, floor_flops, lowest_layer
 from tests import naive
@@ -92,23 +91,3 @@ def test_a_frozen_step_does_the_floor_s_work_and_gives_the_right_gradient():
     want = (shifted(unit) - shifted(-unit)) / 2e-2
     assert abs(float(grad[1, 0, 3]) - want) < 2e-2 * abs(want) + 1e-5
     assert float(loss) == pytest.approx(shifted(0.0), rel=1e-4)
-
-
-def test_attention_kernels():
-    """Two blocks a side: three pairs of blocks; a pair of products each 2·128·128·64 FLOPs."""
-    costs = splash_costs(3, 256, 5, 64, 2)
-    product = 3 * 5 * 3 * 2 * 128 * 128 * 64
-    row, moved = 3 * 5 * 256 * 64 * 2, 3 * 5 * 3 * 2 * 128 * 64 * 2
-    assert costs["splash_mha_fwd_segmented_residuals"] == (2 * product, 2 * row + moved)
-    assert costs["splash_mha_dkv_segmented_no_residuals"] == (4 * product, 4 * row + moved)
-    assert costs["splash_mha_dq_segmented_no_residuals"] == (3 * product, 3 * row + moved)
-
-
-def test_attention_kernels_of_a_device_with_the_end_of_a_row():
-    """Two of four blocks of queries: three and four pairs; keys and their gradients are whole."""
-    costs = splash_costs(1, 512, 1, 64, 2, parts=2)
-    product, own, row = 7 * 2 * 128 * 128 * 64, 256 * 64 * 2, 512 * 64 * 2
-    moved = 7 * 2 * 128 * 64 * 2
-    assert costs["splash_mha_fwd_segmented_residuals"] == (2 * product, 2 * own + moved)
-    assert costs["splash_mha_dkv_segmented_no_residuals"] == (4 * product, 4 * row + moved)
-    assert costs["splash_mha_dq_segmented_no_residuals"] == (3 * product, 3 * own + moved)

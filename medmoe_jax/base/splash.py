@@ -1,0 +1,166 @@
+"""Attention by the splash kernels of JAX, on TPUs.
+
+Axes: B batch, T queries, S keys, H query heads, K key/value heads, h head dimension.
+
+Three kernels run: forward, and backward for keys and values and for queries. Each keeps one block
+in VMEM, of queries (of keys and values in the second), while blocks of the other kind pass by; what
+a mask hides is passed over. What passes is fetched again for every block that is kept, so HBM
+traffic falls as kept blocks grow; what is computed in vain along the mask's edges grows.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from medmoe_jax.base.attention import LANES, by_window, windows
+from medmoe_jax.base.config import DecoderConfig
+from medmoe_jax.base.execution import Execution
+from medmoe_jax.errors import ParameterError
+
+_PASSING = 512  # a product of 512 tokens keeps the MXU busy; scores are [kept, passing]
+_KEPT = 1024
+_VMEM = 14 * 2**20  # bytes, of the 16 MiB that the compiler gives a kernel on the smallest chip
+
+
+class Blocks(NamedTuple):
+    """Tokens of the block that a kernel keeps, and of those that pass by."""
+
+    kept: int
+    passing: int
+
+
+def block_sizes(tokens: int, shards: int, window: int, head_dim: int, itemsize: int) -> Blocks:
+    """The blocks for a row: as long as VMEM allows, but for what the mask's edges would waste.
+
+    Args:
+      tokens: of the row; a multiple of 128 times `shards`.
+      shards: devices that share its queries.
+      window: keys that a query sees at most; 0 = all before it.
+      head_dim: h.
+      itemsize: bytes of a number.
+    """
+    here = tokens // shards // LANES
+    passing = _divisor(here, _PASSING // LANES)
+    # With an eighth of what a query sees, at most an eighth of the scores is computed in vain.
+    seen = min(window or tokens, tokens) // 8
+    most = _divisor(here, max(min(seen, _KEPT), _PASSING) // LANES)
+    kept = [d for d in range(most, 0, -1) if here % d == 0]
+    fitting = (d for d in kept if _vmem(LANES * d, LANES * passing, head_dim, itemsize) <= _VMEM)
+    return Blocks(LANES * next(fitting, 1), LANES * passing)
+
+
+def _divisor(n: int, most: int) -> int:
+    """The largest divisor of n that is at most `most`."""
+    return max(d for d in range(1, most + 1) if n % d == 0)
+
+
+def _vmem(kept: int, passing: int, head_dim: int, itemsize: int) -> int:
+    """About the bytes that the hungriest kernel, that of the queries' gradient, takes.
+
+    Two copies of blocks of queries, their gradient and the output's, of their ids and order (int32,
+    128 lanes), and of keys and values; the sum; and four arrays of scores.
+    """
+    queries = kept * (3 * head_dim * itemsize + 2 * LANES * 4)
+    keys = 2 * passing * head_dim * itemsize
+    return 2 * (queries + keys) + 4 * kept * head_dim + 4 * 4 * kept * passing
+
+
+def splash_attention(
+    config: DecoderConfig,
+    execution: Execution,
+    q_BxTxHxh: jax.Array,
+    k_BxTxKxh: jax.Array,
+    v_BxTxKxh: jax.Array,
+    segments_BxT: jax.Array,
+    window: jax.Array,
+) -> jax.Array:
+    """Causal attention within packed segments: `[B, T, H, h]`.
+
+    Within a packed row, segments are contiguous, so order in the row is order in the segment.
+    On a mesh, each device runs it on its own rows, on its own queries where the axis `sequence`
+    cuts them (keys and values of the whole row are gathered), and, where they divide, on its own
+    heads of the axis `tensor`.
+
+    Raises:
+      ParameterError: a device's part of a row is not a multiple of 128 tokens.
+    """
+    _, T, H, h = q_BxTxHxh.shape
+    sequence, tensor = execution.sequence_axis(T), execution.tensor_axis(k_BxTxKxh.shape[2])
+    heads, shards = H // execution.size(tensor), execution.size(sequence)
+    kernels = {}
+    for size in windows(config):
+        kernels[size] = _kernel(
+            heads, T, size, config.attn_softcap, shards, h, q_BxTxHxh.dtype.itemsize
+        )
+    run = functools.partial(_local, config, sequence)
+    if execution.mesh is not None:
+        tokens, by_head = execution.spec(T), execution.spec(T, tensor, None)
+        masks = NamedSharding(execution.mesh, PartitionSpec(None, sequence))
+        here = {size: kernel.manual_sharding_spec(masks) for size, kernel in kernels.items()}
+        inputs = (here, by_head, by_head, by_head, tokens, PartitionSpec())
+        run = execution.per_device(run, inputs, by_head)
+    return run(kernels, q_BxTxHxh, k_BxTxKxh, v_BxTxKxh, segments_BxT, window)
+
+
+def _kernel(
+    heads: int, tokens: int, window: int, softcap: float, shards: int, head_dim: int, itemsize: int
+):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    if tokens % (shards * LANES):
+        cut = f" over {shards} devices" if shards > 1 else ""
+        raise ParameterError(
+            f"attention: splash takes a multiple of {LANES} tokens of a row on each device, which "
+            f"{tokens}{cut} is not; change the rows' length, or take 'xla', which runs any"
+        )
+    kept, passing = block_sizes(tokens, shards, window, head_dim, itemsize)
+    shape = (tokens, tokens)
+    one = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
+    return splash.make_splash_mha(
+        masks.MultiHeadMask([one] * heads),
+        block_sizes=splash.BlockSizes(
+            block_q=kept,
+            block_kv=passing,
+            block_q_dkv=passing,
+            block_kv_dkv=kept,
+            block_q_dq=kept,
+            block_kv_dq=passing,
+        ),
+        head_shards=1,
+        q_seq_shards=shards,
+        attn_logits_soft_cap=softcap or None,
+    )
+
+
+def _local(
+    config: DecoderConfig,
+    sequence: str | None,
+    kernels,
+    q_BxTxHxh,
+    k_BxTxKxh,
+    v_BxTxKxh,
+    segments_BxT,
+    window,
+):
+    """What one device runs; a group of query heads shares its key/value head in the kernels."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
+    def whole(x):
+        return jax.lax.all_gather(x, sequence, axis=1, tiled=True) if sequence else x
+
+    k_BxSxKxh, v_BxSxKxh, segments_BxS = map(whole, (k_BxTxKxh, v_BxTxKxh, segments_BxT))
+    scaled_BxTxHxh = q_BxTxHxh * jnp.asarray(config.scale, q_BxTxHxh.dtype)
+    by_head = (jnp.swapaxes(x, 1, 2) for x in (scaled_BxTxHxh, k_BxSxKxh, v_BxSxKxh))
+    q_BxHxTxh, k_BxKxSxh, v_BxKxSxh = by_head
+    ids = splash.SegmentIds(segments_BxT, segments_BxS)
+
+    def run(size: int):
+        return jax.vmap(kernels[size])(q_BxHxTxh, k_BxKxSxh, v_BxKxSxh, segment_ids=ids)
+
+    return jnp.swapaxes(by_window(config, window, run), 1, 2)
