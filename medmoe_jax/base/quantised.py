@@ -2,7 +2,9 @@
 
 Axes: L layers, D input width, O output width, n blocks of rows, b rows of a block.
 A leaf has a kernel's logical shape `[..., D, O]` and gives its values with `astype`. It is a pytree
-of arrays whose leading axis is the kernel's, so that a scan indexes it by layer as it is.
+of arrays whose leading axis is the kernel's, so that a scan indexes it by layer as it is; they are
+what `kernels.packed.Packed` describes, so that a kernel unpacks
+them block by block.
 
     int8  w = q · s          q in -127..127, s = max|w| / 127 of an output channel
     nf4   w = code[q] · s    code the 16 quantiles of QLoRA (arXiv 2305.14314, appendix E),
@@ -15,7 +17,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +43,7 @@ class Int8:
 
     codes: Any  # [..., D, O] int8
     scale: Any  # [..., 1, O] float32
+    rows_held: ClassVar = (1, 0)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,7 +57,12 @@ class Int8:
 
     def astype(self, dtype: DTypeLike) -> jax.Array:
         """The kernel's values: computed in float32, rounded once."""
-        return (self.codes.astype(jnp.float32) * self.scale).astype(dtype)
+        return self.unpack(self.codes, self.scale).astype(dtype)
+
+    @staticmethod
+    def unpack(codes: jax.Array, scale: jax.Array) -> jax.Array:
+        """Float32 values `[..., rows, columns]` of a part of both arrays."""
+        return codes.astype(jnp.float32) * scale
 
 
 @jax.tree_util.register_dataclass
@@ -68,12 +76,14 @@ class Nf4:
 
     codes: Any  # [..., n b / 2, O] uint8
     scale: Any  # [..., n, O] float32
-    rows: int = dataclasses.field(metadata={"static": True})  # D
+    rows: int = dataclasses.field(metadata={"static": True})  # D of the whole kernel
+    rows_held: ClassVar = (2, BLOCK)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The kernel's shape."""
-        return (*self.codes.shape[:-2], self.rows, self.codes.shape[-1])
+        """The kernel's shape, or a shard's."""
+        *leading, packed, O = self.codes.shape
+        return (*leading, min(self.rows, 2 * packed), O)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -82,11 +92,15 @@ class Nf4:
 
     def astype(self, dtype: DTypeLike) -> jax.Array:
         """The kernel's values: computed in float32, rounded once."""
-        *leading, n, O = self.scale.shape
-        packed = self.codes.reshape(*leading, n, BLOCK // 2, O)
+        return self.unpack(self.codes, self.scale).astype(dtype)[..., : self.rows, :]
+
+    @staticmethod
+    def unpack(codes: jax.Array, scale: jax.Array) -> jax.Array:
+        """Float32 values `[..., rows, columns]` of whole blocks: a part of both arrays."""
+        *leading, n, O = scale.shape
+        packed = codes.reshape(*leading, n, BLOCK // 2, O)
         values = _from_codes(jnp.concatenate([packed & 15, packed >> 4], axis=-2))
-        values = (values * self.scale[..., None, :]).astype(dtype)
-        return values.reshape(*leading, n * BLOCK, O)[..., : self.rows, :]
+        return (values * scale[..., None, :]).reshape(*leading, n * BLOCK, O)
 
 
 Quantised = Int8 | Nf4

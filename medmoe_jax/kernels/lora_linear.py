@@ -17,23 +17,28 @@ and runs in the same kernel. Dropout is made there, block by block, by the count
 The sites of a projection group have each its own A: one call a site computes nothing twice and
 reads x no more often than the base products alone, whereas h = x·A made for the group beforehand
 would cost one more reading of x. Where W is frozen, as it mostly is, no gradient of it is computed
-and no buffer of its size is made for one.
+and no buffer of its size is made for one. A packed W (`kernels.packed`) travels as it is stored and
+is unpacked in VMEM; it never has a gradient.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+import math
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from medmoe_jax.errors import UserError
 from medmoe_jax.kernels.dropout import Counter, Dropout, dropped
+from medmoe_jax.kernels.packed import Packed, Storage, storage_of
 from medmoe_jax.kernels.tiles import (
+    LANES,
     Tiles,
     ceil_div,
     cheapest,
@@ -56,6 +61,8 @@ class Shape(NamedTuple):
       T, K, N, R: tokens, widths, rank columns.
       itemsize, gate_itemsize: bytes of a value, and of a gate or 0.
       dropout: whether there is any.
+      weight: how a packed W lies in memory; None = W is an array of values.
+      transposed: whether W's rows run along K.
     """
 
     T: int
@@ -65,6 +72,8 @@ class Shape(NamedTuple):
     itemsize: int
     gate_itemsize: int
     dropout: bool = False
+    weight: Storage | None = None
+    transposed: bool = False
 
     def grid(self, t: Tiles) -> tuple[int, int, int]:
         """Blocks of rows, of outputs and of the contracted width."""
@@ -72,22 +81,36 @@ class Shape(NamedTuple):
 
     def vmem(self, t: Tiles) -> int:
         """Bytes of all blocks and accumulators."""
-        moving = t.m * (t.k + t.n + self.R) + t.k * (t.n + self.R) + self.R * t.n
+        moving = t.m * (t.k + t.n + self.R) + (t.k + t.n) * self.R
         kept = t.m * (4 * t.n + 4 * self.R + self.itemsize * self.R)
+        # Values of a packed block, and about three arrays of it in float32 while it is unpacked.
+        unpacked = t.k * t.n * (self.itemsize + 3 * 4) if self.weight else 0
         # A column of words fills whole tiles, 128 wide; so does a mask over the wider block.
         words = 4 * t.m * (2 * 128 + max(t.k, t.n)) if self.dropout else 0
-        return 2 * self.itemsize * moving + 2 * self.gate_itemsize * t.m * self.R + kept + words
+        moved = self.itemsize * moving + self._weight_bytes(t.k, t.n)
+        return 2 * moved + 2 * self.gate_itemsize * t.m * self.R + kept + unpacked + words
+
+    def _weight_bytes(self, k: int, n: int) -> int:
+        if self.weight is None:
+            return k * n * self.itemsize
+        return self.weight.bytes(*((n, k) if self.transposed else (k, n)))
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """What blocks along K and along N are multiples of, where they are not whole."""
+        rows = LANES if self.weight is None else math.lcm(LANES, self.weight.granule)
+        return (LANES, rows) if self.transposed else (rows, LANES)
 
     def traffic(self, t: Tiles) -> int:
         """HBM bytes: a block that does not change between two steps is not fetched again."""
         nm, nn, nk = self.grid(t)
         rows, k, n = nm * t.m, nk * t.k, nn * t.n
         x = rows * k * (1 if nk == 1 else nn)
-        w = k * n * (1 if nk == nn == 1 else nm)
+        w = self._weight_bytes(k, n) * (1 if nk == nn == 1 else nm)
         a = k * self.R * (1 if nk == 1 else nm)
         b = self.R * n * (1 if nn == 1 else nm)
-        moved = x + w + a + b + rows * (n + self.R)
-        return moved * self.itemsize + rows * self.R * self.gate_itemsize
+        moved = x + a + b + rows * (n + self.R)
+        return moved * self.itemsize + w + rows * self.R * self.gate_itemsize
 
 
 def _candidates(shape: Shape) -> list[Tiles]:
@@ -95,18 +118,30 @@ def _candidates(shape: Shape) -> list[Tiles]:
 
     There are at least two blocks of rows where there are rows enough: v5p has two cores a chip.
     """
-    rows = ceil_div(shape.T, 32) * 16
+    rows, (along_k, along_n) = ceil_div(shape.T, 32) * 16, shape.steps
     return [
-        Tiles(min(rows, m), tile_of(shape.K, k), tile_of(shape.N, n))
+        Tiles(min(rows, m), tile_of(shape.K, k, along_k), tile_of(shape.N, n, along_n))
         for m in (2048, 1024, 512, 256, 128)
         for k in (shape.K, 1024, 512, 256)
         for n in (2048, 1024, 512, 256)
     ]
 
 
-def fits(T: int, D: int, O: int, R: int, itemsize: int) -> bool:
-    """Whether the kernel can tile these shapes, forward and backward, with all it may be given."""
-    both = (Shape(T, D, O, R, itemsize, 4, True), Shape(T, O, D, R, itemsize, 4, True))
+def fits(T: int, D: int, O: int, R: int, dtype: DTypeLike, weight: jax.Array | Packed) -> bool:
+    """Whether the kernel can tile these shapes, forward and backward, with all it may be given.
+
+    Args:
+      T, D, O, R: tokens, widths and rank columns of one device.
+      dtype: of x.
+      weight: W, of which only the form counts.
+    """
+    itemsize, stored = jnp.dtype(dtype).itemsize, storage_of(weight)
+    if stored and not stored.holds(D):
+        return False
+    both = (
+        Shape(T, D, O, R, itemsize, 4, True, stored),
+        Shape(T, O, D, R, itemsize, 4, True, stored, transposed=True),
+    )
     return all(fitting(_candidates(shape), shape.vmem) for shape in both)
 
 
@@ -128,13 +163,29 @@ def _dot(x, w, transposed: bool):
     return jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
 
 
-def _kernel(x_ref, w_ref, a_ref, b_ref, *refs, K: int, transposed: bool, rate: float | None):
-    *given, y_ref, h_ref, y_sum, h_sum, gated = refs
-    gate_ref, word_refs = (given, ()) if rate is None else (given[:-2], given[-2:])
+def _kernel(
+    x_ref,
+    a_ref,
+    b_ref,
+    w_refs,
+    gate_refs,
+    word_refs,
+    y_ref,
+    h_ref,
+    y_sum,
+    h_sum,
+    gated,
+    *,
+    K: int,
+    transposed: bool,
+    rate: float | None,
+    weight: Storage | None,
+):
     n, k = pl.program_id(1), pl.program_id(2)
     first, last = k == 0, k == pl.num_programs(2) - 1
     tk, contracted = x_ref.shape[1], 1 if transposed else 0
-    x, w, a = x_ref[...], w_ref[...], a_ref[...]
+    x, a = x_ref[...], a_ref[...]
+    w = w_refs[0][...] if weight is None else weight.values(w_refs, x.dtype)
     if K % tk:
         x = keep(x, 1, 0, K - k * tk)
         w, a = (keep(block, contracted, 0, K - k * tk) for block in (w, a))
@@ -161,7 +212,7 @@ def _kernel(x_ref, w_ref, a_ref, b_ref, *refs, K: int, transposed: bool, rate: f
         def _():
             h = h_sum[...]
             h_ref[...] = h.astype(h_ref.dtype)
-            for gate in gate_ref:
+            for gate in gate_refs:
                 h = h * gate[...].astype(jnp.float32)
             gated[...] = h.astype(gated.dtype)
 
@@ -177,8 +228,10 @@ def _pallas(x_TxK, w_KxN, a_KxR, gate_TxR, b_RxN, dropout, transposed: bool, bac
     T, K = x_TxK.shape
     R, N = a_KxR.shape[0 if transposed else 1], w_KxN.shape[0 if transposed else 1]
     gates = () if gate_TxR is None else (gate_TxR,)
-    gate_itemsize = sum(gate.dtype.itemsize for gate in gates)
-    shape = Shape(T, K, N, R, x_TxK.dtype.itemsize, gate_itemsize, dropout is not None)
+    gate_itemsize, weight = sum(gate.dtype.itemsize for gate in gates), storage_of(w_KxN)
+    shape = Shape(
+        T, K, N, R, x_TxK.dtype.itemsize, gate_itemsize, dropout is not None, weight, transposed
+    )
     t, cost = tiling(shape)
     grid = shape.grid(t)
     last_k = grid[2] - 1
@@ -188,6 +241,14 @@ def _pallas(x_TxK, w_KxN, a_KxR, gate_TxR, b_RxN, dropout, transposed: bool, bac
         if transposed:
             return pl.BlockSpec(shape[::-1], lambda m, n, k: index(m, n, k)[::-1])
         return pl.BlockSpec(shape, index)
+
+    def of_weight(held: int):
+        """A block of an array of W, a row of which holds so many of W's; 0 = all."""
+        if transposed:
+            rows = t.n // held if held else 1
+            return pl.BlockSpec((rows, t.k), lambda m, n, k: (n if held else 0, k))
+        rows = t.k // held if held else 1
+        return pl.BlockSpec((rows, t.n), lambda m, n, k: (k if held else 0, n))
 
     per_row = pl.BlockSpec((t.m, R), lambda m, n, k: (m, 0))
     words, word_specs = (), ()
@@ -199,7 +260,11 @@ def _pallas(x_TxK, w_KxN, a_KxR, gate_TxR, b_RxN, dropout, transposed: bool, bac
         word_specs = (pl.BlockSpec((t.m, 1), lambda m, n, k: (m, 0)), along_d)
     y_TxN, h_TxR = pl.pallas_call(
         functools.partial(
-            _kernel, K=K, transposed=transposed, rate=None if dropout is None else dropout.rate
+            _kernel,
+            K=K,
+            transposed=transposed,
+            rate=None if dropout is None else dropout.rate,
+            weight=weight,
         ),
         out_shape=(
             jax.ShapeDtypeStruct((T, N), x_TxK.dtype),
@@ -208,12 +273,12 @@ def _pallas(x_TxK, w_KxN, a_KxR, gate_TxR, b_RxN, dropout, transposed: bool, bac
         grid=grid,
         in_specs=[
             pl.BlockSpec((t.m, t.k), lambda m, n, k: (m, k)),
-            oriented((t.k, t.n), lambda m, n, k: (k, n)),
             # Only the first block of outputs needs A: then the last one stays, and none is fetched.
             oriented((t.k, R), lambda m, n, k: (jnp.where(n == 0, k, last_k), 0)),
             oriented((R, t.n), lambda m, n, k: (0, n)),
-            *(per_row for _ in gates),
-            *word_specs,
+            [of_weight(held) for held in (weight.rows_held if weight else (1,))],
+            [per_row for _ in gates],
+            list(word_specs),
         ],
         out_specs=(pl.BlockSpec((t.m, t.n), lambda m, n, k: (m, n)), per_row),
         scratch_shapes=[
@@ -224,7 +289,7 @@ def _pallas(x_TxK, w_KxN, a_KxR, gate_TxR, b_RxN, dropout, transposed: bool, bac
         cost_estimate=cost,
         **options(backend, ("parallel", "arbitrary", "arbitrary")),
         name="lora_linear",
-    )(x_TxK, w_KxN, a_KxR, b_RxN, *gates, *words)
+    )(x_TxK, a_KxR, b_RxN, jax.tree.leaves(w_KxN), list(gates), list(words))
     # A loop that stacks a result would take the kernel into its own fusion, where the VMEM that it
     # asks for is not granted.
     return jax.lax.optimization_barrier((y_TxN, h_TxR))
@@ -251,8 +316,9 @@ def _xla(x_TxK, w_KxN, a_KxR, gate_TxR, b_RxN, dropout, transposed: bool):
 
 
 def _forward(x, w, a, gate, b, dropout, transposed, backend):
-    matrices = (w.astype(x.dtype), a.astype(x.dtype), gate, b.astype(x.dtype))
-    operands = (x, *matrices, dropout, transposed)
+    if backend == "xla" or storage_of(w) is None:
+        w = w.astype(x.dtype)
+    operands = (x, w, a.astype(x.dtype), gate, b.astype(x.dtype), dropout, transposed)
     return _xla(*operands) if backend == "xla" else _pallas(*operands, backend)
 
 
@@ -264,13 +330,14 @@ def _lora_linear(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, counter, rate: float, bac
 
 def _lora_linear_fwd(x, w, a, gate, b, counter, rate, backend, columns):
     """Each argument comes as its value and whether its derivative is asked for."""
-    x_TxD, a_DxR, b_RxO, w_DxO = x.value, a.value, b.value, w.value
+    x_TxD, a_DxR, b_RxO = x.value, a.value, b.value
+    w_DxO = jax.tree.map(lambda leaf: leaf.value, w)
     gate_TxR = None if gate is None else gate.value
     dropout = None if counter is None else Dropout(Counter(*(c.value for c in counter)), rate)
     y_TxO, h_TxR = _forward(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, dropout, False, backend)
     # For the policies of `jax.checkpoint`: who keeps h need not run the kernel again for it.
     y_TxO, h_TxR = checkpoint_name(y_TxO, PRODUCT), checkpoint_name(h_TxR, columns)
-    trained = w_DxO if w.perturbed else None
+    trained = w_DxO if storage_of(w_DxO) is None and w.perturbed else None
     counter = None if dropout is None else dropout.counter
     return y_TxO, (x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, counter, h_TxR, trained)
 
@@ -298,7 +365,7 @@ _lora_linear.defvjp(_lora_linear_fwd, _lora_linear_bwd, symbolic_zeros=True)
 
 def lora_linear(
     x_TxD: jax.Array,
-    w_DxO: jax.Array,
+    w_DxO: jax.Array | Packed,
     a_DxR: jax.Array,
     gate_TxR: jax.Array | None,
     b_RxO: jax.Array,
@@ -311,7 +378,7 @@ def lora_linear(
 
     Args:
       x_TxD: float32 or bfloat16.
-      w_DxO: the weight; its gradient is computed only where it is asked for.
+      w_DxO: the weight; its gradient is computed only where it is asked for. A packed one has none.
       a_DxR, b_RxO: the experts of all banks side by side, R = Σ E·r; cast to x's dtype for the
         product, while their gradients are accumulated in float32 and rounded once, to their dtype.
       gate_TxR: weights in rank space, s and Λ folded in (or into B); None for ones.
@@ -335,7 +402,9 @@ def lora_linear(
     """
     check_backend(backend)
     gate = {} if gate_TxR is None else {"gate_TxR": gate_TxR}
-    check_floats(x_TxD=x_TxD, w_DxO=w_DxO, a_DxR=a_DxR, b_RxO=b_RxO, **gate)
+    stored, weight = storage_of(w_DxO), cast(jax.Array, w_DxO)
+    check_floats(x_TxD=x_TxD, a_DxR=a_DxR, b_RxO=b_RxO, **gate)
+    check_floats(**{} if stored else {"w_DxO": weight})
     (T, D), (R, O) = x_TxD.shape, b_RxO.shape
     expected = {"w_DxO": (D, O), "a_DxR": (D, R), "gate_TxR": (T, R)}
     for name, array in {"w_DxO": w_DxO, "a_DxR": a_DxR, **gate}.items():
@@ -344,5 +413,7 @@ def lora_linear(
                 f"{name} has shape {array.shape}; with x {x_TxD.shape} and b {b_RxO.shape} it "
                 f"must have {expected[name]}"
             )
+    if stored and not stored.holds(D):
+        raise UserError(f"w_DxO is packed in whole blocks, which its {D} rows do not fill")
     counter, rate = (None, 0.0) if dropout is None else dropout
     return _lora_linear(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, counter, rate, backend, columns)

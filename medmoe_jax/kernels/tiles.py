@@ -48,13 +48,13 @@ def check_floats(**arrays: jax.Array) -> None:
             raise UserError(f"{name} has shape {array.shape}; every dimension must be at least 1")
 
 
-def tile_of(width: int, limit: int) -> int:
-    """The block of a dimension: all of it, or about equal multiples of 128, none over `limit`."""
-    limit = max(limit // LANES * LANES, LANES)
+def tile_of(width: int, limit: int, step: int = LANES) -> int:
+    """The block of a dimension: all of it, or about equal multiples of step, none over `limit`."""
+    limit = max(limit // step * step, step)
     if width <= limit:
         return width
-    share = -(-width // -(-width // limit))
-    return -(-share // LANES) * LANES
+    share = ceil_div(width, ceil_div(width, limit))
+    return ceil_div(share, step) * step
 
 
 def ceil_div(dividend: Size, divisor: int) -> Size:

@@ -251,15 +251,15 @@ class _Counter:
         for name in set(inner.users.get(source.name, ())):
             user = inner.instructions[name]
             first = user.operands[0] == source.name and source.name not in user.operands[1:]
-            if user.opcode == "fusion":
+            if user.opcode == "bitcast" or _in_place(user, source):
+                total += self._reads(inner, user, arrays)
+            elif user.opcode == "fusion":
                 nested = self._inner(user)
                 total += sum(
                     self._reads(nested, parameter, arrays)
                     for parameter, operand in zip(nested.parameters(), user.operands, strict=True)
                     if operand == source.name
                 )
-            elif user.opcode == "bitcast":
-                total += self._reads(inner, user, arrays)
             elif user.opcode in _SLICES and first:
                 total += sum(a.bytes for a in user.arrays)
             elif not (user.opcode in _UPDATES and first) and user.opcode != "tuple":
@@ -314,6 +314,12 @@ def _kind(one: Instruction) -> str:
     """The kind of a collective, or ""; its asynchronous end is none."""
     kind = one.opcode.removesuffix("-start")
     return kind if kind in COLLECTIVES else ""
+
+
+def _in_place(user: Instruction, source: Instruction) -> bool:
+    """Whether a fusion within a fusion is the same bytes in another form, as of tiles."""
+    same = "output_to_operand_aliasing={{}: (0, {})}" in user.attributes
+    return user.opcode == "fusion" and same and user.operands == (source.name,)
 
 
 def _goes_on(inner: Computation) -> bool:

@@ -37,8 +37,8 @@ def linear(
 ) -> dict[str, Any]:
     """`{site: x W (+ b) + its terms}`; sites that the kernel can take go through it.
 
-    It takes a site with float weights whose terms all read x itself, or all read it after the same
-    draw of dropout, and whose rank columns fit its memory.
+    It takes a site whose terms all read x itself, or all read it after the same draw of dropout,
+    and whose rank columns fit its memory. A quantised weight travels as it is stored.
     """
     # In the order of the weights: every process of a run has to compile the same program.
     one_pass = [
@@ -63,7 +63,7 @@ def _cut(execution: Execution, site: str, kernel_DxO) -> tuple[str | None, str |
 
 
 def _fits(execution: Execution, site, x_BxTxD, kernel_DxO, terms: Sequence[LoraTerm]) -> bool:
-    if isinstance(kernel_DxO, Quantised) or any(t.dropout is not terms[0].dropout for t in terms):
+    if any(t.dropout is not terms[0].dropout for t in terms):
         return False
     B, T, _ = x_BxTxD.shape
     D, O = (
@@ -71,7 +71,7 @@ def _fits(execution: Execution, site, x_BxTxD, kernel_DxO, terms: Sequence[LoraT
         for size, axis in zip(kernel_DxO.shape, _cut(execution, site, kernel_DxO), strict=True)
     )
     R = sum(t.lora_a_DxExr.shape[1] * t.lora_a_DxExr.shape[2] for t in terms)
-    return kernel.fits(execution.local_tokens(B, T), D, O, R, x_BxTxD.dtype.itemsize)
+    return kernel.fits(execution.local_tokens(B, T), D, O, R, x_BxTxD.dtype, kernel_DxO)
 
 
 def _product(execution: Execution, site: str, x_BxTxD, kernel_DxO, terms: Sequence[LoraTerm]):
@@ -85,7 +85,7 @@ def _product(execution: Execution, site: str, x_BxTxD, kernel_DxO, terms: Sequen
         functools.partial(_local, execution.backend, row_parallel(site), rate),
         (
             execution.spec(T, on_in),
-            spec(on_in, on_out),
+            _weight_spec(kernel_DxO, on_in, on_out),
             spec(on_in),
             spec(None, on_out),
             execution.spec(T),
@@ -98,12 +98,19 @@ def _product(execution: Execution, site: str, x_BxTxD, kernel_DxO, terms: Sequen
     y_PxBxTxO = run(
         x_BxTxD,
         # Cast before it is gathered; A and B are cast by the kernel, their gradients are float32.
-        kernel_DxO.astype(x_BxTxD.dtype),
+        kernel_DxO if isinstance(kernel_DxO, Quantised) else kernel_DxO.astype(x_BxTxD.dtype),
         *zip(*(_flat(execution, site, t) for t in terms), strict=True),
         [None if t.gates is None else t.gates.dense_BxTxE for t in terms],
         None if dropout is None else dropout.counter,
     )
     return jax.lax.reduce_sum(y_PxBxTxO, (0,))
+
+
+def _weight_spec(kernel_DxO, on_in: str | None, on_out: str | None):
+    """Where a weight lies, array by array; the one row of an array that has but one is not cut."""
+    return jax.tree.map(
+        lambda leaf: PartitionSpec(on_in if leaf.shape[0] > 1 else None, on_out), kernel_DxO
+    )
 
 
 def _flat(execution: Execution, site: str, term: LoraTerm):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from medmoe_jax.base import quantised
 from medmoe_jax.kernels.dropout import Counter, Dropout
 from medmoe_jax.kernels.grouped import grouped_lora, grouped_matmul
 from medmoe_jax.kernels.lora_linear import lora_linear
@@ -77,20 +78,25 @@ def test_grouped_matmul(slice_name, M, D, O, E, dtype):
 @pytest.mark.aot
 @pytest.mark.parametrize("slice_name", SLICES)
 @pytest.mark.parametrize(
-    "T, D, O, R, gated, dtype, rate",
+    "T, D, O, R, gated, dtype, rate, kind",
     [
-        (4096, 4096, 11008, 160, True, bf16, 0.0),  # Qwen1.5-7B, gate and up, MedCare's banks.
-        (4096, 4096, 11008, 160, True, bf16, 0.05),  # The same with dropout.
-        (4096, 13696, 5120, 640, True, bf16, 0.0),  # Qwen1.5-14B, down, five such banks.
-        (4096, 3584, 512, 16, False, bf16, 0.0),  # Qwen2-7B, k and v, plain LoRA.
-        (4000, 2048, 5504, 128, True, f32, 0.05),  # Qwen1.5-1.8B; tails in every dimension.
-        (4096, 28672, 8192, 160, True, bf16, 0.0),  # The widest.
+        (4096, 4096, 11008, 160, True, bf16, 0.0, ""),  # Qwen1.5-7B, gate and up, MedCare's banks.
+        (4096, 4096, 11008, 160, True, bf16, 0.05, ""),  # The same with dropout.
+        (4096, 13696, 5120, 640, True, bf16, 0.0, ""),  # Qwen1.5-14B, down, five such banks.
+        (4096, 3584, 512, 16, False, bf16, 0.0, ""),  # Qwen2-7B, k and v, plain LoRA.
+        (4000, 2048, 5504, 128, True, f32, 0.05, ""),  # Qwen1.5-1.8B; tails in every dimension.
+        (4096, 28672, 8192, 160, True, bf16, 0.0, ""),  # The widest.
+        (2048, 4096, 11008, 160, True, bf16, 0.05, "int8"),
+        (2048, 11008, 4096, 160, True, bf16, 0.05, "nf4"),
+        (2000, 896, 4864, 160, True, f32, 0.05, "nf4"),  # Qwen2-0.5B; tails of rows.
+        (2048, 28672, 8192, 160, True, bf16, 0.05, "nf4"),  # The widest.
     ],
 )
-def test_lora_linear(slice_name, T, D, O, R, gated, dtype, rate):
+def test_lora_linear(slice_name, T, D, O, R, gated, dtype, rate, kind):
     x, w, a, gate, b, dy = shaped(
         (dtype, T, D), (dtype, D, O), (f32, D, R), (f32, T, R), (f32, R, O), (dtype, T, O)
     )
+    w = jax.eval_shape(quantised.KINDS[kind], w) if kind else w
 
     def step(x, w, a, gate, b, dy):
         words = Counter(jnp.arange(T, dtype=jnp.int32), jnp.arange(D, dtype=jnp.int32))

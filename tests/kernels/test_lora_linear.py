@@ -6,10 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from medmoe_jax.base import quantised
 from medmoe_jax.errors import UserError
 from medmoe_jax.kernels import lora_linear as kernel
 from medmoe_jax.kernels import tiles
 from medmoe_jax.kernels.dropout import Counter, Dropout, counter, kept
+from medmoe_jax.kernels.packed import storage_of
 
 BACKENDS = ("xla", "interpret")
 
@@ -43,7 +45,8 @@ def naive(x, w, a, gate, b, dy, mask=1.0):
 
 def run(x, w, a, gate, b, dy, backend, dtype=jnp.float32, plain=None, dropout=None):
     """What `naive` gives, by the kernel or by `plain`; x, w and dy in `dtype`, else float32."""
-    x, w, dy = (jnp.asarray(v, dtype) for v in (x, w, dy))
+    x, dy = (jnp.asarray(v, dtype) for v in (x, dy))
+    w = w if isinstance(w, quantised.Quantised) else jnp.asarray(w, dtype)
     a, b = jnp.float32(a), jnp.float32(b)
     gate = None if gate is None else jnp.float32(gate)
 
@@ -105,6 +108,48 @@ def test_blocks_in_every_dimension_with_tails(monkeypatch, dropping):
         assert shape.grid(chosen) == (2, 2, 2) and K % chosen.k and N % chosen.n
     dropout, mask = draw(150, 300) if dropping else (None, 1.0)
     assert_equal(run(*arrays, "interpret", dropout=dropout), naive(*arrays, mask))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", quantised.KINDS)
+def test_a_packed_weight_is_the_floats_that_it_stands_for(kind, backend):
+    x, w, a, gate, b, dy = problem(D=128)
+    packed = quantised.KINDS[kind](jnp.float32(w))
+    values = np.asarray(packed.astype(jnp.float32), np.float64)
+    dropout, mask = draw(D=128)
+    expected = naive(x, values, a, gate, b, dy, mask)
+    assert error(naive(x, w, a, gate, b, dy, mask)["y"], expected["y"]) > 1e-4
+    assert_equal(run(x, packed, a, gate, b, dy, backend, dropout=dropout), expected)
+
+
+@pytest.mark.parametrize("kind", quantised.KINDS)
+def test_blocks_of_a_packed_weight(monkeypatch, kind):
+    """In every dimension; the last ones hang over."""
+    D, O = 1088, 270
+    x, w, a, gate, b, dy = problem(T=150, D=D, O=O)
+    packed = quantised.KINDS[kind](jnp.float32(w))
+    monkeypatch.setattr(tiles, "BLOCKS_BYTES", 3_000_000)
+    for transposed, (K, N) in enumerate(((D, O), (O, D))):
+        stored = storage_of(packed)
+        shape = kernel.Shape(150, K, N, 6, 4, 4, False, stored, bool(transposed))
+        chosen, _ = kernel.tiling(shape)
+        cut = chosen.n if transposed else chosen.k
+        assert cut < D and D % cut and cut % stored.granule == 0
+    values = np.asarray(packed.astype(jnp.float32), np.float64)
+    expected = naive(x, values, a, gate, b, dy)
+    assert_equal(run(x, packed, a, gate, b, dy, "interpret"), expected)
+
+
+def test_what_a_packed_weight_moves():
+    """By hand: bytes and one scale a column; half bytes and one scale 64 rows."""
+    int8, nf4 = (storage_of(of(jnp.ones((128, 8)))) for of in quantised.KINDS.values())
+    assert int8.bytes(128, 8) == 128 * 8 + 4 * 8 and int8.granule == 32
+    assert nf4.bytes(128, 8) == 64 * 8 + 2 * 4 * 8 and nf4.granule == 512
+    floats = kernel.Shape(512, 4096, 1024, R=16, itemsize=2, gate_itemsize=4)
+    packed = floats._replace(weight=int8)
+    one = tiles.Tiles(256, 512, 1024)
+    saved = floats.traffic(one) - packed.traffic(one)
+    assert saved == 2 * (2 * 4096 * 1024 - int8.bytes(4096, 1024))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -201,6 +246,12 @@ def test_what_does_not_fit_together_is_an_error_that_names_it(change, message):
             lambda *operands: kernel.lora_linear(*operands, backend=backend),
             *(jax.ShapeDtypeStruct(*shape) for shape in arguments.values()),
         )
+
+
+def test_blocks_that_a_weight_does_not_fill_are_an_error():
+    x, w, a, gate, b, _ = map(jnp.float32, problem())
+    with pytest.raises(UserError, match="packed in whole blocks, which its 24 rows do not fill"):
+        kernel.lora_linear(x, quantised.to_nf4(w), a, gate, b, backend="interpret")
 
 
 def test_more_rank_columns_than_fit_vmem_are_an_error():

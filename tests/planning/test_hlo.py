@@ -309,3 +309,37 @@ def test_collectives_in_pieces_and_others_of_the_same_channel():
         "all-reduce": hlo.Traffic(2, 288, 2 * 288 * 3 / 4, 0),
         "reduce-scatter": hlo.Traffic(1, 1024, 1024 * 3 / 4, 0),
     }
+
+
+# A slice of bytes whose tiles are read in another form, and one of an array that is copied first.
+FORMS = """\
+HloModule forms, is_scheduled=true
+
+%form (input: s8[32,128]) -> s8[32,128] {
+  %input = s8[32,128]{1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %same = s8[32,128]{1,0:T(8,128)(4,1)} copy(%input)
+}
+
+%slice (p: s8[32,128], i: s32[]) -> s8[1,128] {
+  %p = s8[32,128]{1,0:T(32,128)(4,1)} parameter(0)
+  %fusion.1 = s8[32,128]{1,0:T(8,128)(4,1)} fusion(%p), kind=kLoop, ALIAS calls=%form
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %one = s8[1,128]{1,0} dynamic-slice(%fusion.1, %i, %zero), dynamic_slice_sizes={1,128}
+}
+
+ENTRY %main (x: s8[32,128], i: s32[]) -> s8[1,128] {
+  %x = s8[32,128]{1,0:T(32,128)(4,1)} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %out = s8[1,128]{1,0} fusion(%x, %i), kind=kLoop, calls=%slice
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("alias", "read"),
+    [("output_to_operand_aliasing={{}: (0, {})},", 128), ("", 32 * 128)],
+    ids=["the same bytes", "another array"],
+)
+def test_a_slice_of_an_array_in_another_form(alias, read):
+    assert hlo.count(FORMS.replace("ALIAS", alias)).bytes == read + 4 + 128

@@ -14,6 +14,7 @@ from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base import decoder
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.execution import Execution
+from medmoe_jax.base.quantised import quantise
 from medmoe_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from medmoe_jax.parallel.rules import RULES, placed, shardings, state_shardings
 from medmoe_jax.parallel.topology import compile_for, describe
@@ -35,18 +36,20 @@ SPECS = (
 
 
 @pytest.mark.parametrize(
-    ("sizes", "remat", "products", "wider"),
+    ("sizes", "remat", "products", "wider", "kind"),
     [
         # Forward, recomputed and backward, each once a site; the last output is not recomputed.
         # So wide that the kernels ask for more VMEM than a program has unasked.
-        ({"fsdp": 8}, "full", 3 * 7 - 1, 8),
+        ({"fsdp": 8}, "full", 3 * 7 - 1, 8, ""),
         # Four chips share a row's tokens.
-        ({"fsdp": 2, "sequence": 4}, "full", 3 * 7 - 1, 2),
+        ({"fsdp": 2, "sequence": 4}, "full", 3 * 7 - 1, 2, ""),
         # Kept as products are.
-        ({"fsdp": 4, "tensor": 2}, "dots", 2 * 7, 1),
+        ({"fsdp": 4, "tensor": 2}, "dots", 2 * 7, 1, ""),
+        # A quantised base travels and is read as it is stored.
+        ({"fsdp": 4, "tensor": 2}, "dots", 2 * 7, 2, "nf4"),
     ],
 )
-def test_a_step_holds_the_kernels(sizes, remat, products, wider):
+def test_a_step_holds_the_kernels(sizes, remat, products, wider, kind):
     config = CONFIG.replace(d_model=wider * CONFIG.d_model, d_ff=wider * CONFIG.d_ff)
     slice_ = describe("v5e:2x4")
     mesh = make_mesh({"data": 1, "fsdp": 1, "expert": 1, "tensor": 1, **sizes}, slice_.devices)
@@ -55,6 +58,7 @@ def test_a_step_holds_the_kernels(sizes, remat, products, wider):
     adamw = optax.adamw(1e-4)
 
     base = decoder.abstract(config, jnp.bfloat16)
+    base = jax.eval_shape(functools.partial(quantise, kind=kind), base)
     trainable = {"banks": {s.name: bank_lib.abstract(s, config) for s in SPECS}, "base": {}}
     moments = jax.eval_shape(adamw.init, trainable)
     state = TrainState(

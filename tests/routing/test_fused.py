@@ -35,7 +35,7 @@ PLAIN = BankSpec("plain", (*COLUMN, *ROW), 0, 1, rank=3, learned_scale=True)
 SPECS = (TOKEN, LANGUAGE, PLAIN)
 
 
-def problem(specs=SPECS, seed=0):
+def problem(specs=SPECS, seed=0, D=D):
     """`(tree, context)`: everything that is differentiated, and what is known of the tokens."""
     rng = np.random.default_rng(seed)
 
@@ -163,6 +163,47 @@ def test_dropout_on_any_mesh(kernels, sizes):
     assert tree_rel(grads, want_grads) < 1e-4
 
 
+@pytest.mark.parametrize("kind", quantised.KINDS)
+@pytest.mark.parametrize(
+    ("kernels", "sizes"),
+    [
+        ("interpret", {}),
+        ("interpret", {"fsdp": 2, "tensor": 2}),
+        ("xla", {"fsdp": 2, "sequence": 2, "tensor": 2}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "x".join(value) or "one",
+)
+def test_quantised_weights_on_any_mesh(kind, kernels, sizes):
+    """As the floats that they stand for, with dropout; each device unpacks its own blocks."""
+    specs = tuple(spec.replace(dropout=0.3) for spec in SPECS)
+    tree, context = problem(specs, D=128)  # two of nf4's blocks, one a device of `tensor`
+    context = context._replace(dropout_key=jax.random.key(3))
+    weights = tree.pop("weights")
+    packed = {s: {**w, "kernel": quantised.KINDS[kind](w["kernel"])} for s, w in weights.items()}
+    floats = {s: {**w, "kernel": w["kernel"].astype(jnp.float32)} for s, w in packed.items()}
+
+    def run(strategy, weights):
+        def loss(trained):
+            return summed(strategy, specs, {**trained, "weights": weights}, context)
+
+        return jax.jit(jax.grad(loss, has_aux=True))(tree)
+
+    want_grads, want = run(strategy("stacked"), floats)
+    _, unpacked = run(strategy("stacked"), weights)
+    assert all(rel(unpacked[site], want[site]) > 1e-4 for site in want)
+    execution = on(kernels, **sizes) if sizes else Execution(kernels=kernels)
+    grads, y = run(ByKernels(execution), packed)
+    assert all(rel(y[site], want[site]) < 1e-5 for site in want)
+    assert tree_rel(grads, want_grads) < 1e-4
+
+
+def summed(run, specs, tree, context):
+    """A sum over outputs, and these."""
+    y, _ = outputs(run, specs, tree, context)
+    mix = np.cos(np.arange(B * T * O)).reshape(B, T, O)
+    return sum(jnp.sum(v * mix) for v in y.values()), y
+
+
 def kernels(execution, specs=SPECS, change=None, dispatch="stacked"):
     """`(routers, sites)` by a kernel, of the program as traced."""
     tree, context = problem(specs)
@@ -180,12 +221,14 @@ def test_what_runs_by_a_kernel(monkeypatch):
     assert kernels(interpret, dispatch="reference") == (0, 0)
     dropping = tuple(spec.replace(dropout=0.1) for spec in SPECS)
     assert kernels(interpret, dropping) == (4, 3)
-    # Noise on a router's logits; two rates on a site; a base without floats; a site without banks.
+    # Noise on a router's logits; two rates on a site; a site without banks.
     assert kernels(interpret, (TOKEN.replace(router_noise=1.0), LANGUAGE, PLAIN)) == (2, 3)
     assert kernels(interpret, (TOKEN, LANGUAGE, PLAIN.replace(dropout=0.1))) == (4, 1)
-    small = lambda w: {**w, "kernel": quantised.to_int8(w["kernel"])}  # noqa: E731
-    assert kernels(interpret, change=small) == (4, 0)
     assert kernels(interpret, (TOKEN, LANGUAGE)) == (4, 2)
+    # A base in bytes; one in four bits, whose blocks 16 rows do not fill.
+    for kind, sites in (("int8", 3), ("nf4", 0)):
+        small = lambda w, of=quantised.KINDS[kind]: {**w, "kernel": of(w["kernel"])}  # noqa: E731
+        assert kernels(interpret, change=small) == (4, sites)
     # Blocks that do not fit the kernel's memory.
     monkeypatch.setattr(tiles, "BLOCKS_BYTES", 1000)
     assert kernels(interpret) == (4, 0)
