@@ -24,6 +24,7 @@ from medmoe_jax.errors import UserError
 from medmoe_jax.kernels.tiles import ceil_div, keep, options, tile_of
 
 MAX_EXPERTS = 1024
+_FEWEST = 8  # tokens: the rows of a register
 _MINUS_INF = float("-inf")
 
 Output = TypeVar("Output", jax.Array, jax.ShapeDtypeStruct, pl.BlockSpec)
@@ -163,6 +164,11 @@ def _route_kernel(*refs, E: int, D: int, renormalise: bool):
         _decide(z_ExT, valid_ref[...], forced_ref[...], E, renormalise, Outputs(*outputs))
 
 
+def _enough(some):
+    """At least `_FEWEST` tokens, the further ones zero: Mosaic has no code for three and less."""
+    return jnp.pad(some, [(0, _FEWEST - some.shape[0])] + [(0, 0)] * (some.ndim - 1))
+
+
 def _blocks(T: int, D: int, E: int) -> tuple[int, int, int]:
     """Padded experts, and the block sizes of tokens and of the model width."""
     if E > MAX_EXPERTS:
@@ -187,6 +193,14 @@ def route(
     Raises:
       UserError: more experts than fit beside a block of tokens.
     """
+    if (tokens := x_TxD.shape[0]) < _FEWEST:
+        x_TxD, valid_T, forced_T = map(_enough, (x_TxD, valid_T, forced_T))
+        out = route(x_TxD, kernel_DxE, bias_E, valid_T, forced_T, top_k, renormalise, backend)
+        return out._replace(
+            weights_KxT=out.weights_KxT[:, :tokens],
+            picks_KxT=out.picks_KxT[:, :tokens],
+            z_ExT=out.z_ExT[:, :tokens],
+        )
     (T, D), E = x_TxD.shape, kernel_DxE.shape[1]
     rows, block_t, block_d = _blocks(T, D, E)
     blocks = ceil_div(T, block_t)
@@ -257,6 +271,9 @@ def gradients(
     x_TxD: jax.Array, kernel_DxE: jax.Array, dz_ExT: jax.Array, backend: str
 ) -> tuple[jax.Array, jax.Array]:
     """`(dx_TxD in x's dtype, dkernel_DxE float32)` of the logits' product, in one pass over x."""
+    if (tokens := x_TxD.shape[0]) < _FEWEST:
+        dx_TxD, dkernel_DxE = gradients(_enough(x_TxD), kernel_DxE, _enough(dz_ExT.T).T, backend)
+        return dx_TxD[:tokens], dkernel_DxE
     (T, D), E = x_TxD.shape, kernel_DxE.shape[1]
     rows, block_t, block_d = _blocks(T, D, E)
     dz = jnp.pad(dz_ExT, ((0, rows - E), (0, -T % block_t)))

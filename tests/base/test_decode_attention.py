@@ -18,6 +18,7 @@ from medmoe_jax.inference.sampling import Sampling
 from medmoe_jax.parallel.mesh import batch_sharding, make_mesh
 from medmoe_jax.parallel.rules import RULES, placed, shardings
 from medmoe_jax.parallel.topology import compile_for, describe
+from tests import slices
 from tests.naive import TINY, rel
 
 LAYERS, LAYER = 3, 1
@@ -120,8 +121,7 @@ SHAPES = {
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("slice_name", ["v5e:1x1", "v5p:1x1x1", "v6e:1x1"])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(("slice_name", "name"), slices.compiled(SHAPES, everywhere=3))
 def test_kernel_compiles(slice_name, name):
     heads, kv_heads, width, slots, dtype = SHAPES[name]
     config = TINY.replace(n_heads=heads, n_kv_heads=kv_heads, head_dim=width)

@@ -17,6 +17,7 @@ from medmoe_jax.errors import ParameterError
 from medmoe_jax.parallel.topology import compile_for, describe
 from medmoe_jax.planning.attention import Shape, splash_costs
 from medmoe_jax.planning.hlo_text import parse
+from tests import slices
 from tests.naive import TINY, tree_rel
 
 
@@ -99,16 +100,15 @@ def test_blocks(tokens, shards, window, head_dim, itemsize, want):
 SHAPES = {
     "smollm2": (9, 3, 64, 2048, 0, "float32"),
     "qwen2_0.5b": (14, 2, 64, 2048, 0, "bfloat16"),
-    "gemma3_1b": (4, 1, 256, 32768, 512, "bfloat16"),
-    "gemma2_9b": (16, 8, 256, 8192, 4096, "float32"),
     "qwen1.5_14b": (40, 40, 128, 2048, 0, "bfloat16"),
     "llama3_8b": (32, 8, 128, 32768, 0, "bfloat16"),
+    "gemma3_1b": (4, 1, 256, 32768, 512, "bfloat16"),
+    "gemma2_9b": (16, 8, 256, 8192, 4096, "float32"),
 }
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("slice_name", ["v5e:1x1", "v5p:1x1x1", "v6e:1x1"])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(("slice_name", "name"), slices.compiled(SHAPES, everywhere=2))
 def test_kernels_compile_and_repeat_no_keys(slice_name, name):
     heads, kv_heads, width, tokens, window, dtype = SHAPES[name]
     layers = (window, 0)

@@ -1,22 +1,26 @@
 """The kernels compile for the chips they are for, at the sizes of real models."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from medmoe_jax.kernels import permute, routing
+from medmoe_jax.kernels.grouped import grouped_lora
+from medmoe_jax.kernels.lora_linear import lora_linear
 from medmoe_jax.parallel import topology
+from tests import slices
 
 pytestmark = pytest.mark.aot
 
-SLICES = ["v5e:1x1", "v5p:1x1x1", "v6e:1x1"]
 TOKENS = 4096
 # Model and feed-forward width of Qwen1.5 1.8B, 7B, 14B and Qwen2 7B; the widest there is.
 WIDTHS = (2048, 5504, 4096, 11008, 5120, 13696, 3584, 18944)
 WIDEST = 28672
 
 
-@pytest.fixture(params=SLICES)
+@pytest.fixture(params=slices.CHIPS)
 def chip(request):
     """One chip of each kind."""
     return topology.describe(request.param)
@@ -32,15 +36,18 @@ def kernels_in(compiled) -> int:
     return compiled.as_text().count('custom_call_target="tpu_custom_call"')
 
 
-@pytest.mark.parametrize("width, experts", [*((width, 8) for width in WIDTHS), (WIDEST, 512)])
-def test_router(chip, width, experts):
+@pytest.mark.parametrize(
+    "name, width, experts",
+    slices.compiled([*((width, 8) for width in WIDTHS), (WIDEST, 512)], everywhere=2),
+)
+def test_router(name, width, experts):
     def loss(x, kernel, bias, valid, forced):
         options = {"top_k": 2, "renormalise": True, "forced_T": forced}
         out = routing.route(x, kernel, bias, valid, **options, backend="pallas")
         return jnp.sum(out.weights_TxK[:, 0]) + jnp.sum(out.stats.prob_E**2) + out.stats.z2
 
     compiled = topology.compile_for(
-        chip,
+        topology.describe(name),
         jax.value_and_grad(loss, (0, 1, 2)),
         struct(TOKENS, width),
         struct(width, experts, dtype=jnp.float32),
@@ -55,9 +62,10 @@ def test_router(chip, width, experts):
 
 
 @pytest.mark.parametrize(
-    "width, experts", [(2048, 8), (4096, 512), (13696, 8), (18944, 8), (WIDEST, 512)]
+    "name, width, experts",
+    slices.compiled([(2048, 8), (13696, 8), (18944, 8), (4096, 512), (WIDEST, 512)], everywhere=2),
 )
-def test_permutation(chip, width, experts):
+def test_permutation(name, width, experts):
     def loss(x, weights, picks):
         order = permute.sort_by_expert(picks, experts, backend="pallas")
         x_MxD = permute.gather(x, order, backend="pallas")
@@ -67,7 +75,7 @@ def test_permutation(chip, width, experts):
         return jnp.sum(y_TxD.astype(jnp.float32) ** 2)
 
     compiled = topology.compile_for(
-        chip,
+        topology.describe(name),
         jax.value_and_grad(loss, (0, 1)),
         struct(TOKENS, width),
         struct(TOKENS, 2, dtype=jnp.float32),
@@ -100,3 +108,28 @@ def test_the_router_in_float32_and_with_uneven_shapes(chip):
         x, kernel = struct(*shape, dtype=jnp.float32), struct(shape[1], 13, dtype=jnp.float32)
         valid = struct(shape[0], dtype=jnp.bool_)
         assert kernels_in(topology.compile_for(chip, jax.grad(prob, (0, 1)), x, kernel, valid)) == 2
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_few_tokens(tokens, dtype):
+    """As when one row is decoded: every kernel, at a width that its blocks do not divide."""
+    D, O, E, r = 11008, 4096, 8, 16
+
+    def one_pass(x, w, a, gate, b):
+        return lora_linear(x, w, a, gate, b, backend="pallas")
+
+    def sparse(x, router, bias, valid, a, b):
+        out = routing.route(x, router, bias, valid, top_k=2, renormalise=True, backend="pallas")
+        order = permute.sort_by_expert(out.picks_TxK, E, backend="pallas")
+        x_MxD = permute.gather(x, order, backend="pallas")
+        weight_M = out.weights_TxK.reshape(-1)[order.source_M]
+        y_MxO = grouped_lora(x_MxD, a, b, weight_M, order.sizes_E, backend="pallas")
+        return permute.scatter_add(y_MxO, order, backend="pallas")
+
+    chip, f32 = topology.describe("v5e:1x1"), functools.partial(struct, dtype=jnp.float32)
+    x = struct(tokens, D, dtype=dtype)
+    side_by_side = f32(D, E * r), f32(tokens, E * r), f32(E * r, O)
+    topology.compile_for(chip, one_pass, x, struct(D, O, dtype=dtype), *side_by_side)
+    valid, banks = struct(tokens, dtype=jnp.bool_), (f32(E, r, D), f32(E, r, O))
+    topology.compile_for(chip, sparse, x, f32(D, E), f32(E), valid, *banks)

@@ -9,8 +9,8 @@ from medmoe_jax.kernels.dropout import Counter, Dropout
 from medmoe_jax.kernels.grouped import grouped_lora, grouped_matmul
 from medmoe_jax.kernels.lora_linear import lora_linear
 from medmoe_jax.parallel import topology
+from tests import slices
 
-SLICES = ("v5e:1x1", "v5p:1x1x1", "v6e:1x1")
 bf16, f32 = jnp.bfloat16, jnp.float32
 
 
@@ -25,17 +25,19 @@ def kernels(program) -> int:
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("slice_name", SLICES)
 @pytest.mark.parametrize(
-    "M, D, O, E, r, dtype",
-    [
-        (32768, 4096, 11008, 512, 16, bf16),  # Qwen1.5-7B, gate and up.
-        (32768, 18944, 3584, 8, 16, bf16),  # Qwen2-7B, down.
-        (32768, 5120, 13696, 64, 32, bf16),  # Qwen1.5-14B, gate and up.
-        (16384, 5504, 2048, 8, 64, f32),  # Qwen1.5-1.8B, down.
-        (16384, 28672, 8192, 64, 128, bf16),  # The widest.
-        (16384, 4096, 4096, 512, 128, bf16),  # The shortest tiles of rows: 8.
-    ],
+    "slice_name, M, D, O, E, r, dtype",
+    slices.compiled(
+        [
+            (32768, 4096, 11008, 512, 16, bf16),  # Qwen1.5-7B, gate and up.
+            (32768, 18944, 3584, 8, 16, bf16),  # Qwen2-7B, down.
+            (32768, 5120, 13696, 64, 32, bf16),  # Qwen1.5-14B, gate and up.
+            (16384, 5504, 2048, 8, 64, f32),  # Qwen1.5-1.8B, down.
+            (16384, 28672, 8192, 64, 128, bf16),  # The widest.
+            (16384, 4096, 4096, 512, 128, bf16),  # The shortest tiles of rows: 8.
+        ],
+        everywhere=3,
+    ),
 )
 def test_grouped_lora(slice_name, M, D, O, E, r, dtype):
     operands = shaped((dtype, M, D), (f32, E, r, D), (f32, E, r, O), (f32, M))
@@ -53,14 +55,16 @@ def test_grouped_lora(slice_name, M, D, O, E, r, dtype):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("slice_name", SLICES)
 @pytest.mark.parametrize(
-    "M, D, O, E, dtype",
-    [
-        (16384, 3584, 18944, 7, bf16),  # Qwen2-7B, gate and up.
-        (8192, 4864, 896, 64, f32),  # Qwen2-0.5B, down.
-        (16384, 28672, 8192, 4, bf16),  # The widest.
-    ],
+    "slice_name, M, D, O, E, dtype",
+    slices.compiled(
+        [
+            (16384, 3584, 18944, 7, bf16),  # Qwen2-7B, gate and up.
+            (8192, 4864, 896, 64, f32),  # Qwen2-0.5B, down.
+            (16384, 28672, 8192, 4, bf16),  # The widest.
+        ],
+        everywhere=2,
+    ),
 )
 def test_grouped_matmul(slice_name, M, D, O, E, dtype):
     operands = shaped((dtype, M, D), (dtype, E, D, O))
@@ -76,21 +80,23 @@ def test_grouped_matmul(slice_name, M, D, O, E, dtype):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("slice_name", SLICES)
 @pytest.mark.parametrize(
-    "T, D, O, R, gated, dtype, rate, kind",
-    [
-        (4096, 4096, 11008, 160, True, bf16, 0.0, ""),  # Qwen1.5-7B, gate and up, MedCare's banks.
-        (4096, 4096, 11008, 160, True, bf16, 0.05, ""),  # The same with dropout.
-        (4096, 13696, 5120, 640, True, bf16, 0.0, ""),  # Qwen1.5-14B, down, five such banks.
-        (4096, 3584, 512, 16, False, bf16, 0.0, ""),  # Qwen2-7B, k and v, plain LoRA.
-        (4000, 2048, 5504, 128, True, f32, 0.05, ""),  # Qwen1.5-1.8B; tails in every dimension.
-        (4096, 28672, 8192, 160, True, bf16, 0.0, ""),  # The widest.
-        (2048, 4096, 11008, 160, True, bf16, 0.05, "int8"),
-        (2048, 11008, 4096, 160, True, bf16, 0.05, "nf4"),
-        (2000, 896, 4864, 160, True, f32, 0.05, "nf4"),  # Qwen2-0.5B; tails of rows.
-        (2048, 28672, 8192, 160, True, bf16, 0.05, "nf4"),  # The widest.
-    ],
+    "slice_name, T, D, O, R, gated, dtype, rate, kind",
+    slices.compiled(
+        [
+            (4096, 4096, 11008, 160, True, bf16, 0.0, ""),  # Qwen1.5-7B, gate and up, MedCare.
+            (4096, 4096, 11008, 160, True, bf16, 0.05, ""),  # The same with dropout.
+            (4096, 13696, 5120, 640, True, bf16, 0.0, ""),  # Qwen1.5-14B, down, five such banks.
+            (4096, 3584, 512, 16, False, bf16, 0.0, ""),  # Qwen2-7B, k and v, plain LoRA.
+            (2048, 11008, 4096, 160, True, bf16, 0.05, "nf4"),
+            (2000, 896, 4864, 160, True, f32, 0.05, "nf4"),  # Qwen2-0.5B; tails of rows.
+            (4000, 2048, 5504, 128, True, f32, 0.05, ""),  # Qwen1.5-1.8B; tails everywhere.
+            (4096, 28672, 8192, 160, True, bf16, 0.0, ""),  # The widest.
+            (2048, 4096, 11008, 160, True, bf16, 0.05, "int8"),
+            (2048, 28672, 8192, 160, True, bf16, 0.05, "nf4"),  # The widest.
+        ],
+        everywhere=4,
+    ),
 )
 def test_lora_linear(slice_name, T, D, O, R, gated, dtype, rate, kind):
     x, w, a, gate, b, dy = shaped(

@@ -9,7 +9,7 @@ from medmoe_jax.errors import UserError
 from medmoe_jax.kernels import routing
 from medmoe_jax.kernels.router_equations import choose_experts, router_stats
 from medmoe_jax.routing import routers
-from tests.naive import check_gradient, rel
+from tests.naive import check_gradient, rel, tree_rel
 
 BACKENDS = ["xla", "interpret"]
 route = jax.jit(routing.route, static_argnames=("top_k", "renormalise", "backend"))
@@ -116,6 +116,28 @@ def test_values_and_gradients(backend, T, D, E, K, dtype, renormalise):
 
         rng = np.random.default_rng(2)
         check_gradient(moved, {name: tree[name]}, {name: g}, rng, tolerance=tolerance[name])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_fewer_tokens_than_a_register_has_rows(dtype):
+    """As rows among others, in value, statistics and gradient."""
+    x, kernel, bias, _, forced = _arrays(9, 20, 5, dtype)
+    first = jnp.arange(9) < 2
+    mix = jnp.asarray(np.random.default_rng(1).standard_normal((2, 2)), jnp.float32)
+
+    def loss(x, kernel, bias, tokens):
+        options = {"top_k": 2, "renormalise": False, "forced_T": forced[:tokens]}
+        out = route(x[:tokens], kernel, bias, first[:tokens], **options, backend="interpret")
+        return jnp.sum(out.weights_TxK[:2] * mix) + jnp.sum(out.stats.prob_E**2), out
+
+    run = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)
+    ((_, few), some), ((_, many), all_) = (run(x, kernel, bias, n) for n in (2, 9))
+    assert few.picks_TxK.shape == (2, 2) and few.stats.tokens == 2
+    assert np.array_equal(few.picks_TxK, many.picks_TxK[:2])
+    assert rel(few.weights_TxK, many.weights_TxK[:2]) < 1e-6
+    assert tree_rel(few.stats, many.stats) < 1e-6
+    assert min(float(jnp.abs(g).max()) for g in all_) > 1e-3
+    assert tree_rel(some, all_) < 1e-5
 
 
 @pytest.mark.parametrize("top_k", [1, 11])

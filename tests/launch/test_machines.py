@@ -358,7 +358,7 @@ def test_variables_reach_all_where_some_workers_still_ran(launcher):
     for worker in (0, 1):
         wait_for((ssh.folder / f"ready-{worker}").exists)
     os.killpg(first.pid, signal.SIGKILL)
-    first.communicate()
+    first.wait()  # not for its output, which the worker that still runs keeps open
     group = ssh.folder / "home-1" / "medmoe-run" / "worker-1" / "group"
     os.killpg(int(group.read_text()), signal.SIGKILL)
     for worker in (0, 1):

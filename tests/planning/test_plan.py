@@ -39,6 +39,7 @@ def get_config():
     config.stages.aggregate = medcare.aggregate(mixture={"knowledge": 1.0}, steps=3600)
     config.stages.align = medcare.align(mixture={"alignment": 1.0})
     config.run.accumulation = 2
+    config.run.kernels = "xla"  # compiled in a fraction of the time
     return config
 """
 
@@ -59,7 +60,7 @@ def run(recipe, tmp_path, *arguments):
 
 @pytest.mark.aot
 def test_a_training_step_and_all_the_rest(recipe, tmp_path, capsys):
-    figures = run(recipe, tmp_path, "--topology=v5e:2x2", "--all")
+    figures = run(recipe, tmp_path, "--topology=v5e:2x2", "--all", "--config.run.kernels=auto")
     assert figures["fits"] and 0 < figures["arguments_gib"] < figures["hbm_gib"] < 1
     assert figures["hbm_limit_gib"] == 15.75 and figures["chips"] == figures["devices"] == 4
     assert figures["mesh"] == {**dict.fromkeys(AXES, 1), "fsdp": 4}

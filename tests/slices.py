@@ -1,0 +1,15 @@
+"""Where kernels are compiled that have no TPU to run on."""
+
+CHIPS = ("v5e:1x1", "v5p:1x1x1", "v6e:1x1")
+
+
+def compiled(rows, everywhere):
+    """`(chip, *row)` for `parametrize`: every row on the first chip, the last ones on all.
+
+    A kernel has the same blocks on every chip, so the others only show whether their instructions
+    do: with the widest arrays, the oddest shapes and every number format.
+    """
+    rows = [row if isinstance(row, tuple) else (row,) for row in rows]
+    return [
+        (chip, *row) for chip in CHIPS for row in (rows if chip == CHIPS[0] else rows[-everywhere:])
+    ]
