@@ -4,9 +4,10 @@
   python benchmarks/scaling.py --only=weak --seconds=500
   python benchmarks/scaling.py --seconds=0           # nothing compiled: shapes only, and the tables
 
-A case takes a minute or two on two cores. Nothing is measured here: every figure is counted in a
+A case takes a minute or two on one core. Nothing is measured here: every figure is counted in a
 program compiled for a slice that is not there. Of a case that is not compiled yet the tables show
-what its shapes say: arguments, the memory and the time that it needs at least.
+what its shapes say: arguments, the memory and the time that it needs at least. They are written
+into docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 
+from benchmarks import pages
 from medmoe_jax.cli.configs import load_config
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel.topology import describe
@@ -32,6 +34,7 @@ from medmoe_jax.planning.search import estimate
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "scaling.json"
+PAGE = ROOT / "docs" / "scaling.md"
 CHIPS = {"v5e:1x1": 1, "v5e:2x2": 4, "v5e:2x4": 8, "v5e:4x4": 16, "v5e:8x8": 64}
 CHIPS |= {"v5e:16x16": 256, "v5p:4x4x4": 64, "v6e:16x16": 256, "2xv5e:4x4": 32}
 # 64 divides the widths of all these models, 256 those of some.
@@ -62,14 +65,9 @@ class Case(NamedTuple):
         return " ".join((self.config, self.topology, *self.fields))
 
     def configuration(self) -> list[str]:
-        """The configuration's arguments: a row of 2,048 tokens a chip, and the fields.
-
-        Every layer is recomputed, so that a row needs one compilation and all compare.
-        """
+        """The configuration's arguments: a row of 2,048 tokens a chip, and the fields."""
         fields = {"data.length": "2048", "data.global_batch": str(CHIPS[self.topology])}
-        fields |= {"run.accumulation": "1", "run.remat": "full"} | dict(
-            f.split("=", 1) for f in self.fields
-        )
+        fields |= {"run.accumulation": "1"} | dict(f.split("=", 1) for f in self.fields)
         config = [f"--config.{name}={value}" for name, value in fields.items()]
         return [f"--config={ROOT / 'configs' / self.config}", *config]
 
@@ -117,7 +115,7 @@ CASES = (
 
 def compile_case(case: Case, limit: float) -> dict | None:
     """The figures of a case, or what the command said; None if it took too long."""
-    out = RESULTS.with_suffix(".one.json")
+    out = RESULTS.with_suffix(f".{os.getpid()}.json")
     command = [sys.executable, "-m", "medmoe_jax.cli.main", "plan", f"--json={out}"]
     command += [f"--topology={case.topology}", *case.configuration()]
     try:
@@ -153,7 +151,7 @@ def compile_missing(sections: set[str], seconds: float) -> None:
             "  " + json.dumps({k: figures.get(k) for k in ("fits", "hbm_gib", "error")}), flush=True
         )
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps({**results, case.key: figures}, indent=1) + "\n")
+        RESULTS.write_text(json.dumps({**load(), case.key: figures}, indent=1) + "\n")
 
 
 def by_shapes(case: Case) -> dict | None:
@@ -177,49 +175,53 @@ def load() -> dict[str, dict]:
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
-def tables() -> str:
-    """Markdown of all sections."""
+HEADINGS = ("recipe", "slice", "recomputes", "GiB a chip", "arguments", "TFLOPs", "over the floor")
+HEADINGS += ("HBM GB", "ICI GB", "DCN GB", "bound, ms", "set by", "MFU bound", "tokens/s")
+
+
+def table(section: str) -> str:
+    """Markdown of a section."""
     results = load()
-    out = []
-    for section in dict.fromkeys(case.section for case in CASES):
-        columns = ["recipe", "slice", "GiB a chip", "of them arguments", "TFLOPs", "over the floor"]
-        columns += ["HBM GB", "ICI GB", "DCN GB", "bound, ms", "set by", "MFU bound", "tokens/s"]
-        lines = [f"### {section}", "", _row(columns), _row(["---"] * len(columns))]
-        for case in CASES:
-            if case.section == section:
-                cells = (
-                    _cells(results[case.key]) if case.key in results else _least(by_shapes(case))
-                )
-                lines.append(_row([_name(case), case.topology, *cells]))
-        out += [*lines, ""]
-    return "\n".join(out)
-
-
-def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    rows = []
+    for case in CASES:
+        if case.section == section:
+            known = results.get(case.key)
+            cells = _cells(known) if known else _least(by_shapes(case))
+            rows.append([_name(case), case.topology, *cells])
+    return pages.markdown(HEADINGS, rows)
 
 
 def _name(case: Case) -> str:
-    recipe = case.config.removesuffix(".py").replace(".py:", " ")
-    shown = [field.rpartition(".")[2] for field in case.fields if "mesh" not in field]
-    return ", ".join([recipe, *shown])
+    """The base, and what of the recipe or of the batch is set."""
+    base = case.config.rpartition(":")[2].capitalize()
+    fields = dict(f.split("=", 1) for f in case.fields)
+    shown = {
+        "base.quantise": "{}",
+        "stages.mixture.banks.experts.experts": "{} experts",
+        "data.global_batch": "{} rows of",
+        "data.length": "{} tokens",
+        "run.mesh.sequence": "sequence {}",
+    }
+    told = [text.format(fields[name]) for name, text in shown.items() if name in fields]
+    return ", ".join([base, *told]).replace("rows of,", "rows of")
 
 
 def _least(figures: dict | None) -> list[str]:
     if figures is None:
-        return ["refused"] + [""] * 10
-    cells = [f"≥ {figures['hbm_gib']:.2f}", f"{figures['arguments_gib']:.2f}"]
+        return ["refused"] + [""] * 11
+    cells = ["", f"≥ {figures['hbm_gib']:.2f}", f"{figures['arguments_gib']:.2f}"]
     return [*cells, *[""] * 5, f"≥ {1e3 * figures['step_seconds_bound']:.1f}", "", "", ""]
 
 
 def _cells(figures: dict) -> list[str]:
     if "error" in figures:
-        return [figures["error"]] + [""] * 10
+        return [figures["error"]] + [""] * 11
     cells = [f"{figures['hbm_gib']:.2f}", f"{figures['arguments_gib']:.2f}"]
     if not figures["fits"]:
-        return [f"**{cells[0]}**: too large", cells[1]] + [""] * 9
+        return [figures["remat"], f"**{cells[0]}**: too large", cells[1]] + [""] * 9
     links = figures["collectives"].values()
     return [
+        figures["remat"],
         *cells,
         f"{figures['flops_per_chip'] / 1e12:.2f}",
         f"{figures['flops_over_floor']:.3f}",
@@ -234,7 +236,7 @@ def _cells(figures: dict) -> list[str]:
 
 
 def main() -> None:
-    """Compile what is missing, then print the tables."""
+    """Compile what is missing, then write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     sections = sorted({case.section for case in CASES})
     parser.add_argument("--only", default=",".join(sections), help="sections, by comma")
@@ -244,7 +246,8 @@ def main() -> None:
     if unknown:
         parser.error(f"--only: no section {', '.join(unknown)}; known: {', '.join(sections)}")
     compile_missing(set(args.only.split(",")), args.seconds)
-    print(tables())
+    for section in sections:
+        pages.put(PAGE, section, table(section))
 
 
 if __name__ == "__main__":
