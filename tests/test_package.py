@@ -35,12 +35,13 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 IMPORT_ALL = """
 import importlib, pkgutil, sys
-import medmoe_jax
+import medmoe_jax.cli.main
+late = {"scipy", "tensorflow_datasets"} & set(sys.modules)  # they would double the time of a start
 names = [m.name for m in pkgutil.walk_packages(medmoe_jax.__path__, "medmoe_jax.")]
 for name in names:
     if not name.endswith(("__main__", ".harness")):  # which needs the extra lm-eval
         importlib.import_module(name)
-print(len(names), *sorted({"torch", "tensorflow", "transformers"} & set(sys.modules)))
+print(len(names), *sorted({"torch", "tensorflow", "transformers"} & set(sys.modules) | late))
 """
 
 

@@ -5,17 +5,13 @@ needed), so `tfds.builder_from_directory` reads it too. Each record holds a conv
 text and its language.
 """
 
-import contextlib
 import hashlib
-import io
 import itertools
 import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-
-import tensorflow_datasets as tfds
 
 from medmoe_jax.data.conversation import Conversation, Rows
 from medmoe_jax.data.duplicates import Placed, Repeats
@@ -35,40 +31,14 @@ SPLIT = "train"
 CLEANED, REMOVED = "cleaned.json", "removed.jsonl"
 
 
-class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    VERSION = tfds.core.Version(VERSION)
-
-    def __init__(self, name: str, rows: Iterable[Conversation], data_dir: str):
-        self.name = name
-        self._rows = rows
-        super().__init__(data_dir=data_dir, file_format="array_record")
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        text = tfds.features.Text
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Conversations for supervised training.",
-            features=tfds.features.FeaturesDict({"conversation": text(), "language": text()}),
-            disable_shuffling=True,
-        )
-
-    def _split_generators(self, dl_manager):
-        return {SPLIT: self._generate_examples()}
-
-    def _generate_examples(self) -> Iterator[tuple[int, dict]]:
-        for number, row in enumerate(self._rows):
-            tools = row.get("tools")
-            talk = {**row, "language": ""} if tools else row["conversations"]
-            text = json.dumps(talk, ensure_ascii=False)
-            yield number, {"conversation": text, "language": row["language"]}
-
-
 class Conversations(OnDemand[Conversation]):
     """The rows of a built data set, read by index; it pickles, and keeps the order of building."""
 
     def __init__(self, folder: str | Path) -> None:
+        from medmoe_jax.data import tfds_records  # takes a third of a second
+
         self.folder = Path(folder)
-        self._records = tfds.builder_from_directory(self.folder).as_data_source(split=SPLIT)
+        self._records = tfds_records.read(self.folder, SPLIT)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -118,15 +88,14 @@ def build(
     sweep(Path(out_dir) / name)
     partial = partial_of(Path(out_dir) / name)
     partial.mkdir()
+    from medmoe_jax.data import tfds_records  # takes a third of a second
+
     try:
-        tfds.disable_progress_bar()
-        with contextlib.redirect_stdout(io.StringIO()):
-            builder = _Builder(name, rows, str(partial))
-            builder.download_and_prepare()
+        written = tfds_records.write(rows, partial, name, VERSION, SPLIT)
         if repeats is not None:
-            _tell(repeats, Path(builder.data_dir))
+            _tell(repeats, written)
         final.parent.mkdir(exist_ok=True)
-        Path(builder.data_dir).rename(final)
+        written.rename(final)
     finally:
         shutil.rmtree(partial)
     return final

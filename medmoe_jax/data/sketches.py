@@ -16,16 +16,18 @@ import hashlib
 import json
 import tempfile
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-from datasketch import MinHash
 
 from medmoe_jax.data.conversation import Conversation, said
 from medmoe_jax.data.words import words
+
+if TYPE_CHECKING:
+    from datasketch import MinHash
 
 WORDS = 5  # of an n-gram; a text with fewer is one n-gram
 HASHES = 256
@@ -38,6 +40,14 @@ SLACK = 0.1
 _AT_ONCE = 4096  # n-grams, and rows
 _SCHEME = "affine32"  # of datasketch: hashes of 32 bits
 _ODD = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _minhashes() -> Callable[[], MinHash]:
+    """What makes empty MinHashes, all with the same permutations."""
+    from datasketch import MinHash  # loads SciPy: half a second
+
+    same = MinHash(HASHES).permutations
+    return functools.partial(MinHash, HASHES, permutations=same, scheme=_SCHEME, hashfunc=int)
 
 
 class Sketches:
@@ -55,7 +65,7 @@ class Sketches:
 
         self._shingles, self._places = _Spool(file("shingles")), _Spool(file("places"))
         self._signatures, self._digests = file("signatures"), bytearray()
-        self._permutations = MinHash(HASHES).permutations
+        self._new = _minhashes()
         self._count = 0
 
     def __enter__(self) -> Sketches:
@@ -70,7 +80,7 @@ class Sketches:
     def add(self, row: Conversation, place: str) -> None:
         """Keep the next row, before any is asked for; `place` is where it stands."""
         shingles_S = shingles(said(row))
-        minhash = MinHash(HASHES, permutations=self._permutations, scheme=_SCHEME, hashfunc=int)
+        minhash = self._new()
         for start in range(0, len(shingles_S), _AT_ONCE):
             high = shingles_S[start : start + _AT_ONCE] >> np.uint64(32)
             minhash.update_batch(high.tolist())

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import cma
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,6 +79,8 @@ def by_evolution(problem: Problem, seed: int) -> Steps:
     def losses(candidates_PxK, frozen, batch):
         one = functools.partial(mean_loss, prepared.objective)
         return jax.lax.map(lambda w_K: one(tree_of(w_K), frozen, batch), candidates_PxK)
+
+    import cma  # loads SciPy: a third of a second
 
     layout = jax.tree.map(lambda leaf: leaf.sharding, trainable)
     rng = np.random.default_rng(seed)
