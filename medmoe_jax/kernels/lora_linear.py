@@ -93,7 +93,7 @@ class Shape(NamedTuple):
     def _weight_bytes(self, k: int, n: int) -> int:
         if self.weight is None:
             return k * n * self.itemsize
-        return self.weight.bytes(*((n, k) if self.transposed else (k, n)))
+        return self.weight.size(*((n, k) if self.transposed else (k, n)))
 
     @property
     def steps(self) -> tuple[int, int]:
@@ -223,6 +223,19 @@ def _kernel(
         y_ref[...] = y.astype(y_ref.dtype)
 
 
+def _weight_blocks(weight: Storage | None, t: Tiles, transposed: bool) -> list[pl.BlockSpec]:
+    """A block of W, of each of its arrays."""
+
+    def block(held: int):
+        if transposed:
+            rows = t.n // held if held else 1
+            return pl.BlockSpec((rows, t.k), lambda m, n, k: (n if held else 0, k))
+        rows = t.k // held if held else 1
+        return pl.BlockSpec((rows, t.n), lambda m, n, k: (k if held else 0, n))
+
+    return [block(held) for held in (weight.rows_held if weight else (1,))]
+
+
 def _pallas(x_TxK, w_KxN, a_KxR, gate_TxR, b_RxN, dropout, transposed: bool, backend: str):
     """`(y, h)`; where `transposed`, W, A and B are given as `[N, K]`, `[R, K]` and `[N, R]`."""
     T, K = x_TxK.shape
@@ -241,14 +254,6 @@ def _pallas(x_TxK, w_KxN, a_KxR, gate_TxR, b_RxN, dropout, transposed: bool, bac
         if transposed:
             return pl.BlockSpec(shape[::-1], lambda m, n, k: index(m, n, k)[::-1])
         return pl.BlockSpec(shape, index)
-
-    def of_weight(held: int):
-        """A block of an array of W, a row of which holds so many of W's; 0 = all."""
-        if transposed:
-            rows = t.n // held if held else 1
-            return pl.BlockSpec((rows, t.k), lambda m, n, k: (n if held else 0, k))
-        rows = t.k // held if held else 1
-        return pl.BlockSpec((rows, t.n), lambda m, n, k: (k if held else 0, n))
 
     per_row = pl.BlockSpec((t.m, R), lambda m, n, k: (m, 0))
     words, word_specs = (), ()
@@ -276,7 +281,7 @@ def _pallas(x_TxK, w_KxN, a_KxR, gate_TxR, b_RxN, dropout, transposed: bool, bac
             # Only the first block of outputs needs A: then the last one stays, and none is fetched.
             oriented((t.k, R), lambda m, n, k: (jnp.where(n == 0, k, last_k), 0)),
             oriented((R, t.n), lambda m, n, k: (0, n)),
-            [of_weight(held) for held in (weight.rows_held if weight else (1,))],
+            _weight_blocks(weight, t, transposed),
             [per_row for _ in gates],
             list(word_specs),
         ],

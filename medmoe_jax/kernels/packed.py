@@ -63,8 +63,8 @@ class Storage(NamedTuple):
         """Whether so many rows of the weight fill whole rows of each array."""
         return not any(held and rows % held for held in self.rows_held)
 
-    def bytes(self, rows: int, columns: int) -> int:
-        """Those of a block of the weight."""
+    def size(self, rows: int, columns: int) -> int:
+        """Bytes of a block of the weight."""
         arrays = zip(self.rows_held, self.itemsizes, strict=True)
         return columns * sum(size * (rows // held if held else 1) for held, size in arrays)
 

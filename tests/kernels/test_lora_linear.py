@@ -143,13 +143,13 @@ def test_blocks_of_a_packed_weight(monkeypatch, kind):
 def test_what_a_packed_weight_moves():
     """By hand: bytes and one scale a column; half bytes and one scale 64 rows."""
     int8, nf4 = (storage_of(of(jnp.ones((128, 8)))) for of in quantised.KINDS.values())
-    assert int8.bytes(128, 8) == 128 * 8 + 4 * 8 and int8.granule == 32
-    assert nf4.bytes(128, 8) == 64 * 8 + 2 * 4 * 8 and nf4.granule == 512
+    assert int8.size(128, 8) == 128 * 8 + 4 * 8 and int8.granule == 32
+    assert nf4.size(128, 8) == 64 * 8 + 2 * 4 * 8 and nf4.granule == 512
     floats = kernel.Shape(512, 4096, 1024, R=16, itemsize=2, gate_itemsize=4)
     packed = floats._replace(weight=int8)
     one = tiles.Tiles(256, 512, 1024)
     saved = floats.traffic(one) - packed.traffic(one)
-    assert saved == 2 * (2 * 4096 * 1024 - int8.bytes(4096, 1024))
+    assert saved == 2 * (2 * 4096 * 1024 - int8.size(4096, 1024))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
