@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from medmoe_jax.base.config import DecoderConfig
 
 LANES = 128  # tokens: what blocks of the TPU's kernels are multiples of
+OUTPUT = "attention"  # what flash kernels call their output, which `dots` keeps
 _CHUNK_SCORES = 2**20  # float32 attention scores of a chunk on one device: 4 MiB
 
 

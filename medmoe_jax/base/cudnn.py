@@ -12,11 +12,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from medmoe_jax.base.attention import by_window
+from medmoe_jax.base.attention import OUTPUT, by_window
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.execution import Execution
 
-OUTPUT = "cudnn_attention"  # the name of its output, which `dots` keeps for the backward pass
 _SEGMENTS = 32  # of a packed row; the kernel's room grows with them
 
 

@@ -40,7 +40,7 @@ def _checkpointed(body: Callable, remat: str, kept: tuple[str, ...]) -> Callable
     """
     policies = jax.checkpoint_policies
     named = policies.save_only_these_names(*kept)
-    outputs = policies.save_only_these_names(*kept, cudnn.OUTPUT)
+    outputs = policies.save_only_these_names(*kept, attention.OUTPUT)
     dots = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, outputs)
     policy = {"none": _all_but_weights, "dots": dots, "full": named}[remat]
     return jax.checkpoint(body, policy=policy, prevent_cse=False)

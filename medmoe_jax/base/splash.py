@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from medmoe_jax.base.attention import LANES, by_window, windows
+from medmoe_jax.base.attention import LANES, OUTPUT, by_window, windows
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.errors import ParameterError
@@ -135,6 +135,7 @@ def _kernel(
         head_shards=1,
         q_seq_shards=shards,
         attn_logits_soft_cap=softcap or None,
+        residual_checkpoint_name=OUTPUT,
     )
 
 

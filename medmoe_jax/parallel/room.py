@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,16 @@ def beside_arguments(memory: Any) -> int:
         - memory.alias_size_in_bytes
         + memory.generated_code_size_in_bytes
     )
+
+
+def crowded(text: str) -> bool:
+    """Whether the compiler made a program fit by computing some values again, which it takes where
+    they lie, however dear they are; `run.remat` takes the cheap ones.
+
+    Args:
+      text: the program's `as_text()`.
+    """
+    return re.search(r"%[\w.\-]+\.remat", text) is not None
 
 
 def taken(memory: Any, mesh: Mesh) -> int:

@@ -81,11 +81,11 @@ def floor(setup: Setup, at: Start) -> float:
 def make_plan(setup: Setup, topology: Topology, at: Start, everything: bool = False) -> Plan:
     """Compile a stage's training step; with `everything` the bare base's, scoring and generation.
 
-    With `run.remat=auto` the step recomputes the least with which it fits.
+    With `run.remat=auto` the step recomputes the least with which it fits of itself.
     """
     for remat in setup.remats:
         train = measure(setup, topology, programs.training(setup, at, remat))
-        if train.fits:
+        if train.fits and not train.crowded:
             break
     made = []
     if everything:

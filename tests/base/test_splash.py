@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from medmoe_jax.base import attention, splash
+from medmoe_jax.base import attention, decoder, splash
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.errors import ParameterError
 from medmoe_jax.parallel.topology import compile_for, describe
@@ -150,3 +151,28 @@ def test_kernels_compile_and_repeat_no_keys(slice_name, name):
         queries = 1 if "_fwd_" in call.name else 2
         assert sizes.count(kept) == 2 + (queries if kept == repeated else 0)
         assert sizes.count(repeated) == queries + (2 if kept == repeated else 0)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(("remat", "forward"), [("dots", 1), ("full", 2)])
+def test_dots_keeps_its_output(remat, forward):
+    """The backward pass does not run the forward kernel again."""
+    config = TINY.replace(head_dim=128, attn_softcap=0.0)
+    chip = describe("v5e:1x1")
+    mesh = Mesh(np.array(chip.devices[:1]), ("fsdp",))
+    execution = Execution(
+        jnp.bfloat16, remat, activations=NamedSharding(mesh, P("fsdp", None, None))
+    )
+
+    def loss(params, ids, positions):
+        x, *_ = decoder.hidden(config, params, ids, ids, positions, execution=execution)
+        return jnp.sum(x.astype(jnp.float32) ** 2)
+
+    everywhere = NamedSharding(mesh, P())
+    params = jax.tree.map(
+        lambda leaf: leaf.update(sharding=everywhere), decoder.abstract(config, jnp.bfloat16)
+    )
+    ids = jax.ShapeDtypeStruct((1, 128), jnp.int32, sharding=everywhere)
+    text = compile_for(chip, jax.grad(loss), params, ids, ids).as_text()
+    calls = re.findall(r'%splash_mha_([a-z]+)_.* custom_call_target="tpu_custom_call"', text)
+    assert sorted(calls) == ["dkv", "dq", *["fwd"] * forward]

@@ -133,6 +133,12 @@ def test_the_plan_recomputes_as_little_as_fits(recipe, monkeypatch):
     assert {"recomputes", "(run.remat)", "dots"} <= set(words)  # the name may take two lines
 
     measured.clear()
+    crowded = Figures("train", True, *(1.0,) * 3, crowded=True)
+    monkeypatch.setattr(plan_module, "measure", lambda *given: measured.append(given) or crowded)
+    assert make_plan(setup, here, start(setup, "aggregate")).remat == "full"
+    assert len(measured) == 3  # where the compiler recomputes by itself, it does not fit
+
+    measured.clear()
     setup = open_abstract(load_config([f"--config={recipe}", "--config.run.remat=full"]), here)
     assert make_plan(setup, here, start(setup, "aggregate")).remat == "full"
     assert len(measured) == 1

@@ -116,6 +116,24 @@ def test_a_compiler_that_finds_no_room(tmp_path, monkeypatch, capsys):
         recomputation.compile_step(prepared, state, "")
 
 
+def test_a_program_in_which_the_compiler_recomputes_is_passed_over(tmp_path, monkeypatch, capsys):
+    """However it fits; the last choice is taken all the same."""
+    prepared, state = training.prepare(run_of(tmp_path / "w").stage("aggregate"), 2)
+    monkeypatch.setattr(recomputation, "room", lambda mesh: 10**15)
+    asked = []
+    monkeypatch.setattr(recomputation, "crowded", lambda text: asked.append(text) or True)
+    assert recomputation.compile_step(prepared, state, "").remat == "full"
+    assert len(asked) == 2 and all("ENTRY" in text for text in asked)
+    assert "remat 'dots' fits only as the compiler recomputes" in capsys.readouterr().err
+    assert recomputation.compile_step(prepared, state, "none").remat == "none"
+
+
+def test_what_the_compiler_recomputes_is_told_by_its_names():
+    assert room.crowded("  %fusion.613.remat2 = bf16[8]{0} fusion(%p), calls=%c")
+    jaxs_own = 'op_name="jit(f)/checkpoint/rematted_computation/dot.remat"'
+    assert not room.crowded(f"  %fusion.1 = bf16[8]{{0}} fusion(%remat_p), metadata={{{jaxs_own}}}")
+
+
 def test_room_of_a_device_of_a_machine_and_of_a_container(tmp_path, monkeypatch):
     memory = SimpleNamespace(
         temp_size_in_bytes=100, output_size_in_bytes=20, alias_size_in_bytes=15,
