@@ -24,7 +24,7 @@ from rich.table import Table
 from benchmarks import children, dense_gather, steps, sweeps
 from benchmarks.heap import keep_pages
 from benchmarks.timing import interleaved, machine
-from benchmarks.variants import BATCH, TOKENS, medcare_stage_1, plain_lora
+from benchmarks.variants import BATCH, TOKENS, plain_lora, shipped_stage_1
 from medmoe_jax.base.presets import preset
 from medmoe_jax.storage.places import local
 
@@ -118,7 +118,7 @@ def compiled(quick: bool) -> dict | None:
     from benchmarks import compiled as aot
 
     config = preset("qwen1.5-7b")
-    banks = {"frozen": (), "medcare": medcare_stage_1(config)}
+    banks = {"frozen": (), "medcare_shipped": shipped_stage_1(config)}
     if not quick:
         banks["plain_lora"] = plain_lora(config)
     out = {}

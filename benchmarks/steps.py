@@ -19,6 +19,7 @@ from benchmarks.variants import (
     make_batch,
     medcare_stage_1,
     plain_lora,
+    shipped_stage_1,
 )
 from medmoe_jax.base import decoder
 from medmoe_jax.base.execution import Execution
@@ -50,6 +51,7 @@ VARIANTS: dict[str, Callable[[], Variant]] = {
     "frozen": lambda: frozen_variant(DECODER, PLAIN, base(), (BATCH, TOKENS)),
     "plain_lora": lambda: _adapted(plain_lora, PLAIN),
     "medcare": lambda: _adapted(medcare_stage_1, PLAIN),
+    "medcare_shipped": lambda: _adapted(shipped_stage_1, PLAIN),
     "frozen_scanned": lambda: frozen_variant(DECODER, SCANNED, base(), (BATCH, TOKENS)),
     "medcare_scanned": lambda: _adapted(medcare_stage_1, SCANNED),
     **{
