@@ -153,6 +153,7 @@ def _figures(plan: Plan, one: Figures) -> dict[str, Any]:
         "bound_by": one.bound.resource,
         "seconds": one.bound._asdict(),
         "unknown_kernels": list(one.unknown),
+        "compiler_recomputes": one.crowded,
     }
 
 
@@ -194,6 +195,8 @@ def _lines(plan: Plan):
         return cell
 
     yield "recomputes (run.remat)", lambda one: plan.remat if one is plan.train else ""
+    if any(one.crowded for one in (plan.train, *plan.others)):
+        yield "so does the compiler", lambda one: "yes" if one.crowded else ""
     yield "arguments, GiB", lambda one: f"{one.arguments:.2f}"
     yield "temporaries, GiB", known(lambda one: f"{one.temporaries:.2f}")
     yield f"memory of {chip.limit_gib:g} GiB", lambda one: f"{one.hbm:.2f}"

@@ -137,6 +137,9 @@ def test_the_plan_recomputes_as_little_as_fits(recipe, monkeypatch):
     monkeypatch.setattr(plan_module, "measure", lambda *given: measured.append(given) or crowded)
     assert make_plan(setup, here, start(setup, "aggregate")).remat == "full"
     assert len(measured) == 3  # where the compiler recomputes by itself, it does not fit
+    plan = make_plan(setup, here, start(setup, "aggregate"))
+    assert as_json(plan)["compiler_recomputes"]
+    assert "so does the compiler yes" in " ".join(plain(table(plan), 80).split())
 
     measured.clear()
     setup = open_abstract(load_config([f"--config={recipe}", "--config.run.remat=full"]), here)
