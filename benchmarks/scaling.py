@@ -198,24 +198,24 @@ def _name(case: Case) -> str:
     shown = {
         "base.quantise": "{}",
         "stages.mixture.banks.experts.experts": "{} experts",
-        "data.global_batch": "{} rows of",
-        "data.length": "{} tokens",
+        "data.global_batch": "rows {}",
+        "data.length": "tokens {}",
         "run.mesh.sequence": "sequence {}",
     }
     told = [text.format(fields[name]) for name, text in shown.items() if name in fields]
-    return ", ".join([base, *told]).replace("rows of,", "rows of")
+    return ", ".join([base, *told])
 
 
 def _least(figures: dict | None) -> list[str]:
     if figures is None:
-        return ["refused"] + [""] * 11
+        return ["", "refused", *[""] * 10]
     cells = ["", f"≥ {figures['hbm_gib']:.2f}", f"{figures['arguments_gib']:.2f}"]
     return [*cells, *[""] * 5, f"≥ {1e3 * figures['step_seconds_bound']:.1f}", "", "", ""]
 
 
 def _cells(figures: dict) -> list[str]:
     if "error" in figures:
-        return [figures["error"]] + [""] * 11
+        return ["", figures["error"], *[""] * 10]
     cells = [f"{figures['hbm_gib']:.2f}", f"{figures['arguments_gib']:.2f}"]
     if not figures["fits"]:
         return [figures["remat"], f"**{cells[0]}**: too large", cells[1]] + [""] * 9

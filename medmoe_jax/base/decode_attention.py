@@ -23,12 +23,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
+from medmoe_jax.base.attention import LANES
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.execution import Execution
 
 # Bytes of a block of keys: on v5e its journey takes twice as long as a step of the grid costs.
 _BLOCK_BYTES = 2**19
-_LANES = 128
 _VMEM_LIMIT = 48 * 2**20  # of the smallest chip's 64 MiB
 _UNSEEN = -1e30
 
@@ -72,7 +72,7 @@ def decode_attention(
 
 def _block_slots(slots: int, width: int, itemsize: int) -> int:
     """Slots of a block: all, or a multiple of 128."""
-    block = max(_BLOCK_BYTES // (width * itemsize) // _LANES, 1) * _LANES
+    block = max(_BLOCK_BYTES // (width * itemsize) // LANES, 1) * LANES
     return min(block, slots)
 
 

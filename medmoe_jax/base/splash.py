@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from medmoe_jax.base.attention import LANES, OUTPUT, by_window, windows
+from medmoe_jax.base.attention import LANES, OUTPUT, by_window, divisor, windows
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.errors import ParameterError
@@ -45,22 +45,18 @@ def block_sizes(tokens: int, shards: int, window: int, head_dim: int, itemsize: 
       itemsize: bytes of a number.
     """
     here = tokens // shards // LANES
-    passing = _divisor(here, _PASSING // LANES)
-    # With an eighth of what a query sees, at most an eighth of the scores is computed in vain.
+    passing = divisor(here, _PASSING // LANES)
+    # With an eighth of what a query sees, an eighth of the scores is computed in vain; the MXU
+    # wants 512 tokens all the same.
     seen = min(window or tokens, tokens) // 8
-    most = _divisor(here, max(min(seen, _KEPT), _PASSING) // LANES)
+    most = divisor(here, max(min(seen, _KEPT), _PASSING) // LANES)
     kept = [d for d in range(most, 0, -1) if here % d == 0]
     fitting = (d for d in kept if _vmem(LANES * d, LANES * passing, head_dim, itemsize) <= _VMEM)
     return Blocks(LANES * next(fitting, 1), LANES * passing)
 
 
-def _divisor(n: int, most: int) -> int:
-    """The largest divisor of n that is at most `most`."""
-    return max(d for d in range(1, most + 1) if n % d == 0)
-
-
 def _vmem(kept: int, passing: int, head_dim: int, itemsize: int) -> int:
-    """About the bytes that the hungriest kernel, that of the queries' gradient, takes.
+    """About the bytes of a kernel: of the queries' gradient, which the others resemble.
 
     Two copies of blocks of queries, their gradient and the output's, of their ids and order (int32,
     128 lanes), and of keys and values; the sum; and four arrays of scores.

@@ -75,6 +75,8 @@ def build(
     final name. Rows that are `repeats` are left out, and CLEANED and REMOVED say so. Raises
     UserError for a bad name, for a name that is taken, and when there is no row to write.
     """
+    from medmoe_jax.data import tfds_records  # takes a third of a second
+
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise UserError(
             f"data set name {name!r}: use lower-case letters, digits and '_', "
@@ -88,8 +90,6 @@ def build(
     sweep(Path(out_dir) / name)
     partial = partial_of(Path(out_dir) / name)
     partial.mkdir()
-    from medmoe_jax.data import tfds_records  # takes a third of a second
-
     try:
         written = tfds_records.write(rows, partial, name, VERSION, SPLIT)
         if repeats is not None:

@@ -36,7 +36,7 @@ class Packed(Protocol):
     def unpack(*arrays: jax.Array) -> jax.Array:
         """Float32 values of the rows and columns that parts of the arrays hold.
 
-        It runs in a kernel, where bytes come widened to int32.
+        It also runs in a kernel, where bytes come widened to int32.
         """
         ...
 

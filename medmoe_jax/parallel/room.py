@@ -64,14 +64,16 @@ def beside_arguments(memory: Any) -> int:
     )
 
 
-def crowded(text: str) -> bool:
-    """Whether the compiler made a program fit by computing some values again, which it takes where
-    they lie, however dear they are; `run.remat` takes the cheap ones.
+def compiler_recomputes(text: str) -> bool:
+    """Whether the compiler lets a program compute some values twice, to save memory.
+
+    It does so where a program would not fit otherwise, and whatever the values cost, unlike
+    `run.remat`. It marks the second time by a name that ends with `.remat` and a number.
 
     Args:
       text: the program's `as_text()`.
     """
-    return re.search(r"%[\w.\-]+\.remat", text) is not None
+    return re.search(r"^\s+(ROOT )?%[\w.\-]+\.remat[\w.]* = ", text, re.MULTILINE) is not None
 
 
 def taken(memory: Any, mesh: Mesh) -> int:

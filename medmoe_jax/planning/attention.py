@@ -94,7 +94,8 @@ def _cost(kernel: _Kernel, shape: Shape, window: int) -> Cost:
     kept = T if kernel.keeps_keys else T // parts
     passing = pairs * blocks.passing * (2 * h * itemsize + kernel.passing_ids * _PASSING_ID)
     heads = kept * (H * kernel.kept + K * kernel.shared) * h * itemsize
-    ids = kept * H * kernel.kept_ids * _KEPT_ID
+    # Those of keys are the same for all heads, which come one after another while a block stays.
+    ids = kept * (1 if kernel.keeps_keys else H) * kernel.kept_ids * _KEPT_ID
     flops = H * pairs * kernel.products * 2 * blocks.kept * blocks.passing * h
     return Cost(B * flops, B * (H * passing + heads + ids))
 

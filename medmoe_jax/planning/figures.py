@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from medmoe_jax.errors import field_names
 from medmoe_jax.mesh_axes import SEQUENCE, TENSOR
 from medmoe_jax.parallel.mesh import batch_shards, slice_of
-from medmoe_jax.parallel.room import beside_arguments, crowded
+from medmoe_jax.parallel.room import beside_arguments, compiler_recomputes
 from medmoe_jax.parallel.topology import Topology, compile_for
 from medmoe_jax.planning import hlo
 from medmoe_jax.planning.attention import Shape, splash_costs
@@ -42,7 +42,7 @@ class Figures:
       bound: the least time of each resource.
       unknown: kernels of unknown FLOPs.
       compile_seconds: on this machine.
-      crowded: whether it fits only as the compiler computes values again (`parallel.room`).
+      recomputed: whether the compiler computes values twice to make it fit.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Figures:
     collectives: dict[str, Traffic] = field(default_factory=dict)
     bound: Bound = _UNKNOWN
     unknown: tuple[str, ...] = ()
-    crowded: bool = False
+    recomputed: bool = False
 
 
 def measure(setup: Setup, topology: Topology, program: Program) -> Figures:
@@ -101,7 +101,7 @@ def measure(setup: Setup, topology: Topology, program: Program) -> Figures:
         links,
         bound(topology.chip, flops, memory, ici, dcn),
         counts.unknown,
-        crowded(text),
+        compiler_recomputes(text),
     )
 
 

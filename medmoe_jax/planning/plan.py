@@ -85,7 +85,7 @@ def make_plan(setup: Setup, topology: Topology, at: Start, everything: bool = Fa
     """
     for remat in setup.remats:
         train = measure(setup, topology, programs.training(setup, at, remat))
-        if train.fits and not train.crowded:
+        if train.fits and not train.recomputed:
             break
     made = []
     if everything:
@@ -153,7 +153,7 @@ def _figures(plan: Plan, one: Figures) -> dict[str, Any]:
         "bound_by": one.bound.resource,
         "seconds": one.bound._asdict(),
         "unknown_kernels": list(one.unknown),
-        "compiler_recomputes": one.crowded,
+        "compiler_recomputes": one.recomputed,
     }
 
 
@@ -195,8 +195,8 @@ def _lines(plan: Plan):
         return cell
 
     yield "recomputes (run.remat)", lambda one: plan.remat if one is plan.train else ""
-    if any(one.crowded for one in (plan.train, *plan.others)):
-        yield "so does the compiler", lambda one: "yes" if one.crowded else ""
+    if any(one.recomputed for one in (plan.train, *plan.others)):
+        yield "so does the compiler", lambda one: "yes" if one.recomputed else ""
     yield "arguments, GiB", lambda one: f"{one.arguments:.2f}"
     yield "temporaries, GiB", known(lambda one: f"{one.temporaries:.2f}")
     yield f"memory of {chip.limit_gib:g} GiB", lambda one: f"{one.hbm:.2f}"

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from medmoe_jax.base.execution import Execution
-from medmoe_jax.base.quantised import Quantised
 from medmoe_jax.base.seam import add_bias
 from medmoe_jax.kernels import lora_linear as kernel
 from medmoe_jax.kernels.dropout import Counter, Dropout
+from medmoe_jax.kernels.packed import storage_of
 from medmoe_jax.parallel.rules import RULES, row_parallel, spec_for
 from medmoe_jax.routing import dense
 from medmoe_jax.routing.terms import LoraTerm, Terms
@@ -98,7 +98,7 @@ def _product(execution: Execution, site: str, x_BxTxD, kernel_DxO, terms: Sequen
     y_PxBxTxO = run(
         x_BxTxD,
         # Cast before it is gathered; A and B are cast by the kernel, their gradients are float32.
-        kernel_DxO if isinstance(kernel_DxO, Quantised) else kernel_DxO.astype(x_BxTxD.dtype),
+        kernel_DxO if storage_of(kernel_DxO) else kernel_DxO.astype(x_BxTxD.dtype),
         *zip(*(_flat(execution, site, t) for t in terms), strict=True),
         [None if t.gates is None else t.gates.dense_BxTxE for t in terms],
         None if dropout is None else dropout.counter,

@@ -17,7 +17,7 @@ from medmoe_jax.base.execution import REMAT
 from medmoe_jax.errors import UserError, field_names
 from medmoe_jax.parallel import processes
 from medmoe_jax.parallel.mesh import batch_shards
-from medmoe_jax.parallel.room import crowded, room, taken
+from medmoe_jax.parallel.room import compiler_recomputes, room, taken
 from medmoe_jax.training.compiling import compile_ahead
 from medmoe_jax.training.parts import jit_step, recomputing
 from medmoe_jax.training.placement import abstract_batch
@@ -73,13 +73,13 @@ def compile_step(prepared: Prepared, state: TrainState, remembered: str) -> Step
             continue
         needs = taken(function.memory_analysis(), setup.mesh)
         said = f"its step was {how} and needs {_gib(needs)} of {_gib(there)} for itself"
-        if not last and crowded(function.as_text() or ""):
-            note(f"stage '{name}': {said}: remat '{remat}' fits only as the compiler recomputes")
-            continue
-        if needs <= there or last:
-            note(f"stage '{name}': {said}; remat '{remat}'")
+        dear = compiler_recomputes(function.as_text() or "")
+        also = ", and what the compiler takes by itself" if dear else ""
+        if last or (needs <= there and not dear):
+            note(f"stage '{name}': {said}; remat '{remat}'{also}")
             return Step(function, remat, needs)
-        note(f"stage '{name}': {said}: remat '{remat}' does not fit")
+        why = "does not fit" if needs > there else "fits only as the compiler recomputes"
+        note(f"stage '{name}': {said}: remat '{remat}' {why}")
     raise AssertionError("the last choice returns or raises")
 
 

@@ -11,7 +11,7 @@ def test_the_page_shows_what_was_counted():
 
 
 def test_a_table_says_what_fails_and_what_does_not_fit(monkeypatch):
-    cases = [scaling.Case("one", "medcare.py:qwen1.5-7b", "v5e:1x1", ()) for _ in range(1)]
+    cases = [scaling.Case("one", "medcare.py:qwen1.5-7b", "v5e:1x1")]
     monkeypatch.setattr(scaling, "CASES", cases)
     large = {"remat": "full", "hbm_gib": 54.4, "arguments_gib": 35.69, "fits": False}
     for known, cell in (({"error": "refused"}, "| refused |"), (large, "| **54.40**: too large |")):

@@ -6,7 +6,7 @@ import pytest
 from medmoe_jax.base.splash import block_sizes
 from medmoe_jax.planning.attention import Shape, splash_costs
 
-FORWARD, KEPT = "splash_mha_fwd_segmented_residuals", "splash_mha_fwd_segmented_no_residuals"
+FORWARD, EVALUATED = "splash_mha_fwd_segmented_residuals", "splash_mha_fwd_segmented_no_residuals"
 KEYS, QUERIES = "splash_mha_dkv_segmented_no_residuals", "splash_mha_dq_segmented_no_residuals"
 
 
@@ -26,7 +26,7 @@ def test_costs(T, window, parts):
     B, H, K, h, itemsize = 3, 6, 2, 64, 2
     kept, passing = block_sizes(T, parts, window, h, itemsize)
     costs = splash_costs(Shape(B, T, H, K, h, itemsize, parts), [window])
-    own, row, group = H * (T // parts), H * T, K * T
+    own, group = H * (T // parts), K * T
     pairs = visited(T, window, parts, kept, passing)
     product, numbers = 2 * kept * passing * h, h * itemsize
     # Of a pair: keys and values, and the keys' segments on 8 sublanes.
@@ -36,7 +36,7 @@ def test_costs(T, window, parts):
         B * H * pairs * 2 * product,
         B * (moved + own * (2 * numbers + 3 * 128 * 4)),
     )
-    assert costs[FORWARD].bytes - costs[KEPT].bytes == B * own * 128 * 4
+    assert costs[FORWARD].bytes - costs[EVALUATED].bytes == B * own * 128 * 4
     assert costs[QUERIES] == (
         B * H * pairs * 3 * product,
         B * (moved + own * (3 * numbers + 2 * 128 * 4)),
@@ -46,7 +46,7 @@ def test_costs(T, window, parts):
     moved = H * pairs * passing * (2 * numbers + 4 * 8 * 4)
     assert costs[KEYS] == (
         B * H * pairs * 4 * product,
-        B * (moved + group * 4 * numbers + row * 128 * 4),
+        B * (moved + group * 4 * numbers + T * 128 * 4),
     )
 
 

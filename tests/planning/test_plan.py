@@ -133,8 +133,8 @@ def test_the_plan_recomputes_as_little_as_fits(recipe, monkeypatch):
     assert {"recomputes", "(run.remat)", "dots"} <= set(words)  # the name may take two lines
 
     measured.clear()
-    crowded = Figures("train", True, *(1.0,) * 3, crowded=True)
-    monkeypatch.setattr(plan_module, "measure", lambda *given: measured.append(given) or crowded)
+    twice = Figures("train", True, *(1.0,) * 3, recomputed=True)
+    monkeypatch.setattr(plan_module, "measure", lambda *given: measured.append(given) or twice)
     assert make_plan(setup, here, start(setup, "aggregate")).remat == "full"
     assert len(measured) == 3  # where the compiler recomputes by itself, it does not fit
     plan = make_plan(setup, here, start(setup, "aggregate"))

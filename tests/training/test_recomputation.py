@@ -121,17 +121,21 @@ def test_a_program_in_which_the_compiler_recomputes_is_passed_over(tmp_path, mon
     prepared, state = training.prepare(run_of(tmp_path / "w").stage("aggregate"), 2)
     monkeypatch.setattr(recomputation, "room", lambda mesh: 10**15)
     asked = []
-    monkeypatch.setattr(recomputation, "crowded", lambda text: asked.append(text) or True)
+    monkeypatch.setattr(
+        recomputation, "compiler_recomputes", lambda text: asked.append(text) or True
+    )
     assert recomputation.compile_step(prepared, state, "").remat == "full"
-    assert len(asked) == 2 and all("ENTRY" in text for text in asked)
+    assert len(asked) == 3 and all("ENTRY" in text for text in asked)
     assert "remat 'dots' fits only as the compiler recomputes" in capsys.readouterr().err
     assert recomputation.compile_step(prepared, state, "none").remat == "none"
 
 
 def test_what_the_compiler_recomputes_is_told_by_its_names():
-    assert room.crowded("  %fusion.613.remat2 = bf16[8]{0} fusion(%p), calls=%c")
+    assert room.compiler_recomputes("  %fusion.613.remat2 = bf16[8]{0} fusion(%p), calls=%c")
     jaxs_own = 'op_name="jit(f)/checkpoint/rematted_computation/dot.remat"'
-    assert not room.crowded(f"  %fusion.1 = bf16[8]{{0}} fusion(%remat_p), metadata={{{jaxs_own}}}")
+    assert not room.compiler_recomputes(
+        f"  %fusion.1 = bf16[8]{{0}} fusion(%remat_p), metadata={{{jaxs_own}}}"
+    )
 
 
 def test_room_of_a_device_of_a_machine_and_of_a_container(tmp_path, monkeypatch):
