@@ -2,8 +2,8 @@
 
 Axes: L layers, D input width, O output width, n blocks of rows, b rows of a block.
 A leaf has a kernel's logical shape `[..., D, O]` and gives its values with `astype`. It is a pytree
-of arrays whose leading axis is the kernel's, so that a scan indexes it by layer as it is. In the
-words of `kernels.packed` it is packed: a TPU kernel unpacks it block by block.
+of arrays whose leading axis is the kernel's, so that a scan indexes it by layer as it is, and what
+`kernels.quantised` describes, so that a TPU kernel unpacks it block by block.
 
     int8  w = q · s          q in -127..127, s = max|w| / 127 of an output channel
     nf4   w = code[q] · s    code the 16 quantiles of QLoRA (arXiv 2305.14314, appendix E),

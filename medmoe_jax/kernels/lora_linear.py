@@ -17,8 +17,8 @@ and runs in the same kernel. Dropout is made there, block by block, by the count
 The sites of a projection group have each its own A: one call a site computes nothing twice and
 reads x no more often than the base products alone, whereas h = x·A made for the group beforehand
 would cost one more reading of x. Where W is frozen, as it mostly is, no gradient of it is computed
-and no buffer of its size is made for one. A packed W (`kernels.packed`) travels as it is stored and
-is unpacked in VMEM; it never has a gradient.
+and no buffer of its size is made for one. A quantised W (`kernels.quantised`) travels as it is
+stored and is unpacked in VMEM; it never has a gradient.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from jax.typing import DTypeLike
 
 from medmoe_jax.errors import UserError
 from medmoe_jax.kernels.dropout import Counter, Dropout, dropped
-from medmoe_jax.kernels.packed import Packed, Storage, storage_of
+from medmoe_jax.kernels.quantised import Quantised, Storage, storage_of
 from medmoe_jax.kernels.tiles import (
     LANES,
     Tiles,
@@ -61,7 +61,7 @@ class Shape(NamedTuple):
       T, K, N, R: tokens, widths, rank columns.
       itemsize, gate_itemsize: bytes of a value, and of a gate or 0.
       dropout: whether there is any.
-      weight: how a packed W lies in memory; None = W is an array of values.
+      weight: how a quantised W lies in memory; None = W is an array of values.
       transposed: whether W's rows run along K.
     """
 
@@ -83,7 +83,7 @@ class Shape(NamedTuple):
         """Bytes of all blocks and accumulators."""
         moving = t.m * (t.k + t.n + self.R) + (t.k + t.n) * self.R
         kept = t.m * (4 * t.n + 4 * self.R + self.itemsize * self.R)
-        # Values of a packed block, and about three arrays of it in float32 while it is unpacked.
+        # Values of a quantised block, and about three arrays of it in float32 while it is unpacked.
         unpacked = t.k * t.n * (self.itemsize + 3 * 4) if self.weight else 0
         # A column of words fills whole tiles, 128 wide; so does a mask over the wider block.
         words = 4 * t.m * (2 * 128 + max(t.k, t.n)) if self.dropout else 0
@@ -127,7 +127,7 @@ def _candidates(shape: Shape) -> list[Tiles]:
     ]
 
 
-def fits(T: int, D: int, O: int, R: int, dtype: DTypeLike, weight: jax.Array | Packed) -> bool:
+def fits(T: int, D: int, O: int, R: int, dtype: DTypeLike, weight: jax.Array | Quantised) -> bool:
     """Whether the kernel can tile these shapes, forward and backward, with all it may be given.
 
     Args:
@@ -370,7 +370,7 @@ _lora_linear.defvjp(_lora_linear_fwd, _lora_linear_bwd, symbolic_zeros=True)
 
 def lora_linear(
     x_TxD: jax.Array,
-    w_DxO: jax.Array | Packed,
+    w_DxO: jax.Array | Quantised,
     a_DxR: jax.Array,
     gate_TxR: jax.Array | None,
     b_RxO: jax.Array,
@@ -383,7 +383,7 @@ def lora_linear(
 
     Args:
       x_TxD: float32 or bfloat16.
-      w_DxO: the weight; its gradient is computed only where it is asked for. A packed one has none.
+      w_DxO: the weight; its gradient is computed only where it is asked for; none if quantised.
       a_DxR, b_RxO: the experts of all banks side by side, R = Σ E·r; cast to x's dtype for the
         product, while their gradients are accumulated in float32 and rounded once, to their dtype.
       gate_TxR: weights in rank space, s and Λ folded in (or into B); None for ones.
@@ -419,6 +419,6 @@ def lora_linear(
                 f"must have {expected[name]}"
             )
     if stored and not stored.holds(D):
-        raise UserError(f"w_DxO is packed in whole blocks, which its {D} rows do not fill")
+        raise UserError(f"w_DxO is quantised in whole blocks, which its {D} rows do not fill")
     counter, rate = (None, 0.0) if dropout is None else dropout
     return _lora_linear(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, counter, rate, backend, columns)

@@ -19,7 +19,7 @@ from medmoe_jax.base.execution import Execution
 from medmoe_jax.base.seam import add_bias
 from medmoe_jax.kernels import lora_linear as kernel
 from medmoe_jax.kernels.dropout import Counter, Dropout
-from medmoe_jax.kernels.packed import storage_of
+from medmoe_jax.kernels.quantised import storage_of
 from medmoe_jax.parallel.rules import RULES, row_parallel, spec_for
 from medmoe_jax.routing import dense
 from medmoe_jax.routing.terms import LoraTerm, Terms

@@ -11,7 +11,7 @@ from medmoe_jax.errors import UserError
 from medmoe_jax.kernels import lora_linear as kernel
 from medmoe_jax.kernels import tiles
 from medmoe_jax.kernels.dropout import Counter, Dropout, counter, kept
-from medmoe_jax.kernels.packed import storage_of
+from medmoe_jax.kernels.quantised import storage_of
 
 BACKENDS = ("xla", "interpret")
 
@@ -112,7 +112,7 @@ def test_blocks_in_every_dimension_with_tails(monkeypatch, dropping):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", quantised.KINDS)
-def test_a_packed_weight_is_the_floats_that_it_stands_for(kind, backend):
+def test_a_quantised_weight_is_the_floats_that_it_stands_for(kind, backend):
     x, w, a, gate, b, dy = problem(D=128)
     packed = quantised.KINDS[kind](jnp.float32(w))
     values = np.asarray(packed.astype(jnp.float32), np.float64)
@@ -123,7 +123,7 @@ def test_a_packed_weight_is_the_floats_that_it_stands_for(kind, backend):
 
 
 @pytest.mark.parametrize("kind", quantised.KINDS)
-def test_blocks_of_a_packed_weight(monkeypatch, kind):
+def test_blocks_of_a_quantised_weight(monkeypatch, kind):
     """In every dimension; the last ones hang over."""
     D, O = 1088, 270
     x, w, a, gate, b, dy = problem(T=150, D=D, O=O)
@@ -140,7 +140,7 @@ def test_blocks_of_a_packed_weight(monkeypatch, kind):
     assert_equal(run(x, packed, a, gate, b, dy, "interpret"), expected)
 
 
-def test_what_a_packed_weight_moves():
+def test_what_a_quantised_weight_moves():
     """By hand: bytes and one scale a column; half bytes and one scale 64 rows."""
     int8, nf4 = (storage_of(of(jnp.ones((128, 8)))) for of in quantised.KINDS.values())
     assert int8.size(128, 8) == 128 * 8 + 4 * 8 and int8.granule == 32
@@ -250,7 +250,7 @@ def test_what_does_not_fit_together_is_an_error_that_names_it(change, message):
 
 def test_blocks_that_a_weight_does_not_fill_are_an_error():
     x, w, a, gate, b, _ = map(jnp.float32, problem())
-    with pytest.raises(UserError, match="packed in whole blocks, which its 24 rows do not fill"):
+    with pytest.raises(UserError, match="quantised in whole blocks, which its 24 rows do not fill"):
         kernel.lora_linear(x, quantised.to_nf4(w), a, gate, b, backend="interpret")
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 
-class Packed(Protocol):
+class Quantised(Protocol):
     """A weight `[D, O]` as a pytree of arrays `[rows, O]`; `base.quantised` has two.
 
     Attributes:
@@ -42,10 +42,10 @@ class Packed(Protocol):
 
 
 class Storage(NamedTuple):
-    """How a packed weight lies in memory.
+    """How a quantised weight lies in memory.
 
     Attributes:
-      rows_held, unpack: see `Packed`.
+      rows_held, unpack: see `Quantised`.
       itemsizes: bytes of a number of each array.
     """
 
@@ -77,7 +77,7 @@ class Storage(NamedTuple):
 
 
 def storage_of(weight: Any) -> Storage | None:
-    """How a packed weight lies in memory; None = it is an array."""
+    """How a quantised weight lies in memory; None = it is an array."""
     if not hasattr(weight, "rows_held"):
         return None
     itemsizes = tuple(array.dtype.itemsize for array in jax.tree.leaves(weight))
