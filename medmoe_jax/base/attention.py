@@ -171,7 +171,7 @@ def by_window(
     return jax.lax.switch(which, [functools.partial(run, size) for size in sizes])
 
 
-def divisor(n: int, most: int) -> int:
+def _divisor(n: int, most: int) -> int:
     """The largest divisor of n that is at most `most` (at least 1)."""
     return max(d for d in range(1, n + 1) if n % d == 0 and d <= max(most, 1))
 
@@ -198,7 +198,7 @@ def attend(
     B, T, H, _ = q_BxTxHxh.shape
     rows = B // shards
     row_scores = H * T * mask_BxTxS.shape[-1]
-    chunk = divisor(rows, _CHUNK_SCORES // row_scores)
+    chunk = _divisor(rows, _CHUNK_SCORES // row_scores)
     one = functools.partial(einsum_attention, config.scale, config.attn_softcap)
     arrays = (q_BxTxHxh, k_BxSxKxh, v_BxSxKxh, mask_BxTxS)
     if chunk == rows:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from medmoe_jax.base.attention import LANES, OUTPUT, by_window, divisor, windows
+from medmoe_jax.base.attention import LANES, OUTPUT, by_window, windows
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.errors import ParameterError
@@ -38,21 +38,25 @@ def block_sizes(tokens: int, shards: int, window: int, head_dim: int, itemsize: 
     """The blocks for a row: as long as VMEM allows, but for what the mask's edges would waste.
 
     Args:
-      tokens: of the row; a multiple of 128 times `shards`.
+      tokens: of the row; a multiple of 128 times `shards`, or no kernel takes it.
       shards: devices that share its queries.
       window: keys that a query sees at most; 0 = all before it.
       head_dim: h.
       itemsize: bytes of a number.
     """
-    here = tokens // shards // LANES
-    passing = divisor(here, _PASSING // LANES)
+    here = max(tokens // shards // LANES, 1)
+
+    def dividing(most: int):
+        """Blocks that divide the device's part of the row, the longest first."""
+        return (LANES * d for d in range(most // LANES, 0, -1) if here % d == 0)
+
+    passing = next(dividing(_PASSING))
     # With an eighth of what a query sees, an eighth of the scores is computed in vain; the MXU
     # wants 512 tokens all the same.
-    seen = min(window or tokens, tokens) // 8
-    most = divisor(here, max(min(seen, _KEPT), _PASSING) // LANES)
-    kept = [d for d in range(most, 0, -1) if here % d == 0]
-    fitting = (d for d in kept if _vmem(LANES * d, LANES * passing, head_dim, itemsize) <= _VMEM)
-    return Blocks(LANES * next(fitting, 1), LANES * passing)
+    seen = min(window or tokens, tokens)
+    most = max(min(seen // 8, _KEPT), _PASSING)
+    fitting = (b for b in dividing(most) if _vmem(b, passing, head_dim, itemsize) <= _VMEM)
+    return Blocks(next(fitting, LANES), passing)
 
 
 def _vmem(kept: int, passing: int, head_dim: int, itemsize: int) -> int:
@@ -88,11 +92,11 @@ def splash_attention(
     _, T, H, h = q_BxTxHxh.shape
     sequence, tensor = execution.sequence_axis(T), execution.tensor_axis(k_BxTxKxh.shape[2])
     heads, shards = H // execution.size(tensor), execution.size(sequence)
-    kernels = {}
-    for size in windows(config):
-        kernels[size] = _kernel(
-            heads, T, size, config.attn_softcap, shards, h, q_BxTxHxh.dtype.itemsize
-        )
+    itemsize = q_BxTxHxh.dtype.itemsize
+    kernels = {
+        size: _kernel(heads, T, size, config.attn_softcap, shards, h, itemsize)
+        for size in windows(config)
+    }
     run = functools.partial(_local, config, sequence)
     if execution.mesh is not None:
         tokens, by_head = execution.spec(T), execution.spec(T, tensor, None)

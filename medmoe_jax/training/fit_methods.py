@@ -72,6 +72,8 @@ def by_gradient(problem: Problem, seed: int) -> Steps:
 
 def by_evolution(problem: Problem, seed: int) -> Steps:
     """CMA-ES: a generation's losses from one compiled call, and no gradient."""
+    import cma  # loads SciPy: a third of a second
+
     prepared, trainable = problem.prepared, problem.state.trainable
     start_K, tree_of = ravel_pytree(trainable)
 
@@ -79,8 +81,6 @@ def by_evolution(problem: Problem, seed: int) -> Steps:
     def losses(candidates_PxK, frozen, batch):
         one = functools.partial(mean_loss, prepared.objective)
         return jax.lax.map(lambda w_K: one(tree_of(w_K), frozen, batch), candidates_PxK)
-
-    import cma  # loads SciPy: a third of a second
 
     layout = jax.tree.map(lambda leaf: leaf.sharding, trainable)
     rng = np.random.default_rng(seed)

@@ -85,6 +85,7 @@ def test_rows_that_splash_cannot_cut(tokens, shards):
     ("tokens", "shards", "window", "head_dim", "itemsize", "want"),
     [
         (128, 1, 0, 128, 2, (128, 128)),
+        (64, 1, 0, 128, 2, (128, 128)),  # plans ask for rows that no kernel takes, too
         (2048, 1, 0, 128, 2, (512, 512)),
         (32768, 1, 0, 128, 2, (1024, 512)),
         (32768, 1, 512, 128, 2, (512, 512)),
