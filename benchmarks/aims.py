@@ -13,6 +13,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import pages, scaling
+from benchmarks.decode import a_token
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "benchmarks" / "README.md"
@@ -71,12 +72,7 @@ def gpu() -> list[list[str]]:
 def decoding() -> list[list[str]]:
     """Tokens one by one on a processor: decode.py."""
     ours, theirs = load("decode")["ours"], load("decode")["transformers"]
-    tokens = 63  # after the first
-
-    def a_step(model: str, rows: str) -> float:
-        return (ours[model][rows] - ours[model][f"{rows}, first"]) / tokens
-
-    over = [f"{a_step('molora', n) / a_step('base', n):.2f}" for n in ("8", "1")]
+    over = [f"{a_token(ours['molora'], n) / a_token(ours['base'], n):.2f}" for n in (8, 1)]
 
     def speed(model: str, how: str) -> str:
         return f"{theirs[f'{model}, {how}']['seconds']['8'] / ours[model]['8']:.2f}"

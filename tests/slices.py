@@ -1,5 +1,7 @@
 """Where kernels are compiled that have no TPU to run on."""
 
+import re
+
 CHIPS = ("v5e:1x1", "v5p:1x1x1", "v6e:1x1")
 
 
@@ -13,3 +15,9 @@ def compiled(rows, everywhere):
     return [
         (chip, *row) for chip in CHIPS for row in (rows if chip == CHIPS[0] else rows[-everywhere:])
     ]
+
+
+def kernels_of(program) -> list[str]:
+    """Names of the Mosaic kernels in a compiled program, in their order."""
+    call = r'%([a-z_]+)[.\d]* = .* custom_call_target="tpu_custom_call"'
+    return re.findall(call, program.as_text())

@@ -115,9 +115,8 @@ def test_a_decoder_runs_it(monkeypatch):
         return jnp.sum(jnp.where(real[..., None], jnp.sin(x.astype(jnp.float32)), 0.0))
 
     program = str(jax.make_jaxpr(jax.grad(lambda p: value(p, "auto")))(params))
-    assert (
-        program.count(f"name={attention.OUTPUT}") == 1
-    )  # the backward pass does not make it again
+    # The backward pass does not make it again.
+    assert program.count(f"name={attention.OUTPUT}") == 1
     got, want = (jax.jit(jax.grad(lambda p, c=c: value(p, c)))(params) for c in ("auto", "xla"))
     assert tree_rel(got, want) < 20 * TOLERANCE
 
