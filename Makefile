@@ -21,11 +21,16 @@ STEPS := $(VENV)/steps
 PYTEST = JAX_PLATFORMS=cpu PYTHONDONTWRITEBYTECODE= MEDMOE_TESTS=$(abspath $(STEPS))/shared $(GUARD) \
   $(BIN)/python -m pytest -rs --durations=15 $(PYTEST_ARGS)
 
-# Runs the tests with these marks: $(call step,name,marks,environment).
+# One process runs a file, whose tests share what they set up; it goes by the order of conftest.py.
+BY_FILE = -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# Slow tests share little and wait for processes that they start: one more than cores uses that time.
+BY_TEST = -n $$(($(JOBS) + 1)) --dist load --maxschedchunk 1
+
+# Runs the tests with these marks: $(call step,name,marks,distribution,environment).
 define step
 @echo "== $(1) tests =="
 @mkdir -p $(STEPS); begun=$$SECONDS; status=0; \
-$(3) $(PYTEST) -n $(JOBS) --dist loadfile -m "$(2)" | tee $(STEPS)/$(1).log || status=$$?; \
+$(4) $(PYTEST) $(3) -m "$(2)" | tee $(STEPS)/$(1).log || status=$$?; \
 echo "$(1): $$((SECONDS - begun)) s: $$(tail -n 1 $(STEPS)/$(1).log)" >>$(STEPS)/summary; \
 case $$status in 124 | 137) echo "the $(1) tests were stopped after $(LIMIT) s; allow more: make LIMIT=..." ;; esac; \
 exit $$status
@@ -133,7 +138,7 @@ FAST := not slow and not parity and not aot and not shipped
 
 fast: $(VENV)/.installed-fast lint
 	@rm -rf $(STEPS)
-	$(call step,fast,$(FAST))
+	$(call step,fast,$(FAST),$(BY_FILE))
 	@cat $(STEPS)/summary
 
 ifdef T
@@ -145,10 +150,10 @@ test: $(VENV)/.installed-test
 else
 test: $(VENV)/.installed-test lint
 	@rm -rf $(STEPS)
-	$(call step,fast,$(FAST))
-	$(call step,slow,slow and not parity and not aot and not shipped)
-	$(call step,parity,parity)
-	$(call step,program,aot or shipped,MEDMOE_SHIPPED=1)
+	$(call step,fast,$(FAST),$(BY_FILE))
+	$(call step,slow,slow and not parity and not aot and not shipped,$(BY_TEST))
+	$(call step,parity,parity,$(BY_FILE))
+	$(call step,program,aot or shipped,$(BY_FILE),MEDMOE_SHIPPED=1)
 	@echo "== summary =="
 	@# A worker of pytest-xdist that breaks takes its test along, and leaves the exit status at 0.
 	@! grep --with-filename INTERNALERROR $(STEPS)/*.log

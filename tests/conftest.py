@@ -1,5 +1,7 @@
 """What all tests share: simulated devices, the data folder, and no silent skip of a data test."""
 
+import collections
+import gc
 import os
 import re
 import signal
@@ -13,6 +15,9 @@ os.environ.update(quick.environment())
 import jax
 import pytest
 
+# Tracing makes millions of objects that live for long: looking for circles among them as often as
+# Python does by itself took a tenth of the time.
+gc.set_threshold(100_000, 50, 100)
 # A shape that broadcasts by accident is an error.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -72,6 +77,12 @@ def pytest_pycollect_makemodule(module_path, parent):
     ):
         return None
     return _Unread.from_parent(parent, path=module_path)
+
+
+def pytest_collection_modifyitems(items):
+    """Files with few tests first: these are the long ones, and the last to come should be short."""
+    tests = collections.Counter(item.path for item in items)
+    items.sort(key=lambda item: tests[item.path])
 
 
 def pytest_runtest_setup(item):

@@ -17,7 +17,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 def test_every_site_with_banks_is_one_kernel(recipe):
     """Dropout and all; forward and backward, in the loop over layers."""
     topology = describe("v5e:1x1")
-    fields = {"data.length": 512, "data.global_batch": 1, "run.accumulation": 1}
+    fields = {"data.length": 256, "data.global_batch": 1, "run.accumulation": 1}
     given = [f"--config.{name}={value}" for name, value in fields.items()]
     setup = open_abstract(
         load_config([f"--config={CONFIGS / recipe}:qwen1.5-1.8b", *given]), topology

@@ -113,7 +113,6 @@ def expected():
     ("kernels", "sizes"),
     [
         ("interpret", {}),
-        ("interpret", {"fsdp": 2, "tensor": 2}),
         # The twins: eight devices that interpret would wait for each other's threads.
         ("xla", {"fsdp": 4, "tensor": 2}),
         ("xla", {"data": 2, "expert": 2, "tensor": 2}),
@@ -143,11 +142,7 @@ def test_values_statistics_and_gradients(kernels, sizes):
 
 @pytest.mark.parametrize(
     ("kernels", "sizes"),
-    [
-        ("interpret", {}),
-        ("interpret", {"fsdp": 2, "tensor": 2}),
-        ("xla", {"sequence": 2, "tensor": 4}),
-    ],
+    [("interpret", {"fsdp": 2, "tensor": 2}), ("xla", {"sequence": 2, "tensor": 4})],
     ids=lambda value: value if isinstance(value, str) else "x".join(value) or "one",
 )
 def test_dropout_on_any_mesh(kernels, sizes):
@@ -163,13 +158,13 @@ def test_dropout_on_any_mesh(kernels, sizes):
     assert tree_rel(grads, want_grads) < 1e-4
 
 
-@pytest.mark.parametrize("kind", quantised.KINDS)
 @pytest.mark.parametrize(
-    ("kernels", "sizes"),
+    ("kind", "kernels", "sizes"),
     [
-        ("interpret", {}),
-        ("interpret", {"fsdp": 2, "tensor": 2}),
-        ("xla", {"fsdp": 2, "sequence": 2, "tensor": 2}),
+        ("int8", "interpret", {}),
+        ("nf4", "interpret", {"fsdp": 2, "tensor": 2}),
+        ("int8", "xla", {"fsdp": 2, "sequence": 2, "tensor": 2}),
+        ("nf4", "xla", {"fsdp": 2, "sequence": 2, "tensor": 2}),
     ],
     ids=lambda value: value if isinstance(value, str) else "x".join(value) or "one",
 )

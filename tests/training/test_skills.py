@@ -152,16 +152,14 @@ def naive_loss(setup, workdir, rows, weights, penalty):
 
 MESHES = {
     "data8": {"data": 8},
-    "fsdp4-tensor2": {"fsdp": 4, "tensor": 2},
-    "fsdp4-sequence2": {"fsdp": 4, "sequence": 2},
+    "fsdp2-sequence2-tensor2": {"fsdp": 2, "sequence": 2, "tensor": 2},
 }
 
 
 @pytest.mark.parametrize(
     ("method", "gate", "mesh"),
     [
-        ("gradient", "per_layer", "fsdp4-tensor2"),
-        ("gradient", "per_layer", "fsdp4-sequence2"),
+        ("gradient", "per_layer", "fsdp2-sequence2-tensor2"),
         ("cma", "global", "data8"),
     ],
 )

@@ -362,9 +362,7 @@ def one_device():
 @pytest.mark.parametrize(
     "sizes",
     [
-        pytest.param({"fsdp": 8}, marks=pytest.mark.slow),
         {"data": 2, "fsdp": 4},
-        {"fsdp": 4, "tensor": 2},
         pytest.param({"fsdp": 2, "expert": 2, "tensor": 2}, marks=pytest.mark.slow),
         {"fsdp": 2, "sequence": 2, "tensor": 2},
     ],
