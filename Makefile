@@ -23,7 +23,7 @@ PYTEST = JAX_PLATFORMS=cpu PYTHONDONTWRITEBYTECODE= MEDMOE_TESTS=$(abspath $(STE
 
 # One process runs a file, whose tests share what they set up; it goes by the order of conftest.py.
 BY_FILE = -n $(JOBS) --dist loadfile --no-loadscope-reorder
-# Slow tests share little and wait for processes that they start: one more than cores uses that time.
+# These tests share little and wait for what they start: one more than cores uses that time.
 BY_TEST = -n $$(($(JOBS) + 1)) --dist load --maxschedchunk 1
 
 # Runs the tests with these marks: $(call step,name,marks,distribution,environment).
@@ -44,7 +44,7 @@ help:
 	@echo "make vllm     compare the answers of exports with those of vLLM on CPU, in its own environment"
 	@echo "make docs     build the pages as a site, in site/"
 	@echo "make notebooks   write the repository's address and the cell that installs into all of them"
-	@echo "make test     lint, then the fast, the slow, the parity and the compiled-program tests"
+	@echo "make test     lint, then all tests: fast, slow, of processes, of parity, of compiled programs"
 	@echo "make test T=tests/base/test_loss.py    one file or folder, or one test of it"
 	@echo "make fast     lint and the fast tests; needs no torch"
 	@echo "make fuzz     give every parser damaged input for a minute; MEDMOE_FUZZ_SECONDS=3600 for an hour"
@@ -134,7 +134,8 @@ format: $(VENV)/.installed-fast
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-FAST := not slow and not parity and not aot and not shipped
+ELSEWHERE := not parity and not aot and not shipped
+FAST := not slow and not processes and $(ELSEWHERE)
 
 fast: $(VENV)/.installed-fast lint
 	@rm -rf $(STEPS)
@@ -151,7 +152,8 @@ else
 test: $(VENV)/.installed-test lint
 	@rm -rf $(STEPS)
 	$(call step,fast,$(FAST),$(BY_FILE))
-	$(call step,slow,slow and not parity and not aot and not shipped,$(BY_TEST))
+	$(call step,slow,slow and not processes and $(ELSEWHERE),$(BY_FILE))
+	$(call step,processes,processes and $(ELSEWHERE),$(BY_TEST))
 	$(call step,parity,parity,$(BY_FILE))
 	$(call step,program,aot or shipped,$(BY_FILE),MEDMOE_SHIPPED=1)
 	@echo "== summary =="

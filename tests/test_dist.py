@@ -37,7 +37,7 @@ def content(folder):
         return {name: wheel.read(name) for name in wheel.namelist() if "/RECORD" not in name}
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_a_wheel_of_the_source_archive_is_that_of_the_clone(tmp_path):
     clone, dist, again = (tmp_path / name for name in ("clone", "dist", "again"))
     listed = subprocess.run(

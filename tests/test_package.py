@@ -303,7 +303,7 @@ assert tuple(config.stages.order) == ("aggregate", "align") and config.run.log_e
 """
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_the_wheel_holds_all_that_the_folder_does(tmp_path):
     """Every file that belongs to the package, recipes too; a recipe loads where no clone is."""
     with zipfile.ZipFile(next(wheel.folder().glob("*.whl"))) as archive:

@@ -12,6 +12,8 @@ from tests.adapters.conftest import SPECS
 from tests.adapters.test_model import compiled_gradient
 from tests.naive import TINY, rel, tree_rel
 
+pytestmark = pytest.mark.slow
+
 DROPPED = tuple(s.replace(dropout=0.25) if s.name != "skills" else s for s in SPECS)
 
 

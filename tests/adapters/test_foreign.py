@@ -141,6 +141,7 @@ def test_at_first_the_model_is_what_it_was():
     assert np.array_equal(forward(model, x), forward(bare, x))
 
 
+@pytest.mark.slow
 def test_forward_and_gradient_are_those_of_a_loop(mixer):
     bare, model, paths, start, (x, labels), done = mixer
     specs = [spec for spec, _ in nnx_models.roster(model).values()]
@@ -253,6 +254,7 @@ def vit():
     return bare, model, paths, start, (x, labels), told, done
 
 
+@pytest.mark.slow
 def test_a_vit_with_languages_and_padding_is_that_of_a_loop(vit):
     bare, model, paths, start, (x, labels), told, done = vit
     specs = [spec for spec, _ in nnx_models.roster(model).values()]

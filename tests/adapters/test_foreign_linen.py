@@ -85,6 +85,7 @@ def transformer():
     return adapted, variables, fresh, banks, (frozen, trained), done
 
 
+@pytest.mark.slow
 def test_forward_and_gradient_are_those_of_a_loop(transformer):
     adapted, variables, _, banks, _, done = transformer
     specs = [spec for spec, _ in adapted.roster]

@@ -57,6 +57,7 @@ def test_every_bank_and_scale_counts(base, banks, batch, spec):
     assert rel(naive.logits(TINY, base, batch, halved)[real], full[real]) > 1e-3
 
 
+@pytest.mark.slow
 def test_gradient(base, banks, batch):
     (value, _), grads = compiled_gradient()(banks, base, batch)
 
@@ -67,6 +68,7 @@ def test_gradient(base, banks, batch):
     naive.check_gradient(want, banks, grads, np.random.default_rng(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("execution", "dispatch"),
     [(Execution(remat="full"), "stacked"), (Execution(remat="dots", unroll=3), "reference")],

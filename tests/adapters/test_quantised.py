@@ -77,6 +77,7 @@ def test_gradient_is_that_of_the_values(kind, remat):
     assert tree_rel(grads, want) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_eight_devices(kind):
     """Codes and scales sharded over their rows and columns."""

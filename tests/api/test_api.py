@@ -239,6 +239,7 @@ def test_a_finished_run_is_a_table_of_its_stages(workdir):
     assert f'<td>align</td><td class="number">{tiny.STEPS}</td>' in done._repr_html_()
 
 
+@pytest.mark.slow
 def test_routing_by_language(workdir, model, tmp_path):
     """As the command tells it."""
     rows = [{**row, "language": ("en", "de")[n % 2]} for n, row in enumerate(tiny.alignment_rows())]

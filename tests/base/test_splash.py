@@ -22,6 +22,7 @@ from tests import slices
 from tests.naive import TINY, tree_rel
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spread", "heads", "softcap"),
     [

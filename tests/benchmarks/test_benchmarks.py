@@ -70,6 +70,7 @@ def test_frozen_step_gives_the_gradient_of_the_embedded_tokens():
     assert rel(loss, -picked.mean()) < 1e-5
 
 
+@pytest.mark.slow
 def test_adapted_variants_take_the_same_step():
     """Whatever the strategy; and the loss falls."""
     dense_gather.register()

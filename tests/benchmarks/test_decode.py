@@ -7,6 +7,7 @@ import pytest
 from benchmarks import decode
 
 
+@pytest.mark.slow
 def test_its_tables(monkeypatch, capsys):
     small = dataclasses.replace(
         decode.DECODER, n_layers=1, d_model=28, n_heads=2, n_kv_heads=1, head_dim=14, d_ff=32

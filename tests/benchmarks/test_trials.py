@@ -100,6 +100,7 @@ def _prompts(files) -> set[str]:
     return {row.prompt for rows in files.values() for row in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_rows_of_the_families(data_dir, monkeypatch):
     """The held-out language is in no training row, and no row stands on both sides."""

@@ -67,7 +67,7 @@ def export(folder, base, banks):
     save_peft(folder / "peft", TINY, "llama", members)
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes_write_one_model(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -307,7 +307,7 @@ def check_after_kill(directory) -> int:
     return restored.step
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_a_process_ended_while_it_saves_loses_at_most_that_save(tmp_path, sent):
     last = 0
@@ -478,7 +478,7 @@ print(restored.step, restored.extra["step"], len(restored.skipped), manifest.ste
 """
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes_save_and_restore_together(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -63,6 +63,7 @@ def test_help(command, capsys):
         assert all(name in text for name in COMMANDS)
 
 
+@pytest.mark.slow
 def test_a_notice_while_a_stage_is_evaluated(tmp_path, config, monkeypatch, capsys):
     """The training is saved by then: the next start only evaluates."""
     row = {"answer": "yes", "choices": ["yes", "no"]}
@@ -100,6 +101,7 @@ def test_usage_errors(capsys):
     assert medmoe_jax.__version__ in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_module_runs_as_a_program(tmp_path):
     file = tmp_path / "recipe.py"
     file.write_text("x = 1\n")
@@ -192,6 +194,7 @@ def test_stages_and_banks_can_be_chosen(config, workdir, tmp_path):
     assert score("--stage=base") == pytest.approx(scores[3], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_generate(config, workdir, tmp_path, capsys):
     model = [config, f"--workdir={workdir}", "--max-tokens=8"]
     prompts = [row["prompt"] for row in tiny.alignment_rows()[:3]]

@@ -22,6 +22,8 @@ from medmoe_jax.training.trained import open_trained
 from tests import naive, skills, tiny
 from tests.randomised import randomise
 
+pytestmark = pytest.mark.slow
+
 CONFIG = """from tests.cli import test_compose
 
 def get_config():

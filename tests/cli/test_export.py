@@ -232,6 +232,7 @@ def test_each_format_has_its_dtypes(config, workdir, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hf", "peft"])
 def test_a_sharded_model_gives_the_same_files(config, workdir, kind, tmp_path):
     for name, sizes in {"one": (8, 1, 1), "many": (1, 4, 2)}.items():

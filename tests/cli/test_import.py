@@ -108,6 +108,7 @@ def fails(capsys, *arguments):
     return error
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_an_imported_stage(config, released, tmp_path, capsys):
     """Without the data of the first stage; the second ends where the tiny run has ended."""
     workdir = tmp_path / "w"

@@ -82,6 +82,7 @@ def config(**bank):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", [1, 3])
 def test_every_tensor_lands_in_its_place(tmp_path, tensors, shards):
     """And the dense network that the experts replace stays what it was."""

@@ -8,6 +8,8 @@ from medmoe_jax.cli.main import main
 from tests import tiny
 from tests.full_disk import failing
 
+pytestmark = pytest.mark.slow
+
 ROWS = [
     {"prompt": f"{row['prompt']} {n}", "response": row["response"]}
     for n, row in enumerate(tiny.alignment_rows()[:4])

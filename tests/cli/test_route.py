@@ -91,7 +91,7 @@ def test_weights_are_printed_written_and_drawn(config, files, routed, tmp_path, 
     assert np.abs(different[0] - different[1]).max() > 0.01
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes_find_the_same_weights(config, files, routed, tmp_path):
     workdir = tmp_path / "w"
     shutil.copytree(skills.randomised(), workdir)

@@ -46,6 +46,7 @@ def served(arguments, ask, monkeypatch):
     return answered[0], said
 
 
+@pytest.mark.slow
 def test_models_of_one_base_answer_as_generate_and_score_do(
     config, workdir, tmp_path, monkeypatch, capsys
 ):

@@ -29,6 +29,7 @@ def site(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_every_page_is_there(site):
     pages = {path.relative_to(site).as_posix() for path in site.rglob("*.html")}
     for source in (ROOT / "docs").rglob("*.md"):

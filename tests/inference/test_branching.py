@@ -176,6 +176,7 @@ def answers():
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_tree_is_scored_as_its_texts_alone(mesh, monkeypatch):
     sizes, devices, dispatch = MESHES[mesh]

@@ -19,6 +19,8 @@ from medmoe_jax.inference.sampling import Sampling
 from medmoe_jax.parallel.mesh import batch_sharding, make_mesh
 from tests import naive
 
+pytestmark = pytest.mark.slow
+
 CONFIG = DecoderConfig(
     vocab_size=31, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=20,
     max_positions=64, windows=(7, 0),

@@ -181,6 +181,7 @@ def naive_greedy(prompt, max_tokens, stops):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_greedy_generation(mesh):
     prompts = questions()[0]
@@ -215,6 +216,7 @@ def test_ids_that_follow_each_other_end_a_generation(monkeypatch):
     assert sum(int(n) for _, _, n in taken) == 5  # it ended there, not after 10
 
 
+@pytest.mark.slow
 def test_generation_alone_equals_generation_in_a_batch():
     """Token-gated banks included: greedy and sampled, whatever shares the batch."""
     prompts = questions()[0]

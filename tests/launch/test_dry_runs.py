@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[2]
 SSH = (
     "--ssh-flag=-oConnectTimeout=20 --ssh-flag=-oServerAliveInterval=15"
@@ -190,7 +192,6 @@ def gcloud(tmp_path):
     return run
 
 
-@pytest.mark.slow
 def test_the_real_gcloud_reads_every_command(plan, gcloud):
     """It checks its flags first (status 2), and who asks then (status 1)."""
     on_demand = ["--queued=no", "--spot=no"]
@@ -205,7 +206,6 @@ def test_the_real_gcloud_reads_every_command(plan, gcloud):
     assert gcloud(CREATE.replace("--node-id", "--node-name")).returncode == 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "found", "printed"),
     [

@@ -15,6 +15,8 @@ import jsonschema
 import pytest
 import yaml
 
+pytestmark = pytest.mark.processes
+
 SCHEMA = json.loads((Path(__file__).parent / "jobset_schema.json").read_text())
 OURS = "app.kubernetes.io/managed-by=medmoe-tpu-run,app.kubernetes.io/instance=medmoe"
 
@@ -401,7 +403,6 @@ def test_no_kubectl_no_cluster_no_jobset(gke):
     assert ended.returncode == 1 and "--backend=gke needs kubectl" in ended.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed")
 def test_the_real_kubectl_reads_what_the_launcher_asks(gke, tmp_path):
     """The Secret by its pipe, and the lines of pods and JobSet, without a cluster."""

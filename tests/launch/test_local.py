@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 # Saved as a run saves: one more sealed checkpoint.
 SAVE = 'mkdir -p "work/stages/a/steps/$1" && touch "work/stages/a/steps/$1/SEAL.json"'
 

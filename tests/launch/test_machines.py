@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 WORKER = Path(__file__).parents[2] / "launch" / "worker.sh"
 
 # Notes what it is asked. The TPU is what the files `node` and `request` say.

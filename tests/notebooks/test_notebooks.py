@@ -60,7 +60,7 @@ def settings(**fields) -> str:
     return f"LIMIT = 3\nSETTINGS |= {small!r}"
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_quickstart_runs(tmp_path):
     """On the tiny base and with two steps a stage."""
     steps = {"stages.aggregate.steps": 2, "stages.align.steps": 2}
@@ -75,7 +75,7 @@ def test_quickstart_runs(tmp_path):
         assert name in pages
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_two_stages_runs(tmp_path):
     """On the tiny base, with two steps a stage and tasks that need no generation."""
     steps = {f"stages.{name}.steps": 2 for name in ("aggregate", "align", "align_free")}
@@ -90,7 +90,7 @@ def test_two_stages_runs(tmp_path):
     assert "stage 2, free: " in printed(ran, "forgotten")
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_configs_runs(tmp_path):
     """The sweep trains its own stages only, and one table has them all."""
     steps = {f"stages.{name}.steps": 2 for name in ("aggregate", "align")}
@@ -109,7 +109,7 @@ def test_configs_runs(tmp_path):
     assert "stage 'stronger': 2 steps" in more and len(shown(ran, "image/png")) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_languages_runs(tmp_path):
     """On the tiny base: tables and pictures of every language, taught or not."""
     layers = {"stages.mixture.banks.experts.layers": (-2, None)}
@@ -141,7 +141,7 @@ def test_plan_a_pod_runs(tmp_path):
     assert re.search(r"as it is +yes +[\d.]+ +\d+$", printed(ran, "smaller"), re.MULTILINE)
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_reuse_runs(tmp_path):
     """With a few steps."""
     told = printed(execute("reuse", tmp_path, "STEPS = 3"))

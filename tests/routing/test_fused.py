@@ -109,6 +109,7 @@ def expected():
     return gradient(strategy("stacked"))(*problem())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernels", "sizes"),
     [
@@ -140,6 +141,7 @@ def test_values_statistics_and_gradients(kernels, sizes):
     assert tree_rel(grads, want_grads) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernels", "sizes"),
     [("interpret", {"fsdp": 2, "tensor": 2}), ("xla", {"sequence": 2, "tensor": 4})],
@@ -158,6 +160,7 @@ def test_dropout_on_any_mesh(kernels, sizes):
     assert tree_rel(grads, want_grads) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "kernels", "sizes"),
     [

@@ -18,13 +18,16 @@ from medmoe_jax.routing.terms import LoraTerm
 from tests.naive import rel
 from tests.routing import loads
 
-pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (simulated) devices")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (simulated) devices"),
+]
 
 TOP_K = 2
 AXES = ("data", "fsdp", "expert", "tensor", "sequence")
 # Each axis alone, and each two axes cut together.
-QUICK = [(1, 1, 4, 2, 1), (2, 2, 1, 2, 1), (1, 2, 1, 2, 2)]
 SHAPES = [
+    *((1, 1, 4, 2, 1), (2, 2, 1, 2, 1), (1, 2, 1, 2, 2)),
     *((8, 1, 1, 1, 1), (1, 8, 1, 1, 1), (1, 1, 8, 1, 1), (1, 1, 1, 8, 1)),
     *((2, 2, 2, 1, 1), (1, 2, 2, 2, 1), (2, 1, 2, 1, 2), (1, 1, 2, 2, 2)),
 ]
@@ -34,14 +37,13 @@ CASES = [
         "all_to_all" if shape[2] > 1 else "grouped",
         shape,
         id="x".join(map(str, shape)),
-        marks=() if shape in QUICK else pytest.mark.slow,
     )
-    for shape in (*QUICK, *SHAPES)
+    for shape in SHAPES
 ]
 
 
 def test_each_two_axes_are_cut_together_somewhere():
-    cut = [{axis for axis, size in zip(AXES, s, strict=True) if size > 1} for s in QUICK + SHAPES]
+    cut = [{axis for axis, size in zip(AXES, s, strict=True) if size > 1} for s in SHAPES]
     for pair in itertools.combinations(AXES, 2):
         assert any(axes.issuperset(pair) for axes in cut), pair
 

@@ -26,6 +26,7 @@ ROWS = [{"prompt": f"q{n}", "response": f"a{n}"} for n in range(5)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 
 
+@pytest.mark.slow
 def test_a_base_and_its_tokenizer_are_those_of_the_disk(cloud):
     objects.upload(tiny.base_path(), cloud / "base")
     objects.upload(tiny.tokenizer().path.parent, cloud / "words")

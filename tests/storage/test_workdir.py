@@ -37,6 +37,8 @@ from tests.checkpoints.test_lease import Clock
 from tests.clouds import BUCKET
 from tests.several import Several
 
+pytestmark = pytest.mark.slow
+
 
 def test_of_many_that_start_at_once_one_writes(cloud):
     for _ in range(3):
@@ -289,7 +291,7 @@ def test_a_stopped_run_ends_where_one_on_disk_ends(cloud, tmp_path, monkeypatch,
     assert read_json(cloud / "w" / "report.json")["results"][0]["n"] == 1
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes_write_one_checkpoint_to_gs(emulators, tmp_path):
     """Each its own shards, which the first one makes a whole; on s3:// both are told at once."""
     (tmp_path / "recipe.py").write_text(several.CONFIG)

@@ -31,6 +31,8 @@ from tests import naive, tiny
 from tests.crash import Stop, crash_in_batch
 from tests.training.test_step import CONFIG, uneven_batch
 
+pytestmark = pytest.mark.slow
+
 SKILL = BankSpec("skill", ("attn.o", "mlp.up"), 0, 2, rank=3, alpha=6.0, learned_scale=True)
 PLAIN = BankSpec("plain", ("attn.q", "mlp.up"), 1, 2, rank=2)
 STEPS = 7
@@ -152,11 +154,7 @@ def agree(got, want):
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(
-            {"sizes": (("data", 2), ("fsdp", 4)), "devices": 8},
-            marks=pytest.mark.slow,
-            id="data2-fsdp4",
-        ),
+        pytest.param({"sizes": (("data", 2), ("fsdp", 4)), "devices": 8}, id="data2-fsdp4"),
         pytest.param({"sizes": (("fsdp", 4), ("tensor", 2)), "devices": 8}, id="fsdp4-tensor2"),
         pytest.param({"accumulation": 4}, id="accumulation4"),
         pytest.param({"remat": "full", "unroll": 2}, id="remat-unrolled"),

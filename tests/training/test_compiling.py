@@ -39,6 +39,7 @@ def test_programs_of_a_run_on_object_storage_are_kept_here(settings, tmp_path, m
     assert settings() == str(tmp_path / "medmoe_jax" / "compiled")
 
 
+@pytest.mark.slow
 def test_a_kept_program_is_read_by_the_next_start(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(compiling, "_WORTH", 0.0)
     keep_compiled("", tmp_path)

@@ -22,6 +22,8 @@ from tests import tiny
 from tests.crash import Stop, crash_in_batch
 from tests.several import Several
 
+pytestmark = pytest.mark.slow
+
 EVERY = 3
 # Scores of the second stage: the best is that of step 6, and the next is no better.
 ALIGN = {3: 0.25, 6: 0.75, 9: 0.75}
@@ -224,7 +226,7 @@ def test_the_command_scores_tasks_as_eval_does(command, told, tmp_path, capsys):
     assert not (tmp_path / "new" / "stages").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes_score_alike(command, told, tmp_path):
     """All take part, the first one writes."""
     with Several(tmp_path, [[*command, f"--workdir={tmp_path / 'w'}"]] * 2) as both:

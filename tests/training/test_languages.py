@@ -37,6 +37,7 @@ def config_of(tmp_path, **bank):
     return config
 
 
+@pytest.mark.slow
 def test_the_language_of_a_row_reaches_its_router(tmp_path):
     setup = open_setup(config_of(tmp_path, forcing="always"))
     run = Run(setup, tmp_path / "work")

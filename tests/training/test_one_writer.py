@@ -28,7 +28,7 @@ def curve(workdir, name):
     return [[row[key] for key in CURVE] for row in rows]
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_two_starts_at_once(tmp_path):
     """The one that writes is frozen until the other was refused: its sleep costs it nothing."""
     _, reference = tiny.trained()
@@ -73,6 +73,7 @@ class Stolen(Hook):
         return {}
 
 
+@pytest.mark.slow
 def test_a_run_whose_directory_was_taken_over_writes_nothing_more(tmp_path, monkeypatch):
     monkeypatch.setattr(lib, "_DEAD", -1)  # no sign of life is ever fresh
     config = tiny.medcare_config()

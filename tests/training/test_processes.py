@@ -19,7 +19,7 @@ from medmoe_jax.training.train import train
 from tests import several, tiny
 from tests.several import Several
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.processes
 STAGES = ("aggregate", "align")
 COUNTED = ("step", "rows_hash", "tokens", "target_tokens", "learning_rate")
 

@@ -18,6 +18,8 @@ from medmoe_jax.training.trained import Trained, open_trained
 from tests import naive, tiny
 from tests.training.test_run import BATCH, run_logits
 
+pytestmark = pytest.mark.slow
+
 
 def config_of(kind="nf4"):
     config = tiny.medcare_config()

@@ -20,6 +20,8 @@ from medmoe_jax.training.setup import AUTO, open_setup
 from medmoe_jax.training.train import train
 from tests import tiny
 
+pytestmark = pytest.mark.slow
+
 SAID = re.compile(r"needs ([\d.]+) GiB of ([\d.]+) GiB for itself.*remat '(\w+)'")
 
 

@@ -28,6 +28,8 @@ from medmoe_jax.training.trained import open_trained
 from tests import tiny
 from tests.crash import Stop, crash_in_batch
 
+pytestmark = pytest.mark.slow
+
 STAGES = ("aggregate", "align")
 # Of a line of metrics: what the machine's clock does not enter.
 CURVE = ("step", "loss", "gradient_norm", "target_tokens", "tokens", "learning_rate")
@@ -207,7 +209,7 @@ def start_child(workdir):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_killed_in_the_middle_of_each_stage(tmp_path):
     """SIGKILL, as a preempted machine does it."""
     _, reference = tiny.trained()

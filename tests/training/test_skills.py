@@ -22,6 +22,8 @@ from medmoe_jax.training.trained import open_trained
 from tests import naive, skills, tiny
 from tests.forged import forge
 
+pytestmark = pytest.mark.slow
+
 NAMES = tuple(skills.table())
 ROWS = [
     {"prompt": f"{drug}: yes or no, {use}?", "response": answer}

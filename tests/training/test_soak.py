@@ -8,7 +8,7 @@ from tests.soak.disturbances import kill, kill_launcher
 from tests.soak.run import soak
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_killed_at_random_moments(tmp_path):
     """A host, then the launcher; `python -m tests.soak` knows more kinds, and twenty of them."""
     sequence = [kill, kill_launcher]

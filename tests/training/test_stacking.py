@@ -109,6 +109,7 @@ def test_a_mixture_of_skills_is_the_weighted_sum_of_their_deltas(per_layer, soft
     assert rel(forward((), {}, lifecycle.fold(roster, banks, base)), want) < 1e-5
 
 
+@pytest.mark.slow
 def test_only_the_gate_trains():
     stage, roster, banks, base = started()
     banks["skills"]["mix"]["weight"] = jnp.asarray([[0.8, -0.5]])

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +27,14 @@ from medmoe_jax.training.step import (
     Objective,
     TrainState,
     gradients,
+    micro_batches,
     nll,
     rows_hash,
     train_step,
 )
 from tests import naive
+
+pytestmark = pytest.mark.slow
 
 CONFIG = DecoderConfig(
     vocab_size=32, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=16, tied=True
@@ -156,6 +160,17 @@ def test_accumulation_changes_nothing(accumulation):
         assert naive.tree_rel(more["router"][key], stats) < 1e-4
         np.testing.assert_allclose(more["router"][key].use_E, stats.use_E)
         np.testing.assert_allclose(more["router"][key].tokens, stats.tokens)
+
+
+def test_every_device_has_a_share_of_every_micro_batch():
+    """Rows stay where they are: a device makes its part of each from its own rows."""
+    spread = batch_sharding(make_mesh({"fsdp": 8}, jax.devices()))
+    batch = {"tokens": jax.device_put(np.arange(16 * 4).reshape(16, 4), spread)}
+    cut = jax.jit(functools.partial(micro_batches, count=2)).lower(batch).compile()
+    assert not re.search("all-gather|all-to-all|collective-permute", cut.as_text())
+    made = cut(batch)["tokens"]
+    assert {shard.data.shape for shard in made.addressable_shards} == {(2, 1, 4)}
+    np.testing.assert_array_equal(made[1, :, 0], np.arange(4, 64, 8))
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -363,7 +378,7 @@ def one_device():
     "sizes",
     [
         {"data": 2, "fsdp": 4},
-        pytest.param({"fsdp": 2, "expert": 2, "tensor": 2}, marks=pytest.mark.slow),
+        {"fsdp": 2, "expert": 2, "tensor": 2},
         {"fsdp": 2, "sequence": 2, "tensor": 2},
     ],
     ids=lambda sizes: "-".join(f"{axis}{size}" for axis, size in sizes.items()),

@@ -18,9 +18,10 @@ from medmoe_jax.training.step import Objective, TrainState, train_step
 from tests import naive
 from tests.naive import tree_rel
 
-pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (simulated) devices")
-
-SLOW = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (simulated) devices"),
+]
 CONFIG = DecoderConfig(
     vocab_size=32, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=16, tied=True
 )
@@ -91,9 +92,9 @@ def one_device():
     [
         ("grouped", MESHES["grouped"]),
         ("all_to_all", MESHES["all_to_all"]),
-        pytest.param("auto", MESHES["auto"], marks=SLOW),
+        ("auto", MESHES["auto"]),
         ("grouped", SEQUENCES["grouped"]),
-        pytest.param("all_to_all", SEQUENCES["all_to_all"], marks=SLOW),
+        ("all_to_all", SEQUENCES["all_to_all"]),
     ],
 )
 def test_eight_devices_take_the_step_of_one(dispatch, sizes):

@@ -29,6 +29,8 @@ from medmoe_jax.training.train import train
 from medmoe_jax.training.trained import open_trained
 from tests import gguf_files, tiny
 
+pytestmark = pytest.mark.slow
+
 FIRST, LAST = "aggregate", "align"
 
 
