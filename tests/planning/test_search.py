@@ -57,8 +57,8 @@ def test_the_expert_axis_stays_and_heads_limit_tensor():
     }  # fmt: skip
 
 
-def estimated(mesh, accumulation, remat):
-    config = search._with(config_of(), Candidate(mesh, accumulation, remat))
+def estimated(mesh, accumulation, remat, rows=16):
+    config = search._with(config_of(rows), Candidate(mesh, accumulation, remat))
     setup = open_abstract(config, HERE)
     at = start(setup, "aggregate")
     return estimate(setup, at, HERE), bytes_of(training(setup, at).arguments)
@@ -98,7 +98,7 @@ def test_estimates_against_sums_by_hand():
 
 def test_a_search_compiles_what_may_win(monkeypatch):
     """The compiler replaced by the estimate: the first is the best, slower ones are left out."""
-    compiled = []
+    compiled, promised = [], []
 
     def measured(setup, topology, program):
         run = setup.config.run
@@ -106,6 +106,7 @@ def test_a_search_compiles_what_may_win(monkeypatch):
         compiled.append((mesh, run.accumulation, run.remat))
         at = start(setup, "aggregate")
         seconds = estimate(setup, at, HERE).seconds
+        promised.append(seconds)
         fits = len(compiled) > 1
         return Figures("train", fits, 9.0, 1.0, 1.0, bound=bound(CHIP, 197e12 * seconds, 0))
 
@@ -114,6 +115,10 @@ def test_a_search_compiles_what_may_win(monkeypatch):
     # Eight devices do not divide into the recipe's own micro-batches: the search has others.
     result = search.search(config_of(rows=8, accumulation=8), HERE, "", 3, lines.append)
     assert len(compiled) == len(result.found) <= 3
+    others = set(candidates(config_of(rows=8), HERE)) - {Candidate(*one) for one in compiled}
+    possible = [estimated(*one, rows=8)[0] for one in others]
+    assert promised == sorted(promised)
+    assert promised[-1] <= min(one.seconds for one in possible if one.gib < CHIP.limit_gib)
     assert not result.found[-1].figures.fits and result.found[0].figures.fits
     # Each is told of before it is compiled, and what was found right after.
     assert len(lines) == 1 + 2 * len(compiled)
