@@ -6,6 +6,10 @@ Three kernels run: forward, and backward for keys and values and for queries. Ea
 in VMEM, of queries (of keys and values in the second), while blocks of the other kind pass by; what
 a mask hides is passed over. What passes is fetched again for every block that is kept, so HBM
 traffic falls as kept blocks grow; what is computed in vain along the mask's edges grows.
+
+The kernel of keys and values has computed all that the gradient of queries needs. Where a row has
+few blocks of keys, it makes that gradient too, a part of it for each of them, and two of seven
+products are saved; for many blocks the parts would take too much memory.
 """
 
 from __future__ import annotations
@@ -24,14 +28,21 @@ from medmoe_jax.errors import ParameterError
 
 _PASSING = 512  # a product of 512 tokens keeps the MXU busy; scores are [kept, passing]
 _KEPT = 1024
+_PARTS = 4
 _VMEM = 14 * 2**20  # bytes, of the 16 MiB that the compiler gives a kernel on the smallest chip
 
 
 class Blocks(NamedTuple):
-    """Tokens of the block that a kernel keeps, and of those that pass by."""
+    """Tokens of the block that a kernel keeps, and of those that pass by.
+
+    Attributes:
+      kept, passing: of the kernels that make one thing each.
+      keys: that the kernel of all three gradients keeps; 0 = queries have a kernel of their own.
+    """
 
     kept: int
     passing: int
+    keys: int
 
 
 def block_sizes(tokens: int, shards: int, window: int, head_dim: int, itemsize: int) -> Blocks:
@@ -56,7 +67,11 @@ def block_sizes(tokens: int, shards: int, window: int, head_dim: int, itemsize: 
     seen = min(window or tokens, tokens)
     most = max(min(seen // 8, _KEPT), _PASSING)
     fitting = (b for b in dividing(most) if _vmem(b, passing, head_dim, itemsize) <= _VMEM)
-    return Blocks(next(fitting, LANES), passing)
+    kept = next(fitting, LANES)
+    parts = (n for n in range(_PARTS, 0, -1) if tokens % (n * passing) == 0)
+    whole = (tokens // n for n in parts if tokens // n <= _KEPT)
+    keys = next((k for k in whole if _vmem_whole(k, passing, head_dim, itemsize) <= _VMEM), 0)
+    return Blocks(kept, passing, keys)
 
 
 def _vmem(kept: int, passing: int, head_dim: int, itemsize: int) -> int:
@@ -68,6 +83,19 @@ def _vmem(kept: int, passing: int, head_dim: int, itemsize: int) -> int:
     queries = kept * (3 * head_dim * itemsize + 2 * LANES * 4)
     keys = 2 * passing * head_dim * itemsize
     return 2 * (queries + keys) + 4 * kept * head_dim + 4 * 4 * kept * passing
+
+
+def _vmem_whole(keys: int, passing: int, head_dim: int, itemsize: int) -> int:
+    """The same of the kernel of all gradients.
+
+    Two copies of blocks of keys, values and their gradients, of their ids, and of queries, their
+    gradient and the output's; three sums; and five arrays of scores, of the keys that are computed
+    with at a time, as many as pass by.
+    """
+    of_keys = keys * (4 * head_dim * itemsize + LANES * 4)
+    of_queries = 3 * passing * head_dim * itemsize
+    sums = 4 * head_dim * (2 * keys + passing)
+    return 2 * (of_keys + of_queries) + sums + 5 * 4 * passing * passing
 
 
 def splash_attention(
@@ -119,7 +147,7 @@ def _kernel(
             f"attention: splash takes a multiple of {LANES} tokens of a row on each device, which "
             f"{tokens}{cut} is not; change the rows' length, or take 'xla', which runs any"
         )
-    kept, passing = block_sizes(tokens, shards, window, head_dim, itemsize)
+    kept, passing, keys = block_sizes(tokens, shards, window, head_dim, itemsize)
     shape = (tokens, tokens)
     one = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
     return splash.make_splash_mha(
@@ -128,9 +156,11 @@ def _kernel(
             block_q=kept,
             block_kv=passing,
             block_q_dkv=passing,
-            block_kv_dkv=kept,
-            block_q_dq=kept,
-            block_kv_dq=passing,
+            block_kv_dkv=keys or kept,
+            block_kv_dkv_compute=passing if keys else kept,
+            block_q_dq=None if keys else kept,
+            block_kv_dq=None if keys else passing,
+            use_fused_bwd_kernel=bool(keys),
         ),
         head_shards=1,
         q_seq_shards=shards,

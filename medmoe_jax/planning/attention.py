@@ -3,8 +3,8 @@
 Axes: B rows, T tokens, H query heads, K key/value heads, h head dimension, all of one device.
 A kernel keeps a block and lets others pass by (`base.splash`); a pair of blocks is visited when a
 query of one sees a key of the other. A pair makes two products forward, four for the gradients of
-keys and values, three for that of the queries. What passes is fetched once a pair, what is kept
-once. Segments, order in the row and the softmax's logarithm travel too, as int32 and float32 spread
+keys and values, three for that of the queries, or five for all of them in one kernel, which writes
+the queries' once for every block of keys. What passes is fetched once a pair, what is kept once. Segments, order in the row and the softmax's logarithm travel too, as int32 and float32 spread
 over 128 lanes where they belong to kept tokens and over 8 sublanes where they pass.
 """
 
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from medmoe_jax.base.attention import LANES
-from medmoe_jax.base.splash import Blocks, block_sizes
+from medmoe_jax.base.splash import block_sizes
 from medmoe_jax.planning.hlo import Cost
 
 _KEPT_ID = 4 * LANES  # bytes a token
@@ -89,20 +89,24 @@ def splash_costs(shape: Shape, windows: Sequence[int] = ()) -> dict[str, Cost]:
 
 def _cost(kernel: _Kernel, shape: Shape, window: int) -> Cost:
     B, T, H, K, h, itemsize, parts = shape
-    blocks = block_sizes(T, parts, window, h, itemsize)
-    pairs = _pairs(blocks, kernel.keeps_keys, T, window, parts)
+    block, passing, keys = block_sizes(T, parts, window, h, itemsize)
+    products, queries = kernel.products, 0
+    if kernel.keeps_keys and keys:
+        block, products = keys, products + 1
+        queries = T // keys * (T // parts) * H * h * itemsize
+    q, k = (passing, block) if kernel.keeps_keys else (block, passing)
+    pairs = _pairs(q, k, T, window, parts)
     kept = T if kernel.keeps_keys else T // parts
-    passing = pairs * blocks.passing * (2 * h * itemsize + kernel.passing_ids * _PASSING_ID)
+    fetched = pairs * passing * (2 * h * itemsize + kernel.passing_ids * _PASSING_ID)
     heads = kept * (H * kernel.kept + K * kernel.shared) * h * itemsize
     # Those of keys are the same for all heads, which come one after another while a block stays.
     ids = kept * (1 if kernel.keeps_keys else H) * kernel.kept_ids * _KEPT_ID
-    flops = H * pairs * kernel.products * 2 * blocks.kept * blocks.passing * h
-    return Cost(B * flops, B * (H * passing + heads + ids))
+    flops = H * pairs * products * 2 * q * k * h
+    return Cost(B * flops, B * (H * fetched + heads + ids + queries))
 
 
-def _pairs(blocks: Blocks, keeps_keys: bool, T: int, window: int, parts: int) -> int:
-    """Pairs of blocks of which a query sees a key, of the queries at a row's end."""
-    q, k = (blocks.passing, blocks.kept) if keeps_keys else blocks
+def _pairs(q: int, k: int, T: int, window: int, parts: int) -> int:
+    """Pairs of a block of q queries, of those at a row's end, and one of k keys that they see."""
     first_query = np.arange(T - T // parts, T, q)[:, None]
     first_key = np.arange(0, T, k)
     seen = first_key <= first_query + q - 1

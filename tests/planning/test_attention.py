@@ -20,11 +20,11 @@ def visited(T, window, parts, q, k):
 
 @pytest.mark.parametrize(
     ("T", "window", "parts"),
-    [(256, 0, 1), (2048, 0, 1), (4096, 0, 4), (4096, 700, 1), (4096, 1, 2)],
+    [(256, 0, 1), (2048, 0, 1), (4096, 0, 4), (4096, 700, 1), (4096, 1, 2), (8192, 700, 2)],
 )
 def test_costs(T, window, parts):
     B, H, K, h, itemsize = 3, 6, 2, 64, 2
-    kept, passing = block_sizes(T, parts, window, h, itemsize)
+    kept, passing, keys = block_sizes(T, parts, window, h, itemsize)
     costs = splash_costs(Shape(B, T, H, K, h, itemsize, parts), [window])
     own, group = H * (T // parts), K * T
     pairs = visited(T, window, parts, kept, passing)
@@ -41,12 +41,15 @@ def test_costs(T, window, parts):
         B * H * pairs * 3 * product,
         B * (moved + own * (3 * numbers + 2 * 128 * 4)),
     )
-    pairs = visited(T, window, parts, passing, kept)
+    assert (keys > 0) == (T < 8192)
+    pairs = visited(T, window, parts, passing, keys or kept)
     # Of a pair: queries and the output's gradient; segments, order, log-sum, Σ o·do.
     moved = H * pairs * passing * (2 * numbers + 4 * 8 * 4)
+    # The queries' gradient too, for each block of keys a whole one.
+    parts_of = T // keys * own * numbers if keys else 0
     assert costs[KEYS] == (
-        B * H * pairs * 4 * product,
-        B * (moved + group * 4 * numbers + T * 128 * 4),
+        B * H * pairs * (5 * 2 * keys * passing * h if keys else 4 * product),
+        B * (moved + group * 4 * numbers + T * 128 * 4 + parts_of),
     )
 
 
