@@ -8,8 +8,9 @@ CHIPS = ("v5e:1x1", "v5p:1x1x1", "v6e:1x1")
 def compiled(rows, everywhere):
     """`(chip, *row)` for `parametrize`: every row on the first chip, the last ones on all.
 
-    A kernel has the same blocks on every chip, so the others only show whether their instructions
-    do: with the widest arrays, the oddest shapes and every number format.
+    A kernel has the same blocks on every chip unless it is told what the chip has, so the others
+    only show whether their instructions do: with the widest arrays, the oddest shapes and every
+    number format.
     """
     rows = [row if isinstance(row, tuple) else (row,) for row in rows]
     return [

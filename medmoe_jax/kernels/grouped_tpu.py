@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
-from medmoe_jax.kernels.tiles import Tiles, ceil_div, cheapest, keep, options, tile_of
+from medmoe_jax.kernels.tiles import SMALLEST, Tiles, ceil_div, cheapest, keep, options, tile_of
 
 # Rows that group borders may add, as a divisor of M: a quarter.
 BORDER_SHARE = 4
@@ -162,7 +162,7 @@ def product_tiling(shape: Shape) -> tuple[Tiles, pl.CostEstimate]:
         return (x + w + tiles * t.m * nn * t.n) * shape.itemsize
 
     what = f"a grouped [{shape.K}, {shape.N}] product"
-    t = cheapest(what, shape.candidates(), vmem, traffic)
+    t = cheapest(what, shape.candidates(), vmem, traffic, SMALLEST)
     return t, shape.cost(t, traffic(t))
 
 
@@ -232,7 +232,7 @@ def gradient_tiling(shape: Shape) -> tuple[Tiles, pl.CostEstimate]:
         return read + shape.G * nk * t.k * nn * t.n * shape.out_itemsize
 
     what = f"a grouped [{shape.K}, {shape.N}] weight gradient"
-    t = cheapest(what, shape.candidates(), vmem, traffic)
+    t = cheapest(what, shape.candidates(), vmem, traffic, SMALLEST)
     return t, shape.cost(t, traffic(t))
 
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import jax
@@ -39,6 +40,8 @@ from medmoe_jax.kernels.dropout import Counter, Dropout, dropped
 from medmoe_jax.kernels.quantised import Quantised, Storage, storage_of
 from medmoe_jax.kernels.tiles import (
     LANES,
+    SMALLEST,
+    Room,
     Tiles,
     ceil_div,
     cheapest,
@@ -79,16 +82,23 @@ class Shape(NamedTuple):
         """Blocks of rows, of outputs and of the contracted width."""
         return ceil_div(self.T, t.m), ceil_div(self.N, t.n), ceil_div(self.K, t.k)
 
+    def copies(self, t: Tiles) -> int:
+        """Of a block of x: one computes, one travels; where x is one block, none travels."""
+        nm, _, nk = self.grid(t)
+        return 1 if nm == nk == 1 else 2
+
     def vmem(self, t: Tiles) -> int:
         """Bytes of all blocks and accumulators."""
-        moving = t.m * (t.k + t.n + self.R) + (t.k + t.n) * self.R
+        x = self.itemsize * t.m * t.k * self.copies(t)
+        gates = 2 * self.gate_itemsize * t.m * self.R
+        moving = t.m * (t.n + self.R) + (t.k + t.n) * self.R
         kept = t.m * (4 * t.n + 4 * self.R + self.itemsize * self.R)
         # Values of a quantised block, and about three arrays of it in float32 while it is unpacked.
         unpacked = t.k * t.n * (self.itemsize + 3 * 4) if self.weight else 0
-        # A column of words fills whole tiles, 128 wide; so does a mask over the wider block.
-        words = 4 * t.m * (2 * 128 + max(t.k, t.n)) if self.dropout else 0
+        # A column of words fills whole tiles, 128 wide.
+        words = 2 * 4 * t.m * LANES if self.dropout else 0
         moved = self.itemsize * moving + self._weight_bytes(t.k, t.n)
-        return 2 * moved + 2 * self.gate_itemsize * t.m * self.R + kept + unpacked + words
+        return x + 2 * moved + gates + kept + unpacked + words
 
     def _weight_bytes(self, k: int, n: int) -> int:
         if self.weight is None:
@@ -113,12 +123,9 @@ class Shape(NamedTuple):
         return moved * self.itemsize + w + rows * self.R * self.gate_itemsize
 
 
-def _candidates(shape: Shape) -> list[Tiles]:
-    """Block sizes to choose from.
-
-    There are at least two blocks of rows where there are rows enough: v5p has two cores a chip.
-    """
-    rows, (along_k, along_n) = ceil_div(shape.T, 32) * 16, shape.steps
+def _candidates(shape: Shape, cores: int) -> list[Tiles]:
+    """Block sizes to choose from; every core has a block of rows where there are rows enough."""
+    rows, (along_k, along_n) = ceil_div(shape.T, 16 * cores) * 16, shape.steps
     return [
         Tiles(min(rows, m), tile_of(shape.K, k, along_k), tile_of(shape.N, n, along_n))
         for m in (2048, 1024, 512, 256, 128)
@@ -127,13 +134,22 @@ def _candidates(shape: Shape) -> list[Tiles]:
     ]
 
 
-def fits(T: int, D: int, O: int, R: int, dtype: DTypeLike, weight: jax.Array | Quantised) -> bool:
+def fits(
+    T: int,
+    D: int,
+    O: int,
+    R: int,
+    dtype: DTypeLike,
+    weight: jax.Array | Quantised,
+    room: Room = SMALLEST,
+) -> bool:
     """Whether the kernel can tile these shapes, forward and backward, with all it may be given.
 
     Args:
       T, D, O, R: tokens, widths and rank columns of one device.
       dtype: of x.
       weight: W, of which only the form counts.
+      room: what the device has.
     """
     itemsize, stored = jnp.dtype(dtype).itemsize, storage_of(weight)
     if stored and not stored.holds(D):
@@ -142,18 +158,20 @@ def fits(T: int, D: int, O: int, R: int, dtype: DTypeLike, weight: jax.Array | Q
         Shape(T, D, O, R, itemsize, 4, True, stored),
         Shape(T, O, D, R, itemsize, 4, True, stored, transposed=True),
     )
-    return all(fitting(_candidates(shape), shape.vmem) for shape in both)
+    return all(fitting(_candidates(shape, room.cores), shape.vmem, room) for shape in both)
 
 
-def tiling(shape: Shape) -> tuple[Tiles, pl.CostEstimate]:
+def tiling(shape: Shape, room: Room = SMALLEST) -> tuple[Tiles, pl.CostEstimate]:
     """Blocks of the kernel, and its cost.
 
     Where all of K fits, x is fetched once and W once for each block of rows.
     """
     what = f"a [{shape.K}, {shape.N}] weight beside {shape.R} rank columns"
-    t = cheapest(what, _candidates(shape), shape.vmem, shape.traffic)
+    t = cheapest(what, _candidates(shape, room.cores), shape.vmem, shape.traffic, room)
     nm, nn, nk = shape.grid(t)
-    rows, k, n = nm * t.m, nk * t.k, nn * t.n
+    rows = nm * t.m
+    k = (nk - 1) * t.k + _whole_lanes(shape.K, t.k)
+    n = (nn - 1) * t.n + _whole_lanes(shape.N, t.n)
     flops = 2 * rows * (k * n + k * shape.R + n * shape.R)
     return t, pl.CostEstimate(flops, 0, shape.traffic(t))
 
@@ -177,27 +195,42 @@ def _kernel(
     gated,
     *,
     K: int,
+    N: int,
     transposed: bool,
     rate: float | None,
     weight: Storage | None,
 ):
     n, k = pl.program_id(1), pl.program_id(2)
     first, last = k == 0, k == pl.num_programs(2) - 1
-    tk, contracted = x_ref.shape[1], 1 if transposed else 0
-    x, a = x_ref[...], a_ref[...]
-    w = w_refs[0][...] if weight is None else weight.values(w_refs, x.dtype)
-    if K % tk:
-        x = keep(x, 1, 0, K - k * tk)
-        w, a = (keep(block, contracted, 0, K - k * tk) for block in (w, a))
+    (tk, tn), contracted = (x_ref.shape[1], y_ref.shape[1]), 1 if transposed else 0
 
     def drop(block):
-        return block if rate is None else dropped(block, *(ref[...] for ref in word_refs), rate)
+        words = (ref[:, : block.shape[1]] if ref.shape[0] == 1 else ref[...] for ref in word_refs)
+        return block if rate is None else dropped(block, *words, rate)
+
+    def inside(block, axis):
+        """The block without what lies outside the array, where that is no whole lanes."""
+        return keep(block, axis, 0, K - k * tk) if K % tk % LANES else block
+
+    # Read at each use: a value of it that lived from one to the next would take its room once more.
+    def x(width):
+        return inside(x_ref[:, :width], 1)
+
+    def add(columns, width):
+        """Of this block's outputs, the first columns, by the first of its contracted width."""
+        w = w_refs[0][...] if weight is None else weight.values(w_refs, x_ref.dtype)
+        w = inside(w[:columns, :width] if transposed else w[:width, :columns], contracted)
+        y_sum[:, :columns] += _dot(x(width), w, transposed)
+
+    def add_h(width):
+        a = inside(a_ref[:, :width] if transposed else a_ref[:width], contracted)
+        h_sum[...] += _dot(x(width) if transposed else drop(x(width)), a, transposed)
 
     @pl.when(first)
     def _():
         y_sum[...] = jnp.zeros_like(y_sum)
 
-    y_sum[...] += _dot(x, w, transposed)
+    _by_block(lambda width: _by_block(lambda columns: add(columns, width), n, N, tn), k, K, tk)
 
     # h is made with the first block of outputs and serves the others of the same rows.
     @pl.when(n == 0)
@@ -206,7 +239,7 @@ def _kernel(
         def _():
             h_sum[...] = jnp.zeros_like(h_sum)
 
-        h_sum[...] += _dot(x if transposed else drop(x), a, transposed)
+        _by_block(add_h, k, K, tk)
 
         @pl.when(last)
         def _():
@@ -223,6 +256,21 @@ def _kernel(
         y_ref[...] = y.astype(y_ref.dtype)
 
 
+def _whole_lanes(width: int, block: int) -> int:
+    """What is computed of the last block along a width: not what lies outside by whole lanes."""
+    return min(ceil_div(width % block or block, LANES) * LANES, block)
+
+
+def _by_block(compute: Callable[[int], None], index, width: int, block: int) -> None:
+    """Compute with all of the block, or with as much of the last one as there is."""
+    tail, last = _whole_lanes(width, block), ceil_div(width, block) - 1
+    if tail == block:
+        compute(block)
+    else:
+        pl.when(index < last)(functools.partial(compute, block))
+        pl.when(index == last)(functools.partial(compute, tail))
+
+
 def _weight_blocks(weight: Storage | None, t: Tiles, transposed: bool) -> list[pl.BlockSpec]:
     """A block of W, of each of its arrays."""
 
@@ -236,7 +284,9 @@ def _weight_blocks(weight: Storage | None, t: Tiles, transposed: bool) -> list[p
     return [block(held) for held in (weight.rows_held if weight else (1,))]
 
 
-def _pallas(x_TxK, w_KxN, a_KxR, gate_TxR, b_RxN, dropout, transposed: bool, backend: str):
+def _pallas(
+    x_TxK, w_KxN, a_KxR, gate_TxR, b_RxN, dropout, transposed: bool, backend: str, room: Room
+):
     """`(y, h)`; where `transposed`, W, A and B are given as `[N, K]`, `[R, K]` and `[N, R]`."""
     T, K = x_TxK.shape
     R, N = a_KxR.shape[0 if transposed else 1], w_KxN.shape[0 if transposed else 1]
@@ -245,7 +295,7 @@ def _pallas(x_TxK, w_KxN, a_KxR, gate_TxR, b_RxN, dropout, transposed: bool, bac
     shape = Shape(
         T, K, N, R, x_TxK.dtype.itemsize, gate_itemsize, dropout is not None, weight, transposed
     )
-    t, cost = tiling(shape)
+    t, cost = tiling(shape, room)
     grid = shape.grid(t)
     last_k = grid[2] - 1
 
@@ -267,6 +317,7 @@ def _pallas(x_TxK, w_KxN, a_KxR, gate_TxR, b_RxN, dropout, transposed: bool, bac
         functools.partial(
             _kernel,
             K=K,
+            N=N,
             transposed=transposed,
             rate=None if dropout is None else dropout.rate,
             weight=weight,
@@ -292,7 +343,7 @@ def _pallas(x_TxK, w_KxN, a_KxR, gate_TxR, b_RxN, dropout, transposed: bool, bac
             pltpu.VMEM((t.m, R), x_TxK.dtype),
         ],
         cost_estimate=cost,
-        **options(backend, ("parallel", "arbitrary", "arbitrary")),
+        **options(backend, ("parallel", "arbitrary", "arbitrary"), room.limit),
         name="lora_linear",
     )(x_TxK, a_KxR, b_RxN, jax.tree.leaves(w_KxN), list(gates), list(words))
     # A loop that stacks a result would take the kernel into its own fusion, where the VMEM that it
@@ -320,26 +371,28 @@ def _xla(x_TxK, w_KxN, a_KxR, gate_TxR, b_RxN, dropout, transposed: bool):
     return (_dot(x_TxK, w_KxN, transposed) + low_rank_TxN).astype(x_TxK.dtype), h_TxR
 
 
-def _forward(x, w, a, gate, b, dropout, transposed, backend):
+def _forward(x, w, a, gate, b, dropout, transposed, backend, room):
     if backend == "xla" or storage_of(w) is None:
         w = w.astype(x.dtype)
     operands = (x, w, a.astype(x.dtype), gate, b.astype(x.dtype), dropout, transposed)
-    return _xla(*operands) if backend == "xla" else _pallas(*operands, backend)
+    return _xla(*operands) if backend == "xla" else _pallas(*operands, backend, room)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def _lora_linear(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, counter, rate: float, backend, columns):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
+def _lora_linear(
+    x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, counter, rate: float, backend, columns, room: Room
+):
     dropout = None if counter is None else Dropout(counter, rate)
-    return _forward(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, dropout, False, backend)[0]
+    return _forward(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, dropout, False, backend, room)[0]
 
 
-def _lora_linear_fwd(x, w, a, gate, b, counter, rate, backend, columns):
+def _lora_linear_fwd(x, w, a, gate, b, counter, rate, backend, columns, room):
     """Each argument comes as its value and whether its derivative is asked for."""
     x_TxD, a_DxR, b_RxO = x.value, a.value, b.value
     w_DxO = jax.tree.map(lambda leaf: leaf.value, w)
     gate_TxR = None if gate is None else gate.value
     dropout = None if counter is None else Dropout(Counter(*(c.value for c in counter)), rate)
-    y_TxO, h_TxR = _forward(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, dropout, False, backend)
+    y_TxO, h_TxR = _forward(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, dropout, False, backend, room)
     # For the policies of `jax.checkpoint`: who keeps h need not run the kernel again for it.
     y_TxO, h_TxR = checkpoint_name(y_TxO, PRODUCT), checkpoint_name(h_TxR, columns)
     trained = w_DxO if storage_of(w_DxO) is None and w.perturbed else None
@@ -347,11 +400,11 @@ def _lora_linear_fwd(x, w, a, gate, b, counter, rate, backend, columns):
     return y_TxO, (x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, counter, h_TxR, trained)
 
 
-def _lora_linear_bwd(rate, backend, columns, saved, dy_TxO):
+def _lora_linear_bwd(rate, backend, columns, room, saved, dy_TxO):
     del columns
     x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, counter, h_TxR, trained = saved
     dropout = None if counter is None else Dropout(counter, rate)
-    dx_TxD, dh_TxR = _forward(dy_TxO, w_DxO, b_RxO, gate_TxR, a_DxR, dropout, True, backend)
+    dx_TxD, dh_TxR = _forward(dy_TxO, w_DxO, b_RxO, gate_TxR, a_DxR, dropout, True, backend, room)
 
     def over_tokens(left, right, dtype):
         dims = (((0,), (0,)), ((), ()))
@@ -378,6 +431,7 @@ def lora_linear(
     backend: str,
     columns: str = RANK_COLUMNS,
     dropout: Dropout | None = None,
+    room: Room = SMALLEST,
 ) -> jax.Array:
     """`y = x·W + ((drop(x)·A) ∘ gate)·B`: a frozen linear layer and all banks of its site.
 
@@ -390,6 +444,7 @@ def lora_linear(
       backend: see `medmoe_jax.kernels`.
       columns: the name by which a policy of `jax.checkpoint` may keep x·A; that of y is PRODUCT.
       dropout: on the input of A; its counter has words `[T]` and `[D]`. None = none.
+      room: what the device has.
 
     Returns:
       `y_TxO` in x's dtype, accumulated in float32.
@@ -421,4 +476,4 @@ def lora_linear(
     if stored and not stored.holds(D):
         raise UserError(f"w_DxO is quantised in whole blocks, which its {D} rows do not fill")
     counter, rate = (None, 0.0) if dropout is None else dropout
-    return _lora_linear(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, counter, rate, backend, columns)
+    return _lora_linear(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, counter, rate, backend, columns, room)

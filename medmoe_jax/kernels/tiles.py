@@ -1,7 +1,7 @@
 """How the matrix kernels cut arrays into blocks, and what they tell the TPU compiler.
 
 A kernel holds two copies of every block (one computes, one travels) and its accumulators, all at
-once, in VMEM: 64 MiB on a v5p core, 128 MiB on v5e and v6e.
+once, in VMEM: 64 MiB on a core of v5p or v7x, 128 MiB on v5e and v6e.
 """
 
 from __future__ import annotations
@@ -16,10 +16,6 @@ from jax.experimental.pallas import tpu as pltpu
 from medmoe_jax.errors import UserError
 
 LANES = 128
-# What a kernel may take of the smallest chip's 64 MiB, and the part of it for blocks and
-# accumulators; the rest holds the values that it computes with.
-VMEM_LIMIT = 48 * 2**20
-BLOCKS_BYTES = 28 * 2**20
 BACKENDS = ("xla", "pallas", "interpret")
 
 Size = TypeVar("Size", int, jax.Array)
@@ -31,6 +27,35 @@ class Tiles(NamedTuple):
     m: int
     k: int
     n: int
+
+
+class Room(NamedTuple):
+    """What a kernel may take of a device.
+
+    Attributes:
+      cores: how many share its blocks of rows, each with a VMEM of its own.
+      limit: bytes of VMEM that it has at most; beside it the compiler keeps arrays there.
+      blocks: the part of them for blocks and accumulators; the rest holds the values that it
+        computes with.
+    """
+
+    cores: int
+    limit: int
+    blocks: int
+
+
+def room_of(cores: int, vmem_mib: int) -> Room:
+    """The room on a device of so many cores with so many MiB of VMEM each.
+
+    A kernel leaves the compiler a quarter, and half of 128 MiB: the arrays that it keeps there from
+    one kernel to the next save more traffic than larger blocks do.
+    """
+    limit = min(vmem_mib * 3 // 4, 64) * 2**20
+    return Room(cores, limit, limit * 7 // 12)
+
+
+# Of two cores with 64 MiB each, as v5p has: it suits every chip.
+SMALLEST = room_of(2, 64)
 
 
 def check_backend(backend: str) -> None:
@@ -62,9 +87,9 @@ def ceil_div(dividend: Size, divisor: int) -> Size:
     return -(-dividend // divisor)
 
 
-def fitting(candidates: Sequence[Tiles], vmem: Callable[[Tiles], int]) -> list[Tiles]:
+def fitting(candidates: Sequence[Tiles], vmem: Callable[[Tiles], int], room: Room) -> list[Tiles]:
     """The candidates whose blocks, of `vmem(candidate)` bytes, fit VMEM."""
-    return [tiles for tiles in candidates if vmem(tiles) <= BLOCKS_BYTES]
+    return [tiles for tiles in candidates if vmem(tiles) <= room.blocks]
 
 
 def cheapest(
@@ -72,6 +97,7 @@ def cheapest(
     candidates: Sequence[Tiles],
     vmem: Callable[[Tiles], int],
     traffic: Callable[[Tiles], int],
+    room: Room,
 ) -> Tiles:
     """The candidate of least HBM traffic among those whose blocks fit VMEM; of equals, the first.
 
@@ -79,14 +105,15 @@ def cheapest(
       what: the kernel and its shapes, for the error.
       candidates: block sizes.
       vmem, traffic: functions of a candidate, in bytes.
+      room: what the device has.
 
     Raises:
       UserError: none fits.
     """
-    possible = fitting(candidates, vmem)
+    possible = fitting(candidates, vmem, room)
     if not possible:
         raise UserError(
-            f"no blocks of {what} fit {BLOCKS_BYTES // 2**20} MiB of VMEM; use the backend 'xla'"
+            f"no blocks of {what} fit {room.blocks // 2**20} MiB of VMEM; use the backend 'xla'"
         )
     return min(possible, key=traffic)
 
@@ -101,17 +128,20 @@ def keep(block: jax.Array, axis: int, low: jax.Array | int, high: jax.Array | in
 
 
 def options(
-    backend: str, semantics: tuple[Literal["parallel", "arbitrary"], ...]
+    backend: str,
+    semantics: tuple[Literal["parallel", "arbitrary"], ...],
+    limit: int = SMALLEST.limit,
 ) -> dict[str, Any]:
     """Arguments of `pallas_call` that every matrix kernel shares.
 
     Args:
       backend: "pallas" or "interpret".
       semantics: "parallel" or "arbitrary" for each grid dimension.
+      limit: bytes of VMEM that the kernel may take.
     """
     return {
         "compiler_params": pltpu.CompilerParams(
-            dimension_semantics=semantics, vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=semantics, vmem_limit_bytes=limit
         ),
         "interpret": pltpu.InterpretParams() if backend == "interpret" else False,
     }

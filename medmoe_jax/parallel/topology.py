@@ -29,6 +29,7 @@ class Chip(NamedTuple):
       kind: what `jax.Device.device_kind` says.
       libtpu: what the compiler calls it.
       devices: JAX devices of one chip.
+      cores: TensorCores of one device.
       vmem_mib: on-chip vector memory that one kernel can address, MiB (v5p: of one of two cores).
       columns: a product with fewer columns fills no matrix unit.
       hbm_gib: GiB that it has.
@@ -42,6 +43,7 @@ class Chip(NamedTuple):
     kind: str
     libtpu: str
     devices: int
+    cores: int
     vmem_mib: int
     columns: int
     hbm_gib: int
@@ -58,10 +60,10 @@ class Chip(NamedTuple):
 # half of it each; vector memory from docs.jax.dev/en/latest/pallas/tpu/hardware.html.
 # v4, whose cores have 16 MiB of that, less than the kernels take, is not counted.
 CHIPS = {
-    "v5e": Chip("TPU v5 lite", "v5e", 1, 128, 128, 16, 15.75, 197, 819, 400, 3.125),
-    "v5p": Chip("TPU v5", "v5p", 1, 64, 128, 95, 95.74, 459, 2765, 1200, 6.25),
-    "v6e": Chip("TPU v6 lite", "v6e", 1, 128, 256, 32, 31.25, 918, 1638, 800, 12.5),
-    "v7x": Chip("TPU7x", "tpu7x", 2, 64, 256, 96, 94.75, 1153.5, 3690, 600, 6.25),
+    "v5e": Chip("TPU v5 lite", "v5e", 1, 1, 128, 128, 16, 15.75, 197, 819, 400, 3.125),
+    "v5p": Chip("TPU v5", "v5p", 1, 2, 64, 128, 95, 95.74, 459, 2765, 1200, 6.25),
+    "v6e": Chip("TPU v6 lite", "v6e", 1, 1, 128, 256, 32, 31.25, 918, 1638, 800, 12.5),
+    "v7x": Chip("TPU7x", "tpu7x", 2, 1, 64, 256, 96, 94.75, 1153.5, 3690, 600, 6.25),
 }
 
 # What libtpu asks a TPU host about itself, answered for a machine that is none; read at its load.

@@ -4,8 +4,9 @@ Axes: B rows, T tokens, H query heads, K key/value heads, h head dimension, all 
 A kernel keeps a block and lets others pass by (`base.splash`); a pair of blocks is visited when a
 query of one sees a key of the other. A pair makes two products forward, four for the gradients of
 keys and values, three for that of the queries, or five for all of them in one kernel, which writes
-the queries' once for every block of keys. What passes is fetched once a pair, what is kept once. Segments, order in the row and the softmax's logarithm travel too, as int32 and float32 spread
-over 128 lanes where they belong to kept tokens and over 8 sublanes where they pass.
+the queries' once for every block of keys. What passes is fetched once a pair, what is kept once.
+Segments, order in the row and the softmax's logarithm travel too, as int32 and float32 spread over
+128 lanes where they belong to kept tokens and over 8 sublanes where they pass.
 """
 
 from __future__ import annotations

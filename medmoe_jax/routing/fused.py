@@ -20,7 +20,9 @@ from medmoe_jax.base.seam import add_bias
 from medmoe_jax.kernels import lora_linear as kernel
 from medmoe_jax.kernels.dropout import Counter, Dropout
 from medmoe_jax.kernels.quantised import storage_of
+from medmoe_jax.kernels.tiles import SMALLEST, Room, room_of
 from medmoe_jax.parallel.rules import RULES, row_parallel, spec_for
+from medmoe_jax.parallel.topology import CHIPS
 from medmoe_jax.routing import dense
 from medmoe_jax.routing.terms import LoraTerm, Terms
 
@@ -30,6 +32,13 @@ KEPT = {
     # Few columns: without them a layer's last product would be made again for their sake.
     "full": (kernel.LAST_RANK_COLUMNS,),
 }
+
+_ROOMS = {chip.kind: room_of(chip.cores, chip.vmem_mib) for chip in CHIPS.values()}
+
+
+def room(device: jax.Device) -> Room:
+    """What the kernel may take of a device; what suits every chip where it is not a known one."""
+    return _ROOMS.get(device.device_kind, SMALLEST)
 
 
 def linear(
@@ -71,7 +80,8 @@ def _fits(execution: Execution, site, x_BxTxD, kernel_DxO, terms: Sequence[LoraT
         for size, axis in zip(kernel_DxO.shape, _cut(execution, site, kernel_DxO), strict=True)
     )
     R = sum(t.lora_a_DxExr.shape[1] * t.lora_a_DxExr.shape[2] for t in terms)
-    return kernel.fits(execution.local_tokens(B, T), D, O, R, x_BxTxD.dtype, kernel_DxO)
+    tokens, dtype = execution.local_tokens(B, T), x_BxTxD.dtype
+    return kernel.fits(tokens, D, O, R, dtype, kernel_DxO, room(execution.device))
 
 
 def _product(execution: Execution, site: str, x_BxTxD, kernel_DxO, terms: Sequence[LoraTerm]):
@@ -82,7 +92,9 @@ def _product(execution: Execution, site: str, x_BxTxD, kernel_DxO, terms: Sequen
     # Where the inputs are cut, every device has a part of the sum. They are added outside, where
     # the gradient of a sum costs no exchange.
     run = execution.per_device(
-        functools.partial(_local, execution.backend, row_parallel(site), rate),
+        functools.partial(
+            _local, execution.backend, room(execution.device), row_parallel(site), rate
+        ),
         (
             execution.spec(T, on_in),
             _weight_spec(kernel_DxO, on_in, on_out),
@@ -137,7 +149,16 @@ def _flat(execution: Execution, site: str, term: LoraTerm):
 
 
 def _local(
-    backend: str, last: bool, rate: float, x_BxTxD, w_DxO, lora_a, lora_b, dense_gates, counter
+    backend: str,
+    room: Room,
+    last: bool,
+    rate: float,
+    x_BxTxD,
+    w_DxO,
+    lora_a,
+    lora_b,
+    dense_gates,
+    counter,
 ):
     """One device's `[1, B, T, O]`; A, B and gates have an entry a term.
 
@@ -155,7 +176,15 @@ def _local(
     if counter is not None:
         dropout = Dropout(Counter(counter.token.reshape(-1), counter.column_D), rate)
     y_TxO = kernel.lora_linear(
-        x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, backend=backend, columns=columns, dropout=dropout
+        x_TxD,
+        w_DxO,
+        a_DxR,
+        gate_TxR,
+        b_RxO,
+        backend=backend,
+        columns=columns,
+        dropout=dropout,
+        room=room,
     )
     return y_TxO.reshape(1, *x_BxTxD.shape[:2], O)
 

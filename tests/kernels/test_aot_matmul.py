@@ -9,6 +9,7 @@ from medmoe_jax.kernels.dropout import Counter, Dropout
 from medmoe_jax.kernels.grouped import grouped_lora, grouped_matmul
 from medmoe_jax.kernels.lora_linear import lora_linear
 from medmoe_jax.parallel import topology
+from medmoe_jax.routing import fused
 from tests import slices
 
 bf16, f32 = jnp.bfloat16, jnp.float32
@@ -99,6 +100,31 @@ def test_grouped_matmul(slice_name, M, D, O, E, dtype):
     ),
 )
 def test_lora_linear(slice_name, T, D, O, R, gated, dtype, rate, kind):
+    program = linear_step(slice_name, T, D, O, R, gated, dtype, rate, kind)
+    assert kernels(program) == 2
+    # A and B in x's dtype and rank columns, 128 at a time: nothing as large as W.
+    rank_columns = 4 * (D + O) * R + 4 * 4 * T * -(-R // 128) * 128
+    assert program.memory_analysis().temp_size_in_bytes < rank_columns
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("slice_name", ["v5e:1x1", "v5p:1x1x1", "v6e:1x1", "v7x:1x1x1"])
+@pytest.mark.parametrize(
+    "D, O, R, gated",
+    [
+        (4096, 11008, 160, True),  # Qwen1.5-7B, gate and up, MedCare.
+        (4096, 4096, 16, False),  # The same, attention.
+    ],
+)
+def test_blocks_for_what_a_chip_has(slice_name, D, O, R, gated):
+    """A row of 2,048 tokens: all of x at once, where there is room for it."""
+    assert kernels(linear_step(slice_name, 2048, D, O, R, gated, bf16, 0.05, "")) == 2
+
+
+def linear_step(slice_name, T, D, O, R, gated, dtype, rate, kind):
+    """The layer and its gradient, compiled with the blocks of that chip."""
+    slice_ = topology.describe(slice_name)
+    room = fused.room(slice_.devices[0])
     x, w, a, gate, b, dy = shaped(
         (dtype, T, D), (dtype, D, O), (f32, D, R), (f32, T, R), (f32, R, O), (dtype, T, O)
     )
@@ -109,14 +135,9 @@ def test_lora_linear(slice_name, T, D, O, R, gated, dtype, rate, kind):
         dropout = Dropout(words, rate) if rate else None
 
         def f(x, a, gate, b):
-            return lora_linear(x, w, a, gate, b, backend="pallas", dropout=dropout)
+            return lora_linear(x, w, a, gate, b, backend="pallas", dropout=dropout, room=room)
 
         y, vjp = jax.vjp(f, x, a, gate, b)
         return y, vjp(dy)
 
-    slice_ = topology.describe(slice_name)
-    program = topology.compile_for(slice_, step, x, w, a, gate if gated else None, b, dy)
-    assert kernels(program) == 2
-    # A and B in x's dtype and rank columns, 128 at a time: nothing as large as W.
-    rank_columns = 4 * (D + O) * R + 4 * 4 * T * -(-R // 128) * 128
-    assert program.memory_analysis().temp_size_in_bytes < rank_columns
+    return topology.compile_for(slice_, step, x, w, a, gate if gated else None, b, dy)

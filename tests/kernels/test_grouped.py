@@ -155,7 +155,7 @@ def test_full_experts_and_their_gradients_equal_a_loop(case, backend):
 
 def test_blocks_in_every_dimension_with_tails(monkeypatch):
     x, w, sizes, dy = matmul_problem((7, 0, 20, 1), 4, D=200, O=300)
-    monkeypatch.setattr(tiles, "BLOCKS_BYTES", 220_000)
+    monkeypatch.setattr(grouped_tpu, "SMALLEST", tiles.SMALLEST._replace(blocks=220_000))
     for K, N in ((200, 300), (300, 200)):
         for plan in (grouped_tpu.product_tiling, grouped_tpu.gradient_tiling):
             chosen, _ = plan(grouped_tpu.Shape(len(x), K, N, len(sizes), 4, 4))
@@ -350,7 +350,7 @@ def test_what_does_not_fit_together_is_an_error_that_names_it(change, message):
 
 
 def test_what_fits_no_vmem_is_an_error(monkeypatch):
-    monkeypatch.setattr(tiles, "BLOCKS_BYTES", 100_000)
+    monkeypatch.setattr(grouped_tpu, "SMALLEST", tiles.SMALLEST._replace(blocks=100_000))
     x, w, sizes, _ = matmul_problem((3, 4), 0, D=200, O=300)
     with pytest.raises(UserError, match=r"no blocks of a grouped \[200, 300\] product fit"):
         grouped.grouped_matmul(

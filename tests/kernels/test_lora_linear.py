@@ -43,7 +43,9 @@ def naive(x, w, a, gate, b, dy, mask=1.0):
     return result if gate is None else {**result, "dgate": h * dh}
 
 
-def run(x, w, a, gate, b, dy, backend, dtype=jnp.float32, plain=None, dropout=None):
+def run(
+    x, w, a, gate, b, dy, backend, dtype=jnp.float32, plain=None, dropout=None, room=tiles.SMALLEST
+):
     """What `naive` gives, by the kernel or by `plain`; x, w and dy in `dtype`, else float32."""
     x, dy = (jnp.asarray(v, dtype) for v in (x, dy))
     w = w if isinstance(w, quantised.Quantised) else jnp.asarray(w, dtype)
@@ -55,7 +57,8 @@ def run(x, w, a, gate, b, dy, backend, dtype=jnp.float32, plain=None, dropout=No
         def f(x, a, gate, b):
             if plain is not None:
                 return plain(x, w, a, gate, b)
-            return kernel.lora_linear(x, w, a, gate, b, backend=backend, dropout=dropout)
+            told = {"backend": backend, "dropout": dropout, "room": room}
+            return kernel.lora_linear(x, w, a, gate, b, **told)
 
         y, vjp = jax.vjp(f, x, a, gate, b)
         dx, da, dgate, db = vjp(dy)
@@ -98,16 +101,31 @@ def test_dropout_is_on_the_adapters_input_alone(gated, backend):
 
 
 @pytest.mark.parametrize("dropping", [False, True])
-def test_blocks_in_every_dimension_with_tails(monkeypatch, dropping):
+def test_blocks_in_every_dimension_with_tails(dropping):
     arrays = problem(T=150, D=300, O=270)
     # Too little for all of the contracted width, in either direction.
-    monkeypatch.setattr(tiles, "BLOCKS_BYTES", 1_150_000 if dropping else 990_000)
+    room = tiles.SMALLEST._replace(blocks=1_070_000 if dropping else 990_000)
     for K, N in ((300, 270), (270, 300)):
         shape = kernel.Shape(150, K, N, R=6, itemsize=4, gate_itemsize=4, dropout=dropping)
-        chosen, _ = kernel.tiling(shape)
+        chosen, _ = kernel.tiling(shape, room)
         assert shape.grid(chosen) == (2, 2, 2) and K % chosen.k and N % chosen.n
     dropout, mask = draw(150, 300) if dropping else (None, 1.0)
-    assert_equal(run(*arrays, "interpret", dropout=dropout), naive(*arrays, mask))
+    actual = run(*arrays, "interpret", dropout=dropout, room=room)
+    assert_equal(actual, naive(*arrays, mask))
+
+
+def test_whole_lanes_that_hang_over_are_not_computed():
+    """In values, and in the count of products."""
+    D, O, R = 640, 384, 6
+    arrays, room = problem(T=32, D=D, O=O), tiles.SMALLEST._replace(blocks=700_000)
+    for K, N in ((D, O), (O, D)):
+        chosen, cost = kernel.tiling(kernel.Shape(32, K, N, R, 4, 4), room)
+        assert K % chosen.k == N % chosen.n == 128
+        assert cost.flops == 2 * 32 * (K * N + K * R + N * R)
+    assert_equal(run(*arrays, "interpret", room=room), naive(*arrays))
+    # Qwen1.5-7B, whose feed-forward network is 43 times 256 wide.
+    _, cost = kernel.tiling(kernel.Shape(2048, 4096, 11008, 160, 2, 4))
+    assert cost.flops == 2 * 2048 * (4096 * 11008 + (4096 + 11008) * 160)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -123,21 +141,21 @@ def test_a_quantised_weight_is_the_floats_that_it_stands_for(kind, backend):
 
 
 @pytest.mark.parametrize("kind", quantised.KINDS)
-def test_blocks_of_a_quantised_weight(monkeypatch, kind):
+def test_blocks_of_a_quantised_weight(kind):
     """In every dimension; the last ones hang over."""
     D, O = 1088, 270
     x, w, a, gate, b, dy = problem(T=150, D=D, O=O)
     packed = quantised.KINDS[kind](jnp.float32(w))
-    monkeypatch.setattr(tiles, "BLOCKS_BYTES", 3_000_000)
+    room = tiles.SMALLEST._replace(blocks=3_000_000)
     for transposed, (K, N) in enumerate(((D, O), (O, D))):
         stored = storage_of(packed)
         shape = kernel.Shape(150, K, N, 6, 4, 4, False, stored, bool(transposed))
-        chosen, _ = kernel.tiling(shape)
+        chosen, _ = kernel.tiling(shape, room)
         cut = chosen.n if transposed else chosen.k
         assert cut < D and D % cut and cut % stored.granule == 0
     values = np.asarray(packed.astype(jnp.float32), np.float64)
     expected = naive(x, values, a, gate, b, dy)
-    assert_equal(run(x, packed, a, gate, b, dy, "interpret"), expected)
+    assert_equal(run(x, packed, a, gate, b, dy, "interpret", room=room), expected)
 
 
 def test_what_a_quantised_weight_moves():
@@ -224,6 +242,20 @@ def test_the_cost_of_one_block_and_of_many_by_hand():
     a = 2 * 128 * 16
     expected = 2 * (x + w + a + b + 512 * 256 + 512 * 16) + 4 * 512 * 16
     assert shape.traffic(many) == expected
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_one_core_reads_x_and_w_once_where_two_have_a_block_of_rows_each(transposed):
+    """Qwen1.5-7B's gate and up with MedCare's banks and dropout, a row of 2,048 tokens."""
+    shape = kernel.Shape(2048, 4096, 11008, 160, 2, 4, True, transposed=transposed)
+    one, _ = kernel.tiling(shape, tiles.room_of(1, 128))
+    assert shape.grid(one)[0] == shape.grid(one)[2] == 1
+    # All that there is, once, and what of the last block hangs over.
+    a, b, x_w_y = 160 * 4096, 160 * 11008, 2048 * 4096 + 4096 * 11008 + 2048 * 11008
+    once = 2 * (x_w_y + a + b + 2048 * 160) + 4 * 2048 * 160
+    assert once <= shape.traffic(one) < 1.001 * once
+    two, _ = kernel.tiling(shape)
+    assert shape.grid(two)[0] == 2 and shape.traffic(two) > 2 * once
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from medmoe_jax.errors import ParameterError
 from medmoe_jax.kernels import permute, tiles
 from medmoe_jax.mesh_axes import AXES
 from medmoe_jax.parallel.mesh import batch_sharding, make_mesh
+from medmoe_jax.parallel.topology import CHIPS
 from medmoe_jax.routing import fused, gating
 from medmoe_jax.routing.dispatch import Stacked, strategy
 from medmoe_jax.routing.dispatchers import LocalDispatcher
@@ -228,8 +230,19 @@ def test_what_runs_by_a_kernel(monkeypatch):
         small = lambda w, of=quantised.KINDS[kind]: {**w, "kernel": of(w["kernel"])}  # noqa: E731
         assert kernels(interpret, change=small) == (4, sites)
     # Blocks that do not fit the kernel's memory.
-    monkeypatch.setattr(tiles, "BLOCKS_BYTES", 1000)
+    monkeypatch.setattr(fused, "SMALLEST", tiles.SMALLEST._replace(blocks=1000))
     assert kernels(interpret) == (4, 0)
+
+
+def test_the_kernel_is_told_what_a_device_has():
+    def of(kind):
+        return fused.room(types.SimpleNamespace(device_kind=kind))
+
+    rooms = {name: of(chip.kind) for name, chip in CHIPS.items()}
+    assert {name: room.cores for name, room in rooms.items()} == dict(v5e=1, v5p=2, v6e=1, v7x=1)
+    assert rooms["v5e"] == rooms["v6e"] and rooms["v6e"].limit == 64 * 2**20
+    assert rooms["v5p"] == of("cpu") == tiles.SMALLEST == (2, 48 * 2**20, 28 * 2**20)
+    assert rooms["v7x"] == tiles.SMALLEST._replace(cores=1)
 
 
 def test_sites_are_fused_in_the_order_of_their_weights():
