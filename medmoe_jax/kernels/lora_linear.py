@@ -53,6 +53,8 @@ from medmoe_jax.kernels.tiles import (
     tile_of,
 )
 
+# Columns of x that dropout takes at a time.
+STRIP = 512
 # What the kernel calls its results for the policies of `jax.checkpoint`.
 PRODUCT, RANK_COLUMNS, LAST_RANK_COLUMNS = "product", "rank_columns", "last_rank_columns"
 
@@ -204,27 +206,42 @@ def _kernel(
     first, last = k == 0, k == pl.num_programs(2) - 1
     (tk, tn), contracted = (x_ref.shape[1], y_ref.shape[1]), 1 if transposed else 0
 
-    def drop(block):
-        words = (ref[:, : block.shape[1]] if ref.shape[0] == 1 else ref[...] for ref in word_refs)
-        return block if rate is None else dropped(block, *words, rate)
+    def drop(block, strip=slice(None)):
+        if rate is None:
+            return block
+        token, column = word_refs
+        return dropped(block, token[...], column[:, strip], rate)
 
-    def inside(block, axis):
-        """The block without what lies outside the array, where that is no whole lanes."""
-        return keep(block, axis, 0, K - k * tk) if K % tk % LANES else block
+    def inside(block, axis, start=0):
+        """The block, from `start` on, without what is no whole lanes outside the array."""
+        return keep(block, axis, 0, K - k * tk - start) if K % tk % LANES else block
 
     # Read at each use: a value of it that lived from one to the next would take its room once more.
-    def x(width):
-        return inside(x_ref[:, :width], 1)
+    def x(strip, start=0):
+        return inside(x_ref[:, strip], 1, start)
 
     def add(columns, width):
         """Of this block's outputs, the first columns, by the first of its contracted width."""
         w = w_refs[0][...] if weight is None else weight.values(w_refs, x_ref.dtype)
         w = inside(w[:columns, :width] if transposed else w[:width, :columns], contracted)
-        y_sum[:, :columns] += _dot(x(width), w, transposed)
+        y_sum[:, :columns] += _dot(x(pl.ds(0, width)), w, transposed)
 
-    def add_h(width):
-        a = inside(a_ref[:, :width] if transposed else a_ref[:width], contracted)
-        h_sum[...] += _dot(x(width) if transposed else drop(x(width)), a, transposed)
+    def add_strip(start, width: int):
+        strip = pl.ds(start, width)
+        a = inside(a_ref[:, strip] if transposed else a_ref[strip], contracted, start)
+        read = x(strip, start)
+        h_sum[...] += _dot(read if transposed else drop(read, strip), a, transposed)
+
+    def add_h(width: int):
+        # In strips: all of a block after dropout would take its room up to three times more.
+        strips = 0 if transposed or rate is None else width // STRIP
+
+        @pl.loop(0, strips)
+        def _(i):
+            add_strip(pl.multiple_of(i * STRIP, STRIP), STRIP)
+
+        if width > strips * STRIP:
+            add_strip(strips * STRIP, width - strips * STRIP)
 
     @pl.when(first)
     def _():
