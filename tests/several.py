@@ -1,5 +1,7 @@
 """The `medmoe` command in several processes of this machine that share eight simulated devices."""
 
+import contextlib
+import itertools
 import os
 import socket
 import subprocess
@@ -20,11 +22,18 @@ def get_config():
 MAIN = ("-m", "medmoe_jax.cli.main")
 
 
+# Below those that the system gives to whoever opens a connection, which would take one that is not
+# listened on yet; each process of the tests begins elsewhere.
+_PORTS = itertools.islice(itertools.cycle(range(10000, 32000)), os.getpid() * 97 % 22000, None)
+
+
 def free_port() -> int:
     """A port that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    for port in _PORTS:
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("", port))
+            return port
+    raise AssertionError("the ports never end")
 
 
 class Several:

@@ -1,7 +1,6 @@
 """Two processes that hold half a model each write it together: the first one writes for both."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from medmoe_jax.checkpoints.huggingface import save_hf
 from medmoe_jax.checkpoints.peft_export import save_peft
 from tests import naive, quick
 from tests.naive import TINY
+from tests.several import free_port
 
 SPECS = (
     BankSpec("attention", ("attn.q", "attn.o"), 0, 3, rank=4),
@@ -69,9 +69,7 @@ def export(folder, base, banks):
 
 @pytest.mark.processes
 def test_two_processes_write_one_model(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(tmp_path / "two"), str(port), str(index)],

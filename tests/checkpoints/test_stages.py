@@ -5,7 +5,6 @@ import errno
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.checkpoints.manifest import BankEntry, Manifest
 from medmoe_jax.checkpoints.stages import CheckpointError, StageCheckpoints
 from tests import quick
+from tests.several import free_port
 
 MANIFEST = Manifest(
     stage="second",
@@ -480,9 +480,7 @@ print(restored.step, restored.extra["step"], len(restored.skipped), manifest.ste
 
 @pytest.mark.processes
 def test_two_processes_save_and_restore_together(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", TWO_PROCESSES, str(tmp_path), str(port), str(index)],
