@@ -85,7 +85,7 @@ class Shape(NamedTuple):
         return ceil_div(self.T, t.m), ceil_div(self.N, t.n), ceil_div(self.K, t.k)
 
     def copies(self, t: Tiles) -> int:
-        """Of a block of x: one computes, one travels; where x is one block, none travels."""
+        """Copies of a block of x: one computes, one travels; where x is one block, none travels."""
         nm, _, nk = self.grid(t)
         return 1 if nm == nk == 1 else 2
 
@@ -221,7 +221,7 @@ def _kernel(
         return inside(x_ref[:, strip], 1, start)
 
     def add(columns, width):
-        """Of this block's outputs, the first columns, by the first of its contracted width."""
+        """Add to the first columns of this block, by the first of its contracted width."""
         w = w_refs[0][...] if weight is None else weight.values(w_refs, x_ref.dtype)
         w = inside(w[:columns, :width] if transposed else w[:width, :columns], contracted)
         y_sum[:, :columns] += _dot(x(pl.ds(0, width)), w, transposed)
