@@ -29,11 +29,14 @@ _PORTS = itertools.islice(itertools.cycle(range(10000, 32000)), os.getpid() * 97
 
 def free_port() -> int:
     """A port that nobody listens on."""
-    for port in _PORTS:
-        with socket.socket() as free, contextlib.suppress(OSError):
-            free.bind(("", port))
-            return port
-    raise AssertionError("the ports never end")
+    return next(filter(_is_free, _PORTS))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as here, contextlib.suppress(OSError):
+        here.bind(("", port))
+        return True
+    return False
 
 
 class Several:

@@ -212,25 +212,24 @@ def _kernel(
         token, column = word_refs
         return dropped(block, token[...], column[:, strip], rate)
 
-    def inside(block, axis, start=0):
+    def inside(block, axis, start):
         """The block, from `start` on, without what is no whole lanes outside the array."""
         return keep(block, axis, 0, K - k * tk - start) if K % tk % LANES else block
 
     # Read at each use: a value of it that lived from one to the next would take its room once more.
-    def x(strip, start=0):
-        return inside(x_ref[:, strip], 1, start)
+    def x(strip):
+        return inside(x_ref[:, strip], 1, strip.start)
 
     def add(columns, width):
         """Add to the first columns of this block, by the first of its contracted width."""
         w = w_refs[0][...] if weight is None else weight.values(w_refs, x_ref.dtype)
-        w = inside(w[:columns, :width] if transposed else w[:width, :columns], contracted)
+        w = inside(w[:columns, :width] if transposed else w[:width, :columns], contracted, 0)
         y_sum[:, :columns] += _dot(x(pl.ds(0, width)), w, transposed)
 
     def add_strip(start, width: int):
         strip = pl.ds(start, width)
         a = inside(a_ref[:, strip] if transposed else a_ref[strip], contracted, start)
-        read = x(strip, start)
-        h_sum[...] += _dot(read if transposed else drop(read, strip), a, transposed)
+        h_sum[...] += _dot(x(strip) if transposed else drop(x(strip), strip), a, transposed)
 
     def add_h(width: int):
         # In strips: all of a block after dropout would take its room up to three times more.
