@@ -1,4 +1,4 @@
-"""SIGTERM before a command listens for it itself: while modules are imported, and until it trains.
+"""A command before it begins: SIGTERM, and the garbage collector while modules are imported.
 
 A command that has begun nothing ends with status 75, as one does that has saved, and is to be
 started again. This module imports nothing that takes time, and stands before all that does.
@@ -7,6 +7,7 @@ started again. This module imports nothing that takes time, and stands before al
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -14,7 +15,8 @@ import threading
 from collections.abc import Generator
 
 STATUS = 75
-_PROGRAMS = ("medmoe", "main.py")  # as the command is called, and as `python -m` calls it
+# As the command is called, and as `python -m` calls it; not where others import the package.
+_IS_PROGRAM = os.path.basename(sys.argv[0]) in ("medmoe", "main.py")
 
 
 class Terminated(BaseException):
@@ -44,5 +46,17 @@ def stoppable() -> Generator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-if os.path.basename(sys.argv[0]) in _PROGRAMS:  # not where the package is imported by others
+def all_imported() -> None:
+    """Let the garbage collector work, on what comes from now on alone.
+
+    Modules stay until the end. Looking for circles in them, again and again, took a fifth of the
+    time of a command's start.
+    """
+    if _IS_PROGRAM:
+        gc.freeze()
+        gc.enable()
+
+
+if _IS_PROGRAM:
     signal.signal(signal.SIGTERM, _leave)
+    gc.disable()

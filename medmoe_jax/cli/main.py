@@ -49,6 +49,8 @@ from medmoe_jax.screen import harmless
 from medmoe_jax.storage.objects import failures
 from medmoe_jax.training.terminal import LogHandler, console
 
+early.all_imported()
+
 COMMANDS = {
     "demo": demo,
     "doctor": doctor,

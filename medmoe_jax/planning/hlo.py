@@ -11,7 +11,8 @@ of an array for the whole array, and knows nothing of a Pallas kernel. The rules
   dynamic slice counts by what it reads, an update in place by what it writes, also inside a
   fusion; tuples, bitcasts and the ends of asynchronous pairs are free.
 - A Pallas kernel counts as `kernels` says (see `planning.attention`), else by its own
-  `cost_estimate`, else by its operands and results once; the last are listed in `unknown`.
+  `cost_estimate`, which takes everything to be in main memory: what is not is taken off once,
+  however often it is read; else by its operands and results once, and is listed in `unknown`.
 - A collective's bytes are its larger side, its operands or its results, on one device; those that
   cross links are `planning.collectives`'.
 """
@@ -300,14 +301,16 @@ class _Counter:
             return self.kernels[name]
         if "AllocateBuffer" in one.attributes:
             return Cost(0, 0)
+        arrays = [a for operand in here.operands(one) for a in operand.arrays] + [*one.arrays]
         estimate = re.search(r'"cost_estimate":\{([^}]*)\}', one.attributes)
         if estimate:
             fields = {k: float(v) for k, v in re.findall(r'"(\w+)":"?([\d.e+]+)', estimate[1])}
-            return Cost(fields.get("flops", 0.0), fields.get("bytes_accessed", 0.0))
+            on_chip = sum(a.bytes for a in arrays if a.on_chip)
+            moved = fields.get("bytes_accessed", 0.0) - on_chip
+            return Cost(fields.get("flops", 0.0), max(0.0, moved))
         if "tpu_custom_call" in one.attributes:
             self.unknown[name] = None
-        read = sum(_main(operand.arrays) for operand in here.operands(one))
-        return Cost(0, read + _main(one.arrays))
+        return Cost(0, _main(arrays))
 
 
 def _kind(one: Instruction) -> str:

@@ -1,6 +1,7 @@
 """Every command through `main([...])`, in this process."""
 
 import errno
+import gc
 import json
 import os
 import signal
@@ -468,6 +469,20 @@ import medmoe_jax.cli.main
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 75
     assert done.stderr == "medmoe: asked to stop before it began; the same command starts again\n"
+
+
+def test_the_collector_passes_by_what_a_program_imports():
+    """Whoever imports the package keeps their own collector as it is, as these tests do."""
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+    code = """
+import gc, sys
+
+sys.argv = ["/usr/bin/medmoe", "train"]
+import medmoe_jax.cli.main
+print(gc.isenabled(), gc.get_freeze_count() > 100_000)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "True True\n", done.stderr
 
 
 @pytest.mark.parametrize("during", ["cli.session.load_config", "api.opening.open_setup",

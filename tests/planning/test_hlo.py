@@ -220,9 +220,16 @@ def test_kernels():
     bare = hlo.count(KERNEL.replace("COST", ""))
     assert bare.unknown == ("ours",) and bare.flops == 0
     assert bare.bytes == size + 2 * size  # the copy's read; the kernel's, but for on-chip memory
-    claim = ',"cost_estimate":{"flops":"500","transcendentals":"0","bytes_accessed":"70"}'
+    # x twice, c in on-chip memory thrice, the result once.
+    claim = (
+        f',"cost_estimate":{{"flops":"500","transcendentals":"0","bytes_accessed":"{6 * size}"}}'
+    )
     claimed = hlo.count(KERNEL.replace("COST", claim))
-    assert (claimed.flops, claimed.bytes, claimed.unknown) == (500, size + 70, ())
+    assert (claimed.flops, claimed.bytes, claimed.unknown) == (500, size + (6 - 1) * size, ())
+    in_main = hlo.count(KERNEL.replace("COST", claim).replace("S(1)", ""))
+    assert in_main.bytes == 2 * size + 6 * size
+    partly = hlo.count(KERNEL.replace("COST", claim.replace(str(6 * size), "70")))
+    assert partly.bytes == size
     told = hlo.count(KERNEL.replace("COST", claim), {"ours": hlo.Cost(9, 3)})
     assert (told.flops, told.bytes) == (9, size + 3)
 

@@ -73,6 +73,7 @@ def test_a_run_that_loses_a_process_and_is_asked_to_stop(tmp_path, config):
 
 COMMANDS = """
 import os, sys
+sys.argv[0] = "medmoe"
 from medmoe_jax.cli.main import main
 config, workdir, rows, items, out, *mesh = sys.argv[1:]
 model = [config, f"--workdir={workdir}", *mesh]
