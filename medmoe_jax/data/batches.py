@@ -23,6 +23,7 @@ import numpy as np
 from grain.experimental import FirstFitPackIterDataset, ThreadPrefetchDatasetIterator
 
 from medmoe_jax.data.encoded_rows import Counts, EncodedRows, Facts
+from medmoe_jax.data.order import endless
 from medmoe_jax.data.streamed_rows import INLINE, StreamedRows
 from medmoe_jax.errors import UserError
 
@@ -170,10 +171,7 @@ class BatchStream(Iterator[Batch]):
         parts = [
             source.endless(shard, self._spec.shards, seed)
             if isinstance(source, StreamedRows)
-            else _shard_of(source, shard, self._spec.shards)
-            .shuffle(seed=seed)
-            .repeat()
-            .to_iter_dataset(INLINE)
+            else endless(_shard_of(source, shard, self._spec.shards), seed).to_iter_dataset(INLINE)
             for number, source in enumerate(self._sources)
             for seed in (_seed(self._spec.seed, shard, number),)
         ]
@@ -185,7 +183,7 @@ class BatchStream(Iterator[Batch]):
         if self._weights is None:
             parts = [grain.MapDataset.concatenate(parts)]
         parts = [
-            part.shuffle(seed=_seed(self._spec.seed, shard, number)).repeat()
+            endless(part, _seed(self._spec.seed, shard, number))
             for number, part in enumerate(parts)
         ]
         return grain.MapDataset.mix(parts, self._weights)

@@ -23,6 +23,7 @@ from medmoe_jax.data.conversation import Conversation
 from medmoe_jax.data.encode import Encoder
 from medmoe_jax.data.encoded_rows import Element, element
 from medmoe_jax.data.on_demand import OnDemand
+from medmoe_jax.data.order import endless
 from medmoe_jax.errors import UserError
 
 _TRIED = 100
@@ -142,7 +143,7 @@ class StreamedRows:
           seed: of the order.
         """
         own = grain.MapDataset.source(self.blocks)[shard::shards]
-        blocks = own.shuffle(seed=seed).repeat().to_iter_dataset(INLINE)
+        blocks = endless(own, seed).to_iter_dataset(INLINE)
         where = f"source '{self.name}': data shard {shard} of {shards}"
         rows = FlatMapIterDataset(blocks, _Reading(len(own), where))
         window = max(1, self.window // shards)

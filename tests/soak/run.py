@@ -76,7 +76,7 @@ def soak(
     Raises:
       AssertionError: the ends differ, or the launcher gave up.
     """
-    steps = 8 * (len(sequence) + 1)
+    steps = 6 * (len(sequence) + 1)
     recipe = folder / "recipe.py"
     recipe.write_text(_RECIPE.format(root=str(ROOT), stage=_STAGE, steps=steps))
     tiny.medcare_config()  # its files: both hosts would write them at the same time
