@@ -79,6 +79,7 @@ def test_one_call_is_told_from_the_command_to_the_kernel():
     assert all((ROOT / "medmoe_jax" / name).is_file() for name in drawn)
 
 
+@pytest.mark.slow
 def test_examples_in_docstrings():
     for name in WITH_EXAMPLES:
         module = importlib.import_module(f"medmoe_jax.{name}")
@@ -86,6 +87,7 @@ def test_examples_in_docstrings():
         assert tried and not failed, name
 
 
+@pytest.mark.slow
 def test_the_code_of_the_page_on_reuse_runs():
     """Every block in turn, in one namespace, as a reader would paste them."""
     text = (ROOT / "docs" / "reuse.md").read_text(encoding="utf-8")

@@ -17,6 +17,7 @@ from tests import naive, skills, tiny
 from tests.randomised import randomise
 from tests.several import Several
 
+pytestmark = pytest.mark.slow  # what all of them look at takes so long
 NAMES = tuple(skills.table())
 CONFIG = """from tests import skills
 

@@ -87,6 +87,7 @@ def test_a_run_whose_directory_was_taken_over_writes_nothing_more(tmp_path, monk
     assert sorted(os.listdir(tmp_path / "lease")) == ["1.json", "2.json"]
 
 
+@pytest.mark.slow
 def test_who_writes_is_refused_and_who_reads_is_not(tmp_path, capsys):
     """A finished stage is read beside a running one."""
     _, workdir = tiny.trained()
