@@ -24,7 +24,8 @@ PYTEST = JAX_PLATFORMS=cpu PYTHONDONTWRITEBYTECODE= MEDMOE_TESTS=$(abspath $(STE
 # One process runs a file, whose tests share what they set up; it goes by the order of conftest.py.
 BY_FILE = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 # These tests share little, and the longest of them take a minute: each goes to whoever is free.
-BY_TEST = -n $(JOBS) --dist load --maxschedchunk 1
+# Their processes wait for each other a quarter of the time: one more at once.
+BY_TEST = -n $$(($(JOBS) + 1)) --dist load --maxschedchunk 1
 
 # Runs the tests with these marks: $(call step,name,marks,distribution,environment).
 define step

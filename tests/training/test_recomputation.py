@@ -29,6 +29,7 @@ def run_of(workdir, remat=AUTO):
     config = tiny.medcare_config()
     config.stages.order = ("aggregate",)
     config.stages.aggregate.steps = 4
+    config.run.mesh.update({"data": -1, "fsdp": 1})  # what compiles soonest
     config.data.length, config.data.global_batch = 128, 16
     config.run.remat = remat
     return Run(open_setup(config), workdir)
