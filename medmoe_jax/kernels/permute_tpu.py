@@ -105,9 +105,13 @@ def _words(rows_NxD):
     if rows_NxD.dtype == jnp.float32:
         return rows_NxD
     half = LANES * ceil_div(rows_NxD.shape[1], 2 * LANES)
-    bits_NxD = jax.lax.bitcast_convert_type(rows_NxD, jnp.uint16).astype(jnp.uint32)
-    high_NxW = jnp.pad(bits_NxD[:, half:], ((0, 0), (0, 2 * half - bits_NxD.shape[1])))
-    return bits_NxD[:, :half] | (high_NxW << 16)
+    low_NxW = rows_NxD[:, :half]
+    high_NxW = jnp.pad(rows_NxD[:, half:], ((0, 0), (0, 2 * half - rows_NxD.shape[1])))
+
+    def bits(x_NxW):
+        return jax.lax.bitcast_convert_type(x_NxW, jnp.uint16).astype(jnp.uint32)
+
+    return bits(low_NxW) | (bits(high_NxW) << 16)
 
 
 def _sum_kernel(index_ref, next_ref, live_ref, rows_ref, out_ref, words_ref, total_ref, arrived):
