@@ -50,7 +50,8 @@ def get_config() -> ConfigDict:
         mixture={"knowledge": 8.0, "alignment": 1.0, "everyday": 1.0},
         steps=100,
         learning_rate=3e-3,
-        warmup=0.1,
+        warmup=0.2,
+        b2=0.95,  # the stage has 100 steps: a mean of squares over 1,000 would come too late
     )
     config.stages.align = _align(weight=1.0)
     config.stages.align_free = _align(weight=0.0)
