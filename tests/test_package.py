@@ -214,6 +214,16 @@ def unannotated(tree: ast.Module | ast.ClassDef, within: str = "") -> list[str]:
     return faults
 
 
+def test_docstrings_begin_with_what_a_thing_is():
+    """Never with "Of", which leaves what they speak of to the reader."""
+    rooms = ("medmoe_jax", "configs", "tests", "benchmarks", "notebooks", "launch")
+    sources = [path for room in rooms for path in sorted((ROOT / room).rglob("*.py"))]
+    assert len(sources) > 600
+    begins = re.compile(r'^\s*r?"""Of\b.*', re.MULTILINE)
+    faults = {str(path.relative_to(ROOT)): begins.findall(path.read_text()) for path in sources}
+    assert not {name: found for name, found in faults.items() if found}
+
+
 def test_public_functions_say_what_they_take_and_give():
     faults = [f"{source}:{fault}" for source in SOURCES for fault in unannotated(parse(source))]
     assert not faults, "\n".join(faults)

@@ -28,7 +28,8 @@ from medmoe_jax.data.streamed_rows import INLINE, StreamedRows
 from medmoe_jax.errors import UserError
 
 ARRAYS = ("tokens", "loss_mask", "segment_ids", "positions")
-# Rows are packed into this many sequences at a time: more waste less, and mix epochs further.
+# Sequences that are filled at the same time. More of them leave less padding, but the rows of two
+# epochs mix for longer.
 PACK_BINS = 32
 AHEAD = 4
 

@@ -42,7 +42,7 @@ def naive(banks, specs, variables):
 
 
 def loss_of(z):
-    """Of telling which id comes next."""
+    """The loss of telling which id comes next."""
     ids = jnp.roll(IDS, -1, axis=1)
     return optax.softmax_cross_entropy_with_integer_labels(z, ids).mean()
 

@@ -282,7 +282,7 @@ def test_a_lora_only_bias_that_peft_lost_is_told(tmp_path):
 
 
 def test_rows_of_tokens_alone(tmp_path):
-    """Of a base that ties its ends too: PEFT trains the rows of both as one."""
+    """The base ties its ends too: PEFT trains the rows of both as one."""
     options = {**OPTIONS, "target_modules": ["q_proj"], "layers_to_transform": None}
     options |= {"modules_to_save": None, "use_dora": False, "trainable_token_indices": [7, 3]}
     rng = np.random.default_rng(1)

@@ -215,7 +215,7 @@ def test_the_first_checkpoint_killed_before_its_seal_is_not_used(tmp_path, caplo
 
 
 def test_a_checkpoint_of_another_place_is_refused(tmp_path):
-    """Of another step, stage or recipe: swapped, renamed, or from another run."""
+    """It is of another step, stage or recipe: swapped, renamed, or from another run."""
     of = {"stage": "first", "recipe": "r"}
 
     def saved(folder, steps=(10, 20), of=of):

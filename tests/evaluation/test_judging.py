@@ -25,7 +25,7 @@ FULL = json.dumps({"reason": "Sound, but short.", **GRADES})
 
 
 def record(prompt="What helps?", said="Rest.", answer="Rest and water.", **more):
-    """Of an evaluation, as far as a judge looks at it."""
+    """What an evaluation recorded, as far as a judge looks at it."""
     fields = {"task": "open", "split": "", "part": "", "id": prompt, "metric": "rouge_l"}
     fields |= {"prompt": prompt, "choices": [], "raw": [said], "prediction": said}
     return {**fields, "answer": answer, "right": 0.0, **more}

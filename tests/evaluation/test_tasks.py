@@ -199,7 +199,7 @@ def test_shots_of_a_set_without_training_rows_are_not_asked(tmp_path):
 
 
 def test_shots_from_the_rows_to_be_asked_are_told(tmp_path, caplog):
-    """Of a set that has training rows, but not here."""
+    """The set has training rows, but not in this folder."""
     upstream.write("medqa", tmp_path)
     plain = load_task("medqa@test", root=tmp_path)
     for path in tmp_path.rglob("*train*"):

@@ -63,7 +63,7 @@ def make_engine(mesh="one", rows=4, kernels="auto"):
 
 
 def requests():
-    """Of all lengths and wishes; many begin alike, in one language or in two."""
+    """Their lengths and wishes differ; many begin alike, in one language or in two."""
     rng = np.random.default_rng(7)
     start = rng.integers(0, 31, 26).tolist()
     laws = (Sampling(), Sampling(1.2, 0.9), Sampling(0.9, top_k=7, repetition_penalty=1.4))

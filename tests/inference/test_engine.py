@@ -113,7 +113,7 @@ def test_a_batch_scores_as_its_rows_do():
 
 
 def test_trained_leaves_take_the_place_of_the_bases():
-    """Of the top and of the layers, whether the base has a leaf of that name or not."""
+    """At the top and in the layers, whether the base has a leaf of that name or not."""
     base, banks = parameters()
     rng = np.random.default_rng(5)
     names = ("embed", "head", "final_norm", "layers.attn_norm", "layers.attn.v.kernel")

@@ -37,7 +37,7 @@ def pieces(text, sizes):
 @PROPERTY
 @given(data=st.data(), start=st.booleans())
 def test_the_pieces_joined_are_the_decoded_text(any_tokenizer, data, start):  # noqa: F811
-    """Of any ids: characters in halves, bytes that are none, marks that vanish."""
+    """The ids are any: characters in halves, bytes that are none, marks that vanish."""
     vocabulary = st.integers(0, any_tokenizer.vocab_size - 1)
     written = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
     parts = data.draw(st.lists(vocabulary.map(lambda i: [i]) | written.map(any_tokenizer.encode)))

@@ -126,7 +126,7 @@ def expected():
     ids=lambda value: value if isinstance(value, str) else "x".join(value) or "one",
 )
 def test_values_statistics_and_gradients(kernels, sizes):
-    """Of inputs, base weights, banks, Λ and routers; the losses on the routers take part."""
+    """Gradients of inputs, base weights, banks, Λ and routers; the routers' losses take part."""
     if math.prod(sizes.values()) > jax.device_count():
         pytest.skip("needs eight (simulated) devices")
     execution = on(kernels, **sizes) if sizes else Execution(kernels=kernels)

@@ -274,7 +274,7 @@ def test_a_client_that_hangs_up_before_a_whole_answer_frees_its_row(running):
 
 
 def test_time_is_limited(running, client):
-    """Of a whole answer, and of one that is under way."""
+    """While a whole answer is made, and while one is under way."""
     running.now[0] = 0.0
     stream = client.chat.completions.create(model="late", messages=user("forever a"), stream=True)
     chunks = iter(stream)
