@@ -73,7 +73,7 @@ class Screen(Console):
 
 
 @dataclass(frozen=True)
-class Table:
+class ScreenTable:
     """Rows that are whole at any width: names are broken into lines, numbers never.
 
     Where a row has no room, its names are broken first, and then the headings of its numbers; after

@@ -1,6 +1,7 @@
 """The package as a whole: its imports, its layering, its documentation and its licence."""
 
 import ast
+import collections
 import graphlib
 import importlib.metadata
 import os
@@ -177,6 +178,17 @@ def test_the_documents_point_to_code_that_is_there():
             if source is None or (name and name not in defined(source)):
                 lost.append(f"{document.name}: {path}:{name}")
     assert pointers > 10 and not lost, lost
+
+
+def test_every_class_has_a_name_of_its_own():
+    """A word means one thing in the whole house."""
+    places = collections.defaultdict(list)
+    for source in SOURCES:
+        for node in parse(source).body:
+            if isinstance(node, ast.ClassDef):
+                places[node.name].append(str(source.relative_to(PACKAGE)))
+    assert len(places) > 300
+    assert not {name: found for name, found in places.items() if len(found) > 1}
 
 
 def test_public_functions_and_classes_have_docstrings():

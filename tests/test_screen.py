@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from medmoe_jax.screen import Screen, Table, plain
+from medmoe_jax.screen import Screen, ScreenTable, plain
 
 PACKAGE = Path(__file__).parents[1] / "medmoe_jax"
 NUMBERS = [f"{heading} number {i}" for i, heading in enumerate(("effective", "own", "a") * 4)]
@@ -15,7 +15,7 @@ ROWS = [
     + [f"{1000 * (row + 1) + i:,}.{i:03} – {i}" for i in range(len(NUMBERS))]
     for row, kind in enumerate(("knowledge", "质量控制医学考试题目"))
 ]
-TABLE = Table(("task", "metric"), NUMBERS, ROWS, "a title", "a caption")
+TABLE = ScreenTable(("task", "metric"), NUMBERS, ROWS, "a title", "a caption")
 
 
 @pytest.mark.parametrize("width", [40, 80, 120, 200])
@@ -36,8 +36,11 @@ def test_no_number_is_cut_and_no_name(width):
 
 def test_what_has_room_is_one_table():
     assert plain(TABLE).count("knowledge") == plain(TABLE).count("metric") == 1
-    assert plain(Table(("only", "names"), (), [["a", "b"]])).splitlines()[-1].split() == ["a", "b"]
-    assert plain(Table(("no",), ("rows",))).split()[:2] == ["no", "rows"]
+    assert plain(ScreenTable(("only", "names"), (), [["a", "b"]])).splitlines()[-1].split() == [
+        "a",
+        "b",
+    ]
+    assert plain(ScreenTable(("no",), ("rows",))).split()[:2] == ["no", "rows"]
 
 
 def test_a_file_gets_the_whole_table_too(monkeypatch):

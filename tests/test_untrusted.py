@@ -26,7 +26,7 @@ from medmoe_jax.data.jinja_template import Jinja
 from medmoe_jax.data.medical.files import members, parse_xml, read_bytes, read_xlsx
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation.html import LinesSection, report_html, save_png
-from medmoe_jax.screen import Screen, Table, harmless
+from medmoe_jax.screen import Screen, ScreenTable, harmless
 from medmoe_jax.storage import packed
 from medmoe_jax.training import terminal
 from tests import tiny, torch_zip
@@ -334,7 +334,7 @@ def test_what_is_printed_steers_nothing(capsys):
     out = io.StringIO()
     screen = Screen(file=out)
     screen.width = 200
-    screen.print(Table([STEERING], (), [["[/x][red]" + STEERING]]))
+    screen.print(ScreenTable([STEERING], (), [["[/x][red]" + STEERING]]))
     screen.print(STEERING)
     assert "[/x][red]" in out.getvalue()
     assert out.getvalue().count(shown) == 3 and "\x1b" not in out.getvalue()

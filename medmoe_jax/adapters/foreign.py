@@ -46,7 +46,7 @@ _TRAVEL = (
 
 
 @dataclass(frozen=True)
-class Layer:
+class LinearLayer:
     """A linear layer of a model.
 
     Attributes:
@@ -136,7 +136,7 @@ def matched(
 
 
 def added(
-    roster: Roster, specs: Sequence[BankSpec], layers: Sequence[Layer], strategy: Strategy
+    roster: Roster, specs: Sequence[BankSpec], layers: Sequence[LinearLayer], strategy: Strategy
 ) -> tuple[BankSpec, ...]:
     """The banks with their sites filled in, ready for layers.
 
@@ -186,7 +186,7 @@ def in_state(roster: Roster, name: str, state: str) -> Roster:
 
 
 def init(
-    spec: BankSpec, layers: Sequence[Layer], key: jax.Array, strategy: Strategy
+    spec: BankSpec, layers: Sequence[LinearLayer], key: jax.Array, strategy: Strategy
 ) -> dict[str, Any]:
     """Fresh parameters of a bank, laid over the strategy's mesh; see `bank.init`."""
     params = bank_lib.init_on(spec, {layer.site: layer.widths for layer in layers}, key)
@@ -250,7 +250,7 @@ def given(context: Context) -> Generator[None]:
         _TOLD.reset(token)
 
 
-def _context_of(layer: Layer, leading: tuple[int, ...]) -> Context:
+def _context_of(layer: LinearLayer, leading: tuple[int, ...]) -> Context:
     """What is known of a layer's tokens, as `[B, T]`."""
     told = _TOLD.get()
     context = Context() if told is None else told.read()
@@ -283,7 +283,7 @@ def _rows_and_tokens(leading: tuple[int, ...]) -> tuple[int, int]:
 
 
 def delta(
-    layer: Layer,
+    layer: LinearLayer,
     specs: tuple[BankSpec, ...],
     strategy: Strategy,
     x: jax.Array,
@@ -327,7 +327,7 @@ def delta(
 
 
 def merged_kernel(
-    layer: Layer, members: Sequence[tuple[BankSpec, Any]], kernel: jax.Array
+    layer: LinearLayer, members: Sequence[tuple[BankSpec, Any]], kernel: jax.Array
 ) -> jax.Array:
     """The layer's kernel plus the banks' `s Σ_e A_e Λ_e B_e`, rounded once.
 

@@ -24,7 +24,7 @@ from flax import linen as nn
 
 from medmoe_jax.adapters import foreign, lifecycle
 from medmoe_jax.adapters.bank import BankSpec
-from medmoe_jax.adapters.foreign import Layer, Within
+from medmoe_jax.adapters.foreign import LinearLayer, Within
 from medmoe_jax.base import trees
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.errors import ParameterError, UserError
@@ -62,7 +62,7 @@ class Adapted:
       roster: `((BankSpec, state), ...)`; the states are those of `adapters.lifecycle`.
     """
 
-    linear: tuple[tuple[Layer, str], ...]
+    linear: tuple[tuple[LinearLayer, str], ...]
     others: tuple[tuple[str, str], ...]
     strategy: Strategy
     roster: tuple[tuple[BankSpec, str], ...] = ()
@@ -215,7 +215,7 @@ def adapt(
         experts that the mesh does not divide.
       UserError: a bank that such layers cannot have, or a name that is there already.
     """
-    linear: dict[str, tuple[Layer, str]] = {}
+    linear: dict[str, tuple[LinearLayer, str]] = {}
     others: dict[str, str] = {}
 
     def look(call, args, kwargs, context):
@@ -243,9 +243,9 @@ def adapt(
     return adapted.add({}, patterns, banks, key)
 
 
-def _layer(module: nn.Dense | nn.DenseGeneral, shape: tuple[int, ...]) -> tuple[Layer, str]:
+def _layer(module: nn.Dense | nn.DenseGeneral, shape: tuple[int, ...]) -> tuple[LinearLayer, str]:
     axes = _tuple(getattr(module, "axis", -1))
     inputs = tuple(shape[axis] for axis in sorted(axis % len(shape) for axis in axes))
-    layer = Layer(_path(module), axes, inputs, _tuple(module.features))
+    layer = LinearLayer(_path(module), axes, inputs, _tuple(module.features))
     batched = getattr(module, "batch_dims", ())
     return layer, "has a kernel a batch entry (batch_dims)" if batched else ""

@@ -22,7 +22,7 @@ from flax import nnx
 from medmoe_jax.adapters import bank as bank_lib
 from medmoe_jax.adapters import foreign, lifecycle
 from medmoe_jax.adapters.bank import BankSpec
-from medmoe_jax.adapters.foreign import Layer
+from medmoe_jax.adapters.foreign import LinearLayer
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.errors import ParameterError, UserError
 from medmoe_jax.routing.dispatch import Strategy
@@ -56,7 +56,7 @@ class AdaptedLinear(nnx.Module):
         layers of a bank share, are the gate.
     """
 
-    def __init__(self, base: nnx.Module, layer: Layer, strategy: Strategy) -> None:
+    def __init__(self, base: nnx.Module, layer: LinearLayer, strategy: Strategy) -> None:
         self.base: Any = base
         self.layer = layer
         self.strategy = strategy
@@ -162,7 +162,7 @@ def _modules(model: nnx.Module) -> tuple[dict[str, Any], dict[str, str]]:
     return linear, others
 
 
-def _layer(path: str, module: Any) -> Layer:
+def _layer(path: str, module: Any) -> LinearLayer:
     if isinstance(module, AdaptedLinear):
         return module.layer
     general = isinstance(module, nnx.LinearGeneral)
@@ -179,7 +179,7 @@ def _layer(path: str, module: Any) -> Layer:
             f"patterns: the kernel of layer '{path}' is {kernel.dtype} {kernel.shape}, not floats "
             f"{(*inputs, *outputs)}; layers that are stacked (nnx.vmap) or quantised take no banks"
         )
-    return Layer(path, axes, inputs, outputs)
+    return LinearLayer(path, axes, inputs, outputs)
 
 
 def _replace(node: Any, swap: Callable[[nnx.Module], Any], seen: dict[int, Any] | None = None):

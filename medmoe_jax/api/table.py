@@ -36,7 +36,7 @@ class Table:
         ]
         words = [name for name in self.columns if name not in numbers]
         rows = [[_cell(row.get(name)) for name in (*words, *numbers)] for row in self.rows]
-        return screen.plain(screen.Table(words, numbers, rows))
+        return screen.plain(screen.ScreenTable(words, numbers, rows))
 
     def _repr_html_(self) -> str:
         return TableSection("", self.columns, self._cells()).body()

@@ -33,7 +33,7 @@ from medmoe_jax.checkpoints.gguf_architectures import (
     name_of,
     pair_rows,
 )
-from medmoe_jax.checkpoints.gguf_file import GgufFile, StoredTensor
+from medmoe_jax.checkpoints.gguf_file import GgufFile, GgufTensor
 from medmoe_jax.checkpoints.hf_config import config_from_hf, config_to_hf, differences
 from medmoe_jax.checkpoints.huggingface import write_companions
 from medmoe_jax.checkpoints.peft_export import stacked
@@ -192,9 +192,9 @@ def _divisors(arch: Architecture, config: DecoderConfig) -> dict[str, np.ndarray
 def _check(arch: Architecture, config: DecoderConfig, fields, plan, divisors) -> None:
     """Raise UserError unless the file, read back, describes the same decoder."""
     nothing = np.zeros((1, 0), np.uint8)
-    tensors = {name: StoredTensor(name, t.shape, "F32", nothing) for name, t in plan.items()}
+    tensors = {name: GgufTensor(name, t.shape, "F32", nothing) for name, t in plan.items()}
     tensors |= {
-        name: StoredTensor(name, x.shape, "F32", x[None].view(np.uint8))
+        name: GgufTensor(name, x.shape, "F32", x[None].view(np.uint8))
         for name, x in divisors.items()
     }
     file = GgufFile(Path(MODEL), {**fields, "general.architecture": arch.name}, tensors)

@@ -38,7 +38,7 @@ KINDS = (*_PLAIN, *_BLOCKS)
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class GgufTensor:
     """A tensor in a file: `shape` with rows first, `kind` of `KINDS`, and its bytes by row."""
 
     name: str
@@ -80,7 +80,7 @@ class GgufFile:
 
     path: Path
     fields: Mapping[str, Any]
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, GgufTensor]
 
     def field(self, name: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
         """A field of that type.
@@ -121,7 +121,7 @@ def open_gguf(path: str | Path) -> GgufFile:
         rows = math.prod(one.shape[:-1])
         at = start + one.offset
         bytes_RxN = whole[at : at + one.size].reshape(rows, -1)
-        tensors[one.name] = StoredTensor(one.name, one.shape, one.kind, bytes_RxN)
+        tensors[one.name] = GgufTensor(one.name, one.shape, one.kind, bytes_RxN)
     return GgufFile(path, fields, tensors)
 
 

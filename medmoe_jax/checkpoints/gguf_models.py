@@ -21,7 +21,7 @@ from medmoe_jax.checkpoints.gguf_architectures import (
     name_of,
     pair_rows,
 )
-from medmoe_jax.checkpoints.gguf_file import GgufFile, StoredTensor, open_gguf
+from medmoe_jax.checkpoints.gguf_file import GgufFile, GgufTensor, open_gguf
 from medmoe_jax.checkpoints.hf_config import config_from_hf
 from medmoe_jax.checkpoints.placing import place_all
 from medmoe_jax.errors import UserError
@@ -88,7 +88,7 @@ def _check(file: GgufFile, arch: Architecture, config: DecoderConfig) -> None:
 def _read(
     arch: Architecture,
     config: DecoderConfig,
-    stored: StoredTensor,
+    stored: GgufTensor,
     part: families.Part,
     index: tuple[slice, ...],
 ) -> np.ndarray:

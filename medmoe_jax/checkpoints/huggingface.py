@@ -37,7 +37,13 @@ from medmoe_jax.checkpoints.files import (
 from medmoe_jax.checkpoints.folded import FoldedWeights
 from medmoe_jax.checkpoints.hf_config import config_from_hf, config_to_hf, unknown_fields
 from medmoe_jax.checkpoints.placing import place_all
-from medmoe_jax.checkpoints.safetensors_files import INDEX, SINGLE, Opened, StoredTensor, open_files
+from medmoe_jax.checkpoints.safetensors_files import (
+    INDEX,
+    SINGLE,
+    OpenedFiles,
+    StoredTensor,
+    open_files,
+)
 from medmoe_jax.data.hub import hub_errors
 from medmoe_jax.errors import UserError
 
@@ -164,7 +170,7 @@ def notes(folder: Path) -> tuple[str, ...]:
     return tuple(out)
 
 
-def _plan(opened: Opened, family: str, config: DecoderConfig) -> list[families.Tensor]:
+def _plan(opened: OpenedFiles, family: str, config: DecoderConfig) -> list[families.Tensor]:
     """The tensors of the decoder as the files spell them; UserError unless all is there."""
     spelling = families.spelling_of(family, opened.tensors)
     plan = list(families.tensors(config, family, spelling))
@@ -172,7 +178,7 @@ def _plan(opened: Opened, family: str, config: DecoderConfig) -> list[families.T
     return plan
 
 
-def _others(opened: Opened, beside: str) -> dict[str, StoredTensor]:
+def _others(opened: OpenedFiles, beside: str) -> dict[str, StoredTensor]:
     """The tensors of a model's other parts."""
     return {name: stored for name, stored in opened.tensors.items() if re.search(beside, name)}
 
@@ -261,7 +267,7 @@ def write_companions(files: Mapping[str, Any], folder: Path) -> None:
             write_json(folder / name, content)
 
 
-class _Entry(NamedTuple):
+class _TensorEntry(NamedTuple):
     """A tensor to write: its size in bytes, and what makes it."""
 
     name: str
@@ -269,10 +275,10 @@ class _Entry(NamedTuple):
     make: Callable[[], np.ndarray]
 
 
-def _entries(plan: Iterable[families.Tensor], weights: FoldedWeights) -> list[_Entry]:
+def _entries(plan: Iterable[families.Tensor], weights: FoldedWeights) -> list[_TensorEntry]:
     itemsize = weights.dtype.itemsize
     return [
-        _Entry(
+        _TensorEntry(
             tensor.name,
             math.prod(tensor.shape) * itemsize,
             functools.partial(weights.tensor, tensor),
@@ -281,11 +287,11 @@ def _entries(plan: Iterable[families.Tensor], weights: FoldedWeights) -> list[_E
     ]
 
 
-def _copies(others: Mapping[str, StoredTensor]) -> list[_Entry]:
-    return [_Entry(name, stored.size, stored.read) for name, stored in others.items()]
+def _copies(others: Mapping[str, StoredTensor]) -> list[_TensorEntry]:
+    return [_TensorEntry(name, stored.size, stored.read) for name, stored in others.items()]
 
 
-def _shards(entries: Sequence[_Entry], max_bytes: int) -> list[list[_Entry]]:
+def _shards(entries: Sequence[_TensorEntry], max_bytes: int) -> list[list[_TensorEntry]]:
     """Consecutive tensors, as many a shard as fit."""
     shards, room = [], 0
     for entry in entries:
@@ -297,7 +303,7 @@ def _shards(entries: Sequence[_Entry], max_bytes: int) -> list[list[_Entry]]:
     return shards
 
 
-def _write_shards(write: Write, shards: Sequence[Sequence[_Entry]]) -> None:
+def _write_shards(write: Write, shards: Sequence[Sequence[_TensorEntry]]) -> None:
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"

@@ -40,7 +40,7 @@ from medmoe_jax.checkpoints.fingerprint import file_fingerprint
 from medmoe_jax.checkpoints.peft import Adapter, read_peft
 from medmoe_jax.checkpoints.peft_names import CONFIG, PICKLED, WEIGHTS, linear_modules, site_of
 from medmoe_jax.checkpoints.safetensors_files import open_safetensors
-from medmoe_jax.checkpoints.torch_files import StoredTensor, open_torch
+from medmoe_jax.checkpoints.torch_files import TorchTensor, open_torch
 from medmoe_jax.errors import UserError
 
 OTHERS, _TENSORS, MODEL = "non_lora_trainables.bin", "model.safetensors", "config.json"
@@ -50,7 +50,7 @@ _FILES = (CONFIG, WEIGHTS, PICKLED, OTHERS, _TENSORS, MODEL)
 
 
 @dataclass(frozen=True)
-class Layout:
+class BlockLayout:
     """How a group of blocks is stored.
 
     Attributes:
@@ -65,13 +65,15 @@ class Layout:
     tensors: Mapping[str, str]
 
 
-def _block(name: str, inside: str) -> Layout:
+def _block(name: str, inside: str) -> BlockLayout:
     """One always-on expert in a module of its own."""
-    return Layout(name, "always", {f"lora_{x.lower()}": f"{inside}.lora_{x}.weight" for x in "AB"})
+    return BlockLayout(
+        name, "always", {f"lora_{x.lower()}": f"{inside}.lora_{x}.weight" for x in "AB"}
+    )
 
 
 LAYOUTS = (
-    Layout(
+    BlockLayout(
         "experts",
         "token",
         {
@@ -284,7 +286,7 @@ def _peft_group(spec: BankSpec, params: Params, roster: Roster) -> _Group:
 
 
 def _block_groups(
-    folder: Path, tensors: Mapping[str, StoredTensor], modules: Mapping[str, families.Tensor]
+    folder: Path, tensors: Mapping[str, TorchTensor], modules: Mapping[str, families.Tensor]
 ) -> tuple[list[_Group], list[str]]:
     """The groups of `LAYOUTS` that are there, and the tensors that belong to none."""
     options = _fields(folder / CONFIG)
@@ -345,7 +347,7 @@ _PATTERNS = [
 ]
 
 
-def _piece(name, tensor: StoredTensor, module: families.Tensor, part, leaf: str) -> _Piece:
+def _piece(name, tensor: TorchTensor, module: families.Tensor, part, leaf: str) -> _Piece:
     """A tensor, of a fused layer's B only the rows of one of its sites."""
     rows = module.shape[0]
     if leaf != "lora_b" or len(module.parts) == 1 or tensor.shape[:1] != (rows,):

@@ -91,7 +91,7 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedFiles:
     """The files of a folder, as far as they can be opened.
 
     Attributes:
@@ -172,7 +172,7 @@ def open_safetensors(path: Path) -> Generator[dict[str, StoredTensor]]:
         raise UserError(f"{path.name}: truncated or damaged ({error})") from None
 
 
-def open_files(folder: Path, stack: contextlib.ExitStack) -> Opened:
+def open_files(folder: Path, stack: contextlib.ExitStack) -> OpenedFiles:
     """Open every safetensors file of a model's folder; `stack` closes them.
 
     Raises:
@@ -190,4 +190,4 @@ def open_files(folder: Path, stack: contextlib.ExitStack) -> Opened:
             lost[name] = f"truncated or damaged ({error})"
         else:
             tensors |= {key: StoredTensor(file, folder / name, key) for key in file.keys()}  # noqa: SIM118
-    return Opened(folder, tensors, lost, weight_map)
+    return OpenedFiles(folder, tensors, lost, weight_map)

@@ -45,7 +45,7 @@ _PICKLE_ERRORS = (
 _FREE = 1 << 24  # numbers that a view may have, however few its storage has
 
 
-class StoredTensor(NamedTuple):
+class TorchTensor(NamedTuple):
     """A tensor that lies in an open file: its shape, and what reads it (a numpy array)."""
 
     shape: tuple[int, ...]
@@ -53,7 +53,7 @@ class StoredTensor(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_torch(path: str | Path) -> Generator[dict[str, StoredTensor]]:
+def open_torch(path: str | Path) -> Generator[dict[str, TorchTensor]]:
     """The tensors of a file of float tensors, by name; none is read yet.
 
     Their kinds are float64, float32, float16, bfloat16, float8_e4m3fn and float8_e5m2.
@@ -76,7 +76,7 @@ def open_torch(path: str | Path) -> Generator[dict[str, StoredTensor]]:
             if wrong:
                 raise ValueError("it holds something else than tensors by name")
         yield {
-            name: StoredTensor(tensor.shape, functools.partial(_read, path, archive, root, tensor))
+            name: TorchTensor(tensor.shape, functools.partial(_read, path, archive, root, tensor))
             for name, tensor in content.items()
         }
 

@@ -17,7 +17,7 @@ from medmoe_jax.api.routing import measure, read
 from medmoe_jax.cli.session import add_model_arguments, open_run
 from medmoe_jax.evaluation import routing
 from medmoe_jax.ranges import COUNT
-from medmoe_jax.screen import Table
+from medmoe_jax.screen import ScreenTable
 from medmoe_jax.training.terminal import console, say
 
 
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     say(f"written to {written['html']} and {written['json']}")
 
 
-def _table(gate: routing.Gate, texts: Sequence[routing.Texts]) -> Table:
+def _table(gate: routing.Gate, texts: Sequence[routing.Texts]) -> ScreenTable:
     """A gate's figures in its first and its last layer."""
     stop = gate.first_layer + gate.use_GxNxE.shape[1]
     ends = f"layer {gate.first_layer} → {stop - 1}"
@@ -66,4 +66,4 @@ def _table(gate: routing.Gate, texts: Sequence[routing.Texts]) -> Table:
             )
         )
     numbers = ("tokens", f"effective experts, {ends}", f"own expert, {ends}")
-    return Table(("language",), numbers, rows, gate.name)
+    return ScreenTable(("language",), numbers, rows, gate.name)

@@ -30,7 +30,7 @@ from medmoe_jax.cli.session import (
 )
 from medmoe_jax.cli.talk import Talk
 from medmoe_jax.errors import UserError
-from medmoe_jax.inference.streaming import Said
+from medmoe_jax.inference.streaming import NewText
 from medmoe_jax.parallel import processes
 from medmoe_jax.ranges import COUNT
 from medmoe_jax.screen import harmless
@@ -111,7 +111,7 @@ def _answer(talk: Talk, text: str) -> None:
         note(remark)
 
 
-def _print(said: Said) -> None:
+def _print(said: NewText) -> None:
     """Print new text: reasoning on standard error, the answer on standard output."""
     if said.reasoning:
         console.print(

@@ -22,7 +22,7 @@ from medmoe_jax.evaluation import page, records
 from medmoe_jax.evaluation.compare import Difference, alone, compare
 from medmoe_jax.evaluation.html import report_html
 from medmoe_jax.evaluation.report import Report
-from medmoe_jax.screen import Table
+from medmoe_jax.screen import ScreenTable
 from medmoe_jax.storage.places import make_folder, place
 from medmoe_jax.training.terminal import console, note, say
 
@@ -60,10 +60,10 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
         _write(place(arguments.output), arguments.runs, differences)
 
 
-def _table(found: list[Difference]) -> Table:
+def _table(found: list[Difference]) -> ScreenTable:
     """Differences for the terminal."""
     rows = [(task, *numbers) for task, _, *numbers in map(page.difference_cells, found)]
-    return Table(page.COLUMNS[:1], page.COLUMNS[2:], rows)
+    return ScreenTable(page.COLUMNS[:1], page.COLUMNS[2:], rows)
 
 
 def _write(folder: Path, runs: list[str], differences: dict[str, list[Difference]]) -> None:

@@ -43,7 +43,7 @@ from medmoe_jax.evaluation.items import Item
 from medmoe_jax.evaluation.overlap import ItemIndex, row_text
 from medmoe_jax.evaluation.tasks import expand, load_items
 from medmoe_jax.routing.languages import read_languages
-from medmoe_jax.screen import Screen, Table
+from medmoe_jax.screen import Screen, ScreenTable
 from medmoe_jax.storage.places import exists
 from medmoe_jax.training.terminal import say
 
@@ -230,4 +230,4 @@ def _print_languages(arguments) -> None:
                 expert = experts.experts[experts.ids[code]] if known else "not in the table"
             counted.append((path, code or "unknown", expert, f"{named:,}", f"{detected:,}"))
     words, numbers = ("input", "language", "expert"), ("rows that name it", "detected")
-    Screen().print(Table(words, numbers, counted))
+    Screen().print(ScreenTable(words, numbers, counted))

@@ -29,7 +29,7 @@ from medmoe_jax.evaluation import html
 from medmoe_jax.evaluation.logged import pictures, read_logged
 from medmoe_jax.evaluation.report import Report, Result
 from medmoe_jax.inference.language_model import LanguageModel
-from medmoe_jax.screen import Table
+from medmoe_jax.screen import ScreenTable
 from medmoe_jax.training.run import Run, StageRun
 from medmoe_jax.training.terminal import console, note
 from medmoe_jax.training.train import train
@@ -201,7 +201,7 @@ def _write(run: Run, workdir: Path, seen: Mapping[str, Seen]) -> None:
         workdir / "report.html", sections, "medmoe_jax demonstration", live=True
     )
     note(scores)
-    console.print(Table(_COLUMNS[:1], _COLUMNS[1:], rows))
+    console.print(ScreenTable(_COLUMNS[:1], _COLUMNS[1:], rows))
     for line in (chance, overlap, *_right(questions, said)):
         note(line)
     note(f"written to {workdir / 'report.json'} and {page}")

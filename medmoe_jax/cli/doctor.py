@@ -31,7 +31,7 @@ from medmoe_jax.cli.session import no_rest
 from medmoe_jax.data.sources import first_rows
 from medmoe_jax.data.templates import doubts
 from medmoe_jax.errors import UserError
-from medmoe_jax.screen import Table
+from medmoe_jax.screen import ScreenTable
 from medmoe_jax.storage.places import cache_folder, is_remote, place
 from medmoe_jax.training.kept import is_kept
 from medmoe_jax.training.reading import check_sources
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
         remedy = f"\n-> {found.remedy}" if found.remedy else ""
         state = Text(found.state, _COLOURS[found.state])
         rows.append((state, found.what, Text(found.text + remedy)))
-    console.print(Table(("", "looked at", "found"), (), rows))
+    console.print(ScreenTable(("", "looked at", "found"), (), rows))
     if bad:
         raise UserError(f"{bad} of the things looked at would stop a run")
 

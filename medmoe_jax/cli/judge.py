@@ -33,11 +33,11 @@ from medmoe_jax.cli.session import no_rest
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import records
 from medmoe_jax.evaluation.judging import judge
-from medmoe_jax.evaluation.judging.endpoint import Client, Endpoint
+from medmoe_jax.evaluation.judging.endpoint import Client, JudgeEndpoint
 from medmoe_jax.evaluation.judging.questions import SCALES, questions
 from medmoe_jax.evaluation.judging.verdicts import Verdicts
 from medmoe_jax.ranges import COUNT
-from medmoe_jax.screen import Table
+from medmoe_jax.screen import ScreenTable
 from medmoe_jax.storage.places import local
 from medmoe_jax.training.terminal import console, note, say
 
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Run the command."""
     no_rest(rest)
     COUNT.check("parallel", arguments.parallel)
-    endpoint = Endpoint(arguments.url, _key(arguments), arguments.timeout, arguments.attempts)
+    endpoint = JudgeEndpoint(arguments.url, _key(arguments), arguments.timeout, arguments.attempts)
     who = judge.Judge(endpoint.place, arguments.model, _request(arguments.request))
     price = _price(arguments.price)
     folder = local(arguments.evaluation, "RUN")
@@ -147,7 +147,7 @@ def _first(found: list[dict], limit: int | None) -> list[dict]:
 
 
 def _confirmed(
-    cost: judge.Cost, endpoint: Endpoint, price: tuple[float, float] | None, yes: bool
+    cost: judge.JudgingCost, endpoint: JudgeEndpoint, price: tuple[float, float] | None, yes: bool
 ) -> bool:
     """Tell what is to be asked, and ask whether to go on where a person can answer."""
     told = f"{cost.calls:,} questions to {endpoint.place}, about {cost.read:,} tokens to read and "
@@ -185,7 +185,7 @@ def _show(lines: Sequence[dict], own: Path) -> None:
             told = [f"{one.score:.3f}", f"{one.low:.3f}–{one.high:.3f}"]
         rows.append((one.task, one.scale, *told, str(one.n), str(one.unjudged)))
     numbers = ("score", "95% interval", "n", "unjudged")
-    console.print(Table(("task", "scale"), numbers, rows))
+    console.print(ScreenTable(("task", "scale"), numbers, rows))
     problems = [line["unjudged"] for line in lines if "unjudged" in line]
     if problems:
         note(f"{len(problems)} answers are unjudged; the first: {problems[0]}")
@@ -203,4 +203,4 @@ def _compare(lines: Sequence[dict], own: Path) -> None:
             kappa = "" if one.kappa is None else f"{one.kappa:.3f}"
             rows.append((one.task, one.scale, str(one.n), f"{one.exact:.3f}", kappa))
         note(f"{own.name} and {path.parent.name} on the same answers:")
-        console.print(Table(("task", "scale"), ("n", "equal", "kappa"), rows))
+        console.print(ScreenTable(("task", "scale"), ("n", "equal", "kappa"), rows))

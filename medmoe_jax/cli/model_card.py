@@ -110,7 +110,7 @@ def _stage(stage: StageRun, sections: Any) -> dict[str, Any]:
                 "digest": digest,
                 "origin": origins.origin_of(sections[name])
                 if name in sections
-                else origins.Origin(""),
+                else origins.SourceOrigin(""),
             }
             for name, digest in sorted(recipe["data"]["sources"].items())
         ],

@@ -24,7 +24,7 @@ from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation.overlap import RUN, overlaps, row_text
 from medmoe_jax.evaluation.tasks import expand, load_items
 from medmoe_jax.ranges import COUNT
-from medmoe_jax.screen import Table
+from medmoe_jax.screen import ScreenTable
 from medmoe_jax.storage.places import exists, place
 from medmoe_jax.training.terminal import console, say
 
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
         (name, str(len(of)), str(counts[name]), f"{100 * counts[name] / len(of):.1f}%")
         for name, of in items.items()
     ]
-    console.print(Table(("task",), ("items", "in training rows", "share"), rows))
+    console.print(ScreenTable(("task",), ("items", "in training rows", "share"), rows))
     places = [where for where, _ in texts]
     lines = (
         {**asdict(one), "row": places[one.row], "also": [places[row] for row in one.also]}

@@ -23,7 +23,7 @@ from medmoe_jax.data.hub import is_name
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation.html import HeatMapSection, save_png
 from medmoe_jax.ranges import COUNT, NOT_NEGATIVE
-from medmoe_jax.screen import Table
+from medmoe_jax.screen import ScreenTable
 from medmoe_jax.storage.places import exists, place
 from medmoe_jax.training.fit import Fit, find, fit_stage
 from medmoe_jax.training.fit_methods import METHODS
@@ -107,7 +107,7 @@ def _heat_map(fits: Mapping[str, Fit]) -> HeatMapSection:
     return HeatMapSection("Mixing weights", matrix, list(fits), skills, x="skill", y="task")
 
 
-def _tables(fits: Mapping[str, Fit]) -> list[Table]:
+def _tables(fits: Mapping[str, Fit]) -> list[ScreenTable]:
     """The weights, skill by skill, and what they gain."""
     section = _heat_map(fits)
     weights = [
@@ -119,6 +119,6 @@ def _tables(fits: Mapping[str, Fit]) -> list[Table]:
         for task, fit in fits.items()
     ]
     return [
-        Table(("skill",), list(fits), weights, "mixing weights (means over the layers)"),
-        Table(("task",), ("rows", "before", "after"), losses, "loss a target token"),
+        ScreenTable(("skill",), list(fits), weights, "mixing weights (means over the layers)"),
+        ScreenTable(("task",), ("rows", "before", "after"), losses, "loss a target token"),
     ]

@@ -22,7 +22,7 @@ import grain
 import numpy as np
 from grain.experimental import FirstFitPackIterDataset, ThreadPrefetchDatasetIterator
 
-from medmoe_jax.data.encoded_rows import Counts, EncodedRows, Facts
+from medmoe_jax.data.encoded_rows import EncodedRows, Facts, RowCounts
 from medmoe_jax.data.order import endless
 from medmoe_jax.data.streamed_rows import INLINE, StreamedRows
 from medmoe_jax.errors import UserError
@@ -83,7 +83,7 @@ class StreamSpec:
             )
 
 
-class Packed(TypedDict):
+class PackedSequence(TypedDict):
     """A sequence as it is packed: arrays [T], and the facts of each row in it."""
 
     tokens: np.ndarray
@@ -125,9 +125,9 @@ class BatchStream(Iterator[Batch]):
         return self._sources[0].encoder.languages is not None
 
     def counters(self, merge: Merge = dict) -> dict[str, int]:
-        """What the batches given so far held, by the names in `Counts`."""
+        """What the batches given so far held, by the names in `RowCounts`."""
         counts = [shard["counts"] for shard in merge(self.get_state()).values()]
-        return dict(zip(Counts._fields, np.sum(counts, axis=0).tolist(), strict=True))
+        return dict(zip(RowCounts._fields, np.sum(counts, axis=0).tolist(), strict=True))
 
     def get_state(self) -> dict[str, dict]:
         """The position in the stream, as JSON values by shard ("0", "1", ...)."""
@@ -259,7 +259,7 @@ class _ShardRows:
         self, sequences: dict[int, grain.DatasetIterator], rounds: int, knows_languages: bool
     ):
         self._sequences, self._rounds, self._knows_languages = sequences, rounds, knows_languages
-        self._counts = {shard: np.zeros(len(Counts._fields), np.int64) for shard in sequences}
+        self._counts = {shard: np.zeros(len(RowCounts._fields), np.int64) for shard in sequences}
 
     def __iter__(self) -> _ShardRows:
         return self
@@ -285,7 +285,7 @@ class _ShardRows:
             self._counts[shard] = np.asarray(state[str(shard)]["counts"], np.int64)
 
 
-def _assemble(sequences: Sequence[Packed], knows_languages: bool) -> Batch:
+def _assemble(sequences: Sequence[PackedSequence], knows_languages: bool) -> Batch:
     segments_BxT = np.stack([sequence["tokens_segment_ids"] for sequence in sequences])
     batch = {
         "tokens": np.stack([sequence["tokens"] for sequence in sequences]),
@@ -300,7 +300,7 @@ def _assemble(sequences: Sequence[Packed], knows_languages: bool) -> Batch:
     return batch
 
 
-def _alone(rows: EncodedRows, number: int, length: int) -> Packed:
+def _alone(rows: EncodedRows, number: int, length: int) -> PackedSequence:
     """A sequence that holds one row, or only padding when there is no such row."""
     tokens_T = np.full(length, rows.encoder.tokenizer.pad_id, np.int32)
     loss_mask_T, segments_T, positions_T = np.zeros((3, length), np.int32)

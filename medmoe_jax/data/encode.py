@@ -56,7 +56,7 @@ class Frame(NamedTuple):
     after: str = ""
 
 
-class Run(NamedTuple):
+class PieceRun(NamedTuple):
     """Pieces that are encoded together.
 
     Attributes:
@@ -136,18 +136,18 @@ class Encoder:
         """How pieces read when their ids are decoded."""
         return self.tokenizer.decode([token for run in self._runs(pieces) for token in run.ids])
 
-    def runs(self, row: Conversation) -> list[list[Run]]:
+    def runs(self, row: Conversation) -> list[list[PieceRun]]:
         """The training rows of a conversation as the runs that they are encoded in."""
         rows = self.template.rows(row["conversations"], row.get("tools", ()))
         return [list(self._runs(pieces)) for pieces in rows]
 
-    def _runs(self, pieces: Sequence[Piece]) -> Iterator[Run]:
+    def _runs(self, pieces: Sequence[Piece]) -> Iterator[PieceRun]:
         start, strip = True, False
         for run in self._parted(pieces):
             ids = self.tokenizer.encode_parts(self._parts(run), start, strip)
             start = run[-1].kind == "bos" or self.tokenizer.begins_after(ids, start)
             strip = self.tokenizer.strips_after(ids, strip)
-            yield Run(run, ids, self._is_target(run[0]))
+            yield PieceRun(run, ids, self._is_target(run[0]))
 
     def _parted(self, pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
         """The pieces in runs. No token reaches over a run's end.
@@ -194,7 +194,7 @@ class Encoder:
         yield text[at:]
 
 
-def _encoded(runs: Sequence[Run], language_id: int) -> Encoded:
+def _encoded(runs: Sequence[PieceRun], language_id: int) -> Encoded:
     tokens = np.asarray([token for run in runs for token in run.ids], np.int32)
     sizes = [len(run.ids) for run in runs]
     loss_mask = np.repeat(np.asarray([run.target for run in runs], np.int32), sizes)

@@ -22,7 +22,7 @@ _MANY = 5_000
 Result = TypeVar("Result")
 
 
-class Counts(NamedTuple):
+class RowCounts(NamedTuple):
     """What training rows hold."""
 
     rows: int
@@ -35,7 +35,7 @@ class Counts(NamedTuple):
 class Facts(NamedTuple):
     """What is known of one training row beside its tokens."""
 
-    counts: Counts
+    counts: RowCounts
     language_id: int
 
 
@@ -84,7 +84,7 @@ class EncodedRows(OnDemand[Element]):
         self._rows = as_rows(rows)
         self._left = budget
         self._memory: dict[int, list[Element]] = {}
-        totals, sizes = np.zeros(len(Counts._fields), np.int64), []
+        totals, sizes = np.zeros(len(RowCounts._fields), np.int64), []
         # Shown at a terminal where it takes a while.
         quiet = None if len(self._rows) > _MANY else True
         for number in tqdm(range(len(self._rows)), f"reading {name}", disable=quiet):
@@ -97,7 +97,7 @@ class EncodedRows(OnDemand[Element]):
         if set(sizes) - {1}:
             self._split = np.repeat(np.arange(len(sizes)), sizes), np.cumsum([0, *sizes])
         self.conversations = len(sizes)
-        self.counts = Counts(*totals.tolist())
+        self.counts = RowCounts(*totals.tolist())
 
     def __len__(self) -> int:
         return self.conversations if self._split is None else len(self._split[0])
@@ -140,7 +140,7 @@ def encoded_at(
 def element(row: Encoded) -> Element:
     """The training row of an encoded one."""
     size, targets = len(row.tokens), int(row.loss_mask.sum())
-    counts = Counts(1, size, targets, int(row.truncated), int(targets == 0))
+    counts = RowCounts(1, size, targets, int(row.truncated), int(targets == 0))
     return {
         "tokens": row.tokens,
         "loss_mask": row.loss_mask.astype(np.int8),

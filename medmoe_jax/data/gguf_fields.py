@@ -31,7 +31,7 @@ _MARKING = ("Prepend", "Replace", "Metaspace", "Split")
 _LOWEST = -1000.0  # score of pieces that no merge makes, as llama.cpp's converter has it
 
 
-class Fields(NamedTuple):
+class TokenizerFields(NamedTuple):
     """A tokenizer for a GGUF file.
 
     Attributes:
@@ -45,7 +45,7 @@ class Fields(NamedTuple):
     unnamed: tuple[int, ...]
 
 
-def tokenizer_fields(encoder: Encoder, rows: int, template: str) -> Fields:
+def tokenizer_fields(encoder: Encoder, rows: int, template: str) -> TokenizerFields:
     """A tokenizer and its chat template as fields.
 
     Args:
@@ -82,7 +82,7 @@ def tokenizer_fields(encoder: Encoder, rows: int, template: str) -> Fields:
     fields |= {f"{name}_token_id": i for name, i in ids.items() if i is not None}
     fields |= {} if unknown is None else {"unknown_token_id": unknown}
     values = {PREFIX + name: value for name, value in fields.items()}
-    return Fields(values | {TEMPLATE: template}, bool(fitting), unnamed)
+    return TokenizerFields(values | {TEMPLATE: template}, bool(fitting), unnamed)
 
 
 def _ids(encoder: Encoder) -> tuple[dict[str, int | None], tuple[int, ...]]:

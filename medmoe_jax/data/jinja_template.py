@@ -1,7 +1,7 @@
 """Chat templates in Jinja, as tokenizer files bring them.
 
-What inference reads, and how a template writes an answer, is found by rendering (`Talk`). Here: the
-template itself, its variables, and what a plain answer looks like in it.
+What inference reads, and how a template writes an answer, is found by rendering (`RenderedTalk`).
+Here: the template itself, its variables, and what a plain answer looks like in it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import jinja2.nodes
 from medmoe_jax.data.conversation import Turn
 from medmoe_jax.data.jinja_limits import Sandbox, rendered
 from medmoe_jax.data.pieces import SAMPLE, Piece, filled
-from medmoe_jax.data.talk import Form, Talk
+from medmoe_jax.data.talk import Form, RenderedTalk
 from medmoe_jax.errors import UserError
 
 _GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
@@ -116,11 +116,11 @@ class Jinja:
 
     def prompt(self, turns: Sequence[Turn], tools: Sequence[dict] = ()) -> list[Piece]:
         """What the model reads before it answers these turns."""
-        return Talk(self, self._thoughts_apart(turns), tools, self._tokens).prompt(self.end)
+        return RenderedTalk(self, self._thoughts_apart(turns), tools, self._tokens).prompt(self.end)
 
     def rows(self, turns: Sequence[Turn], tools: Sequence[dict] = ()) -> list[list[Piece]]:
         """The training rows of a conversation; see `pieces.Template`."""
-        return Talk(self, self._thoughts_apart(turns), tools, self._tokens).rows(self.end)
+        return RenderedTalk(self, self._thoughts_apart(turns), tools, self._tokens).rows(self.end)
 
     def sample(self) -> list[Piece]:
         """The pieces of a short conversation."""
@@ -232,18 +232,18 @@ class Jinja:
         return False
 
     def _differ(self, one: Sequence[Turn], other: Sequence[Turn]) -> bool:
-        texts = {Talk(self, turns).text(len(turns), False).text for turns in (one, other)}
+        texts = {RenderedTalk(self, turns).text(len(turns), False).text for turns in (one, other)}
         return len(texts) > 1
 
     def _shown(self) -> _Shape:
         """How it writes a short conversation."""
         if not self.thinks:
-            form = Talk(self, SAMPLE).form(1, "")
+            form = RenderedTalk(self, SAMPLE).form(1, "")
             return _Shape(SAMPLE, form, form.lead, ("", ""))
-        thoughtful = Talk(self, _THOUGHTFUL).form(1, "")
+        thoughtful = RenderedTalk(self, _THOUGHTFUL).form(1, "")
         before, _, after = thoughtful.lead.partition(_THOUGHTFUL[1]["reasoning_content"])
         try:
-            form = Talk(self, SAMPLE).form(1, "")
+            form = RenderedTalk(self, SAMPLE).form(1, "")
         except UserError:  # a template whose answers always begin with reasoning
             return _Shape(_THOUGHTFUL, thoughtful, "", (before, after))
         return _Shape(SAMPLE, form, form.lead, (before, after))

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from medmoe_jax.data.conversation import Turn as Said
+from medmoe_jax.data.conversation import Turn
 from medmoe_jax.data.pieces import SAMPLE, Piece, filled, refuse_fields
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
@@ -20,7 +20,7 @@ _THINKING = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Turn:
+class TurnLayout:
     """How one role's turns are written; `space` stands before the content, as a part of it."""
 
     open: str = ""
@@ -60,9 +60,9 @@ class Turn:
 class Layout:
     """A built-in template. `system_in_user` writes the system text into the first user turn."""
 
-    user: Turn
-    assistant: Turn
-    system: Turn = field(default_factory=Turn)
+    user: TurnLayout
+    assistant: TurnLayout
+    system: TurnLayout = field(default_factory=TurnLayout)
     bos: bool = False
     default_system: str = ""
     system_in_user: str = ""
@@ -80,11 +80,11 @@ class Layout:
         """Whether an answer ends with the tokenizer's own eos."""
         return self.assistant.eos
 
-    def prompt(self, turns: Sequence[Said], tools: Sequence[dict] = ()) -> list[Piece]:
+    def prompt(self, turns: Sequence[Turn], tools: Sequence[dict] = ()) -> list[Piece]:
         """What the model reads before it answers these turns."""
         return self._written(turns, tools) + self.assistant.prompt("assistant")
 
-    def rows(self, turns: Sequence[Said], tools: Sequence[dict] = ()) -> list[list[Piece]]:
+    def rows(self, turns: Sequence[Turn], tools: Sequence[dict] = ()) -> list[list[Piece]]:
         """The conversation as one training row."""
         return [self._written(turns, tools)]
 
@@ -100,7 +100,7 @@ class Layout:
         """There is no place for reasoning but in the text."""
         return _NOTHING, _NOTHING
 
-    def _written(self, turns: Sequence[Said], tools: Sequence[dict]) -> list[Piece]:
+    def _written(self, turns: Sequence[Turn], tools: Sequence[dict]) -> list[Piece]:
         refuse_fields(turns, tools, "this built-in template")
         pieces = [Piece("", "system", "open", "bos")] if self.bos else []
         for turn in self._placed(turns):
@@ -109,7 +109,7 @@ class Layout:
             pieces += getattr(self, turn["role"]).render(turn["role"], content, learned)
         return pieces
 
-    def _placed(self, turns: Sequence[Said]) -> Sequence[Said]:
+    def _placed(self, turns: Sequence[Turn]) -> Sequence[Turn]:
         """The turns with the default system text added, or the system text moved."""
         has_system = bool(turns) and turns[0]["role"] == "system"
         if self.default_system and not has_system:
@@ -181,17 +181,17 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _chatml(role: str) -> Turn:
-    return Turn(open="<|im_start|>", head=f"{role}\n", close="<|im_end|>", tail="\n")
+def _chatml(role: str) -> TurnLayout:
+    return TurnLayout(open="<|im_start|>", head=f"{role}\n", close="<|im_end|>", tail="\n")
 
 
-def _llama3(role: str) -> Turn:
+def _llama3(role: str) -> TurnLayout:
     head = f"{role}<|end_header_id|>\n\n"
-    return Turn(open="<|start_header_id|>", head=head, close="<|eot_id|>")
+    return TurnLayout(open="<|start_header_id|>", head=head, close="<|eot_id|>")
 
 
-def _gemma(role: str) -> Turn:
-    return Turn(open="<start_of_turn>", head=f"{role}\n", close="<end_of_turn>", tail="\n")
+def _gemma(role: str) -> TurnLayout:
+    return TurnLayout(open="<start_of_turn>", head=f"{role}\n", close="<end_of_turn>", tail="\n")
 
 
 TEMPLATES: dict[str, Layout] = {
@@ -203,8 +203,8 @@ TEMPLATES: dict[str, Layout] = {
     ),
     # Every question begins a new text, as in the family's own chat format.
     "llama2": Layout(
-        user=Turn(bos=True, open="[INST]", space=" ", tail=" [/INST]"),
-        assistant=Turn(space=" ", close=" ", eos=True),
+        user=TurnLayout(bos=True, open="[INST]", space=" ", tail=" [/INST]"),
+        assistant=TurnLayout(space=" ", close=" ", eos=True),
         system_in_user="<<SYS>>\n{system}\n<</SYS>>\n\n",
         strip=True,
     ),
@@ -223,11 +223,11 @@ TEMPLATES: dict[str, Layout] = {
         strip=True,
     ),
     "user_assistant": Layout(
-        system=Turn(tail="\n"),
-        user=Turn(open="User:", tail="\n"),
-        assistant=Turn(open="Assistant:", eos=True),
+        system=TurnLayout(tail="\n"),
+        user=TurnLayout(open="User:", tail="\n"),
+        assistant=TurnLayout(open="Assistant:", eos=True),
         bos=True,
     ),
     # A space before the answer, where the field's evaluation tools put it as well.
-    "plain": Layout(user=Turn(), assistant=Turn(space=" ", eos=True), bos=True),
+    "plain": Layout(user=TurnLayout(), assistant=TurnLayout(space=" ", eos=True), bos=True),
 }

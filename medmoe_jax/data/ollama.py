@@ -21,7 +21,7 @@ MODELFILE = "Modelfile"
 _QUOTE = '"""'
 
 
-class Frame(NamedTuple):
+class OllamaFrame(NamedTuple):
     """The texts around the turns of a conversation that ends with a question.
 
     Attributes:
@@ -40,7 +40,7 @@ class Frame(NamedTuple):
     system: tuple[str, ...]
 
 
-def frame_of(render: Render) -> Frame | None:
+def frame_of(render: Render) -> OllamaFrame | None:
     """The frame of a template, or None where its conversations are not made of one.
 
     Args:
@@ -60,7 +60,7 @@ def frame_of(render: Render) -> Frame | None:
     system = tuple(with_system[:2])
     want = [first, question + lead, answer, question]
     same = several == want and with_system in ([], [*system, *want[1:]])
-    return Frame(first, question, lead, answer, system) if same else None
+    return OllamaFrame(first, question, lead, answer, system) if same else None
 
 
 def _around(render: Render, turns: Sequence[Turn]) -> list[str]:
@@ -74,7 +74,7 @@ def _around(render: Render, turns: Sequence[Turn]) -> list[str]:
     return [*out, text]
 
 
-def modelfile(weights: str, frame: Frame | None, ends: Sequence[str]) -> str:
+def modelfile(weights: str, frame: OllamaFrame | None, ends: Sequence[str]) -> str:
     """The Modelfile.
 
     Args:
@@ -87,7 +87,7 @@ def modelfile(weights: str, frame: Frame | None, ends: Sequence[str]) -> str:
     return "\n".join([f"FROM ./{weights}", *template, *stops]) + "\n"
 
 
-def _go(frame: Frame) -> str:
+def _go(frame: OllamaFrame) -> str:
     """The template in Go's language."""
     first, question, lead, answer = (_literal(text) for text in frame[:4])
     content, end = "{{ .Content }}", "{{ end }}"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from medmoe_jax.data import hub, medical
 
 
-class Origin(NamedTuple):
+class SourceOrigin(NamedTuple):
     """A source's origin; what is not known is empty.
 
     Attributes:
@@ -23,14 +23,14 @@ class Origin(NamedTuple):
     licence: str = ""
 
 
-def origin_of(fields: Mapping[str, Any]) -> Origin:
+def origin_of(fields: Mapping[str, Any]) -> SourceOrigin:
     """The origin of a source from its section of a configuration; nothing is fetched."""
     path, reader = fields["path"], fields["reader"]
     if reader.partition(":")[0] in medical.SETS:
         entry, _ = medical.find(reader)
-        return Origin(f"{entry.title} ({reader}, split {fields['split']})", "", entry.licence)
+        return SourceOrigin(f"{entry.title} ({reader}, split {fields['split']})", "", entry.licence)
     if not path:
-        return Origin(f"made-up text of medmoe_jax ({reader})", "", "Apache-2.0")
+        return SourceOrigin(f"made-up text of medmoe_jax ({reader})", "", "Apache-2.0")
     if path.startswith(hub.HUB):
-        return Origin(path, hub.repository_of(path), hub.fetched_licence(path))
-    return Origin(path if hub.is_name(path) else Path(path).name)
+        return SourceOrigin(path, hub.repository_of(path), hub.fetched_licence(path))
+    return SourceOrigin(path if hub.is_name(path) else Path(path).name)

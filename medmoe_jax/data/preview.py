@@ -12,7 +12,7 @@ from rich.text import Text
 from medmoe_jax.data import tokenizers
 from medmoe_jax.data.conversation import Rows, Turn
 from medmoe_jax.data.duplicates import EXACT, HELD_OUT, NEAR, Repeats, find_repeats
-from medmoe_jax.data.encode import Encoder, Run
+from medmoe_jax.data.encode import Encoder, PieceRun
 from medmoe_jax.data.encoded_rows import encoded_at
 from medmoe_jax.data.languages import census, detector
 from medmoe_jax.data.pieces import Piece
@@ -21,7 +21,7 @@ from medmoe_jax.data.sources import Source, open_path
 from medmoe_jax.data.templates import MARK, doubts, load_template
 from medmoe_jax.data.tokens import Tokenizer
 from medmoe_jax.errors import UserError
-from medmoe_jax.screen import Screen, Table
+from medmoe_jax.screen import Screen, ScreenTable
 
 TARGET, CONTEXT, CUT = "bold green", "dim", "red"
 _DUPLICATES = {EXACT: "exact duplicates", NEAR: "near duplicates", HELD_OUT: "held-out rows"}
@@ -83,7 +83,7 @@ def inspect(
 
 def _print_table(title: str, values: Mapping[str, float], console: Console) -> None:
     rows = [(name, f"{value:,.1f}".removesuffix(".0")) for name, value in values.items()]
-    console.print(Table(("statistic",), ("value",), rows, title))
+    console.print(ScreenTable(("statistic",), ("value",), rows, title))
 
 
 def _examples(repeats: Repeats) -> Iterator[str]:
@@ -104,7 +104,7 @@ def _show(rows: Rows, number: int, encoder: Encoder, length: int, console: Conso
         console.print(coloured(runs, encoder.tokenizer, length))
 
 
-def coloured(runs: Sequence[Run], tokenizer: Tokenizer, length: int) -> Text:
+def coloured(runs: Sequence[PieceRun], tokenizer: Tokenizer, length: int) -> Text:
     """A training row's text: targets green, context dim, what will be cut off red."""
     text, used = Text(), 0
     for run in runs:

@@ -49,7 +49,7 @@ _CLASS_OF = {
 }
 
 
-class Token(NamedTuple):
+class SpecialToken(NamedTuple):
     """A token of its own, as the files describe it.
 
     Attributes:
@@ -84,7 +84,7 @@ class Beside:
     config: Mapping[str, Any] = field(default_factory=dict)
     names: Mapping[str, str | None] = field(default_factory=dict)
     defaults: Mapping[str, str] = field(default_factory=dict)
-    added: tuple[Token, ...] = ()
+    added: tuple[SpecialToken, ...] = ()
     stop_ids: tuple[int, ...] = ()
     chat_template: str | None = None
 
@@ -113,7 +113,7 @@ def _read_beside(folder: Path) -> Beside:
         if not fits(added, dict[str, int]):
             raise UserError("added_tokens.json: not the ids of texts")
         found = [
-            Token(text, index, special=text in known, normalized=text not in known)
+            SpecialToken(text, index, special=text in known, normalized=text not in known)
             for text, index in added.items()
         ]
     found.sort(key=lambda token: token.id)
@@ -151,16 +151,16 @@ def _further(config: Mapping[str, Any]) -> Iterator[Any]:
             yield value
 
 
-def _token(value: str | Mapping[str, Any], index: int | None = None) -> Token:
+def _token(value: str | Mapping[str, Any], index: int | None = None) -> SpecialToken:
     text = _text(value)
     if text is None:
         raise UserError(f"{shown(value)} describes no token")
     if isinstance(value, str):
-        return Token(text, index)
+        return SpecialToken(text, index)
     check_fields(value, dict.fromkeys(_FLAGS, bool), f"token {shown(text)}")
     flags = {key: value[key] for key in _FLAGS[:3] if key in value}
     special = value.get("special", index is None)
-    return Token(text, index, special=special, **flags)
+    return SpecialToken(text, index, special=special, **flags)
 
 
 def _text(value: Any) -> str | None:

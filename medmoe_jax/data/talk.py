@@ -116,7 +116,7 @@ class Form(NamedTuple):
         return min(found)[2] if found else self.rest.strip()
 
 
-class Talk:
+class RenderedTalk:
     """A conversation and what a template makes of it."""
 
     def __init__(

@@ -15,7 +15,7 @@ from medmoe_jax.data import special_tokens
 
 
 class Added(NamedTuple):
-    """A token of its own beside the merges; see `special_tokens.Token`."""
+    """A token of its own beside the merges; see `SpecialToken`."""
 
     id: int
     lstrip: bool = False
@@ -23,14 +23,14 @@ class Added(NamedTuple):
     special: bool = True
 
 
-class Seam(NamedTuple):
+class TokenBoundary(NamedTuple):
     """A place over which no token reaches; `starts`: a text begins there."""
 
     starts: bool = False
 
 
-CUT, START = Seam(), Seam(True)
-Part = str | Added | Seam
+CUT, START = TokenBoundary(), TokenBoundary(True)
+Part = str | Added | TokenBoundary
 
 
 class Tokenizer(ABC):
@@ -220,7 +220,7 @@ class Tokenizer(ABC):
         return found
 
     @functools.cached_property
-    def _new_tokens(self) -> list[special_tokens.Token]:
+    def _new_tokens(self) -> list[special_tokens.SpecialToken]:
         """What the files beside add or describe anew; one that they only name stays as it is."""
         own = self._own_added
         return [t for t in self._beside.added if t.id is not None or t.text not in own]

@@ -1,16 +1,16 @@
-"""Tasks, metrics, intervals and reports; a model is known by its `LanguageModel` methods alone."""
+"""Tasks, metrics, intervals and reports; a model is known by its `EvaluatedModel` methods alone."""
 
 from medmoe_jax.evaluation.items import Item
 from medmoe_jax.evaluation.report import Report, Result
 from medmoe_jax.evaluation.run import evaluate
 from medmoe_jax.evaluation.shots import Fitter, Shots
 from medmoe_jax.evaluation.tasks import Task, list_tasks, load_task
-from medmoe_jax.evaluation.ways import LanguageModel, Way
+from medmoe_jax.evaluation.ways import EvaluatedModel, Way
 
 __all__ = [
+    "EvaluatedModel",
     "Fitter",
     "Item",
-    "LanguageModel",
     "Report",
     "Result",
     "Shots",

@@ -22,7 +22,7 @@ ROLES = (
 )
 
 
-class Token(NamedTuple):
+class AnswerToken(NamedTuple):
     """A piece of a text.
 
     role: one of `ROLES`, `CHOICE`, `WORD`, `SEP` (a comma), `COLON` (or a dash) or `END`.
@@ -57,7 +57,7 @@ def read(
     letters: Sequence[str] = (),
     words: Sequence[str] = (),
     texts: Sequence[str] = (),
-) -> list[Token]:
+) -> list[AnswerToken]:
     """The tokens of a text in which letters or words may be chosen.
 
     texts: what the letters stand for. Questions are left out, unless nothing else names a choice.
@@ -67,8 +67,8 @@ def read(
     return told if any(token.role == CHOICE for token in told) else found
 
 
-def _without_questions(found: Sequence[Token]) -> list[Token]:
-    kept: list[Token] = []
+def _without_questions(found: Sequence[AnswerToken]) -> list[AnswerToken]:
+    kept: list[AnswerToken] = []
     start = 0
     for token in found:
         if token.role == "END" and token.text == "?":
@@ -128,8 +128,8 @@ class _Reader:
         cyrillic = re.search(r"(?<!\w)[БГД](?!\w)", text)
         self.names = {**words_of.LETTER_NAMES, **(words_of.CYRILLIC_ORDER if cyrillic else {})}
 
-    def tokens(self) -> list[Token]:
-        found: list[Token] = []
+    def tokens(self) -> list[AnswerToken]:
+        found: list[AnswerToken] = []
         glued: list[bool] = []  # whether a token touches the one before it
         at, free = 0, True
         while at < len(self.text):
@@ -143,7 +143,7 @@ class _Reader:
             at += length
         return _standing(found, glued, bool(self.words))
 
-    def _next(self, at: int, found: Sequence[Token]) -> tuple[Token | None, int]:
+    def _next(self, at: int, found: Sequence[AnswerToken]) -> tuple[AnswerToken | None, int]:
         """The token at a place, if there is one, and how far it goes."""
         sign = self.text[at]
         if not _is_word(sign):
@@ -155,23 +155,23 @@ class _Reader:
         if known:
             return known
         if _unspaced(sign):
-            return Token("WORD", sign), 1
+            return AnswerToken("WORD", sign), 1
         stop = self._word_end(at)
-        return Token("WORD", self.low[at:stop]), stop - at
+        return AnswerToken("WORD", self.low[at:stop]), stop - at
 
-    def _sign(self, at: int) -> Token | None:
+    def _sign(self, at: int) -> AnswerToken | None:
         sign = _SIGNS.get(self.text[at], self.text[at])
         before, after = self._char(at - 1), self._char(at + 1)
         inside = _is_word(before) and _is_word(after)
         if sign in _ENDS:
             if sign == "." and inside and before.isdigit():
                 return None
-            return Token("END", sign)
+            return AnswerToken("END", sign)
         if sign in _SEPS:
-            return Token("SEP", sign)
+            return AnswerToken("SEP", sign)
         if sign in _COLONS or (sign == "-" and not inside and before in " \n*"):
-            return Token("COLON", sign)
-        return Token("AND", sign) if sign in "&+" and not inside else None
+            return AnswerToken("COLON", sign)
+        return AnswerToken("AND", sign) if sign in "&+" and not inside else None
 
     def _char(self, at: int) -> str:
         return self.text[at] if 0 <= at < len(self.text) else " "
@@ -187,19 +187,19 @@ class _Reader:
             stop += 1
         return max(stop, at + 1)
 
-    def _known(self, at: int) -> tuple[Token, int] | None:
+    def _known(self, at: int) -> tuple[AnswerToken, int] | None:
         """The longest entry of the table at a place."""
         whole, begins, longest = _table()
         apostrophes = self.low[at : at + longest].replace("’", "'")
         for length in range(len(apostrophes), 0, -1):
             entry = apostrophes[:length]
             if entry in whole and self._apart(at, at + length):
-                return Token(whole[entry], entry), length
+                return AnswerToken(whole[entry], entry), length
         stop = self._word_end(at)
         word = self.low[at:stop]
         for length in range(len(word), 2, -1):
             if word[:length] in begins:
-                return Token(begins[word[:length]], word), stop - at
+                return AnswerToken(begins[word[:length]], word), stop - at
         return None
 
     def _apart(self, start: int, stop: int) -> bool:
@@ -214,14 +214,16 @@ class _Reader:
             return False
         return not (before in "'’-" and _is_word(self._char(start - 2)) and not _unspaced(first))
 
-    def _word(self, at: int) -> tuple[Token, int] | None:
+    def _word(self, at: int) -> tuple[AnswerToken, int] | None:
         """The longest word among the choices at a place."""
         for folded, choice in self.words.items():
             stop = at + len(folded)
             if not self.low.startswith(folded, at) or not self._apart(at, stop):
                 continue
             if self._lone(folded, at, stop):
-                return Token(CHOICE, folded, (choice,), self._bracketed(at, stop)), len(folded)
+                return AnswerToken(CHOICE, folded, (choice,), self._bracketed(at, stop)), len(
+                    folded
+                )
         return None
 
     def _lone(self, folded: str, start: int, stop: int) -> bool:
@@ -236,7 +238,7 @@ class _Reader:
             return ends and (not _unspaced(before) or before in _BEFORE_LONE)
         return True
 
-    def _letter(self, at: int, found: Sequence[Token]) -> tuple[Token, int] | None:
+    def _letter(self, at: int, found: Sequence[AnswerToken]) -> tuple[AnswerToken, int] | None:
         """The letter, or letters such as "ABD", at a place."""
         before = self._char(at - 1)
         if _is_word(before) and not _unspaced(before):
@@ -245,7 +247,7 @@ class _Reader:
             return None
         lone = self._named(self.text[at])
         if lone and not _is_word(self._char(at + 1)) and self._option_follows(lone[0], at + 1):
-            return Token(CHOICE, self.text[at], lone, True), 1
+            return AnswerToken(CHOICE, self.text[at], lone, True), 1
         stop = self._word_end(at)
         named = self._named(self.text[at:stop])
         if not named or (before in "'’-" and _is_word(self._char(at - 2))):
@@ -255,7 +257,7 @@ class _Reader:
             return None
         if self._species(stop) or self._part(at, stop) or self._pronoun(at, stop):
             return None
-        return Token(CHOICE, self.text[at:stop], named, bracketed), stop - at
+        return AnswerToken(CHOICE, self.text[at:stop], named, bracketed), stop - at
 
     def _named(self, word: str) -> tuple[str, ...]:
         """The letters that a word is made of, in order; () where it is another word."""
@@ -282,7 +284,7 @@ class _Reader:
         rest = self.low[stop:].lstrip(" .):：-—–*_\n,，、")
         return bool(wanted) and " ".join(rest[: len(wanted) + 20].split()).startswith(wanted)
 
-    def _asked(self, found: Sequence[Token], stop: int) -> bool:
+    def _asked(self, found: Sequence[AnswerToken], stop: int) -> bool:
         """Whether a small letter stands where an answer is expected, and a sentence ends."""
         before = next((t.role for t in reversed(found) if t.role != "FILLER"), "COLON")
         ends = self._char(stop) in ".,)\n*" or stop >= len(self.text)
@@ -309,13 +311,13 @@ class _Reader:
         return self.text[start:stop] == "I" and said
 
 
-def _heads(found: list[Token], glued: Sequence[bool], at: int) -> bool:
+def _heads(found: list[AnswerToken], glued: Sequence[bool], at: int) -> bool:
     """Whether a letter begins a line, and Chinese or the like follows after a space."""
     first = at == 0 or found[at - 1].text == "\n"
     return first and not glued[at + 1] and _unspaced(found[at + 1].text[0])
 
 
-def _standing(found: list[Token], glued: Sequence[bool], words: bool) -> list[Token]:
+def _standing(found: list[AnswerToken], glued: Sequence[bool], words: bool) -> list[AnswerToken]:
     """The tokens, where a choice that belongs to the word beside it is a word as well.
 
     "A patient", "C difficile", "B细胞" and "No difference" name no choice.
@@ -334,7 +336,7 @@ def _standing(found: list[Token], glued: Sequence[bool], words: bool) -> list[To
         before = found[i - 1] if i else None
         glued_on = before is not None and before.role == "WORD" and glued[i] and not words
         if part or (glued_on and _unspaced(before.text[-1])):
-            out[i] = Token("WORD", token.text)
+            out[i] = AnswerToken("WORD", token.text)
         elif heads:
             out[i] = token._replace(marked=True)
     return out

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from medmoe_jax.evaluation import answer_tokens as tokens
-from medmoe_jax.evaluation.answer_tokens import CHOICE, Token
+from medmoe_jax.evaluation.answer_tokens import CHOICE, AnswerToken
 
 
 class Evidence(IntEnum):
@@ -38,7 +38,7 @@ class Evidence(IntEnum):
 
 
 @dataclass
-class Run:
+class ChoiceRun:
     """Choices that stand together, as in "A, C and D".
 
     start, stop: its tokens. denied: "not A". open: "A or B".
@@ -93,7 +93,7 @@ def last_said(text: str) -> str:
 _SAID = r"(?:answer\s*(?:is|:|=)|答案(?:为|是|：|:))\s*(.+)"
 
 
-def _best(text: str, choices: tuple[str, ...], texts: tuple[str, ...]) -> Run | None:
+def _best(text: str, choices: tuple[str, ...], texts: tuple[str, ...]) -> ChoiceRun | None:
     """The run of letters that is the text's answer."""
     boxed = _boxed(text)
     if boxed:
@@ -140,9 +140,9 @@ def _boxed(text: str) -> str:
     return max(found, key=lambda match: match.start())[1] if found else ""
 
 
-def _runs(found: list[Token]) -> list[Run]:
+def _runs(found: list[AnswerToken]) -> list[ChoiceRun]:
     """All runs of choices, with what is said of them."""
-    runs: list[Run] = []
+    runs: list[ChoiceRun] = []
     at = 0
     while at < len(found):
         if found[at].role == CHOICE:
@@ -158,7 +158,7 @@ def _runs(found: list[Token]) -> list[Run]:
     return runs
 
 
-def _gather(found: list[Token], start: int) -> Run:
+def _gather(found: list[AnswerToken], start: int) -> ChoiceRun:
     """The run that begins at a token: choices joined by commas, "and", "or", or nothing."""
     stop, choices, open_ = start + 1, [*found[start].choices], _between(found, start)
     while True:
@@ -168,17 +168,17 @@ def _gather(found: list[Token], start: int) -> Run:
         joints = {"SEP" if _comma(token) else token.role for token in found[stop:at]}
         joined = at == stop or joints & {"SEP", "AND", "OR"}
         if at == len(found) or found[at].role != CHOICE or not joined:
-            return Run(start, stop, tuple(choices), open=open_)
+            return ChoiceRun(start, stop, tuple(choices), open=open_)
         open_ = open_ or "OR" in joints
         choices += found[at].choices
         stop = at + 1
 
 
-def _comma(token: Token) -> bool:
+def _comma(token: AnswerToken) -> bool:
     return token.role == "SEP" or token.text == ";"
 
 
-def _between(found: list[Token], start: int) -> bool:
+def _between(found: list[AnswerToken], start: int) -> bool:
     """Whether "either" or "between" stands before a run."""
     at = start - 1
     while at >= 0 and found[at].role in _SKIPPED:
@@ -186,24 +186,24 @@ def _between(found: list[Token], start: int) -> bool:
     return at >= 0 and found[at].role == "OR"
 
 
-def _parted(found: list[Token], run: Run) -> list[Run]:
+def _parted(found: list[AnswerToken], run: ChoiceRun) -> list[ChoiceRun]:
     """The run, or two: in "The answer is A, B is wrong", what is said of B is not said of A."""
     inside = found[run.start : run.stop]
     commas = [i for i, token in enumerate(inside, run.start) if _comma(token)]
     conjunctions = any(token.role in ("AND", "OR") for token in inside)
     if not commas or conjunctions or not _said_after(found, run.stop):
         return [run]
-    first = Run(run.start, commas[-1], _choices(found[run.start : commas[-1]]), open=run.open)
-    last = Run(commas[-1] + 1, run.stop, _choices(found[commas[-1] : run.stop]))
+    first = ChoiceRun(run.start, commas[-1], _choices(found[run.start : commas[-1]]), open=run.open)
+    last = ChoiceRun(commas[-1] + 1, run.stop, _choices(found[commas[-1] : run.stop]))
     evidence, _ = _said_before(found, [], first)
     return [first, last] if evidence else [run]
 
 
-def _choices(tokens_: list[Token]) -> tuple[str, ...]:
+def _choices(tokens_: list[AnswerToken]) -> tuple[str, ...]:
     return tuple(choice for token in tokens_ for choice in token.choices)
 
 
-def _judge(found: list[Token], earlier: list[Run], run: Run) -> None:
+def _judge(found: list[AnswerToken], earlier: list[ChoiceRun], run: ChoiceRun) -> None:
     """Fills in whether a run is denied, and its evidence from its own sentence."""
     evidence, denied = _said_before(found, earlier, run)
     after = _said_after(found, run.stop)
@@ -215,7 +215,9 @@ def _judge(found: list[Token], earlier: list[Run], run: Run) -> None:
     run.evidence = evidence
 
 
-def _said_before(found: list[Token], earlier: list[Run], run: Run) -> tuple[Evidence, bool]:
+def _said_before(
+    found: list[AnswerToken], earlier: list[ChoiceRun], run: ChoiceRun
+) -> tuple[Evidence, bool]:
     """(evidence, denied) from what stands before a run in its sentence."""
     link = denied = contrast = concluded = called = pointed = comma = False
     words = 0
@@ -267,7 +269,7 @@ def _said_before(found: list[Token], earlier: list[Run], run: Run) -> tuple[Evid
     return Evidence.CALLED if called else Evidence.MENTION, denied
 
 
-def _or_another(found: list[Token], at: int) -> bool:
+def _or_another(found: list[AnswerToken], at: int) -> bool:
     """Whether "or" and another choice follow in the sentence: "A, or it could be B"."""
     while at < len(found) and (found[at].role in _SKIPPED or _comma(found[at])):
         at += 1
@@ -281,7 +283,7 @@ def _or_another(found: list[Token], at: int) -> bool:
 _POINTERS = ("it", "that", "this", "这", "它", "其")
 
 
-def _crossed(found: list[Token], at: int) -> bool:
+def _crossed(found: list[AnswerToken], at: int) -> bool:
     """Whether a line ends in "the answer is:", so that its answer stands in the next.
 
     A semicolon before "but" ends nothing either.
@@ -293,7 +295,7 @@ def _crossed(found: list[Token], at: int) -> bool:
     return found[at].role in ("COLON", "COPULA", "ANSWER")
 
 
-def _said_after(found: list[Token], at: int) -> str:
+def _said_after(found: list[AnswerToken], at: int) -> str:
     """'right', 'denied' or '' from what stands after a run."""
     link = not_ = False
     while at < len(found):
@@ -315,7 +317,7 @@ def _said_after(found: list[Token], at: int) -> str:
     return "denied" if not_ and link else ""
 
 
-def _bare(found: list[Token], runs: list[Run]) -> None:
+def _bare(found: list[AnswerToken], runs: list[ChoiceRun]) -> None:
     """Marks runs that are the whole text, its start, or its last sentence.
 
     A text whose lines begin with one choice after the other lists them: of such lines, those count
@@ -337,7 +339,7 @@ def _bare(found: list[Token], runs: list[Run]) -> None:
             run.evidence = max(run.evidence, Evidence.BARE)
 
 
-def _line(found: list[Token], run: Run) -> str:
+def _line(found: list[AnswerToken], run: ChoiceRun) -> str:
     """'right', 'denied' or '' from the line that a run begins."""
     roles = [token.role if token.text != "\n" else "\n" for token in found[run.stop :]]
     roles = roles[: roles.index("\n")] if "\n" in roles else roles
@@ -351,7 +353,7 @@ def _line(found: list[Token], run: Run) -> str:
 _FREE = ("END", "SEP", "COLON", "TAIL", "BUT", "SO", "ANSWER")
 
 
-def _leads(found: list[Token], run: Run) -> bool:
+def _leads(found: list[AnswerToken], run: ChoiceRun) -> bool:
     """Whether a run begins a line and something other than a word follows."""
     after = found[run.stop].role if run.stop < len(found) else "END"
     free = found[run.stop - 1].marked or after in _FREE
@@ -361,26 +363,26 @@ def _leads(found: list[Token], run: Run) -> bool:
     return free and (before < 0 or found[before].text == "\n")
 
 
-def _begins(found: list[Token], run: Run) -> bool:
+def _begins(found: list[AnswerToken], run: ChoiceRun) -> bool:
     return _leads(found, run) and all(
         token.role == "OPTION" or token.text == "\n" for token in found[: run.start]
     )
 
 
-def _sentence_start(found: list[Token], run: Run) -> bool:
+def _sentence_start(found: list[AnswerToken], run: ChoiceRun) -> bool:
     at = run.start - 1
     while at >= 0 and found[at].role in _SKIPPED:
         at -= 1
     return at < 0 or found[at].role in ("END", "COLON")
 
 
-def _sentence_end(found: list[Token], run: Run) -> bool:
+def _sentence_end(found: list[AnswerToken], run: ChoiceRun) -> bool:
     at = run.stop
     while at < len(found) and found[at].role in _SKIPPED:
         at += 1
     return at == len(found) or found[at].role == "END"
 
 
-def _is_last(found: list[Token], run: Run) -> bool:
+def _is_last(found: list[AnswerToken], run: ChoiceRun) -> bool:
     """Whether nothing but signs follows a run."""
     return all(token.role in ("END", *_SKIPPED) for token in found[run.stop :])

@@ -17,7 +17,7 @@ from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import metrics, records
 from medmoe_jax.evaluation.report import titled
 from medmoe_jax.evaluation.run import rows
-from medmoe_jax.evaluation.ways import Answer
+from medmoe_jax.evaluation.ways import Response
 from medmoe_jax.ranges import COUNT, NOT_NEGATIVE
 
 POOLED = "all tasks"
@@ -192,5 +192,5 @@ def _by_item(found: Sequence[dict]) -> dict[str, dict[tuple[str, int], dict]]:
 
 def rows_of(metric: metrics.Metric, found: Sequence[dict]) -> np.ndarray:
     """What a metric sees of records, before it reduces them to a score."""
-    given = [Answer(r["prediction"], tuple(r.get("ranking", ()))) for r in found]
+    given = [Response(r["prediction"], tuple(r.get("ranking", ()))) for r in found]
     return rows(metric, given, [records.item_of(r) for r in found])

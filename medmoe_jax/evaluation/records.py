@@ -16,7 +16,7 @@ from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import metrics
 from medmoe_jax.evaluation.items import Criterion, Item
 from medmoe_jax.evaluation.tasks import Task
-from medmoe_jax.evaluation.ways import Answer
+from medmoe_jax.evaluation.ways import Response
 from medmoe_jax.kinds import Number, check_fields
 from medmoe_jax.storage.places import place
 
@@ -31,7 +31,7 @@ _KINDS: dict[str, Any] = {
 _NEEDED = ("task", "id", "metric", "prediction", "answer", "right")
 
 
-def records(task: Task, given: Sequence[Answer], rows_N: np.ndarray) -> Iterator[dict]:
+def records(task: Task, given: Sequence[Response], rows_N: np.ndarray) -> Iterator[dict]:
     """The records of a task.
 
     `right` is the item's own score where the metric has one, else whether the answer is the same.

@@ -12,7 +12,7 @@ from medmoe_jax import json_text
 from medmoe_jax.checkpoints.files import write_text
 from medmoe_jax.errors import UserError, within
 from medmoe_jax.kinds import check_fields, shown
-from medmoe_jax.screen import Table
+from medmoe_jax.screen import ScreenTable
 from medmoe_jax.storage.places import place
 from medmoe_jax.storage.plain import read_settings
 
@@ -115,14 +115,14 @@ class Report:
         scores = [r.score for r in self.results if r.group == group]
         return sum(scores) / len(scores) if scores else None
 
-    def table(self) -> Table:
+    def table(self) -> ScreenTable:
         """The results as a table for the terminal."""
         rows: list[Sequence[str]] = []
         for result in self.results:
             rows.append(result.cells())
             empty = [""] * (len(COLUMNS) - 3)
             rows += [("", name, percent(value), *empty) for name, value in result.also.items()]
-        return Table(COLUMNS[:2], COLUMNS[2:], rows)
+        return ScreenTable(COLUMNS[:2], COLUMNS[2:], rows)
 
     def notes(self) -> list[str]:
         """Lines on the model, on single results, and on tasks that could not be done."""

@@ -16,12 +16,12 @@ from medmoe_jax.evaluation.intervals import interval
 from medmoe_jax.evaluation.items import Item
 from medmoe_jax.evaluation.report import Report, Result
 from medmoe_jax.evaluation.tasks import Task, load_task
-from medmoe_jax.evaluation.ways import Answer, LanguageModel, Way
+from medmoe_jax.evaluation.ways import EvaluatedModel, Response, Way
 from medmoe_jax.parallel import processes
 
 
 def evaluate(
-    model: LanguageModel,
+    model: EvaluatedModel,
     tasks: Sequence[Task | str | os.PathLike],
     *,
     way: Way = Way(),
@@ -82,13 +82,13 @@ def evaluate(
     return report
 
 
-def _answers(model, task: Task, way: Way, seed: int, batch: int, bar, stop) -> list[Answer]:
+def _answers(model, task: Task, way: Way, seed: int, batch: int, bar, stop) -> list[Response]:
     def done(items: int) -> None:
         bar.update(items)
         if stop():
             raise Stopped(f"evaluation was asked to stop, in task '{task.name}'")
 
-    given: list[Answer] = []
+    given: list[Response] = []
     size = max(len(task.items), 1) if way.scored(task) else batch
     for items in _batches(task.items, size):
         given += ways.ask(model, task, items, way, seed, len(given), done)
@@ -99,7 +99,7 @@ def _batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
     return (items[i : i + size] for i in range(0, len(items), size))
 
 
-def _score(task: Task, given: Sequence[Answer], seed: int, resamples: int):
+def _score(task: Task, given: Sequence[Response], seed: int, resamples: int):
     """The result of a task, and what its metric sees of each item."""
     metric = metrics.find(task.metric)
     rows_N = rows(metric, given, task.items)
@@ -133,7 +133,7 @@ def _score(task: Task, given: Sequence[Answer], seed: int, resamples: int):
     return result, rows_N
 
 
-def rows(metric: metrics.Metric, given: Sequence[Answer], items: Sequence[Item]) -> np.ndarray:
+def rows(metric: metrics.Metric, given: Sequence[Response], items: Sequence[Item]) -> np.ndarray:
     """What a metric sees of answers to items, before it reduces them to a score."""
     said = [answer.ranking if metric.ranked else answer.text for answer in given]
     golds = list(items) if metric.whole else [item.answer for item in items]

@@ -43,7 +43,7 @@ REASON = {
 }
 
 
-class LanguageModel(Protocol):
+class EvaluatedModel(Protocol):
     """All that evaluation asks of a model. A prompt is a text or a list of turns."""
 
     def choose(
@@ -131,7 +131,7 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Response:
     """What a model said to an item.
 
     text: its choice, '' for none; or what it wrote.
@@ -150,14 +150,14 @@ class Answer:
 
 
 def ask(
-    model: LanguageModel,
+    model: EvaluatedModel,
     task: Task,
     items: Sequence[Item],
     way: Way,
     seed: int,
     first: int,
     done: Callable[[int], object],
-) -> list[Answer]:
+) -> list[Response]:
     """The answers to items of a task, the first of which is its item number `first`.
 
     Each item has draws of its own. `done` is told how many items are answered, whenever some are.
@@ -173,18 +173,18 @@ def ask(
     else:
         places = model.constrained([i.turns for i in items], [i.choices for i in items])
         chosen = (item.choices[place] for item, place in zip(items, places, strict=True))
-        given = [Answer(choice, (choice,)) for choice in chosen]
+        given = [Response(choice, (choice,)) for choice in chosen]
     done(len(given))
     return given
 
 
 def _likeliest(
-    model: LanguageModel,
+    model: EvaluatedModel,
     task: Task,
     items: Sequence[Item],
     way: Way,
     done: Callable[[int], object],
-) -> list[Answer]:
+) -> list[Response]:
     """The choices of each item, best first; of equals the one that stands first."""
     given = [i.texts if way.answer == "text" and i.texts else i.choices for i in items]
     base: list[list[float]] = [[0.0] * len(texts) for texts in given]
@@ -203,7 +203,7 @@ def _likeliest(
             raise ValueError(f"{task.name}: the model's score of a choice is NaN")
         order = sorted(range(len(values)), key=lambda place, of=values: -of[place])
         ranking = tuple(item.choices[place] for place in order)
-        out.append(Answer(ranking[0], ranking, values))
+        out.append(Response(ranking[0], ranking, values))
     return out
 
 
@@ -227,16 +227,16 @@ def _write(model, task, way: Way, sampling: Sampling, prompts) -> list:
 
 def _written(
     model, task: Task, items: Sequence[Item], way: Way, sampling: Sampling
-) -> list[Answer]:
+) -> list[Response]:
     """Answers to a task without choices."""
     readable = metrics.find(task.metric).readable
     found = _write(model, task, way, sampling, [item.turns for item in items])
     return [
-        Answer(text, raw=(text,), parsed=readable(text), cut=not ended) for text, ended in found
+        Response(text, raw=(text,), parsed=readable(text), cut=not ended) for text, ended in found
     ]
 
 
-def _read(model, task: Task, items: Sequence[Item], way: Way, sampling: Sampling) -> list[Answer]:
+def _read(model, task: Task, items: Sequence[Item], way: Way, sampling: Sampling) -> list[Response]:
     """Choices read in written answers; of several samples the commonest, of equals the first."""
     prompts = [item.prompt for item in items]
     if way.answer == "reason":
@@ -254,7 +254,7 @@ def _read(model, task: Task, items: Sequence[Item], way: Way, sampling: Sampling
         text = votes.most_common(1)[0][0] if votes else ""
         ranking = tuple(choice for choice, _ in votes.most_common())
         raw = tuple(text for text, _ in samples)
-        out.append(Answer(text, ranking, (), raw, bool(votes), any(not e for _, e in samples)))
+        out.append(Response(text, ranking, (), raw, bool(votes), any(not e for _, e in samples)))
     return out
 
 

@@ -13,7 +13,7 @@ from medmoe_jax.errors import ParameterError
 from medmoe_jax.inference.language_model import LanguageModel
 from medmoe_jax.inference.requests import Request
 from medmoe_jax.inference.sampling import Sampling
-from medmoe_jax.inference.streaming import Said
+from medmoe_jax.inference.streaming import NewText
 from medmoe_jax.inference.worker import Told, Worker
 from medmoe_jax.ranges import COUNT
 
@@ -105,7 +105,7 @@ class Chat:
         finally:
             answer.close()
 
-    def ask(self, text: str) -> Generator[Said]:
+    def ask(self, text: str) -> Generator[NewText]:
         """Yields the answer to a question as it comes; stopped early, what was said is kept.
 
         Raises:
@@ -125,7 +125,7 @@ class Chat:
             self._model.language(asked),
         )  # fmt: skip
         self._last = Answered(request.prompt, [], request.language)
-        said: list[Said] = []
+        said: list[NewText] = []
         try:
             for one in self._answer(request, self._last.ids):
                 said.append(one)
@@ -138,7 +138,7 @@ class Chat:
         """What is to be known of the last answer beside its text."""
         return self._remarks
 
-    def _answer(self, request: Request, ids: list[int]) -> Iterator[Said]:
+    def _answer(self, request: Request, ids: list[int]) -> Iterator[NewText]:
         """The text of an answer; its ids are added to the list."""
         if self._worker is None:
             # One answers at a time, but one that was stopped keeps its place to the step's end.
@@ -160,7 +160,7 @@ class Chat:
         if reader.ended == "length":
             self._remarks.append(f"cut at {self._max_tokens} tokens, the most of an answer")
 
-    def _keep(self, said: Sequence[Said]) -> None:
+    def _keep(self, said: Sequence[NewText]) -> None:
         """An answer becomes a turn, where there is any."""
         content = "".join(one.content for one in said)
         reasoning = "".join(one.reasoning for one in said)

@@ -100,7 +100,7 @@ def _floor(n: int, least: int) -> int:
     return max(least, 1 << max(n.bit_length() - 1, 0))
 
 
-class Rows:
+class DecodingRows:
     """Rows of a batch in which requests are answered; fulfils `requests.Decoding`.
 
     Attributes:

@@ -20,7 +20,7 @@ from medmoe_jax.base.config import DecoderConfig, site_shapes
 from medmoe_jax.base.seam import Params
 from medmoe_jax.errors import UserError
 from medmoe_jax.inference.branching import Filled, Packed, Tree, grow, lay, pack, portions
-from medmoe_jax.inference.decoding import STRIDE, Rows
+from medmoe_jax.inference.decoding import STRIDE, DecodingRows
 from medmoe_jax.inference.forward import Weights
 from medmoe_jax.inference.requests import Request, Token
 from medmoe_jax.inference.sampling import Sampling
@@ -52,7 +52,7 @@ def _balance(config: DecoderConfig) -> float:
     return linear / (2 * config.n_heads * config.head_dim)
 
 
-class Score(NamedTuple):
+class CompletionScore(NamedTuple):
     """What a model says of a completion.
 
     Attributes:
@@ -112,7 +112,7 @@ class Engine:
         completions: Sequence[Sequence[Sequence[int]]],
         languages: Sequence[int] | None = None,
         done: Callable[[int], object] = lambda prompts: None,
-    ) -> list[list[Score]]:
+    ) -> list[list[CompletionScore]]:
         """The score of each completion of each prompt; the more are given at once, the faster.
 
         Prompts that are equal are read once.
@@ -131,7 +131,7 @@ class Engine:
             raise UserError("score: every prompt and every completion needs at least one token")
         prompts = self._fit(prompts, [max(map(len, cs)) for cs in completions])
         trees, owners = self._trees(prompts, completions, languages)
-        out = [[Score(0.0, False)] * len(cs) for cs in completions]
+        out = [[CompletionScore(0.0, False)] * len(cs) for cs in completions]
         left = [len(cs) for cs in completions]
         step = round_up_rows(self.mesh, -(-self.batch // 4))
         sizes = [tree.size for tree in trees]
@@ -165,7 +165,9 @@ class Engine:
                 owners.append([whose[tuple(ids)] for ids in some])
         return trees, owners
 
-    def _run(self, trees: Sequence[Tree], filled: Filled) -> Iterator[tuple[tuple, Score]]:
+    def _run(
+        self, trees: Sequence[Tree], filled: Filled
+    ) -> Iterator[tuple[tuple, CompletionScore]]:
         """Each completion of a batch: `(number of its tree, its own there)` and its score."""
         packed = Packed(*(self._put(array, 0) for array in lay(trees, filled)))
         weights = Weights(self.base, self.banks, self.trained)
@@ -177,7 +179,7 @@ class Engine:
                 for n, count in enumerate(trees[tree].counts):
                     own = np.s_[b, start : start + count]
                     total = log_probs_BxT[own].sum(dtype=np.float64)
-                    yield (tree, n), Score(float(total), bool(likeliest_BxT[own].all()))
+                    yield (tree, n), CompletionScore(float(total), bool(likeliest_BxT[own].all()))
                     start += count
 
     def generate(
@@ -223,13 +225,13 @@ class Engine:
                     rows.cancel(one.request)
         return out
 
-    def decoding(self, stride: int = STRIDE, pause: int | None = None) -> Rows:
+    def decoding(self, stride: int = STRIDE, pause: int | None = None) -> DecodingRows:
         """Rows of this model that answer requests side by side, with a cache of their own.
 
-        stride, pause: see `Rows`.
+        stride, pause: see `DecodingRows`.
         """
         weights = Weights(self.base, self.banks, self.trained)
-        return Rows(self.config, weights, self.batch, stride, pause)
+        return DecodingRows(self.config, weights, self.batch, stride, pause)
 
     def told(
         self,

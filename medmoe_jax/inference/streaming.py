@@ -21,7 +21,7 @@ _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _RUN = 32
 
 
-class Said(NamedTuple):
+class NewText(NamedTuple):
     """New text of an answer, either part of it possibly empty."""
 
     content: str = ""
@@ -99,64 +99,64 @@ class Parting:
 
     def __init__(self, frame: Frame) -> None:
         self._frame = frame
-        self._state: Callable[[], Said] = self._opening
+        self._state: Callable[[], NewText] = self._opening
         self._held = ""
         self._begun = False  # whether some of the reasoning has been given
 
-    def add(self, text: str) -> Said:
+    def add(self, text: str) -> NewText:
         """The new text whose part is sure."""
         self._held += text
         return self._state()
 
-    def end(self) -> Said:
+    def end(self) -> NewText:
         """What was held. White space around reasoning is no part of it."""
         held, self._held = self._held, ""
         before = self._frame.before
         if self._state == self._thinking:
-            return Said(reasoning=held.rstrip())
+            return NewText(reasoning=held.rstrip())
         if self._state == self._opening and before and held.lstrip().startswith(before):
-            return Said(reasoning=held.strip().removeprefix(before).strip())
-        return Said("" if self._state == self._between else held)
+            return NewText(reasoning=held.strip().removeprefix(before).strip())
+        return NewText("" if self._state == self._between else held)
 
-    def _opening(self) -> Said:
+    def _opening(self) -> NewText:
         """Nothing is known yet."""
         held, (lead, before, after) = self._held, self._frame
         if lead and held.startswith(lead):
             return self._enter(self._answering, len(lead))
         if lead.startswith(held) and lead:
-            return Said()
+            return NewText()
         inner = held.lstrip()
         if after and before.startswith(inner) and inner != before:
-            return Said()
+            return NewText()
         if after and inner.startswith(before):
             return self._enter(self._thinking, len(held) - len(inner) + len(before))
         return self._enter(self._answering, 0)
 
-    def _thinking(self) -> Said:
+    def _thinking(self) -> NewText:
         after = self._frame.after
         at = self._held.find(after)
         if at >= 0:
             thought = self._held[:at].rstrip()
             answer = self._enter(self._between, at + len(after))
-            return Said(answer.content, thought if self._begun else thought.lstrip())
+            return NewText(answer.content, thought if self._begun else thought.lstrip())
         if not self._begun:
             self._held = self._held.lstrip()
         sure = len(self._held) - _overlap(self._held, [after])
         thought = self._held[:sure].rstrip()
         self._begun = self._begun or bool(thought)
         self._held = self._held[len(thought) :]
-        return Said(reasoning=thought)
+        return NewText(reasoning=thought)
 
-    def _between(self) -> Said:
+    def _between(self) -> NewText:
         """Line ends between the two are part of neither."""
         self._held = self._held.lstrip("\n")
-        return self._enter(self._answering, 0) if self._held else Said()
+        return self._enter(self._answering, 0) if self._held else NewText()
 
-    def _answering(self) -> Said:
+    def _answering(self) -> NewText:
         held, self._held = self._held, ""
-        return Said(held)
+        return NewText(held)
 
-    def _enter(self, state: Callable[[], Said], taken: int) -> Said:
+    def _enter(self, state: Callable[[], NewText], taken: int) -> NewText:
         """Go on behind the first characters in another state."""
         self._state = state
         self._held = self._held[taken:]
@@ -189,7 +189,7 @@ class Reader:
         self._cutter, self._parting = Cutter(stop_texts), Parting(frame)
         self.ended = ""
 
-    def add(self, ids: Sequence[int], ended: str = "") -> Said:
+    def add(self, ids: Sequence[int], ended: str = "") -> NewText:
         """The new text after some tokens.
 
         It may end with a stop's text before the decoder knows of it: see `ended`, and let the
@@ -200,7 +200,7 @@ class Reader:
           ended: as of `requests.Said`.
         """
         if self.ended:
-            return Said()
+            return NewText()
         if ended == "stop" and ids and ids[-1] in self._stop_ids:
             ids = ids[:-1]
         text = self._cutter.add(self._detokenizer.add(ids))
@@ -211,7 +211,7 @@ class Reader:
         said = self._parting.add(text)
         if self.ended:
             rest = self._parting.end()
-            said = Said(said.content + rest.content, said.reasoning + rest.reasoning)
+            said = NewText(said.content + rest.content, said.reasoning + rest.reasoning)
         return said
 
 

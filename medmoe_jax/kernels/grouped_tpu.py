@@ -109,7 +109,7 @@ def _product_kernel(
             y_ref[...] = jnp.where(mine, sum_ref[...].astype(y_ref.dtype), y_ref[...])
 
 
-class Shape(NamedTuple):
+class GroupedShape(NamedTuple):
     """What block sizes depend on: rows, widths, groups, bytes of an operand and of a result."""
 
     M: int
@@ -147,7 +147,7 @@ class Shape(NamedTuple):
         )
 
 
-def product_tiling(shape: Shape) -> tuple[Tiles, pl.CostEstimate]:
+def product_tiling(shape: GroupedShape) -> tuple[Tiles, pl.CostEstimate]:
     """Blocks of `product`, and its cost at most."""
 
     def vmem(t):
@@ -173,7 +173,7 @@ def product(
     M, K = x_MxK.shape
     G, N = w_GxKxN.shape[0], w_GxKxN.shape[1 if transposed else 2]
     itemsize = x_MxK.dtype.itemsize
-    t, cost = product_tiling(Shape(M, K, N, G, itemsize, itemsize))
+    t, cost = product_tiling(GroupedShape(M, K, N, G, itemsize, itemsize))
     visits = make_visits(sizes_G, M, t.m)
     w_block = (None, t.n, t.k) if transposed else (None, t.k, t.n)
 
@@ -219,7 +219,7 @@ def _gradient_kernel(group_V, tile_V, low_V, high_V, x_ref, y_ref, w_ref, sum_re
         w_ref[...] = sum_ref[...].astype(w_ref.dtype)
 
 
-def gradient_tiling(shape: Shape) -> tuple[Tiles, pl.CostEstimate]:
+def gradient_tiling(shape: GroupedShape) -> tuple[Tiles, pl.CostEstimate]:
     """Blocks of `weight_gradient`, and its cost at most."""
 
     def vmem(t):
@@ -241,7 +241,7 @@ def weight_gradient(
 ) -> jax.Array:
     """`x[rows of g]ᵀ · y[rows of g]`, `[G, K, N]` of `dtype`; zero for an empty group."""
     (M, K), N, G = x_MxK.shape, y_MxN.shape[1], sizes_G.shape[0]
-    shape = Shape(M, K, N, G, x_MxK.dtype.itemsize, jnp.dtype(dtype).itemsize)
+    shape = GroupedShape(M, K, N, G, x_MxK.dtype.itemsize, jnp.dtype(dtype).itemsize)
     t, cost = gradient_tiling(shape)
     visits = make_visits(sizes_G, M, t.m)
     return pl.pallas_call(

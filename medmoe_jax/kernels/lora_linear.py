@@ -59,7 +59,7 @@ STRIP = 512
 PRODUCT, RANK_COLUMNS, LAST_RANK_COLUMNS = "product", "rank_columns", "last_rank_columns"
 
 
-class Shape(NamedTuple):
+class LoraShape(NamedTuple):
     """What block sizes depend on.
 
     Attributes:
@@ -125,7 +125,7 @@ class Shape(NamedTuple):
         return moved * self.itemsize + w + rows * self.R * self.gate_itemsize
 
 
-def _candidates(shape: Shape, cores: int) -> list[Tiles]:
+def _candidates(shape: LoraShape, cores: int) -> list[Tiles]:
     """Block sizes to choose from; every core has a block of rows where there are rows enough."""
     rows, (along_k, along_n) = ceil_div(shape.T, 16 * cores) * 16, shape.steps
     return [
@@ -157,13 +157,13 @@ def fits(
     if stored and not stored.holds(D):
         return False
     both = (
-        Shape(T, D, O, R, itemsize, 4, True, stored),
-        Shape(T, O, D, R, itemsize, 4, True, stored, transposed=True),
+        LoraShape(T, D, O, R, itemsize, 4, True, stored),
+        LoraShape(T, O, D, R, itemsize, 4, True, stored, transposed=True),
     )
     return all(fitting(_candidates(shape, room.cores), shape.vmem, room) for shape in both)
 
 
-def tiling(shape: Shape, room: Room = SMALLEST) -> tuple[Tiles, pl.CostEstimate]:
+def tiling(shape: LoraShape, room: Room = SMALLEST) -> tuple[Tiles, pl.CostEstimate]:
     """Blocks of the kernel, and its cost.
 
     Where all of K fits, x is fetched once and W once for each block of rows.
@@ -308,7 +308,7 @@ def _pallas(
     R, N = a_KxR.shape[0 if transposed else 1], w_KxN.shape[0 if transposed else 1]
     gates = () if gate_TxR is None else (gate_TxR,)
     gate_itemsize, weight = sum(gate.dtype.itemsize for gate in gates), storage_of(w_KxN)
-    shape = Shape(
+    shape = LoraShape(
         T, K, N, R, x_TxK.dtype.itemsize, gate_itemsize, dropout is not None, weight, transposed
     )
     t, cost = tiling(shape, room)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from medmoe_jax.errors import UserError
 
 
-class Family(NamedTuple):
+class SliceFamily(NamedTuple):
     """What the slices of one chip are called, and how they are rented.
 
     Attributes:
@@ -47,14 +47,16 @@ class Family(NamedTuple):
 
 # cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x), and for the last two columns
 # cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus.
-FAMILIES: Mapping[str, Family] = {
-    "v4": Family("v4", 2, 4096, False, "tpu-ubuntu2204-base", "tpu-v4-podslice", "ct4p-hightpu"),
-    "v5e": Family(
+FAMILIES: Mapping[str, SliceFamily] = {
+    "v4": SliceFamily(
+        "v4", 2, 4096, False, "tpu-ubuntu2204-base", "tpu-v4-podslice", "ct4p-hightpu"
+    ),
+    "v5e": SliceFamily(
         "v5litepod", 1, 256, True, "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice", "ct5lp-hightpu"
     ),
-    "v5p": Family("v5p", 2, 6144, False, "v2-alpha-tpuv5", "tpu-v5p-slice", "ct5p-hightpu"),
-    "v6e": Family("v6e", 1, 256, True, "v2-alpha-tpuv6e", "tpu-v6e-slice", "ct6e-standard"),
-    "v7x": Family("tpu7x", 2, 9216, False, "", "tpu7x", "tpu7x-standard"),
+    "v5p": SliceFamily("v5p", 2, 6144, False, "v2-alpha-tpuv5", "tpu-v5p-slice", "ct5p-hightpu"),
+    "v6e": SliceFamily("v6e", 1, 256, True, "v2-alpha-tpuv6e", "tpu-v6e-slice", "ct6e-standard"),
+    "v7x": SliceFamily("tpu7x", 2, 9216, False, "", "tpu7x", "tpu7x-standard"),
 }
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _SMALL_CUBES = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4")

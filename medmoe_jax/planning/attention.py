@@ -24,7 +24,7 @@ _KEPT_ID = 4 * LANES  # bytes a token
 _PASSING_ID = 4 * 8
 
 
-class Shape(NamedTuple):
+class AttentionShape(NamedTuple):
     """What one device runs in a layer.
 
     Attributes:
@@ -72,7 +72,7 @@ _KERNELS = {
 }
 
 
-def splash_costs(shape: Shape, windows: Sequence[int] = ()) -> dict[str, Cost]:
+def splash_costs(shape: AttentionShape, windows: Sequence[int] = ()) -> dict[str, Cost]:
     """The cost of one run of each kernel, by its name.
 
     Args:
@@ -88,7 +88,7 @@ def splash_costs(shape: Shape, windows: Sequence[int] = ()) -> dict[str, Cost]:
     return costs
 
 
-def _cost(kernel: _Kernel, shape: Shape, window: int) -> Cost:
+def _cost(kernel: _Kernel, shape: AttentionShape, window: int) -> Cost:
     B, T, H, K, h, itemsize, parts = shape
     block, passing, keys = block_sizes(T, parts, window, h, itemsize)
     products, queries = kernel.products, 0

@@ -15,7 +15,7 @@ from medmoe_jax.parallel.mesh import batch_shards, slice_of
 from medmoe_jax.parallel.room import beside_arguments, compiler_recomputes
 from medmoe_jax.parallel.topology import Topology, compile_for
 from medmoe_jax.planning import hlo
-from medmoe_jax.planning.attention import Shape, splash_costs
+from medmoe_jax.planning.attention import AttentionShape, splash_costs
 from medmoe_jax.planning.hlo import Traffic
 from medmoe_jax.planning.programs import Program, bytes_of
 from medmoe_jax.planning.roofline import Bound, bound
@@ -119,5 +119,5 @@ def _splash(setup: Setup, program: Program) -> dict[str, hlo.Cost]:
     itemsize = jnp.dtype(setup.dtype).itemsize
     heads, groups = decoder.n_heads // cut, decoder.n_kv_heads // cut
     parts = setup.mesh.shape[SEQUENCE]
-    shape = Shape(rows, program.length, heads, groups, decoder.head_dim, itemsize, parts)
+    shape = AttentionShape(rows, program.length, heads, groups, decoder.head_dim, itemsize, parts)
     return splash_costs(shape, decoder.windows)

@@ -14,7 +14,7 @@ from medmoe_jax.planning import programs
 from medmoe_jax.planning.figures import Figures, measure
 from medmoe_jax.planning.programs import Start
 from medmoe_jax.planning.roofline import floor_flops, lowest_layer
-from medmoe_jax.screen import Table, plain
+from medmoe_jax.screen import ScreenTable, plain
 from medmoe_jax.training.setup import Setup
 
 
@@ -157,7 +157,7 @@ def _figures(plan: Plan, one: Figures) -> dict[str, Any]:
     }
 
 
-def table(plan: Plan) -> Table:
+def table(plan: Plan) -> ScreenTable:
     """The plan for a person: a column a program, everything a device's, which is mostly a chip."""
     devices, chips = len(plan.topology.devices), plan.topology.chips
     unit = "chip" if devices == chips else "device"
@@ -165,7 +165,7 @@ def table(plan: Plan) -> Table:
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     every = (plan.train, *plan.others)
     rows = [(label, *map(cell, every)) for label, cell in _lines(plan)]
-    return Table(
+    return ScreenTable(
         ("",),
         [one.name for one in every],
         [row for row in rows if any(row[1:])],
@@ -230,7 +230,7 @@ def _chip_hours(plan: Plan) -> str:
     return f"{plan.chip_hours:.1f} ({plan.steps:,} steps)"
 
 
-def shardings_table(setup: Setup, at: Start) -> Table:
+def shardings_table(setup: Setup, at: Start) -> ScreenTable:
     """Every leaf of the training step's arguments with its shape and how it is spread."""
     rows = []
     state, frozen, batch = programs.training(setup, at).arguments
@@ -238,4 +238,4 @@ def shardings_table(setup: Setup, at: Start) -> Table:
     for owner, tree in {**named, "batch": batch}.items():
         for path, shape, spec in describe(tree, jax.tree.map(lambda leaf: leaf.sharding, tree)):
             rows.append((f"{owner}.{path}", " x ".join(map(str, shape)), spec))
-    return Table(("parameter", "shape", "axes"), (), rows, "shardings")
+    return ScreenTable(("parameter", "shape", "axes"), (), rows, "shardings")

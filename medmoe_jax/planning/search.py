@@ -25,7 +25,7 @@ from medmoe_jax.planning.figures import GIB, Figures, measure
 from medmoe_jax.planning.plan import floor
 from medmoe_jax.planning.programs import Start, bytes_of
 from medmoe_jax.planning.roofline import bound, layer_weights, lowest_layer
-from medmoe_jax.screen import Table
+from medmoe_jax.screen import ScreenTable
 from medmoe_jax.training.setup import Setup, base_of
 
 
@@ -66,14 +66,14 @@ class Estimate(NamedTuple):
     seconds: float
 
 
-class Found(NamedTuple):
+class Compiled(NamedTuple):
     """A candidate that was compiled."""
 
     candidate: Candidate
     figures: Figures
 
 
-class Result(NamedTuple):
+class SearchResult(NamedTuple):
     """What a search came to.
 
     Attributes:
@@ -82,7 +82,7 @@ class Result(NamedTuple):
         the best, or came after the last that was allowed.
     """
 
-    found: tuple[Found, ...]
+    found: tuple[Compiled, ...]
     too_large: int
     too_slow: int
     left: int
@@ -94,7 +94,7 @@ def search(
     stage: str,
     most: int,
     report: Callable[[str], None] = lambda _: None,
-) -> Result:
+) -> SearchResult:
     """Compile the most promising candidates.
 
     Args:
@@ -125,19 +125,19 @@ def search(
         )
     possible = sorted((c for c in known if known[c].gib < limit), key=lambda c: known[c].seconds)
     report(f"{len(known)} candidates; {len(known) - len(possible)} need more than {limit} GiB")
-    found: list[Found] = []
+    found: list[Compiled] = []
     waiting, best = possible, float("inf")
     while waiting and len(found) < most:
         candidate, *waiting = waiting
         report(f"compiling {len(found) + 1} of at most {most}: {candidate}")
         setup, at = opened(candidate)
         figures = measure(setup, topology, programs.training(setup, at))
-        found.append(Found(candidate, figures))
+        found.append(Compiled(candidate, figures))
         report(_in_words(figures, limit, config.data.global_batch * config.data.length))
         if figures.fits:
             best = min(best, figures.bound.seconds)
         waiting = [c for c in waiting if known[c].least < best]
-    return Result(
+    return SearchResult(
         tuple(sorted(found, key=lambda f: (not f.figures.fits, f.figures.bound.seconds))),
         too_large=len(known) - len(possible),
         too_slow=len(possible) - len(found) - len(waiting),
@@ -244,7 +244,7 @@ def estimate(setup: Setup, at: Start, topology: Topology) -> Estimate:
     )
 
 
-def table(result: Result, topology: Topology, tokens: int) -> Table:
+def table(result: SearchResult, topology: Topology, tokens: int) -> ScreenTable:
     """The compiled candidates, the fastest that fits on top.
 
     Args:
@@ -260,7 +260,7 @@ def table(result: Result, topology: Topology, tokens: int) -> Table:
             cells = [f"{1e3 * seconds:.2f}", figures.bound.resource, f"{tokens / seconds:,.0f}"]
         how = (candidate.axes, str(candidate.accumulation), candidate.remat)
         rows.append((*how, f"{figures.hbm:.2f}", *cells))
-    return Table(
+    return ScreenTable(
         ("mesh",),
         ("micro-batches", "remat", "GiB", "ms", "set by", "tokens/s"),
         rows,
@@ -270,7 +270,7 @@ def table(result: Result, topology: Topology, tokens: int) -> Table:
     )
 
 
-def as_json(result: Result, tokens: int) -> dict[str, Any]:
+def as_json(result: SearchResult, tokens: int) -> dict[str, Any]:
     """The result's figures; seconds and tokens a second only of what fits."""
     rows = []
     for candidate, figures in result.found:

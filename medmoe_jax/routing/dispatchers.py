@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from medmoe_jax.kernels.permute import MAX_EXPERTS, Order, gather, scatter_add, sort_by_expert
 
 
-class Rows(NamedTuple):
+class SortedRows(NamedTuple):
     """What the experts of this device work on.
 
     Attributes:
@@ -39,7 +39,7 @@ class Dispatcher(Protocol):
 
     def dispatch(
         self, x_TxD: jax.Array, picks_TxK: jax.Array, weights_TxK: jax.Array, experts: int
-    ) -> tuple[Rows, Any]:
+    ) -> tuple[SortedRows, Any]:
         """Rows for the experts of this device, and their journey, which `combine` turns back.
 
         Args:
@@ -55,12 +55,12 @@ class Dispatcher(Protocol):
         ...
 
 
-def _sorted(x_TxD, picks_TxK, weights_TxK, experts: int, backend: str) -> tuple[Rows, Order]:
+def _sorted(x_TxD, picks_TxK, weights_TxK, experts: int, backend: str) -> tuple[SortedRows, Order]:
     # The counting kernel has no room for more; XLA's sort has.
     counting = backend if experts <= MAX_EXPERTS else "xla"
     order = sort_by_expert(picks_TxK, experts, backend=counting)
     x_MxD = gather(x_TxD, order, backend=backend)
-    return Rows(x_MxD, weights_TxK.reshape(-1)[order.source_M], order.sizes_E), order
+    return SortedRows(x_MxD, weights_TxK.reshape(-1)[order.source_M], order.sizes_E), order
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class LocalDispatcher:
 
     def dispatch(
         self, x_TxD: jax.Array, picks_TxK: jax.Array, weights_TxK: jax.Array, experts: int
-    ) -> tuple[Rows, Order]:
+    ) -> tuple[SortedRows, Order]:
         """See `Dispatcher`."""
         return _sorted(x_TxD, picks_TxK, weights_TxK, experts, self.backend)
 
@@ -160,7 +160,7 @@ class AllToAllDispatcher:
 
     def dispatch(
         self, x_TxD: jax.Array, picks_TxK: jax.Array, weights_TxK: jax.Array, experts: int
-    ) -> tuple[Rows, _Journey]:
+    ) -> tuple[SortedRows, _Journey]:
         """See `Dispatcher`."""
         P, most = self.devices, self._most(picks_TxK, experts)
         rows, home = _sorted(x_TxD, picks_TxK, weights_TxK, experts, self.backend)

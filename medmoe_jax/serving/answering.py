@@ -14,10 +14,10 @@ from starlette.types import Receive
 
 from medmoe_jax.errors import UserError
 from medmoe_jax.inference.requests import Token
-from medmoe_jax.inference.streaming import Said
+from medmoe_jax.inference.streaming import NewText
 from medmoe_jax.inference.worker import Ask, Closed, Full, TimeLimit, Told
 from medmoe_jax.serving.asked import Asked, Text
-from medmoe_jax.serving.models import Prepared, Served
+from medmoe_jax.serving.models import PreparedPrompt, Served
 from medmoe_jax.serving.refusals import Refused, broken, busy, closing, late
 from medmoe_jax.serving.told import News
 
@@ -37,7 +37,7 @@ class Answers:
         self,
         served: Served,
         asked: Asked,
-        prompts: Sequence[Prepared],
+        prompts: Sequence[PreparedPrompt],
         scored: Sequence[Sequence[Token]],
         limit: float,
         until: float,
@@ -140,12 +140,12 @@ class Answers:
         if reader.ended:
             self._left.discard(number)
             self._served.worker.cancel(self._asks[number])  # where a stop's text has ended it
-        if said != Said() or reader.ended:
+        if said != NewText() or reader.ended:
             self._ready.append(News(number, said, tuple(held), reader.ended, len(held)))
             held.clear()
 
 
-def _echoes(asked: Text, prompts: Sequence[Prepared], scored: Sequence[Sequence[Token]]):
+def _echoes(asked: Text, prompts: Sequence[PreparedPrompt], scored: Sequence[Sequence[Token]]):
     """The prompts as the beginning of each of their answers, or all of it."""
     ended = "" if asked.max_tokens else "length"
     for number, prompt in enumerate(prompts):
@@ -154,7 +154,7 @@ def _echoes(asked: Text, prompts: Sequence[Prepared], scored: Sequence[Sequence[
             # Nothing comes before the first token that it could be likely after.
             tokens = (Token(prompt.ids[0], math.nan), *scored[number][1:])
         for n in range(asked.n):
-            yield News(number * asked.n + n, Said(prompt.text), tokens, ended)
+            yield News(number * asked.n + n, NewText(prompt.text), tokens, ended)
 
 
 def _refusal(error: BaseException, seconds: float, places: int) -> Refused:

@@ -82,7 +82,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Chat(Asked):
+class ChatRequest(Asked):
     """A conversation to be continued. `turns` ends with what is to be answered."""
 
     turns: tuple[Turn, ...]
@@ -101,7 +101,7 @@ class Text(Asked):
     echo: bool
 
 
-def chat(body: bytes) -> Chat:
+def chat(body: bytes) -> ChatRequest:
     """A request of `/v1/chat/completions`. Raises Refused."""
     fields = Fields(body)
     turns = _turns(fields.need("messages"))
@@ -114,7 +114,7 @@ def chat(body: bytes) -> Chat:
     if alternatives and not log_probs:
         raise Refused("top_logprobs: needs logprobs=true", param="top_logprobs")
     fields.neutral(_NEUTRAL_CHAT)
-    return Chat(**_common(fields), **_told(limit, log_probs, alternatives), turns=turns)
+    return ChatRequest(**_common(fields), **_told(limit, log_probs, alternatives), turns=turns)
 
 
 def text(body: bytes) -> Text:

@@ -17,14 +17,14 @@ from starlette.types import Receive, Scope, Send
 
 from medmoe_jax.errors import UserError
 from medmoe_jax.inference.requests import Token
-from medmoe_jax.inference.streaming import Said
+from medmoe_jax.inference.streaming import NewText
 from medmoe_jax.kinds import whole_number
 from medmoe_jax.serving.answering import Answers, HungUp
 from medmoe_jax.serving.asked import Asked, Text
 from medmoe_jax.serving.metrics import Metrics
-from medmoe_jax.serving.models import Prepared, Served
+from medmoe_jax.serving.models import PreparedPrompt, Served
 from medmoe_jax.serving.refusals import Refused, busy, late
-from medmoe_jax.serving.told import Envelope, Form, News, Usage
+from medmoe_jax.serving.told import AnswerForm, Envelope, News, Usage
 
 _GONE = 499  # nginx's number for a client that has hung up
 
@@ -48,7 +48,7 @@ class Endpoint:
     def __init__(
         self,
         parse: Callable[[bytes], Asked],
-        form: Form,
+        form: AnswerForm,
         models: Mapping[str, Served],
         limits: Limits,
         metrics: Metrics,
@@ -118,7 +118,7 @@ def find(models: Mapping[str, Served], name: str) -> Served:
     return models[name]
 
 
-def _prepare(served: Served, asked: Asked) -> list[Prepared]:
+def _prepare(served: Served, asked: Asked) -> list[PreparedPrompt]:
     try:
         return served.prepare(asked)
     except UserError as error:
@@ -126,7 +126,7 @@ def _prepare(served: Served, asked: Asked) -> list[Prepared]:
 
 
 async def _score(
-    served: Served, asked: Asked, prompts: Sequence[Prepared], limit: float, until: float
+    served: Served, asked: Asked, prompts: Sequence[PreparedPrompt], limit: float, until: float
 ) -> Sequence[Sequence[Token]]:
     """The tokens of prompts that are to be told with their log-probabilities, read until then."""
     if not (isinstance(asked, Text) and asked.echo and asked.log_probs):
@@ -150,10 +150,10 @@ class Telling:
 
     def __init__(
         self,
-        form: Form,
+        form: AnswerForm,
         served: Served,
         asked: Asked,
-        prompts: Sequence[Prepared],
+        prompts: Sequence[PreparedPrompt],
         metrics: Metrics,
     ) -> None:
         self._form, self._served, self._asked, self._metrics = form, served, asked, metrics
@@ -212,7 +212,7 @@ class Telling:
 
 def _joined(parts: Sequence[News]) -> News:
     """All news of an answer as one."""
-    said = Said(
+    said = NewText(
         "".join(news.said.content for news in parts),
         "".join(news.said.reasoning for news in parts),
     )

@@ -13,11 +13,11 @@ from medmoe_jax.inference.language_model import LanguageModel
 from medmoe_jax.inference.requests import Request
 from medmoe_jax.inference.streaming import Reader
 from medmoe_jax.inference.worker import Worker
-from medmoe_jax.serving.asked import Asked, Chat, Prompt, Text
+from medmoe_jax.serving.asked import Asked, ChatRequest, Prompt, Text
 from medmoe_jax.serving.refusals import Refused, too_long
 
 
-class Prepared(NamedTuple):
+class PreparedPrompt(NamedTuple):
     """A prompt as ids, and what reads each of its answers.
 
     Attributes:
@@ -65,14 +65,14 @@ class Served:
             **self.about,
         }
 
-    def prepare(self, asked: Asked) -> list[Prepared]:
+    def prepare(self, asked: Asked) -> list[PreparedPrompt]:
         """The prompts of a request, each with the requests and readers of its answers.
 
         Raises:
           Refused: a prompt is empty, does not fit the context, or is refused by the template.
           UserError: the same, by the template.
         """
-        if isinstance(asked, Chat):
+        if isinstance(asked, ChatRequest):
             turns = list(asked.turns)
             ids, language = self.model.prompt(turns), self.model.language(turns)
             return [self._prepared(asked, "messages", ids, "", language, 0)]
@@ -97,7 +97,7 @@ class Served:
 
     def _prepared(
         self, asked: Asked, param: str, ids: Sequence[int], text: str, language: int, first: int
-    ) -> Prepared:
+    ) -> PreparedPrompt:
         """A prompt's requests; `first` is the number of its first answer among all."""
         context = self.model.context
         if not ids:
@@ -105,7 +105,7 @@ class Served:
         room = max(1, context - len(ids)) if asked.max_tokens is None else asked.max_tokens
         if len(ids) + room > context:
             raise too_long(len(ids), room, context, param)
-        chat = isinstance(asked, Chat)
+        chat = isinstance(asked, ChatRequest)
         read = self.model.reader if chat else self.model.continuing
         requests = [
             Request(
@@ -118,6 +118,6 @@ class Served:
             )
             for number in range(asked.n if room else 0)
         ]
-        return Prepared(
+        return PreparedPrompt(
             tuple(ids), text, language, requests, [read(ids, asked.stops) for _ in requests]
         )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from medmoe_jax.data.tokens import Tokenizer
 from medmoe_jax.inference.requests import Token
-from medmoe_jax.inference.streaming import Said
+from medmoe_jax.inference.streaming import NewText
 
 _LEAST = -9999.0  # OpenAI's word for "very unlikely"; JSON has no infinity
 
@@ -28,13 +28,13 @@ class News(NamedTuple):
     """
 
     index: int
-    said: Said
+    said: NewText
     tokens: Sequence[Token] = ()
     ended: str = ""
     said_tokens: int = 0
 
 
-class Form(Protocol):
+class AnswerForm(Protocol):
     """How an endpoint writes answers."""
 
     prefix: str
@@ -155,7 +155,7 @@ class Usage:
 class Envelope:
     """What stands around the choices of one answer, in all of its chunks alike."""
 
-    def __init__(self, form: Form, model: str) -> None:
+    def __init__(self, form: AnswerForm, model: str) -> None:
         self._form = form
         self._common = {
             "id": f"{form.prefix}-{secrets.token_hex(12)}",

@@ -8,7 +8,7 @@ from typing import Any
 from medmoe_jax.adapters.bank import count
 from medmoe_jax.base import trees
 from medmoe_jax.parallel.rules import Rule, undivided
-from medmoe_jax.screen import Table
+from medmoe_jax.screen import ScreenTable
 from medmoe_jax.training.preparing import Prepared
 from medmoe_jax.training.step import TrainState
 from medmoe_jax.training.terminal import console, note
@@ -36,7 +36,7 @@ def print_stage(prepared: Prepared, state: TrainState) -> None:
         rows.append(("(base)", "train", path, "", "", "", f"{leaf.size:,}"))
     words = ("bank", "state", "sites", "layers", "experts x rank", "gate")
     title = f"stage '{name}': {prepared.steps} steps"
-    console.print(Table(words, ("parameters",), rows, title))
+    console.print(ScreenTable(words, ("parameters",), rows, title))
     trains = count(trainable)
     total = trains + count(frozen)
     note(f"trainable {trains:,} of {total:,} parameters ({100 * trains / total:.2f}%)")
@@ -73,7 +73,7 @@ def print_ranks(stage: str, ranks: Mapping[str, Mapping[str, list[list[int]]]]) 
             layers = " ".join(",".join(map(str, layer)) for layer in by_layer)
             rows.append((site, layers, f"{sum(values) / len(values):.1f}"))
         title = f"stage '{stage}': ranks of bank '{bank}'"
-        console.print(Table(("site", "by layer"), ("mean",), rows, title))
+        console.print(ScreenTable(("site", "by layer"), ("mean",), rows, title))
 
 
 def print_counts(stage: str, counts: Mapping[str, int]) -> None:

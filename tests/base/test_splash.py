@@ -16,7 +16,7 @@ from medmoe_jax.base import attention, decoder, splash
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.errors import ParameterError
 from medmoe_jax.parallel.topology import compile_for, describe
-from medmoe_jax.planning.attention import Shape, splash_costs
+from medmoe_jax.planning.attention import AttentionShape, splash_costs
 from medmoe_jax.planning.hlo_text import parse
 from tests import slices
 from tests.naive import TINY, tree_rel
@@ -140,7 +140,7 @@ def test_kernels_compile_and_repeat_no_keys(slice_name, name):
         chip, jax.grad(loss, (0, 1, 2)), struct(1, tokens, heads, width), keys, keys,
         struct(1, tokens, dtype="int32"), struct(dtype="int32"),
     )  # fmt: skip
-    shape = Shape(1, tokens, heads, kv_heads, width, jnp.dtype(dtype).itemsize)
+    shape = AttentionShape(1, tokens, heads, kv_heads, width, jnp.dtype(dtype).itemsize)
     known = splash_costs(shape, layers)
     _, computations = parse(compiled.as_text())
     calls = [

@@ -110,8 +110,8 @@ def test_a_template_that_refuses_system_texts():
 
 
 def test_what_a_modelfile_cannot_hold():
-    found = ollama.Frame('"""', "", "", "", ())
+    found = ollama.OllamaFrame('"""', "", "", "", ())
     with pytest.raises(UserError, match="has no way to write"):
         ollama.modelfile("m.gguf", found, [])
-    text = ollama.modelfile("m.gguf", ollama.Frame("{{ x", "?", "", "!", ()), ["\nUser:"])
+    text = ollama.modelfile("m.gguf", ollama.OllamaFrame("{{ x", "?", "", "!", ()), ["\nUser:"])
     assert '{{ "{{" }} x{{ range' in text and 'PARAMETER stop """\nUser:"""' in text

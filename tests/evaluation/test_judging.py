@@ -13,7 +13,7 @@ from medmoe_jax.cli.main import main
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import evaluate, load_task, records
 from medmoe_jax.evaluation.judging import judge
-from medmoe_jax.evaluation.judging.endpoint import Client, Endpoint
+from medmoe_jax.evaluation.judging.endpoint import Client, JudgeEndpoint
 from medmoe_jax.evaluation.judging.questions import SCALES, questions, read_met
 from medmoe_jax.evaluation.judging.verdicts import Verdicts
 from tests import tiny
@@ -34,7 +34,7 @@ def record(prompt="What helps?", said="Rest.", answer="Rest and water.", **more)
 def ask(url, read=lambda text: text, attempts=4, timeout=30.0, key=""):
     """What came of one question, and the waits before its further attempts."""
     waits = []
-    with Client(Endpoint(url, key, timeout, attempts), waits.append) as client:
+    with Client(JudgeEndpoint(url, key, timeout, attempts), waits.append) as client:
         return client.ask({"model": "m", "messages": []}, read), waits
 
 
@@ -84,8 +84,8 @@ def test_what_refuses_every_question_ends_the_run(status):
 @pytest.mark.parametrize("url", ["host/v1", "ftp://host/v1", "https://", "https://u:k@host/v1"])
 def test_what_is_no_address(url):
     with pytest.raises(UserError, match="address") as error:
-        Endpoint(url)
-    assert "u:k" not in str(error.value) and "k1" not in repr(Endpoint("http://h", "k1"))
+        JudgeEndpoint(url)
+    assert "u:k" not in str(error.value) and "k1" not in repr(JudgeEndpoint("http://h", "k1"))
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def test_blocks_in_every_dimension_with_tails(monkeypatch):
     monkeypatch.setattr(grouped_tpu, "SMALLEST", tiles.SMALLEST._replace(blocks=220_000))
     for K, N in ((200, 300), (300, 200)):
         for plan in (grouped_tpu.product_tiling, grouped_tpu.gradient_tiling):
-            chosen, _ = plan(grouped_tpu.Shape(len(x), K, N, len(sizes), 4, 4))
+            chosen, _ = plan(grouped_tpu.GroupedShape(len(x), K, N, len(sizes), 4, 4))
             assert chosen == (8, 128, 128)
     assert_equal(run_matmul(x, w, sizes, dy, "interpret"), naive_matmul(x, w, sizes, dy))
 
@@ -251,7 +251,7 @@ def lora_cost(M, D, O, E, r):
     P = grouped._experts_a_pack(E, r)
     S, R = tiles.ceil_div(E, P), P * r
     costs = [
-        plan(grouped_tpu.Shape(M, K, N, S, 2, result))[1]
+        plan(grouped_tpu.GroupedShape(M, K, N, S, 2, result))[1]
         for plan, K, N, result in (
             (grouped_tpu.product_tiling, D, R, 2),  # h
             (grouped_tpu.product_tiling, R, O, 2),  # y
@@ -272,7 +272,7 @@ def test_the_kernels_declare_the_cost_of_their_blocks(M, D, O, E, r):
 
 def test_the_cost_of_a_small_product_by_hand():
     # 64 rows of 4 groups: 16 tiles of 4 rows are too many borders, so 8 tiles of 8, 12 visits.
-    shape = grouped_tpu.Shape(M=64, K=128, N=128, G=4, itemsize=2, out_itemsize=4)
+    shape = grouped_tpu.GroupedShape(M=64, K=128, N=128, G=4, itemsize=2, out_itemsize=4)
     tile, cost = grouped_tpu.product_tiling(shape)
     assert tile == (8, 128, 128)
     assert cost.flops == 2 * 12 * 8 * 128 * 128

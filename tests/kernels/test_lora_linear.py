@@ -107,7 +107,7 @@ def test_blocks_in_every_dimension_with_tails(monkeypatch, dropping):
     # Too little for all of the contracted width, in either direction.
     room = tiles.SMALLEST._replace(blocks=1_070_000 if dropping else 990_000)
     for K, N in ((300, 270), (270, 300)):
-        shape = kernel.Shape(150, K, N, R=6, itemsize=4, gate_itemsize=4, dropout=dropping)
+        shape = kernel.LoraShape(150, K, N, R=6, itemsize=4, gate_itemsize=4, dropout=dropping)
         chosen, _ = kernel.tiling(shape, room)
         assert shape.grid(chosen) == (2, 2, 2) and K % chosen.k and N % chosen.n
     dropout, mask = draw(150, 300) if dropping else (None, 1.0)
@@ -120,12 +120,12 @@ def test_whole_lanes_that_hang_over_are_not_computed():
     D, O, R = 640, 384, 6
     arrays, room = problem(T=32, D=D, O=O), tiles.SMALLEST._replace(blocks=700_000)
     for K, N in ((D, O), (O, D)):
-        chosen, cost = kernel.tiling(kernel.Shape(32, K, N, R, 4, 4), room)
+        chosen, cost = kernel.tiling(kernel.LoraShape(32, K, N, R, 4, 4), room)
         assert K % chosen.k == N % chosen.n == 128
         assert cost.flops == 2 * 32 * (K * N + K * R + N * R)
     assert_equal(run(*arrays, "interpret", room=room), naive(*arrays))
     # Qwen1.5-7B, whose feed-forward network is 43 times 256 wide.
-    _, cost = kernel.tiling(kernel.Shape(2048, 4096, 11008, 160, 2, 4))
+    _, cost = kernel.tiling(kernel.LoraShape(2048, 4096, 11008, 160, 2, 4))
     assert cost.flops == 2 * 2048 * (4096 * 11008 + (4096 + 11008) * 160)
 
 
@@ -150,7 +150,7 @@ def test_blocks_of_a_quantised_weight(kind):
     room = tiles.SMALLEST._replace(blocks=3_000_000)
     for transposed, (K, N) in enumerate(((D, O), (O, D))):
         stored = storage_of(packed)
-        shape = kernel.Shape(150, K, N, 6, 4, 4, False, stored, bool(transposed))
+        shape = kernel.LoraShape(150, K, N, 6, 4, 4, False, stored, bool(transposed))
         chosen, _ = kernel.tiling(shape, room)
         cut = chosen.n if transposed else chosen.k
         assert cut < D and D % cut and cut % stored.granule == 0
@@ -164,7 +164,7 @@ def test_what_a_quantised_weight_moves():
     int8, nf4 = (storage_of(of(jnp.ones((128, 8)))) for of in quantised.KINDS.values())
     assert int8.size(128, 8) == 128 * 8 + 4 * 8 and int8.granule == 32
     assert nf4.size(128, 8) == 64 * 8 + 2 * 4 * 8 and nf4.granule == 512
-    floats = kernel.Shape(512, 4096, 1024, R=16, itemsize=2, gate_itemsize=4)
+    floats = kernel.LoraShape(512, 4096, 1024, R=16, itemsize=2, gate_itemsize=4)
     packed = floats._replace(weight=int8)
     one = tiles.Tiles(256, 512, 1024)
     saved = floats.traffic(one) - packed.traffic(one)
@@ -231,7 +231,7 @@ def test_a_weight_that_is_trained_gets_its_gradient(dtype):
 
 
 def test_the_cost_of_one_block_and_of_many_by_hand():
-    shape = kernel.Shape(T=512, K=128, N=256, R=16, itemsize=2, gate_itemsize=4)
+    shape = kernel.LoraShape(T=512, K=128, N=256, R=16, itemsize=2, gate_itemsize=4)
     chosen, cost = kernel.tiling(shape)
     assert chosen == (256, 128, 256)  # Two blocks of rows, the rest whole.
     assert cost.flops == 2 * 512 * (128 * 256 + 128 * 16 + 16 * 256)
@@ -248,7 +248,7 @@ def test_the_cost_of_one_block_and_of_many_by_hand():
 @pytest.mark.parametrize("transposed", [False, True])
 def test_one_core_reads_x_and_w_once_where_two_have_a_block_of_rows_each(transposed):
     """Qwen1.5-7B's gate and up with MedCare's banks and dropout, a row of 2,048 tokens."""
-    shape = kernel.Shape(2048, 4096, 11008, 160, 2, 4, True, transposed=transposed)
+    shape = kernel.LoraShape(2048, 4096, 11008, 160, 2, 4, True, transposed=transposed)
     one, _ = kernel.tiling(shape, tiles.room_of(1, 128))
     assert shape.grid(one)[0] == shape.grid(one)[2] == 1
     # All that there is, once, and what of the last block hangs over.

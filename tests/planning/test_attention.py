@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from medmoe_jax.base.splash import block_sizes
-from medmoe_jax.planning.attention import Shape, splash_costs
+from medmoe_jax.planning.attention import AttentionShape, splash_costs
 
 FORWARD, EVALUATED = "splash_mha_fwd_segmented_residuals", "splash_mha_fwd_segmented_no_residuals"
 KEYS, QUERIES = "splash_mha_dkv_segmented_no_residuals", "splash_mha_dq_segmented_no_residuals"
@@ -25,7 +25,7 @@ def visited(T, window, parts, q, k):
 def test_costs(T, window, parts):
     B, H, K, h, itemsize = 3, 6, 2, 64, 2
     kept, passing, keys = block_sizes(T, parts, window, h, itemsize)
-    costs = splash_costs(Shape(B, T, H, K, h, itemsize, parts), [window])
+    costs = splash_costs(AttentionShape(B, T, H, K, h, itemsize, parts), [window])
     own, group = H * (T // parts), K * T
     pairs = visited(T, window, parts, kept, passing)
     product, numbers = 2 * kept * passing * h, h * itemsize
@@ -54,7 +54,7 @@ def test_costs(T, window, parts):
 
 
 def test_layers_of_several_windows_count_by_their_mean():
-    shape = Shape(1, 8192, 4, 1, 256, 2)
+    shape = AttentionShape(1, 8192, 4, 1, 256, 2)
     near, far, mixed = (splash_costs(shape, w) for w in ([512], [0], [512] * 5 + [0]))
     for name in mixed:
         assert mixed[name].flops == pytest.approx((5 * near[name].flops + far[name].flops) / 6)
@@ -66,7 +66,7 @@ def test_layers_of_several_windows_count_by_their_mean():
 def test_long_rows_read_less_than_a_third_of_what_blocks_of_128_read():
     """Llama-3-8B's heads; with blocks of 128 every query head fetched its own keys."""
     T, H, K, h, itemsize = 32768, 32, 8, 128, 2
-    costs = splash_costs(Shape(1, T, H, K, h, itemsize))
+    costs = splash_costs(AttentionShape(1, T, H, K, h, itemsize))
     pairs = 256 * 257 // 2
     before = pairs * 2 * 128 * h * itemsize * H
     for name in (FORWARD, KEYS, QUERIES):

@@ -14,7 +14,7 @@ from medmoe_jax.planning import search
 from medmoe_jax.planning.figures import Figures
 from medmoe_jax.planning.programs import bytes_of, open_abstract, start, training
 from medmoe_jax.planning.roofline import bound
-from medmoe_jax.planning.search import Candidate, Found, Result, candidates, estimate
+from medmoe_jax.planning.search import Candidate, Compiled, SearchResult, candidates, estimate
 
 HERE = Topology("here", CHIPS["v5e"], tuple(jax.devices()))
 CHIP, BASE = HERE.chip, "qwen1.5-0.5b"
@@ -157,7 +157,9 @@ def test_the_table_and_the_json_say_the_same():
     fits = Figures("train", True, 9.0, 1.0, 1.0, bound=bound(CHIP, 197e12, 0))
     not_ = Figures("train", False, 20.0, 1.0, 1.0)
     one = Candidate((1, 8, 1, 1, 1), 2, "dots")
-    result = Result((Found(one, fits), Found(one._replace(remat="none"), not_)), 5, 6, 7)
+    result = SearchResult(
+        (Compiled(one, fits), Compiled(one._replace(remat="none"), not_)), 5, 6, 7
+    )
     figures = search.as_json(result, 4000)
     assert figures["candidates"][0]["tokens_per_second_bound"] == pytest.approx(4000)
     assert figures["candidates"][1] == {

@@ -22,7 +22,7 @@ _SHOWN = 200  # characters of what a server says of itself
 
 
 @dataclass(frozen=True)
-class Endpoint:
+class JudgeEndpoint:
     """Where a judge is asked.
 
     Attributes:
@@ -58,7 +58,7 @@ class Endpoint:
         return self.url.rstrip("/") + "/chat/completions"
 
 
-class Said(NamedTuple):
+class Reply(NamedTuple):
     """What came of a question.
 
     Attributes:
@@ -87,7 +87,9 @@ class _Lost(Exception):
 class Client:
     """Asks an endpoint; several threads may at once. A context manager."""
 
-    def __init__(self, endpoint: Endpoint, sleep: Callable[[float], object] = time.sleep) -> None:
+    def __init__(
+        self, endpoint: JudgeEndpoint, sleep: Callable[[float], object] = time.sleep
+    ) -> None:
         """`sleep` waits between attempts."""
         headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
         self._endpoint, self._sleep = endpoint, sleep
@@ -101,7 +103,7 @@ class Client:
         """Close its connections."""
         self._http.close()
 
-    def ask(self, body: Mapping[str, Any], read: Callable[[str], Any]) -> Said:
+    def ask(self, body: Mapping[str, Any], read: Callable[[str], Any]) -> Reply:
         """The answer to a request, as `read` reads its text; asked again where that gives None.
 
         Raises:
@@ -118,14 +120,14 @@ class Client:
                     self._sleep(seemly if error.wait is None else error.wait)
                 continue
             except _Lost as error:
-                return Said(None, str(error), tokens)
+                return Reply(None, str(error), tokens)
             text, used = _text(answer), _usage(answer)
             tokens = (tokens[0] + used[0], tokens[1] + used[1])
             value = None if text is None else read(text)
             if value is not None:
-                return Said(value, "", tokens)
+                return Reply(value, "", tokens)
             problem = "no text in the answer" if text is None else f"unreadable: {_short(text)}"
-        return Said(None, problem, tokens)
+        return Reply(None, problem, tokens)
 
     def _once(self, body: Mapping[str, Any]) -> Any:
         """What the server answers. Raises _Again, _Lost and UserError."""

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from medmoe_jax.evaluation.intervals import bootstrap
-from medmoe_jax.evaluation.judging.endpoint import Client, Said
-from medmoe_jax.evaluation.judging.questions import Question, answer_of
+from medmoe_jax.evaluation.judging.endpoint import Client, Reply
+from medmoe_jax.evaluation.judging.questions import JudgeQuestion, answer_of
 from medmoe_jax.evaluation.judging.verdicts import Verdicts, key_of
 from medmoe_jax.evaluation.report import titled
 
@@ -27,7 +27,7 @@ class Judge:
     """Whose verdict is asked.
 
     Attributes:
-      place: where it is asked (`Endpoint.place`).
+      place: where it is asked (`JudgeEndpoint.place`).
       model: its name there.
       request: further fields of a request, such as `temperature`.
     """
@@ -36,12 +36,12 @@ class Judge:
     model: str
     request: Mapping[str, Any]
 
-    def body(self, question: Question) -> dict[str, Any]:
+    def body(self, question: JudgeQuestion) -> dict[str, Any]:
         """The request that asks a question."""
         turns = [{"role": "user", "content": question.text}]
         return {"model": self.model, "messages": turns, **self.request}
 
-    def key(self, question: Question) -> str:
+    def key(self, question: JudgeQuestion) -> str:
         """All that decides the verdict, as a hash."""
         return key_of(self.place, self.body(question))
 
@@ -53,7 +53,7 @@ def tokens(text: str) -> int:
 
 
 @dataclass(frozen=True)
-class Cost:
+class JudgingCost:
     """About what judging takes: calls, and tokens read and written. Verdicts at hand cost none."""
 
     calls: int
@@ -65,31 +65,31 @@ class Cost:
         return (self.read * read + self.written * written) / 1e6
 
 
-def cost(judge: Judge, asked: Iterable[Question], known: Verdicts) -> Cost:
+def cost(judge: Judge, asked: Iterable[JudgeQuestion], known: Verdicts) -> JudgingCost:
     """About what the questions cost that have no verdict yet."""
     new = {judge.key(one): tokens(one.text) for one in asked}
     sizes = [size for key, size in new.items() if key not in known]
-    return Cost(len(sizes), sum(sizes), _REPLY * len(sizes))
+    return JudgingCost(len(sizes), sum(sizes), _REPLY * len(sizes))
 
 
 def put(
     judge: Judge,
     client: Client,
-    asked: Sequence[Question],
+    asked: Sequence[JudgeQuestion],
     known: Verdicts,
     parallel: int,
     progress: Callable[[int], object] = lambda done: None,
-) -> list[Said]:
+) -> list[Reply]:
     """What came of each question; a verdict is kept as soon as it is there.
 
     Raises:
       UserError: the endpoint refuses all questions.
     """
 
-    def one(question: Question) -> Said:
+    def one(question: JudgeQuestion) -> Reply:
         key = judge.key(question)
         if key in known:
-            return Said(known[key], "", (0, 0))
+            return Reply(known[key], "", (0, 0))
         said = client.ask(judge.body(question), question.read)
         if said.value is not None:
             known.add(key, said.value)
@@ -106,12 +106,14 @@ def put(
     return out
 
 
-def judged(records: Sequence[dict], asked: Sequence[Question], said: Sequence[Said]) -> list[dict]:
+def judged(
+    records: Sequence[dict], asked: Sequence[JudgeQuestion], said: Sequence[Reply]
+) -> list[dict]:
     """A line for each record that was asked about: its grades, or why it has none.
 
     A rubric of which one criterion has no verdict gives no score.
     """
-    by_record: dict[int, list[tuple[Question, Said]]] = defaultdict(list)
+    by_record: dict[int, list[tuple[JudgeQuestion, Reply]]] = defaultdict(list)
     for question, one in zip(asked, said, strict=True):
         by_record[question.record].append((question, one))
     lines = []

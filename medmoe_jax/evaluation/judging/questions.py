@@ -56,7 +56,7 @@ _CRITERION = (
 
 
 @dataclass(frozen=True)
-class Question:
+class JudgeQuestion:
     """One call to a judge.
 
     Attributes:
@@ -72,14 +72,14 @@ class Question:
     read: Callable[[str], dict[str, Any] | None]
 
 
-def questions(records: Sequence[dict], scales: Sequence[str]) -> Iterator[Question]:
+def questions(records: Sequence[dict], scales: Sequence[str]) -> Iterator[JudgeQuestion]:
     """All that is asked about the free answers of some records; choices are left out."""
     for number, record in enumerate(records):
         if record.get("rubric"):
             for place, criterion in enumerate(record["rubric"]):
                 texts = {**_talk(record), "criterion": criterion["criterion"]}
                 text = _CRITERION.format(material=_MATERIAL, texts=_marked(texts))
-                yield Question(number, place, text, read_met)
+                yield JudgeQuestion(number, place, text, read_met)
         elif not record.get("choices"):
             texts = _talk(record)
             if record["answer"]:
@@ -89,7 +89,7 @@ def questions(records: Sequence[dict], scales: Sequence[str]) -> Iterator[Questi
             text = _SCALES.format(
                 scales=told, material=_MATERIAL, texts=_marked(texts), fields=fields
             )
-            yield Question(number, -1, text, _reader(tuple(scales)))
+            yield JudgeQuestion(number, -1, text, _reader(tuple(scales)))
 
 
 def answer_of(record: dict) -> str:
