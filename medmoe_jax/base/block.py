@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from medmoe_jax.base import attention, rope
-from medmoe_jax.base.cache import Place, append
+from medmoe_jax.base.cache import CacheSlots, append
 from medmoe_jax.base.config import GROUPS, DecoderConfig
 from medmoe_jax.base.decode_attention import decode_attention
 from medmoe_jax.base.execution import Execution
@@ -38,7 +38,7 @@ class Tokens(NamedTuple):
     positions_BxT: jax.Array
     k_segments_BxS: jax.Array
     k_positions_BxS: jax.Array
-    place: Place | None
+    place: CacheSlots | None
     rope: tuple[jax.Array, jax.Array]
     branches: attention.Branches | None
     attend: Callable | None
@@ -134,7 +134,7 @@ def _attention(config, execution, seam, layer: Layer, x_BxTxD, tokens: Tokens, c
     return y["attn.o"], cache, stats | stats_out
 
 
-def _cached(stack_LxBxSxF, new_RxTxKxh, layer, place: Place):
+def _cached(stack_LxBxSxF, new_RxTxKxh, layer, place: CacheSlots):
     """One of keys and values in the cache: `(the cache, those of the rows [R, S, K, h])`."""
     R, T, K, h = new_RxTxKxh.shape
     stack, mine_RxSxF = append(stack_LxBxSxF, new_RxTxKxh.reshape(R, T, K * h), layer, place)

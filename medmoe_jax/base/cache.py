@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from medmoe_jax.base.config import DecoderConfig
 
 
-class Place(NamedTuple):
+class CacheSlots(NamedTuple):
     """Where the tokens given are written.
 
     Attributes:
@@ -42,7 +42,7 @@ class Cache(NamedTuple):
     v: jax.Array  # [L, B, S, F]
     segments: jax.Array  # [B, S] int32
     positions: jax.Array  # [B, S] int32
-    place: Place
+    place: CacheSlots
     lengths_R: jax.Array  # [R] int32
 
 
@@ -58,11 +58,11 @@ def new_cache(
     ids = jnp.zeros((batch, slots), jnp.int32)
     k, v = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
     lengths_B = jnp.full(batch, slots, jnp.int32) if lengths_B is None else lengths_B
-    return Cache(k, v, ids, ids, Place(jnp.zeros(batch, jnp.int32)), lengths_B)
+    return Cache(k, v, ids, ids, CacheSlots(jnp.zeros(batch, jnp.int32)), lengths_B)
 
 
 def append(
-    stack_LxBxS: jax.Array, new_RxT: jax.Array, layer: jax.Array | int, place: Place
+    stack_LxBxS: jax.Array, new_RxT: jax.Array, layer: jax.Array | int, place: CacheSlots
 ) -> tuple[jax.Array, jax.Array]:
     """Write tokens into one layer of a cache: `(the cache, the rows' own slots [R, S, ...])`.
 

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from medmoe_jax.base import attention, cudnn, decode_attention, rope, splash, trees
 from medmoe_jax.base.block import Layer, Tokens, block, rms_norm
-from medmoe_jax.base.cache import Cache, Place, moved, note
+from medmoe_jax.base.cache import Cache, CacheSlots, moved, note
 from medmoe_jax.base.config import GROUPS, DecoderConfig, site_shapes
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.base.seam import BareSeam, Context, LayerRange, Params, activation
@@ -177,7 +177,7 @@ def _flash(config: DecoderConfig, execution: Execution, tokens: int) -> Callable
     return None
 
 
-def _one_by_one(execution: Execution, place: Place, tokens: int) -> bool:
+def _one_by_one(execution: Execution, place: CacheSlots, tokens: int) -> bool:
     """Whether every row of the cache reads one token, and the kernel for that is to run."""
     return tokens == 1 and place.rows_R is None and decode_attention.serves(execution)
 

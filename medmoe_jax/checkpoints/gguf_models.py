@@ -23,7 +23,7 @@ from medmoe_jax.checkpoints.gguf_architectures import (
 )
 from medmoe_jax.checkpoints.gguf_file import GgufFile, GgufTensor, open_gguf
 from medmoe_jax.checkpoints.hf_config import config_from_hf
-from medmoe_jax.checkpoints.placing import place_all
+from medmoe_jax.checkpoints.placing import fill_all
 from medmoe_jax.errors import UserError
 
 
@@ -61,7 +61,7 @@ def load(
         for name, tensor in _plan(arch, config).items()
         for part in tensor.parts
     )
-    return config, place_all(config, parts, dtype, shardings, quantise)
+    return config, fill_all(config, parts, dtype, shardings, quantise)
 
 
 def _plan(arch: Architecture, config: DecoderConfig) -> dict[str, families.Tensor]:

@@ -36,7 +36,7 @@ from medmoe_jax.checkpoints.files import (
 )
 from medmoe_jax.checkpoints.folded import FoldedWeights
 from medmoe_jax.checkpoints.hf_config import config_from_hf, config_to_hf, unknown_fields
-from medmoe_jax.checkpoints.placing import place_all
+from medmoe_jax.checkpoints.placing import fill_all
 from medmoe_jax.checkpoints.safetensors_files import (
     INDEX,
     SINGLE,
@@ -152,7 +152,7 @@ def load(
             for tensor in plan
             for part in tensor.parts
         )
-        return config, place_all(config, parts, dtype, shardings, quantise)
+        return config, fill_all(config, parts, dtype, shardings, quantise)
 
 
 def notes(folder: Path) -> tuple[str, ...]:

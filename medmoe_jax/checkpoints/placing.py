@@ -29,7 +29,7 @@ _PIECE_BYTES = 2**25  # of a tensor without layers, read at once
 Reader = tuple[tuple, Callable[[tuple[slice, ...]], np.ndarray]]
 
 
-def place_all(
+def fill_all(
     config: DecoderConfig,
     parts: Iterable[tuple[families.Part, Callable]],
     dtype: DTypeLike,
@@ -55,11 +55,11 @@ def place_all(
     for path, leaf in trees.flatten(decoder.abstract(config, np.dtype(dtype))):
         sharding = trees.get(shardings, path) if shardings is not None else here
         encode = quantised.encoder(quantise, path)
-        leaves.append((path, place(path, leaf, sharding, readers[path], encode)))
+        leaves.append((path, fill(path, leaf, sharding, readers[path], encode)))
     return trees.unflatten(leaves)
 
 
-def place(
+def fill(
     path: str,
     leaf: jax.ShapeDtypeStruct,
     sharding: Any,

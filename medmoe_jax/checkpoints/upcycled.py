@@ -30,7 +30,7 @@ from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.checkpoints import families, hf_config, huggingface
 from medmoe_jax.checkpoints.files import read_json
 from medmoe_jax.checkpoints.fingerprint import file_fingerprint
-from medmoe_jax.checkpoints.placing import place
+from medmoe_jax.checkpoints.placing import fill
 from medmoe_jax.checkpoints.released import TRAINED, Imported, check_fit
 from medmoe_jax.checkpoints.safetensors_files import INDEX, listed, open_files
 from medmoe_jax.errors import UserError
@@ -205,7 +205,7 @@ def _place_bank(bank: BankSpec, config, pieces: Mapping[str, list], shardings):
 
     def leaf(path, struct, sharding):
         source = f"layers.{path_name(path).replace('.experts', '.kernel')}"
-        return place(source, struct, sharding, pieces[source])
+        return fill(source, struct, sharding, pieces[source])
 
     return jax.tree_util.tree_map_with_path(leaf, abstract, shardings(abstract))
 
@@ -220,6 +220,6 @@ def _place_base(config, trained, pieces: Mapping[str, list], before, shardings):
         readers = pieces.get(path, [])
         whole = not path.startswith("layers.") or len(readers) == config.n_layers
         start = None if whole else trees.get(before, path)
-        return place(path, leaf, trees.get(where, path), readers, start=start)
+        return fill(path, leaf, trees.get(where, path), readers, start=start)
 
     return trees.unflatten((path, placed(path, leaf)) for path, leaf in trees.flatten(tree))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from medmoe_jax.adapters.model import AdaptedConfig
-from medmoe_jax.base.cache import Cache, Place, append
+from medmoe_jax.base.cache import Cache, CacheSlots, append
 from medmoe_jax.base.loss import logits
 from medmoe_jax.inference.drawing import Drawn, Law, pick, told
 from medmoe_jax.inference.forward import Weights, forward
@@ -102,7 +102,7 @@ def resized(config: AdaptedConfig, slots: int, x: jax.Array) -> jax.Array:
     return _pinned(config, jnp.pad(x, widths))
 
 
-def _run(config: AdaptedConfig, weights: Weights, state: State, now: Now, place: Place):
+def _run(config: AdaptedConfig, weights: Weights, state: State, now: Now, place: CacheSlots):
     """`(head, x_RxTxD, state, ids_RxS)` after the tokens were read."""
     T, ids = now.tokens_RxT.shape[1], state.ids
     offsets_1xT = jnp.arange(T, dtype=jnp.int32)[None]
@@ -150,7 +150,7 @@ def read(
       rows_R: int32, the row of the state that each is; one that is not there is not kept.
       sources_R: int32, the row of the state that holds the `written_R` tokens before.
     """
-    place = Place(now.written_R, rows_R, sources_R)
+    place = CacheSlots(now.written_R, rows_R, sources_R)
     head, x_RxTxD, state, ids_RxS = _run(config, weights, state, now, place)
     last_Rx1x1 = jnp.maximum(now.counts_R - 1, 0)[:, None, None]
     x_Rx1xD = jnp.take_along_axis(x_RxTxD, last_Rx1x1, axis=1)
@@ -198,7 +198,7 @@ def go_on(
 
     def one(carry):
         n, state, now, out, ripe_R = carry
-        head, x_Rx1xD, state, ids_RxS = _run(config, weights, state, now, Place(now.written_R))
+        head, x_Rx1xD, state, ids_RxS = _run(config, weights, state, now, CacheSlots(now.written_R))
         drawn = _drawn(config, alternatives, head, x_Rx1xD, ids_RxS, now)
         out = jax.tree.map(lambda all_, new: all_.at[n].set(new), out, drawn)
         now = now._replace(

@@ -75,7 +75,7 @@ class Traffic(NamedTuple):
     dcn: float
 
 
-class Places(NamedTuple):
+class Extent(NamedTuple):
     """What a program runs on: devices of a slice, and slices."""
 
     devices: int
@@ -126,7 +126,7 @@ def count(
     """
     entry, computations = parse(text)
     devices = re.search(r"\bnum_partitions=(\d+)", text)
-    places = Places(int(devices[1]) if devices else 1, slices)
+    places = Extent(int(devices[1]) if devices else 1, slices)
     counter = _Counter(computations, kernels or {}, places, turns)
     counter.run(computations[entry], 1)
     return counter.counts()
@@ -139,7 +139,7 @@ class _Counter:
         self,
         computations: Mapping[str, Computation],
         kernels: Mapping[str, Cost],
-        places: Places,
+        places: Extent,
         turns: int | None,
     ):
         self.computations = computations

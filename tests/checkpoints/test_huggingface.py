@@ -315,7 +315,7 @@ def test_all_problems_are_listed_at_once(tmp_path, tensors):
 
 def test_nothing_is_loaded_from_a_broken_checkpoint(tmp_path, tensors, monkeypatch):
     write(tmp_path, QWEN2, {k: v for k, v in tensors.items() if k != "model.norm.weight"})
-    monkeypatch.setattr(huggingface, "place_all", lambda *_: pytest.fail("something was loaded"))
+    monkeypatch.setattr(huggingface, "fill_all", lambda *_: pytest.fail("something was loaded"))
     broken(tmp_path, r"model\.norm\.weight: missing")
 
 
