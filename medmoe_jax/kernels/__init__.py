@@ -11,5 +11,5 @@ One convention holds for the whole room. Every public function takes `backend`:
 The caller chooses; no kernel looks at the machine it runs on, and none falls back. A shape that a
 kernel cannot tile is a UserError when the function is traced. Blocks and values fit 48 MiB of the
 64 that VMEM has on the smallest chip, a core of v5p; `lora_linear` is told what a device has
-(`tiles.Room`). Kernels see one device: under a mesh, call them inside `jax.shard_map`.
+(`tiles.KernelMemory`). Kernels see one device: under a mesh, call them inside `jax.shard_map`.
 """

@@ -41,7 +41,7 @@ from medmoe_jax.kernels.quantised import Quantised, Storage, storage_of
 from medmoe_jax.kernels.tiles import (
     LANES,
     SMALLEST,
-    Room,
+    KernelMemory,
     Tiles,
     ceil_div,
     cheapest,
@@ -143,7 +143,7 @@ def fits(
     R: int,
     dtype: DTypeLike,
     weight: jax.Array | Quantised,
-    room: Room = SMALLEST,
+    memory: KernelMemory = SMALLEST,
 ) -> bool:
     """Whether the kernel can tile these shapes, forward and backward, with all it may be given.
 
@@ -151,7 +151,7 @@ def fits(
       T, D, O, R: tokens, widths and rank columns of one device.
       dtype: of x.
       weight: W, of which only the form counts.
-      room: what the device has.
+      memory: what the device has.
     """
     itemsize, stored = jnp.dtype(dtype).itemsize, storage_of(weight)
     if stored and not stored.holds(D):
@@ -160,16 +160,16 @@ def fits(
         LoraShape(T, D, O, R, itemsize, 4, True, stored),
         LoraShape(T, O, D, R, itemsize, 4, True, stored, transposed=True),
     )
-    return all(fitting(_candidates(shape, room.cores), shape.vmem, room) for shape in both)
+    return all(fitting(_candidates(shape, memory.cores), shape.vmem, memory) for shape in both)
 
 
-def tiling(shape: LoraShape, room: Room = SMALLEST) -> tuple[Tiles, pl.CostEstimate]:
+def tiling(shape: LoraShape, memory: KernelMemory = SMALLEST) -> tuple[Tiles, pl.CostEstimate]:
     """Blocks of the kernel, and its cost.
 
     Where all of K fits, x is fetched once and W once for each block of rows.
     """
     what = f"a [{shape.K}, {shape.N}] weight beside {shape.R} rank columns"
-    t = cheapest(what, _candidates(shape, room.cores), shape.vmem, shape.traffic, room)
+    t = cheapest(what, _candidates(shape, memory.cores), shape.vmem, shape.traffic, memory)
     nm, nn, nk = shape.grid(t)
     rows = nm * t.m
     k = (nk - 1) * t.k + _whole_lanes(shape.K, t.k)
@@ -301,7 +301,15 @@ def _weight_blocks(weight: Storage | None, t: Tiles, transposed: bool) -> list[p
 
 
 def _pallas(
-    x_TxK, w_KxN, a_KxR, gate_TxR, b_RxN, dropout, transposed: bool, backend: str, room: Room
+    x_TxK,
+    w_KxN,
+    a_KxR,
+    gate_TxR,
+    b_RxN,
+    dropout,
+    transposed: bool,
+    backend: str,
+    memory: KernelMemory,
 ):
     """`(y, h)`; where `transposed`, W, A and B are given as `[N, K]`, `[R, K]` and `[N, R]`."""
     T, K = x_TxK.shape
@@ -311,7 +319,7 @@ def _pallas(
     shape = LoraShape(
         T, K, N, R, x_TxK.dtype.itemsize, gate_itemsize, dropout is not None, weight, transposed
     )
-    t, cost = tiling(shape, room)
+    t, cost = tiling(shape, memory)
     grid = shape.grid(t)
     last_k = grid[2] - 1
 
@@ -359,7 +367,7 @@ def _pallas(
             pltpu.VMEM((t.m, R), x_TxK.dtype),
         ],
         cost_estimate=cost,
-        **options(backend, ("parallel", "arbitrary", "arbitrary"), room.limit),
+        **options(backend, ("parallel", "arbitrary", "arbitrary"), memory.limit),
         name="lora_linear",
     )(x_TxK, a_KxR, b_RxN, jax.tree.leaves(w_KxN), list(gates), list(words))
     # A loop that stacks a result would take the kernel into its own fusion, where the VMEM that it
@@ -387,28 +395,37 @@ def _xla(x_TxK, w_KxN, a_KxR, gate_TxR, b_RxN, dropout, transposed: bool):
     return (_dot(x_TxK, w_KxN, transposed) + low_rank_TxN).astype(x_TxK.dtype), h_TxR
 
 
-def _forward(x, w, a, gate, b, dropout, transposed, backend, room):
+def _forward(x, w, a, gate, b, dropout, transposed, backend, memory):
     if backend == "xla" or storage_of(w) is None:
         w = w.astype(x.dtype)
     operands = (x, w, a.astype(x.dtype), gate, b.astype(x.dtype), dropout, transposed)
-    return _xla(*operands) if backend == "xla" else _pallas(*operands, backend, room)
+    return _xla(*operands) if backend == "xla" else _pallas(*operands, backend, memory)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
 def _lora_linear(
-    x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, counter, rate: float, backend, columns, room: Room
+    x_TxD,
+    w_DxO,
+    a_DxR,
+    gate_TxR,
+    b_RxO,
+    counter,
+    rate: float,
+    backend,
+    columns,
+    memory: KernelMemory,
 ):
     dropout = None if counter is None else Dropout(counter, rate)
-    return _forward(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, dropout, False, backend, room)[0]
+    return _forward(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, dropout, False, backend, memory)[0]
 
 
-def _lora_linear_fwd(x, w, a, gate, b, counter, rate, backend, columns, room):
+def _lora_linear_fwd(x, w, a, gate, b, counter, rate, backend, columns, memory):
     """Each argument comes as its value and whether its derivative is asked for."""
     x_TxD, a_DxR, b_RxO = x.value, a.value, b.value
     w_DxO = jax.tree.map(lambda leaf: leaf.value, w)
     gate_TxR = None if gate is None else gate.value
     dropout = None if counter is None else Dropout(Counter(*(c.value for c in counter)), rate)
-    y_TxO, h_TxR = _forward(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, dropout, False, backend, room)
+    y_TxO, h_TxR = _forward(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, dropout, False, backend, memory)
     # For the policies of `jax.checkpoint`: who keeps h need not run the kernel again for it.
     y_TxO, h_TxR = checkpoint_name(y_TxO, PRODUCT), checkpoint_name(h_TxR, columns)
     trained = w_DxO if storage_of(w_DxO) is None and w.perturbed else None
@@ -416,11 +433,11 @@ def _lora_linear_fwd(x, w, a, gate, b, counter, rate, backend, columns, room):
     return y_TxO, (x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, counter, h_TxR, trained)
 
 
-def _lora_linear_bwd(rate, backend, columns, room, saved, dy_TxO):
+def _lora_linear_bwd(rate, backend, columns, memory, saved, dy_TxO):
     del columns
     x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, counter, h_TxR, trained = saved
     dropout = None if counter is None else Dropout(counter, rate)
-    dx_TxD, dh_TxR = _forward(dy_TxO, w_DxO, b_RxO, gate_TxR, a_DxR, dropout, True, backend, room)
+    dx_TxD, dh_TxR = _forward(dy_TxO, w_DxO, b_RxO, gate_TxR, a_DxR, dropout, True, backend, memory)
 
     def over_tokens(left, right, dtype):
         dims = (((0,), (0,)), ((), ()))
@@ -447,7 +464,7 @@ def lora_linear(
     backend: str,
     columns: str = RANK_COLUMNS,
     dropout: Dropout | None = None,
-    room: Room = SMALLEST,
+    memory: KernelMemory = SMALLEST,
 ) -> jax.Array:
     """`y = x·W + ((drop(x)·A) ∘ gate)·B`: a frozen linear layer and all banks of its site.
 
@@ -460,7 +477,7 @@ def lora_linear(
       backend: see `medmoe_jax.kernels`.
       columns: the name by which a policy of `jax.checkpoint` may keep x·A; that of y is PRODUCT.
       dropout: on the input of A; its counter has words `[T]` and `[D]`. None = none.
-      room: what the device has.
+      memory: what the device has.
 
     Returns:
       `y_TxO` in x's dtype, accumulated in float32.
@@ -492,4 +509,6 @@ def lora_linear(
     if stored and not stored.holds(D):
         raise UserError(f"w_DxO is quantised in whole blocks, which its {D} rows do not fill")
     counter, rate = (None, 0.0) if dropout is None else dropout
-    return _lora_linear(x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, counter, rate, backend, columns, room)
+    return _lora_linear(
+        x_TxD, w_DxO, a_DxR, gate_TxR, b_RxO, counter, rate, backend, columns, memory
+    )

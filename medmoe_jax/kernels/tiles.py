@@ -29,7 +29,7 @@ class Tiles(NamedTuple):
     n: int
 
 
-class Room(NamedTuple):
+class KernelMemory(NamedTuple):
     """What a kernel may take of a device.
 
     Attributes:
@@ -44,18 +44,18 @@ class Room(NamedTuple):
     blocks: int
 
 
-def room_of(cores: int, vmem_mib: int) -> Room:
-    """The room on a device of so many cores with so many MiB of VMEM each.
+def kernel_memory(cores: int, vmem_mib: int) -> KernelMemory:
+    """The memory on a device of so many cores with so many MiB of VMEM each.
 
     A kernel leaves the compiler a quarter, and half of 128 MiB: the arrays that it keeps there from
     one kernel to the next save more traffic than larger blocks do.
     """
     limit = min(vmem_mib * 3 // 4, 64) * 2**20
-    return Room(cores, limit, limit * 7 // 12)
+    return KernelMemory(cores, limit, limit * 7 // 12)
 
 
 # Of two cores with 64 MiB each, as v5p has: it suits every chip.
-SMALLEST = room_of(2, 64)
+SMALLEST = kernel_memory(2, 64)
 
 
 def check_backend(backend: str) -> None:
@@ -87,9 +87,11 @@ def ceil_div(dividend: Size, divisor: int) -> Size:
     return -(-dividend // divisor)
 
 
-def fitting(candidates: Sequence[Tiles], vmem: Callable[[Tiles], int], room: Room) -> list[Tiles]:
+def fitting(
+    candidates: Sequence[Tiles], vmem: Callable[[Tiles], int], memory: KernelMemory
+) -> list[Tiles]:
     """The candidates whose blocks, of `vmem(candidate)` bytes, fit VMEM."""
-    return [tiles for tiles in candidates if vmem(tiles) <= room.blocks]
+    return [tiles for tiles in candidates if vmem(tiles) <= memory.blocks]
 
 
 def cheapest(
@@ -97,7 +99,7 @@ def cheapest(
     candidates: Sequence[Tiles],
     vmem: Callable[[Tiles], int],
     traffic: Callable[[Tiles], int],
-    room: Room,
+    memory: KernelMemory,
 ) -> Tiles:
     """The candidate of least HBM traffic among those whose blocks fit VMEM; of equals, the first.
 
@@ -105,15 +107,15 @@ def cheapest(
       what: the kernel and its shapes, for the error.
       candidates: block sizes.
       vmem, traffic: functions of a candidate, in bytes.
-      room: what the device has.
+      memory: what the device has.
 
     Raises:
       UserError: none fits.
     """
-    possible = fitting(candidates, vmem, room)
+    possible = fitting(candidates, vmem, memory)
     if not possible:
         raise UserError(
-            f"no blocks of {what} fit {room.blocks // 2**20} MiB of VMEM; use the backend 'xla'"
+            f"no blocks of {what} fit {memory.blocks // 2**20} MiB of VMEM; use the backend 'xla'"
         )
     return min(possible, key=traffic)
 

@@ -20,7 +20,7 @@ from medmoe_jax.base.seam import add_bias
 from medmoe_jax.kernels import lora_linear as kernel
 from medmoe_jax.kernels.dropout import Counter, Dropout
 from medmoe_jax.kernels.quantised import storage_of
-from medmoe_jax.kernels.tiles import SMALLEST, Room, room_of
+from medmoe_jax.kernels.tiles import SMALLEST, KernelMemory, kernel_memory
 from medmoe_jax.parallel.rules import RULES, row_parallel, spec_for
 from medmoe_jax.parallel.topology import CHIPS
 from medmoe_jax.routing import dense
@@ -33,12 +33,12 @@ KEPT = {
     "full": (kernel.LAST_RANK_COLUMNS,),
 }
 
-_ROOMS = {chip.kind: room_of(chip.cores, chip.vmem_mib) for chip in CHIPS.values()}
+_MEMORIES = {chip.kind: kernel_memory(chip.cores, chip.vmem_mib) for chip in CHIPS.values()}
 
 
-def room(device: jax.Device) -> Room:
+def memory(device: jax.Device) -> KernelMemory:
     """What the kernel may take of a device; what suits every chip where it is not a known one."""
-    return _ROOMS.get(device.device_kind, SMALLEST)
+    return _MEMORIES.get(device.device_kind, SMALLEST)
 
 
 def linear(
@@ -81,7 +81,7 @@ def _fits(execution: Execution, site, x_BxTxD, kernel_DxO, terms: Sequence[LoraT
     )
     R = sum(t.lora_a_DxExr.shape[1] * t.lora_a_DxExr.shape[2] for t in terms)
     tokens, dtype = execution.local_tokens(B, T), x_BxTxD.dtype
-    return kernel.fits(tokens, D, O, R, dtype, kernel_DxO, room(execution.device))
+    return kernel.fits(tokens, D, O, R, dtype, kernel_DxO, memory(execution.device))
 
 
 def _product(execution: Execution, site: str, x_BxTxD, kernel_DxO, terms: Sequence[LoraTerm]):
@@ -93,7 +93,7 @@ def _product(execution: Execution, site: str, x_BxTxD, kernel_DxO, terms: Sequen
     # the gradient of a sum costs no exchange.
     run = execution.per_device(
         functools.partial(
-            _local, execution.backend, room(execution.device), row_parallel(site), rate
+            _local, execution.backend, memory(execution.device), row_parallel(site), rate
         ),
         (
             execution.spec(T, on_in),
@@ -150,7 +150,7 @@ def _flat(execution: Execution, site: str, term: LoraTerm):
 
 def _local(
     backend: str,
-    room: Room,
+    memory: KernelMemory,
     last: bool,
     rate: float,
     x_BxTxD,
@@ -184,7 +184,7 @@ def _local(
         backend=backend,
         columns=columns,
         dropout=dropout,
-        room=room,
+        memory=memory,
     )
     return y_TxO.reshape(1, *x_BxTxD.shape[:2], O)
 

@@ -124,7 +124,7 @@ def test_blocks_for_what_a_chip_has(slice_name, D, O):
 def linear_step(slice_name, T, D, O, R, gated, dtype, rate, kind):
     """The layer and its gradient, compiled with the blocks of that chip."""
     slice_ = topology.describe(slice_name)
-    room = fused.room(slice_.devices[0])
+    memory = fused.memory(slice_.devices[0])
     x, w, a, gate, b, dy = shaped(
         (dtype, T, D), (dtype, D, O), (f32, D, R), (f32, T, R), (f32, R, O), (dtype, T, O)
     )
@@ -135,7 +135,7 @@ def linear_step(slice_name, T, D, O, R, gated, dtype, rate, kind):
         dropout = Dropout(words, rate) if rate else None
 
         def f(x, a, gate, b):
-            return lora_linear(x, w, a, gate, b, backend="pallas", dropout=dropout, room=room)
+            return lora_linear(x, w, a, gate, b, backend="pallas", dropout=dropout, memory=memory)
 
         y, vjp = jax.vjp(f, x, a, gate, b)
         return y, vjp(dy)

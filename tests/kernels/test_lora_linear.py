@@ -44,7 +44,17 @@ def naive(x, w, a, gate, b, dy, mask=1.0):
 
 
 def run(
-    x, w, a, gate, b, dy, backend, dtype=jnp.float32, plain=None, dropout=None, room=tiles.SMALLEST
+    x,
+    w,
+    a,
+    gate,
+    b,
+    dy,
+    backend,
+    dtype=jnp.float32,
+    plain=None,
+    dropout=None,
+    memory=tiles.SMALLEST,
 ):
     """What `naive` gives, by the kernel or by `plain`; x, w and dy in `dtype`, else float32."""
     x, dy = (jnp.asarray(v, dtype) for v in (x, dy))
@@ -57,7 +67,7 @@ def run(
         def f(x, a, gate, b):
             if plain is not None:
                 return plain(x, w, a, gate, b)
-            told = {"backend": backend, "dropout": dropout, "room": room}
+            told = {"backend": backend, "dropout": dropout, "memory": memory}
             return kernel.lora_linear(x, w, a, gate, b, **told)
 
         y, vjp = jax.vjp(f, x, a, gate, b)
@@ -105,25 +115,25 @@ def test_blocks_in_every_dimension_with_tails(monkeypatch, dropping):
     monkeypatch.setattr(kernel, "STRIP", 96)  # Two of a block and a rest; zeros begin within one.
     arrays = problem(T=150, D=300, O=270)
     # Too little for all of the contracted width, in either direction.
-    room = tiles.SMALLEST._replace(blocks=1_070_000 if dropping else 990_000)
+    memory = tiles.SMALLEST._replace(blocks=1_070_000 if dropping else 990_000)
     for K, N in ((300, 270), (270, 300)):
         shape = kernel.LoraShape(150, K, N, R=6, itemsize=4, gate_itemsize=4, dropout=dropping)
-        chosen, _ = kernel.tiling(shape, room)
+        chosen, _ = kernel.tiling(shape, memory)
         assert shape.grid(chosen) == (2, 2, 2) and K % chosen.k and N % chosen.n
     dropout, mask = draw(150, 300) if dropping else (None, 1.0)
-    actual = run(*arrays, "interpret", dropout=dropout, room=room)
+    actual = run(*arrays, "interpret", dropout=dropout, memory=memory)
     assert_equal(actual, naive(*arrays, mask))
 
 
 def test_whole_lanes_that_hang_over_are_not_computed():
     """In values, and in the count of products."""
     D, O, R = 640, 384, 6
-    arrays, room = problem(T=32, D=D, O=O), tiles.SMALLEST._replace(blocks=700_000)
+    arrays, memory = problem(T=32, D=D, O=O), tiles.SMALLEST._replace(blocks=700_000)
     for K, N in ((D, O), (O, D)):
-        chosen, cost = kernel.tiling(kernel.LoraShape(32, K, N, R, 4, 4), room)
+        chosen, cost = kernel.tiling(kernel.LoraShape(32, K, N, R, 4, 4), memory)
         assert K % chosen.k == N % chosen.n == 128
         assert cost.flops == 2 * 32 * (K * N + K * R + N * R)
-    assert_equal(run(*arrays, "interpret", room=room), naive(*arrays))
+    assert_equal(run(*arrays, "interpret", memory=memory), naive(*arrays))
     # Qwen1.5-7B, whose feed-forward network is 43 times 256 wide.
     _, cost = kernel.tiling(kernel.LoraShape(2048, 4096, 11008, 160, 2, 4))
     assert cost.flops == 2 * 2048 * (4096 * 11008 + (4096 + 11008) * 160)
@@ -147,16 +157,16 @@ def test_blocks_of_a_quantised_weight(kind):
     D, O = 1088, 270
     x, w, a, gate, b, dy = problem(T=150, D=D, O=O)
     packed = quantised.KINDS[kind](jnp.float32(w))
-    room = tiles.SMALLEST._replace(blocks=3_000_000)
+    memory = tiles.SMALLEST._replace(blocks=3_000_000)
     for transposed, (K, N) in enumerate(((D, O), (O, D))):
         stored = storage_of(packed)
         shape = kernel.LoraShape(150, K, N, 6, 4, 4, False, stored, bool(transposed))
-        chosen, _ = kernel.tiling(shape, room)
+        chosen, _ = kernel.tiling(shape, memory)
         cut = chosen.n if transposed else chosen.k
         assert cut < D and D % cut and cut % stored.granule == 0
     values = np.asarray(packed.astype(jnp.float32), np.float64)
     expected = naive(x, values, a, gate, b, dy)
-    assert_equal(run(x, packed, a, gate, b, dy, "interpret", room=room), expected)
+    assert_equal(run(x, packed, a, gate, b, dy, "interpret", memory=memory), expected)
 
 
 def test_what_a_quantised_weight_moves():
@@ -249,7 +259,7 @@ def test_the_cost_of_one_block_and_of_many_by_hand():
 def test_one_core_reads_x_and_w_once_where_two_have_a_block_of_rows_each(transposed):
     """Qwen1.5-7B's gate and up with MedCare's banks and dropout, a row of 2,048 tokens."""
     shape = kernel.LoraShape(2048, 4096, 11008, 160, 2, 4, True, transposed=transposed)
-    one, _ = kernel.tiling(shape, tiles.room_of(1, 128))
+    one, _ = kernel.tiling(shape, tiles.kernel_memory(1, 128))
     assert shape.grid(one)[0] == shape.grid(one)[2] == 1
     # All that there is, once, and what of the last block hangs over.
     a, b, x_w_y = 160 * 4096, 160 * 11008, 2048 * 4096 + 4096 * 11008 + 2048 * 11008

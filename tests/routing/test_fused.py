@@ -236,13 +236,15 @@ def test_what_runs_by_a_kernel(monkeypatch):
 
 def test_the_kernel_is_told_what_a_device_has():
     def of(kind):
-        return fused.room(types.SimpleNamespace(device_kind=kind))
+        return fused.memory(types.SimpleNamespace(device_kind=kind))
 
-    rooms = {name: of(chip.kind) for name, chip in CHIPS.items()}
-    assert {name: room.cores for name, room in rooms.items()} == dict(v5e=1, v5p=2, v6e=1, v7x=1)
-    assert rooms["v5e"] == rooms["v6e"] and rooms["v6e"].limit == 64 * 2**20
-    assert rooms["v5p"] == of("cpu") == tiles.SMALLEST == (2, 48 * 2**20, 28 * 2**20)
-    assert rooms["v7x"] == tiles.SMALLEST._replace(cores=1)
+    memories = {name: of(chip.kind) for name, chip in CHIPS.items()}
+    assert {name: memory.cores for name, memory in memories.items()} == dict(
+        v5e=1, v5p=2, v6e=1, v7x=1
+    )
+    assert memories["v5e"] == memories["v6e"] and memories["v6e"].limit == 64 * 2**20
+    assert memories["v5p"] == of("cpu") == tiles.SMALLEST == (2, 48 * 2**20, 28 * 2**20)
+    assert memories["v7x"] == tiles.SMALLEST._replace(cores=1)
 
 
 def test_sites_are_fused_in_the_order_of_their_weights():
