@@ -25,7 +25,8 @@ def ends(monkeypatch):
         raise SystemExit
 
     monkeypatch.setattr(RollCall, "_end", end)
-    return seen
+    yield seen
+    settle(lambda: not watching())  # or the next test would hear of this one's
 
 
 def meet(count, present, stranger=b""):
@@ -72,7 +73,8 @@ def test_one_that_dies_is_named_by_all_others(ends):
 def test_process_0_is_named_too(ends):
     first, _ = meet(2, (0, 1))
     first._links[1].shutdown(socket.SHUT_RDWR)
-    settle(lambda: ([0], "0") in ends)
+    settle(lambda: len(ends) == 2)  # process 0 sees its link end as well
+    assert sorted(ends) == [([0], "0"), ([1], "1")]
 
 
 def test_who_leaves_in_good_order_is_not_missed(ends):
