@@ -71,81 +71,110 @@ def test_a_run_that_loses_a_process_and_is_asked_to_stop(tmp_path, config):
     assert_near(workdir, reference)
 
 
-COMMANDS = """
-import os, sys
+TRAIN_AND_GO_ON = """
+import json, os, sys
 sys.argv[0] = "medmoe"
 from medmoe_jax.cli.main import main
-config, workdir, rows, items, out, *mesh = sys.argv[1:]
-model = [config, f"--workdir={workdir}", *mesh]
-status = main(["train", *model, "--config.run.save_every=5"])
+train, *after = json.loads(sys.argv[1])
+status = main(train)
 del os.environ["MEDMOE_COORDINATOR"], os.environ["MEDMOE_PROCESSES"], os.environ["MEDMOE_PROCESS"]
-status += main(["score", *model, f"--input={rows}", f"--output={out}/scored.jsonl"])
-status += main(["generate", *model, f"--input={rows}", f"--output={out}/answers.jsonl",
-                "--max-tokens=8"])
-status += main(["eval", *model, f"--tasks={items}", f"--output={out}"])
-status += main(["export", *model, "--format=hf", f"--output={out}/hf"])
-status += main(["analyze", "routing", *model, "--stage=aggregate", "--data=knowledge", "--limit=6",
-                f"--out={out}/routing"])
-sys.exit(status)
+sys.exit(status + sum(map(main, after)))
 """
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [{}, {"fsdp": 1, "sequence": 4, "tensor": 2}],
-    ids=["rows-apart", "rows-shared"],
-)
-def test_training_and_every_command_after_it(tmp_path, config, sizes):
-    """Each process with rows of its own, and both with half of the tokens of every row."""
-    _, reference = tiny.trained()
+@pytest.fixture
+def commands(tmp_path):
+    """`(name, model, out)` to a command after training that writes into a folder."""
+    pairs = zip(tiny.DRUGS[:3], tiny.USES[:3], strict=True)
     rows = tiny.write_rows(
         tmp_path / "rows.jsonl",
-        [
-            {"prompt": f"What is {drug} for?", "completion": f"It is for {use}."}
-            for drug, use in zip(tiny.DRUGS[:3], tiny.USES[:3], strict=True)
-        ],
+        [{"prompt": f"What is {a} for?", "completion": f"It is for {b}."} for a, b in pairs],
     )
     items = tiny.write_rows(
         tmp_path / "items.jsonl",
         [{"prompt": "aspirin: yes or no, pain?", "answer": "yes", "choices": ["yes", "no"]}],
     )
-    two, one = tmp_path / "two", tmp_path / "one"
-    mesh = [f"--config.run.mesh.{axis}={size}" for axis, size in sizes.items()]
-    command = [config, f"{tmp_path / 'w'}", str(rows), str(items), str(two), *mesh]
-    with Several(tmp_path, [command] * 2, ("-c", COMMANDS)) as both:
-        assert both.statuses() == [0, 0], both.printed(0) + both.printed(1)
-        assert "3 rows scored" in both.printed(0) and "rows" not in both.printed(1)
-    assert_near(tmp_path / "w", reference)
-    model = [config, f"--workdir={tmp_path / 'w'}"]
-    assert main(["score", *model, f"--input={rows}", f"--output={one / 'scored.jsonl'}"]) == 0
-    generate = ["--max-tokens=8", f"--input={rows}", f"--output={one / 'answers.jsonl'}"]
-    assert main(["generate", *model, *generate]) == 0
-    assert main(["eval", *model, f"--tasks={items}", f"--output={one}"]) == 0
-    assert main(["export", *model, "--format=hf", f"--output={one / 'hf'}"]) == 0
-    routing = ["--stage=aggregate", "--data=knowledge", "--limit=6", f"--out={one / 'routing'}"]
-    assert main(["analyze", "routing", *model, *routing]) == 0
-    texts = [(folder / "scored.jsonl").read_text() for folder in (two, one)]
-    scored = [[json.loads(line) for line in text.splitlines()] for text in texts]
-    np.testing.assert_allclose(*([row["logprob"] for row in s] for s in scored), rtol=1e-5)
-    for name in ("answers.jsonl", "report.json"):
-        assert (two / name).read_text() == (one / name).read_text()
-    asked = [
-        [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
-        for folder in (two, one)
-    ]
-    # Their scores are sums that two processes and one add up in another order.
+
+    def command(name, model, out):
+        options = {
+            "score": [f"--input={rows}", f"--output={out}/scored.jsonl"],
+            "generate": [f"--input={rows}", f"--output={out}/answers.jsonl", "--max-tokens=8"],
+            "eval": [f"--tasks={items}", f"--output={out}"],
+            "export": ["--format=hf", f"--output={out}/hf"],
+            "analyze": ["--stage=aggregate", "--data=knowledge", "--limit=6", f"--out={out}/use"],
+        }
+        name_of = ["analyze", "routing"] if name == "analyze" else [name]
+        return [*name_of, *model, *options[name]]
+
+    return command
+
+
+def json_lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def same_scores(two, one):
+    a, b = ([row["logprob"] for row in json_lines(w / "scored.jsonl")] for w in (two, one))
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def same_answers(two, one):
+    assert (two / "answers.jsonl").read_text() == (one / "answers.jsonl").read_text()
+
+
+def same_report(two, one):
+    """Scores are sums, which two processes and one add up in another order."""
+    assert (two / "report.json").read_text() == (one / "report.json").read_text()
+    asked = (json_lines(folder / "records.jsonl") for folder in (two, one))
     for a, b in zip(*asked, strict=True):
         scores = [record.pop("scores") for record in (a, b)]
         assert a == b
         np.testing.assert_allclose(*scores, rtol=1e-5)
-    a, b = (json.loads((f / "routing" / "routing.json").read_text()) for f in (two, one))
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x == (y if isinstance(y, str) else pytest.approx(y, rel=1e-3, abs=1e-4))
+
+
+def same_weights(two, one):
     a, b = (load_file(folder / "hf" / "model.safetensors") for folder in (two, one))
     assert a.keys() == b.keys()
     for name, x in a.items():
         np.testing.assert_allclose(x, b[name], rtol=1e-5, atol=1e-6)
+
+
+def same_use(two, one):
+    a, b = (json.loads((folder / "use" / "routing.json").read_text()) for folder in (two, one))
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x == (y if isinstance(y, str) else pytest.approx(y, rel=1e-3, abs=1e-4))
+
+
+SAME = {
+    "score": same_scores,
+    "generate": same_answers,
+    "eval": same_report,
+    "export": same_weights,
+    "analyze": same_use,
+}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "names"),
+    [({}, [*SAME]), ({"fsdp": 1, "sequence": 4, "tensor": 2}, ["score", "analyze"])],
+    ids=["rows-apart", "rows-shared"],
+)
+def test_training_and_commands_after_it(tmp_path, config, commands, sizes, names):
+    """Each process with rows of its own, and both with half of the tokens of every row."""
+    _, reference = tiny.trained()
+    two, one = tmp_path / "two", tmp_path / "one"
+    model = [config, f"--workdir={tmp_path / 'w'}"]
+    mesh = [f"--config.run.mesh.{axis}={size}" for axis, size in sizes.items()]
+    train = ["train", *model, *mesh, "--config.run.save_every=5"]
+    told = json.dumps([train, *(commands(name, [*model, *mesh], two) for name in names)])
+    with Several(tmp_path, [[told]] * 2, ("-c", TRAIN_AND_GO_ON)) as both:
+        assert both.statuses() == [0, 0], both.printed(0) + both.printed(1)
+        assert "3 rows scored" in both.printed(0) and "rows" not in both.printed(1)
+    assert_near(tmp_path / "w", reference)
+    for name in names:
+        assert main(commands(name, model, one)) == 0
+        SAME[name](two, one)
 
 
 AGREE = """
