@@ -126,8 +126,8 @@ def count(
     """
     entry, computations = parse(text)
     devices = re.search(r"\bnum_partitions=(\d+)", text)
-    places = Extent(int(devices[1]) if devices else 1, slices)
-    counter = _Counter(computations, kernels or {}, places, turns)
+    extent = Extent(int(devices[1]) if devices else 1, slices)
+    counter = _Counter(computations, kernels or {}, extent, turns)
     counter.run(computations[entry], 1)
     return counter.counts()
 
@@ -139,12 +139,12 @@ class _Counter:
         self,
         computations: Mapping[str, Computation],
         kernels: Mapping[str, Cost],
-        places: Extent,
+        extent: Extent,
         turns: int | None,
     ):
         self.computations = computations
         self.kernels = kernels
-        self.places = places
+        self.extent = extent
         self.turns = turns
         self.cost = Cost(0.0, 0.0)
         self.largest = Buffer(0, (), "")
@@ -204,7 +204,7 @@ class _Counter:
         names = names or [one.called("true_computation"), one.called("false_computation")]
         tried = []
         for name in names:
-            branch = _Counter(self.computations, self.kernels, self.places, self.turns)
+            branch = _Counter(self.computations, self.kernels, self.extent, self.turns)
             branch.run(self.computations[name], 1)
             tried.append((branch.counts().flops, branch.counts().bytes, name))
         self.run(self.computations[max(tried)[2]], times)
@@ -215,7 +215,7 @@ class _Counter:
         larger = max(sum(a.bytes for a in results), sum(a.bytes for a in operands))
         # Of such a fusion's sums, every device needs a part.
         kind = "reduce-scatter" if here.name.startswith("all-reduce-scatter") else _kind(one)
-        ici = collectives.within_slice(kind, larger, one.attributes, self.places.devices)
+        ici = collectives.within_slice(kind, larger, one.attributes, self.extent.devices)
         self._exchange(kind, Traffic(1, larger, ici, 0), times)
         self._add(0, _main(results) + _main(operands), times)
 
@@ -224,7 +224,7 @@ class _Counter:
         size = one.arrays[0].bytes
         self._add(0, _main(one.arrays[:1]), times)
         if kind := collectives.between_slices(one.opcode, one.attributes):
-            dcn = collectives.received(kind, size, self.places.slices)
+            dcn = collectives.received(kind, size, self.extent.slices)
             self._exchange(kind, Traffic(1, size, 0, dcn), times)
 
     def _fusion(self, here: Computation, one: Instruction, times: float) -> None:
