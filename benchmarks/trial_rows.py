@@ -27,10 +27,10 @@ from medmoe_jax.data.sources import RowFitter
 from medmoe_jax.routing.languages import read_languages
 
 TRAIN, HELD = 600, 100  # most rows of a set
+HELD_OF_SKILL = 48  # most held-out rows of a skill's set and of a task that no skill has seen
 CHOOSE = 60  # most training rows of a set by which a learning rate is chosen
 TICO_TRAIN, TICO_HELD = 300, 24  # most sentences of a language
 OTHER_HELD = 12  # most rows of another set in a language
-PICK = 64  # most rows by which the best single skill is picked
 ANSWER = 96  # tokens at which a longer answer is cut, at the end of a sentence if there is one
 Files = dict[str, list[Row]]  # rows by name of file
 
@@ -48,11 +48,11 @@ class Draw(NamedTuple):
     choosing: bool
     fit: RowFitter
 
-    def of_set(self, name: str) -> tuple[list[Row], list[Row]]:
-        """Rows of a set to train and to score on."""
+    def of_set(self, name: str, held: int = HELD) -> tuple[list[Row], list[Row]]:
+        """Rows of a set to train and to score on, these at most `held`."""
         rows = [self.short(row) for row in draw(rows_of(name, "train"), TRAIN, self.seed)]
         if not self.choosing:
-            return rows, [self.short(row) for row in draw(rows_of(name, "dev"), HELD, 0)]
+            return rows, [self.short(row) for row in draw(rows_of(name, "dev"), held, 0)]
         apart = min(CHOOSE, len(rows) // 5)
         return rows[apart:], rows[:apart]
 
@@ -100,17 +100,16 @@ def mirrored(row: Row) -> Row:
 def skills(of: Draw) -> tuple[Files, Files]:
     """Those of configs/trial_skills.py.
 
-    Beside a task's held-out rows, `pick_TASK_ROWS` are scored: those that its router learns from.
+    Beside a task's held-out rows, `pick_TASK_N` are scored: the first N that its router sees.
     """
-    train, scored = _by_name(
-        {skill: of.of_set(name) for skill, name in trial_skills.SKILLS.items()}
-    )
+    sets = trial_skills.SKILLS.items()
+    train, scored = _by_name({skill: of.of_set(name, HELD_OF_SKILL) for skill, name in sets})
     for task in trial_skills.TASKS:
-        rows, scored[task] = of.of_set(task)
+        rows, scored[task] = of.of_set(task, HELD_OF_SKILL)
         for count in trial_skills.ROWS:
-            few = rows if count == "all" else rows[: int(count)]
-            train[f"{task}_{count}"] = few
-            scored[f"pick_{task}_{count}"] = few[:PICK]
+            train[f"{task}_{count}"] = rows if count == "all" else rows[: int(count)]
+        for count in trial_skills.PICK.values():
+            scored[f"pick_{task}_{count}"] = rows[:count]
     return train, scored
 
 
@@ -148,6 +147,7 @@ class Trial(NamedTuple):
         level build on the levels before, with the rates chosen there, or on others of their own
         group, with the same factor.
       chosen_by: of an arm, the scored rows whose loss chooses its learning rate; none = all.
+      scored_on: of an arm, the rows that its model is scored on; none = all.
       word: begins the recipe's argument.
       rates_of: the trial whose rates are taken; "" = its own are chosen.
       tasks: scored by accuracy as well.
@@ -160,6 +160,7 @@ class Trial(NamedTuple):
     base: str
     levels: tuple[tuple[tuple[str, ...], ...], ...]
     chosen_by: Callable[[str], tuple[str, ...]] = lambda arm: ()
+    scored_on: Callable[[str], tuple[str, ...]] = lambda arm: ()
     word: str = ""
     rates_of: str = ""
     tasks: tuple[str, ...] = ()
@@ -179,6 +180,15 @@ class Trial(NamedTuple):
 def _skill_rows(arm: str) -> tuple[str, ...]:
     """The rows of a skill's own set, or of the task that an arm is for."""
     return (arm if arm in trial_skills.SKILLS else arm.split("_", 1)[1].rsplit("_", 1)[0],)
+
+
+def _rows_of_arm(arm: str) -> tuple[str, ...]:
+    """Those by which its rate is chosen; of a skill, also all by which it may be the best."""
+    own = _skill_rows(arm)
+    if arm not in trial_skills.SKILLS:
+        return own
+    picks = (f"pick_{task}_{n}" for task in trial_skills.TASKS for n in trial_skills.PICK.values())
+    return (*own, *trial_skills.TASKS, *picks)
 
 
 def _on_tasks(arm: str) -> tuple[str, ...]:
@@ -218,6 +228,7 @@ TRIALS = {
             ),
         ),
         _skill_rows,
+        _rows_of_arm,
     ),
     "families": Trial(trial_families, families, "gemma", ((trial_families.ARMS,),), routing=True),
 }

@@ -186,7 +186,7 @@ def best_skill(found: Results, task: str, rows: str) -> dict[str, str]:
     out = {}
     for seed in found["base"]:
         seen = {
-            name: by_seed[seed]["loss"][f"pick_{task}_{rows}"]
+            name: by_seed[seed]["loss"][f"pick_{task}_{trial_skills.PICK[rows]}"]
             for name, by_seed in skills.items()
             if seed in by_seed
         }

@@ -126,10 +126,9 @@ def test_rows_of_the_families(data_dir, monkeypatch):
 def test_rates_are_chosen_on_training_rows_kept_apart(data_dir, monkeypatch):
     monkeypatch.setenv("MEDMOE_DATA", str(data_dir))
     monkeypatch.setattr(trial_rows, "TRAIN", 20)
-    monkeypatch.setattr(trial_rows, "HELD", 5)
     fit = _fit(data_dir)
-    train, apart = trial_rows.Draw(100, True, fit).of_set("meqsum")
-    _, held = trial_rows.Draw(100, False, fit).of_set("meqsum")
+    train, apart = trial_rows.Draw(100, True, fit).of_set("meqsum", held=5)
+    _, held = trial_rows.Draw(100, False, fit).of_set("meqsum", held=5)
     assert (len(train), len(apart), len(held)) == (16, 4, 5)
     sides = [{row.prompt for row in rows} for rows in (train, apart, held)]
     assert len(set.union(*sides)) == 25  # none stands on two sides
@@ -229,6 +228,21 @@ def test_a_run_trains_and_scores_with_and_without_a_bank(tmp_path, monkeypatch):
     assert all(0 < share < 1 for share in use["divergence"])
 
 
+@pytest.mark.slow
+def test_a_run_is_scored_on_the_rows_that_its_arm_needs(tmp_path, monkeypatch):
+    """Those that choose its rate, then those of its table; the base is scored on all."""
+    _tiny_trial(monkeypatch, tmp_path)
+    trial = trial_rows.TRIALS["tiny"]._replace(without=(), routing=False)
+    only = trial._replace(scored_on=lambda arm: ("knowledge",))
+    monkeypatch.setitem(trial_rows.TRIALS, "tiny", only)
+    for folder, choosing in (("choosing", True), ("seed0", False)):
+        trials.run(Job("tiny", folder, 0, ("aggregate",), {}, choosing), tmp_path, "")
+        ((arm, figures),) = trials.finished("tiny", tmp_path / "tiny" / folder)
+        assert arm == "aggregate" and "accuracy" not in figures
+        assert set(figures["loss"]) == {"alignment" if choosing else "knowledge"}
+    assert set(trials.collect("tiny", tmp_path)["base"]["0"]["loss"]) == {"alignment", "knowledge"}
+
+
 def test_rates_are_chosen_level_by_level_by_the_loss_asked_for(tmp_path, monkeypatch):
     """Each level is trained with every factor on what the levels before have chosen."""
     _tiny_trial(monkeypatch, tmp_path)
@@ -318,7 +332,8 @@ def test_the_best_skill_is_picked_on_the_rows_that_the_router_sees():
     names = list(trial_skills.SKILLS)
 
     def loss(held, seen):
-        picks = {f"pick_{t}_{n}": seen for t in trial_skills.TASKS for n in trial_skills.ROWS}
+        counts = trial_skills.PICK.values()
+        picks = {f"pick_{t}_{n}": seen for t in trial_skills.TASKS for n in counts}
         own = dict.fromkeys((*names, *trial_skills.TASKS), held)
         return {"loss": {**own, **picks}, "parameters": 1}
 
