@@ -13,8 +13,7 @@ from medmoe_jax.api.opening import language_model, open_run, open_stage
 from medmoe_jax.api.routing import Routing, measure, read
 from medmoe_jax.api.tasks import check_prompts, note_cut
 from medmoe_jax.base.presets import HUB
-from medmoe_jax.checkpoints.bases import open_base
-from medmoe_jax.data import tokenizers
+from medmoe_jax.checkpoints.bases import open_base, open_tokenizer
 from medmoe_jax.data.conversation import ROLES, Turn, check_text
 from medmoe_jax.errors import ParameterError, UserError
 from medmoe_jax.inference.chat import Chat
@@ -291,7 +290,7 @@ def _of_base(path: str, overrides: dict[str, Any]) -> ConfigDict:
     if "data.template" not in overrides:
         base = open_base(path, "", {}, 0, fields.base.quantise)
         tokenizer = fields.base.tokenizer or base.tokenizer
-        talks = bool(tokenizer) and bool(tokenizers.load(tokenizer).chat_template)
+        talks = bool(tokenizer) and bool(open_tokenizer(tokenizer).chat_template)
         configs.set_field(fields, "data.template", "tokenizer" if talks else "plain")
     return fields
 

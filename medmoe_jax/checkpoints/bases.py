@@ -18,7 +18,8 @@ from medmoe_jax.base.presets import preset
 from medmoe_jax.checkpoints import gguf_models, hf_config, huggingface, llama2c
 from medmoe_jax.checkpoints.finite import check_finite
 from medmoe_jax.checkpoints.gguf_file import open_gguf
-from medmoe_jax.data import gguf_tokenizer
+from medmoe_jax.data import gguf_tokenizer, tokenizers
+from medmoe_jax.data.tokens import Tokenizer
 from medmoe_jax.errors import UserError
 from medmoe_jax.storage.fetched import fetched
 from medmoe_jax.storage.places import is_remote
@@ -142,6 +143,16 @@ def _gguf(path: str, quantise: str) -> Base:
         quantise,
         known_family=family,
     )
+
+
+def open_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a file or folder, or the one that a GGUF file holds.
+
+    Raises UserError when there is none that can be read.
+    """
+    if str(path).endswith(".gguf"):
+        path = gguf_tokenizer.unpack(open_gguf(fetched(path)).fields, str(path))
+    return tokenizers.load(path)
 
 
 def _finite(path: str, load: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:

@@ -20,8 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from medmoe_jax import json_text
+from medmoe_jax.checkpoints.bases import open_tokenizer
 from medmoe_jax.cli.session import no_rest
-from medmoe_jax.data import tokenizers
 from medmoe_jax.data.builder import REMOVED, build_from_files, read_rows
 from medmoe_jax.data.duplicates import (
     HELD_OUT,
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     look = actions.add_parser("inspect", help="rows with their loss mask, and what all hold")
     look.add_argument("--dataset", required=True, help="a file, folder or named data set")
-    look.add_argument("--tokenizer", required=True, help="file or folder")
+    look.add_argument("--tokenizer", required=True, help="file or folder, or a .gguf file")
     look.add_argument("--template", default="chatml", help="(%(default)s)")
     look.add_argument(
         "--option",
@@ -141,7 +141,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     elif arguments.action == "languages":
         _print_languages(arguments)
     else:
-        words = tokenizers.load(arguments.tokenizer)
+        words = open_tokenizer(arguments.tokenizer)
         options = {k: _value(v) for k, v in _pairs("--option", arguments.option).items()}
         template = load_template(arguments.template, words, options)
         encoder = Encoder(words, template, arguments.mask)

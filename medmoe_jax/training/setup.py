@@ -19,13 +19,13 @@ from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base.execution import REMAT, Execution
 from medmoe_jax.base.presets import HUB
-from medmoe_jax.checkpoints.bases import Base, open_base
+from medmoe_jax.checkpoints.bases import Base, open_base, open_tokenizer
 from medmoe_jax.checkpoints.fingerprint import json_fingerprint, tree_fingerprint
 from medmoe_jax.data.encode import Encoder
 from medmoe_jax.data.jinja_template import Jinja
 from medmoe_jax.data.pieces import Template
 from medmoe_jax.data.templates import load_template
-from medmoe_jax.data.tokenizers import check_vocabulary, load
+from medmoe_jax.data.tokenizers import check_vocabulary
 from medmoe_jax.data.tokens import Tokenizer
 from medmoe_jax.errors import ParameterError, UserError, field_names
 from medmoe_jax.mesh_axes import SEQUENCE
@@ -273,7 +273,7 @@ def _open_tokenizer(path: str | Path | None, base: Base) -> Tokenizer:
         raise UserError(
             "base.tokenizer is empty and the base brings none; name a file or directory"
         )
-    tokenizer = load(path)
+    tokenizer = open_tokenizer(path)
     check_vocabulary(tokenizer, base.config.vocab_size)
     return tokenizer
 

@@ -9,13 +9,15 @@ import pytest
 
 from medmoe_jax.base import quantised
 from medmoe_jax.base.quantised import Quantised
-from medmoe_jax.checkpoints.bases import open_base
+from medmoe_jax.checkpoints.bases import open_base, open_tokenizer
 from medmoe_jax.checkpoints.fingerprint import tree_fingerprint
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel.mesh import make_mesh
 from medmoe_jax.parallel.rules import RULES, shardings
+from tests import gguf_files, tiny
 from tests.checkpoints import test_huggingface
 from tests.checkpoints.test_llama2c import write
+from tests.data.test_gguf_tokenizer import pieces_fields
 
 RANDOM = dict(vocab_size=32, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=150)
 
@@ -47,6 +49,23 @@ def test_every_base_can_be_quantised(source, kind):
     want = jax.jit(functools.partial(quantised.quantise, kind=kind))(load(source, ""))
     jax.tree.map(np.testing.assert_array_equal, params, want)
     assert isinstance(params["layers"]["mlp"]["down"]["kernel"], Quantised)
+
+
+def test_a_tokenizer_is_named_by_the_gguf_file_that_holds_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fields = pieces_fields()
+
+    def add(writer):
+        writer.add_tokenizer_model(fields["tokenizer.ggml.model"])
+        writer.add_token_list(fields["tokenizer.ggml.tokens"])
+        writer.add_token_scores(fields["tokenizer.ggml.scores"])
+        writer.add_token_types(fields["tokenizer.ggml.token_type"])
+
+    gguf_files.write(tmp_path / "m.gguf", more=add)
+    found, text = open_tokenizer(tmp_path / "m.gguf"), "The patient has a fever."
+    assert found.encode(text) == tiny.tokenizer().encode(text)
+    with pytest.raises(UserError, match=r"none\.gguf: no such file"):
+        open_tokenizer(tmp_path / "none.gguf")
 
 
 def test_an_unknown_kind_is_refused(source):
