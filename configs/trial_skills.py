@@ -49,7 +49,7 @@ TASKS = {
     "formats": "the demonstration's clinical formats; near no skill",
 }
 # Rows of the task -> steps; few rows are soon learnt by heart.
-ROWS = {"16": 16, "64": 32, "all": 80}
+ROWS = {"16": 12, "64": 24, "all": 48}
 # Rows of the task -> how many of them pick the best single skill.
 PICK = {"16": 16, "64": 48, "all": 48}
 
@@ -61,9 +61,9 @@ def skill(name: str, before: str) -> ConfigDict:
         states={before: "off"} if before else {},
         banks={name: bank(sites=("*",), rank=8, alpha=16.0, learned_scale=True)},
         losses={"orthonormality": orthonormality(name)},
-        allocators={"ranks": allocator(name, target_rank=4, t_init=8, t_final=12, every=2)},
+        allocators={"ranks": allocator(name, target_rank=4, t_init=4, t_final=8, every=2)},
         mixture={name: 1.0},
-        steps=40,
+        steps=24,
         learning_rate=3e-3,
     )
 
@@ -75,7 +75,7 @@ def route(rows: str) -> ConfigDict:
         stack={"skills": stacked(tuple(SKILLS))},
         losses={"sparsity": sparsity("skills", weight=0.01)},
         mixture={rows: 1.0},
-        steps=30,
+        steps=20,
         learning_rate=5e-2,
     )
 

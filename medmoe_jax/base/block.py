@@ -27,7 +27,7 @@ class Tokens(NamedTuple):
     Attributes:
       segments_BxT, positions_BxT: int32, of the queries.
       k_segments_BxS, k_positions_BxS: int32, of the keys.
-      place: where their keys and values are written in the cache; None where there is none.
+      slots: where their keys and values are written in the cache; None where there is none.
       rope: the tables of `rope.tables`.
       branches: how texts share the tokens of a row; None = each has its own.
       attend: runs attention without a cache, as `splash.splash_attention` does; None = masked.
@@ -38,7 +38,7 @@ class Tokens(NamedTuple):
     positions_BxT: jax.Array
     k_segments_BxS: jax.Array
     k_positions_BxS: jax.Array
-    place: CacheSlots | None
+    slots: CacheSlots | None
     rope: tuple[jax.Array, jax.Array]
     branches: attention.Branches | None
     attend: Callable | None
@@ -123,10 +123,10 @@ def _attention(config, execution, seam, layer: Layer, x_BxTxD, tokens: Tokens, c
         q, k = _head_norm(config, q, w["q_norm"]), _head_norm(config, k, w["k_norm"])
     tables = [jax.lax.dynamic_index_in_dim(x, layer.rope, keepdims=False) for x in tokens.rope]
     q, k = rope.rotate(q, *tables), rope.rotate(k, *tables)
-    if cache is not None and tokens.place is not None:
+    if cache is not None and tokens.slots is not None:
         pairs = zip(cache, (k, v), strict=True)
         cache, (k, v) = zip(
-            *(_cached(old, new, context.layer, tokens.place) for old, new in pairs), strict=True
+            *(_cached(old, new, context.layer, tokens.slots) for old, new in pairs), strict=True
         )
     out = _attend(config, execution, tokens, layer, q, k, v, cache)
     out = out.reshape(B, T, config.n_heads * h)
@@ -134,10 +134,10 @@ def _attention(config, execution, seam, layer: Layer, x_BxTxD, tokens: Tokens, c
     return y["attn.o"], cache, stats | stats_out
 
 
-def _cached(stack_LxBxSxF, new_RxTxKxh, layer, place: CacheSlots):
+def _cached(stack_LxBxSxF, new_RxTxKxh, layer, slots: CacheSlots):
     """One of keys and values in the cache: `(the cache, those of the rows [R, S, K, h])`."""
     R, T, K, h = new_RxTxKxh.shape
-    stack, mine_RxSxF = append(stack_LxBxSxF, new_RxTxKxh.reshape(R, T, K * h), layer, place)
+    stack, mine_RxSxF = append(stack_LxBxSxF, new_RxTxKxh.reshape(R, T, K * h), layer, slots)
     return stack, mine_RxSxF.reshape(R, -1, K, h)
 
 

@@ -42,7 +42,7 @@ class Cache(NamedTuple):
     v: jax.Array  # [L, B, S, F]
     segments: jax.Array  # [B, S] int32
     positions: jax.Array  # [B, S] int32
-    place: CacheSlots
+    slots: CacheSlots
     lengths_R: jax.Array  # [R] int32
 
 
@@ -62,7 +62,7 @@ def new_cache(
 
 
 def append(
-    stack_LxBxS: jax.Array, new_RxT: jax.Array, layer: jax.Array | int, place: CacheSlots
+    stack_LxBxS: jax.Array, new_RxT: jax.Array, layer: jax.Array | int, slots: CacheSlots
 ) -> tuple[jax.Array, jax.Array]:
     """Write tokens into one layer of a cache: `(the cache, the rows' own slots [R, S, ...])`.
 
@@ -70,15 +70,15 @@ def append(
       stack_LxBxS: `[L, B, S, ...]`.
       new_RxT: `[R, T, ...]`.
       layer: which.
-      place: where.
+      slots: where.
     """
     new_RxT = new_RxT.astype(stack_LxBxS.dtype)
-    if place.rows_R is None:
-        stack_LxBxS = _written(stack_LxBxS, new_RxT, layer, place.written_R)
+    if slots.rows_R is None:
+        stack_LxBxS = _written(stack_LxBxS, new_RxT, layer, slots.written_R)
         return stack_LxBxS, jax.lax.dynamic_index_in_dim(stack_LxBxS, layer, keepdims=False)
-    mine_1xRxS = stack_LxBxS[layer, place.sources_R][None]
-    mine_RxS = _written(mine_1xRxS, new_RxT, 0, place.written_R)[0]
-    return stack_LxBxS.at[layer, place.rows_R].set(mine_RxS, mode="drop"), mine_RxS
+    mine_1xRxS = stack_LxBxS[layer, slots.sources_R][None]
+    mine_RxS = _written(mine_1xRxS, new_RxT, 0, slots.written_R)[0]
+    return stack_LxBxS.at[layer, slots.rows_R].set(mine_RxS, mode="drop"), mine_RxS
 
 
 def _written(
@@ -114,11 +114,11 @@ def note(
 ) -> tuple[Cache, jax.Array, jax.Array]:
     """Write what is known of tokens: `(cache, segments [R, S], positions [R, S] of the slots)`.
 
-    The cache's place is still that of the tokens given; `moved` is for those after them.
+    The cache's slots are still those of the tokens given; `moved` is for those after them.
     """
-    segments, k_segments_RxS = append(cache.segments[None], segments_RxT, 0, cache.place)
-    positions, k_positions_RxS = append(cache.positions[None], positions_RxT, 0, cache.place)
-    end_Rx1 = cache.place.written_R[:, None] + segments_RxT.shape[1]
+    segments, k_segments_RxS = append(cache.segments[None], segments_RxT, 0, cache.slots)
+    positions, k_positions_RxS = append(cache.positions[None], positions_RxT, 0, cache.slots)
+    end_Rx1 = cache.slots.written_R[:, None] + segments_RxT.shape[1]
     written_RxS = jnp.arange(cache.segments.shape[1])[None] < end_Rx1
     cache = cache._replace(segments=segments[0], positions=positions[0])
     return cache, jnp.where(written_RxS, k_segments_RxS, 0), k_positions_RxS
@@ -126,5 +126,5 @@ def note(
 
 def moved(cache: Cache, tokens: int) -> Cache:
     """The cache after so many tokens of each row were written."""
-    place = cache.place._replace(written_R=cache.place.written_R + tokens)
-    return cache._replace(place=place)
+    slots = cache.slots._replace(written_R=cache.slots.written_R + tokens)
+    return cache._replace(slots=slots)

@@ -107,7 +107,7 @@ def hidden(
       ranges: the layers in order, with what runs their linear work; empty = the bare base.
       trained: nested dict of base leaves that take the place of those in `params`.
       context: what the seam is told of the tokens.
-      cache: earlier keys and values; the tokens given are written at `cache.place`.
+      cache: earlier keys and values; the tokens given are written at `cache.slots`.
       branches: how texts share the tokens of a row, where there is no cache; None = each segment
         is a text.
 
@@ -123,7 +123,7 @@ def hidden(
     if config.embed_scale != 1.0:
         x_BxTxD *= jnp.asarray(config.embed_scale, execution.dtype)
     x_BxTxD = execution.constrain(x_BxTxD)
-    k_segments, k_positions, place = segment_ids_BxT, positions_BxT, None
+    k_segments, k_positions, slots = segment_ids_BxT, positions_BxT, None
     kv, flash, one_by_one = None, None, False
     if branches is not None:
         # Flash kernels know segments, not trees: the mask is the only form that all devices have.
@@ -133,15 +133,15 @@ def hidden(
         flash = _flash(config, execution, tokens_BxT.shape[1])
     else:
         lengths_BxT = jnp.broadcast_to(cache.lengths_R[:, None], positions_BxT.shape)
-        place, kv = cache.place, (cache.k, cache.v)
-        one_by_one = _one_by_one(execution, place, tokens_BxT.shape[1])
+        slots, kv = cache.slots, (cache.k, cache.v)
+        one_by_one = _one_by_one(execution, slots, tokens_BxT.shape[1])
         cache, k_segments, k_positions = note(cache, segment_ids_BxT, positions_BxT)
     tokens = Tokens(
         segment_ids_BxT,
         positions_BxT,
         k_segments,
         k_positions,
-        place,
+        slots,
         rope.tables(config, positions_BxT, lengths_BxT),
         branches,
         flash,
@@ -177,9 +177,9 @@ def _flash(config: DecoderConfig, execution: Execution, tokens: int) -> Callable
     return None
 
 
-def _one_by_one(execution: Execution, place: CacheSlots, tokens: int) -> bool:
+def _one_by_one(execution: Execution, slots: CacheSlots, tokens: int) -> bool:
     """Whether every row of the cache reads one token, and the kernel for that is to run."""
-    return tokens == 1 and place.rows_R is None and decode_attention.serves(execution)
+    return tokens == 1 and slots.rows_R is None and decode_attention.serves(execution)
 
 
 def head(params: Params, trained: Params | None = None) -> jax.Array:

@@ -102,13 +102,13 @@ def resized(config: AdaptedConfig, slots: int, x: jax.Array) -> jax.Array:
     return _pinned(config, jnp.pad(x, widths))
 
 
-def _run(config: AdaptedConfig, weights: Weights, state: State, now: Now, place: CacheSlots):
+def _run(config: AdaptedConfig, weights: Weights, state: State, now: Now, slots: CacheSlots):
     """`(head, x_RxTxD, state, ids_RxS)` after the tokens were read."""
     T, ids = now.tokens_RxT.shape[1], state.ids
     offsets_1xT = jnp.arange(T, dtype=jnp.int32)[None]
     real_RxT = (offsets_1xT < now.counts_R[:, None]).astype(jnp.int32)
     slots_BxS = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32)[None], ids.shape)
-    cache = Cache(state.k, state.v, jnp.ones_like(ids), slots_BxS, place, now.lengths_R)
+    cache = Cache(state.k, state.v, jnp.ones_like(ids), slots_BxS, slots, now.lengths_R)
     head, x_RxTxD, cache = forward(
         config,
         weights._replace(language_ids_Rx1=now.languages_R[:, None]),
@@ -117,7 +117,7 @@ def _run(config: AdaptedConfig, weights: Weights, state: State, now: Now, place:
         now.written_R[:, None] + offsets_1xT,
         cache,
     )
-    ids, ids_RxS = append(ids[None], now.tokens_RxT, 0, place)
+    ids, ids_RxS = append(ids[None], now.tokens_RxT, 0, slots)
     assert cache is not None
     k, v, ids_BxS = (_pinned(config, x) for x in (cache.k, cache.v, ids[0]))
     return head, x_RxTxD, State(k, v, ids_BxS), ids_RxS
@@ -150,8 +150,8 @@ def read(
       rows_R: int32, the row of the state that each is; one that is not there is not kept.
       sources_R: int32, the row of the state that holds the `written_R` tokens before.
     """
-    place = CacheSlots(now.written_R, rows_R, sources_R)
-    head, x_RxTxD, state, ids_RxS = _run(config, weights, state, now, place)
+    slots = CacheSlots(now.written_R, rows_R, sources_R)
+    head, x_RxTxD, state, ids_RxS = _run(config, weights, state, now, slots)
     last_Rx1x1 = jnp.maximum(now.counts_R - 1, 0)[:, None, None]
     x_Rx1xD = jnp.take_along_axis(x_RxTxD, last_Rx1x1, axis=1)
     return state, _drawn(config, alternatives, head, x_Rx1xD, ids_RxS, now)

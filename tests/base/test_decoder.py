@@ -207,7 +207,7 @@ def test_cache_is_no_cache(cached_step, params, left):
         z, cache = cached_step(params, {k: v.astype(np.int32) for k, v in ids.items()}, cache)
         for b in range(3):
             got[b].append(z[b, 0])
-    assert cache.place.written_R.tolist() == [8, 8, 8]
+    assert cache.slots.written_R.tolist() == [8, 8, 8]
     for b, sample in enumerate(samples):
         want = naive.logits(ALL, params, _pad([sample], len(sample), left))[0]
         assert rel(np.stack(got[b])[:, :23], want[:, :23]) < 1e-5
