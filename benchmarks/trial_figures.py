@@ -11,12 +11,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.trial_tables import (
+    Pair,
     Results,
     Values,
     best_skill,
     interval,
     mean_loss,
     minus,
+    pairs,
 )
 from configs import trial_families, trial_medcare, trial_skills
 
@@ -137,6 +139,24 @@ def families(results: Mapping[str, Results]) -> Figure:
     return figure
 
 
+def settings(results: Mapping[str, Results]) -> Figure:
+    """The difference of every comparison, by setting."""
+    figure = Figure(figsize=(7.5, 3.6))
+    found: dict[str, list[Pair]] = {}
+    for pair in pairs(results):
+        found.setdefault(pair.what, []).append(pair)
+    for axes, (what, some) in zip(figure.subplots(1, len(found)), found.items(), strict=True):
+        differences = [minus(pair.method, pair.beside) for pair in some]
+        _points(axes, range(len(some)), differences, what)
+        axes.set_xticks(range(len(some)), [pair.setting for pair in some], rotation=60, ha="right")
+        axes.axhline(0, color="0.6", linewidth=0.8)
+        axes.set_title(what.replace(" − ", "\n− ").replace(", ", ",\n"), fontsize=8)
+        axes.margins(x=0.2)
+    figure.suptitle(f"nats, below 0 the method is better; {SEVERAL}", fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
 def _points(
     axes: Axes, places: Sequence[float], values: Sequence[Values], label: str, mark: str = "o"
 ) -> None:
@@ -158,4 +178,5 @@ FIGURES: dict[str, Callable[[Mapping[str, Results]], Figure]] = {
     "mixture": mixture,
     "skills": skills,
     "families": families,
+    "settings": settings,
 }

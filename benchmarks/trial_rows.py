@@ -14,9 +14,12 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+from ml_collections import ConfigDict
+
+from benchmarks import trial_settings
+from benchmarks.trial_settings import Settings
 from configs import trial_families, trial_medcare, trial_mixture, trial_skills
 from medmoe_jax.checkpoints.files import new_folder
 from medmoe_jax.data import medical
@@ -35,6 +38,13 @@ ANSWER = 96  # tokens at which a longer answer is cut, at the end of a sentence 
 Files = dict[str, list[Row]]  # rows by name of file
 
 
+class Recipe(Protocol):
+    """What makes a configuration: a module of configs/, or the settings of one."""
+
+    def get_config(self, arg: str) -> ConfigDict:
+        """The recipe; `arg` ends with the folder of the run."""
+
+
 class Draw(NamedTuple):
     """What a run reads.
 
@@ -42,17 +52,19 @@ class Draw(NamedTuple):
       seed: of its sample.
       choosing: whether it is scored on rows taken out of the training rows.
       fit: shortens rows.
+      held: most held-out rows of a set.
     """
 
     seed: int
     choosing: bool
     fit: RowFitter
+    held: int = HELD
 
-    def of_set(self, name: str, held: int = HELD) -> tuple[list[Row], list[Row]]:
-        """Rows of a set to train and to score on, these at most `held`."""
+    def of_set(self, name: str) -> tuple[list[Row], list[Row]]:
+        """Rows of a set to train and to score on."""
         rows = [self.short(row) for row in draw(rows_of(name, "train"), TRAIN, self.seed)]
         if not self.choosing:
-            return rows, [self.short(row) for row in draw(rows_of(name, "dev"), held, 0)]
+            return rows, [self.short(row) for row in draw(rows_of(name, "dev"), self.held, 0)]
         apart = min(CHOOSE, len(rows) // 5)
         return rows[apart:], rows[:apart]
 
@@ -102,10 +114,12 @@ def skills(of: Draw) -> tuple[Files, Files]:
 
     Beside a task's held-out rows, `pick_TASK_N` are scored: the first N that its router sees.
     """
-    sets = trial_skills.SKILLS.items()
-    train, scored = _by_name({skill: of.of_set(name, HELD_OF_SKILL) for skill, name in sets})
+    of = of._replace(held=HELD_OF_SKILL)
+    train, scored = _by_name(
+        {skill: of.of_set(name) for skill, name in trial_skills.SKILLS.items()}
+    )
     for task in trial_skills.TASKS:
-        rows, scored[task] = of.of_set(task, HELD_OF_SKILL)
+        rows, scored[task] = of.of_set(task)
         for count in trial_skills.ROWS:
             train[f"{task}_{count}"] = rows if count == "all" else rows[: int(count)]
         for count in trial_skills.PICK.values():
@@ -136,11 +150,18 @@ def families(of: Draw) -> tuple[Files, Files]:
     return train, scored
 
 
+def settings(rows: Callable[[Draw], tuple[Files, Files]], of: Draw) -> tuple[Files, Files]:
+    """Those of a trial, with files of few rows beside them, for benchmarks/trial_settings.py."""
+    train, scored = rows(of._replace(held=trial_settings.HELD))
+    few = {f"{name}_few": some[: trial_settings.FEW] for name, some in train.items()}
+    return {**train, **few}, scored
+
+
 class Trial(NamedTuple):
     """What is compared.
 
     Attributes:
-      config: the module of its recipe.
+      config: what makes its recipe.
       rows: draws its rows.
       base: the option of `trials.py` that names its base.
       levels: its arms in groups, whose rates are chosen in a folder of their own each; those of a
@@ -149,20 +170,20 @@ class Trial(NamedTuple):
       chosen_by: of an arm, the scored rows whose loss chooses its learning rate; none = all.
       scored_on: of an arm, the rows that its model is scored on; none = all.
       word: begins the recipe's argument.
-      rates_of: the trial whose rates are taken; "" = its own are chosen.
+      rates_of: the trial whose rates are taken; "" = its own are chosen, None = the recipe's.
       tasks: scored by accuracy as well.
       without: banks without which a model is scored a second time.
       routing: whether the experts that each family uses are kept.
     """
 
-    config: ModuleType
+    config: Recipe
     rows: Callable[[Draw], tuple[Files, Files]]
     base: str
     levels: tuple[tuple[tuple[str, ...], ...], ...]
     chosen_by: Callable[[str], tuple[str, ...]] = lambda arm: ()
     scored_on: Callable[[str], tuple[str, ...]] = lambda arm: ()
     word: str = ""
-    rates_of: str = ""
+    rates_of: str | None = ""
     tasks: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     routing: bool = False
@@ -194,6 +215,12 @@ def _rows_of_arm(arm: str) -> tuple[str, ...]:
 def _on_tasks(arm: str) -> tuple[str, ...]:
     """The stages of an arm that is trained on every task and number of its rows."""
     return tuple(f"{arm}_{task}_{n}" for task in trial_skills.TASKS for n in trial_skills.ROWS)
+
+
+def _in_settings(config: Settings, rows: Callable, base: str, **fields) -> Trial:
+    """A trial of some arms in every setting, at rates that are known."""
+    given = functools.partial(settings, rows)
+    return Trial(config, given, base, ((config.arms,),), rates_of=None, **fields)
 
 
 TRIALS = {
@@ -231,6 +258,14 @@ TRIALS = {
         _rows_of_arm,
     ),
     "families": Trial(trial_families, families, "gemma", ((trial_families.ARMS,),), routing=True),
+    "settings_noise": _in_settings(trial_settings.NOISE, medcare, "smollm2", without=("noise",)),
+    "settings_experts": _in_settings(
+        trial_settings.EXPERTS,
+        functools.partial(mixture, trial_mixture.TWELVE),
+        "smollm2",
+        word="12,",
+    ),
+    "settings_families": _in_settings(trial_settings.FAMILIES, families, "gemma"),
 }
 
 

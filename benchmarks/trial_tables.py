@@ -9,12 +9,13 @@ brackets stands its 95% interval by Student's t.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
 
+from benchmarks import trial_settings
 from benchmarks.pages import markdown
 from configs import trial_families, trial_medcare, trial_mixture, trial_skills
 
@@ -244,6 +245,53 @@ def _single(found: Results) -> str:
     return markdown(header, lines)
 
 
+class Pair(NamedTuple):
+    """A method in one setting, and what it is compared with: their losses."""
+
+    what: str
+    setting: str
+    method: Values
+    beside: Values
+    parameters: str
+
+
+def pairs(results: Mapping[str, Results]) -> Iterator[Pair]:
+    """Every comparison of benchmarks/trial_settings.py."""
+    noise = results["settings_noise"]["arms"]
+    sets = {"knowledge": trial_medcare.KNOWLEDGE, "alignment": trial_medcare.ALIGNMENT}
+    for rows, names in sets.items():
+        for setting in trial_settings.NOISE.settings:
+            kept = noise.get(f"aggregate_{setting}", {})
+            dropped = {seed: figures["without_noise"] for seed, figures in kept.items()}
+            losses = (mean_loss(arm, tuple(names)) for arm in (dropped, kept))
+            yield Pair(f"noise bank dropped − kept, {rows}", setting, *losses, _parameters(kept))
+    for trial, what, config in (
+        ("settings_experts", "MING-MOE − LoRA", trial_settings.EXPERTS),
+        ("settings_families", "families − LoRA in the same layers", trial_settings.FAMILIES),
+    ):
+        arms = results[trial]["arms"]
+        for setting in config.settings:
+            one, other = (arms.get(f"{arm}_{setting}", {}) for arm in config.rates)
+            yield Pair(what, setting, mean_loss(one), mean_loss(other), _parameters(one))
+
+
+def settings(results: Mapping[str, Results]) -> str:
+    """Arms of the other trials in every setting: the method, what it is compared with, the gap."""
+    header = ["method − beside it", "setting", "method", "beside it", "difference", "parameters"]
+    lines = [
+        [
+            pair.what,
+            pair.setting,
+            cell(pair.method),
+            cell(pair.beside),
+            difference(pair.method, pair.beside),
+            pair.parameters,
+        ]
+        for pair in pairs(results)
+    ]
+    return markdown(header, lines)
+
+
 def rates(found: Results) -> str:
     """The factor of the recipe's learning rate that every arm has taken."""
     taken: dict[str, list[str]] = {}
@@ -259,4 +307,5 @@ TABLES = {
     "mixture": Question(tuple(f"mixture_{name}" for name in trial_mixture.MIXTURES), mixture),
     "skills": Question(("skills",), skills),
     "families": Question(("families",), families),
+    "settings": Question(("settings_noise", "settings_experts", "settings_families"), settings),
 }

@@ -252,6 +252,8 @@ def collect(name: str, workdir: Path) -> dict[str, Any]:
 def choices(name: str, workdir: Path) -> dict[str, dict[float, float]]:
     """By arm and factor, the mean loss by which the factor is chosen; of what is trained so far."""
     trial = TRIALS[name]
+    if trial.rates_of is None:
+        return {}
     if trial.rates_of:
         return choices(trial.rates_of, workdir)
     out: dict[str, dict[float, float]] = {arm: {} for arm in trial.arms}
@@ -281,7 +283,7 @@ def rounds(name: str, workdir: Path) -> Iterator[list[Job]]:
         return {arm: min(losses, key=losses.__getitem__) for arm, losses in found.items() if losses}
 
     trial = TRIALS[name]
-    for level in range(0 if trial.rates_of else len(trial.levels)):
+    for level in range(len(trial.levels) if trial.rates_of == "" else 0):
         before = chosen() if level else {}
         yield [
             Job(name, folder, CHOOSING, group, before | dict.fromkeys(group, factor), True)

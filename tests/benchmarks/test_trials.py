@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import trial_figures, trial_rows, trial_tables, trials
+from benchmarks import trial_figures, trial_rows, trial_settings, trial_tables, trials
 from benchmarks.trials import Job
 from configs import trial_families, trial_medcare, trial_mixture, trial_skills
 from medmoe_jax.adapters.bank import abstract, count
@@ -49,6 +49,44 @@ def test_arms_train_as_many_parameters_as_the_config_says(module, decoder, alike
     assert max(counts) < 1.05 * min(counts)
     told = module is not trial_medcare
     assert not told or all(f"{number:,}" in module.__doc__ for number in found.values())
+
+
+@pytest.mark.parametrize(
+    ("trial", "decoder"),
+    [("settings_noise", SMOL), ("settings_experts", SMOL), ("settings_families", GEMMA)],
+)
+def test_a_setting_changes_one_thing_and_compares_equal_arms(trial, decoder, tmp_path):
+    found = trial_rows.TRIALS[trial]
+    config = found.recipe(tmp_path)
+    stages = {stage.name: stage for stage in parse(config, decoder)}
+    assert tuple(stages) == found.arms == tuple(config.stages.order)
+    for name, setting in found.config.settings.items():
+        counts = []
+        for arm, rate in found.config.rates.items():
+            stage, first = stages[f"{arm}_{name}"], stages[f"{arm}_first"]
+            shipped = found.config.recipe(f"{found.word}{tmp_path}").stages[arm]
+            counts.append(sum(count(abstract(spec, decoder)) for spec in stage.added))
+            told = config.stages[stage.name]
+            assert told.steps == (180 if name == "long" else 60)
+            assert told.learning_rate == pytest.approx(rate * shipped.learning_rate)
+            read = {f"{rows}_few" if name == "few" else rows for rows in shipped.mixture}
+            assert set(stage.mixture) == read <= set(config.data.sources)
+            changed = [spec for spec in stage.added if spec not in first.added]
+            assert len(changed) == bool(setting.banks), (name, arm)
+        assert max(counts) < 1.02 * min(counts), name
+    few = config.data.sources[f"{next(iter(shipped.mixture))}_few"].path
+    assert few.startswith(f"{tmp_path}/rows/train/") and few.endswith("_few.jsonl")
+
+
+@pytest.mark.data
+def test_settings_have_a_few_rows_beside_the_whole(data_dir, monkeypatch):
+    monkeypatch.setenv("MEDMOE_DATA", str(data_dir))
+    drawn = trial_rows.Draw(0, False, _fit(data_dir))
+    one = functools.partial(trial_rows.mixture, ("meqsum",))
+    train, scored = trial_rows.settings(one, drawn)
+    assert train["meqsum_few"] == train["meqsum"][: trial_settings.FEW]
+    assert len(train["meqsum"]) > len(train["meqsum_few"]) == trial_settings.FEW
+    assert {name: len(rows) for name, rows in scored.items()} == {"meqsum": trial_settings.HELD}
 
 
 def test_a_token_of_the_mixture_passes_as_many_parameters_as_the_active_lora_has():
@@ -127,8 +165,8 @@ def test_rates_are_chosen_on_training_rows_kept_apart(data_dir, monkeypatch):
     monkeypatch.setenv("MEDMOE_DATA", str(data_dir))
     monkeypatch.setattr(trial_rows, "TRAIN", 20)
     fit = _fit(data_dir)
-    train, apart = trial_rows.Draw(100, True, fit).of_set("meqsum", held=5)
-    _, held = trial_rows.Draw(100, False, fit).of_set("meqsum", held=5)
+    train, apart = trial_rows.Draw(100, True, fit).of_set("meqsum")
+    _, held = trial_rows.Draw(100, False, fit, held=5).of_set("meqsum")
     assert (len(train), len(apart), len(held)) == (16, 4, 5)
     sides = [{row.prompt for row in rows} for rows in (train, apart, held)]
     assert len(set.union(*sides)) == 25  # none stands on two sides
@@ -350,6 +388,31 @@ def test_the_best_skill_is_picked_on_the_rows_that_the_router_sees():
     line = f"| {task} | {few} | 6.000 | 2.500 | 1.250 | 1.500 | 1.000 | -1.250 | -0.250 | -0.500 |"
     assert line in text
     assert f"| {names[11]} | 2.000 | 6.000 | 2.000 | – | 2.000 | -0.250 |" in text
+
+
+def test_the_table_of_settings():
+    def arm(loss, bare=None):
+        sets = (*trial_medcare.KNOWLEDGE, *trial_medcare.ALIGNMENT)
+        scores = {"loss": dict.fromkeys(sets, loss), "parameters": 1234}
+        bare = {} if bare is None else {"without_noise": {"loss": dict.fromkeys(sets, bare)}}
+        return {"0": {**scores, **bare}}
+
+    results = {
+        "settings_noise": {"arms": {"aggregate_many": arm(1.0, 1.25)}},
+        "settings_experts": {"arms": {"experts_few": arm(2.0), "lora_few": arm(2.5)}},
+        "settings_families": {"arms": {}},
+    }
+    lines = trial_tables.settings(results).split("\n")
+    many = "| noise bank dropped − kept, alignment | many | 1.250 | 1.000 | +0.250 | 1,234 |"
+    assert many in lines
+    assert "| MING-MOE − LoRA | few | 2.000 | 2.500 | -0.500 | 1,234 |" in lines
+    assert "| MING-MOE − LoRA | long | – | – | – | – |" in lines
+    assert len(lines) == 2 + 2 * 6 + 5 + 5
+    assert not trials.choices("settings_noise", trials.RESULTS)
+    (wave,) = trials.rounds("settings_noise", trials.RESULTS)
+    assert [(job.seed, job.factors, job.choosing) for job in wave] == [
+        (seed, {}, False) for seed in trials.SEEDS
+    ]
 
 
 def test_mixing_weights_stand_in_the_order_of_the_skills():
