@@ -16,6 +16,8 @@ import numpy as np
 
 from medmoe_jax.inference.sampling import Sampling
 
+_COLDEST = 1e-6  # logits over a lower temperature would be infinite
+
 
 class Law(NamedTuple):
     """How rows draw: the fields of `Sampling`, a value a row.
@@ -56,8 +58,9 @@ def law(samplings: Sequence[Sampling], keys: Sequence[np.ndarray]) -> Law:
     def floats(name: str) -> np.ndarray:
         return np.array([getattr(one, name) for one in samplings], np.float32)
 
+    temperature_R = floats("temperature")
     return Law(
-        floats("temperature"),
+        np.where(temperature_R < _COLDEST, 0.0, temperature_R).astype(np.float32),
         floats("top_p"),
         floats("min_p"),
         floats("repetition_penalty"),

@@ -11,7 +11,9 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from medmoe_jax.ranges import NOT_NEGATIVE, POSITIVE, SEED, SHARE, Range
+from medmoe_jax.ranges import NOT_NEGATIVE, SEED, SHARE, WORD, Range
+
+_PENALTY = Range(0.01, 100)  # what keeps float32 logits finite
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Sampling:
     `top_p` and `min_p` take tokens away, each from what the one before has left.
 
     Attributes:
-      temperature: 0 takes the most probable token.
+      temperature: 0, or less than a millionth, takes the most probable token.
       top_p: smallest set of tokens whose probability reaches this is drawn from.
       seed: where the draws start from.
       first: number of the first prompt. Each prompt draws from the stream of its number, so that
@@ -30,7 +32,7 @@ class Sampling:
       top_k: so many of the most probable tokens are drawn from; 0 = all.
       min_p: tokens less probable than this share of the most probable one's are not drawn.
       repetition_penalty: what the logit of a token of the prompt or the answer is divided by if it
-        is positive, and multiplied by if it is not (arXiv 1909.05858); 1 = none.
+        is positive, and multiplied by if it is not (arXiv 1909.05858); 1 = none; from 0.01 to 100.
     """
 
     temperature: float = 0.0
@@ -45,10 +47,11 @@ class Sampling:
         NOT_NEGATIVE.check("temperature", self.temperature)
         Range(0, 1, above=True).check("top_p", self.top_p)
         SEED.check("seed", self.seed)
-        NOT_NEGATIVE.check("first", self.first)
-        NOT_NEGATIVE.check("top_k", self.top_k)
+        for name in ("first", "top_k"):
+            NOT_NEGATIVE.check(name, getattr(self, name))
+            WORD.check(name, getattr(self, name))
         SHARE.check("min_p", self.min_p)
-        POSITIVE.check("repetition_penalty", self.repetition_penalty)
+        _PENALTY.check("repetition_penalty", self.repetition_penalty)
 
     def keys(self, rows: npt.ArrayLike) -> np.ndarray:
         """Data of the random keys `[B, 2]` uint32 of prompts that stand at these places."""

@@ -72,11 +72,6 @@ class Answers:
 
     def _ask(self, requests: Sequence, seconds: float) -> list[Ask]:
         worker = self._served.worker
-        if len(requests) > worker.places:
-            raise Refused(
-                f"a request may ask for {worker.places} answers at most, and this one asks for "
-                f"{len(requests)}"
-            )
         try:
             return worker.ask(requests, seconds)
         except (Full, Closed) as error:

@@ -191,6 +191,8 @@ def _turns(value: Any) -> tuple[Turn, ...]:
         strange = [name for name in given if name not in _MESSAGE]
         if strange:
             raise Refused(f"{at}: {quoted(strange)} cannot be served", param="messages")
+        if "name" in given and given.get("role") != "tool":
+            raise Refused(f"{at}: only a tool's message has a name here", param="messages")
         try:
             turns.append(read_turn(given, at))
         except UserError as error:

@@ -69,9 +69,18 @@ class Served:
         """The prompts of a request, each with the requests and readers of its answers.
 
         Raises:
-          Refused: a prompt is empty, does not fit the context, or is refused by the template.
-          UserError: the same, by the template.
+          Refused: more answers are asked for than there are places, or a prompt is empty, or does
+            not fit the context.
+          UserError: the template refuses a prompt.
         """
+        written = isinstance(asked, Text) and asked.max_tokens != 0
+        answers = asked.n * (len(asked.prompts) if written else 1)
+        if answers > self.worker.places:
+            raise Refused(
+                f"a request may ask for {self.worker.places} answers at most, and this one asks "
+                f"for {answers}",
+                param="n",
+            )
         if isinstance(asked, ChatRequest):
             turns = list(asked.turns)
             ids, language = self.model.prompt(turns), self.model.language(turns)

@@ -249,6 +249,10 @@ def test_thirty_two_streams_of_which_half_hang_up(running):
     assert decoding.most == 4
 
 
+def named(message):
+    return {**message, "name": "Ada"}
+
+
 def test_a_full_queue_is_answered_with_when_to_come_back(running, client):
     stream = client.chat.completions.create(model="small", messages=user("forever a"), stream=True)
     with stream:
@@ -261,6 +265,24 @@ def test_a_full_queue_is_answered_with_when_to_come_back(running, client):
     running.decoding["small"].cancelled.get(timeout=60)
     done = client.chat.completions.create(model="small", messages=user("say a"))
     assert done.choices[0].message.content == "a"
+
+
+def test_more_answers_than_places_are_refused_before_anything_is_made(client):
+    many = {"model": "main", "n": 10**9}
+    for asked in (
+        {"prompt": "say a", "max_tokens": 1},
+        {"prompt": "say a", "max_tokens": 0, "echo": True},
+        {"prompt": ["say a", "say b"], "max_tokens": 0, "echo": True, "logprobs": 1},
+    ):
+        with pytest.raises(openai.BadRequestError, match="answers at most") as caught:
+            client.completions.create(**many, **asked)
+        assert caught.value.param == "n"
+    with pytest.raises(openai.BadRequestError, match="answers at most"):
+        client.chat.completions.create(**many, messages=user("say a"))
+    with pytest.raises(openai.BadRequestError, match="top_k: 2147483648 is above"):
+        client.completions.create(model="main", prompt="a", extra_body={"top_k": 2**31})
+    with pytest.raises(openai.BadRequestError, match=r"messages\[0\]: only a tool's message has"):
+        client.chat.completions.create(model="main", messages=[*map(named, user("say a"))])
 
 
 def test_a_client_that_hangs_up_before_a_whole_answer_frees_its_row(running):
