@@ -125,7 +125,10 @@ def _print(said: NewText) -> None:
 def _lines(history: str | None) -> Iterator[str]:
     """What the person writes, line by line, to the end of the input."""
     if not sys.stdin.isatty():
-        yield from sys.stdin
+        try:
+            yield from sys.stdin
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input: not UTF-8 text ({error})") from None
         return
     typed = Typed(_history_file() if history is None else Path(history) if history else None)
     while True:

@@ -83,11 +83,11 @@ def pick(text: str, choices: Sequence[str], texts: Sequence[str] = ()) -> str | 
 def last_said(text: str) -> str:
     """What a free text gives as its answer: what is in its box, or what follows "the answer is".
 
-    Where it says neither, the whole text.
+    Where it says neither, "".
     """
     boxed = _boxed(text)
     found = list(re.finditer(_SAID, tokens.spoken(text), re.I))
-    return boxed or (found[-1][1] if found else text)
+    return boxed or (found[-1][1] if found else "")
 
 
 _SAID = r"(?:answer\s*(?:is|:|=)|答案(?:为|是|：|:))\s*(.+)"

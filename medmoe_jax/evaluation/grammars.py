@@ -87,7 +87,7 @@ def sections(text: str) -> dict[str, str]:
 
 def numbers(text: str) -> list[float]:
     """The numbers of a text, in their order; commas between thousands are left out."""
-    plain = unicodedata.normalize("NFKC", text)
+    plain = unicodedata.normalize("NFKC", text).replace("\u2212", "-")
     plain = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", plain)
     return [float(n) for n in re.findall(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?", plain)]
 

@@ -30,6 +30,7 @@ class Item:
     allowed: of a list as the answer, the terms that may stand in it; of a number, its limits.
     source, spans: a text, and `(type, start, stop)` of the entities in it.
     rubric: what a judge looks for in the answer.
+    own: the prompt without examples, where some stand before it.
     """
 
     prompt: Prompt
@@ -42,6 +43,7 @@ class Item:
     source: str = ""
     spans: tuple[tuple[str, int, int], ...] = ()
     rubric: tuple[Criterion, ...] = ()
+    own: Prompt = ""
 
     @property
     def turns(self) -> str | list[Turn]:

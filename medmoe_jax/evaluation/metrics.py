@@ -30,6 +30,7 @@ class Metric:
     ranked: a prediction is the list of choices, best first, instead of a text.
     whole: an answer is the item, instead of its answer's text.
     readable: whether a prediction is in the form that the metric reads.
+    placed: whether it needs the places of an item's entities in its text.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Metric:
     ranked: bool = False
     whole: bool = False
     readable: Callable[[str], bool] = lambda text: bool(text.strip())
+    placed: bool = False
 
 
 def compute(name: str, predictions: Sequence, answers: Sequence) -> float:
@@ -201,12 +203,17 @@ def _set_f1(rows_Nx3: np.ndarray) -> float:
 
 
 def _within(prediction: str, item) -> float:
-    """Whether the last number lies within the item's limits; a date must be the same."""
+    """Whether the number given lies within the item's limits; a date must be the same.
+
+    It is the first one where the text says which its answer is: units may follow, "84 mL/min/1.73
+    m²". Else it is the last one.
+    """
     limits = [grammars.numbers(limit) for limit in item.allowed]
-    said = grammars.numbers(answers.last_said(prediction))
+    answer = answers.last_said(prediction)
+    said = grammars.numbers(answer.rpartition("=")[2] if answer else prediction)
     if len(limits) != 2 or not all(len(limit) == 1 for limit in limits):
         return float(bool(said) and said == grammars.numbers(item.answer))
-    return float(bool(said) and limits[0][0] <= said[-1] <= limits[1][0])
+    return float(bool(said) and limits[0][0] <= said[0 if answer else -1] <= limits[1][0])
 
 
 def _hit(count: int):
@@ -256,7 +263,7 @@ METRICS: dict[str, Metric] = {
         _set_metric("event_f1", grammars.events),
         _set_metric("labelled_f1", grammars.labelled),
         Metric("term_f1", _term_counts, _set_f1, whole=True),
-        Metric("span_f1", _span_counts, _set_f1, whole=True),
+        Metric("span_f1", _span_counts, _set_f1, whole=True, placed=True),
         Metric("rouge_l", _each(_rouge_l), _mean),
         Metric("sections_rouge_l", _each(_sections_rouge_l), _mean),
         Metric("chrf", _chrf_counts, _chrf),

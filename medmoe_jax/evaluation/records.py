@@ -14,7 +14,7 @@ from medmoe_jax import json_text
 from medmoe_jax.checkpoints.files import write_text
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import metrics
-from medmoe_jax.evaluation.items import Criterion, Item
+from medmoe_jax.evaluation.items import Criterion, Item, as_turns
 from medmoe_jax.evaluation.tasks import Task
 from medmoe_jax.evaluation.ways import Response
 from medmoe_jax.kinds import Number, check_fields
@@ -66,7 +66,7 @@ def records(task: Task, given: Sequence[Response], rows_N: np.ndarray) -> Iterat
 def identity(item: Item) -> str:
     """A hash of what an item asks: the same whatever guide and examples stand before its text."""
     whole = item.prompt if isinstance(item.prompt, str) else item.prompt[-1][1]
-    after = whole.rpartition(item.source)[2] if item.source else item.turns
+    after = whole.rpartition(item.source)[2] if item.source else as_turns(item.own or item.prompt)
     asked = json.dumps([item.source, after, item.answer, item.texts], ensure_ascii=False)
     return hashlib.sha256(asked.encode()).hexdigest()[:24]
 

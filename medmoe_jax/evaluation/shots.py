@@ -63,9 +63,9 @@ def before_item(item: Item, examples: Sequence[Item], form: str) -> Item:
         return item
     rows = [_Pair(e.prompt, e.answer) for e in examples if isinstance(e.prompt, str)]
     if isinstance(item.prompt, str) and len(rows) == len(examples):
-        return replace(item, prompt=prompt(item.prompt, rows, form))
+        return replace(item, prompt=prompt(item.prompt, rows, form), own=item.prompt)
     told = [turn for e in examples for turn in (*_turns(e.prompt), ("assistant", e.answer))]
-    return replace(item, prompt=(*told, *_turns(item.prompt)))
+    return replace(item, prompt=(*told, *_turns(item.prompt)), own=item.prompt)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from medmoe_jax.data.medical.files import read_bytes
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import metrics
 from medmoe_jax.evaluation.items import Criterion, Item, Prompt
+from medmoe_jax.kinds import shown
 
 _FIELDS = ("prompt", "messages", "answer", "choices", "texts", "language", "metric", "part")
 # With these an item needs no answer; the others stand in HealthBench's files.
@@ -132,8 +133,18 @@ def _rubric(value: Any, where: str) -> tuple[Criterion, ...]:
 
 def _metric(record: dict, where: str) -> str:
     name = str(record.get("metric") or "")
-    if name and metrics.find(name).ranked and not record.get("choices"):
+    if not name:
+        return name
+    metric = metrics.find(name)
+    if metric.ranked and not record.get("choices"):
         raise UserError(f"{where}: metric {name!r} needs choices")
+    if metric.placed:
+        raise UserError(f"{where}: metric {name!r} needs places in a text, which no item here has")
+    if not metric.readable(record["answer"]):
+        raise UserError(
+            f"{where}: metric {name!r} cannot read the answer {shown(record['answer'])}; "
+            "docs/tasks.md has its form"
+        )
     return name
 
 

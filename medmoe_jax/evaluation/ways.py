@@ -13,6 +13,7 @@ Tasks without choices are answered in text, whatever the way.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -244,7 +245,7 @@ def _read(model, task: Task, items: Sequence[Item], way: Way, sampling: Sampling
         prompts = [with_text(p, text) for p, text in zip(prompts, asked, strict=True)]
     turns = [as_turns(p) for p in prompts]
     drawn = [
-        _write(model, task, way, replace(sampling, seed=sampling.seed + n), turns)
+        _write(model, task, way, replace(sampling, seed=_seed(sampling.seed, n)), turns)
         for n in range(way.samples)
     ]
     out = []
@@ -256,6 +257,14 @@ def _read(model, task: Task, items: Sequence[Item], way: Way, sampling: Sampling
         raw = tuple(text for text, _ in samples)
         out.append(Response(text, ranking, (), raw, bool(votes), any(not e for _, e in samples)))
     return out
+
+
+def _seed(seed: int, sample: int) -> int:
+    """The seed of a sample: another one for each pair, the first sample's the one given."""
+    if not sample:
+        return seed
+    digest = hashlib.sha256(f"{seed} {sample}".encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
 
 
 def _choice(text: str, item: Item, reading: str) -> str | None:

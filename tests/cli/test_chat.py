@@ -68,6 +68,13 @@ def test_piped_lines_are_answered_as_generate_answers(config, workdir, monkeypat
     assert "a new talk" in err and "/route takes nothing more, and here is 'now'" in err
 
 
+def test_lines_that_are_no_text(config, workdir, monkeypatch, capsys):
+    lines = io.TextIOWrapper(io.BytesIO(b"\xff\xfe what\n"), "utf-8")
+    monkeypatch.setattr(sys, "stdin", lines)
+    assert main(["chat", config, f"--workdir={workdir}", "--max-tokens=8", "--history="]) == 1
+    assert "standard input: not UTF-8 text" in capsys.readouterr().err
+
+
 def test_options_are_checked(config, workdir, capsys):
     for option, words in (
         ("--max-tokens=0", "--max-tokens: 0 is below 1"),

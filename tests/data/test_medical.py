@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from medmoe_jax.data import medical
-from medmoe_jax.data.medical import cards, files, formats, forms, locate, registry, row
+from medmoe_jax.data.medical import cards, fields, files, formats, forms, locate, registry, row
 from medmoe_jax.data.sources import open_source
 from medmoe_jax.errors import UserError
 from medmoe_jax.training.config import source
@@ -271,6 +271,28 @@ def test_mmlu_with_and_without_a_header(tmp_path):
         write(tmp_path / place.replace("/", "") / "mmlu" / place, text.replace(', "one"', ""))
         split = medical.read_split("mmlu:anatomy", "test", tmp_path / place.replace("/", ""))
         assert [r.response for r in split.rows] == ["C"] and split.rows[0].texts == tuple("abcd")
+
+
+@pytest.mark.parametrize(
+    ("record", "path", "first", "right"),
+    [
+        ({"opa": "a", "opb": "", "opc": "c", "opd": "d", "cop": 3}, "opa,opb,opc,opd", 1, "c"),
+        ({"opa": "a", "opb": None, "opc": "c", "opd": "d", "cop": 4}, "opa,opb,opc,opd", 1, "d"),
+        ({"o": ["", "b", "c"], "cop": 2}, "o", 0, "c"),
+        ({"o": {"A": "a", "B": "n/a", "C": "c"}, "cop": "2"}, "o", 0, "c"),
+        ({"o": ["a", "b"], "cop": 1}, "o", 1, "a"),
+    ],
+)
+def test_numbers_count_the_options_without_text_too(record, path, first, right):
+    options = fields.options_of(record, path, "x")
+    (place,) = fields.answers_of(record, "cop", options, first, "x")
+    assert options[place][1] == right
+
+
+def test_a_number_of_an_option_without_text_is_refused():
+    record = {"o": ["a", "", "c"], "cop": 1}
+    with pytest.raises(UserError, match="names none of the options A, C"):
+        fields.answers_of(record, "cop", fields.options_of(record, "o", "x"), 0, "x")
 
 
 def test_medmcqa_counts_from_one_in_json_and_from_zero_in_parquet(tmp_path):

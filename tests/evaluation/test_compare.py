@@ -8,6 +8,7 @@ from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import Item, Report, Task, evaluate, html, metrics, page, records
 from medmoe_jax.evaluation.compare import POOLED, alone, compare, mcnemar
 from medmoe_jax.evaluation.overlap import overlaps
+from medmoe_jax.evaluation.shots import before_item
 from tests.evaluation.models import Constant, Scripted
 
 LABELS = ("yes", "no")
@@ -170,6 +171,15 @@ def test_questions_on_one_text_are_told_apart():
     prompts = ("fever, cough\nA or B?", "fever, cough\nC or D?", "Guide.\nfever, cough\nA or B?")
     ids = [records.identity(Item(p, "yes", LABELS, source="fever, cough")) for p in prompts]
     assert ids[0] == ids[2] != ids[1]
+
+
+@pytest.mark.parametrize("form", ["prompt", "turns"])
+@pytest.mark.parametrize("asked", ["fever?", (("user", "a"), ("assistant", "b"), ("user", "c"))])
+def test_a_user_s_item_is_the_same_behind_examples(asked, form):
+    item, examples = Item(asked, "yes", LABELS), [Item("cough?", "no", LABELS)]
+    told = before_item(item, examples, form)
+    assert told.prompt != item.prompt
+    assert records.identity(told) == records.identity(item) != records.identity(examples[0])
 
 
 # Contamination.

@@ -69,6 +69,25 @@ def test_what_does_not_pass_is_a_problem_and_no_verdict():
     assert found.problem == "status 400: the context is too long" and len(chat.asked) == 1
 
 
+def test_odd_replies_are_read_or_asked_again():
+    """Usage that is no object; a body that is not what its header says; a line end in a text."""
+    odd = json.loads(said(FULL))
+    replies = [json.dumps({**odd, "usage": used}) for used in ("none", [1], None, 3)]
+    (question,) = questions([record()], list(SCALES))
+    for reply in replies:
+        with serve(lambda body, reply=reply: (200, {}, reply)) as (chat, url):
+            found, _ = ask(url, question.read)
+        assert found.value == GRADES and found.tokens == (0, 0) and len(chat.asked) == 1
+    packed = iter([(200, {"Content-Encoding": "gzip"}, said(FULL)), FULL])
+    with serve(lambda body: next(packed)) as (chat, url):
+        found, _ = ask(url, question.read)
+    assert found.value == GRADES and len(chat.asked) == 2
+    broken = json.dumps({"reason": "Sound,", **GRADES}).replace("Sound,", "Sound,\nbut short")
+    with serve(lambda body: broken) as (chat, url):
+        found, _ = ask(url, question.read)
+    assert found.value == GRADES and len(chat.asked) == 1
+
+
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_what_refuses_every_question_ends_the_run(status):
     told = f"completions refuses to judge, status {status}: w"

@@ -111,7 +111,12 @@ def test_events_and_sections():
     ("said", "wanted"),
     [
         ("80 / 2² = 20. The answer is 20.4", 1.0),
-        ("The answer is 20.4, not 18", 0.0),
+        ("The answer is 20.4, not 18", 1.0),
+        ("The answer is 18, not 20.4", 0.0),
+        ("The answer is 20.4 mL/min/1.73 m²", 1.0),
+        ("The answer is 20.4 kg/m^2", 1.0),
+        ("The answer is 81.6 / 4 = 20.4 points of 90", 1.0),
+        ("between 18 and 30 it is 20", 1.0),
         ("\\boxed{19}", 1.0),
         ("The answer is 1,020.4", 0.0),
         ("The answer is high", 0.0),

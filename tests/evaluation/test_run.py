@@ -129,6 +129,21 @@ def test_every_item_has_draws_of_its_own_whatever_the_batch(tmp_path):
     assert found[0] == found[1] and len(set(found[0])) > 20
 
 
+def test_seeds_have_no_sample_in_common(tmp_path):
+    """Several samples of each item: those of two seeds tell how far votes differ by chance."""
+    seeds = []
+
+    class Listening(Drawn):
+        def answer(self, prompts, max_tokens, sampling):
+            seeds.append(sampling.seed)
+            return super().answer(prompts, max_tokens, sampling)
+
+    for seed in (0, 1, 2, -1, 2**63 - 1):
+        one(Listening(), exam(3), way=Way("free", samples=4, temperature=0.7), seed=seed)
+        assert seeds[-4] == seed  # the first one's is that of a single sample
+    assert len(set(seeds)) == 20 and all(-(2**63) <= seed < 2**63 for seed in seeds)
+
+
 def test_most_samples_decide():
     task = Task("t", "en", "choice", "accuracy", (Item("q0", "B", tuple("ABC")),))
     said = ["The answer is A.", "I do not know", "The answer is B.", "B", "The answer is C"]

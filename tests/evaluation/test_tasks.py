@@ -75,6 +75,18 @@ def test_user_tasks_with_a_mark_turns_and_a_metric(tmp_path):
             '{"prompt": "q", "answer": "a", "metric": "chrf"}\n{"prompt": "q", "answer": "a"}',
             "its items name several metrics",
         ),
+        (
+            '{"prompt": "q", "answer": "x", "metric": "span_f1"}',
+            r"jsonl:1: metric 'span_f1' needs places in a text",
+        ),
+        *(
+            (
+                '{"prompt": "q", "answer": "none", "metric": "%s"}\n' % metric
+                + '{"prompt": "q", "answer": "aspirin and insulin", "metric": "%s"}' % metric,
+                rf"jsonl:2: metric '{metric}' cannot read the answer 'aspirin and insulin'",
+            )
+            for metric in ("entity_f1", "relation_f1", "event_f1", "labelled_f1")
+        ),
     ],
 )
 def test_bad_user_tasks(tmp_path, text, message):

@@ -166,6 +166,9 @@ def _places(value, options, counts_from: int) -> list[int | None]:
         return [keys.index(named)]
     if (number := whole_number(named)) is not None:
         place = number - counts_from
+        if set(keys) <= set(LETTERS):  # it counts the options without text, too
+            letter = LETTERS[place] if 0 <= place < len(LETTERS) else ""
+            return [keys.index(letter) if letter in keys else None]
         return [place if 0 <= place < len(options) else None]
     texts = [option.casefold() for _, option in options]
     if named.casefold() in texts:

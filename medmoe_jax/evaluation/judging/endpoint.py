@@ -137,6 +137,8 @@ class Client:
             raise _Again(f"no answer in {self._endpoint.timeout:g} s") from None
         except httpx.TransportError as error:
             raise _Again(f"no connection: {error}") from None
+        except httpx.RequestError as error:
+            raise _Again(f"an answer that cannot be read: {error}", 0.0) from None
         status = response.status_code
         told = f"status {status}: {_short(response.text)}"
         if status in _REFUSED:
@@ -174,7 +176,8 @@ def _text(answer: Any) -> str | None:
 
 def _usage(answer: Any) -> tuple[int, int]:
     used = answer.get("usage") if isinstance(answer, dict) else None
-    found = [(used or {}).get(name) for name in ("prompt_tokens", "completion_tokens")]
+    told = used if isinstance(used, dict) else {}
+    found = [told.get(name) for name in ("prompt_tokens", "completion_tokens")]
     read, written = (n if isinstance(n, int) and n > 0 else 0 for n in found)
     return read, written
 

@@ -140,7 +140,7 @@ def read_met(text: str) -> dict[str, bool] | None:
 def _objects(text: str) -> Iterator[dict]:
     """The JSON objects of a text after its thoughts, the last one first."""
     text = text.rpartition("</think>")[2]
-    decoder, at, found = json.JSONDecoder(), text.find("{"), []
+    decoder, at, found = json.JSONDecoder(strict=False), text.find("{"), []
     while at >= 0:
         try:
             value, stop = decoder.raw_decode(text, at)
