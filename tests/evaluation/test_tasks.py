@@ -81,8 +81,8 @@ def test_user_tasks_with_a_mark_turns_and_a_metric(tmp_path):
         ),
         *(
             (
-                '{"prompt": "q", "answer": "none", "metric": "%s"}\n' % metric
-                + '{"prompt": "q", "answer": "aspirin and insulin", "metric": "%s"}' % metric,
+                f'{{"prompt": "q", "answer": "none", "metric": "{metric}"}}\n'
+                + f'{{"prompt": "q", "answer": "aspirin and insulin", "metric": "{metric}"}}',
                 rf"jsonl:2: metric '{metric}' cannot read the answer 'aspirin and insulin'",
             )
             for metric in ("entity_f1", "relation_f1", "event_f1", "labelled_f1")
