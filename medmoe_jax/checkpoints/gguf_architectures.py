@@ -6,6 +6,7 @@ maps, some of them rewritten (`Architecture`), and its fields say what config.js
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ _SIZES = {
     "max_position_embeddings": "context_length",
 }
 _EPSILON, _THETA = "attention.layer_norm_rms_epsilon", "rope.freq_base"
+_LOCAL_THETA = "rope.freq_base_swa"
 _HEADS, _KEY, _VALUE = "attention.head_count_kv", "attention.key_length", "attention.value_length"
 _ROTATED, _WINDOW, _PATTERN = (
     "rope.dimension_count",
@@ -36,6 +38,7 @@ _ROTATED, _WINDOW, _PATTERN = (
     "attention.sliding_window_pattern",
 )
 _SCALING = "rope.scaling."
+_CAUSAL = "attention.causal"
 _SCALED = ("type", "factor", "original_context_length", "attn_factor", "finetuned")
 _CAPS = {
     "attn_logit_softcapping": "attn_logit_softcapping",
@@ -62,6 +65,7 @@ class Architecture:
       caps: whether the file has caps of scores and logits.
       factors: the tensors, of `FACTORS`, with which llama.cpp scales frequencies one by one.
       more: further fields of config.json.
+      read: the fields of the file that `more` reads.
     """
 
     name: str
@@ -73,6 +77,7 @@ class Architecture:
     caps: bool = False
     factors: tuple[str, ...] = ()
     more: Callable[[GgufFile], Json] = lambda file: {}
+    read: tuple[str, ...] = ()
 
 
 def _gemma_query(large: int) -> Callable[[Json], int]:
@@ -90,7 +95,7 @@ def _gemma3_layers(file: GgufFile) -> Json:
     pattern = file.field(f"gemma3.{_PATTERN}", (int, list), 6)
     kinds = {True: "sliding_attention", False: "full_attention"}
     # `rope.freq_base` is that of the global layers; a field of the local ones' is rarely there.
-    local = {"rope_local_base_freq": file.field("gemma3.rope.freq_base_swa", float, 1e4)}
+    local = {"rope_local_base_freq": file.field(f"gemma3.{_LOCAL_THETA}", float, 1e4)}
     if isinstance(pattern, list):
         return local | {"layer_types": [kinds[bool(slides)] for slides in pattern]}
     return local | {"sliding_window_pattern": pattern}
@@ -119,6 +124,7 @@ ARCHITECTURES = {
             windows=True,
             query=_gemma_query(62),
             more=_gemma3_layers,
+            read=(_PATTERN, _LOCAL_THETA),
         ),
         Architecture("phi3", "phi3", windows=True, factors=FACTORS[:2]),
     )
@@ -127,6 +133,11 @@ ARCHITECTURES = {
 
 def architecture_of(file: GgufFile) -> Architecture:
     """What a file is. Raises UserError for an architecture that is not known."""
+    if file.field("split.count", int, 0) > 1:  # but the first has no other fields
+        raise UserError(
+            f"{file.path}: split.count: one of several files; join them "
+            "(llama-gguf-split --merge) and give the whole"
+        )
     name = file.field("general.architecture", str)
     if name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
@@ -148,12 +159,17 @@ def config_json(file: GgufFile) -> Json:
     _check_known(file, arch)
     hf: Json = {theirs: get(name, int) for theirs, name in _SIZES.items()}
     heads = hf["num_attention_heads"]
+    sizes = {name: hf[theirs] for theirs, name in _SIZES.items()}
+    sizes[_KEY] = get(_KEY, int, hf["hidden_size"] // max(heads, 1))
+    for name, size in sizes.items():
+        if size < 1:
+            raise UserError(f"{file.path}: {arch.name}.{name}: {size} is below 1")
     hf |= {
         "model_type": arch.family,
         "vocab_size": _rows(file, "token_embd.weight"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "num_key_value_heads": get(_HEADS, int, heads),
-        "head_dim": get(_KEY, int, hf["hidden_size"] // max(heads, 1)),
+        "head_dim": sizes[_KEY],
         "rms_norm_eps": _shortest(get(_EPSILON, float)),
         "rope_theta": _shortest(get(_THETA, float, 1e4)),
     }
@@ -173,19 +189,17 @@ def config_json(file: GgufFile) -> Json:
 
 def _check_known(file: GgufFile, arch: Architecture) -> None:
     """Raise UserError for a field of the architecture that would be ignored."""
-    known = {*_SIZES.values(), _EPSILON, _THETA, _HEADS, _KEY, _VALUE, _ROTATED, *_IDLE}
+    known = {*_SIZES.values(), _EPSILON, _THETA, _HEADS, _KEY, _VALUE, _ROTATED, _CAUSAL, *_IDLE}
     known |= {_SCALING + name for name in _SCALED}
-    known |= {_WINDOW, _PATTERN, "rope.freq_base_swa"} if arch.windows else set()
+    known |= {_WINDOW} if arch.windows else set()
+    known |= set(arch.read)
     known |= set(_CAPS.values()) if arch.caps else set()
     for name, value in file.fields.items():
         prefix, _, own = name.partition(".")
         if prefix == arch.name and value and own not in known:
             raise UserError(f"{file.path}: {name}: {str(value)[:80]} is not supported")
-    if file.field("split.count", int, 0) > 1:
-        raise UserError(
-            f"{file.path}: split.count: one of several files; join them "
-            "(llama-gguf-split --merge) and give the whole"
-        )
+    if not file.field(f"{arch.name}.{_CAUSAL}", bool, True):
+        raise UserError(f"{file.path}: {arch.name}.{_CAUSAL}: False is not supported")
 
 
 def _shortest(value: float) -> float:
@@ -201,25 +215,38 @@ def _rows(file: GgufFile, name: str) -> int:
 
 def _rope(file: GgufFile, get: Callable, hf: Json) -> Json:
     """The rotary scaling: of the fields, or of tensors with a divisor for every frequency."""
-    kind = get(_SCALING + "type", str, "none")
-    factor = get(_SCALING + "factor", float, 0.0)
+    factor = get(_SCALING + "factor", float, 0.0) or 1.0
+    kind = get(_SCALING + "type", str, "linear")  # without a factor that is none
+    kind = "none" if kind == "linear" and factor == 1.0 else kind
     original = get(_SCALING + "original_context_length", int, hf["max_position_embeddings"])
     attention = _shortest(get(_SCALING + "attn_factor", float, 1.0))
-    divisors = [
-        [_shortest(x) for x in file.tensors[name].rows(slice(None))]
-        for name in FACTORS
-        if name in file.tensors
-    ]
+    divisors = [_divisors_in(file, name) for name in FACTORS if name in file.tensors]
     if divisors:
+        if kind not in ("none", "longrope"):
+            raise UserError(
+                f"{file.path}: {_SCALING}type: '{kind}' beside divisors (rope_freqs and the like) "
+                "is not supported"
+            )
         scaling: Json = {"rope_type": "longrope", "attention_factor": attention}
         scaling |= {"short_factor": divisors[0], "long_factor": divisors[-1]}
         return {ORIGINAL: original, "rope_scaling": scaling}
-    if kind == "none":
-        return {}
     if attention != 1.0:
         raise UserError(f"{file.path}: {_SCALING}attn_factor: {attention} with '{kind}'")
+    if kind == "none":
+        return {}
     scaling = {"rope_type": kind, "factor": _shortest(factor)}
     return {"rope_scaling": scaling | ({ORIGINAL: original} if kind == "yarn" else {})}
+
+
+def _divisors_in(file: GgufFile, name: str) -> list[float]:
+    """The values of a tensor of `FACTORS`."""
+    tensor = file.tensors[name]
+    if len(tensor.shape) != 1:
+        raise UserError(f"{file.path}: {name}: {len(tensor.shape)} dimensions, not one")
+    found = [_shortest(x) for x in tensor.rows(slice(None))]
+    if not all(0 < x < math.inf for x in found):
+        raise UserError(f"{file.path}: {name}: its values must be finite and above 0")
+    return found
 
 
 def architecture_fields(arch: Architecture, config: DecoderConfig, hf: Json) -> Json:

@@ -38,6 +38,7 @@ _HINTS: dict[str, Any] = {
     **{"rope_type": str, "type": str},
 }
 _IGNORED = {ORIGINAL, "finetuned"}
+_ANY = ("truncate", "mscale", "mscale_all_dim")  # of these 0 says something
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 # The fields that `read` looks at.
 ROPE_FIELDS = ("rope_scaling", "rope_parameters", "rope_theta", ORIGINAL, PARTIAL, LOCAL_THETA)
@@ -120,6 +121,8 @@ def _embedding(
     given = dict(given)
     check_fields(given, _HINTS, "rope_scaling")
     theta = _number("rope_theta", given.pop("rope_theta", None) or theta or 10000.0)
+    if theta <= 0:
+        raise UserError(f"rope_theta: {theta} is not above 0")
     kinds = [given.pop(key, None) for key in ("rope_type", "type")]
     kind = kinds[0] or kinds[1] or "default"
     kind = family.rope_aliases.get(kind, kind)
@@ -140,11 +143,15 @@ def _embedding(
     given |= {key: value for key, value in computed.items() if key in optional}
     fields = {_FIELDS.get(k, k): given[k] for k in (*required, *optional) if k in given}
     for name, value in fields.items():
-        if isinstance(value, list):
-            fields[name] = tuple(_number(f"rope_scaling.{name}", x) for x in value)
-        else:
-            _number(f"rope_scaling.{name}", value)
-    return theta, RopeScaling(kind, **fields), dim
+        numbers = value if isinstance(value, list) else [value]
+        numbers = [_number(f"rope_scaling.{name}", x) for x in numbers]
+        if name not in _ANY and min(numbers, default=1.0) <= 0:
+            raise UserError(f"rope_scaling.{name}: {min(numbers)} is not above 0")
+        fields[name] = tuple(numbers) if isinstance(value, list) else value
+    scaling = RopeScaling(kind, **fields)
+    if kind == "llama3" and scaling.low_freq_factor >= scaling.high_freq_factor:
+        raise UserError("rope_scaling.low_freq_factor: must be below high_freq_factor")
+    return theta, scaling, dim
 
 
 def _number(name: str, value: Any) -> float:

@@ -49,6 +49,10 @@ from medmoe_jax.errors import UserError
 
 HUB = "hf://"
 CONFIG = "config.json"
+_PROCESSORS = (
+    *("processor_config.json", "preprocessor_config.json"),
+    *("image_processor_config.json", "video_preprocessor_config.json"),
+)
 _DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
 _DOWNLOADED += ("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 
@@ -183,6 +187,11 @@ def _others(opened: OpenedFiles, beside: str) -> dict[str, StoredTensor]:
     return {name: stored for name, stored in opened.tensors.items() if re.search(beside, name)}
 
 
+def _processors(folder: Path) -> dict[str, Path]:
+    """The files that say how what other parts read is made ready, such as images."""
+    return {name: folder / name for name in _PROCESSORS if (folder / name).is_file()}
+
+
 def save_hf(
     directory: str | Path,
     config: DecoderConfig,
@@ -209,7 +218,8 @@ def save_hf(
       dtype: float32 or bfloat16, of what is written: one rounding from float32. None = the
         embedding's.
       source: the folder that the base came from: its config.json is kept, its tensors' names, and
-        the tensors of the model's other parts, as they are. None makes them from `config`.
+        the tensors of the model's other parts and what prepares their input, as they are. None
+        makes them from `config`.
       extra: fields of config.json to add to it or to change, such as `eos_token_id`; transformers
         uses the family's own defaults for those left out.
       companions: more files by name: a path to copy, bytes, or a value to write as JSON.
@@ -227,6 +237,8 @@ def save_hf(
     dtype = np.dtype(dtype or params["embed"].dtype)
     hf = settings(config, family, source)
     files = {CONFIG: _with_dtype({**hf, **(extra or {})}, str(dtype)), **(companions or {})}
+    if source and FAMILIES[family].beside:
+        files = _processors(source) | files
     weights = FoldedWeights(params, members, dtype)
     with contextlib.ExitStack() as stack:
         plan, others = families.tensors(config, family), {}

@@ -119,6 +119,12 @@ def _members(trained: Trained, states: tuple[str, ...]):
 def _export_hf(setup: Setup, trained: Trained, output: str, dtype: str | None, card: Files) -> None:
     base, tokenizer = setup.base, setup.tokenizer
     ids = companions.token_ids(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    prompting = _prompting(setup)
+    if FAMILIES[base.family].within and b"image" not in prompting[companions.TEMPLATE]:
+        note(
+            "the exported chat template is the one trained with, of text alone: an image has no "
+            "place in it (data.template=tokenizer keeps the model's own)"
+        )
     save_hf(
         output,
         base.config,
@@ -128,7 +134,7 @@ def _export_hf(setup: Setup, trained: Trained, output: str, dtype: str | None, c
         dtype=np.dtype(dtype or setup.dtype),
         source=base.folder,
         extra=None if base.folder else ids,
-        companions={**_prompting(setup), **card},
+        companions={**prompting, **card},
     )
 
 

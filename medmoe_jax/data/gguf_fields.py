@@ -14,9 +14,12 @@ from medmoe_jax.data.gguf_tokenizer import (
     BYTE,
     CONTROL,
     CUTS,
+    NAME,
     NORMAL,
+    NOT_TAKING,
     PREFIX,
     SPACE,
+    TAKING,
     TEMPLATE,
     UNKNOWN,
     UNUSED,
@@ -77,12 +80,16 @@ def tokenizer_fields(encoder: Encoder, rows: int, template: str) -> TokenizerFie
     if "scores" in fields:
         fields["add_space_prefix"] = bool(fitting and fitting[0])
     ids, unnamed = _ids(encoder)
+    taking = {text for text, token in tokenizer.added.items() if token.rstrip}
+    others = set(tokenizer.added) - taking - set(NOT_TAKING)
     unknown = next((i for i, kind in types.items() if kind == UNKNOWN), None)
     fields |= {"tokens": tokens, "token_type": kinds, "add_bos_token": False}
     fields |= {f"{name}_token_id": i for name, i in ids.items() if i is not None}
     fields |= {} if unknown is None else {"unknown_token_id": unknown}
     values = {PREFIX + name: value for name, value in fields.items()}
-    return TokenizerFields(values | {TEMPLATE: template}, bool(fitting), unnamed)
+    values |= {NAME: TAKING[0]} if taking else {}  # the only way to say so
+    same = bool(fitting) and not (taking and others)
+    return TokenizerFields(values | {TEMPLATE: template}, same, unnamed)
 
 
 def _ids(encoder: Encoder) -> tuple[dict[str, int | None], tuple[int, ...]]:

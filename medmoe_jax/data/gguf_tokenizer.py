@@ -18,6 +18,7 @@ from typing import Any
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
 from medmoe_jax.errors import UserError, bad_or_lost
+from medmoe_jax.kinds import shown
 from medmoe_jax.storage.partials import partial_of, sweep
 from medmoe_jax.storage.places import cache_folder
 
@@ -33,7 +34,13 @@ _SPECIALS = {
 }
 SPACE = "\u2581"
 _MAIN = ("tokenizer.json", "tokenizer.model")
-_FORM = 1  # of the files that `tokenizer_files` makes; counts up when they change
+_SIZES = "sizes.json"  # of the files in a folder of the cache, by name
+# No field says that a token takes the spaces after it. llama.cpp's rule: those of their own do in
+# files whose `general.name` holds one of these, but for some.
+NAME = "general.name"
+TAKING = ("phi-3", "phi3")
+NOT_TAKING = ("<unk>", "<s>", "<|endoftext|>")
+_FORM = 2  # of the files that `tokenizer_files` makes; counts up when they change
 # All that may end an answer.
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
@@ -101,16 +108,27 @@ def unpack(fields: Mapping[str, Any], where: str, cache: Path | None = None) -> 
     if cache is None:
         cache = cache_folder() / "tokenizers"
     own = {key: value for key, value in fields.items() if key.startswith("tokenizer.")}
+    own["takes_spaces"] = _takes_spaces(fields)
     digest = hashlib.sha256(json.dumps([_FORM, own], sort_keys=True).encode()).hexdigest()
     folder = cache / digest[:24]
-    if not folder.is_dir():
+    if not _is_whole(folder):
+        shutil.rmtree(folder, ignore_errors=True)  # somebody cleared a part of the cache
         _write(folder, tokenizer_files(fields, where))
     return next(path for path in map(folder.joinpath, _MAIN) if path.is_file())
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        sizes = json.loads((folder / _SIZES).read_bytes())
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
 
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:
     """A folder with these files, which appears whole or not at all."""
     partial = partial_of(folder)
+    files = {**files, _SIZES: _json({name: len(content) for name, content in files.items()})}
     try:
         sweep(folder)
         partial.mkdir(parents=True, exist_ok=True)
@@ -142,7 +160,10 @@ def tokenizer_files(fields: Mapping[str, Any], where: str) -> dict[str, bytes]:
     ends = [i for i in dict.fromkeys(map(reader.id, _ENDS)) if i is not None]
     if ends:
         files["generation_config.json"] = _json({"eos_token_id": ends})
-    if template := fields.get(TEMPLATE):
+    template = fields.get(TEMPLATE, "")
+    if not isinstance(template, str):
+        raise UserError(f"{where}: {TEMPLATE}: {shown(template)} is no text")
+    if template:
         files["chat_template.jinja"] = template.encode()
     return files
 
@@ -163,9 +184,20 @@ class _Fields:
             raise UserError(f"{self.where}: {PREFIX}{name}: missing or of another type")
         return value
 
+    def each(self, name: str, kind: type | tuple[type, ...], default: Any = ...) -> list:
+        """A list of values of one type."""
+        values = self.get(name, list, default)
+        for value in values:
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise UserError(f"{self.where}: {PREFIX}{name}: {shown(value)} is of another type")
+        return values
+
     def tokens(self) -> tuple[list[str], list[int]]:
-        tokens = self.get("tokens", list)
-        types = self.get("token_type", list, [NORMAL] * len(tokens))
+        tokens = self.each("tokens", str)
+        types = self.each("token_type", int, [NORMAL] * len(tokens))
+        types = [kind or NORMAL for kind in types]  # 0 says nothing
+        if strange := set(types) - set(range(NORMAL, BYTE + 1)):
+            raise UserError(f"{self.where}: {PREFIX}token_type: there is no type {min(strange)}")
         if len(types) != len(tokens):
             raise UserError(
                 f"{self.where}: {PREFIX}token_type: {len(types)} types of {len(tokens)} tokens"
@@ -184,10 +216,16 @@ class _Fields:
 _Files = tuple[str, bytes, dict[str, Any]]  # main file, its content, its class's own settings
 
 
-def _added(token: str, kind: int) -> dict[str, Any]:
+def _added(reader: _Fields, token: str, kind: int) -> dict[str, Any]:
     """A token of its own, as tokenizer files describe it."""
-    sides = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"content": token, **sides, "special": kind == CONTROL}
+    sides = dict.fromkeys(("single_word", "lstrip", "normalized"), False)
+    takes = _takes_spaces(reader.fields) and token not in NOT_TAKING
+    return {"content": token, **sides, "rstrip": takes, "special": kind == CONTROL}
+
+
+def _takes_spaces(fields: Mapping[str, Any]) -> bool:
+    name = str(fields.get(NAME, "")).lower()
+    return any(word in name for word in TAKING)
 
 
 def _byte_pairs(reader: _Fields, tokens: list[str], types: list[int]) -> _Files:
@@ -199,13 +237,13 @@ def _byte_pairs(reader: _Fields, tokens: list[str], types: list[int]) -> _Files:
             "own tokenizer in base.tokenizer"
         )
     pre_tokenizer, normalizer, ignore_merges = CUTS[cut]
-    merges = [merge.split(" ", 1) for merge in reader.get("merges", list)]
+    merges = [merge.split(" ", 1) for merge in reader.each("merges", str)]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     strange = [m for m in merges if len(m) != 2 or not {*m, "".join(m)} <= vocabulary.keys()]
     if strange:
         raise UserError(f"{reader.where}: {PREFIX}merges: {' '.join(strange[0])!r} is no merge")
     added = [
-        {"id": i, **_added(token, kind)}
+        {"id": i, **_added(reader, token, kind)}
         for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
         if kind in (CONTROL, USER_DEFINED)
     ]
@@ -231,7 +269,7 @@ def _byte_pairs(reader: _Fields, tokens: list[str], types: list[int]) -> _Files:
 
 def _pieces(reader: _Fields, tokens: list[str], types: list[int]) -> _Files:
     """A sentencepiece model."""
-    scores = reader.get("scores", list)
+    scores = reader.each("scores", (int, float))
     if len(scores) != len(tokens):
         raise UserError(
             f"{reader.where}: {PREFIX}scores: {len(scores)} scores of {len(tokens)} tokens"
@@ -268,7 +306,7 @@ def _pieces(reader: _Fields, tokens: list[str], types: list[int]) -> _Files:
     config = {
         "tokenizer_class": "LlamaTokenizer",
         "added_tokens_decoder": {
-            str(i): _added(token.replace(SPACE, " "), kind)
+            str(i): _added(reader, token.replace(SPACE, " "), kind)
             for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
             if kind in (CONTROL, USER_DEFINED)
         },

@@ -55,6 +55,8 @@ def frame_of(render: Render) -> OllamaFrame | None:
     lead = said.removeprefix(question)
     try:
         with_system = _around(render, (_SYSTEM, *long))
+        if not with_system and _SYSTEM["content"] in render((_SYSTEM, *long)):
+            return None  # it stands elsewhere than in front
     except UserError:
         with_system = []
     system = tuple(with_system[:2])

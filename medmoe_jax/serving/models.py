@@ -96,7 +96,7 @@ class Served:
         """The ids and the text of a prompt without a template."""
         tokenizer = self.model.encoder.tokenizer
         if isinstance(prompt, str):
-            bos = tokenizer.bos_id if tokenizer.begins_with_bos else None
+            bos = tokenizer.bos_id if tokenizer.encodes_bos else None
             first = [] if bos is None else [bos]
             return [*first, *tokenizer.encode_markup(prompt, start=True)], prompt
         size = self.model.engine.config.decoder.vocab_size

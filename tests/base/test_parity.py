@@ -470,6 +470,8 @@ def _gradient(config, params, tokens_BxT):
 def test_transformers_loads_what_we_save(pair, tmp_path):
     case, model, source, config, params = pair
     within = FAMILIES[case.family].within
+    processor = "preprocessor_config.json"  # how images are made ready, no part of the decoder
+    (source / processor).write_text('{"size": 4}')
     folder = huggingface.save_hf(
         tmp_path / "out",
         config,
@@ -480,6 +482,7 @@ def test_transformers_loads_what_we_save(pair, tmp_path):
         max_shard_bytes=30_000,
     )
     assert len(list(folder.glob("*.safetensors"))) > 1
+    assert (folder / processor).exists() == bool(within)
     back, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="eager", output_loading_info=True, dtype=torch.float32
     )

@@ -217,6 +217,29 @@ def test_rope_scalings():
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling: 'dynamic'"),
         ("llama", {"rope_scaling": {"type": "linear"}}, r"'linear': missing \['factor'\]"),
         ("llama", {"rope_scaling": {"type": "linear", "factor": 2, "x": 1}}, r"supported \['x'\]"),
+        *(
+            ("llama", {"rope_scaling": {"type": kind, "factor": 4.0, **one}}, rf"{name}: .*above 0")
+            for kind, one, name in (
+                ("linear", {"factor": 0}, "factor"),
+                ("linear", {"factor": -2.0}, "factor"),
+                ("yarn", {"attention_factor": 0}, "attention_factor"),
+                ("yarn", {"beta_fast": 0}, "beta_fast"),
+                ("llama3", {"low_freq_factor": 0, "high_freq_factor": 4}, "low_freq_factor"),
+            )
+        ),
+        (
+            "llama",
+            {
+                "rope_scaling": {
+                    "type": "llama3",
+                    "factor": 8,
+                    "low_freq_factor": 4,
+                    "high_freq_factor": 4,
+                }
+            },
+            "low_freq_factor: must be below high_freq_factor",
+        ),
+        ("llama", {"rope_theta": -1e4}, "rope_theta: -10000.0 is not above 0"),
         ("llama", {"partial_rotary_factor": 0.75}, "partial_rotary_factor: 0.75 is not supported"),
         ("phi3", {"partial_rotary_factor": 0.4}, "head_dim 8, rotary_dim 3: both must be even"),
         ("llama", {"rope_scaling": "yarn"}, "rope_scaling: 'yarn' is not a set of fields"),

@@ -148,6 +148,25 @@ def test_divisors_of_rotary_frequencies(tmp_path):
     assert scaling.short_factor == tuple(2.0 * ones) and scaling.long_factor == tuple(3.0 * ones)
 
 
+def test_a_factor_alone_scales_all_frequencies_alike(tmp_path):
+    """As llama.cpp reads it: without a type it is linear, and 0 is as good as none."""
+    found = {}
+    for factor in (0.0, 1.0, 4.0):
+        path = tmp_path / f"{factor}.gguf"
+        write(path, "llama", more=lambda w, x=factor: w.add_rope_scaling_factor(x))
+        found[factor] = config_of(path).rope_scaling
+    write(tmp_path / "no.gguf", "llama", more=lambda w: w.add_rope_scaling_type(LINEAR))
+    assert found[0.0] is found[1.0] is config_of(tmp_path / "no.gguf").rope_scaling is None
+    assert (found[4.0].kind, found[4.0].factor) == ("linear", 4.0)
+
+
+@pytest.mark.parametrize("field", ["attention.sliding_window_pattern", "rope.freq_base_swa"])
+@pytest.mark.parametrize("name", ["gemma2", "phi3"])
+def test_fields_that_the_architecture_does_not_read(name, field, tmp_path):
+    write(tmp_path / "m.gguf", name, more=lambda w: w.add_uint32(f"{name}.{field}", 3))
+    refused(tmp_path / "m.gguf", f"{name}.{field}: 3 is not supported")
+
+
 def test_yarn_and_a_pattern_of_windows(tmp_path):
     def yarn(writer):
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
@@ -173,6 +192,7 @@ def refused(path, message):
         gguf_models.load(path)
 
 
+LINEAR = gguf.RopeScalingType.LINEAR
 FIELD = {
     "another-architecture": (
         lambda w: w.add_key_value("general.architecture", "mamba", gguf.GGUFValueType.STRING),
@@ -193,6 +213,43 @@ FIELD = {
     ),
     "half-rotated": (lambda w: w.add_rope_dimension_count(8), "partial_rotary_factor: 0.5"),
     "split": (lambda w: w.add_uint16("split.count", 3), "split.count: one of several files"),
+    "later-part": (
+        lambda w: (w.kv_data[0].clear(), w.add_uint16("split.count", 3)),
+        "split.count: one of several files",
+    ),
+    "both-ways": (
+        lambda w: w.add_causal_attention(False),
+        "llama.attention.causal: False is not supported",
+    ),
+    "no-heads": (
+        lambda w: w.add_key_value("llama.attention.head_count", 0, gguf.GGUFValueType.UINT32),
+        "llama.attention.head_count: 0 is below 1",
+    ),
+    "no-width": (
+        lambda w: w.add_key_value("llama.attention.key_length", 0, gguf.GGUFValueType.UINT32),
+        "llama.attention.key_length: 0 is below 1",
+    ),
+    "divisors-of-rows": (
+        lambda w: w.add_tensor("rope_freqs.weight", np.ones((2, 8), np.float32)),
+        "rope_freqs.weight: 2 dimensions, not one",
+    ),
+    "divisors-of-nothing": (
+        lambda w: w.add_tensor("rope_freqs.weight", np.array([1, 0] * 4, np.float32)),
+        "rope_freqs.weight: its values must be finite and above 0",
+    ),
+    "divisors-and-scaling": (
+        lambda w: (w.add_tensor("rope_freqs.weight", np.ones(8, np.float32)),
+                   w.add_rope_scaling_factor(4.0)),
+        r"rope.scaling.type: 'linear' beside divisors",
+    ),
+    "scaled-attention": (
+        lambda w: w.add_rope_scaling_attn_factors(1.5),
+        "rope.scaling.attn_factor: 1.5 with 'none'",
+    ),
+    "pattern-of-another": (
+        lambda w: w.add_uint32("llama.attention.sliding_window_pattern", 3),
+        "llama.attention.sliding_window_pattern: 3 is not supported",
+    ),
     "strange-scaling": (
         lambda w: w.add_string("llama.rope.scaling.type", "ntk"),
         "rope_scaling: 'ntk' is none of",

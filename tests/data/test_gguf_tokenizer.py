@@ -23,6 +23,7 @@ TEXTS = (
     " ",
     "x",
 )
+BYTE_PAIRS = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2"}
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
@@ -195,6 +196,70 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot be written .*; set XDG_CACHE_HOME"):
         gguf_tokenizer.unpack(pieces_fields(), "m.gguf", tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer.chat_template": ["a"]}, r"tokenizer.chat_template: \['a'\] is no text"),
+        ({"tokenizer.ggml.tokens": [1, 2]}, "tokens: 1 is of another type"),
+        ({"tokenizer.ggml.token_type": ["1"]}, "token_type: '1' is of another type"),
+        ({"tokenizer.ggml.token_type": "all"}, "there is no type 9"),
+        ({"tokenizer.ggml.scores": ["a"]}, "scores: 'a' is of another type"),
+        ({**BYTE_PAIRS, "tokenizer.ggml.merges": [7]}, "merges: 7 is of another type"),
+    ],
+)
+def test_lists_of_another_type(change, message, tmp_path):
+    fields = pieces_fields() | change
+    if fields["tokenizer.ggml.token_type"] == "all":
+        fields["tokenizer.ggml.token_type"] = [9] * len(fields["tokenizer.ggml.tokens"])
+    with pytest.raises(UserError, match=message) as error:
+        gguf_tokenizer.unpack(fields, "m.gguf", tmp_path)
+    assert str(error.value).startswith("m.gguf: ") and not any(tmp_path.iterdir())
+
+
+def test_a_type_of_zero_says_nothing(tmp_path):
+    fields = pieces_fields()
+    kinds = [0 if kind == 1 else kind for kind in fields["tokenizer.ggml.token_type"]]
+    assert 0 in kinds
+    fields["tokenizer.ggml.token_type"] = kinds
+    found = tokenizers.load(gguf_tokenizer.unpack(fields, "m.gguf", tmp_path))
+    assert found.encode(TEXTS[0]) == tiny.tokenizer().encode(TEXTS[0])
+
+
+@pytest.mark.parametrize("lost", ["tokenizer.model", "tokenizer_config.json", "sizes.json", "cut"])
+def test_a_cache_of_which_a_part_is_lost_is_written_anew(lost, tmp_path):
+    path = gguf_tokenizer.unpack(pieces_fields(), "m.gguf", tmp_path)
+    whole = {file.name: file.read_bytes() for file in path.parent.iterdir()}
+    if lost == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        path.with_name(lost).unlink()
+    assert gguf_tokenizer.unpack(pieces_fields(), "m.gguf", tmp_path) == path
+    assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == whole
+
+
+@pytest.mark.parametrize("name", ["Phi-3 Mini 4k Instruct", "phi3-medium", "Llama 2 7b"])
+def test_phi_s_tokens_take_the_spaces_after_them(name, tmp_path):
+    """By the name of the file, as in llama.cpp, which has no field for it; and back."""
+    fields = pieces_fields() | {"general.name": name}
+    marks = ("<|user|>", "<|endoftext|>")
+    for key, own in (("tokens", marks), ("token_type", (3, 4)), ("scores", (0.0, 0.0))):
+        fields[f"tokenizer.ggml.{key}"] = [*fields[f"tokenizer.ggml.{key}"], *own]
+    tokenizer = tokenizers.load(gguf_tokenizer.unpack(fields, "m.gguf", tmp_path))
+    strips = "Llama" not in name
+    bare, spaced = (tokenizer.encode_markup(f"<|user|>{s}fever") for s in ("", "\n"))
+    assert (bare == spaced) == strips
+    bare, spaced = (tokenizer.encode_markup(f"<|endoftext|>{s}fever") for s in ("", "\n"))
+    assert bare != spaced
+    encoder = Encoder(tokenizer, TEMPLATES["chatml"])
+    template = portable_template(encoder).source
+    again = tokenizer_fields(encoder, tokenizer.vocab_size, template)
+    assert ("general.name" in again.values) == strips
+    if strips:
+        back = tokenizers.load(gguf_tokenizer.unpack(again.values, "m.gguf", tmp_path))
+        text = "<|user|>\n fever<|endoftext|> x"
+        assert back.encode_markup(text) == tokenizer.encode_markup(text)
 
 
 # And out.

@@ -92,7 +92,14 @@ QWEN3 = """{%- for m in messages %}
 NUMBERED = """{% for m in messages %}{{ loop.index }}: {{ m.content }}</s>{% endfor %}"""
 
 
-@pytest.mark.parametrize("source", [QWEN3, NUMBERED])
+# The system text stands before the last question, as in Mistral's.
+LAST = """{% set ns = namespace(said='') %}{% for m in messages %}{% if m.role == 'system' %}
+{%- set ns.said = m.content + '\n\n' %}{% elif m.role == 'user' %}[INST] {% if loop.last %}
+{{- ns.said }}{% endif %}{{ m.content }}[/INST]{% else %} {{ m.content }}</s>{% endif %}
+{%- endfor %}"""
+
+
+@pytest.mark.parametrize("source", [QWEN3, NUMBERED, LAST])
 def test_conversations_without_one_frame_have_no_template(source):
     assert frame(source)[1] is None
     assert ollama.modelfile("m.gguf", None, ["</s>"]) == (
