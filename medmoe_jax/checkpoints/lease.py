@@ -42,6 +42,7 @@ _BEAT = 10  # seconds between two heartbeats
 _DEAD = 120  # of silence; network and object storage show others what they knew up to 60 s ago
 _LOOK = 1  # seconds between two looks at a heartbeat
 _LONGEST = 1 << 16  # bytes that are read of a file
+_TRIES = 100  # in a row in which somebody else was faster, or removed the folder
 # What a file that another machine has removed answers with.
 _REMOVED = (errno.ENOENT, errno.ESTALE)
 
@@ -142,20 +143,40 @@ def take(
     sleep: Callable[[float], None] = time.sleep,
 ) -> Lease:
     """The lease of a folder, which is made if absent; see `only_writer`."""
-    if not str(folder):
-        raise ParameterError("workdir: is empty; give the path of a folder")
-    folder = storage_place(folder)
-    place, made = folder / FOLDER, not folder.exists()
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is not a folder; give the path of a folder, or of a new one")
     try:
-        while True:
+        folder = writable(folder)
+        place, made = folder / FOLDER, not folder.exists()
+        for _ in range(_TRIES):
             before = _wait_until_free(place, clock, sleep)
             asked = clock()
             if path := _claim(place, before):
                 return Lease(path, asked, clock, made)
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written: {error}") from error
+    raise StorageError(f"{folder}: cannot be made, or other programs begin there all the time")
+
+
+def writable(folder: str | Path) -> Path:
+    """A folder that is there or may be made, as far as paths tell.
+
+    Raises:
+      UserError: it is empty, or a file is there.
+      StorageError: on the way lies a link to nothing, such as to a disk that is not mounted.
+    """
+    if not str(folder):
+        raise ParameterError("workdir: is empty; give the path of a folder")
+    folder = storage_place(folder)
+    if is_remote(folder):
+        return folder
+    for one in (folder, *folder.parents):
+        if one.is_symlink() and not one.exists():
+            raise StorageError(
+                f"{folder}: cannot be made: {one} is a link to {os.readlink(one)}, which is not "
+                "there"
+            )
+        if one.exists() and not one.is_dir():
+            raise UserError(f"{one}: is not a folder; give the path of a folder, or of a new one")
+    return folder
 
 
 def _wait_until_free(
@@ -212,8 +233,11 @@ def _make(path: Path, text: str) -> bool:
         return objects.create(path, text.encode())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError:  # a release removed the folder
+        return False
+    try:
         file = open(path, "x", encoding="utf-8")  # noqa: SIM115
-    except (FileExistsError, FileNotFoundError):  # the latter: a release removed the folder
+    except (FileExistsError, FileNotFoundError):
         return False
     try:
         with file:

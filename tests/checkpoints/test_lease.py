@@ -312,6 +312,27 @@ def test_object_storage_that_says_late_who_was_faster(tmp_path, monkeypatch):
     assert leases(tmp_path) == ["1.json"]
 
 
+@pytest.mark.parametrize("below", ["", "mine", "mine/first"])
+def test_a_link_to_nothing_on_the_way(tmp_path, below):
+    """A disk that is not mounted: an error at once, and not a try without end."""
+    (tmp_path / "runs").symlink_to(tmp_path / "disk")
+    with pytest.raises(StorageError, match="cannot be made: .*runs is a link to .*disk, which"):
+        take(tmp_path / "runs" / below)
+    (tmp_path / "disk").mkdir()
+    take(tmp_path / "runs" / below).release()
+
+
+def test_where_no_folder_can_be_made():
+    with pytest.raises(StorageError, match="cannot be made|cannot be written"):
+        take("/proc/run")
+
+
+def test_a_file_on_the_way(tmp_path):
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(UserError, match=r"runs: is not a folder"):
+        take(tmp_path / "runs" / "mine")
+
+
 def test_a_file_in_place_of_the_folder(tmp_path):
     (tmp_path / "w").touch()
     with pytest.raises(UserError, match="is not a folder") as caught:
