@@ -40,7 +40,8 @@ def get_config() -> ConfigDict:
     config.data.sources.knowledge = source(reader="demo_answers")
     config.data.sources.alignment = source(reader="demo_alignment:en")
     config.data.sources.everyday = source(reader="demo_everyday")
-    config.stages.order = ("aggregate", "align", "align_free")
+    # Commands that name no stage take the last one.
+    config.stages.order = ("aggregate", "align_free", "align")
     config.stages.aggregate = stage(
         banks={
             "attention": bank(sites=("attn.*",), rank=16, alpha=32.0),

@@ -53,7 +53,8 @@ def get_config() -> ConfigDict:
     config.data.sources.general = source(reader="demo_general")
     config.data.sources.knowledge = source(reader="demo_knowledge")
     config.data.sources.alignment = source(reader="demo_alignment")
-    config.stages.order = ("pretrain", "aggregate", "align", "align_free")
+    # Commands that name no stage take the last one.
+    config.stages.order = ("pretrain", "aggregate", "align_free", "align")
     config.stages.pretrain = stage(
         train_base=("*",),
         mixture={"general": 1.0},

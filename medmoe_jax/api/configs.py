@@ -6,6 +6,7 @@ import difflib
 import functools
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from ml_collections import ConfigDict, config_flags
 from medmoe_jax.api.places import check_fields
 from medmoe_jax.errors import ParameterError, UserError
 from medmoe_jax.storage.places import check
+from medmoe_jax.training.shape import check_shape
 
 # The folder configs/ of the project, inside the package.
 SHIPPED = Path(__file__).parents[1] / "configs"
 # What reading a recipe, or a value for one of its fields, may raise.
 _OF_FILES = (AttributeError, ImportError, KeyError, NameError, SyntaxError)
 _OF_FILES += (TypeError, ValueError, flags.Error)
+_MODULE = "config_config"
 # Mappings of the configuration that may be given any key.
 _OPEN = re.compile(r"(data\.(?:template_options|sources\.\w+\.columns))\.(\w+)")
 
@@ -46,6 +49,7 @@ def config(
         changed = read_recipe(os.fspath(recipe))
     for name, value in (overrides or {}).items():
         set_field(changed, name, value)
+    check_shape(changed)
     check_fields(changed)
     return changed
 
@@ -95,13 +99,18 @@ def read_recipe(given: str) -> ConfigDict:
     file = f"{_file(name, given)}{colon}{argument}"
     command = ["medmoe", f"--config={file}"]
     values = flags.FlagValues()
+    sys.modules.pop(
+        _MODULE, None
+    )  # where config_flags loads every file: names of the last one stay
     try:
         config_flags.DEFINE_config_file(
             "config", flag_values=values, lock_config=True, sys_argv=command
         )
         values(command)
     except _OF_FILES as error:
-        raise UserError(f"{file}: {_last_line(error)}") from error
+        lacking = isinstance(error, AttributeError) and error.name == "get_config"
+        text = "has no get_config()" if lacking else _last_line(error)
+        raise UserError(f"{file}: {text}") from error
     try:  # an OSError of the file is kept until somebody touches the configuration
         getattr(values.config, "lock", None)
     except OSError as error:

@@ -114,9 +114,10 @@ def stage_of(run: Run, stage: str | None, parameter: str = "stage") -> str:
     if stage is None:
         name = run.last_finished() if run.workdir else ""
         if names and not name:
+            where = f"in '{run.workdir}'" if run.workdir else "as there is no work directory"
             raise ParameterError(
-                f"{parameter}: no stage is finished in '{run.workdir}'; run medmoe train first, or "
-                "ask for the bare base, which is called base"
+                f"{parameter}: no stage is finished {where}; run medmoe train first, or ask for "
+                "the bare base, which is called base"
             )
     else:
         name = "" if stage == "base" else stage

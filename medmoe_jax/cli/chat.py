@@ -23,8 +23,11 @@ from rich.console import Console
 from medmoe_jax.api.opening import open_stage
 from medmoe_jax.cli.session import (
     add_language_argument,
+    add_length_argument,
     add_model_arguments,
     add_sampling_arguments,
+    check_length,
+    length_of,
     open_run,
     sampling_of,
 )
@@ -32,7 +35,6 @@ from medmoe_jax.cli.talk import Talk
 from medmoe_jax.errors import UserError
 from medmoe_jax.inference.streaming import NewText
 from medmoe_jax.parallel import processes
-from medmoe_jax.ranges import COUNT
 from medmoe_jax.screen import harmless
 from medmoe_jax.training.terminal import console, note
 
@@ -45,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_language_argument(parser)
     add_sampling_arguments(parser)
     parser.add_argument("--system", default="", metavar="TEXT", help="what the model is told first")
-    parser.add_argument("--max-tokens", type=int, default=512, help="of an answer (%(default)s)")
+    add_length_argument(parser, 512)
     parser.add_argument(
         "--history",
         metavar="FILE",
@@ -56,16 +58,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Run the command."""
-    COUNT.check("max_tokens", arguments.max_tokens)
+    check_length(arguments)
     sampling = sampling_of(arguments)
     if processes.count() > 1:
         raise UserError("a talk is led in one process, and here are several")
     opened = open_run(rest, arguments.workdir)
     trained = open_stage(opened, arguments.stage)
+    length = length_of(arguments, opened.setup.base.config.max_positions)
     talk = Talk(
-        opened.setup, trained, sampling, arguments.max_tokens, arguments.off, arguments.language,
-        arguments.system,
-    )  # fmt: skip
+        opened.setup, trained, sampling, length, arguments.off, arguments.language, arguments.system
+    )
     with talk, _without_news():
         if sys.stdin.isatty():
             note(f"{talk.about()}\n/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends")

@@ -18,6 +18,7 @@ from medmoe_jax.api.configs import check_field, is_new, read_recipe, recipes, se
 from medmoe_jax.api.places import check_fields
 from medmoe_jax.errors import UserError, field_names
 from medmoe_jax.training.kept import is_kept, kept
+from medmoe_jax.training.shape import check_shape
 
 _FIELD = "--config."
 
@@ -56,6 +57,7 @@ def load_config(arguments: Sequence[str], workdir: str | Path = "") -> ConfigDic
         raise UserError(f"--config: {error}") from None
     for name, value in new.items():
         set_field(config, name, value)
+    check_shape(config)
     check_fields(config)
     return config
 
@@ -66,7 +68,8 @@ def _read(given: str, workdir: str | Path) -> ConfigDict:
             return read_recipe(given)
     if workdir and is_kept(workdir):
         return kept(workdir)
-    raise UserError(f"--config is missing: a file, or one of {', '.join(recipes())}")
+    why = f"--workdir: nothing was trained in '{workdir}', so " if workdir else ""
+    raise UserError(f"{why}--config is missing: a file, or one of {', '.join(recipes())}")
 
 
 def _value(text: str) -> Any:

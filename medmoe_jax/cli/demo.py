@@ -205,6 +205,7 @@ def _write(run: Run, workdir: Path, seen: Mapping[str, Seen]) -> None:
     for line in (chance, overlap, *_right(questions, said)):
         note(line)
     note(f"written to {workdir / 'report.json'} and {page}")
+    note(f"talk with it: medmoe chat --workdir={workdir}")
 
 
 def _settings(run: Run) -> Iterator[list[str]]:

@@ -16,8 +16,11 @@ from medmoe_jax.api.tasks import check_prompts
 from medmoe_jax.checkpoints.files import write_text
 from medmoe_jax.cli.session import (
     add_language_argument,
+    add_length_argument,
     add_model_arguments,
     add_sampling_arguments,
+    check_length,
+    length_of,
     open_run,
     read_rows,
     sampling_arguments,
@@ -25,7 +28,6 @@ from medmoe_jax.cli.session import (
 )
 from medmoe_jax.data.conversation import check_text
 from medmoe_jax.errors import UserError
-from medmoe_jax.ranges import COUNT
 from medmoe_jax.training.terminal import say
 
 
@@ -36,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", help="one prompt; its answer is printed")
     parser.add_argument("--input", help="JSONL of prompts")
     parser.add_argument("--output", help="JSONL to write")
-    parser.add_argument("--max-tokens", type=int, default=256, help="of an answer (%(default)s)")
+    add_length_argument(parser, 256)
     add_sampling_arguments(parser)
     parser.add_argument(
         "--stop", action="append", default=[], help="text that ends an answer; repeatable"
@@ -49,7 +51,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
         raise UserError("give either a prompt or --input=FILE")
     if (arguments.input is None) != (arguments.output is None):
         raise UserError("--input and --output go together")
-    COUNT.check("max_tokens", arguments.max_tokens)
+    check_length(arguments)
     sampling_of(arguments)  # a bad number shows before anything is opened
     rows, places = [{"prompt": arguments.prompt}], ["the prompt"]
     check_text(rows, "the prompt")
@@ -57,11 +59,10 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
         rows, places = read_rows(arguments.input, ("prompt",))
     prompts = [row["prompt"] for row in rows]
     opened = open_run(rest, arguments.workdir)
+    length = length_of(arguments, opened.setup.base.config.max_positions)
     check_prompts(opened.setup, prompts, places.__getitem__)
     model = load(opened, stage=arguments.stage, off=arguments.off, language=arguments.language)
-    answers = model.answer(
-        prompts, arguments.max_tokens, stops=arguments.stop, **sampling_arguments(arguments)
-    )
+    answers = model.answer(prompts, length, stops=arguments.stop, **sampling_arguments(arguments))
     if arguments.input is None:
         say(answers[0].text)
         return

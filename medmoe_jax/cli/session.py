@@ -10,8 +10,9 @@ from medmoe_jax import json_text
 from medmoe_jax.api import opening
 from medmoe_jax.cli.configs import load_config
 from medmoe_jax.data.conversation import check_text
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import ParameterError, UserError
 from medmoe_jax.inference.sampling import Sampling
+from medmoe_jax.ranges import COUNT
 from medmoe_jax.storage.fetched import fetched
 from medmoe_jax.training.run import Run
 
@@ -68,6 +69,35 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         "--repetition-penalty", type=float, default=1.0, help="above 1 repeats less (%(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
+
+
+def add_length_argument(parser: argparse.ArgumentParser, most: int) -> None:
+    """The argument of every command that writes answers; `most` tokens where it is not given."""
+    text = f"of an answer (default: {most}, or half of a shorter context)"
+    parser.add_argument("--max-tokens", type=int, help=text)
+    parser.set_defaults(most=most)
+
+
+def check_length(arguments: argparse.Namespace) -> None:
+    """Raise ParameterError for a number of tokens that no context has room for."""
+    if arguments.max_tokens is not None:
+        COUNT.check("max_tokens", arguments.max_tokens)
+
+
+def length_of(arguments: argparse.Namespace, context: int) -> int:
+    """The most tokens of an answer, by the argument of `add_length_argument`.
+
+    Raises:
+      ParameterError: they leave no room for a question in a context of that many tokens.
+    """
+    if arguments.max_tokens is None:
+        return max(1, min(arguments.most, context // 2))
+    if arguments.max_tokens >= context:
+        raise ParameterError(
+            f"max_tokens: {arguments.max_tokens} leave no room for a question in a context of "
+            f"{context} tokens"
+        )
+    return arguments.max_tokens
 
 
 def sampling_arguments(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -170,6 +170,13 @@ class RowReader:
                 f"{where}: every answer has weight 0, so nothing can be learned from it; remove "
                 "the row"
             )
+        for turn in answers:
+            said = turn["content"].strip() or turn.get("tool_calls")
+            if turn.get("train_weight", 1) and not said:
+                raise UserError(
+                    f"{where}: an answer is empty, which teaches to say nothing; write it, remove "
+                    "the row, or give the turn the weight 0"
+                )
 
 
 def parse_row(item: Any, where: str = "row", language: str = "") -> Conversation:

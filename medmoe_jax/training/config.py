@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 
-def _filled(defaults: dict[str, Any], fields: dict[str, Any]) -> ConfigDict:
+def _filled(known: dict[str, Any], fields: dict[str, Any]) -> ConfigDict:
     """The defaults with some fields given. Raises ValueError for an unknown one."""
-    unknown = sorted(set(fields) - set(defaults))
+    unknown = sorted(set(fields) - set(known))
     if unknown:
-        raise ValueError(f"no field {', '.join(unknown)}; known: {', '.join(defaults)}")
-    return ConfigDict({**defaults, **fields})
+        raise ValueError(f"no field {', '.join(unknown)}; known: {', '.join(known)}")
+    return ConfigDict({**known, **fields})
 
 
-def _defaults(kind: type[DataclassInstance]) -> dict[str, Any]:
+def defaults(kind: type[DataclassInstance]) -> dict[str, Any]:
     """The fields of a dataclass that have a default."""
     fields = dataclasses.fields(kind)
     return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
@@ -150,7 +150,7 @@ def stage(**fields: Any) -> ConfigDict:
 
 def bank(**fields: Any) -> ConfigDict:
     """A bank of experts: the fields of `adapters.bank.BankSpec`, and where it sits."""
-    own = _defaults(BankSpec)
+    own = defaults(BankSpec)
     for place in ("sites", "start", "stop"):
         del own[place]
     return _filled(
@@ -173,8 +173,8 @@ def stacked(of: tuple[str, ...], gate: str = "skill", **fields: Any) -> ConfigDi
 
     The fields are those of the gate in `bank`.
     """
-    defaults = {key: value for key, value in _defaults(BankSpec).items() if key in _GATE}
-    return _filled({"of": of, "gate": gate, **defaults}, fields)
+    own = {key: value for key, value in defaults(BankSpec).items() if key in _GATE}
+    return _filled({"of": of, "gate": gate, **own}, fields)
 
 
 def source(
@@ -204,20 +204,20 @@ def source(
 def orthogonality(of: str, against: str, **fields: Any) -> ConfigDict:
     """The loss between two banks of `adapters.orthogonality.Orthogonality`."""
     own = {"kind": "orthogonality", "of": of, "against": against}
-    return _filled({**own, **_defaults(Orthogonality)}, fields)
+    return _filled({**own, **defaults(Orthogonality)}, fields)
 
 
 def orthonormality(bank: str, **fields: Any) -> ConfigDict:
     """The loss on one bank of `adapters.orthonormality.Orthonormality`."""
-    return _filled({"kind": "orthonormality", "bank": bank, **_defaults(Orthonormality)}, fields)
+    return _filled({"kind": "orthonormality", "bank": bank, **defaults(Orthonormality)}, fields)
 
 
 def sparsity(bank: str, **fields: Any) -> ConfigDict:
     """The loss on one bank's mixing weights of `adapters.sparsity.Sparsity`."""
-    return _filled({"kind": "sparsity", "bank": bank, **_defaults(Sparsity)}, fields)
+    return _filled({"kind": "sparsity", "bank": bank, **defaults(Sparsity)}, fields)
 
 
 def allocator(bank: str, target_rank: int, **fields: Any) -> ConfigDict:
     """Shrinks a bank's ranks while it trains: the fields of `adapters.adalora.Allocator`."""
     own = {"bank": bank, "target_rank": target_rank}
-    return _filled({**own, **_defaults(Allocator)}, fields)
+    return _filled({**own, **defaults(Allocator)}, fields)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -30,7 +30,7 @@ from medmoe_jax.training.transitions import next_roster
 _STAGE_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}"
 _STATES = ("train", "gate", "frozen", "off")  # `merged` comes from `merge` only
 # What an entry of `losses` is made into, by its `kind`.
-REGULARISERS: Mapping[str, Callable[..., Regulariser]] = {
+REGULARISERS: Mapping[str, type[Any]] = {
     "orthogonality": Orthogonality,
     "orthonormality": Orthonormality,
     "sparsity": Sparsity,

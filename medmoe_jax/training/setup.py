@@ -36,6 +36,7 @@ from medmoe_jax.routing.languages import Languages, read_languages
 from medmoe_jax.training.hooks.trackers import check_names
 from medmoe_jax.training.limits import check_numbers
 from medmoe_jax.training.recipe import parse
+from medmoe_jax.training.shape import check_shape
 from medmoe_jax.training.stage import Stage
 
 AUTO = "auto"  # of `run.remat`: the least recomputation that fits
@@ -209,6 +210,7 @@ def open_setup(config: ConfigDict, devices: Sequence[jax.Device] | None = None) 
     Raises:
       UserError: naming the field that does not fit.
     """
+    check_shape(config)
     _check_settings(config)
     with field_names("run."):
         mesh = make_mesh(config.run.mesh.to_dict(), devices)

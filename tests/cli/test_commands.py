@@ -230,7 +230,10 @@ def test_generate(config, workdir, tmp_path, capsys):
         (["x", f"--seed={2**63}"], "--seed: 9223372036854775808 is above"),
         (["x", "--max-tokens=0"], "--max-tokens: 0 is below 1"),
         (["x", "--max-tokens=-1"], "--max-tokens: -1 is below 1"),
-        (["x", "--max-tokens=500"], "500 new tokens do not fit a context of 128"),
+        (
+            ["x", "--max-tokens=500"],
+            "--max-tokens: 500 leave no room for a question in a context of 128",
+        ),
         (["x", "--zzz"], "unknown argument '--zzz'"),
     ):
         assert words in fails(capsys, "generate", config, f"--workdir={workdir}", *arguments)
@@ -390,7 +393,7 @@ def test_bad_models(config, workdir, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     score = ["score", config, f"--input={source}", f"--output={out}"]
     there = f"--workdir={workdir}"
-    assert "--stage: no stage is finished in ''" in fails(capsys, *score)
+    assert "--stage: no stage is finished as there is no work directory" in fails(capsys, *score)
     line = fails(capsys, *score, f"--workdir={tmp_path / 'none'}")
     assert "no stage is finished" in line and "medmoe train" in line
     line = fails(capsys, *score, f"--workdir={tmp_path / 'none'}", "--stage=align")

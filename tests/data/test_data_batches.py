@@ -61,10 +61,10 @@ class Characters:
 
 
 def rows_of(count, first=0, seed=0):
-    """Rows of 4 to 20 tokens; each names itself: its first letter is 1000 + its number."""
+    """Rows of 5 to 20 tokens; each names itself: its first letter is 1000 + its number."""
     sizes = np.random.default_rng(seed).integers(0, 9, (count, 2))
     return [
-        conversation(chr(1000 + first + i) + "q" * q, "a" * a, language="de" if i % 2 else "xx")
+        conversation(chr(1000 + first + i) + "q" * q, "a" * (a or 1), language=("xx", "de")[i % 2])
         for i, (q, a) in enumerate(sizes)
     ]
 

@@ -153,6 +153,24 @@ def test_what_stands_beside_a_question_or_a_conversation():
     assert said({"messages": json.dumps(TALK)}) == ends  # a cell of a table
 
 
+@pytest.mark.parametrize("empty", ["", "  \n"])
+def test_an_empty_answer_is_refused_with_its_place(empty, tmp_path):
+    """It would teach to say nothing. One that is not learned, or calls a tool, may be empty."""
+    talk = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": empty}]
+    later = [*talk, {"role": "user", "content": "R"}, {"role": "assistant", "content": "A"}]
+    bad = [{"prompt": "Q", "response": empty}, {"messages": talk}, {"messages": later}]
+    bad.append({"prompt": "Q", "response": "A", "history": [["q", empty]]})
+    for row in bad:
+        with pytest.raises(UserError, match=r"rows\.jsonl:7: an answer is empty, which teaches"):
+            rows.parse_row(row, "rows.jsonl:7")
+    (tmp_path / "rows.csv").write_text("question,answer\nQ,A\nR,\n")
+    with pytest.raises(UserError, match=r"rows\.csv, line 3: an answer is empty"):
+        list(rows.read_file(tmp_path / "rows.csv"))
+    rows.parse_row({"messages": [talk[0], {**talk[1], "weight": 0}, *later[2:]]})
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    rows.parse_row({"messages": [talk[0], {**talk[1], "tool_calls": [call]}]})
+
+
 STRANGE = [
     ({"prompt": "Q", "response": "A", "id": 7}, "nothing is known of 'id'; rename it to one of"),
     ({"conversations": TALK, "prompt": "x", "response": "y"}, "needs one conversation"),

@@ -70,7 +70,7 @@ def made(seed, count=120):
         else:
             changed = generator.choices(VOCABULARY, k=generator.choice([1, 3, 5, 6, 40, 90, 160]))
         half = max(1, len(changed) // 2)
-        rows.append(conversation(" ".join(changed[:half]), " ".join(changed[half:])))
+        rows.append(conversation(" ".join(changed[:half]), " ".join(changed[half:]) or "no"))
     return rows
 
 
