@@ -18,14 +18,15 @@ from medmoe_jax.evaluation import answer_words as words_of
 CHOICE = "CHOICE"
 ROLES = (
     *("ANSWER", "CHOOSE", "OPTION", "RIGHT", "WRONG", "NOT", "NOT_AFTER", "BUT", "SO", "AND"),
-    *("OR", "COPULA", "FILLER", "TAIL", "OTHER"),
+    *("OR", "COPULA", "FILLER", "ARTICLE", "TAIL", "OTHER"),
 )
 
 
 class AnswerToken(NamedTuple):
     """A piece of a text.
 
-    role: one of `ROLES`, `CHOICE`, `WORD`, `SEP` (a comma), `COLON` (or a dash) or `END`.
+    role: one of `ROLES` but `ARTICLE`, or `CHOICE`, `WORD`, `SEP` (a comma), `COLON` (or a dash) or
+      `END`.
     choices: of a `CHOICE`, what it names. marked: in brackets, bold or the like.
     """
 
@@ -109,10 +110,21 @@ def _kana(character: str) -> bool:
 
 
 _ENDS, _SEPS, _COLONS = ".!?;。؟।…\n", ",、،/", ":=—–"
+_DASHES = "-–—"
 _SIGNS = {"؟": "?"}
 _OPENERS, _CLOSERS = "([{<«“\"'‘「『【《〈*`$|_", ")]}>»”\"'’」』】》〉*`$|_"
 _AFTER_KANA = ("です", "だ", "と", "である", "でしょう")
 _BEFORE_LONE = "为是选很较应即属于は가이"
+
+
+@functools.lru_cache(256)
+def _cue(choices: tuple[str, ...], least: int) -> re.Pattern:
+    """A bracket that lists all choices, or the first ones, at least so many: "(A/B/C or D)"."""
+    others = "|".join(re.escape(word) for word, role in _table()[0].items() if role == "OR")
+    joint = rf"(?:[^\w\n]+|[^\w\n]*(?:{others})[^\w\n]*)"
+    names = [re.escape(choice.lower()) for choice in choices]
+    more = "".join(f"(?:{joint}{name}" for name in names[least:]) + ")?" * len(names[least:])
+    return re.compile(rf"[(\[【][ *]*{joint.join(names[:least])}{more}[ *]*[)\]】]")
 
 
 class _Reader:
@@ -126,6 +138,8 @@ class _Reader:
         normal = {" ".join(unicodedata.normalize("NFKC", w).lower().split()): w for w in words}
         self.words = dict(sorted(normal.items(), key=lambda pair: -len(pair[0])))
         cyrillic = re.search(r"(?<!\w)[БГД](?!\w)", text)
+        # Where several letters may be right, they are given as A to J, whatever the question has.
+        self.cue = _cue(tuple(normal), len(normal)) if normal else _cue(self.letters, 3)
         self.names = {**words_of.LETTER_NAMES, **(words_of.CYRILLIC_ORDER if cyrillic else {})}
 
     def tokens(self) -> list[AnswerToken]:
@@ -146,11 +160,14 @@ class _Reader:
     def _next(self, at: int, found: Sequence[AnswerToken]) -> tuple[AnswerToken | None, int]:
         """The token at a place, if there is one, and how far it goes."""
         sign = self.text[at]
+        cue = self._asking(at)
+        if cue:
+            return cue
         if not _is_word(sign):
             return self._sign(at), 1
         choice = self._word(at) if self.words else self._letter(at, found)
         known = self._known(at)
-        if choice and not (self.words and known and known[1] > choice[1]):
+        if choice and not (known and known[1] > choice[1]):
             return choice
         if known:
             return known
@@ -169,9 +186,21 @@ class _Reader:
             return AnswerToken("END", sign)
         if sign in _SEPS:
             return AnswerToken("SEP", sign)
-        if sign in _COLONS or (sign == "-" and not inside and before in " \n*"):
+        if sign in _DASHES and not self.text[self.text.rfind("\n", 0, at) + 1 : at].strip(" *"):
+            return None  # a line of a list begins
+        if sign in _COLONS or (sign == "-" and not inside and before in " *"):
             return AnswerToken("COLON", sign)
         return AnswerToken("AND", sign) if sign in "&+" and not inside else None
+
+    def _asking(self, at: int) -> tuple[AnswerToken | None, int] | None:
+        """A repeated "(A/B/C/D):", which asks for the answer in any language; "(A/B/C/D)" is none.
+
+        "(A, B, C, D)" may be an answer, where no colon follows.
+        """
+        cue = self.cue.match(self.low, at)
+        if cue and self.low[cue.end() :].lstrip(" *").startswith(":"):
+            return AnswerToken("ANSWER", cue[0]), len(cue[0])
+        return (None, len(cue[0])) if cue and "/" in cue[0] else None
 
     def _char(self, at: int) -> str:
         return self.text[at] if 0 <= at < len(self.text) else " "
@@ -286,7 +315,8 @@ class _Reader:
 
     def _asked(self, found: Sequence[AnswerToken], stop: int) -> bool:
         """Whether a small letter stands where an answer is expected, and a sentence ends."""
-        before = next((t.role for t in reversed(found) if t.role != "FILLER"), "COLON")
+        said = (t.role for t in reversed(found) if t.role not in ("FILLER", "ARTICLE"))
+        before = next(said, "COLON")
         ends = self._char(stop) in ".,)\n*" or stop >= len(self.text)
         return ends and before in ("COLON", "COPULA", "OPTION", "ANSWER", "CHOOSE", "END")
 
@@ -332,11 +362,15 @@ def _standing(found: list[AnswerToken], glued: Sequence[bool], words: bool) -> l
             token.text[-1]
         )
         heads = not words and after == "WORD" and _heads(found, glued, i)
-        part = after in ("WORD", "OTHER") and (denies if words else not heads)
+        part = after in ("WORD", "OTHER", "ARTICLE") and (denies if words else not heads)
         before = found[i - 1] if i else None
         glued_on = before is not None and before.role == "WORD" and glued[i] and not words
         if part or (glued_on and _unspaced(before.text[-1])):
             out[i] = AnswerToken("WORD", token.text)
         elif heads:
             out[i] = token._replace(marked=True)
+    for i, token in enumerate(out):
+        if token.role == "ARTICLE":
+            named = i + 1 < len(out) and out[i + 1].role == CHOICE
+            out[i] = token._replace(role="FILLER" if named else "WORD")
     return out

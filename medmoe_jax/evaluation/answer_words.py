@@ -17,7 +17,7 @@ ru ответ* правильный_ответ
 ar الإجابة الاجابة إجابة اجابة الجواب جواب والإجابة الإجابات إجابتي
 hi उत्तर जवाब
 de antwort antworten lösung
-pt resposta respostas
+pt resposta respostas a_resposta a_minha_resposta
 it risposta risposte
 ko 정답 답
 vi đáp_án
@@ -25,17 +25,19 @@ vi đáp_án
 # A verb of choosing; what is chosen follows, or stands before it in Japanese and Hindi.
 CHOOSE = """
 en choose chose pick select go_with going_with opt_for vote_for choosing picked selected
-en leaves leaving would_say i'd_say i_say would_answer i'd_answer i_answer
+en leaves leaving would_say i'd_say i_say would_answer i'd_answer i_answer chosen
 zh 只剩 剩下 选 选择 应选 故选 本题选 应选择 答案选
 ja 選ぶ 選びます 選択します 選択する
-fr choisis choisirais choisir opte_pour
-es elijo escojo elegiría me_quedo_con marco
-ru выбираю выберу выбрал выбрать
-ar أختار اختار سأختار اخترت
+fr choisis choisirais choisir opte_pour choisissez sélectionne j'opte_pour
+es elijo escojo elegiría me_quedo_con marco elegir elija elige escoger escoja marque
+ru выбираю выберу выбрал выбрать выбирать выберите выбирайте выбрала выбрал_бы
+ar أختار اختار سأختار اخترت أختر اختر تختر
 hi चुनता चुनती चुनूंगा चुनूंगी चुनें
-de wähle
-pt escolho
-it scelgo
+de wähle wählen wählt wählte
+pt escolho escolha escolheria escolher fico_com opto_por opto_pela
+it scelgo scegli scegliere sceglierei
+ko 선택합니다 선택하겠습니다 선택한다 고릅니다 고르겠습니다 고른다
+vi chọn
 """
 # What a letter is called.
 OPTION = """
@@ -49,6 +51,7 @@ ar الخيار الاختيار الحرف خيار البديل
 hi विकल्प
 de option buchstabe
 pt opção letra alternativa
+pt a_opção a_alternativa a_letra opções alternativas as_opções as_alternativas
 it opzione lettera
 ko 선택지 보기
 """
@@ -62,42 +65,52 @@ ru правильн* верн* верен
 ar صحيح صحيحة الصحيح الصحيحة الصواب صائب الأصح
 hi सही
 de richtig richtige korrekt
-pt correta correto certa
+pt correta correto certa corretas corretos a_correta a_certa a_opção_correta a_alternativa_correta
 it corretta corretto giusta
 ko 맞다 맞습니다 옳다
+vi đúng
 """
 WRONG = """
 en wrong incorrect false inaccurate ruled_out excluded eliminated implausible unlikely
 zh 错误 错误的 错 不正确 不对 不符合 不符 不符合题意 排除 有误
 ja 誤り 誤って 間違い 間違って 不適切 正しくない 正しくありません 誤答
 fr faux fausse fausses incorrecte incorrectes incorrect éliminée éliminées exclue exclues
+fr erronée erronées
 es incorrecta incorrectas incorrecto falsa falsas falso descartada descartadas errónea
+es incorrectos falsos erróneas
 ru неверн* неправильн* ошибочн* исключ*
 ar خطأ خاطئ خاطئة غير_صحيح غير_صحيحة مستبعد مستبعدة
 hi गलत ग़लत
-de falsch
+de falsch falsche inkorrekt unzutreffend ausgeschlossen
 pt errada incorreta falsa
-it errata sbagliata
+pt erradas errado errados incorretas incorreto incorretos falsas falso falsos
+it errata sbagliata errate errato errati sbagliate sbagliato sbagliati false falso
+ko 틀렸습니다 틀렸다 틀립니다 틀리다 틀린 오답
+vi sai không_đúng
 """
 # Takes away what follows.
 NOT = """
 en not isn't aren't wasn't can't cannot couldn't shouldn't wouldn't neither nor never none_of
 en rather_than instead_of rule_out rules_out ruling_out exclude excludes eliminate eliminates except
+en don't doesn't didn't won't not_recommend not_advise not_suggest not_want_to not_like_to
 zh 不是 并非 非 不选 不应选 不能选 不为 而非 而不是 不应为 不会是 不可能是
+zh 不要 别选 不能 不可 不会 不应 不应该 不该 不选择 不建议 不推荐 没有 没选 切勿 请勿
 fr pas n'est_pas ne_sont_pas ni plutôt_que au_lieu_de non
-es no ni en_lugar_de nunca
+es no ni en_lugar_de nunca no_recomiendo no_recomendaría
 ru не ни вместо нельзя нет
-ar ليس ليست لا وليس وليست بدلا_من
-hi न
+ar ليس ليست لا وليس وليست بدلا_من لن لم
+hi न मत
 de nicht kein keine nein
-pt não nem
+pt não nem não_recomendo nunca
 it non né
+vi không đừng không_phải không_nên
 """
 # Takes away what stands before it.
 NOT_AFTER = """
 ja ではなく じゃなく でなく ではない ではありません ではなくて は違う は違います
+ja 選ばない 選ばないで 選びません 選ばず 選択しない 選択しません
 hi नहीं नही
-ko 아니라 아니고
+ko 아니라 아니고 아닙니다 아니다 아닌 선택하지 고르지
 """
 BUT = """
 en but yet rather instead
@@ -137,6 +150,7 @@ ar و
 hi और तथा एवं
 de und
 ko 와 과
+vi và
 """
 OR = """
 en or and/or either between whether
@@ -151,6 +165,7 @@ de oder entweder
 pt ou
 it o oppure
 ko 또는
+vi hoặc
 """
 # Links "the answer" and what it is.
 COPULA = """
@@ -158,12 +173,12 @@ en is are be was were being would will should must may might could can has it's 
 zh 为 是 应为 应该是 应该为 应 应该 则为 即 就是 可能是 应当是 只能是
 ja は が も のは
 fr est c'est sont serait sera c'est doit être peut
-es es son sería será ser debe debería puede
+es es son sería será ser debe debería puede está están
 ru это является являются будет есть должен быть
 ar هي هو هما تكون يكون ستكون
 hi है हैं होगा होगी था होना हो
 de ist lautet sind wäre
-pt é são seria
+pt é são seria está estão
 it è sono sarebbe
 ko 은 는 이 가
 vi là
@@ -183,11 +198,16 @@ fr la le les l' une un plutôt probablement finale ma votre je pense que bien il
 es la el los las un una mi final probablemente más probable creo que
 ru самый самая наиболее вероятно окончательный мой думаю что я скорее всего
 ar النهائية النهائي هنا الأرجح أن فإن أعتقد الأكثر احتمالا
-hi यह का की के ही अंतिम मेरा मुझे लगता कि हूँ हूं
+hi यह का की के ही अंतिम मेरा मुझे लगता कि हूँ हूं को
 de die der das wahrscheinlich
 pt a_letra provavelmente
 it la_lettera
-ko 입니다 이다 번
+ko 입니다 이다 번 를 을 모두 저는 나는
+vi tôi đều
+"""
+# An article where a choice follows ("é a C"), else a word like others ("a priori").
+ARTICLE = """
+pt a
 """
 # A reason or a remark begins: an answer may stand before it.
 TAIL = """

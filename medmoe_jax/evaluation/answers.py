@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -42,6 +43,7 @@ class ChoiceRun:
     """Choices that stand together, as in "A, C and D".
 
     start, stop: its tokens. denied: "not A". open: "A or B".
+    doubtful: perhaps one of the denied after it, as in "Answer: A, B and D are wrong".
     """
 
     start: int
@@ -50,6 +52,7 @@ class ChoiceRun:
     denied: bool = False
     open: bool = False
     evidence: Evidence = Evidence.MENTION
+    doubtful: bool = False
 
 
 _SKIPPED = ("FILLER", "OPTION")
@@ -62,6 +65,7 @@ def letters(text: str, allowed: Sequence[str], texts: Sequence[str] = ()) -> fro
     allowed: the item's letters. texts: its options in their order, where they are known: then
     "B. heparin" is told from "E. coli", and a text that names an option alone gives its letter.
     """
+    text = _unlisted(text, tuple(allowed), tuple(texts))
     best = _best(text, tuple(allowed), tuple(texts))
     if best is None and texts and len(set(texts)) == len(texts):
         named = _word(text, tuple(texts))
@@ -77,7 +81,26 @@ def pick(text: str, choices: Sequence[str], texts: Sequence[str] = ()) -> str | 
     if all(len(choice) == 1 and "A" <= choice <= "Z" for choice in choices):
         found = letters(text, choices, texts)
         return next(iter(found)) if len(found) == 1 else None
-    return _word(text, tuple(choices))
+    return _word(_unlisted(text, tuple(choices)), tuple(choices))
+
+
+def _unlisted(text: str, choices: tuple[str, ...], texts: tuple[str, ...] = ()) -> str:
+    """The text without a mere list of all the choices in their order: it names none of them.
+
+    Such a list has one choice a line, or letters with their texts, on one line or many.
+    """
+    text = tokens.spoken(text)
+    for names in (choices, texts):
+        lines = r"[^\w\n]*\n[^\w]*".join(map(_pattern, names))
+        text = re.sub(rf"^[^\w\n]*{lines}[^\w\n]*$", "", text, flags=re.M | re.I) if names else text
+    pairs = zip(choices, texts, strict=True) if texts else ()
+    options = r"\W+".join(rf"{_pattern(choice)}\W+{_pattern(name)}" for choice, name in pairs)
+    return re.sub(rf"(?<!\w){options}(?!\w)", "", text, flags=re.I) if texts else text
+
+
+def _pattern(name: str) -> str:
+    """What finds a choice, whatever its spaces."""
+    return r"\s+".join(map(re.escape, unicodedata.normalize("NFKC", name).split()))
 
 
 def last_said(text: str) -> str:
@@ -154,13 +177,17 @@ def _runs(found: list[AnswerToken]) -> list[ChoiceRun]:
     runs = [part for run in runs for part in _parted(found, run)]
     for i, run in enumerate(runs):
         _judge(found, runs[:i], run)
+    later = False  # whether a verdict follows
+    for run in reversed(runs):
+        run.denied = run.denied or (run.doubtful and later)
+        later = later or (not run.denied and run.evidence >= Evidence.VERDICT)
     _bare(found, runs)
     return runs
 
 
 def _gather(found: list[AnswerToken], start: int) -> ChoiceRun:
     """The run that begins at a token: choices joined by commas, "and", "or", or nothing."""
-    stop, choices, open_ = start + 1, [*found[start].choices], _between(found, start)
+    stop, choices, open_ = start + 1, [*found[start].choices], _role_before(found, start) == "OR"
     while True:
         at = stop
         while at < len(found) and (found[at].role in ("AND", "OR", *_SKIPPED) or _comma(found[at])):
@@ -178,35 +205,54 @@ def _comma(token: AnswerToken) -> bool:
     return token.role == "SEP" or token.text == ";"
 
 
-def _between(found: list[AnswerToken], start: int) -> bool:
-    """Whether "either" or "between" stands before a run."""
-    at = start - 1
-    while at >= 0 and found[at].role in _SKIPPED:
-        at -= 1
-    return at >= 0 and found[at].role == "OR"
+def _role_before(found: list[AnswerToken], start: int, skipped: Sequence[str] = _SKIPPED) -> str:
+    """What the word before a place does, without what says nothing, or ''."""
+    roles = (found[at].role for at in reversed(range(start)))
+    return next((role for role in roles if role not in skipped), "")
 
 
 def _parted(found: list[AnswerToken], run: ChoiceRun) -> list[ChoiceRun]:
-    """The run, or two: in "The answer is A, B is wrong", what is said of B is not said of A."""
-    inside = found[run.start : run.stop]
-    commas = [i for i, token in enumerate(inside, run.start) if _comma(token)]
-    conjunctions = any(token.role in ("AND", "OR") for token in inside)
-    if not commas or conjunctions or not _said_after(found, run.stop):
+    """The run, or two: in "The answer is C, A and B are wrong", what is said of B is not said of C.
+
+    Before what is denied a semicolon parts, and so does a fall, for a list rises ("C, A"). Else the
+    first comma or bracket does, though only after "the answer is".
+    """
+    said = _said_after(found, run.stop)
+    inside = range(run.start + 1, run.stop)
+    joints = [i for i in inside if _comma(found[i])]
+    conjunctions = any(found[i].role in ("AND", "OR") for i in inside)
+    if said == "denied":  # "C (A and B are wrong)"
+        joints = [i for i in inside if i in joints or found[i - 1].role == found[i].role == CHOICE]
+    if not joints or not said or (said == "right" and conjunctions):
         return [run]
-    first = ChoiceRun(run.start, commas[-1], _choices(found[run.start : commas[-1]]), open=run.open)
-    last = ChoiceRun(commas[-1] + 1, run.stop, _choices(found[commas[-1] : run.stop]))
+    ends = [i for i in joints if found[i].text == ";"]
+    sure = [i for i in joints if i in ends or _falls(found, i)]
+    if said == "right":
+        cut, least = joints[-1], Evidence.CALLED
+    elif sure:
+        cut, least = sure[0], Evidence.VERDICT
+    else:
+        cut, least = next((i for i in joints if found[i].text != "、"), joints[0]), Evidence.STRONG
+    first = _gather(found[:cut], run.start)
     evidence, _ = _said_before(found, [], first)
-    return [first, last] if evidence else [run]
+    if evidence < least and not (ends == [cut] and _begins(found, first)):
+        return [run]
+    first.doubtful = conjunctions and not sure
+    rest = next(i for i in range(cut, run.stop) if found[i].role == CHOICE)
+    return [first, _gather(found[: run.stop], rest)]
 
 
-def _choices(tokens_: list[AnswerToken]) -> tuple[str, ...]:
-    return tuple(choice for token in tokens_ for choice in token.choices)
+def _falls(found: list[AnswerToken], comma: int) -> bool:
+    """Whether the choice after a comma is an earlier one than that before it."""
+    before = next(token for token in reversed(found[:comma]) if token.role == CHOICE)
+    after = next(token for token in found[comma:] if token.role == CHOICE)
+    return after.choices[0] < before.choices[-1]
 
 
 def _judge(found: list[AnswerToken], earlier: list[ChoiceRun], run: ChoiceRun) -> None:
     """Fills in whether a run is denied, and its evidence from its own sentence."""
     evidence, denied = _said_before(found, earlier, run)
-    after = _said_after(found, run.stop)
+    after = _said_after(found, run.stop, _role_before(found, run.start) == "CHOOSE")
     run.denied = denied or after == "denied"
     run.open = run.open or _or_another(found, run.stop)
     standing = run.start == 0 or found[run.start - 1].role != "WORD" or found[run.start].marked
@@ -219,7 +265,7 @@ def _said_before(
     found: list[AnswerToken], earlier: list[ChoiceRun], run: ChoiceRun
 ) -> tuple[Evidence, bool]:
     """(evidence, denied) from what stands before a run in its sentence."""
-    link = denied = contrast = concluded = called = pointed = comma = False
+    link = denied = but = contrast = concluded = called = pointed = comma = False
     words = 0
     at = run.start - 1
     while at >= 0:
@@ -234,7 +280,7 @@ def _said_before(
         if role in ("COPULA", "COLON"):
             link = True
         elif role == "NOT" or (role == "WRONG" and not (comma or concluded)):
-            denied = denied or not (words or contrast)
+            denied = denied or not (words or but or contrast)
         elif role == "SO":
             concluded = concluded or not words
         elif role == "OPTION" and link:
@@ -242,7 +288,8 @@ def _said_before(
         elif role == "OPTION":
             called = True
         elif role == "CHOOSE" and not words:
-            return Evidence.STRONG, denied
+            refused = _role_before(found, at, ("CHOOSE", "COPULA", *_SKIPPED)) == "NOT"
+            return Evidence.STRONG, denied or (not contrast and refused)
         elif role == "ANSWER":
             if link or not words:
                 return Evidence.STRONG, denied
@@ -262,6 +309,8 @@ def _said_before(
             break
         elif role == "SEP":
             comma = True
+        elif role == "BUT":
+            but = True
         at -= 1
     opened = at < 0 or found[at].role == "END"
     if concluded or contrast or pointed or (link and opened and not words):
@@ -295,8 +344,11 @@ def _crossed(found: list[AnswerToken], at: int) -> bool:
     return found[at].role in ("COLON", "COPULA", "ANSWER")
 
 
-def _said_after(found: list[AnswerToken], at: int) -> str:
-    """'right', 'denied' or '' from what stands after a run."""
+def _said_after(found: list[AnswerToken], at: int, chosen: bool = False) -> str:
+    """'right', 'denied' or '' from what stands after a run.
+
+    chosen: after a verb of choosing a "not" at the end denies: "Ich wähle A nicht".
+    """
     link = not_ = False
     while at < len(found):
         role = found[at].role
@@ -312,16 +364,17 @@ def _said_after(found: list[AnswerToken], at: int) -> str:
         elif role == "COPULA":
             link = True
         elif role not in _SKIPPED:
-            return "denied" if not_ and link and role != CHOICE else ""
+            ends = role in ("END", "SEP", "BUT")
+            return "denied" if not_ and (link or (chosen and ends)) and role != CHOICE else ""
         at += 1
-    return "denied" if not_ and link else ""
+    return "denied" if not_ and (link or chosen) else ""
 
 
 def _bare(found: list[AnswerToken], runs: list[ChoiceRun]) -> None:
     """Marks runs that are the whole text, its start, or its last sentence.
 
     A text whose lines begin with one choice after the other lists them: of such lines, those count
-    that say so themselves ("C. Warfarin - correct").
+    that say so themselves ("C. Warfarin - correct"), or that stand before or after the list.
     """
     starts = [run for run in runs if _leads(found, run)]
     for run, after in itertools.zip_longest(starts, starts[1:]):
@@ -334,9 +387,30 @@ def _bare(found: list[AnswerToken], runs: list[ChoiceRun]) -> None:
                 run.evidence = Evidence.MENTION
         elif _begins(found, run):
             run.evidence = max(run.evidence, Evidence.BARE)
+    for run in _beside_lists(starts):
+        run.evidence = max(run.evidence, Evidence.BARE)
     for run in runs:
         if _sentence_end(found, run) and _sentence_start(found, run) and _is_last(found, run):
             run.evidence = max(run.evidence, Evidence.BARE)
+
+
+def _beside_lists(starts: list[ChoiceRun]) -> list[ChoiceRun]:
+    """Of runs that begin lines, one alone before a list that rises, or after it.
+
+    In "C. Warfarin", "A. Aspirin is …", "B. Heparin is …" it is C.
+    """
+    lists: list[list[ChoiceRun]] = []
+    for run in starts:
+        if lists and lists[-1][-1].choices < run.choices:
+            lists[-1].append(run)
+        else:
+            lists.append([run])
+    beside = []
+    if len(lists) == 2 and len(lists[0]) == 1:
+        beside += lists[0]
+    if len(lists) > 1 and len(lists[-1]) == 1 < len(lists[-2]):
+        beside += lists[-1]
+    return beside
 
 
 def _line(found: list[AnswerToken], run: ChoiceRun) -> str:

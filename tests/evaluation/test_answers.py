@@ -1,4 +1,4 @@
-"""Answers read out of free text: 300 phrasings in thirteen languages, read by a person."""
+"""Answers read out of free text: 650 phrasings in thirteen languages, read by a person."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def test_a_phrasing(choices, wanted, text):
 
 
 def test_the_table_is_large():
-    assert len(list(phrasings())) >= 300
+    assert len(list(phrasings())) >= 650
 
 
 TEXTS = ("aspirin", "E. coli infection", "difficile colitis", "cell lysis")
@@ -58,3 +58,34 @@ def test_options_that_are_known_settle_what_a_letter_means(text, wanted):
 
 def test_option_texts_are_not_read_where_two_are_the_same():
     assert answers.pick("aspirin", "AB", ("aspirin", "aspirin")) is None
+
+
+DRUGS = ("Aspirin", "Heparin", "Warfarin", "Insulin")
+LIST = "A. Aspirin\nB. Heparin\nC. Warfarin\nD. Insulin"
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (LIST, None),
+        ("Let us look at the options.\n" + LIST, None),
+        ("看一下选项。\n" + LIST.replace(". ", "、"), None),
+        ("Options : \n" + LIST.replace(". ", ") ").replace("\n", "\n- "), None),
+        (LIST.replace("\n", " "), None),
+        (LIST.replace("\n", "; "), None),
+        ("\n".join(DRUGS), None),
+        (LIST.replace("\n", "  \n\n"), None),
+        (LIST + "\n\nC. Warfarin", "C"),
+        (LIST + "\n\nWarfarin", "C"),
+        (LIST + "\n\nI would give warfarin", "C"),
+        (LIST + "\nAnswer (A/B/C/D): C", "C"),
+        ("C. Warfarin\n\n" + LIST, "C"),
+        ("C. Warfarin", "C"),
+        ("Warfarin", "C"),
+        ("Insulin", "D"),
+        ("A. Aspirin: no\nB. Heparin: no\nC. Warfarin - correct\nD. Insulin: no", "C"),
+        ("A. Aspirin\nB. Heparin\nD. Insulin\n\nWarfarin", "C"),
+    ],
+)
+def test_a_list_of_the_options_names_none(text, wanted):
+    assert answers.pick(text, "ABCD", DRUGS) == wanted
