@@ -135,11 +135,24 @@ check_flags() {
   [[ $FLAG_DIR =~ ^$part(/$part)*$ ]] ||
     fail "--dir=$FLAG_DIR: a folder below the home folder; its names begin with a letter, a digit or" \
       "_, and consist of these and of . and -"
-  [[ -z $FLAG_ENV_FILE || -r $FLAG_ENV_FILE ]] || fail "--env-file=$FLAG_ENV_FILE cannot be read"
+  [[ -z $FLAG_ENV_FILE ]] || check_env_file
   if [[ $VERB == run || $VERB == resume ]]; then
     ((${#ARGUMENTS[@]})) ||
       fail "$VERB needs the arguments of medmoe: $VERB ... -- train --config=..."
   fi
+}
+
+# A shell reads the file where the job begins: what it would take for more than a value is refused.
+# The lines are secret and not shown.
+check_env_file() {
+  [[ -r $FLAG_ENV_FILE && ! -d $FLAG_ENV_FILE ]] || fail "--env-file=$FLAG_ENV_FILE cannot be read"
+  local line number=0 value="('[^']*'|\"[^\"\$\`\\]*\"|[]A-Za-z0-9_./:@%+,=^[-]*)"
+  while IFS= read -r line || [[ -n $line ]]; do
+    number=$((number + 1))
+    [[ $line =~ ^[[:blank:]]*(#.*)?$ || $line =~ ^(export )?[A-Za-z_][A-Za-z0-9_]*=$value$ ]] ||
+      fail "--env-file=$FLAG_ENV_FILE, line $number: write VAR=value, and the value in single quotes" \
+        "where it has other signs than letters, digits and _ . / : @ % + , = ^ [ ] -"
+  done <"$FLAG_ENV_FILE"
 }
 
 VERB='' SWITCHES='' ARGUMENTS=()

@@ -262,7 +262,7 @@ verb_logs() {
   if [[ $FLAG_WORKER == all ]]; then
     if dry; then each worker log "$FLAG_LINES" "$FLAG_FOLLOW"; else each prefixed; fi
   else
-    [[ $FLAG_WORKER =~ ^[0-9]+$ && -n ${WORKERS[FLAG_WORKER]-} ]] ||
+    [[ $FLAG_WORKER =~ ^(0|[1-9][0-9]{0,5})$ && -n ${WORKERS[FLAG_WORKER]-} ]] ||
       fail "--worker=$FLAG_WORKER: all, or a number from 0 to $((${#WORKERS[@]} - 1))"
     worker "$FLAG_WORKER" log "$FLAG_LINES" "$FLAG_FOLLOW"
   fi

@@ -26,6 +26,7 @@ from medmoe_jax.base import trees
 from medmoe_jax.base.config import GROUPS, DecoderConfig, site_shapes
 from medmoe_jax.base.seam import Params
 from medmoe_jax.errors import UserError
+from medmoe_jax.kinds import fits
 from medmoe_jax.routing.routers import check_top_k
 
 GATES = ("always", "token", "language", "skill")
@@ -123,6 +124,11 @@ class BankSpec:
                 f"{where}.init: 'b' is for experts of two factors, one of which is zero at first; "
                 "with learned_scale Λ is, and whole networks have none"
             )
+        if not self.routed and max(self.router_noise, self.balance_loss, self.z_loss) > 0:
+            raise UserError(
+                f"{where}: router_noise, balance_loss and z_loss need a router: gate='token' or "
+                "'language'"
+            )
         if self.routed:
             check_top_k(where, self.top_k, self.experts)
 
@@ -171,10 +177,13 @@ def match_sites(name: str, patterns: tuple[str, ...], config: DecoderConfig) -> 
 def match_layers(
     name: str, layers: tuple[int | None, int | None], n_layers: int
 ) -> tuple[int, int]:
-    """`(start, stop)` of a slice over the layers; UserError when it is empty."""
+    """`(start, stop)` of a slice over the layers; UserError when it is none, or empty."""
+    where = f"bank '{name}'.layers: {layers!r}"
+    if len(layers) != 2 or not all(n is None or fits(n, int) for n in layers):
+        raise UserError(f"{where} is no pair (start, stop), such as (-2, None) for the last two")
     start, stop, _ = slice(*layers).indices(n_layers)
     if start >= stop:
-        raise UserError(f"bank '{name}'.layers: {layers} holds none of the {n_layers} layers")
+        raise UserError(f"{where} holds none of the {n_layers} layers")
     return start, stop
 
 

@@ -116,10 +116,15 @@ def merge(
         raise UserError(f"bank '{name}' is merged already")
     check_mergeable(spec)
     kernels = [trees.get(base, f"layers.{site}.kernel") for site in spec.sites]
-    if any(isinstance(kernel, Quantised) for kernel in kernels):
-        return {**roster, name: (spec.replace(dropout=0.0), "frozen")}, base
-    base = merge_into(base, [(spec, banks[name])], donate=donate)
-    return {**roster, name: (spec, "merged")}, base
+    quantised = any(isinstance(kernel, Quantised) for kernel in kernels)
+    if not quantised:
+        base = merge_into(base, [(spec, banks[name])], donate=donate)
+    return {**roster, name: merged(spec, quantised)}, base
+
+
+def merged(spec: BankSpec, quantised: bool) -> tuple[BankSpec, str]:
+    """What a bank and its state become where it is merged into kernels, quantised or not."""
+    return (spec.replace(dropout=0.0), "frozen") if quantised else (spec, "merged")
 
 
 def fold(roster: Roster, banks: Mapping[str, Any], base: Params, *, donate: bool = False) -> Params:

@@ -16,6 +16,7 @@ import numpy as np
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.base.seam import Params
 from medmoe_jax.errors import UserError
+from medmoe_jax.ranges import NOT_NEGATIVE
 
 REDUCTIONS = ("mean", "sum")
 
@@ -42,6 +43,9 @@ class Orthogonality:
         if self.reduction not in REDUCTIONS:
             known = ", ".join(REDUCTIONS)
             raise UserError(f"reduction: '{self.reduction}' is none of {known}")
+        if self.of == self.against:
+            raise UserError(f"against: '{self.against}' cannot be orthogonal to itself")
+        NOT_NEGATIVE.check("weight", self.weight)
 
     @property
     def name(self) -> str:
@@ -52,6 +56,11 @@ class Orthogonality:
     def uses(self) -> tuple[str, ...]:
         """The banks that it reads."""
         return self.of, self.against
+
+    @property
+    def moves(self) -> tuple[str, ...]:
+        """The banks that its gradient changes."""
+        return (self.of,) if self.stop_gradient else self.uses
 
     def value(self, specs: Mapping[str, BankSpec], banks: Mapping[str, Any]) -> jax.Array:
         """`term` between the two banks."""
@@ -78,8 +87,11 @@ def pairs(
     """`[(A_NxDxr, A'_NxDxq), ...]`, one pair a shared site, over the shared layers.
 
     Raises:
-      UserError: the banks share no site and layer.
+      UserError: the banks share no site and layer, or one has no low-rank factors.
     """
+    for spec in (of, against):
+        if spec.whole:
+            raise UserError(f"orthogonality: bank '{spec.name}' has whole networks, no factors")
     start, stop = max(of.start, against.start), min(of.stop, against.stop)
     sites = [site for site in of.sites if site in against.sites]
     if start >= stop or not sites:

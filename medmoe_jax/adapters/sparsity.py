@@ -39,6 +39,11 @@ class Sparsity:
         """The banks that it reads."""
         return (self.bank,)
 
+    @property
+    def moves(self) -> tuple[str, ...]:
+        """The banks that its gradient changes."""
+        return self.uses
+
     def value(self, specs: Mapping[str, BankSpec], banks: Mapping[str, Any]) -> jax.Array:
         """The unweighted term, float32 scalar."""
         return jnp.mean(jnp.abs(self.measure(specs, banks)))

@@ -134,7 +134,7 @@ def find(run: Run, name: str) -> StageRun:
       UserError: there is no such stage, or it trains anything else.
     """
     stage = run.stage(name)
-    roster = roster_of(run.setup.stages, name)
+    roster = roster_of(run.setup.stages, name, bool(run.setup.base.quantise))
     trained = [bank for bank, (_, state) in roster.items() if state in ("train", "gate")]
     recipe = stage.recipe
     if trained != _mixed(recipe, roster) or len(trained) != 1 or recipe.train_base:

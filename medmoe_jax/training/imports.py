@@ -46,7 +46,7 @@ def import_stage(run: Run, folder: str | Path, name: str = "") -> str:
     """
     folder = fetched(folder)
     stage = _choose(run, name)
-    roster = roster_of(run.setup.stages, stage.name)
+    roster = roster_of(run.setup.stages, stage.name, bool(run.setup.base.quantise))
     read = _read_upcycled if holds_experts(folder) else _read_adapter
     given = read(stage, folder, roster)
     advice = "the files hold it, or their numbers times alpha / r are beyond float32"

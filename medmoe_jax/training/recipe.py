@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from medmoe_jax.training.step import Regulariser
 from medmoe_jax.training.transitions import next_roster
 
 _STAGE_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}"
+_BANK_NAME = r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}"
 _STATES = ("train", "gate", "frozen", "off")  # `merged` comes from `merge` only
 # What an entry of `losses` is made into, by its `kind`.
 REGULARISERS: Mapping[str, type[Any]] = {
@@ -71,7 +72,7 @@ def parse(config: ConfigDict, decoder: DecoderConfig) -> tuple[Stage, ...]:
             raise UserError(
                 f"stages.{name}.after: '{stage.after}' does not stand before it in stages.order"
             )
-        rosters[name] = _check(stage, rosters[stage.after], decoder)
+        rosters[name] = _check(stage, rosters[stage.after], decoder, bool(config.base.quantise))
         stages.append(stage)
     return tuple(stages)
 
@@ -94,6 +95,13 @@ def _parse_stage(name: str, config: ConfigDict, decoder: DecoderConfig) -> Stage
             raise UserError(
                 f"stages.{name}.states.{bank}: '{state}' is none of {', '.join(_STATES)}"
             )
+    for kind in ("banks", "stack"):
+        for bank in section[kind]:
+            if not re.fullmatch(_BANK_NAME, bank):
+                raise UserError(
+                    f"stages.{name}.{kind}: {bank!r} is no name of a bank: use letters, digits, "
+                    "'_' and '-', with a letter, digit or '_' first, 100 at most"
+                )
     with within(f"stages.{name}."):
         _check_evaluation(section.evaluation, mixture, config.data.sources)
         _check_train_base(tuple(section.train_base), config.base.quantise, decoder)
@@ -176,9 +184,9 @@ def _allocator(where: str, fields: Mapping[str, Any]) -> Allocator:
         return Allocator(**fields)
 
 
-def _check(stage: Stage, before: Roster, decoder: DecoderConfig) -> Roster:
+def _check(stage: Stage, before: Roster, decoder: DecoderConfig, quantised: bool) -> Roster:
     with within(f"stages.{stage.name}: "):
-        roster = next_roster(stage, before)
+        roster = next_roster(stage, before, quantised)
     trained = [name for name, (_, state) in roster.items() if state == "train"]
     gated = [spec for spec, state in roster.values() if state == "gate"]
     for spec in gated:
@@ -192,8 +200,9 @@ def _check(stage: Stage, before: Roster, decoder: DecoderConfig) -> Roster:
     active = {spec.name: spec for spec in lifecycle.active_banks(roster)}
     with within(f"stages.{stage.name}: "):
         AdaptedConfig(decoder, tuple(active.values()))
+    learning = (*trained, *(spec.name for spec in gated))
     for regulariser in stage.regularisers:
-        _check_regulariser(stage.name, regulariser, active, decoder)
+        _check_regulariser(stage.name, regulariser, active, learning, decoder)
     _check_allocators(stage, trained, active)
     if stage.config.steps:
         budget_schedules(stage, roster, stage.config.steps)
@@ -201,11 +210,20 @@ def _check(stage: Stage, before: Roster, decoder: DecoderConfig) -> Roster:
 
 
 def _check_regulariser(
-    stage: str, regulariser: Regulariser, active: Mapping[str, BankSpec], decoder: DecoderConfig
+    stage: str,
+    regulariser: Regulariser,
+    active: Mapping[str, BankSpec],
+    learning: Sequence[str],
+    decoder: DecoderConfig,
 ) -> None:
     for name in regulariser.uses:
         if name not in active:
             raise UserError(f"stages.{stage}.losses: bank '{name}' takes no part in this stage")
+    if regulariser.weight and not set(regulariser.moves) & set(learning):
+        raise UserError(
+            f"stages.{stage}.losses: {regulariser.name} would change nothing: this stage does not "
+            f"train {' or '.join(regulariser.moves)}"
+        )
     banks = {name: abstract(active[name], decoder) for name in regulariser.uses}
     with within(f"stages.{stage}.losses: "):
         jax.eval_shape(lambda b: regulariser.value(active, b), banks)

@@ -51,6 +51,11 @@ class Regulariser(Protocol):
         ...
 
     @property
+    def moves(self) -> tuple[str, ...]:
+        """The banks that its gradient changes."""
+        ...
+
+    @property
     def weight(self) -> float:
         """The weight on its value."""
         ...

@@ -22,8 +22,13 @@ from medmoe_jax.errors import UserError
 from medmoe_jax.training.stage import Stage, chain
 
 
-def next_roster(stage: Stage, roster: Roster) -> Roster:
+def next_roster(stage: Stage, roster: Roster, quantised: bool = False) -> Roster:
     """A stage's roster, from that of the stage before.
+
+    Args:
+      stage: the stage.
+      roster: of the stage before.
+      quantised: whether the base's kernels are, into which nothing is merged.
 
     Raises:
       UserError: a bank is not there, is there already, or cannot become what the stage says.
@@ -33,7 +38,7 @@ def next_roster(stage: Stage, roster: Roster) -> Roster:
         lifecycle.check_mergeable(spec)
         if state == "merged":
             raise UserError(f"bank '{name}' is merged already")
-        roster = {**roster, name: (spec, "merged")}
+        roster = {**roster, name: lifecycle.merged(spec, quantised)}
     for name in stage.drop:
         roster, _ = lifecycle.drop(roster, {}, name)
     for name, (of, gate) in stage.stack.items():
@@ -47,16 +52,24 @@ def next_roster(stage: Stage, roster: Roster) -> Roster:
     return roster
 
 
-def roster_of(stages: Sequence[Stage], name: str) -> Roster:
-    """The roster of the stage of that name, from the first it builds on; "" has no bank."""
+def roster_of(stages: Sequence[Stage], name: str, quantised: bool) -> Roster:
+    """The roster of the stage of that name, from the first it builds on; "" has no bank.
+
+    quantised: as of `next_roster`.
+    """
     roster: Roster = {}
     for stage in chain(stages, name):
-        roster = next_roster(stage, roster)
+        roster = next_roster(stage, roster, quantised)
     return roster
 
 
 def _stacked(roster: Roster, name: str, of, gate: Mapping[str, Any]) -> Roster:
     """The roster with the banks `of` become one."""
+    for member in of:
+        if lifecycle.find(roster, member)[1] == "merged":
+            raise UserError(f"stack '{name}': bank '{member}' is merged into the base already")
+        if list(of).count(member) > 1:
+            raise UserError(f"stack '{name}': bank '{member}' stands there twice")
     specs = [lifecycle.find(roster, member)[0] for member in of]
     if not specs:
         raise UserError(f"stack '{name}': `of` names no bank")

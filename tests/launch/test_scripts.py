@@ -79,6 +79,7 @@ def test_readme_lists_every_flag_as_help_does():
         (["create", "--zone=z", "--name=My TPU"], "--name=My TPU: lower-case letters"),
         (["stop", "--backend=ssh", "--hosts=a", "--dir=~/x"], "--dir=~/x: a folder below the home"),
         (["ship", "--zone=z", "--env-file=missing"], "--env-file=missing cannot be read"),
+        (["ship", "--zone=z", "--env-file=."], "--env-file=. cannot be read"),
         (
             ["run", "--zone=z", "--", "train", "--workdir", "runs/a"],
             "--workdir=runs/a: --backend=tpu needs an absolute path",
@@ -94,6 +95,24 @@ def test_bad_input_is_one_message(launcher, words, message):
     assert ended.returncode == 1
     assert message in ended.stderr and ended.stderr.count("\n") == 1
     assert not ended.stdout
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "URL=https://h/?a=1&b=2", "TOKEN=pa$HOME", 'TOKEN="pa$HOME"', "TOKEN=ab touch PWNED",
+        "A=`id`", "A='it''s'", "9A=1", "A-B=1", "A", "A=1\r", "A=1; touch PWNED", "A=~x",
+        "A=$(touch PWNED)",
+    ],
+)  # fmt: skip
+def test_variables_that_a_shell_would_read_otherwise(launcher, line):
+    """Refused by the number of the line, which is a secret itself."""
+    tool = launcher()
+    (tool.folder / "tokens").write_bytes(f"# mine\n\nHF_TOKEN=hf_x\n{line}".encode())
+    ended = tool("ship", "--zone=z", "--env-file=tokens")
+    assert ended.returncode == 1 and "tokens, line 4: write VAR=value" in ended.stderr
+    assert line.strip() not in ended.stderr.replace("VAR=value", "") or line == "A"
+    assert not (tool.folder / "PWNED").exists()
 
 
 def test_a_verb_is_needed(launcher):

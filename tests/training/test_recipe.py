@@ -14,7 +14,9 @@ from medmoe_jax.training.config import (
     allocator,
     bank,
     orthogonality,
+    orthonormality,
     recipe,
+    stacked,
     stage,
 )
 from medmoe_jax.training.setup import open_setup
@@ -152,6 +154,60 @@ REFUSED = {
     "no_sites": ({"s": {"banks": add(sites=())}}, "bank 'x'.sites is empty"),
     "layers": ({"s": {"banks": add(layers=(3, 3))}}, "bank 'x'.layers: (3, 3) holds none of"),
     "layers_beyond": ({"s": {"banks": add(layers=(3, None))}}, "bank 'x'.layers: (3, None) holds"),
+    **{
+        f"layers {layers}": (
+            {"s": {"banks": add(layers=layers)}},
+            f"bank 'x'.layers: {layers!r} is no pair",
+        )
+        for layers in ((-2,), (0, 2, 2), (0, 1, 2, 3), (), ("0", "2"), (0.0, 2.0), (True, None))
+    },
+    "balance_without_router": (
+        {"s": {"banks": add(balance_loss=0.1)}},
+        "bank 'x': router_noise, balance_loss and z_loss need a router",
+    ),
+    "noise_without_router": (
+        {"s": {"banks": add(router_noise=0.1)}},
+        "bank 'x': router_noise, balance_loss and z_loss need a router",
+    ),
+    "bank_name": ({"s": {"banks": add("x/y")}}, "stages.s.banks: 'x/y' is no name of a bank"),
+    "stack_name": (
+        second(stack={"x/y": stacked(("x", "y"))}),
+        "second.stack: 'x/y' is no name of a bank",
+    ),
+    "stack_twice": (
+        second(stack={"z": stacked(("x", "x"))}),
+        "stack 'z': bank 'x' stands there twice",
+    ),
+    "stack_of_merged": (
+        second(merge=("x",), stack={"z": stacked(("x", "y"))}),
+        "stack 'z': bank 'x' is merged into the base already",
+    ),
+    "orthogonal_to_itself": (
+        second(losses={"o": orthogonality("x", "x")}),
+        "o.against: 'x' cannot be orthogonal to its",
+    ),
+    "negative_weight": (
+        second(losses={"o": orthogonality("x", "y", weight=-1.0)}),
+        "losses.o.weight: -1.0 is below",
+    ),
+    "moves_nothing": (
+        second(states={"x": "frozen"}, losses={"o": orthogonality("x", "y")}),
+        "second.losses: orthogonality/x-y would change nothing: this stage does not train x",
+    ),
+    "keeps_nothing": (
+        second(states={"x": "frozen"}, losses={"o": orthonormality("x")}),
+        "second.losses: orthonormality/x would change nothing: this stage does not train x",
+    ),
+    "whole_networks": (
+        {
+            "s": {
+                "banks": add("n", ("mlp.*",), form="ffn_beside", gate="token", experts=4)
+                | add("q"),
+                "losses": {"o": orthogonality("q", "n")},
+            }
+        },
+        "bank 'n' has whole networks, no factors",
+    ),
     "gate": ({"s": {"banks": add(gate="best")}}, "bank 'x'.gate: 'best' is none of"),
     "top_k": ({"s": {"banks": add(gate="token", top_k=2)}}, "bank 'x'.top_k: 2 of 1 experts"),
     "train_base": ({"s": {"train_base": ("embeds",)}}, "stages.s.train_base: 'embeds' matches"),
@@ -168,6 +224,27 @@ def test_parse_refuses(name):
         recipe_lib.parse(config, naive.TINY)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_loss_may_move_either_bank_or_only_be_measured():
+    frozen = {"x": "frozen"}
+    for loss in (
+        orthogonality("x", "y", stop_gradient=False), orthogonality("y", "x"),
+        orthogonality("x", "y", weight=0.0),
+    ):  # fmt: skip
+        recipe_lib.parse(config_of(**second(states=frozen, losses={"o": loss})), naive.TINY)
+
+
+def test_what_is_merged_into_codes_stays_in_the_forward_pass():
+    """So banks that cannot stand beside it are refused before anything is trained."""
+    whole = add("n", ("mlp.*",), form="ffn", gate="token", experts=4)
+    config = config_of(first={"banks": add("x")}, second={
+        "after": "first", "merge": ("x",), "banks": whole,
+    })  # fmt: skip
+    recipe_lib.parse(config, naive.TINY)
+    config.base.quantise = "int8"
+    with pytest.raises(UserError, match="'n' puts feed-forward experts into layers where bank 'x'"):
+        recipe_lib.parse(config, naive.TINY)
 
 
 def test_a_stage_stands_in_the_order_once():
