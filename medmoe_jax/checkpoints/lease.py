@@ -132,6 +132,26 @@ def writer(folder: str | Path) -> str:
     return "" if latest is None or _lives(latest.holder) is False else _words(place, latest)
 
 
+def check_folder(folder: str | Path) -> None:
+    """Whether a folder is there or may be made, as far as paths tell.
+
+    Raises:
+      UserError: no folder is named, or something else stands there or above.
+      StorageError: on the way lies a link to nothing, such as to a disk that is not mounted.
+    """
+    if not str(folder):
+        raise ParameterError("workdir: is empty; give the path of a folder")
+    folder = storage_place(folder)
+    for one in () if is_remote(folder) else (folder, *folder.absolute().parents):
+        if one.is_symlink() and not one.exists():
+            raise StorageError(
+                f"{folder}: cannot be made: {one} is a link to {os.readlink(one)}, which is not "
+                "there"
+            )
+        if one.exists() and not one.is_dir():
+            raise UserError(f"{one}: is not a folder; give the path of a folder, or of a new one")
+
+
 def _now() -> float:
     """Seconds by a clock that nobody sets, and that goes on while the machine sleeps."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
@@ -144,7 +164,8 @@ def take(
 ) -> Lease:
     """The lease of a folder, which is made if absent; see `only_writer`."""
     try:
-        folder = writable(folder)
+        check_folder(folder)
+        folder = storage_place(folder)
         place, made = folder / FOLDER, not folder.exists()
         for _ in range(_TRIES):
             before = _wait_until_free(place, clock, sleep)
@@ -154,29 +175,6 @@ def take(
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written: {error}") from error
     raise StorageError(f"{folder}: cannot be made, or other programs begin there all the time")
-
-
-def writable(folder: str | Path) -> Path:
-    """A folder that is there or may be made, as far as paths tell.
-
-    Raises:
-      UserError: it is empty, or a file is there.
-      StorageError: on the way lies a link to nothing, such as to a disk that is not mounted.
-    """
-    if not str(folder):
-        raise ParameterError("workdir: is empty; give the path of a folder")
-    folder = storage_place(folder)
-    if is_remote(folder):
-        return folder
-    for one in (folder, *folder.parents):
-        if one.is_symlink() and not one.exists():
-            raise StorageError(
-                f"{folder}: cannot be made: {one} is a link to {os.readlink(one)}, which is not "
-                "there"
-            )
-        if one.exists() and not one.is_dir():
-            raise UserError(f"{one}: is not a folder; give the path of a folder, or of a new one")
-    return folder
 
 
 def _wait_until_free(

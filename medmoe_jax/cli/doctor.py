@@ -5,37 +5,46 @@
 
 Without a configuration it looks at the machine: versions that do not fit each other, devices that
 are not found or held by another process, memory and disk. With one also at the base, the tokenizer
-and the template beside it, and the first rows of every source; with a work directory at whether it
-can be written, who writes there, how far it is, and at the configuration that it names. Ends with
-status 1 where a run would fail.
+and the template beside it, how a batch divides, the first rows of every source, and the tasks; with
+a work directory at whether it can be written, who writes there, how far it is, whether its stages
+are of this recipe, and at the configuration that it names. The base's weights and the rows behind
+the first are not read. Ends with status 1 where a run would fail.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 from rich.text import Text
 
-from medmoe_jax.checkpoints.folders import StageFolder
-from medmoe_jax.checkpoints.lease import writer
+from medmoe_jax.api.in_training import task_scorer
+from medmoe_jax.api.tasks import stage_evaluator
+from medmoe_jax.checkpoints.lease import check_folder, writer
 from medmoe_jax.cli import machine
 from medmoe_jax.cli.configs import load_config
 from medmoe_jax.cli.machine import Finding
 from medmoe_jax.cli.session import no_rest
-from medmoe_jax.data.sources import first_rows
+from medmoe_jax.data.batches import check_shards
+from medmoe_jax.data.encoded_rows import encoded_at
+from medmoe_jax.data.languages import detector, name_languages
+from medmoe_jax.data.sources import check_targets, first_rows, streamed_rows
 from medmoe_jax.data.templates import doubts
 from medmoe_jax.errors import UserError
 from medmoe_jax.screen import ScreenTable
 from medmoe_jax.storage.places import cache_folder, is_remote, place
 from medmoe_jax.training.kept import is_kept
-from medmoe_jax.training.reading import check_sources
+from medmoe_jax.training.reading import check_sources, place_batches
+from medmoe_jax.training.run import Run, StageRun
 from medmoe_jax.training.setup import Setup, open_setup
+from medmoe_jax.training.stage import Stage
 from medmoe_jax.training.terminal import console
 
 _ROWS = 200  # of each source that are looked at
@@ -71,18 +80,37 @@ def _findings(workdir: str, rest: list[str]) -> Iterator[Finding]:
         places["the run"] = Path(workdir).absolute()
     yield from machine.disk(places)
     setup = None
-    if rest or (workdir and is_kept(workdir)):
-        try:
+    try:
+        if rest or (workdir and is_kept(workdir)):
             setup = open_setup(load_config(rest, workdir))
-        except UserError as error:
-            yield Finding("bad", "recipe", str(error))
+    except (UserError, OSError) as error:
+        yield Finding("bad", "recipe", str(error))
     needed = _base_bytes(setup) if setup and jax.default_backend() == "cpu" else 0
     yield from machine.memory(needed)
     if setup:
+        run = Run(setup, workdir)
         yield from _recipe(setup)
-        yield from _rows(setup)
+        trained = [stage.recipe for stage in run.stages if not (workdir and _is_imported(stage))]
+        if trained:
+            yield from _tried("batch", partial(place_batches, setup))
+        yield from _rows(setup, trained)
+        yield from _tried("tasks", partial(stage_evaluator, run, _never))
+        yield from _tried("tasks", partial(task_scorer, run, _never))
     if workdir:
         yield from _workdir(workdir, setup)
+
+
+def _never() -> bool:
+    """Nothing asks what is only looked at to stop."""
+    return False
+
+
+def _tried(what: str, check: Callable[[], object]) -> Iterator[Finding]:
+    """What a check of training's own has against the run, if anything."""
+    try:
+        check()
+    except (UserError, OSError) as error:
+        yield Finding("bad", what, str(error))
 
 
 def _base_bytes(setup: Setup) -> int:
@@ -97,33 +125,53 @@ def _recipe(setup: Setup) -> Iterator[Finding]:
         yield Finding("look", "template", text)
 
 
-def _rows(setup: Setup) -> Iterator[Finding]:
+def _is_imported(stage: StageRun) -> bool:
+    """Whether training passes a stage over; where its records are damaged, `_stages` says so."""
+    with contextlib.suppress(UserError):
+        return stage.is_imported()
+    return False
+
+
+def _rows(setup: Setup, stages: Sequence[Stage]) -> Iterator[Finding]:
+    """What the sources of some stages hold."""
     faults = {}
-    for stage in setup.stages:
+    for stage in stages:
         try:
             check_sources(setup, stage)
         except UserError as error:
             faults[str(error)] = None
-    for name in dict.fromkeys(name for stage in setup.stages for name in stage.sources):
+    trained = dict.fromkeys(name for stage in stages for name in stage.sources)
+    held_out = (name for stage in stages for name in stage.held_out)
+    for name in dict.fromkeys((*trained, *held_out)):
         try:
-            yield _source(setup, name)
-        except UserError as error:
+            yield _source(setup, name, name in trained)
+        except (UserError, OSError) as error:
             faults[str(error)] = None
     for text in faults:
         yield Finding("bad", "rows", text)
 
 
-def _source(setup: Setup, name: str) -> Finding:
+def _source(setup: Setup, name: str, trained: bool) -> Finding:
     """What the first rows of a source are once they are encoded. Raises UserError."""
-    data = setup.config.data
-    rows = first_rows(name, data.sources[name].to_dict(), data.ignore, _ROWS)
-    encoded = [one for row in rows for one in setup.encoder.rows(row)]
-    tokens = np.mean([len(one.tokens) for one in encoded] or [0])
+    data, encoder = setup.config.data, setup.encoder
+    fields = data.sources[name].to_dict()
+    if fields["window"]:
+        streamed_rows(data.to_dict(), name, encoder)
+    most = max(_ROWS, data.shards)
+    rows = first_rows(name, fields, data.ignore, most)
+    if encoder.languages is not None:
+        rows, _ = name_languages(rows, encoder.languages, detector(data.detect_language))
+    encoded = [one for i in range(len(rows)) for one in encoded_at(rows, i, encoder.rows)]
+    tokens = np.mean([len(one.tokens) for one in encoded])
     targets = [int(one.loss_mask[: data.length].sum()) for one in encoded]
     cut = sum(len(one.tokens) > data.length for one in encoded)
+    if trained:
+        check_shards(name, len(encoded), data.shards)
+    if len(rows) < most and fields["reader"] == "rows":  # all of them, as they are trained
+        check_targets(name, len(encoded), targets.count(0), data.length)
     text = (
         f"source '{name}', first {len(rows)} rows: {tokens:.0f} tokens each, "
-        f"{np.mean(targets or [0]):.0f} of them targets; {cut} are cut at {data.length}, "
+        f"{np.mean(targets):.0f} of them targets; {cut} are cut at {data.length}, "
         f"{targets.count(0)} hold no target"
     )
     return Finding("look" if cut or 0 in targets else "ok", "rows", text)
@@ -131,16 +179,28 @@ def _source(setup: Setup, name: str) -> Finding:
 
 def _workdir(workdir: str, setup: Setup | None) -> Iterator[Finding]:
     folder = place(workdir)
-    who = writer(folder)
+    try:
+        check_folder(folder)
+        who = writer(folder)
+    except (UserError, OSError) as error:
+        yield Finding("bad", "work directory", str(error))
+        return
     if who:
         yield Finding("look", "work directory", who)
     if not is_remote(folder):
         yield from _writable(Path(workdir))
     if setup:
-        names = [stage.name for stage in setup.stages]
-        done = [name for name in names if StageFolder.of(workdir, name).manifest.exists()]
-        text = f"finished stages: {', '.join(done) or 'none'} of {len(names)}"
-        yield Finding("ok", "work directory", text)
+        yield from _stages(Run(setup, workdir))
+
+
+def _stages(run: Run) -> Iterator[Finding]:
+    """How far the stages of a work directory are, and what is against going on with them."""
+    done = [stage.name for stage in run.stages if stage.folder.is_finished()]
+    for stage in run.stages:
+        if stage.recipe.after in ("", *done):
+            yield from _tried("work directory", stage.check_claim)
+    text = f"finished stages: {', '.join(done) or 'none'} of {len(run.stages)}"
+    yield Finding("ok", "work directory", text)
 
 
 def _writable(folder: Path) -> Iterator[Finding]:

@@ -219,13 +219,19 @@ def make_stream(
         if isinstance(source, StreamedRows):
             if weights is None:
                 raise UserError(f"data set {name!r} is streamed, so it needs a mixture weight")
-        elif len(source) < spec.shards:
-            raise UserError(
-                f"data set {name!r} has {len(source)} rows, fewer than the {spec.shards} "
-                "data shards; use fewer shards or leave it out"
-            )
+        else:
+            check_shards(name, len(source), spec.shards)
     shares = None if weights is None else [float(weights[name]) for name in names]
     return BatchStream([datasets[name] for name in names], shares, spec)
+
+
+def check_shards(name: str, rows: int, shards: int) -> None:
+    """Raise UserError for a data set with fewer training rows than data shards."""
+    if rows < shards:
+        raise UserError(
+            f"data set {name!r} has {rows} rows, fewer than the {shards} data shards; use fewer "
+            "shards or leave it out"
+        )
 
 
 def epoch_batches(

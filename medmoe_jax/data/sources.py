@@ -124,15 +124,32 @@ def _open_encoded(data: Mapping[str, Any], name: str, encoder: Encoder, budget: 
         detect = detector(data["detect_language"])
         rows, languages = name_languages(rows, encoder.languages, detect)
     encoded = EncodedRows(name, rows, encoder, data["length"], budget)
-    if encoded and encoded.counts.rows_without_target == len(encoded):
-        raise UserError(
-            f"source '{name}': none of its {len(encoded):,} rows has a target within "
-            f"{encoded.length} tokens, so nothing can be learned from it; raise data.length"
-        )
+    check_targets(name, len(encoded), encoded.counts.rows_without_target, encoded.length)
     return Opened(encoded, source.digest, languages, tuple(_notes(name, source, encoded)))
 
 
+def check_targets(name: str, rows: int, without_target: int, length: int) -> None:
+    """Raise UserError for a source none of whose training rows has a target."""
+    if without_target == rows:
+        raise UserError(
+            f"source '{name}': none of its {rows:,} rows has a target within {length} tokens, so "
+            "nothing can be learned from it; raise data.length"
+        )
+
+
 def _open_streamed(data: Mapping[str, Any], name: str, encoder: Encoder) -> Opened:
+    fields, rows = data["sources"][name], streamed_rows(data, name, encoder)
+    told = [rows.digest, fields["prompt"], fields["columns"], *data["ignore"]]
+    digest = hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=16)
+    note = (
+        f"source '{name}': streamed from {len(rows.files)} files in {len(rows.blocks):,} blocks, "
+        f"shuffled in a window of {rows.window:,} rows; a row is checked when it comes"
+    )
+    return Opened(rows, digest.hexdigest(), {}, (note,))
+
+
+def streamed_rows(data: Mapping[str, Any], name: str, encoder: Encoder) -> StreamedRows:
+    """The rows of a source that is streamed, of which the first are read; see `open_sources`."""
     fields, length, shards = data["sources"][name], data["length"], data["shards"]
     check_source(name, fields)
     form = Prompt(f"data.sources.{name}.prompt", fields["prompt"])
@@ -145,14 +162,7 @@ def _open_streamed(data: Mapping[str, Any], name: str, encoder: Encoder) -> Open
         return row if known is None else name_language(row, known, detect, place)
 
     files = open_files(fields["path"], fields["split"])
-    rows = StreamedRows(name, files, read, encoder, length, fields["window"], shards)
-    told = [rows.digest, fields["prompt"], fields["columns"], *data["ignore"]]
-    digest = hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=16)
-    note = (
-        f"source '{name}': streamed from {len(files)} files in {len(rows.blocks):,} blocks, "
-        f"shuffled in a window of {rows.window:,} rows; a row is checked when it comes"
-    )
-    return Opened(rows, digest.hexdigest(), {}, (note,))
+    return StreamedRows(name, files, read, encoder, length, fields["window"], shards)
 
 
 def _row_reader(name: str, fields: Mapping[str, Any], ignore: Sequence[str]) -> RowReader:
@@ -198,8 +208,16 @@ def open_source(
 
     Raises:
       UserError: an unknown reader, a path with a reader that takes none, a prompt without a place
-        for the row's own text, a collection's test split, or bad rows.
+        for the row's own text, a collection's test split, bad rows, or none.
     """
+    found = _open_source(name, fields, ignore, fit)
+    _check_any(name, fields, found.rows)
+    return found
+
+
+def _open_source(
+    name: str, fields: Mapping[str, Any], ignore: Sequence[str], fit: RowFitter | None
+) -> Source:
     check_source(name, fields)
     path, reader = fields["path"], fields["reader"]
     if fields["columns"] and reader != "rows":
@@ -221,9 +239,12 @@ def open_source(
     return Source(Rows(found, f"{reader}, row {{}}".format), _digest(found), Counter(), shortened)
 
 
-def first_rows(
-    name: str, fields: Mapping[str, Any], ignore: Sequence[str], count: int
-) -> list[Conversation]:
+def _check_any(name: str, fields: Mapping[str, Any], rows: Rows) -> None:
+    if not rows:
+        raise UserError(f"source '{name}': {fields['path'] or fields['reader']}: no row in it")
+
+
+def first_rows(name: str, fields: Mapping[str, Any], ignore: Sequence[str], count: int) -> Rows:
     """The first rows of a source, of which no more is read where it is a file.
 
     Args:
@@ -235,12 +256,16 @@ def first_rows(
     """
     if fields["reader"] != "rows" or builder.is_built(fields["path"]):
         rows = open_source(name, fields, ignore).rows
-        return [rows[number] for number in range(min(count, len(rows)))]
+        return Rows(rows[:count], rows.place)
     check_source(name, fields)
     form = Prompt(f"data.sources.{name}.prompt", fields["prompt"])
     reader = _row_reader(name, fields, ignore)
-    found = builder.read_rows([fields["path"]], reader, fields["split"])
-    return [form.conversation(row) for _, row in itertools.islice(found, count)]
+    found = list(
+        itertools.islice(builder.read_rows([fields["path"]], reader, fields["split"]), count)
+    )
+    rows = Rows([form.conversation(row) for _, row in found], lambda number: found[number][0])
+    _check_any(name, fields, rows)
+    return rows
 
 
 def open_path(path: str | Path, reader: RowReader, split: str = "train") -> Source:

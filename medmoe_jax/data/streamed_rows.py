@@ -88,6 +88,7 @@ class StreamedRows:
 
     Attributes:
       name: of the data set.
+      files: of which the rows are.
       encoder: what encodes the rows.
       length: tokens at which a row is cut.
       window: rows that are shuffled together, of all data shards.
@@ -106,33 +107,36 @@ class StreamedRows:
     ) -> None:
         """
         Args:
-          name, encoder, length, window: see the class.
-          files: of which the rows are.
+          name, files, encoder, length, window: see the class.
           read: makes a conversation row of an item that stands at a place.
           shards: S, to have as many blocks.
 
         Raises:
-          UserError: a file cannot be read, there are fewer blocks than shards, or one of the first
-            rows cannot be used.
+          UserError: a file cannot be read, there is no row or there are fewer blocks than shards,
+            or one of the first rows cannot be used.
         """
         if length < 2:
             raise UserError(f"length {length}: a sequence needs at least 2 tokens")
         self.name, self.encoder, self.length, self.window = name, encoder, length, window
-        self._files, self._read = files, read
+        self.files, self._read = files, read
         self.blocks = make_blocks(files, shards)
+        read_one = ((block, rows) for block in self.blocks if len(rows := block.read()))
+        first, rows = next(read_one, (None, ()))
+        if first is None:
+            shown = ", ".join(file.shown for file in files)
+            raise UserError(f"source '{name}': {shown}: no row in it")
         if len(self.blocks) < shards:
             raise UserError(
                 f"source '{name}': its files have {len(self.blocks)} rows or blocks, fewer than "
                 f"the {shards} data shards; use fewer shards"
             )
-        rows = self.blocks[0].read()
         for number in range(min(len(rows), _TRIED)):
-            self._encode((self.blocks[0], rows[number]))
+            self._encode((first, rows[number]))
 
     @property
     def digest(self) -> str:
         """A hash of the files' content and the window, upon which the order of rows depends."""
-        told = [[file.digest() for file in self._files], self.window]
+        told = [[file.digest() for file in self.files], self.window]
         return hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
 
     def endless(self, shard: int, shards: int, seed: int) -> grain.IterDataset:
@@ -168,4 +172,4 @@ class StreamedRows:
         return [element(one.cut(self.length)) for one in encoded]
 
     def __repr__(self) -> str:
-        return f"StreamedRows({self.name!r}, {[file.shown for file in self._files]})"
+        return f"StreamedRows({self.name!r}, {[file.shown for file in self.files]})"

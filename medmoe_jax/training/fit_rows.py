@@ -30,8 +30,6 @@ def read_task(setup: Setup, name: str, path: str | Path) -> tuple[EncodedRows, s
     """
     data = setup.config.data
     found = open_source(name, source(str(path)).to_dict(), data.ignore)
-    if not found.rows:
-        raise UserError(f"{path}: no row in the file")
     rows = EncodedRows(name, found.rows, setup.encoder, data.length)
     if rows.counts.truncated_rows:
         cut, whole = rows.counts.truncated_rows, len(rows)

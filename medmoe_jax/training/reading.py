@@ -60,6 +60,18 @@ def open_rows(setup: Setup, stages: Sequence[Stage]) -> dict[str, Opened]:
     return opened
 
 
+def place_batches(setup: Setup) -> Placement:
+    """What puts batches on the mesh.
+
+    Raises:
+      UserError: a batch does not divide over micro-batches and devices, or over the data shards.
+    """
+    setup.check_batch()
+    data = setup.config.data
+    with field_names("data."):
+        return Placement(setup.mesh, data.global_batch, data.shards)
+
+
 def open_data(setup: Setup, stage: Stage, opened: Mapping[str, Opened] | None = None) -> StageData:
     """A stage's batches, and what is known of its sources.
 
@@ -72,10 +84,7 @@ def open_data(setup: Setup, stage: Stage, opened: Mapping[str, Opened] | None = 
     """
     if opened is None:
         opened = open_rows(setup, [stage])
-    data = setup.config.data
-    setup.check_batch()
-    with field_names("data."):
-        placement = Placement(setup.mesh, data.global_batch, data.shards)
+    data, placement = setup.config.data, place_batches(setup)
     spec = StreamSpec(data.global_batch, data.shards, data.seed, data.pack, placement.shard_ids)
     own = {name: opened[name] for name in stage.sources}
     stream = make_stream({name: one.rows for name, one in own.items()}, stage.sources, spec)

@@ -144,18 +144,43 @@ class StageRun:
 
     def _claim(self, content: dict[str, Any]) -> str:
         folder = self.folder
-        if not folder.recipe.exists() and not folder.is_used():
+        if not self._is_begun():
             return write_record(folder.recipe, {"stage": self.name, "recipe": content})
         before, fingerprint = read_recipe(folder, self.name)
-        if changed := _differences(before, content):
-            raise UserError(
-                f"{folder.path} was made by another recipe; {'; '.join(changed)}. Use another "
-                "workdir, or remove that folder to run the stage anew"
-            )
+        self._compare(before, content)
         return fingerprint
 
-    def _content(self, digests: Mapping[str, str]) -> dict[str, Any]:
-        """All that decides what training the stage gives, by content."""
+    def _is_begun(self) -> bool:
+        return self.folder.recipe.exists() or self.folder.is_used()
+
+    def _compare(self, before: Mapping[str, Any], content: Mapping[str, Any]) -> None:
+        if changed := _differences(before, content):
+            raise UserError(
+                f"{self.folder.path} was made by another recipe; {'; '.join(changed)}. Use another "
+                "workdir, or remove that folder to run the stage anew"
+            )
+
+    def check_claim(self) -> None:
+        """Raise UserError where `claim` or `check` would, were weights and rows what they were.
+
+        Those are not read. The stages that it builds on are finished.
+        """
+        if not self._is_begun():
+            return
+        then, _ = read_recipe(self.folder, self.name)
+        now = _read_back(self._content(then["data"]["sources"], then["base"]["weights"]))
+        if "imported" not in then:
+            self._compare(then, now)
+        if self.folder.is_finished():
+            self._check(now)
+
+    def _content(self, digests: Mapping[str, str], weights: str = "") -> dict[str, Any]:
+        """All that decides what training the stage gives, by content.
+
+        Args:
+          digests: of its sources.
+          weights: fingerprint of the base's; "" = they are read for it.
+        """
         setup = self.setup
         data = setup.config.data.to_dict()
         data.pop("sources")
@@ -164,7 +189,7 @@ class StageRun:
         if not section["evaluation"]["best"]:
             section.pop("evaluation")  # it tells, and decides nothing
         content = {
-            "base": {"weights": setup.weights_fingerprint, **setup.identity["base"]},
+            "base": {"weights": weights or setup.weights_fingerprint, **setup.identity["base"]},
             "data": {
                 **data,
                 **setup.identity["data"],

@@ -34,7 +34,13 @@ from medmoe_jax.training.hooks.protocol import Hook
 from medmoe_jax.training.hooks.trackers import Trackers
 from medmoe_jax.training.hooks.writers import Checked, MetricsFile, TensorBoard
 from medmoe_jax.training.preparing import Prepared, prepare
-from medmoe_jax.training.reading import StageData, check_sources, open_data, open_rows
+from medmoe_jax.training.reading import (
+    StageData,
+    check_sources,
+    open_data,
+    open_rows,
+    place_batches,
+)
 from medmoe_jax.training.recomputation import compile_step, told_what_fits
 from medmoe_jax.training.run import Run, StageRun
 from medmoe_jax.training.step import TrainState
@@ -106,6 +112,8 @@ def _run_stages(run: Run, callers: _Callers) -> None:
                     "(`train(score_tasks=...)`)"
                 )
     trained = [stage.recipe for stage in run.stages if stage.name not in imported]
+    if trained:
+        place_batches(run.setup)  # before rows are read, which may take long
     opened = open_rows(run.setup, trained)
     for stage in run.stages:
         if stage.name in imported:

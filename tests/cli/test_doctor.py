@@ -1,10 +1,12 @@
 """`medmoe doctor`: what would stop a run is found, named, and nothing else is."""
 
 import os
+import shutil
 
 import jax
 import pytest
 
+from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.cli import machine, main
 from medmoe_jax.parallel import releases
 from tests import several, tiny
@@ -81,11 +83,104 @@ def test_a_recipe_its_rows_and_its_work_directory(tmp_path, capsys, quiet_machin
     assert "rows.jsonl,line1:" in text
     status, text = _doctor(capsys, config, f"{source}={tmp_path / 'none.jsonl'}")
     assert status == 1 and text.count("none.jsonl'") == 1
-    rows.write_text('{"prompt": "a", "response": "' + "word " * 200 + '"}\n')
+    rows.write_text(('{"prompt": "a", "response": "' + "word " * 200 + '"}\n') * 4)
     status, text = _doctor(capsys, config, f"{source}={rows}")
-    assert status == 0 and "1arecutat48" in text
+    assert status == 0 and "4arecutat48" in text
     status, text = _doctor(capsys, config, "--config.data.length=4096")
     assert status == 1 and "data.length:4096exceedsthebase'scontext" in text
+
+
+WINDOW = "data.sources.knowledge.window=4"
+TABLE = "data.languages=families"
+EVERY = "stages.align.evaluation.every=2"
+SCORED = "stages.align.evaluation.tasks=('{here}/t.jsonl',)"
+HELD = "stages.align.evaluation.sources=('knowledge',)"
+UNREAD = "stages.aggregate.mixture.knowledge=0.0"
+
+
+def _dies(capsys, *words):
+    """What train says as it ends at once, without white space."""
+    assert main.main(["train", *words]) == 1
+    return "".join(capsys.readouterr().err.split()).rpartition("medmoetrain:error:")[2]
+
+
+ROW = '{"prompt": "a", "response": "b"}\n'
+TASK = '{"prompt": "a", "answer": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    ("files", "fields", "message"),
+    [
+        ({"rows.jsonl": ""}, [], "source'knowledge':{here}/rows.jsonl:norowinit"),
+        ({"rows.jsonl": "\n\n"}, [], "source'knowledge':{here}/rows.jsonl:norowinit"),
+        ({"rows.jsonl": ""}, [WINDOW], "source'knowledge':{here}/rows.jsonl:norowinit"),
+        ({"rows.jsonl": ROW * 3}, [], "dataset'knowledge'has3rows,fewerthanthe4datashards"),
+        ({"rows.jsonl": ROW[:-2] + ', "language": "xx"}\n'}, [TABLE], "therowisin'xx'"),
+        ({"rows.jsonl": ROW.replace("a", "a" * 200) * 4}, [], "noneofits4rowshasatarget"),
+        ({}, ["data.shards=3"], "data.shards:3doesnotdivideaglobalbatchof8rows"),
+        ({}, ["run.accumulation=3"], "data.global_batch:8rowsdonotdivideover8devicesxrun."),
+        ({}, ["run.tasks=('medqq',)"], "medqq"),
+        ({}, ["run.tasks=('{here}/none.jsonl',)"], "{here}/none.jsonl:nosuchtaskfile"),
+        ({"t.jsonl": TASK + "{}"}, ["run.tasks=('{here}/t.jsonl',)"], "{here}/t.jsonl:2:"),
+        ({"t.jsonl": "{}"}, [EVERY, SCORED], "stages.align.evaluation.tasks:{here}/t.jsonl:1:"),
+        ({"rows.jsonl": ""}, [EVERY, HELD, UNREAD], "'knowledge':{here}/rows.jsonl:norowinit"),
+    ],
+    ids=[
+        "no rows", "blank lines", "no rows to stream", "few rows", "language", "no target",
+        "shards", "accumulation", "task", "task file", "bad item", "evaluation", "held out",
+    ],
+)  # fmt: skip
+def test_what_training_refuses_at_once(tmp_path, capsys, quiet_machine, files, fields, message):
+    """Doctor says what train would, as far as it can be told from the first rows."""
+    (tmp_path / "recipe.py").write_text(several.CONFIG)
+    words = [f"--config={tmp_path / 'recipe.py'}"]
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    if "rows.jsonl" in files:
+        words.append(f"--config.data.sources.knowledge.path={tmp_path / 'rows.jsonl'}")
+    words += [f"--config.{field}".replace("{here}", str(tmp_path)) for field in fields]
+    message = message.replace("{here}", str(tmp_path))
+    workdir = f"--workdir={tmp_path / 'w'}"
+    said = _dies(capsys, *words, workdir)
+    assert message in said
+    status, text = _doctor(capsys, *words, workdir)
+    assert status == 1 and "1ofthethingslookedatwouldstoparun" in text
+    assert said in text
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_work_directory_of_another_recipe(tmp_path, capsys, quiet_machine):
+    """Its stages are finished, or begun, with what the recipe does not say any more."""
+    (tmp_path / "recipe.py").write_text(several.CONFIG)
+    shutil.copytree(tiny.trained()[1], tmp_path / "w")
+    words = [f"--config={tmp_path / 'recipe.py'}", f"--workdir={tmp_path / 'w'}"]
+    status, text = _doctor(capsys, *words)
+    assert status == 0, text
+    changed = "--config.stages.align.learning_rate=0.5"
+    align = StageFolder.of(tmp_path / "w", "align")
+    for _ in ("finished", "begun"):
+        said = _dies(capsys, *words, changed)
+        assert said.startswith(f"{align.path}wasmadebyanotherrecipe;stage.learning_rate:0.03then")
+        status, text = _doctor(capsys, *words, changed)
+        assert status == 1 and "1ofthethings" in text and said in text
+        align.manifest.unlink(missing_ok=True)
+    record = StageFolder.of(tmp_path / "w", "aggregate").recipe
+    record.write_text(record.read_text().replace('"seed": 0', '"seed": 1', 1))
+    said = _dies(capsys, *words)
+    status, text = _doctor(capsys, *words)
+    assert status == 1 and said in text and f"{record}:waschanged" in said
+
+
+def test_a_file_in_the_place_of_the_work_directory(tmp_path, capsys, quiet_machine):
+    (tmp_path / "recipe.py").write_text(several.CONFIG)
+    (tmp_path / "file").touch()
+    for workdir in (tmp_path / "file", tmp_path / "file" / "w"):
+        words = [f"--config={tmp_path / 'recipe.py'}", f"--workdir={workdir}"]
+        said = _dies(capsys, *words)
+        assert said.startswith(f"{tmp_path / 'file'}:isnotafolder;givethepath")
+        for asked in (words, words[1:]):
+            status, text = _doctor(capsys, *asked)
+            assert status == 1 and said in text and "1ofthethings" in text
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

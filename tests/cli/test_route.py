@@ -211,7 +211,7 @@ def test_bad_input(config, files, routed, tmp_path, capsys):
 def test_bad_rows(config, tmp_path, capsys):
     here = ["route", config, f"--workdir={skills.randomised()}"]
     for name, text, words in (
-        ("empty.jsonl", "", "no row in the file"),
+        ("empty.jsonl", "", "empty.jsonl: no row in it"),
         ("bad.jsonl", '{"prompt": "a", "response": "b"}\n{"prompt"\n', "line 2: not valid JSON"),
         ("half.jsonl", '{"prompt": "a"}\n', "needs one conversation"),
         ("rows.txt", "a", "unknown file ending"),
