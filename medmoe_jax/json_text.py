@@ -66,6 +66,12 @@ def check_depth(value: Any, text: str | bytes) -> None:
         level = [i for one in level for i in (one.values() if isinstance(one, dict) else one)]
 
 
+def not_text(error: UnicodeDecodeError) -> str:
+    """What is wrong with bytes that are not UTF-8, to stand behind their file and line."""
+    byte = error.object[error.start]
+    return f"not UTF-8 text (byte 0x{byte:02x}); convert the file to UTF-8"
+
+
 def settings(content: bytes, shown: object) -> dict[str, Any]:
     """The object in a file of settings.
 
@@ -111,7 +117,7 @@ def lines(content: bytes, shown: object) -> Iterator[tuple[str, Any]]:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         number = content[: error.start].count(b"\n") + 1
-        raise UserError(f"{shown}:{number}: not UTF-8 text ({error.reason})") from None
+        raise UserError(f"{shown}:{number}: {not_text(error)}") from None
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"{shown}:{number}"

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from medmoe_jax import json_text
 from medmoe_jax.data import hub
 from medmoe_jax.data.files import local_files
 from medmoe_jax.data.json_items import decode_line
@@ -92,7 +93,7 @@ class Lines:
         try:
             text = line.decode("utf-8" if at else "utf-8-sig")
         except UnicodeDecodeError as error:
-            raise UserError(f"{self.place(row)}: not UTF-8 text ({error})") from error
+            raise UserError(f"{self.place(row)}: {json_text.not_text(error)}") from error
         return decode_line(text, lambda: self.place(row))
 
     def place(self, row: tuple[int, bytes]) -> str:

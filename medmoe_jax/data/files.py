@@ -13,7 +13,7 @@ import functools
 import gzip
 import io
 import zlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -139,20 +139,41 @@ def _file_items(path: Path, shown: str) -> Items:
         raise UserError(f"{shown}: not a complete gzip file ({error}); copy it again") from error
     except zstandard.ZstdError as error:
         raise UserError(f"{shown}: not a complete zstd file ({error}); copy it again") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{shown}: not UTF-8 text ({error}); convert the file to UTF-8") from error
+    except UnicodeDecodeError:
+        # The decoder knows a place in its buffer alone, so the file is read again, line by line.
+        with _content(path, packed) as content:
+            raise UserError(f"{shown}, {_not_text(content)}") from None
+
+
+def _not_text(content: Iterable[bytes]) -> str:
+    """The first line that is not UTF-8, by its number, and the byte."""
+    for number, line in enumerate(content, 1):
+        try:
+            line.decode()
+        except UnicodeDecodeError as error:
+            return f"line {number}: {json_text.not_text(error)}"
+    return "was changed while it was read; read it again"
 
 
 @contextlib.contextmanager
 def _open(path: Path, packed: str) -> Generator[TextIO]:
     """The text of a file; line breaks inside the cells of a table stay as they are."""
     newline = "" if {".csv", ".tsv"} & set(path.suffixes) else None
+    with (
+        _content(path, packed) as content,
+        io.TextIOWrapper(content, encoding="utf-8-sig", newline=newline) as text,
+    ):
+        yield text
+
+
+@contextlib.contextmanager
+def _content(path: Path, packed: str) -> Generator[BinaryIO]:
+    """The bytes of a file, unpacked."""
     with open(path, "rb") as file:
         content = _PACKED[packed](file)
         if packed:
             content = io.BufferedReader(Bounded(content, path.stat().st_size, path))
-        with io.TextIOWrapper(content, encoding="utf-8-sig", newline=newline) as text:
-            yield text
+        yield content
 
 
 class _Zstd(io.RawIOBase):

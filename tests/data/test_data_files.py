@@ -286,3 +286,28 @@ def test_the_kinds_of_the_table_are_all():
     assert {"hf://datasets/", "tfds://"} <= set(
         re.findall(r"(?:hf|tfds)://(?:datasets/)?", str(kinds))
     )
+
+
+# The first line of a file of text, and those behind it.
+LINES = {
+    ".json": ("[0,", '"e",'),
+    ".jsonl": ('["e"]', '["e"]'),
+    ".ndjson": ('["e"]', '["e"]'),
+    ".csv": ("a,b", "d,e"),
+    ".tsv": ("a\tb", "d\te"),
+}
+
+
+@pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("kind", LINES)
+def test_bytes_that_are_no_text_are_named_by_their_line(tmp_path, kind, packed):
+    """However far behind the first read: a file in Latin-1 may be ASCII up to there."""
+    first, line = LINES[kind]
+    lines = [first, *[line] * 2999, line.replace("e", "é"), line]
+    path = tmp_path / f"late{kind}{packed}"
+    pack = {".gz": gzip.compress, ".zst": zstandard.compress}.get(packed, bytes)
+    path.write_bytes(pack("\n".join(lines).encode("latin-1")))
+    with pytest.raises(UserError) as caught:
+        list(read_items(path))
+    wanted = f"{path}, line 3001: not UTF-8 text (byte 0xe9); convert the file to UTF-8"
+    assert str(caught.value) == wanted
