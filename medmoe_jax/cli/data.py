@@ -35,7 +35,7 @@ from medmoe_jax.data.encode import Encoder
 from medmoe_jax.data.hub import is_name
 from medmoe_jax.data.languages import census, detector
 from medmoe_jax.data.preview import inspect
-from medmoe_jax.data.rows import RowReader
+from medmoe_jax.data.rows import Named, RowReader
 from medmoe_jax.data.sources import open_path
 from medmoe_jax.data.templates import load_template
 from medmoe_jax.errors import UserError
@@ -47,6 +47,7 @@ from medmoe_jax.screen import Screen, ScreenTable
 from medmoe_jax.storage.places import exists
 from medmoe_jax.training.terminal import say
 
+_NAMED = Named("--ignore (in a recipe: data.ignore)", "--column=")
 _TASK = "task:"  # before a file of items, as one of rows has the same ending
 
 
@@ -127,10 +128,7 @@ def add_row_arguments(parser: argparse.ArgumentParser) -> None:
 def row_reader(arguments: argparse.Namespace, language: str = "") -> RowReader:
     """What these arguments make of a row. Raises UserError."""
     pairs = _pairs("--column", arguments.column)
-    try:
-        return RowReader(language, pairs, arguments.ignore)
-    except UserError as error:
-        raise UserError(f"--column: {error}") from None
+    return RowReader(language, pairs, arguments.ignore, _NAMED)
 
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> None:
@@ -178,7 +176,7 @@ def _repeats(arguments, rows: Callable[[], Placed], within: bool) -> Repeats:
     """The rows that repeat others, or what --against names."""
     # Of held-out rows all keys are known enough: only what they say is compared.
     columns = _pairs("--column", arguments.column)
-    reader = RowReader(columns=columns, ignore=(*arguments.ignore, "*"))
+    reader = RowReader(columns=columns, ignore=(*arguments.ignore, "*"), named=_NAMED)
     paths = [name for name in arguments.against if _holds_rows(name)]
     tasks = [name.removeprefix(_TASK) for name in arguments.against if name not in paths]
     leaks = _leaks(load_items(expand(tasks)), rows()) if tasks else {}

@@ -17,7 +17,7 @@ import fnmatch
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from medmoe_jax.data.conversation import Conversation, Turn, check_text
 from medmoe_jax.data.files import read_items
@@ -30,6 +30,18 @@ ANSWERS = ("response", "output", "answer", "completion")
 BESIDE = ("input", "history", "system", "tools", "language")
 KEYS = (*TALKS, *QUESTIONS, *ANSWERS, *BESIDE)
 _GREETINGS = "answers before the first question"  # counted beside the ignored keys
+
+
+class Named(NamedTuple):
+    """What a person calls the settings of a `RowReader`, for messages.
+
+    Attributes:
+      ignore: the keys that are left out.
+      column: stands before a key of `columns`.
+    """
+
+    ignore: str = "data.ignore"
+    column: str = "columns."
 
 
 class RowReader:
@@ -45,6 +57,7 @@ class RowReader:
         language: str = "",
         columns: Mapping[str, str] | None = None,
         ignore: Sequence[str] = (),
+        named: Named = Named(),
     ) -> None:
         """
         Args:
@@ -52,20 +65,23 @@ class RowReader:
           columns: `{key of a known form: the row's own name for it}`.
           ignore: keys that are left out, of rows and turns. A pattern (`*_id`) is for keys that
             would otherwise be errors.
+          named: what messages call `ignore` and `columns`.
 
         Raises:
           UserError: `columns` has a key that no form knows.
         """
         self._language, self.columns = language, dict(columns or {})
-        self._ignore = tuple(ignore)
+        self._ignore, self._told = tuple(ignore), named
         self.ignored: Counter[str] = Counter()
         for key in self.columns:
             if key not in KEYS:
-                raise UserError(f"columns.{key}: no row has this key; use one of {', '.join(KEYS)}")
+                raise UserError(
+                    f"{named.column}{key}: no row has this key; use one of {', '.join(KEYS)}"
+                )
 
     def again(self) -> RowReader:
         """A reader that does the same and has counted nothing."""
-        return RowReader(self._language, self.columns, self._ignore)
+        return RowReader(self._language, self.columns, self._ignore, self._told)
 
     def __call__(self, item: Any, where: str = "row") -> Conversation:
         """The conversation row of one decoded row. Raises UserError that starts with `where`."""
@@ -79,7 +95,7 @@ class RowReader:
         if row:
             raise UserError(
                 f"{where}: {quoted(row)} cannot stand beside the other keys of this row; remove "
-                "one, or name those that are not to be used in data.ignore"
+                f"one, or name those that are not to be used in {self._told.ignore}"
             )
         self._check_learnable(turns, where)
         out: Conversation = {"conversations": turns, "language": language}
@@ -91,12 +107,14 @@ class RowReader:
         for key, own in self.columns.items():
             if own not in item:
                 raise UserError(
-                    f"{where}: there is no column {own!r} (columns.{key}); found {quoted(item)}"
+                    f"{where}: there is no column {own!r} ({self._told.column}{key}); "
+                    f"found {quoted(item)}"
                 )
             if key in row and key != own:
                 raise UserError(
-                    f"{where}: the row has a key {key!r} beside {own!r}, which columns.{key} "
-                    "names; remove one, or name it in data.ignore"
+                    f"{where}: the row has a key {key!r} beside {own!r}, which "
+                    f"{self._told.column}{key} names; remove one, or name it in "
+                    f"{self._told.ignore}"
                 )
         theirs = {own: key for key, own in self.columns.items()}
         return {theirs.get(key, key): value for key, value in row.items()}
@@ -113,9 +131,11 @@ class RowReader:
             else:
                 strange.append(key)
         if strange:
+            # Turns have no columns.
+            mapped = f", say what it is with {self._told.column}KEY" if keys is KEYS else ""
             raise UserError(
                 f"{where}: nothing is known of {quoted(strange)}; rename it to one of "
-                f"{', '.join(keys)}, or add it to data.ignore to leave it out"
+                f"{', '.join(keys)}{mapped}, or add it to {self._told.ignore} to leave it out"
             )
         return out
 
@@ -150,7 +170,7 @@ class RowReader:
             if not isinstance(turn, Mapping):
                 raise UserError(f"{at}: expected a JSON object, found {kind(turn)}")
             own = {key: value for key, value in turn.items() if value is not None}
-            turns.append(read_turn(self._known(own, TURN_KEYS, at), at))
+            turns.append(read_turn(self._known(own, TURN_KEYS, at), at, self._told.ignore))
         start = 1 if turns and turns[0]["role"] == "system" else 0
         while len(turns) > start and turns[start]["role"] == "assistant":
             del turns[start]

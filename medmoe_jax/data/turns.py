@@ -37,8 +37,14 @@ _CALL_KEYS = ("id", "type", "function", "name", "arguments")
 TURN_KEYS = tuple(name for names in _NAMES.values() for name in names)
 
 
-def read_turn(turn: Mapping[str, Any], where: str) -> Turn:
-    """A turn from fields of any of TURN_KEYS, none of them None. Raises UserError."""
+def read_turn(turn: Mapping[str, Any], where: str, ignore: str = "data.ignore") -> Turn:
+    """A turn from fields of any of TURN_KEYS, none of them None. Raises UserError.
+
+    Args:
+      turn: the fields.
+      where: what messages begin with.
+      ignore: what they call the setting that leaves out keys.
+    """
     fields = _renamed(turn, where)
     calls = _calls(fields.get("tool_calls"), where)
     role = fields.get("role")
@@ -50,7 +56,7 @@ def read_turn(turn: Mapping[str, Any], where: str) -> Turn:
     if role == "function_call":
         calls, content = _calls(_json(content, f"{where}: content"), where), ""
     out: Turn = {"role": ROLES[role], "content": content}
-    _add_extras(out, fields, calls, where)
+    _add_extras(out, fields, calls, where, ignore)
     return out
 
 
@@ -66,7 +72,9 @@ def _renamed(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
     return out
 
 
-def _add_extras(turn: Turn, fields: Mapping[str, Any], calls: list[dict], where: str) -> None:
+def _add_extras(
+    turn: Turn, fields: Mapping[str, Any], calls: list[dict], where: str, ignore: str
+) -> None:
     """What a turn may hold beside role and content."""
     says = turn["role"] == "assistant"
     thought = text(fields.get("reasoning_content", ""), f"{where}: reasoning")
@@ -81,7 +89,7 @@ def _add_extras(turn: Turn, fields: Mapping[str, Any], calls: list[dict], where:
         value = text(fields.get(field, ""), f"{where}: {field}")
         if value and turn["role"] != "tool":
             raise UserError(
-                f"{where}: {field!r} in a turn of {turn['role']}; only tools have it (data.ignore "
+                f"{where}: {field!r} in a turn of {turn['role']}; only tools have it ({ignore} "
                 "leaves it out)"
             )
         if value:

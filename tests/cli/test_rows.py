@@ -117,7 +117,11 @@ def test_columns_keys_splits_and_options(tmp_path, capsys):
     (tmp_path / "chat.jinja").write_text(chat_templates.THINKING)
     reading = ["--column", "question=Q", "--column", "answer=A"]
     build = ["--input", str(path), f"--output={tmp_path / 'd'}"]
-    assert "nothing is known of 'id'" in error_of(capsys, "data build", [*build, *reading])
+    words = error_of(capsys, "data build", [*build, *reading])
+    assert "nothing is known of 'id'" in words and words.endswith(
+        "say what it is with --column=KEY, or add it to --ignore (in a recipe: data.ignore) to "
+        "leave it out"
+    )
     assert main(["data", "build", *build, *reading, "--ignore=id"]) == 0
     assert "left out: id (4)" in capsys.readouterr().out
     look = [f"--dataset={path}", f"--tokenizer={tiny.tokenizer().path}", *reading, "--ignore=i*"]
@@ -130,7 +134,7 @@ def test_columns_keys_splits_and_options(tmp_path, capsys):
     words = error_of(capsys, "data inspect", [*look, "--option=thinking=1"])
     assert "data.template_options.thinking: the chat template has no such variable" in words
     assert "'x' is not NAME=VALUE" in error_of(capsys, "data inspect", [*look, "--column=x"])
-    assert "columns.x: no row has this" in error_of(capsys, "data build", [*build, "--column=x=y"])
+    assert "--column=x: no row has this" in error_of(capsys, "data build", [*build, "--column=x=y"])
     assert "no splits" in error_of(capsys, "data inspect", [*look, "--split=dev"])
     count = ["--input", str(path), str(tmp_path / "d"), *reading, "--ignore=id"]
     assert "one split and our own columns" in error_of(capsys, "data languages", count)
