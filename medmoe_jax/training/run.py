@@ -154,11 +154,28 @@ class StageRun:
         return self.folder.recipe.exists() or self.folder.is_used()
 
     def _compare(self, before: Mapping[str, Any], content: Mapping[str, Any]) -> None:
-        if changed := _differences(before, content):
+        rows = self._changed_rows(*(one["data"]["sources"] for one in (before, content)))
+        known = {**before, "data": {**before["data"], "sources": content["data"]["sources"]}}
+        if changed := [*rows, *_differences(known, content)]:
             raise UserError(
                 f"{self.folder.path} was made by another recipe; {'; '.join(changed)}. Use another "
                 "workdir, or remove that folder to run the stage anew"
             )
+
+    def _changed_rows(self, then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+        """What is to be said of sources whose content is not what it was: digests say nothing."""
+        found = []
+        for name in sorted(then.keys() | now.keys()):
+            if name not in now or name not in then:
+                read = "now and not then" if name in now else "then and not now"
+                found.append(f"data.sources.{name}: read {read}")
+            elif then[name] != now[name]:
+                fields = self.setup.config.data.sources[name]
+                found.append(
+                    f"data.sources.{name}: the rows of {fields.path or fields.reader} have changed "
+                    "(the file, or what prompt, columns, window and data.ignore make of it)"
+                )
+        return found
 
     def check_claim(self) -> None:
         """Raise UserError where `claim` or `check` would, were weights and rows what they were.

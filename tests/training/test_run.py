@@ -289,6 +289,26 @@ def test_too_few_rows_for_the_shards(tmp_path):
     assert not (tmp_path / "w").exists()
 
 
+def test_rows_that_have_changed_are_named(done, tmp_path):
+    """By the source and its path, not by digests; what else has changed is told beside it."""
+    shutil.copytree(done[1], tmp_path / "w")
+    config = tiny.medcare_config()
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.knowledge_rows()[:-1])
+    config.data.sources.knowledge = source(str(rows))
+    folder = StageFolder.of(tmp_path / "w", "aggregate").path
+    with pytest.raises(UserError) as caught:
+        train(Run(open_setup(config), tmp_path / "w"))
+    assert str(caught.value) == (
+        f"{folder} was made by another recipe; data.sources.knowledge: the rows of {rows} have "
+        "changed (the file, or what prompt, columns, window and data.ignore make of it). Use "
+        "another workdir, or remove that folder to run the stage anew"
+    )
+    config = tiny.medcare_config()
+    config.stages.aggregate.mixture = {"knowledge": 2.0}
+    with pytest.raises(UserError, match=r"alignment: read then and not now; stage\.mixture\.align"):
+        train(Run(open_setup(config), tmp_path / "w"))
+
+
 def test_every_source_is_looked_for_before_the_first_stage(tmp_path):
     config = tiny.medcare_config()
     config.stages.aggregate.mixture = {"knowledge": 1.0}
