@@ -6,6 +6,7 @@ alone), then the rows into one score (`reduce`), so that a resample of items is 
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
 import re
@@ -50,9 +51,11 @@ def compute(name: str, predictions: Sequence, answers: Sequence) -> float:
 
 
 def find(name: str) -> Metric:
-    """The metric of this name. Raises UserError where there is none."""
+    """The metric of this name. Raises UserError where there is none, with the closest one."""
     if name not in METRICS:
-        raise UserError(f"metric {name!r} is not one of {', '.join(METRICS)}")
+        near = difflib.get_close_matches(name, METRICS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"metric {name!r} is not one of {', '.join(METRICS)}{hint}")
     return METRICS[name]
 
 

@@ -12,13 +12,14 @@ tell more of each, are read as they are. All lines have choices or none, and one
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from medmoe_jax import json_text
 from medmoe_jax.data.conversation import check_text
 from medmoe_jax.data.medical.files import read_bytes
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import UserError, within
 from medmoe_jax.evaluation import metrics
 from medmoe_jax.evaluation.items import Criterion, Item, Prompt
 from medmoe_jax.kinds import shown
@@ -80,6 +81,9 @@ def _item(record: Any, where: str) -> tuple[Item, str]:
     for field, value in (("choices", choices), ("texts", texts)):
         if not isinstance(value, list) or not all(isinstance(c, str) and c for c in value):
             raise UserError(f"{where}: field {field!r} must be a list of texts")
+    # Those that differ in spaces alone are one answer to the metrics as well.
+    if twice := [one for one, count in Counter(map(_plain, choices)).items() if count > 1]:
+        raise UserError(f"{where}: field 'choices' has {twice[0]!r} more than once")
     if choices and record["answer"] not in choices:
         raise UserError(f"{where}: the answer {record['answer']!r} is not among the choices")
     if texts and len(texts) != len(choices):
@@ -93,6 +97,10 @@ def _item(record: Any, where: str) -> tuple[Item, str]:
         str(record.get("part", "")),
     )
     return item, _metric(record, where)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _judged(record: dict, where: str) -> tuple[Item, str]:
@@ -135,7 +143,8 @@ def _metric(record: dict, where: str) -> str:
     name = str(record.get("metric") or "")
     if not name:
         return name
-    metric = metrics.find(name)
+    with within(f"{where}: "):
+        metric = metrics.find(name)
     if metric.ranked and not record.get("choices"):
         raise UserError(f"{where}: metric {name!r} needs choices")
     if metric.placed:

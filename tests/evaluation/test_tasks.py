@@ -56,7 +56,19 @@ def test_user_tasks_with_a_mark_turns_and_a_metric(tmp_path):
         ('{"prompt": "q", "answer": "c", "choices": ["a"]}', r"jsonl:1: the answer 'c'"),
         ('{"prompt": "q", "answer": "a", "choices": "a"}', r"jsonl:1: field 'choices'"),
         ('{"prompt": "q", "answer": "a", "anser": "a"}', r"jsonl:1: field 'anser' is none of"),
-        ('{"prompt": "q", "answer": "a", "metric": "bleurt"}', "metric 'bleurt' is not one of"),
+        (
+            '{"prompt": "q", "answer": "a"}\n{"prompt": "q", "answer": "a", "metric": "rogue"}',
+            r"t\.jsonl:2: metric 'rogue' is not one of .*; did you mean 'rouge_l'\?",
+        ),
+        (
+            '{"prompt": "q", "answer": "A", "choices": ["A", "B"]}\n'
+            '{"prompt": "q", "answer": "A", "choices": ["A", "B", "A"]}',
+            r"t\.jsonl:2: field 'choices' has 'A' more than once",
+        ),
+        (
+            '{"prompt": "q", "answer": "a b", "choices": ["a b", " a  b"]}',
+            r"t\.jsonl:1: field 'choices' has 'a b' more than once",
+        ),
         ('{"prompt": "q", "answer": "a", "metric": "hit_at_3"}', "metric 'hit_at_3' needs choices"),
         ('{"messages": [], "answer": "a"}', r"jsonl:1: write 'prompt' or a list of 'messages'"),
         (
