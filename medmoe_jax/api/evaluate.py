@@ -15,7 +15,7 @@ from medmoe_jax.checkpoints.manifest import library_versions
 from medmoe_jax.errors import ParameterError, UserError
 from medmoe_jax.evaluation import page, readings, run
 from medmoe_jax.evaluation.html import TableSection, report_html
-from medmoe_jax.evaluation.report import COLUMNS, Report, Result
+from medmoe_jax.evaluation.report import COLUMNS, Report, Result, reasons
 from medmoe_jax.evaluation.shots import Fitter, Shots
 from medmoe_jax.evaluation.tasks import Task, expand, load_task
 from medmoe_jax.evaluation.ways import Way
@@ -160,10 +160,13 @@ def _load(setup: Setup, names: list[str], asked: _Asked) -> tuple[list[Task], li
         except (UserError, FileNotFoundError) as error:
             errors.append(error)
             failures.append({"task": name, "error": str(error)})
+    told = [f"{names}: {error}" for names, error in reasons(failures)]
     if not tasks:
-        raise errors[0]
-    for failure in failures:
-        note(f"left out: {failure['error']}")
+        if len(errors) == 1:
+            raise errors[0]
+        raise UserError("\n  ".join(["none of the tasks can be had", *told]))
+    for text in told:
+        note(f"left out: {text}")
     return tasks, failures
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -92,6 +92,14 @@ class Result:
         return notes
 
 
+def reasons(failures: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
+    """`(names of tasks, why they could not be done)`, each reason once."""
+    names: dict[str, list[str]] = {}
+    for failure in failures:
+        names.setdefault(failure["error"], []).append(failure["task"])
+    return [(", ".join(tasks), error) for error, tasks in names.items()]
+
+
 def percent(value: float | None) -> str:
     """A share in percent with one decimal; nothing for None."""
     return "" if value is None else f"{100 * value:.1f}"
@@ -129,7 +137,7 @@ class Report:
         about = [f"{key}: {value}" for key, value in self.about.items() if isinstance(value, str)]
         lines = ["; ".join(about)] if about else []
         lines += [f"{r.title}: {', '.join(r.notes())}" for r in self.results if r.notes()]
-        return lines + [f"{f['task']}: not done: {f['error']}" for f in self.failures]
+        return lines + [f"{names}: not done: {error}" for names, error in reasons(self.failures)]
 
     def to_dict(self) -> dict:
         """The report as plain JSON data."""

@@ -32,7 +32,8 @@ def data_root(root: str | os.PathLike | None = None) -> Path | str:
         return HUB
     if not Path(given).is_dir():
         raise FileNotFoundError(
-            f"{given} is no folder: set $MEDMOE_DATA to the folder of the medical sets"
+            f"{given} is no folder: $MEDMOE_DATA must name the folder of the medical sets, or be "
+            f"{HUB}; `medmoe eval --list` prints their names, docs/tasks.md says where to get them"
         )
     return Path(given)
 
