@@ -60,6 +60,10 @@ class Screen(Console):
     def __init__(self, *, stderr: bool = False, file: IO[str] | None = None) -> None:
         super().__init__(stderr=stderr, file=file, markup=False)
 
+    def on_broken_pipe(self) -> None:
+        """Let the error pass, which `rich` would make an exit: the program says how it ends."""
+        raise
+
     def render_str(self, text: str, **options: Any) -> Text:
         """What `Console.render_str` gives, made harmless before it is laid out."""
         return super().render_str(harmless(text), **options)

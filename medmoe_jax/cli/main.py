@@ -2,7 +2,8 @@
 
 Exit status: 0 = done; 1 = bad input; 2 = wrong usage; 69 = another process of the run never came or
 is gone; 74 = storage is full, failed or cannot be reached; 75 = asked to stop (SIGTERM), and saved
-or not begun: the same command continues; 130 = Ctrl-C. All else is a fault of the program.
+or not begun: the same command continues; 130 = Ctrl-C; 141 = whoever read the output is gone, as
+`head` is. All else is a fault of the program.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import argparse
 import contextlib
 import logging
 import os
+import select
 import sys
 from collections.abc import Generator, Sequence
+from typing import TextIO
 
 import medmoe_jax
 from medmoe_jax.cli import early
@@ -134,6 +137,29 @@ medmoe --help lists all commands, medmoe COMMAND --help explains one."""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status, see the module."""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # not at Python's end, which would tell of a reader that is gone
+    except BrokenPipeError:
+        for stream in _unread():  # what Python writes at its end goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return processes.end(141)
+
+
+def _unread() -> list[TextIO]:
+    """Those of the standard streams whose reader is gone."""
+    found = []
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # no file is behind it, as in a notebook
+            look = select.poll()
+            look.register(stream.fileno(), 0)
+            found += [stream for _, event in look.poll(0) if event]
+    return found
+
+
+def _run(argv: Sequence[str] | None) -> int:
     logging.basicConfig(
         level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[LogHandler()]
     )
@@ -150,6 +176,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_options(arguments)
             arguments.run(arguments, rest)
     except (UserError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _unread():
+            raise
         _complain(arguments.command, _named(error, arguments))
         return processes.end(74 if is_storage(error) else 1)
     except failures() as error:

@@ -294,6 +294,28 @@ def test_eval(config, workdir, tmp_path, capsys):
     assert "suite:medcare-exams: " in capsys.readouterr().out
 
 
+def test_tasks_that_cannot_be_had_are_told_by_reason(config, tmp_path, capsys, monkeypatch):
+    """With their names, once, and how to get sets; a file of one's own is scored all the same."""
+    monkeypatch.setenv("MEDMOE_DATA", str(tmp_path / "none"))
+    task = write_rows(tmp_path / "mine.jsonl", [{"prompt": "a", "answer": "b", "choices": ["b"]}])
+    out = f"--output={tmp_path / 'out'}"
+    sets = ["medqa", "pubmedqa@test", "cmb"]
+    reason = f"{', '.join(sets)}: {tmp_path / 'none'} is no folder: $MEDMOE_DATA must name"
+    asked = ["eval", config, "--stage=base", f"--tasks={','.join([task, *sets])}", out]
+    assert main(asked) == 0
+    said = capsys.readouterr().err
+    assert said.count("is no folder") == 2  # before the others, and at the end
+    assert f"left out: {reason}" in said and "`medmoe eval --list` prints" in said
+    notes = f"{', '.join(sets)}: not done: {tmp_path / 'none'} is no folder"
+    assert notes in said
+    assert main([*asked[:3], f"--tasks={','.join(sets)}", out]) == 1
+    said = capsys.readouterr().err
+    assert (
+        said.count("is no folder") == 1
+        and f"error: none of the tasks can be had\n  {reason}" in said
+    )
+
+
 def test_eval_in_several_ways_and_compared(config, workdir, tmp_path, capsys, monkeypatch):
     """A stage against the base on the same items; a task that is not there does not stop it."""
     rows = [
@@ -453,6 +475,37 @@ def test_lost_storage_is_not_bad_input(config, workdir, capsys, monkeypatch, err
     assert str(error) in said
     nameless = type(error) is OSError  # then the folder that is written is told
     assert (f"a file of --workdir={workdir} was written" in said) == nameless
+
+
+def unread():
+    """A standard output whose reader is gone, as `head` is once it has what it wants."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, "w")
+
+
+def test_a_reader_that_is_gone_ends_every_command_quietly(tmp_path, capsys, monkeypatch):
+    rows = write_rows(tmp_path / "rows.jsonl", tiny.knowledge_rows())
+    look = ["data", "inspect", f"--dataset={rows}", f"--tokenizer={tiny.tokenizer().path}"]
+    for arguments in (["eval", "--list"], ["train", "--help"], [], look):
+        with unread() as stream, monkeypatch.context() as patch:
+            patch.setattr("sys.stdout", stream)
+            assert main(arguments) == 141, arguments
+        assert capsys.readouterr().err == ""
+    program = [sys.executable, "-m", "medmoe_jax.cli.main", "eval", "--list"]
+    for buffered in ("", "1"):
+        with unread() as stream:
+            env = {**os.environ, "PYTHONUNBUFFERED": buffered}
+            done = subprocess.run(program, stdout=stream, stderr=-1, env=env, timeout=60)
+        assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_pipe_that_is_not_the_output_is_an_error(config, workdir, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("medmoe_jax.cli.train.train_run", fail)
+    assert "Broken pipe" in fails(capsys, "train", config, f"--workdir={workdir}")
 
 
 def test_sigterm_while_modules_are_imported():
