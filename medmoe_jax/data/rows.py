@@ -132,7 +132,7 @@ class RowReader:
                 strange.append(key)
         if strange:
             # Turns have no columns.
-            mapped = f", say what it is with {self._told.column}KEY" if keys is KEYS else ""
+            mapped = f", say what it is with {self._told.column}KEY=NAME" if keys is KEYS else ""
             raise UserError(
                 f"{where}: nothing is known of {quoted(strange)}; rename it to one of "
                 f"{', '.join(keys)}{mapped}, or add it to {self._told.ignore} to leave it out"

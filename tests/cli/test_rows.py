@@ -119,8 +119,8 @@ def test_columns_keys_splits_and_options(tmp_path, capsys):
     build = ["--input", str(path), f"--output={tmp_path / 'd'}"]
     words = error_of(capsys, "data build", [*build, *reading])
     assert "nothing is known of 'id'" in words and words.endswith(
-        "say what it is with --column=KEY, or add it to --ignore (in a recipe: data.ignore) to "
-        "leave it out"
+        ", say what it is with --column=KEY=NAME, or add it to --ignore (in a recipe: data.ignore) "
+        "to leave it out"
     )
     assert main(["data", "build", *build, *reading, "--ignore=id"]) == 0
     assert "left out: id (4)" in capsys.readouterr().out
