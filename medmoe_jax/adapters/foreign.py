@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import itertools
 import math
 from collections.abc import Generator, Mapping, Sequence
 from contextvars import ContextVar
@@ -22,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from medmoe_jax.adapters import bank as bank_lib
@@ -226,12 +228,24 @@ class Within:
         if _staged() and not self.staged:
             raise UserError(
                 f"{self.name}: the with block stands outside of a compiled function (jit, remat, "
-                "scan), which would go on with its first value; enter it inside"
+                "scan), which would go on with its first value; enter it inside of jax.jit"
             )
         return self.value
 
 
 _TOLD: ContextVar[Within | None] = ContextVar("told", default=None)
+_BLOCKS = itertools.count()
+
+
+@contextlib.contextmanager
+def block() -> Generator[None]:
+    """Around a `with` block whose value layers read while they are traced.
+
+    JAX keeps the traces of inner functions (remat, an inner jit) by what they are called with, and
+    the value is no part of that. With a mark of its own, no block is given the trace of another.
+    """
+    with set_xla_metadata(medmoe_block=str(next(_BLOCKS))):
+        yield
 
 
 @contextlib.contextmanager
@@ -245,7 +259,8 @@ def given(context: Context) -> Generator[None]:
     """
     token = _TOLD.set(Within("given", context))
     try:
-        yield
+        with block():
+            yield
     finally:
         _TOLD.reset(token)
 

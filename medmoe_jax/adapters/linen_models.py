@@ -129,7 +129,7 @@ class Adapted:
                 context.module.sow(STATISTICS, key, one, foreign.sum_of, lambda: None)
             return y + delta
 
-        with nn.intercept_methods(intercept):
+        with nn.intercept_methods(intercept), foreign.block():
             yield
         if specs and not met:
             raise UserError(

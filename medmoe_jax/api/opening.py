@@ -114,10 +114,14 @@ def stage_of(run: Run, stage: str | None, parameter: str = "stage") -> str:
     if stage is None:
         name = run.last_finished() if run.workdir else ""
         if names and not name:
-            where = f"in '{run.workdir}'" if run.workdir else "as there is no work directory"
+            otherwise = "or ask for the bare base, which is called base"
+            if not run.workdir:
+                raise ParameterError(
+                    f"{parameter}: there is no work directory; name one, {otherwise}"
+                )
             raise ParameterError(
-                f"{parameter}: no stage is finished {where}; run medmoe train first, or ask for "
-                "the bare base, which is called base"
+                f"{parameter}: no stage is finished in '{run.workdir}'; run medmoe train first, "
+                f"{otherwise}"
             )
     else:
         name = "" if stage == "base" else stage

@@ -33,7 +33,7 @@ KEY = "MEDMOE_API_KEY"
 _EXTRA = ("anyio", "prometheus_client", "starlette", "uvicorn")
 
 
-class Named(NamedTuple):
+class ServedStage(NamedTuple):
     """A model to serve: its name, its stage ("" = the bare base), and the banks left out."""
 
     name: str
@@ -110,12 +110,12 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     note("ended")
 
 
-def _named(opened: Run, given: Sequence[str]) -> list[Named]:
+def _named(opened: Run, given: Sequence[str]) -> list[ServedStage]:
     """The models that are asked for. Raises UserError."""
     if not given:
         stage = stage_of(opened, None, "model")
-        return [Named(stage or "base", stage, ())]
-    out: list[Named] = []
+        return [ServedStage(stage or "base", stage, ())]
+    out: list[ServedStage] = []
     for text in given:
         name, equal, what = text.partition("=")
         stage, _, off = what.partition(":")
@@ -124,15 +124,15 @@ def _named(opened: Run, given: Sequence[str]) -> list[Named]:
         if name in [one.name for one in out]:
             raise UserError(f"--model: the name '{name}' is given twice")
         banks = tuple(bank for bank in off.split(",") if bank)
-        out.append(Named(name, stage_of(opened, stage, "model"), banks))
+        out.append(ServedStage(name, stage_of(opened, stage, "model"), banks))
     return out
 
 
-def _about(one: Named) -> dict[str, object]:
+def _about(one: ServedStage) -> dict[str, object]:
     return {"stage": one.stage or "base", "off": list(one.off)}
 
 
-def _described(one: Named, model: LanguageModel) -> str:
+def _described(one: ServedStage, model: LanguageModel) -> str:
     banks = ", ".join(bank.name for bank in model.engine.config.banks) or "no bank"
     stage = f"stage {one.stage}" if one.stage else "the base"
     return f"{stage}, {banks}, context {model.context}, {model.engine.batch} rows"

@@ -395,7 +395,7 @@ def _bare(found: list[AnswerToken], runs: list[ChoiceRun]) -> None:
 
 
 def _beside_lists(starts: list[ChoiceRun]) -> list[ChoiceRun]:
-    """Of runs that begin lines, one alone before a list that rises, or after it.
+    """The runs that stand alone before a list that rises, or after it, all at the start of a line.
 
     In "C. Warfarin", "A. Aspirin is …", "B. Heparin is …" it is C.
     """

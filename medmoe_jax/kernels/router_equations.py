@@ -95,6 +95,7 @@ def choose_experts(
     _, picks_BxTxK = jax.lax.top_k(logits_BxTxE, top_k)
     override_BxT = jnp.zeros(logits_BxTxE.shape[:2], jnp.bool_)
     if forced_BxT is not None:
+        forced_BxT = known(forced_BxT, experts)
         there_BxT = jnp.any(picks_BxTxK == forced_BxT[..., None], axis=-1)
         override_BxT = (forced_BxT >= 0) & ~there_BxT
         last_BxT = jnp.where(override_BxT, forced_BxT, picks_BxTxK[..., -1])
@@ -107,6 +108,11 @@ def choose_experts(
     weights_BxTxK = jnp.take_along_axis(dense_BxTxE, picks_BxTxK, axis=-1)
     gates = Gates(dense_BxTxE, picks_BxTxK, weights_BxTxK)
     return Choice(gates, kept_BxTxE, prob_BxTxE, override_BxT)
+
+
+def known(forced: jax.Array, experts: int) -> jax.Array:
+    """Numbers of experts to be forced; one that is not there forces none, as -1 does."""
+    return jnp.where(forced < experts, forced, -1)
 
 
 def router_stats(logits_BxTxE: jax.Array, choice: Choice, valid_BxT: jax.Array) -> RouterStats:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from medmoe_jax.errors import UserError
 from medmoe_jax.kernels import routing_tpu
-from medmoe_jax.kernels.router_equations import RouterStats, choose_experts, router_stats
+from medmoe_jax.kernels.router_equations import RouterStats, choose_experts, known, router_stats
 from medmoe_jax.kernels.tiles import check_backend, check_floats
 
 MAX_EXPERTS = routing_tpu.MAX_EXPERTS  # of the kernel; `"xla"` takes any number
@@ -152,6 +152,7 @@ def route(
         raise UserError(f"top_k: {top_k} of {E} experts; give 1 to {E}")
     bias_E = jnp.zeros(E, jnp.float32) if bias_E is None else bias_E.astype(jnp.float32)
     forced_T = jnp.full(T, -1, jnp.int32) if forced_T is None else forced_T.astype(jnp.int32)
+    forced_T = known(forced_T, E)
     arrays = (x_TxD, kernel_DxE.astype(jnp.float32), bias_E, valid_T, forced_T)
     if backend == "xla":
         return _reference(*arrays, top_k, renormalise)

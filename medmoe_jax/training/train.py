@@ -18,6 +18,7 @@ from medmoe_jax.checkpoints.finite import not_finite
 from medmoe_jax.checkpoints.lease import only_writer
 from medmoe_jax.checkpoints.stage_records import check_metrics
 from medmoe_jax.checkpoints.staging import check_processes
+from medmoe_jax.data.sources import Opened
 from medmoe_jax.errors import UserError
 from medmoe_jax.parallel import processes
 from medmoe_jax.storage.places import place
@@ -41,10 +42,13 @@ from medmoe_jax.training.reading import (
     open_rows,
     place_batches,
 )
+from medmoe_jax.training.recipe import budget_schedules
 from medmoe_jax.training.recomputation import compile_step, told_what_fits
 from medmoe_jax.training.run import Run, StageRun
+from medmoe_jax.training.stage import Stage
 from medmoe_jax.training.step import TrainState
 from medmoe_jax.training.terminal import note
+from medmoe_jax.training.transitions import roster_of
 
 # Hooks for a stage that is about to train.
 MakeHooks = Callable[[Prepared], Sequence[Hook]]
@@ -115,6 +119,8 @@ def _run_stages(run: Run, callers: _Callers) -> None:
     if trained:
         place_batches(run.setup)  # before rows are read, which may take long
     opened = open_rows(run.setup, trained)
+    for recipe in trained:
+        _check_ahead(run, recipe, opened)
     for stage in run.stages:
         if stage.name in imported:
             stage.check_whole()
@@ -131,6 +137,20 @@ def _run_stages(run: Run, callers: _Callers) -> None:
         data.stream.close()
 
 
+def _check_ahead(run: Run, recipe: Stage, opened: Mapping[str, Opened]) -> None:
+    """Raise UserError for a stage that could not begin, before those ahead of it are trained."""
+    data = open_data(run.setup, recipe, opened)
+    roster = roster_of(run.setup.stages, recipe.name, bool(run.setup.base.quantise))
+    budget_schedules(recipe, roster, _steps(recipe, data))
+    data.stream.close()
+
+
+def _steps(recipe: Stage, data: StageData) -> int:
+    """How many a stage takes."""
+    given = recipe.config.steps
+    return given or max(1, round(recipe.config.epochs * data.stream.steps_per_epoch(union)))
+
+
 def _run_stage(stage: StageRun, data: StageData, fingerprint: str, callers: _Callers) -> None:
     """Train a stage and finish it; none of its arrays are held when the next one begins."""
     callers.trackers.begin()
@@ -143,7 +163,7 @@ def _make_steps(
 ) -> tuple[Prepared, TrainState, dict[str, Any]]:
     """The stage with the state that it ends with, and what it has read."""
     config, section = stage.setup.config, stage.recipe.config
-    steps = section.steps or max(1, round(section.epochs * data.stream.steps_per_epoch(union)))
+    steps = _steps(stage.recipe, data)
     prepared, state = prepare(stage, steps)
     summary.print_stage(prepared, state)
     summary.print_languages(data.languages)

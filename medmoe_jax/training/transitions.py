@@ -52,7 +52,7 @@ def next_roster(stage: Stage, roster: Roster, quantised: bool = False) -> Roster
     return roster
 
 
-def roster_of(stages: Sequence[Stage], name: str, quantised: bool) -> Roster:
+def roster_of(stages: Sequence[Stage], name: str, quantised: bool = False) -> Roster:
     """The roster of the stage of that name, from the first it builds on; "" has no bank.
 
     quantised: as of `next_roster`.

@@ -352,6 +352,58 @@ def test_layers_used_twice_and_in_containers():
         nnx_models.merge(model, "plain")
 
 
+class Inner(nnx.Module):
+    """A layer in a function that JAX traces apart, and whose trace it keeps."""
+
+    def __init__(self, way):
+        self.layer = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+        self.way = way
+
+    def __call__(self, x):
+        return self.way(lambda layer, x: layer(x))(self.layer, x)
+
+
+@pytest.mark.parametrize("way", [nnx.remat, nnx.jit], ids=["remat", "jit"])
+def test_no_block_is_given_what_an_inner_function_kept_of_another(way):
+    """Two blocks in one compiled function, and two compiled functions one after the other."""
+    model = Inner(way)
+    spec = BankSpec("e", experts=4, top_k=1, rank=2, gate="language", forcing="always")
+    nnx_models.adapt(model, "*", spec, rngs=nnx.Rngs(1))
+    randomise(model)
+    x = jnp.ones((3, 4, 8))
+
+    def ids(language):
+        return Context(language_ids_BxT=jnp.full((3, 1), language))
+
+    def plain(language):
+        with foreign.given(ids(language)):
+            return model.layer(x)
+
+    @nnx.jit
+    def both(model, x, one, other):
+        with foreign.given(Context(language_ids_BxT=one)):
+            y = model(x)
+        with foreign.given(Context(language_ids_BxT=other)):
+            return y, model(x)
+
+    found = both(model, x, *(ids(n).language_ids_BxT for n in (0, 1)))
+    for language, y in enumerate(found):
+        assert rel(y, plain(language)) < 1e-6
+    assert rel(found[0], found[1]) > 0.1
+
+    for language in (2, 3):
+
+        @nnx.jit
+        def one(model, x, language_ids_BxT):
+            with foreign.given(Context(language_ids_BxT=language_ids_BxT)):
+                return model(x)
+
+        y = one(model, x, ids(language).language_ids_BxT)
+        assert rel(y, plain(language)) < 1e-6
+    unknown, beyond = plain(-1), plain(4)
+    assert rel(beyond, unknown) == 0 and np.isfinite(unknown).all()
+
+
 @pytest.mark.parametrize(
     "patterns, bank, options, message",
     [

@@ -415,7 +415,9 @@ def test_bad_models(config, workdir, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     score = ["score", config, f"--input={source}", f"--output={out}"]
     there = f"--workdir={workdir}"
-    assert "--stage: no stage is finished as there is no work directory" in fails(capsys, *score)
+    assert "--stage: there is no work directory; name one, or ask for the bare base" in fails(
+        capsys, *score
+    )
     line = fails(capsys, *score, f"--workdir={tmp_path / 'none'}")
     assert "no stage is finished" in line and "medmoe train" in line
     line = fails(capsys, *score, f"--workdir={tmp_path / 'none'}", "--stage=align")

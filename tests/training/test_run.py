@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from medmoe_jax.adapters import lifecycle, model
 from medmoe_jax.adapters.lifecycle import active_banks
@@ -18,7 +19,7 @@ from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.data import tokenizers
 from medmoe_jax.errors import UserError
-from medmoe_jax.training.config import source
+from medmoe_jax.training.config import allocator, source
 from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import open_setup
 from medmoe_jax.training.train import train
@@ -343,3 +344,29 @@ def test_recipe_files_say_what_was_run(done):
     assert recipe["stage"]["after"] == "aggregate"
     assert recipe["data"]["tokenizer"] == setup.tokenizer.digest
     assert str(tiny.folder()) not in json.dumps(recipe)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mixture": {"one": 1.0}}, "data set 'one' has 1 rows, fewer than the 4 data shards"),
+        (
+            {"steps": 0, "epochs": 1.0, "allocators": {"q": allocator("alignment", 1, t_init=500)}},
+            r"stages\.align\.allocators\.q\.t_init: 500 \+ t_final",
+        ),
+    ],
+)
+def test_a_later_stage_that_cannot_begin_is_told_before_the_first_is_trained(
+    fields, message, tmp_path
+):
+    config = tiny.medcare_config()
+    rows = tiny.write_rows(tmp_path / "one.jsonl", tiny.knowledge_rows()[:1])
+    config.data.sources.one = source(str(rows))
+    config.stages.align.banks.alignment.learned_scale = True
+    with config.unlocked():
+        for name, value in fields.items():
+            config.stages.align[name] = ConfigDict(value) if isinstance(value, dict) else value
+    with pytest.raises(UserError, match=message):
+        train(Run(open_setup(config), tmp_path / "w"))
+    assert not list((tmp_path / "w").rglob("manifest*"))
+    assert not (tmp_path / "w" / "stages").exists()
