@@ -25,6 +25,7 @@ from medmoe_jax.data import hub
 from medmoe_jax.data.files import local_files
 from medmoe_jax.data.json_items import decode_line
 from medmoe_jax.data.on_demand import OnDemand
+from medmoe_jax.data.tables import batch_rows
 from medmoe_jax.errors import UserError, bad_or_lost
 from medmoe_jax.storage import objects
 from medmoe_jax.storage.places import is_remote, place
@@ -141,7 +142,8 @@ class Group:
             batches = file.iter_batches(_READ_ROWS, row_groups=[self.group])
             while number < self.stop and (batch := self._tried(lambda: next(batches, None))):
                 skipped = max(0, self.start - number)
-                for row in batch[skipped : self.stop - number].to_pylist():
+                asked = batch[skipped : self.stop - number]
+                for row in self._tried(lambda asked=asked: batch_rows(asked)):
                     yield self.first + number + skipped, row
                     skipped += 1
                 number += len(batch)

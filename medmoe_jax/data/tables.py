@@ -76,7 +76,24 @@ def arrow_rows(path: Path, shown: str) -> Rows:
 def _numbered(batches, shown: str) -> Rows:
     number = 0
     for batch in batches:
-        batch.validate(full=True)  # lengths that a damaged file gives are believed otherwise
-        for row in batch.to_pylist():
+        for row in batch_rows(batch):
             yield f"{shown}, row {number}", row
             number += 1
+
+
+def batch_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """The rows of a part of a Parquet or Arrow file. Raises ArrowException for a damaged one.
+
+    Arrow gives every object of a column the keys of all of them, null where an object lacks one.
+    So keys inside a row's values that are null are left out.
+    """
+    batch.validate(full=True)  # lengths that a damaged file gives are believed otherwise
+    return [
+        {name: _without_nulls(value) for name, value in row.items()} for row in batch.to_pylist()
+    ]
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value

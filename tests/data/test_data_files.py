@@ -15,6 +15,7 @@ import tensorflow_datasets as tfds
 import zstandard
 
 from medmoe_jax.data import builder
+from medmoe_jax.data.blocks import make_blocks, open_files
 from medmoe_jax.data.files import ENDINGS, read_items
 from medmoe_jax.data.hub import plain
 from medmoe_jax.data.rows import RowReader, parse_row, read_file
@@ -311,3 +312,43 @@ def test_bytes_that_are_no_text_are_named_by_their_line(tmp_path, kind, packed):
         list(read_items(path))
     wanted = f"{path}, line 3001: not UTF-8 text (byte 0xe9); convert the file to UTF-8"
     assert str(caught.value) == wanted
+
+
+def called(name, arguments, parameters):
+    """A row in which a function is called."""
+    tool = {"type": "function", "function": {"name": name, "parameters": parameters}}
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    answer = {"role": "assistant", "content": None, "tool_calls": [call]}
+    return {"tools": [tool], "messages": [{"role": "user", "content": "q"}, answer]}
+
+
+CALLED = [
+    called("dose", {"drug": "aspirin"}, {"properties": {"drug": {"type": "string"}}}),
+    called("place", {"at": [{"city": "Rome"}, {"zip": 1}]}, {"properties": {}, "required": []}),
+    called("now", {}, {}),
+]
+
+
+@pytest.mark.parametrize("name", ["d.parquet", "d.arrow", "saved"])
+def test_a_table_adds_no_key_to_the_objects_of_a_row(name, tmp_path):
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CALLED))
+    wanted = list(read_file(tmp_path / "d.jsonl"))
+    path = tmp_path / name
+    if name == "saved":
+        table = pa.Table.from_pylist(CALLED)
+        with pa.OSFile(str(path.with_suffix(".arrow")), "wb") as file:
+            with pa.ipc.new_stream(file, table.schema) as stream:
+                stream.write_table(table)
+        path.mkdir()
+        path.with_suffix(".arrow").rename(path / "data-0.arrow")
+        (path / "state.json").write_text('{"_data_files": [{"filename": "data-0.arrow"}]}')
+    else:
+        write(path, CALLED)
+    assert list(read_file(path)) == wanted
+    if name == "d.parquet":
+        read = [
+            RowReader()(block.decode(row), block.place(row))
+            for block in make_blocks(open_files(str(path), "train"), 1)
+            for row in block.read()
+        ]
+        assert read == wanted
