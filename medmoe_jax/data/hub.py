@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from medmoe_jax.errors import UserError
+from medmoe_jax.storage.places import is_hidden
 
 HUB, TFDS = "hf://datasets/", "tfds://"
 _SPLITS = ("train", "training", "test", "validation", "valid", "val", "dev", "eval")
@@ -141,7 +142,8 @@ def _part_files(
             raise UserError(f"{name}: name one of its subsets: {', '.join(subsets)}")
         if subset in subsets:
             patterns = subsets[subset].get(split, [])
-            chosen = [f for f in files if any(fnmatch.fnmatch(f, p) for p in patterns)]
+            seen = [file for file in files if not is_hidden(file)]
+            chosen = [f for f in seen if any(fnmatch.fnmatch(f, p) for p in patterns)]
             if not chosen:
                 known = ", ".join(subsets[subset])
                 raise UserError(f"{name}: has no split '{split}'; it has {known or 'none'}")
@@ -171,10 +173,12 @@ def _subsets(card: Path) -> dict[str, dict[str, list[str]]]:
 def choose_files(name: str, files: Sequence[str], split: str, endings: Sequence[str]) -> list[str]:
     """The files that hold a split, by their names; all of them where none names a split.
 
+    Hidden files are passed over.
+
     Raises:
       UserError: no file can be read, or the names tell of other splits only.
     """
-    known = [file for file in files if file.endswith(tuple(endings))]
+    known = [f for f in files if f.endswith(tuple(endings)) and not is_hidden(f)]
     if not known:
         raise UserError(f"{name}: holds no file that ends in {', '.join(endings)}")
 

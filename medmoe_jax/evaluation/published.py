@@ -18,6 +18,7 @@ import datasets
 from lm_eval.api.task import ConfigurableTask
 
 from medmoe_jax.errors import UserError
+from medmoe_jax.storage.places import is_hidden
 
 _READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -73,6 +74,7 @@ def _read(root: Path, task: ConfigurableTask) -> datasets.DatasetDict:
 
 def _files(place: Path, split: str) -> list[Path]:
     found = (p for p in place.rglob("*") if p.suffix in _READERS and p.is_file())
+    found = (path for path in found if not is_hidden(path.relative_to(place)))
     return sorted(path for path in found if re.split("[-.]", path.name)[0] == split)
 
 

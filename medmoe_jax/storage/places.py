@@ -31,6 +31,14 @@ REMOTE = frozenset(_SCHEMES)
 _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 
 
+def is_hidden(name: str | os.PathLike) -> bool:
+    """Whether a file or a folder that it lies in is hidden, by its name below the folder asked for.
+
+    Programs keep their own copies and caches there, such as `.ipynb_checkpoints/`.
+    """
+    return any(part.startswith(".") for part in Path(name).parts)
+
+
 def scheme_of(path: str | os.PathLike) -> str:
     """What stands before `:/`, such as `gs`; "" for a path on this machine's disk."""
     found = _URI.match(os.fspath(path))

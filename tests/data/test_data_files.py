@@ -336,11 +336,12 @@ def test_a_table_adds_no_key_to_the_objects_of_a_row(name, tmp_path):
     path = tmp_path / name
     if name == "saved":
         table = pa.Table.from_pylist(CALLED)
-        with pa.OSFile(str(path.with_suffix(".arrow")), "wb") as file:
-            with pa.ipc.new_stream(file, table.schema) as stream:
-                stream.write_table(table)
         path.mkdir()
-        path.with_suffix(".arrow").rename(path / "data-0.arrow")
+        with (
+            pa.OSFile(str(path / "data-0.arrow"), "wb") as file,
+            pa.ipc.new_stream(file, table.schema) as stream,
+        ):
+            stream.write_table(table)
         (path / "state.json").write_text('{"_data_files": [{"filename": "data-0.arrow"}]}')
     else:
         write(path, CALLED)
@@ -352,3 +353,15 @@ def test_a_table_adds_no_key_to_the_objects_of_a_row(name, tmp_path):
             for row in block.read()
         ]
         assert read == wanted
+
+
+def test_hidden_files_of_a_folder_are_no_rows(tmp_path):
+    folder = tmp_path / ".home" / "rows"  # a folder that is hidden itself may be asked for
+    write(folder / "a" / "rows.jsonl")
+    for name in (".rows.jsonl", "._rows.jsonl", ".ipynb_checkpoints/rows.jsonl", "a/.b/c/d.jsonl"):
+        write(folder / name)
+    assert places(folder) == places(folder / "a" / "rows.jsonl")
+    assert [file.shown for file in open_files(str(folder), "train")] == [
+        str(folder / "a" / "rows.jsonl")
+    ]
+    assert len(list(read_file(folder / ".rows.jsonl"))) == len(ROWS)

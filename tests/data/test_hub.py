@@ -157,7 +157,7 @@ configs:
 
 
 def test_the_card_tells_subsets_and_splits(hub):
-    for name in ("one/x.csv", "two/a.csv", "two/b.csv"):
+    for name in ("one/x.csv", "two/a.csv", "two/b.csv", "one/.x.csv", "two/.y/a.csv"):
         write(hub / "org" / "name" / name)
     (hub / "org" / "name" / "README.md").write_text(CARD)
     assert files_of("hf://datasets/org/name/first") == ["one/x.csv"]
@@ -194,6 +194,7 @@ def test_files_of_a_split_by_their_names():
     assert choose(["a.csv", "b.csv", "c.txt"]) == ["a.csv", "b.csv"]
     assert choose(["train-0.csv", "training.csv", "x/train.csv"]) == ["train-0.csv", "x/train.csv"]
     assert choose(["constraint.csv"]) == ["constraint.csv"]
+    assert choose([".a.csv", "b/._train.csv", ".c/train.csv", "d.csv"]) == ["d.csv"]
     assert choose(["train.csv", "dev.csv"], "dev") == ["dev.csv"]
     for names, split in ((["dev.csv"], "train"), (["a.csv"], "dev"), (["a.txt"], "train")):
         with pytest.raises(UserError, match=r"no file (of split|that ends)"):

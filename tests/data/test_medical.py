@@ -641,3 +641,17 @@ def test_a_card_does_not_take_another_sets_name(tmp_path):
     with pytest.raises(UserError, match=rf"cards\.toml: '{name}' is the name of another set"):
         medical.add_cards(path)
     assert medical.SETS[name] is card
+
+
+def test_hidden_files_are_no_records(tmp_path):
+    names = ("a.csv", "b/c.csv", "._a.csv", "__MACOSX/._a.csv", ".d/e.csv")
+    with zipfile.ZipFile(tmp_path / "r.zip", "w") as archive:
+        for name in names:
+            archive.writestr(name, name)
+            (tmp_path / "r" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "r" / name).write_text(name)
+    for place in ("r.zip", "r"):
+        assert [content for _, content in files.members(tmp_path / place, ".csv")] == [
+            b"a.csv",
+            b"b/c.csv",
+        ]

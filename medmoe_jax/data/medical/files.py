@@ -16,6 +16,7 @@ from typing import Any
 from medmoe_jax import json_text
 from medmoe_jax.errors import UserError, bad_or_lost
 from medmoe_jax.storage.packed import damage_named, gunzip, open_zip
+from medmoe_jax.storage.places import is_hidden
 
 REPAIR = "restore the file from its source"
 # What openpyxl raises where the XML inside says something that no sheet can.
@@ -226,13 +227,14 @@ def members(path: Path, suffix: str) -> Iterator[tuple[str, bytes]]:
     """`(where, bytes)` of the files with a suffix in a zip file or a folder, sorted."""
     if path.is_dir():
         for file in sorted(path.rglob(f"*{suffix}")):
-            if file.is_file():
+            if file.is_file() and not is_hidden(file.relative_to(path)):
                 yield str(file), file.read_bytes()
         return
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {REPAIR}, or set $MEDMOE_DATA")
     with open_zip(path) as archive:
-        for member in sorted(n for n in archive.namelist() if n.endswith(suffix)):
+        names = (n for n in archive.namelist() if n.endswith(suffix) and not is_hidden(n))
+        for member in sorted(names):
             where = f"{path}!{member}"
             with damage_named(where, "member of a zip file"):
                 content = archive.read(member)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from medmoe_jax.data.medical.cards import MedicalSet
 from medmoe_jax.errors import UserError
+from medmoe_jax.storage.places import is_hidden
 
 HUB = "hf://"
 
@@ -118,5 +119,5 @@ def _fill(entry: MedicalSet, name: str, values: dict[str, str]) -> str:
 
 def _match(folder: Path, name: str) -> list[Path]:
     if "*" in name:
-        return sorted(folder.glob(name))
+        return sorted(path for path in folder.glob(name) if not is_hidden(path.relative_to(folder)))
     return [folder / name] if (folder / name).exists() else []
