@@ -6,13 +6,15 @@ all that follows up to the end of the answer is what the model says.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from medmoe_jax.data.conversation import Turn
 from medmoe_jax.data.jinja_template import Jinja
 from medmoe_jax.data.layouts import TEMPLATES
-from medmoe_jax.data.pieces import Template
+from medmoe_jax.data.pieces import SAMPLE, Piece, Template
 from medmoe_jax.data.tokens import Tokenizer
 from medmoe_jax.errors import UserError
 from medmoe_jax.storage.fetched import fetched
@@ -21,6 +23,26 @@ from medmoe_jax.storage.plain import read_text
 
 # What looks like a token of its own: <|im_end|>, <start_of_turn>, </think>.
 MARK = re.compile(r"<\|[^|<>\s]+\|>|</?\w+>")
+
+_SYSTEM: Turn = {"role": "system", "content": "s"}
+_TOOL = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}
+_TOOLS = ({"type": "function", "function": _TOOL},)
+# Some published templates take ids of nine letters and digits alone.
+_CALL = {"id": "abcdef123", "type": "function", "function": {"name": "f", "arguments": {"x": "y"}}}
+_CALLED: tuple[Turn, ...] = (
+    SAMPLE[0],
+    {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+    {"role": "tool", "content": "t", "name": "f", "tool_call_id": "abcdef123"},
+    SAMPLE[1],
+)
+# What a template may write marks for that the shortest conversation lacks.
+_TALKS: tuple[tuple[Sequence[Turn], Sequence[dict]], ...] = (
+    ((*SAMPLE, *SAMPLE), ()),
+    ((_SYSTEM, *SAMPLE), ()),
+    (SAMPLE, _TOOLS),
+    (_CALLED, _TOOLS),
+    ((_SYSTEM, *_CALLED), _TOOLS),
+)
 
 
 class Stops(NamedTuple):
@@ -89,10 +111,27 @@ def stops(template: Template, tokenizer: Tokenizer) -> Stops:
 
 def markers(template: Template, tokenizer: Tokenizer) -> frozenset[str]:
     """The tokenizer's special tokens that the template writes: they may not come from content."""
-    texts = [piece.text for piece in template.sample() if piece.kind == "markup"]
+    texts = [piece.text for piece in _tried(template) if piece.kind == "markup"]
     # White space is a token of some vocabularies, but marks nothing.
     named = (s for s in tokenizer.specials if s.strip())
     return frozenset(s for s in named if any(s in text for text in texts))
+
+
+def _tried(template: Template) -> Iterator[Piece]:
+    """The pieces of short conversations of every kind that the template has a place for."""
+    yield from template.sample()
+    for turns, tools in _TALKS:
+        thoughtful = [
+            turn | {"reasoning_content": "r"} if turn["role"] == "assistant" else turn
+            for turn in turns
+        ]
+        for talk in (turns, thoughtful):  # some write no answer without reasoning
+            try:
+                rows = template.rows(talk, tools)
+            except UserError:
+                continue
+            yield from itertools.chain.from_iterable(rows)
+            break
 
 
 def doubts(template: Template, tokenizer: Tokenizer) -> list[str]:

@@ -48,6 +48,16 @@ TOOLS = (
     "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}"
     "<|im_end|>\n{% endfor %}" + ASK
 )
+# Writes marks of their own for the system, tools, calls and results, and takes ids of 9 letters.
+ROLES = (
+    "{% if tools %}<|tools|>{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n"
+    "{% else %}{{ '<|' + m.role + '|>' }}\n{% endif %}"
+    "{% if m.role == 'tool' and m.tool_call_id | length != 9 %}"
+    "{{ raise_exception('a bad id') }}{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}" + ASK
+)
 # Asks for the date.
 DATED = "{{ strftime_now('%d %B %Y') }}\n" + PLAIN
 ALL = {
