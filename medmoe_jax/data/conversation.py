@@ -109,6 +109,33 @@ def turns_of(prompt: str | Sequence[Turn]) -> list[Turn]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
+def check_json(value: Any, where: str, field: str = "") -> None:
+    """Raise UserError, with `where`, for what JSON in Unicode cannot hold, anywhere in a value.
+
+    Tables have numbers, dates and bytes that JSON lacks; their cells may hold JSON text of which
+    `check_text` saw only the code.
+
+    Args:
+      value: lists and objects of values.
+      where: what messages begin with.
+      field: the value's own place, such as `tools[0].name`.
+    """
+    if isinstance(value, dict):
+        for key, item in value.items():
+            check_text(key, where)
+            check_json(item, where, f"{field}.{key}" if field else str(key))
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            check_json(item, where, f"{field}[{number}]")
+    elif isinstance(value, str):
+        check_text(value, where)
+    elif not isinstance(value, int | float | None):
+        raise UserError(
+            f"{where}: {field} is of the type {type(value).__name__}, which JSON does not have; "
+            "write it as text or as a plain number"
+        )
+
+
 def check_text(value: Any, where: str) -> None:
     """Raise UserError, with `where`, for text anywhere in a JSON value that is not Unicode.
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from medmoe_jax.data.conversation import Conversation, Turn, check_text
+from medmoe_jax.data.conversation import Conversation, Turn, check_json, check_text
 from medmoe_jax.data.files import read_items
 from medmoe_jax.data.turns import TURN_KEYS, decoded, kind, quoted, read_tools, read_turn, text
 from medmoe_jax.errors import UserError
@@ -99,7 +99,9 @@ class RowReader:
             )
         self._check_learnable(turns, where)
         out: Conversation = {"conversations": turns, "language": language}
-        return out | {"tools": tools} if tools else out
+        out = out | {"tools": tools} if tools else out
+        check_json(out, where)  # a column that is left out may hold anything
+        return out
 
     def _named(self, item: Mapping[str, Any], where: str) -> dict[str, Any]:
         """The row with its own names of columns replaced."""

@@ -194,7 +194,8 @@ def kind(value: Any) -> str:
     if isinstance(value, Mapping):
         return "an object"
     names = {list: "a list", tuple: "a list", str: "text", bool: "true/false"}
-    return "null" if value is None else names.get(type(value), "a number")
+    names |= {int: "a number", float: "a number", type(None): "null"}
+    return names.get(type(value), f"a value of the type {type(value).__name__}")
 
 
 def quoted(names: Iterable[str]) -> str:

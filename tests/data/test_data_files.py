@@ -1,6 +1,8 @@
 """Files of every kind give the same rows, each named by its place; the table in docs/data.md."""
 
 import csv
+import datetime
+import decimal
 import gzip
 import io
 import json
@@ -365,3 +367,41 @@ def test_hidden_files_of_a_folder_are_no_rows(tmp_path):
         str(folder / "a" / "rows.jsonl")
     ]
     assert len(list(read_file(folder / ".rows.jsonl"))) == len(ROWS)
+
+
+VALUES = {
+    "Decimal": decimal.Decimal("7.5"),
+    "date": datetime.date(2026, 1, 31),
+    "datetime": datetime.datetime(2026, 1, 31, 12),
+    "timedelta": datetime.timedelta(days=1),
+    "bytes": b"\xff",
+}
+
+
+@pytest.mark.parametrize("kind", VALUES)
+def test_values_that_json_lacks_are_named_by_row_and_field(kind, tmp_path):
+    path = tmp_path / "d.parquet"
+    in_tools = called("dose", {"mg": None}, {"properties": {"mg": {"top": VALUES[kind]}}})
+    in_call = called("dose", {"mg": VALUES[kind]}, {"properties": {"mg": {"top": None}}})
+    for row, field in (
+        (in_tools, "tools[0].function.parameters.properties.mg.top"),
+        (in_call, "conversations[1].tool_calls[0].function.arguments.mg"),
+        ({"prompt": VALUES[kind], "response": "a"}, "'prompt' must be text, found a value"),
+    ):
+        write(path, [row])
+        message = re.escape(f"{path}, row 0: {field}") + f" (is )?of the type {kind}"
+        with pytest.raises(UserError, match=message):
+            open_path(path, RowReader())
+        with pytest.raises(UserError, match=message):
+            builder.build_from_files([path], tmp_path / "built")
+    write(path, [{"prompt": "q", "response": "a", "made": {"at": VALUES[kind]}}])
+    (row,) = open_path(path, RowReader(ignore=["made"])).rows
+    assert row == parse_row({"prompt": "q", "response": "a"})
+
+
+def test_half_a_character_in_the_json_text_of_a_cell(tmp_path):
+    talk = [{"role": "user", "content": "\ud83d"}, {"role": "assistant", "content": "a"}]
+    with (tmp_path / "d.csv").open("w") as file:
+        csv.writer(file).writerows([["messages"], [json.dumps(talk)]])
+    with pytest.raises(UserError, match=r"d\.csv, line 2: holds .*half of a surrogate pair"):
+        list(read_file(tmp_path / "d.csv"))
