@@ -143,7 +143,7 @@ class Group:
             while number < self.stop and (batch := self._tried(lambda: next(batches, None))):
                 skipped = max(0, self.start - number)
                 asked = batch[skipped : self.stop - number]
-                for row in self._tried(lambda asked=asked: batch_rows(asked)):
+                for row in self._tried(lambda asked=asked: batch_rows(asked, self.file.shown)):
                     yield self.first + number + skipped, row
                     skipped += 1
                 number += len(batch)

@@ -39,18 +39,18 @@ def _lines(lines: Iterable[str], shown: str) -> Items:
 def decode_line(line: str, where: Callable[[], str]) -> Any:
     """The item of one line. Raises UserError that begins with what `where` gives."""
     try:
-        return json_text.loads(line, _object)
+        return json_text.loads(line, unique_keys)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{where()}: not valid JSON ({error.msg}, column {error.colno}); "
             "write one JSON object on each line, or one JSON list for the whole file"
         ) from error
-    except _TwiceError as error:
+    except TwiceError as error:
         raise UserError(f"{where()}: {error}") from None
 
 
 def _list_items(text: str, shown: str) -> Items:
-    decoder, number, line, seen = json.JSONDecoder(object_pairs_hook=_object), 0, 1, 0
+    decoder, number, line, seen = json.JSONDecoder(object_pairs_hook=unique_keys), 0, 1, 0
     at = _skip(text, text.index("[") + 1)
     while text[at : at + 1] != "]" or number:
         line, seen = line + text.count("\n", seen, at), at
@@ -63,7 +63,7 @@ def _list_items(text: str, shown: str) -> Items:
             raise UserError(
                 f"{where}: not valid JSON ({error.msg}, line {error.lineno}); correct this item"
             ) from error
-        except _TwiceError as error:
+        except TwiceError as error:
             raise UserError(f"{where}: {error}") from None
         yield where, item
         at = _skip(text, at)
@@ -76,16 +76,17 @@ def _list_items(text: str, shown: str) -> Items:
         raise UserError(f"{shown}: text after the closing ']' of the list; remove it")
 
 
-class _TwiceError(Exception):
+class TwiceError(Exception):
     """A key stands twice in one object; JSON readers would drop the first."""
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of its keys and values. Raises TwiceError."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise _TwiceError(f"the key {twice!r} stands twice in one object; remove one")
+        raise TwiceError(f"the key {twice!r} stands twice in one object; remove one")
     return found
 
 

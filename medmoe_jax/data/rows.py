@@ -163,7 +163,7 @@ class RowReader:
         return turns
 
     def _talk(self, value: Any, what: str, where: str) -> list[Turn]:
-        value = decoded(value)
+        value = decoded(value, what)
         if not isinstance(value, Sequence) or isinstance(value, str):
             raise UserError(f"{what} must be a list of turns, found {kind(value)}")
         turns = []
@@ -230,7 +230,7 @@ def _pair(row: dict[str, Any], asked: str, answered: str, where: str) -> list[Tu
     question = text(row.pop(asked), f"{where}: '{asked}'")
     answer = text(row.pop(answered), f"{where}: '{answered}'")
     more = text(row.pop("input", ""), f"{where}: 'input'")
-    history = decoded(row.pop("history", ()))
+    history = decoded(row.pop("history", ()), f"{where}: 'history'")
     turns: list[Turn] = []
     if not isinstance(history, Sequence) or isinstance(history, str):
         raise UserError(f"{where}: 'history' must be a list of pairs, found {kind(history)}")

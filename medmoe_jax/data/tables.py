@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -76,21 +76,43 @@ def arrow_rows(path: Path, shown: str) -> Rows:
 def _numbered(batches, shown: str) -> Rows:
     number = 0
     for batch in batches:
-        for row in batch_rows(batch):
+        for row in batch_rows(batch, shown):
             yield f"{shown}, row {number}", row
             number += 1
 
 
-def batch_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """The rows of a part of a Parquet or Arrow file. Raises ArrowException for a damaged one.
+def batch_rows(batch: pa.RecordBatch, shown: str) -> list[dict[str, Any]]:
+    """The rows of a part of a Parquet or Arrow file.
 
     Arrow gives every object of a column the keys of all of them, null where an object lacks one.
     So keys inside a row's values that are null are left out.
+
+    Args:
+      batch: the part.
+      shown: the file's name.
+
+    Raises:
+      UserError: two columns, or two keys of an object, have one name.
+      ArrowException: it is damaged.
     """
+    _check_names(batch.schema, shown)
     batch.validate(full=True)  # lengths that a damaged file gives are believed otherwise
     return [
         {name: _without_nulls(value) for name, value in row.items()} for row in batch.to_pylist()
     ]
+
+
+def _check_names(fields: Iterable[pa.Field], shown: str, column: str = "") -> None:
+    """Raise UserError where two fields have one name; `column` is the one that holds them."""
+    seen = set()
+    for field in fields:
+        if field.name in seen:
+            of = f"an object of column {column!r}" if column else "its columns"
+            raise UserError(f"{shown}: the name {field.name!r} stands twice in {of}; remove one")
+        seen.add(field.name)
+        kind = field.type  # of a list or an object: with the fields of what it holds
+        inner = (kind.field(number) for number in range(kind.num_fields))
+        _check_names(inner, shown, column or field.name)
 
 
 def _without_nulls(value: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from medmoe_jax import json_text
 from medmoe_jax.data.conversation import Turn
+from medmoe_jax.data.json_items import TwiceError, unique_keys
 from medmoe_jax.errors import UserError
 
 ROLES = {
@@ -125,7 +126,7 @@ def _content(value: Any, where: str) -> str:
 
 def _calls(value: Any, where: str) -> list[dict]:
     """Tool calls in the form that templates expect: arguments as an object."""
-    value = decoded(value) or []
+    value = decoded(value, f"{where}: 'tool_calls'") or []
     value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise UserError(f"{where}: 'tool_calls' must be a list, found {kind(value)}")
@@ -165,11 +166,11 @@ def read_tools(value: Any, where: str) -> list[dict]:
     return [dict(tool) for tool in tools]
 
 
-def decoded(value: Any) -> Any:
-    """A list or object that stands as JSON text in a table's cell."""
+def decoded(value: Any, where: str) -> Any:
+    """A list or object that stands as JSON text in a table's cell. Raises UserError."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return json_text.loads(value)
+            return _loads(value, where)
         except json.JSONDecodeError:
             return value
     return value
@@ -177,9 +178,16 @@ def decoded(value: Any) -> Any:
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json_text.loads(text)
+        return _loads(text, where)
     except json.JSONDecodeError as error:
         raise UserError(f"{where} is not valid JSON ({error.msg}): {text[:40]!r}") from error
+
+
+def _loads(text: str, where: str) -> Any:
+    try:
+        return json_text.loads(text, unique_keys)
+    except TwiceError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def text(value: Any, where: str) -> str:

@@ -405,3 +405,42 @@ def test_half_a_character_in_the_json_text_of_a_cell(tmp_path):
         csv.writer(file).writerows([["messages"], [json.dumps(talk)]])
     with pytest.raises(UserError, match=r"d\.csv, line 2: holds .*half of a surrogate pair"):
         list(read_file(tmp_path / "d.csv"))
+
+
+def readers(path):
+    """What reads a Parquet file: whole, and in blocks."""
+    return (
+        lambda: list(read_file(path)),
+        lambda: [
+            row for block in make_blocks(open_files(str(path), "train"), 1) for row in block.read()
+        ],
+    )
+
+
+def test_a_name_that_two_columns_or_keys_of_a_table_have(tmp_path):
+    turns = pa.StructArray.from_arrays(
+        [pa.array(["user"]), pa.array(["x"]), pa.array(["y"])], ["role", "content", "content"]
+    )
+    talk = pa.ListArray.from_arrays(pa.array([0, 1]), turns)
+    for table, message in (
+        (pa.table([["a"], ["b"], ["c"]], ["prompt", "response", "prompt"]),
+         "the name 'prompt' stands twice in its columns"),
+        (pa.table({"messages": talk}),
+         "the name 'content' stands twice in an object of column 'messages'"),
+    ):  # fmt: skip
+        pq.write_table(table, tmp_path / "d.parquet")
+        for read in readers(tmp_path / "d.parquet"):
+            with pytest.raises(UserError, match=rf"d\.parquet: {message}"):
+                read()
+
+
+def test_a_table_whose_text_is_no_text(tmp_path):
+    ends = pa.array([0, 3, 6], pa.int32()).buffers()[1]
+    text = pa.StringArray.from_buffers(2, ends, pa.py_buffer(b"abc\xff\xfe\xfd"))
+    pq.write_table(pa.table({"prompt": text, "response": ["a", "b"]}), tmp_path / "d.parquet")
+    messages = []
+    for read in readers(tmp_path / "d.parquet"):
+        with pytest.raises(UserError, match=r"not a Parquet file .*Invalid UTF8") as found:
+            read()
+        messages.append(str(found.value))
+    assert messages[0] == messages[1]

@@ -193,6 +193,37 @@ STRANGE = [
         {"prompt": "Q", "response": "A", "history": ["q"]},
         "'history', pair 0: expected [question, a",
     ),
+    (
+        {"messages": '[{"role": "user", "content": "q", "content": "r"}]'},
+        "'messages': the key 'content' stands twice in one object",
+    ),
+    (
+        {"prompt": "Q", "response": "A", "history": '[["q", {"a": 1, "a": 2}]]'},
+        "'history': the key 'a' stands twice in one object",
+    ),
+    (
+        {"prompt": "Q", "response": "A", "tools": '[{"name": "f", "name": "g"}]'},
+        "'tools': the key 'name' stands twice in one object",
+    ),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": '[{"name": "f", "name": "g"}]'}]},
+        "turn 0: 'tool_calls': the key 'name' stands twice in one object",
+    ),
+    (
+        {
+            "messages": [
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"name": "f", "arguments": '{"a": 1, "a": 2}'}],
+                }
+            ]
+        },
+        "turn 0: arguments of 'f': the key 'a' stands twice in one object",
+    ),
+    (
+        {"conversations": [{"from": "function_call", "value": '{"name": "f", "name": "g"}'}]},
+        "turn 0: content: the key 'name' stands twice in one object",
+    ),
     ({"prompt": "half \ud83d", "response": "A"}, "holds '\\ud83d', half of a surrogate pair"),
     ({"prompt": "Q", "response": "A", "half \udc00": 1}, "half of a surrogate pair"),
     ({"conversations": [TALK[0], {**TALK[1], "weight": 0.5}]}, "weight of a turn is 0 or 1"),
