@@ -11,6 +11,7 @@ import contextlib
 import functools
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ GUESSES = {
     "bos_token": ("<s>", "<bos>", "<|begin_of_text|>"),
     "eos_token": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>"),
 }
+_LONGEST = 1 << 20  # bytes of a text for training; a character has at most 4
 
 
 class SentencePiece(Tokenizer):
@@ -306,7 +308,7 @@ def train(
                 remove_extra_whitespaces=False,
                 add_dummy_prefix=False,
                 split_digits=True,
-                max_sentence_length=1 << 20,
+                max_sentence_length=_LONGEST,
                 num_threads=1,
                 minloglevel=2,
             )
@@ -326,10 +328,21 @@ def train(
 def _noting(texts: Iterable[str], refused: list[UserError]) -> Iterator[str]:
     """The texts; the trainer wraps what reading them raises in an error of its own."""
     try:
-        yield from texts
+        for text in texts:
+            yield from _short(text)
     except UserError as error:
         refused.append(error)
         raise
+
+
+def _short(text: str) -> Iterator[str]:
+    """A text in parts that the trainer takes: it passes over longer ones and says nothing."""
+    if len(text) <= _LONGEST // 4 or len(text.encode()) <= _LONGEST:
+        yield text
+        return
+    # Cut before white space, which begins the words of the model; anywhere where there is none.
+    part = f".{{1,{_LONGEST // 4}}}"
+    yield from re.findall(rf"{part}(?!\S)|{part}", text, re.DOTALL)
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:

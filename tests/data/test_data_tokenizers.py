@@ -162,3 +162,20 @@ def test_a_file_that_contradicts_the_vocabulary(byte_level_tokenizer, tmp_path):
     (tmp_path / "t" / "added_tokens.json").write_text("[]")
     with pytest.raises(UserError, match=r"added_tokens\.json: expected a JSON object"):
         tk.load(tmp_path / "t")
+
+
+@pytest.mark.parametrize("text", ["щука ёж ", "щука\u00a0", "щука\n\tёж", "щ"])
+def test_a_line_is_trained_on_however_long_it_is(text, tmp_path):
+    line = text * ((1 << 21) // len(text.encode()))
+    parts = list(tk._short(line))
+    assert "".join(parts) == line and len(parts) > 1
+    assert all(len(part.encode()) <= 1 << 20 for part in parts)
+    assert all(part[0].isspace() for part in parts[1:]) or text == "щ"
+    trained = tk.train([*texts(), line], 450, tmp_path / "t.model")
+    assert trained.decode(trained.encode(text)) == text
+    assert len(trained.encode("щ")) < 2  # a piece, not bytes
+
+
+def test_a_line_that_is_short_enough_stays_whole():
+    for line in ("", "a b", "a " * (1 << 19), "\U0001f600" * (1 << 18)):
+        assert list(tk._short(line)) == [line]
