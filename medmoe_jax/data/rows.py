@@ -231,6 +231,7 @@ def _pair(row: dict[str, Any], asked: str, answered: str, where: str) -> list[Tu
     answer = text(row.pop(answered), f"{where}: '{answered}'")
     more = text(row.pop("input", ""), f"{where}: 'input'")
     history = decoded(row.pop("history", ()), f"{where}: 'history'")
+    history = () if history == "" else history  # a table's empty cell
     turns: list[Turn] = []
     if not isinstance(history, Sequence) or isinstance(history, str):
         raise UserError(f"{where}: 'history' must be a list of pairs, found {kind(history)}")

@@ -145,8 +145,8 @@ def test_what_stands_beside_a_question_or_a_conversation():
     for pairs in ([["q", "a"]], '[["q", "a"]]', (("q", "a"),)):
         assert said({"instruction": "Q", "output": "A", "history": pairs}) == [*history, *ends]
     for empty in ("", None, []):
-        row = {"instruction": "Q", "input": empty or "", "output": "A", "history": empty or []}
-        assert said(row) == ends
+        row = {"instruction": "Q", "input": empty or "", "output": "A", "history": empty}
+        assert said(row | {"system": empty or "", "tools": empty}) == ends
     tools = [{"type": "function", "function": {"name": "dose"}}]
     for given in (tools, json.dumps(tools)):
         assert rows.RowReader()({"conversations": TALK, "tools": given})["tools"] == tools
