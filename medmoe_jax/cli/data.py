@@ -109,6 +109,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_row_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of every command that reads rows of people's files."""
     parser.add_argument("--split", default="train", help="of a data set (%(default)s)")
+    add_key_arguments(parser)
+
+
+def add_key_arguments(parser: argparse.ArgumentParser) -> None:
+    """What makes rows with other keys readable: arguments for `row_reader`."""
     parser.add_argument(
         "--ignore",
         action="append",

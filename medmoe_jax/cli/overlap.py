@@ -2,7 +2,8 @@
 
   medmoe overlap --train=rows.jsonl --train=medquad --tasks=medqa@test,suite:cblue --output=overlap
 
-Training rows are files, or known sets by name. An item whose text shares a run of --words words (of
+Training rows are files (of whose rows --ignore leaves out keys and --column names others), or known
+sets by name. An item whose text shares a run of --words words (of
 signs, in scripts without spaces) with a row is counted, and written with that row to overlap.jsonl.
 """
 
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from medmoe_jax.checkpoints.files import write_text
+from medmoe_jax.cli.data import add_key_arguments, row_reader
 from medmoe_jax.cli.session import no_rest
 from medmoe_jax.data import medical
 from medmoe_jax.data.hub import is_name
@@ -36,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", help="of the tasks' sets")
     parser.add_argument("--words", type=int, default=RUN, help="in a run that counts")
     parser.add_argument("--output", required=True, help="folder of overlap.jsonl")
+    add_key_arguments(parser)
 
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> None:
@@ -46,7 +49,8 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
         raise UserError("give --tasks to look for, and --train to look in")
     COUNT.check("words", arguments.words)
     items = load_items(names, arguments.split)
-    texts = [pair for source in arguments.train for pair in _texts(source)]
+    reader = row_reader(arguments)
+    texts = [pair for source in arguments.train for pair in _texts(source, reader)]
     found = overlaps(items, (text for _, text in texts), arguments.words)
     counts = Counter(one.task for one in found)
     rows = [
@@ -65,10 +69,10 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     say(f"written to {path}")
 
 
-def _texts(source: str) -> Iterator[tuple[str, str]]:
+def _texts(source: str, reader: RowReader) -> Iterator[tuple[str, str]]:
     """`(where, text)` of every row of a file or a set."""
     if is_name(source) or exists(source):
-        rows = open_path(source, RowReader()).rows
+        rows = open_path(source, reader).rows
         for number, row in enumerate(rows):
             yield rows.place(number), row_text(row)
         return

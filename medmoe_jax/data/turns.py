@@ -201,7 +201,7 @@ def kind(value: Any) -> str:
     """What a JSON value is, in words."""
     if isinstance(value, Mapping):
         return "an object"
-    names = {list: "a list", tuple: "a list", str: "text", bool: "true/false"}
+    names: dict[type, str] = {list: "a list", tuple: "a list", str: "text", bool: "true/false"}
     names |= {int: "a number", float: "a number", type(None): "null"}
     return names.get(type(value), f"a value of the type {type(value).__name__}")
 

@@ -361,6 +361,17 @@ def test_overlap(tmp_path, capsys):
     assert found["row_text"] == "what is flu? a virus"
     assert [place.rpartition(", ")[2] for place in found["also"]] == ["line 2"]
     assert "give --tasks to look for" in fails(capsys, "overlap", f"--tasks={tasks}", out)
+    rows = write_rows(tmp_path / "rows.jsonl", [{"ask": "What is flu?", "response": "x", "id": 7}])
+    command = ["overlap", f"--train={rows}", f"--tasks={tasks}", out]
+    for given, told in (
+        ([], "say what it is with --column=KEY=NAME, or add it to --ignore"),
+        (["--ignore=id"], "say what it is with --column=KEY=NAME"),
+        (["--ignore=id", "--column=prompt=asked"], "no column 'asked' (--column=prompt)"),
+    ):
+        assert told in fails(capsys, *command, *given)
+    assert main([*command, "--ignore=id", "--column=prompt=ask"]) == 0
+    (found,) = read(tmp_path / "o" / "overlap.jsonl")
+    assert found["row_text"] == "What is flu? x"
 
 
 def test_data_and_tokenizer(tmp_path, capsys):
