@@ -35,7 +35,7 @@ from medmoe_jax.data.encode import Encoder
 from medmoe_jax.data.hub import is_name
 from medmoe_jax.data.languages import census, detector
 from medmoe_jax.data.preview import inspect
-from medmoe_jax.data.rows import Named, RowReader
+from medmoe_jax.data.rows import RowReader, SettingNames
 from medmoe_jax.data.sources import open_path
 from medmoe_jax.data.templates import load_template
 from medmoe_jax.errors import UserError
@@ -47,7 +47,7 @@ from medmoe_jax.screen import Screen, ScreenTable
 from medmoe_jax.storage.places import exists
 from medmoe_jax.training.terminal import say
 
-_NAMED = Named("--ignore (in a recipe: data.ignore)", "--column=")
+_NAMED = SettingNames("--ignore (in a recipe: data.ignore)", "--column=")
 _TASK = "task:"  # before a file of items, as one of rows has the same ending
 
 

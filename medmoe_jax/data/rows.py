@@ -32,7 +32,7 @@ KEYS = (*TALKS, *QUESTIONS, *ANSWERS, *BESIDE)
 _GREETINGS = "answers before the first question"  # counted beside the ignored keys
 
 
-class Named(NamedTuple):
+class SettingNames(NamedTuple):
     """What a person calls the settings of a `RowReader`, for messages.
 
     Attributes:
@@ -57,7 +57,7 @@ class RowReader:
         language: str = "",
         columns: Mapping[str, str] | None = None,
         ignore: Sequence[str] = (),
-        named: Named = Named(),
+        named: SettingNames = SettingNames(),
     ) -> None:
         """
         Args:
