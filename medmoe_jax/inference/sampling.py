@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from medmoe_jax.ranges import NOT_NEGATIVE, SEED, SHARE, WORD, Range
+from medmoe_jax.ranges import NOT_NEGATIVE, POSITIVE, SEED, SHARE, WORD, Range
 
 _PENALTY = Range(0.01, 100)  # what keeps float32 logits finite
 
@@ -51,6 +51,7 @@ class Sampling:
             NOT_NEGATIVE.check(name, getattr(self, name))
             WORD.check(name, getattr(self, name))
         SHARE.check("min_p", self.min_p)
+        POSITIVE.check("repetition_penalty", self.repetition_penalty)
         _PENALTY.check("repetition_penalty", self.repetition_penalty)
 
     def keys(self, rows: npt.ArrayLike) -> np.ndarray:
