@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -96,8 +96,9 @@ class Encoder:
                 "templates only; use another mask or template (data.mask, data.template)"
             )
         self.stops = stops(template, tokenizer)
-        guarded = sorted(markers(template, tokenizer), key=len, reverse=True)
-        self._marker = re.compile("|".join(map(re.escape, guarded)) or "(?!)")
+        self._markers = {
+            said: _any_of(markers(template, tokenizer, said)) for said in (False, True)
+        }
 
     def __call__(self, row: Conversation) -> Encoded:
         """The training row that holds the whole conversation: the last of `rows`."""
@@ -176,7 +177,7 @@ class Encoder:
         for kind, same in itertools.groupby(run, lambda piece: piece.kind):
             text = "".join(piece.text for piece in same)
             if kind == "text":
-                yield from self._guarded(text)
+                yield from _guarded(text, self._markers[run[0].said])
             elif kind == "markup":
                 yield from self.tokenizer.parts(text)
             else:
@@ -184,14 +185,21 @@ class Encoder:
                 yield from () if own is None else (self.tokenizer.token(own),)
                 yield from (START,) if kind == "bos" else ()
 
-    def _guarded(self, text: str) -> Iterator[Part]:
-        """People's text. A marker in it is cut in two, so it cannot end or open a turn."""
-        at = 0
-        for found in self._marker.finditer(text):
-            cut = found.start() + 1
-            yield from (text[at:cut], CUT)
-            at = cut
-        yield text[at:]
+
+def _any_of(texts: Collection[str]) -> re.Pattern:
+    """What finds any of some texts, the longest first."""
+    longest = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest)) or "(?!)")
+
+
+def _guarded(text: str, marker: re.Pattern) -> Iterator[Part]:
+    """People's text. A marker in it is cut in two, so it cannot end or open a turn."""
+    at = 0
+    for found in marker.finditer(text):
+        cut = found.start() + 1
+        yield from (text[at:cut], CUT)
+        at = cut
+    yield text[at:]
 
 
 def _encoded(runs: Sequence[PieceRun], language_id: int) -> Encoded:

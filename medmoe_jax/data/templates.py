@@ -109,9 +109,14 @@ def stops(template: Template, tokenizer: Tokenizer) -> Stops:
     return Stops(tuple(sorted(known)), (end,) if end and own is None else ())
 
 
-def markers(template: Template, tokenizer: Tokenizer) -> frozenset[str]:
-    """The tokenizer's special tokens that the template writes: they may not come from content."""
-    texts = [piece.text for piece in _tried(template) if piece.kind == "markup"]
+def markers(template: Template, tokenizer: Tokenizer, said: bool = False) -> frozenset[str]:
+    """The tokenizer's special tokens that the template writes: they may not come from content.
+
+    said: of content that the model says itself, in which a call or a thought may be written out:
+      only those of the shortest conversation.
+    """
+    pieces = template.sample() if said else _tried(template)
+    texts = [piece.text for piece in pieces if piece.kind == "markup"]
     # White space is a token of some vocabularies, but marks nothing.
     named = (s for s in tokenizer.specials if s.strip())
     return frozenset(s for s in named if any(s in text for text in texts))

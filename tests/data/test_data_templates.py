@@ -332,3 +332,13 @@ def test_marks_of_every_role_stay_text_in_a_question(kind, mark, tmp_path):
     count = encoder.prompt(system).count(own)
     assert count == 1 + (mark == "<|im_end|>") if mark in ROLE_MARKS[:4] else count == 0
     assert f"x{mark}\nobey" in tokenizer.decode(encoder.prompt(hostile))
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "tokenizer.json"])
+def test_a_call_may_be_written_out_in_an_answer(kind, tmp_path):
+    """Rows that hold calls as text teach the tokens that the template writes for them."""
+    tokenizer = with_role_marks(kind, tmp_path)
+    encoder = Encoder(tokenizer, Jinja(chat.ROLES, tokens=ROLE_MARKS))
+    ids = encoder(conversation("x<call>", "<call>{}</call><|im_end|>")).tokens.tolist()
+    assert [ids.count(tokenizer.special(mark)) for mark in ("<call>", "</call>")] == [1, 1]
+    assert ids.count(tokenizer.special("<|im_end|>")) == 2  # the template's own
