@@ -146,12 +146,15 @@ check_flags() {
 # The lines are secret and not shown.
 check_env_file() {
   [[ -r $FLAG_ENV_FILE && ! -d $FLAG_ENV_FILE ]] || fail "--env-file=$FLAG_ENV_FILE cannot be read"
-  local line number=0 value="('[^']*'|\"[^\"\$\`\\]*\"|[]A-Za-z0-9_./:@%+,=^[-]*)"
+  local line number=0 value="('[^']*'|\"[^\"\$\`\\]*\"|[]A-Za-z0-9_./:@%+,=^#[-]*)"
   while IFS= read -r line || [[ -n $line ]]; do
     number=$((number + 1))
-    [[ $line =~ ^[[:blank:]]*(#.*)?$ || $line =~ ^(export )?[A-Za-z_][A-Za-z0-9_]*=$value$ ]] ||
+    [[ $line != *$'\r' ]] ||
+      fail "--env-file=$FLAG_ENV_FILE, line $number: ends with a carriage return; convert the file"
+    [[ $line =~ ^[[:blank:]]*(#.*)?$ ||
+      $line =~ ^[[:blank:]]*(export )?[A-Za-z_][A-Za-z0-9_]*=$value([[:blank:]]+(#.*)?)?$ ]] ||
       fail "--env-file=$FLAG_ENV_FILE, line $number: write VAR=value, and the value in single quotes" \
-        "where it has other signs than letters, digits and _ . / : @ % + , = ^ [ ] -"
+        "where it has other signs than letters, digits and _ . / : @ % + , = ^ # [ ] -"
   done <"$FLAG_ENV_FILE"
 }
 

@@ -23,7 +23,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from medmoe_jax.adapters import bank as bank_lib
@@ -234,7 +233,8 @@ class Within:
 
 
 _TOLD: ContextVar[Within | None] = ContextVar("told", default=None)
-_BLOCKS = itertools.count()
+_NUMBERS = itertools.count(1)
+_BLOCK = jax.make_user_context(0)  # part of the key under which JAX keeps a trace; 0 = in no block
 
 
 @contextlib.contextmanager
@@ -242,9 +242,11 @@ def block() -> Generator[None]:
     """Around a `with` block whose value layers read while they are traced.
 
     JAX keeps the traces of inner functions (remat, an inner jit) by what they are called with, and
-    the value is no part of that. With a mark of its own, no block is given the trace of another.
+    the value is no part of that. With a number of its own, no block is given the trace of another.
+    Outside of a compiled function nothing reads the value in a trace, and one number does: with
+    more of them every operation would be compiled anew.
     """
-    with set_xla_metadata(medmoe_block=str(next(_BLOCKS))):
+    with _BLOCK(next(_NUMBERS) if _staged() else -1):
         yield
 
 

@@ -99,9 +99,8 @@ def read_recipe(given: str) -> ConfigDict:
     file = f"{_file(name, given)}{colon}{argument}"
     command = ["medmoe", f"--config={file}"]
     values = flags.FlagValues()
-    sys.modules.pop(
-        _MODULE, None
-    )  # where config_flags loads every file: names of the last one stay
+    # Every file is loaded under this name: one without get_config would have that of the last one.
+    sys.modules.pop(_MODULE, None)
     try:
         config_flags.DEFINE_config_file(
             "config", flag_values=values, lock_config=True, sys_argv=command

@@ -130,10 +130,12 @@ def add_key_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def row_reader(arguments: argparse.Namespace, language: str = "") -> RowReader:
+def row_reader(
+    arguments: argparse.Namespace, language: str = "", learned: bool = True
+) -> RowReader:
     """What these arguments make of a row. Raises UserError."""
     pairs = _pairs("--column", arguments.column)
-    return RowReader(language, pairs, arguments.ignore, _NAMED)
+    return RowReader(language, pairs, arguments.ignore, _NAMED, learned)
 
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> None:
@@ -181,7 +183,7 @@ def _repeats(arguments, rows: Callable[[], Placed], within: bool) -> Repeats:
     """The rows that repeat others, or what --against names."""
     # Of held-out rows all keys are known enough: only what they say is compared.
     columns = _pairs("--column", arguments.column)
-    reader = RowReader(columns=columns, ignore=(*arguments.ignore, "*"), named=_NAMED)
+    reader = RowReader("", columns, (*arguments.ignore, "*"), _NAMED, learned=False)
     paths = [name for name in arguments.against if _holds_rows(name)]
     tasks = [name.removeprefix(_TASK) for name in arguments.against if name not in paths]
     leaks = _leaks(load_items(expand(tasks)), rows()) if tasks else {}

@@ -94,8 +94,9 @@ def _findings(workdir: str, rest: list[str]) -> Iterator[Finding]:
         if trained:
             yield from _tried("batch", partial(place_batches, setup))
         yield from _rows(setup, trained)
-        yield from _tried("tasks", partial(stage_evaluator, run, _never))
-        yield from _tried("tasks", partial(task_scorer, run, _never))
+        tasks = (partial(one, run, _never) for one in (stage_evaluator, task_scorer))
+        found = [finding for check in tasks for finding in _tried("tasks", check)]
+        yield from dict.fromkeys(found)  # what is against both is told once
     if workdir:
         yield from _workdir(workdir, setup)
 

@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
         raise UserError("give --tasks to look for, and --train to look in")
     COUNT.check("words", arguments.words)
     items = load_items(names, arguments.split)
-    reader = row_reader(arguments)
+    reader = row_reader(arguments, learned=False)
     texts = [pair for source in arguments.train for pair in _texts(source, reader)]
     found = overlaps(items, (text for _, text in texts), arguments.words)
     counts = Counter(one.task for one in found)

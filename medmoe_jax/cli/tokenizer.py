@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
         arguments.vocab_size,
         arguments.output,
         arguments.template,
-        row_reader(arguments),
+        row_reader(arguments, learned=False),
         arguments.split,
     )
     say(f"{made.vocab_size} pieces, written to {arguments.output}")

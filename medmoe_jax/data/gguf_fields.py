@@ -87,7 +87,7 @@ def tokenizer_fields(encoder: Encoder, rows: int, template: str) -> TokenizerFie
     fields |= {f"{name}_token_id": i for name, i in ids.items() if i is not None}
     fields |= {} if unknown is None else {"unknown_token_id": unknown}
     values = {PREFIX + name: value for name, value in fields.items()}
-    values |= {NAME: TAKING[0]} if taking else {}  # the only way to say so
+    values |= {NAME: TAKING[0]} if taking and not others else {}  # the only way to say so
     same = bool(fitting) and not (taking and others)
     return TokenizerFields(values | {TEMPLATE: template}, same, unnamed)
 

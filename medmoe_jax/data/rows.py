@@ -58,6 +58,7 @@ class RowReader:
         columns: Mapping[str, str] | None = None,
         ignore: Sequence[str] = (),
         named: SettingNames = SettingNames(),
+        learned: bool = True,
     ) -> None:
         """
         Args:
@@ -66,12 +67,13 @@ class RowReader:
           ignore: keys that are left out, of rows and turns. A pattern (`*_id`) is for keys that
             would otherwise be errors.
           named: what messages call `ignore` and `columns`.
+          learned: whether a model is to learn from the rows, so that an empty answer is an error.
 
         Raises:
           UserError: `columns` has a key that no form knows.
         """
         self._language, self.columns = language, dict(columns or {})
-        self._ignore, self._told = tuple(ignore), named
+        self._ignore, self._told, self._learned = tuple(ignore), named, learned
         self.ignored: Counter[str] = Counter()
         for key in self.columns:
             if key not in KEYS:
@@ -81,7 +83,7 @@ class RowReader:
 
     def again(self) -> RowReader:
         """A reader that does the same and has counted nothing."""
-        return RowReader(self._language, self.columns, self._ignore, self._told)
+        return RowReader(self._language, self.columns, self._ignore, self._told, self._learned)
 
     def __call__(self, item: Any, where: str = "row") -> Conversation:
         """The conversation row of one decoded row. Raises UserError that starts with `where`."""
@@ -98,6 +100,8 @@ class RowReader:
                 f"one, or name those that are not to be used in {self._told.ignore}"
             )
         self._check_learnable(turns, where)
+        if self._learned:
+            _check_said(turns, where)
         out: Conversation = {"conversations": turns, "language": language}
         out = out | {"tools": tools} if tools else out
         check_json(out, where)  # a column that is left out may hold anything
@@ -192,13 +196,17 @@ class RowReader:
                 f"{where}: every answer has weight 0, so nothing can be learned from it; remove "
                 "the row"
             )
-        for turn in answers:
-            said = turn["content"].strip() or turn.get("tool_calls")
-            if turn.get("train_weight", 1) and not said:
-                raise UserError(
-                    f"{where}: an answer is empty, which teaches to say nothing; write it, remove "
-                    "the row, or give the turn the weight 0"
-                )
+
+
+def _check_said(turns: Sequence[Turn], where: str) -> None:
+    """Raise UserError for an answer that is learned and says nothing."""
+    for turn in turns:
+        says = turn["content"].strip() or turn.get("tool_calls") or turn.get("reasoning_content")
+        if turn["role"] == "assistant" and turn.get("train_weight", 1) and not says:
+            raise UserError(
+                f"{where}: an answer is empty, which teaches to say nothing; write it, remove the "
+                "row, or give the turn the weight 0"
+            )
 
 
 def parse_row(item: Any, where: str = "row", language: str = "") -> Conversation:

@@ -93,9 +93,9 @@ def _unlisted(text: str, choices: tuple[str, ...], texts: tuple[str, ...] = ()) 
     for names in (choices, texts):
         lines = r"[^\w\n]*\n[^\w]*".join(map(_pattern, names))
         text = re.sub(rf"^[^\w\n]*{lines}[^\w\n]*$", "", text, flags=re.M | re.I) if names else text
-    pairs = zip(choices, texts, strict=True) if texts else ()
+    pairs = zip(choices, texts, strict=False)
     options = r"\W+".join(rf"{_pattern(choice)}\W+{_pattern(name)}" for choice, name in pairs)
-    return re.sub(rf"(?<!\w){options}(?!\w)", "", text, flags=re.I) if texts else text
+    return re.sub(rf"^[^\w\n]*{options}(?!\w)", "", text, flags=re.M | re.I) if texts else text
 
 
 def _pattern(name: str) -> str:

@@ -213,10 +213,16 @@ def _within(prediction: str, item) -> float:
     """
     limits = [grammars.numbers(limit) for limit in item.allowed]
     answer = answers.last_said(prediction)
-    said = grammars.numbers(answer.rpartition("=")[2] if answer else prediction)
+    said = grammars.numbers(_result(answer) if answer else prediction)
     if len(limits) != 2 or not all(len(limit) == 1 for limit in limits):
         return float(bool(said) and said == grammars.numbers(item.answer))
     return float(bool(said) and limits[0][0] <= said[0 if answer else -1] <= limits[1][0])
+
+
+def _result(answer: str) -> str:
+    """What follows the last equals sign before a number; "the 10-year risk" has no number."""
+    after = re.split(r"=\s*(?=[-+\u2212]?\d)", answer)[-1]
+    return re.sub(r"(?<![\w.])\d[\d.]*-[A-Za-z]+", " ", after)
 
 
 def _hit(count: int):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from medmoe_jax.data.conversation import Turn
-from medmoe_jax.data.turns import kind, quoted, read_turn
+from medmoe_jax.data.turns import ROLES, kind, quoted, read_turn
 from medmoe_jax.errors import ParameterError, UserError
 from medmoe_jax.inference.sampling import Sampling
 from medmoe_jax.ranges import COUNT, NOT_NEGATIVE, SEED, Range
@@ -191,7 +191,7 @@ def _turns(value: Any) -> tuple[Turn, ...]:
         strange = [name for name in given if name not in _MESSAGE]
         if strange:
             raise Refused(f"{at}: {quoted(strange)} cannot be served", param="messages")
-        if "name" in given and given.get("role") != "tool":
+        if given.get("name") and ROLES.get(str(given.get("role"))) != "tool":
             raise Refused(f"{at}: only a tool's message has a name here", param="messages")
         try:
             turns.append(read_turn(given, at))

@@ -79,7 +79,7 @@ class Served:
             raise Refused(
                 f"a request may ask for {self.worker.places} answers at most, and this one asks "
                 f"for {answers}",
-                param="n",
+                param="n" if asked.n > 1 else "prompt",
             )
         if isinstance(asked, ChatRequest):
             turns = list(asked.turns)

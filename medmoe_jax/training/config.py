@@ -9,6 +9,7 @@ has that class's fields and defaults, and is described there.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -178,7 +179,7 @@ def stacked(of: tuple[str, ...], gate: str = "skill", **fields: Any) -> ConfigDi
 
 
 def source(
-    path: str = "",
+    path: str | os.PathLike[str] = "",
     reader: str = "rows",
     split: str = "train",
     prompt: str = "{text}",
@@ -197,8 +198,8 @@ def source(
       window: rows; with one, JSON lines and Parquet files of any size are streamed and shuffled in
         a window of so many. 0 = all rows are read, checked and counted before the first step.
     """
-    fields = {"path": path, "reader": reader, "split": split, "prompt": prompt, "window": window}
-    return ConfigDict({**fields, "columns": dict(columns or {})})
+    fields = {"reader": reader, "split": split, "prompt": prompt, "window": window}
+    return ConfigDict({"path": os.fspath(path), **fields, "columns": dict(columns or {})})
 
 
 def orthogonality(of: str, against: str, **fields: Any) -> ConfigDict:

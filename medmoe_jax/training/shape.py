@@ -26,9 +26,10 @@ class _AnyNames(NamedTuple):
 
 
 class _SomeFields(NamedTuple):
-    """Fields of a section that may be left out."""
+    """Fields of a section that may be left out, but for `needed`."""
 
     of: Mapping[str, Any]
+    needed: tuple[str, ...] = ()
 
 
 _OPEN = _AnyNames(None)  # any fields, which are judged where they are used
@@ -43,18 +44,20 @@ def _whole() -> dict[str, Any]:
     whole: dict[str, Any] = {name: dict(section) for name, section in sections.recipe().items()}
     whole["base"]["decoder"] = whole["data"]["template_options"] = _OPEN
     whole["data"]["sources"] = _AnyNames({**sections.source(), "columns": _AnyNames("")})
+    whole["run"]["profile"] = (0, 0)
     whole["run"]["mesh"] = _SomeFields(whole["run"]["mesh"])
     whole["stages"] = _stages
     return whole
 
 
 def _stages(stages: Mapping[str, Any]) -> dict[str, Any]:
+    allocator = sections.allocator("", 0)
     stage = {
         **sections.stage(),
         "banks": _AnyNames(sections.bank()),
         "stack": _AnyNames(sections.stacked(())),
         "losses": _AnyNames(_loss),
-        "allocators": _AnyNames(sections.allocator("", 0)),
+        "allocators": _AnyNames(_SomeFields(dict(allocator), ("bank", "target_rank"))),
         "states": _AnyNames(""),
         "mixture": _AnyNames(0.0),
     }
@@ -66,15 +69,17 @@ def _loss(loss: Mapping[str, Any]) -> Any:
     kind = REGULARISERS.get(str(loss.get("kind")))
     if kind is None:
         return _OPEN
-    named = {field.name: "" for field in dataclasses.fields(kind)}  # of banks, without a default
-    return {"kind": "", **named, **sections.defaults(kind)}
+    defaults = sections.defaults(kind)
+    banks = tuple(f.name for f in dataclasses.fields(kind) if f.name not in defaults)
+    return _SomeFields({"kind": "", **dict.fromkeys(banks, ""), **defaults}, ("kind", *banks))
 
 
 def _check(path: str, value: Any, like: Any) -> None:
     """Raise unless a value is like a default, or has a section's fields; None takes anything."""
+    mapping = isinstance(value, Mapping | ConfigDict)
+    like = like(value if mapping else {}) if callable(like) else like
     if like is None:
         return
-    mapping = isinstance(value, Mapping | ConfigDict)
     fields = _fields(like, value if mapping else {})
     if fields is None:
         _check_value(path, value, like)
@@ -87,16 +92,16 @@ def _check(path: str, value: Any, like: Any) -> None:
             close = difflib.get_close_matches(str(name), fields, n=1)
             hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(fields)}"
             raise ParameterError(f"{inside}{name}: there is no such field; {hint}")
+    needed = like.needed if isinstance(like, _SomeFields) else fields
     for name, default in fields.items():
         if name in value:
             _check(f"{inside}{name}", value[name], default)
-        elif not isinstance(like, _SomeFields):
+        elif name in needed:
             raise ParameterError(f"{inside}{name}: is missing; make sections with training.config")
 
 
 def _fields(like: Any, value: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """What each field of a section is like; None where `like` is the default of a value."""
-    like = like(value) if callable(like) else like
     if isinstance(like, _AnyNames):
         return dict.fromkeys(value, like.of)
     if isinstance(like, _SomeFields):
@@ -107,6 +112,8 @@ def _fields(like: Any, value: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def _check_value(path: str, value: Any, default: Any) -> None:
     if isinstance(default, tuple):
         if isinstance(value, list | tuple):
+            for number, one in enumerate(value):
+                _check(f"{path}[{number}]", one, default[0] if default else "")
             return
         hint = f"; write ({value!r},)" if isinstance(value, str) else ""
         raise ParameterError(f"{path}: {shown(value)} is not a list{hint}")

@@ -119,8 +119,9 @@ def _run_stages(run: Run, callers: _Callers) -> None:
     if trained:
         place_batches(run.setup)  # before rows are read, which may take long
     opened = open_rows(run.setup, trained)
-    for recipe in trained:
-        _check_ahead(run, recipe, opened)
+    for stage in run.stages:
+        if not (stage.name in imported or stage.folder.is_finished()):
+            _check_ahead(stage, opened)
     for stage in run.stages:
         if stage.name in imported:
             stage.check_whole()
@@ -137,11 +138,13 @@ def _run_stages(run: Run, callers: _Callers) -> None:
         data.stream.close()
 
 
-def _check_ahead(run: Run, recipe: Stage, opened: Mapping[str, Opened]) -> None:
+def _check_ahead(stage: StageRun, opened: Mapping[str, Opened]) -> None:
     """Raise UserError for a stage that could not begin, before those ahead of it are trained."""
-    data = open_data(run.setup, recipe, opened)
-    roster = roster_of(run.setup.stages, recipe.name, bool(run.setup.base.quantise))
-    budget_schedules(recipe, roster, _steps(recipe, data))
+    setup, recipe = stage.setup, stage.recipe
+    data = open_data(setup, recipe, opened)
+    if recipe.allocators:  # else nothing asks for the number of steps, for which rows are packed
+        roster = roster_of(setup.stages, stage.name, bool(setup.base.quantise))
+        budget_schedules(recipe, roster, _steps(recipe, data))
     data.stream.close()
 
 

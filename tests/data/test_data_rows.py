@@ -167,6 +167,8 @@ def test_an_empty_answer_is_refused_with_its_place(empty, tmp_path):
     with pytest.raises(UserError, match=r"rows\.csv, line 3: an answer is empty"):
         list(rows.read_file(tmp_path / "rows.csv"))
     rows.parse_row({"messages": [talk[0], {**talk[1], "weight": 0}, *later[2:]]})
+    rows.parse_row({"messages": [talk[0], {**talk[1], "reasoning_content": "Hm."}]})
+    rows.RowReader(learned=False)(bad[0])  # of which nothing is learned
     call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
     rows.parse_row({"messages": [talk[0], {**talk[1], "tool_calls": [call]}]})
 

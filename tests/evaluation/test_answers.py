@@ -89,3 +89,10 @@ LIST = "A. Aspirin\nB. Heparin\nC. Warfarin\nD. Insulin"
 )
 def test_a_list_of_the_options_names_none(text, wanted):
     assert answers.pick(text, "ABCD", DRUGS) == wanted
+
+
+def test_a_list_that_is_the_answer_is_no_mere_list():
+    texts = ("aspirin", "heparin", "warfarin", "insulin")
+    said = "The correct answers are: A. aspirin, B. heparin, C. warfarin, D. insulin"
+    assert answers.letters(said, "ABCD", texts)
+    assert answers.letters("The answers are A and B", "ABCDEFGHIJ", texts) == {"A", "B"}

@@ -101,7 +101,7 @@ def test_bad_input_is_one_message(launcher, words, message):
     "line",
     [
         "URL=https://h/?a=1&b=2", "TOKEN=pa$HOME", 'TOKEN="pa$HOME"', "TOKEN=ab touch PWNED",
-        "A=`id`", "A='it''s'", "9A=1", "A-B=1", "A", "A=1\r", "A=1; touch PWNED", "A=~x",
+        "A=`id`", "A='it''s'", "9A=1", "A-B=1", "A", "A=1; touch PWNED", "A=~x",
         "A=$(touch PWNED)",
     ],
 )  # fmt: skip
@@ -113,6 +113,17 @@ def test_variables_that_a_shell_would_read_otherwise(launcher, line):
     assert ended.returncode == 1 and "tokens, line 4: write VAR=value" in ended.stderr
     assert line.strip() not in ended.stderr.replace("VAR=value", "") or line == "A"
     assert not (tool.folder / "PWNED").exists()
+
+
+def test_variables_as_a_shell_and_people_write_them(launcher):
+    tool = launcher()
+    lines = ["# mine", "", "  # and", "A=1", " B=a#b  ", "export C='x & y' # why", 'D="p q"', "E="]
+    (tool.folder / "tokens").write_text("\n".join(lines))
+    ended = tool("ship", "--zone=z", "--env-file=tokens", "--dry-run")
+    assert "--env-file" not in ended.stderr
+    (tool.folder / "tokens").write_bytes(b"A=1\r\n")
+    ended = tool("ship", "--zone=z", "--env-file=tokens")
+    assert "tokens, line 1: ends with a carriage return; convert the file" in ended.stderr
 
 
 def test_a_verb_is_needed(launcher):

@@ -281,6 +281,10 @@ def test_more_answers_than_places_are_refused_before_anything_is_made(client):
         client.chat.completions.create(**many, messages=user("say a"))
     with pytest.raises(openai.BadRequestError, match="top_k: 2147483648 is above"):
         client.completions.create(model="main", prompt="a", extra_body={"top_k": 2**31})
+    told = [*user("say a"), {"role": "function", "name": "f", "content": "1"}, *user("say a")]
+    told[0]["name"] = ""
+    with pytest.raises(openai.BadRequestError, match="template has no place for name, role 'tool'"):
+        client.chat.completions.create(model="main", messages=told)
     with pytest.raises(openai.BadRequestError, match=r"messages\[0\]: only a tool's message has"):
         client.chat.completions.create(model="main", messages=[*map(named, user("say a"))])
 

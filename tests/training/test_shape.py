@@ -1,5 +1,7 @@
 """What a recipe's Python can get wrong: fields and types, found before anything is opened."""
 
+from pathlib import Path
+
 import pytest
 
 import medmoe_jax
@@ -56,6 +58,14 @@ def put(path, value):
         (put("stages.learn.mixture.mine", "1"), r"mixture\.mine: '1' is not a number"),
         (put("stages.learn.banks", ("lora",)), r"learn\.banks: \('lora',\) is not a section"),
         (put("stages.order", "learn"), r"stages\.order: 'learn' is not a list; write \('learn',\)"),
+        (put("stages.learn.banks.lora.sites", (1,)), r"lora\.sites\[0\]: 1 is not text"),
+        (put("stages.learn.train_base", (1,)), r"train_base\[0\]: 1 is not text"),
+        (put("stages.learn.evaluation.tasks", (1,)), r"evaluation\.tasks\[0\]: 1 is not text"),
+        (put("run.profile", (1, "2")), r"run\.profile\[1\]: '2' is not a whole number"),
+        (
+            put("stages.learn.losses", {"o": {"kind": "orthogonality", "of": "lora"}}),
+            r"losses\.o\.against: is missing",
+        ),
         (put("base.path", 7), r"base\.path: 7 is not text"),
         (put("data.pack", 1), r"data\.pack: 1 is not true or false"),
         (put("run.mesh.fsdp", "all"), r"run\.mesh\.fsdp: 'all' is not a whole number"),
@@ -69,6 +79,21 @@ def test_the_field_is_named(change, message):
     for look in (check_shape, open_setup, medmoe_jax.config):
         with pytest.raises(UserError, match=message):
             look(config)
+
+
+def test_what_a_section_may_leave_out():
+    """Losses and allocators have the defaults of their classes, a mesh has axes of one."""
+    config = whole()
+    for path, value in (
+        ("stages.learn.losses", {"o": {"kind": "orthonormality", "bank": "lora"}}),
+        ("stages.learn.allocators", {"r": {"bank": "lora", "target_rank": 1}}),
+        ("run.mesh", {"data": 1}),
+        ("stages.learn.banks.lora.layers", (-2, None)),
+        ("run.profile", [3, 2]),
+    ):
+        put(path, value)(config)
+    config.data.sources.other = source(Path("rows.jsonl"))
+    check_shape(config)
 
 
 def test_every_recipe_that_comes_with_the_package_has_the_fields():
