@@ -141,7 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _run(argv)
         finally:
-            sys.stdout.flush()  # not at Python's end, which would tell of a reader that is gone
+            if sys.stdout is not None:  # as it is where it was closed
+                sys.stdout.flush()  # not at Python's end, which would tell of a reader that is gone
     except BrokenPipeError:
         for stream in _unread():  # what Python writes at its end goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -151,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _unread() -> list[TextIO]:
     """Those of the standard streams whose reader is gone."""
     found = []
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (one for one in (sys.stdout, sys.stderr) if one is not None):
         with contextlib.suppress(OSError):  # no file is behind it, as in a notebook
             look = select.poll()
             look.register(stream.fileno(), 0)

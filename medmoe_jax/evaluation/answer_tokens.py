@@ -195,12 +195,19 @@ class _Reader:
     def _asking(self, at: int) -> tuple[AnswerToken | None, int] | None:
         """A repeated "(A/B/C/D):", which asks for the answer in any language; "(A/B/C/D)" is none.
 
-        "(A, B, C, D)" may be an answer, where no colon follows.
+        "(A, B, C, D)" may be an answer, where no colon follows, and any where no choice follows.
         """
         cue = self.cue.match(self.low, at)
+        if cue and not self._named_after(cue.end()):
+            return None
         if cue and self.low[cue.end() :].lstrip(" *").startswith(":"):
             return AnswerToken("ANSWER", cue[0]), len(cue[0])
         return (None, len(cue[0])) if cue and "/" in cue[0] else None
+
+    def _named_after(self, at: int) -> bool:
+        """Whether a choice stands anywhere behind a place."""
+        names = (name.lower() for name in self.words or self.letters)
+        return any(re.search(rf"(?<!\w){re.escape(n)}(?!\w)", self.low[at:]) for n in names)
 
     def _char(self, at: int) -> str:
         return self.text[at] if 0 <= at < len(self.text) else " "

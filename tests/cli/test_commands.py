@@ -513,6 +513,12 @@ def test_a_reader_that_is_gone_ends_every_command_quietly(tmp_path, capsys, monk
         assert (done.returncode, done.stderr) == (141, b"")
 
 
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_command_without_a_standard_stream_ends_as_ever(closed, monkeypatch):
+    monkeypatch.setattr(f"sys.{closed}", None)  # as Python has it after `>&-`
+    assert main(["eval", "--list"]) == 0
+
+
 def test_a_pipe_that_is_not_the_output_is_an_error(config, workdir, capsys, monkeypatch):
     def fail(*_, **__):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
