@@ -102,7 +102,7 @@ def test_a_list_that_is_the_answer_is_no_mere_list():
     "said", ["答案：(A/B/C)", "The answer is (A/B/C).", "[A/B/C]", "(A, B, C): these are right"]
 )
 def test_a_bracket_that_no_choice_follows_is_the_answer(said):
-    """Of questions with several right letters; before a choice it is the repeated cue."""
+    """Questions may have several right letters; before a choice it is the repeated cue."""
     assert answers.letters(said, "ABCDEFGHIJ") == set("ABC")
     for after in ("C", "**C**", "c"):
         assert answers.letters(f"Answer (A/B/C/D): {after}", "ABCDEFGHIJ") == {"C"}
