@@ -155,10 +155,9 @@ def trained_parameters(trained: Trained) -> int:
     return whole + sum(count(gate) for gate in gates)
 
 
-def scored_rows(folder: Path, names: Sequence[str] = ()) -> dict[str, list[dict]]:
-    """What a model of a run is scored on, by name: all rows, or some."""
-    paths = sorted(folder.glob("scored/*.jsonl"))
-    return {path.stem: list(read_file(path)) for path in paths if not names or path.stem in names}
+def scored_rows(folder: Path) -> dict[str, list[dict]]:
+    """What the models of a run are scored on, by name."""
+    return {path.stem: list(read_file(path)) for path in sorted(folder.glob("scored/*.jsonl"))}
 
 
 def seeded(
@@ -188,16 +187,17 @@ def run(job: Job, workdir: Path, base: str) -> None:
     if not (folder / "rows").exists():
         fit = RowFitter(setup.encoder, config.data.length)
         trial_rows.write(job.trial, folder / "rows", trial_rows.Draw(job.seed, job.choosing, fit))
+    held = scored_rows(folder / "rows")
     tasks = () if job.choosing else trial.tasks
     if not job.choosing and not (folder / BASE).exists():
         bare = Trained("", {}, {}, setup.load_base())
-        write_json(folder / BASE, scores(setup, bare, scored_rows(folder / "rows"), tasks))
+        write_json(folder / BASE, scores(setup, bare, held, tasks))
     clock = [time.monotonic()]
 
     def evaluate(trained: Trained) -> dict[str, Any]:
         seconds = time.monotonic() - clock[0]
         wanted = (trial.chosen_by if job.choosing else trial.scored_on)(trained.stage)
-        rows = scored_rows(folder / "rows", wanted)
+        rows = {name: some for name, some in held.items() if not wanted or name in wanted}
         figures = scores(setup, trained, rows, tasks)
         for bank in () if job.choosing else trial.without:
             if any(spec.name == bank for spec in lifecycle.active_banks(trained.roster)):

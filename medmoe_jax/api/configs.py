@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, config_flags
 
 from medmoe_jax.api.places import check_fields
 from medmoe_jax.errors import ParameterError, UserError
-from medmoe_jax.storage.places import check
+from medmoe_jax.storage import places
 from medmoe_jax.training.shape import check_shape
 
 # The folder configs/ of the project, inside the package.
@@ -49,9 +49,14 @@ def config(
         changed = read_recipe(os.fspath(recipe))
     for name, value in (overrides or {}).items():
         set_field(changed, name, value)
+    check(changed)
+    return changed
+
+
+def check(changed: ConfigDict) -> None:
+    """Raise UserError for a field that is unknown, of another type, or names no place it takes."""
     check_shape(changed)
     check_fields(changed)
-    return changed
 
 
 def variants(
@@ -130,7 +135,7 @@ def _file(name: str, given: str) -> Path:
         return Path(name)
     if name in recipes():
         return SHIPPED / f"{name}.py"
-    check(given, "config", ())
+    places.check(given, "config", ())
     if re.fullmatch(r"[\w-]+", name):
         close = difflib.get_close_matches(name, recipes(), n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(recipes())}"

@@ -10,7 +10,8 @@ from medmoe_jax import json_text
 from medmoe_jax.api import opening
 from medmoe_jax.cli.configs import load_config
 from medmoe_jax.data.conversation import check_text
-from medmoe_jax.errors import ParameterError, UserError
+from medmoe_jax.errors import UserError
+from medmoe_jax.inference.chat import check_room
 from medmoe_jax.inference.sampling import Sampling
 from medmoe_jax.ranges import COUNT
 from medmoe_jax.storage.fetched import fetched
@@ -92,11 +93,7 @@ def length_of(arguments: argparse.Namespace, context: int) -> int:
     """
     if arguments.max_tokens is None:
         return max(1, min(arguments.most, context // 2))
-    if arguments.max_tokens >= context:
-        raise ParameterError(
-            f"max_tokens: {arguments.max_tokens} leave no room for a question in a context of "
-            f"{context} tokens"
-        )
+    check_room(arguments.max_tokens, context)
     return arguments.max_tokens
 
 

@@ -26,6 +26,16 @@ class Answered(NamedTuple):
     language: int
 
 
+def check_room(max_tokens: int, context: int) -> None:
+    """Raise ParameterError for an answer that leaves no room for a question in the context."""
+    COUNT.check("max_tokens", max_tokens)
+    if max_tokens >= context:
+        raise ParameterError(
+            f"max_tokens: {max_tokens} leave no room for a question in a context of {context} "
+            "tokens"
+        )
+
+
 class Chat:
     """A conversation. As a context manager it ends its thread, in which the decoder is, at the end.
 
@@ -48,12 +58,7 @@ class Chat:
           UserError: an answer leaves no room for a prompt, or the template takes no such system
             text.
         """
-        COUNT.check("max_tokens", max_tokens)
-        if max_tokens >= model.context:
-            raise ParameterError(
-                f"max_tokens: {max_tokens} leave no room for a question in a context of "
-                f"{model.context} tokens"
-            )
+        check_room(max_tokens, model.context)
         self._model, self._sampling, self._max_tokens = model, sampling, max_tokens
         self.turns: list[Turn] = []
         self.system = ""

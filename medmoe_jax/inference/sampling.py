@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from medmoe_jax.ranges import NOT_NEGATIVE, POSITIVE, SEED, SHARE, WORD, Range
 
+_NUMBER = Range(0, WORD.high)
 _PENALTY = Range(0.01, 100)  # what keeps float32 logits finite
 
 
@@ -47,9 +48,8 @@ class Sampling:
         NOT_NEGATIVE.check("temperature", self.temperature)
         Range(0, 1, above=True).check("top_p", self.top_p)
         SEED.check("seed", self.seed)
-        for name in ("first", "top_k"):
-            NOT_NEGATIVE.check(name, getattr(self, name))
-            WORD.check(name, getattr(self, name))
+        _NUMBER.check("first", self.first)
+        _NUMBER.check("top_k", self.top_k)
         SHARE.check("min_p", self.min_p)
         POSITIVE.check("repetition_penalty", self.repetition_penalty)
         _PENALTY.check("repetition_penalty", self.repetition_penalty)

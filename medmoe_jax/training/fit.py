@@ -32,7 +32,6 @@ from medmoe_jax.training.run import Run, StageRun
 from medmoe_jax.training.stage import Stage
 from medmoe_jax.training.step import Objective
 from medmoe_jax.training.terminal import StepBar, note
-from medmoe_jax.training.transitions import roster_of
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ def find(run: Run, name: str) -> StageRun:
       UserError: there is no such stage, or it trains anything else.
     """
     stage = run.stage(name)
-    roster = roster_of(run.setup.stages, name, bool(run.setup.base.quantise))
+    roster = run.setup.roster(name)
     trained = [bank for bank, (_, state) in roster.items() if state in ("train", "gate")]
     recipe = stage.recipe
     if trained != _mixed(recipe, roster) or len(trained) != 1 or recipe.train_base:

@@ -23,7 +23,6 @@ from medmoe_jax.training.leaves import match_leaves
 from medmoe_jax.training.run import Run, StageRun
 from medmoe_jax.training.terminal import note
 from medmoe_jax.training.trained import load_final, open_trained
-from medmoe_jax.training.transitions import roster_of
 
 
 def import_stage(run: Run, folder: str | Path, name: str = "") -> str:
@@ -46,7 +45,7 @@ def import_stage(run: Run, folder: str | Path, name: str = "") -> str:
     """
     folder = fetched(folder)
     stage = _choose(run, name)
-    roster = roster_of(run.setup.stages, stage.name, bool(run.setup.base.quantise))
+    roster = run.setup.roster(stage.name)
     read = _read_upcycled if holds_experts(folder) else _read_adapter
     given = read(stage, folder, roster)
     advice = "the files hold it, or their numbers times alpha / r are beyond float32"

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from medmoe_jax.adapters.bank import BankSpec
+from medmoe_jax.adapters.lifecycle import Roster
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base.execution import REMAT, Execution
 from medmoe_jax.base.presets import HUB
@@ -38,6 +39,7 @@ from medmoe_jax.training.limits import check_numbers
 from medmoe_jax.training.recipe import parse
 from medmoe_jax.training.shape import check_shape
 from medmoe_jax.training.stage import Stage
+from medmoe_jax.training.transitions import roster_of
 
 AUTO = "auto"  # of `run.remat`: the least recomputation that fits
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -63,6 +65,10 @@ class Setup:
     text: tuple[Tokenizer, Template] | None
     languages: Languages | None = None
     _spare: list = field(default_factory=list, repr=False, compare=False)
+
+    def roster(self, stage: str) -> Roster:
+        """The banks of the stage of that name and their states; "" has no bank."""
+        return roster_of(self.stages, stage, bool(self.base.quantise))
 
     @property
     def dtype(self) -> DTypeLike:

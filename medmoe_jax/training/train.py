@@ -48,7 +48,6 @@ from medmoe_jax.training.run import Run, StageRun
 from medmoe_jax.training.stage import Stage
 from medmoe_jax.training.step import TrainState
 from medmoe_jax.training.terminal import note
-from medmoe_jax.training.transitions import roster_of
 
 # Hooks for a stage that is about to train.
 MakeHooks = Callable[[Prepared], Sequence[Hook]]
@@ -119,9 +118,9 @@ def _run_stages(run: Run, callers: _Callers) -> None:
     if trained:
         place_batches(run.setup)  # before rows are read, which may take long
     opened = open_rows(run.setup, trained)
-    for stage in run.stages:
-        if not (stage.name in imported or stage.folder.is_finished()):
-            _check_ahead(stage, opened)
+    left = [s for s in run.stages if not (s.name in imported or s.folder.is_finished())]
+    for stage in left[1:]:  # the first is about to begin
+        _check_ahead(stage, opened)
     for stage in run.stages:
         if stage.name in imported:
             stage.check_whole()
@@ -143,8 +142,7 @@ def _check_ahead(stage: StageRun, opened: Mapping[str, Opened]) -> None:
     setup, recipe = stage.setup, stage.recipe
     data = open_data(setup, recipe, opened)
     if recipe.allocators:  # else nothing asks for the number of steps, for which rows are packed
-        roster = roster_of(setup.stages, stage.name, bool(setup.base.quantise))
-        budget_schedules(recipe, roster, _steps(recipe, data))
+        budget_schedules(recipe, setup.roster(stage.name), _steps(recipe, data))
     data.stream.close()
 
 
