@@ -220,8 +220,14 @@ def _within(prediction: str, item) -> float:
 
 
 def _result(answer: str) -> str:
-    """What follows the last equals sign before a number; "the 10-year risk" has no number."""
-    after = re.split(r"=\s*(?=[-+\u2212]?\d)", answer)[-1]
+    """What follows the last sign of a result before a number; "the 10-year risk" has no number.
+
+    What stands in brackets says how it came about, "24.5 (70 / 1.69²)", unless nothing else does.
+    """
+    bare = re.sub(r"\([^()]*\)", " ", answer)
+    text = bare if re.search(r"\d", bare) else answer
+    signs = r"=>?|->|[≈≃≅→⇒]|\bequals\b|\\approx|\\rightarrow"
+    after = re.split(rf"(?:{signs})\s*(?=[-+\u2212]?\d)", text)[-1]
     return re.sub(r"(?<![\w.])\d[\d.]*-[A-Za-z]+", " ", after)
 
 
