@@ -1,4 +1,4 @@
-"""A command before it begins: SIGTERM, and the garbage collector while modules are imported.
+"""A command before it begins: its pages, SIGTERM, the garbage collector while modules are imported.
 
 A command that has begun nothing ends with status 75, as one does that has saved, and is to be
 started again. This module imports nothing that takes time, and stands before all that does.
@@ -13,6 +13,8 @@ import signal
 import sys
 import threading
 from collections.abc import Generator
+
+from medmoe_jax.parallel import pages
 
 STATUS = 75
 # As the command is called, and as `python -m` calls it; not where others import the package.
@@ -58,5 +60,6 @@ def all_imported() -> None:
 
 
 if _IS_PROGRAM:
+    pages.begin_again()
     signal.signal(signal.SIGTERM, _leave)
     gc.disable()

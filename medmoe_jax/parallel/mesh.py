@@ -99,6 +99,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def on_processors(mesh: Mesh) -> bool:
+    """Whether its devices are processors, not TPUs or GPUs."""
+    return mesh.devices.flat[0].platform == "cpu"
+
+
 def batch_sharding(mesh: Mesh, rank: int = 2) -> NamedSharding:
     """The sharding of `[B, T, ...]` or `[B]` arrays.
 

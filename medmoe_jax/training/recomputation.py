@@ -15,8 +15,8 @@ import jax
 
 from medmoe_jax.base.execution import REMAT
 from medmoe_jax.errors import UserError, field_names
-from medmoe_jax.parallel import processes
-from medmoe_jax.parallel.mesh import batch_shards
+from medmoe_jax.parallel import pages, processes
+from medmoe_jax.parallel.mesh import batch_shards, on_processors
 from medmoe_jax.parallel.room import compiler_recomputes, room, taken
 from medmoe_jax.training.compiling import compile_ahead
 from medmoe_jax.training.parts import jit_step, recomputing
@@ -55,9 +55,11 @@ def compile_step(prepared: Prepared, state: TrainState, remembered: str) -> Step
     """
     setup, name = prepared.stage.setup, prepared.stage.name
     choices = setup.remats
-    if remembered in choices:
+    if len(choices) > 1 and remembered in REMAT:
         choices = (remembered,)
     there = min(processes.gather(room(setup.mesh)))
+    size = "large" if pages.large() else "small"
+    paged = f", in {size} pages" if on_processors(setup.mesh) else ""
     for remat in choices:
         last = remat == choices[-1]
         try:
@@ -72,7 +74,7 @@ def compile_step(prepared: Prepared, state: TrainState, remembered: str) -> Step
             note(f"stage '{name}': remat '{remat}' does not fit")
             continue
         needs = taken(function.memory_analysis(), setup.mesh)
-        said = f"its step was {how} and needs {_gib(needs)} of {_gib(there)} for itself"
+        said = f"its step was {how} and needs {_gib(needs)} of {_gib(there)} for itself{paged}"
         dear = compiler_recomputes(function.as_text() or "")
         also = ", and what the compiler takes by itself" if dear else ""
         if last or (needs <= there and not dear):

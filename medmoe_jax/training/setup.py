@@ -30,7 +30,13 @@ from medmoe_jax.data.tokenizers import check_vocabulary
 from medmoe_jax.data.tokens import Tokenizer
 from medmoe_jax.errors import ParameterError, UserError, field_names
 from medmoe_jax.mesh_axes import SEQUENCE
-from medmoe_jax.parallel.mesh import batch_sharding, batch_shards, check_divides, make_mesh
+from medmoe_jax.parallel.mesh import (
+    batch_sharding,
+    batch_shards,
+    check_divides,
+    make_mesh,
+    on_processors,
+)
 from medmoe_jax.parallel.rules import BASE_RULES, Rule, rules_for, shardings
 from medmoe_jax.routing.dispatch import strategy
 from medmoe_jax.routing.languages import Languages, read_languages
@@ -178,9 +184,15 @@ class Setup:
 
     @property
     def remats(self) -> tuple[str, ...]:
-        """What a training step may recompute, the least first: all of REMAT for `auto`."""
+        """What a training step may recompute, the least first: all of REMAT for `auto`.
+
+        On processors `auto` does not keep everything: it takes twice the memory of `dots` there,
+        and no less time.
+        """
         asked = self.config.run.remat
-        return REMAT if asked == AUTO else (asked,)
+        if asked != AUTO:
+            return (asked,)
+        return REMAT[1:] if on_processors(self.mesh) else REMAT
 
     def model(self, banks: tuple[BankSpec, ...]) -> AdaptedConfig:
         """The decoder with these banks active, run as `config.run` says.

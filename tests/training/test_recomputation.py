@@ -14,6 +14,7 @@ from medmoe_jax.errors import Stopped, UserError
 from medmoe_jax.parallel import processes, room
 from medmoe_jax.parallel.mesh import make_mesh
 from medmoe_jax.training import recomputation
+from medmoe_jax.training import setup as setup_lib
 from medmoe_jax.training import train as training
 from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import AUTO, open_setup
@@ -23,6 +24,12 @@ from tests import tiny
 pytestmark = pytest.mark.slow
 
 SAID = re.compile(r"needs ([\d.]+) GiB of ([\d.]+) GiB for itself.*remat '(\w+)'")
+
+
+@pytest.fixture
+def all_three(monkeypatch):
+    """Devices that are no processors, for which `none` is a choice too."""
+    monkeypatch.setattr(setup_lib, "on_processors", lambda mesh: False)
 
 
 def run_of(workdir, remat=AUTO):
@@ -42,7 +49,9 @@ def end_of(workdir):
     return losses, Manifest.read(folder.manifest).content
 
 
-def test_the_least_that_fits_is_kept_when_the_run_goes_on(tmp_path, monkeypatch, capsys):
+def test_the_least_that_fits_is_kept_when_the_run_goes_on(
+    tmp_path, monkeypatch, capsys, all_three
+):
     """With memory between that of `none` and of `dots`; and then with all that there is."""
     needs = []
     real = recomputation.taken
@@ -71,6 +80,19 @@ def test_the_least_that_fits_is_kept_when_the_run_goes_on(tmp_path, monkeypatch,
     assert recomputation.compile_step(prepared, state, "").remat == "dots"
 
 
+def test_processors_keep_products_only(tmp_path, monkeypatch, capsys):
+    """However much memory there is; a run that began with `none` goes on with it."""
+    prepared, state = training.prepare(run_of(tmp_path / "w").stage("aggregate"), 2)
+    monkeypatch.setattr(recomputation, "room", lambda mesh: 10**15)
+    assert recomputation.compile_step(prepared, state, "").remat == "dots"
+    assert recomputation.compile_step(prepared, state, "none").remat == "none"
+    capsys.readouterr()
+    for large, said in ((True, "for itself, in large pages"), (False, "for itself, in small pages")):
+        monkeypatch.setattr(recomputation.pages, "large", lambda large=large: large)
+        recomputation.compile_step(prepared, state, "full")
+        assert said in capsys.readouterr().err
+
+
 def exhausted(*_):
     raise jax.errors.JaxRuntimeError(
         "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 34359738368 bytes.\nmore"
@@ -90,7 +112,7 @@ def test_running_out_of_memory_names_a_setting_that_needs_less(tmp_path, monkeyp
         assert "more" not in said.split("(RESOURCE")[1]
 
 
-def test_a_compiler_that_finds_no_room(tmp_path, monkeypatch, capsys):
+def test_a_compiler_that_finds_no_room(tmp_path, monkeypatch, capsys, all_three):
     """Its refusal of `none` is no error; that of the last one is, and others stay as they are."""
     real = recomputation.compile_ahead
     refused = []
@@ -118,7 +140,9 @@ def test_a_compiler_that_finds_no_room(tmp_path, monkeypatch, capsys):
         recomputation.compile_step(prepared, state, "")
 
 
-def test_a_program_in_which_the_compiler_recomputes_is_passed_over(tmp_path, monkeypatch, capsys):
+def test_a_program_in_which_the_compiler_recomputes_is_passed_over(
+    tmp_path, monkeypatch, capsys, all_three
+):
     """However it fits; the last choice is taken all the same."""
     prepared, state = training.prepare(run_of(tmp_path / "w").stage("aggregate"), 2)
     monkeypatch.setattr(recomputation, "room", lambda mesh: 10**15)
@@ -164,8 +188,10 @@ def test_room_of_a_device_of_a_machine_and_of_a_container(tmp_path, monkeypatch)
     assert room.room(there) == 760 and room.taken(memory, there) == 106
 
 
-def test_what_the_field_may_be(tmp_path):
-    assert run_of(tmp_path).setup.remats == REMAT
+def test_what_the_field_may_be(tmp_path, monkeypatch):
+    assert run_of(tmp_path).setup.remats == REMAT[1:]
     assert run_of(tmp_path, "dots").setup.remats == ("dots",)
     with pytest.raises(UserError, match=r"run\.remat: 'some' is none of auto, none, dots, full"):
         run_of(tmp_path, "some")
+    monkeypatch.setattr(setup_lib, "on_processors", lambda mesh: False)
+    assert run_of(tmp_path).setup.remats == REMAT
