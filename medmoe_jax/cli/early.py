@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Generator
 
-from medmoe_jax.parallel import pages
+from medmoe_jax.parallel import large_pages
 
 STATUS = 75
 # As the command is called, and as `python -m` calls it; not where others import the package.
@@ -60,6 +60,6 @@ def all_imported() -> None:
 
 
 if _IS_PROGRAM:
-    pages.begin_again()
+    large_pages.begin_again()
     signal.signal(signal.SIGTERM, _leave)
     gc.disable()

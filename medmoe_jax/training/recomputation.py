@@ -15,7 +15,7 @@ import jax
 
 from medmoe_jax.base.execution import REMAT
 from medmoe_jax.errors import UserError, field_names
-from medmoe_jax.parallel import pages, processes
+from medmoe_jax.parallel import large_pages, processes
 from medmoe_jax.parallel.mesh import batch_shards, on_processors
 from medmoe_jax.parallel.room import compiler_recomputes, room, taken
 from medmoe_jax.training.compiling import compile_ahead
@@ -58,7 +58,7 @@ def compile_step(prepared: Prepared, state: TrainState, remembered: str) -> Step
     if len(choices) > 1 and remembered in REMAT:
         choices = (remembered,)
     there = min(processes.gather(room(setup.mesh)))
-    size = "large" if pages.large() else "small"
+    size = "large" if large_pages.in_use() else "small"
     paged = f", in {size} pages" if on_processors(setup.mesh) else ""
     for remat in choices:
         last = remat == choices[-1]

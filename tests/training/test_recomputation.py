@@ -49,9 +49,7 @@ def end_of(workdir):
     return losses, Manifest.read(folder.manifest).content
 
 
-def test_the_least_that_fits_is_kept_when_the_run_goes_on(
-    tmp_path, monkeypatch, capsys, all_three
-):
+def test_the_least_that_fits_is_kept_when_the_run_goes_on(tmp_path, monkeypatch, capsys, all_three):
     """With memory between that of `none` and of `dots`; and then with all that there is."""
     needs = []
     real = recomputation.taken
@@ -87,10 +85,10 @@ def test_processors_keep_products_only(tmp_path, monkeypatch, capsys):
     assert recomputation.compile_step(prepared, state, "").remat == "dots"
     assert recomputation.compile_step(prepared, state, "none").remat == "none"
     capsys.readouterr()
-    for large, said in ((True, "for itself, in large pages"), (False, "for itself, in small pages")):
-        monkeypatch.setattr(recomputation.pages, "large", lambda large=large: large)
+    for large, size in ((True, "large"), (False, "small")):
+        monkeypatch.setattr(recomputation.large_pages, "in_use", lambda large=large: large)
         recomputation.compile_step(prepared, state, "full")
-        assert said in capsys.readouterr().err
+        assert f"for itself, in {size} pages" in capsys.readouterr().err
 
 
 def exhausted(*_):

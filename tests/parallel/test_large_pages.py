@@ -7,17 +7,17 @@ import sys
 
 import pytest
 
-from medmoe_jax.parallel import pages
+from medmoe_jax.parallel import large_pages
 
 PROGRAM = """
 import json, os, sys
 from pathlib import Path
-from medmoe_jax.parallel import pages
+from medmoe_jax.parallel import large_pages
 
 print(os.getpid(), flush=True)
-pages.begin_again(Path(sys.argv[1]))
-told = [os.environ.get(pages.VARIABLE), sys.argv[2:], pages.large(Path(sys.argv[1])), sys.flags.dev_mode]
-print(json.dumps(told))
+large_pages.begin_again(Path(sys.argv[1]))
+tunables, large = os.environ.get(large_pages.VARIABLE), large_pages.in_use(Path(sys.argv[1]))
+print(json.dumps([tunables, sys.argv[2:], large, sys.flags.dev_mode]))
 """
 
 
@@ -26,16 +26,16 @@ def called(tmp_path, system, tunables):
     (tmp_path / "system").write_text(system)
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    environment = {k: v for k, v in os.environ.items() if k != pages.VARIABLE}
+    environment = {k: v for k, v in os.environ.items() if k != large_pages.VARIABLE}
     if tunables is not None:
-        environment[pages.VARIABLE] = tunables
+        environment[large_pages.VARIABLE] = tunables
     command = [sys.executable, "-X", "dev", str(program), str(tmp_path / "system"), "a b", ""]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     *begun, told = done.stdout.splitlines()
     return begun, json.loads(told)
 
 
-@pytest.mark.skipif(not pages._glibc_has_it(), reason="no glibc of 2.35 or later")
+@pytest.mark.skipif(not large_pages._glibc_has_it(), reason="no glibc of 2.35 or later")
 @pytest.mark.parametrize("before", [None, "", "glibc.malloc.tcache_count=7"])
 def test_a_program_begins_once_more_with_the_tunable(tmp_path, before):
     """The same process and arguments, Python's own too; other tunables stay."""
@@ -69,10 +69,10 @@ def test_where_there_is_no_such_system(tmp_path, monkeypatch):
         raise AssertionError("begun again")
 
     monkeypatch.setattr(os, "execv", never)
-    monkeypatch.delenv(pages.VARIABLE, raising=False)
-    pages.begin_again(tmp_path / "absent")
-    assert not pages.large(tmp_path / "absent")
+    monkeypatch.delenv(large_pages.VARIABLE, raising=False)
+    large_pages.begin_again(tmp_path / "absent")
+    assert not large_pages.in_use(tmp_path / "absent")
     (tmp_path / "system").write_text("always [madvise] never\n")
     for name in ("", "musl 1.2.5", "glibc 2.34"):
         monkeypatch.setattr(os, "confstr", lambda _, name=name: name)
-        pages.begin_again(tmp_path / "system")
+        large_pages.begin_again(tmp_path / "system")

@@ -21,7 +21,7 @@ _SYSTEM = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _SINCE = (2, 35)  # of glibc
 
 
-def large(system: Path = _SYSTEM) -> bool:
+def in_use(system: Path = _SYSTEM) -> bool:
     """Whether large blocks of this process's heap are in pages of 2 MiB."""
     mode = _mode(system)
     return mode == "always" or (mode == "madvise" and f"{TUNABLE}=1" in _tunables())
@@ -30,8 +30,8 @@ def large(system: Path = _SYSTEM) -> bool:
 def begin_again(system: Path = _SYSTEM) -> None:
     """Run this program anew, in place of itself, with the tunable set.
 
-    Nothing is done where that changes nothing, and where `GLIBC_TUNABLES` names the tunable already:
-    `glibc.malloc.hugetlb=0` keeps small pages.
+    Nothing is done where that changes nothing, and where `GLIBC_TUNABLES` names the tunable
+    already: `glibc.malloc.hugetlb=0` keeps small pages.
     """
     named = any(one.startswith(f"{TUNABLE}=") for one in _tunables())
     if named or _mode(system) != "madvise" or not _glibc_has_it() or not sys.executable:
@@ -46,7 +46,7 @@ def _tunables() -> list[str]:
 
 
 def _mode(system: Path) -> str:
-    """To whom the system gives large pages: `always`, `madvise` (who asks), `never`; "" = no Linux."""
+    """Who gets large pages: `always` all, `madvise` who asks, `never`; "" where it is no Linux."""
     try:
         found = re.search(r"\[(\w+)\]", system.read_text())
     except OSError:
