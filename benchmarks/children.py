@@ -10,8 +10,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from medmoe_jax.parallel import large_pages
-
 ROOT = Path(__file__).parents[1]
 # PyTorch's oneMKL picks its AVX-512 code by the processor's maker; this answers for every maker.
 _MAKER = "int mkl_serv_intel_cpu_true(void) { return 1; }\n"
@@ -41,20 +39,25 @@ def peak_gib(variant: str) -> dict[str, float]:
         return {name: float(_run("peak", variant, env=env)) for name in ("compiling", "cached")}
 
 
-def torch_steps(rounds: int, how: str) -> dict:
+def torch_steps(rounds: int, tuned: bool) -> dict:
     """Seconds of PyTorch's steps, as installed or tuned (see README.md)."""
-    return measured("torch_peers", [str(rounds)], how, torch=True)
+    return _torch("torch_peers", [str(rounds)], tuned)
 
 
-def torch_decode(rounds: int, how: str, model: str) -> dict:
+def torch_decode(rounds: int, tuned: bool, model: str) -> dict:
     """Seconds in which transformers writes NEW tokens, by rows: `torch_decode.py`."""
-    return measured("torch_decode", [str(rounds), model], how, torch=True)
+    return _torch("torch_decode", [str(rounds), model], tuned)
+
+
+def _torch(module: str, arguments: list[str], tuned: bool) -> dict:
+    """What a module prints that runs PyTorch, and as `tuning` how."""
+    return measured(module, arguments, tuned, torch=True)
 
 
 def measured(
     module: str,
     arguments: list[str],
-    how: str,
+    tuned: bool,
     torch: bool,
     env: dict[str, str] | None = None,
 ) -> dict:
@@ -62,20 +65,13 @@ def measured(
 
     Args:
       module, arguments: what is run.
-      how: `installed`; `heap`, one that keeps its pages; `tuned`, as well large pages and what
-        oneMKL is told.
-      torch: whether PyTorch runs there, and with it oneMKL.
+      tuned: with a heap that keeps its pages.
+      torch: whether PyTorch runs there, which is tuned by what oneMKL is told as well.
       env: more of its environment.
     """
-    env = {
-        **(env or {}),
-        large_pages.VARIABLE: f"{large_pages.TUNABLE}=1" if how == "tuned" else "",
-    }
-    if how == "installed":
+    if not tuned:
         return {**json.loads(_run(module, *arguments, env=env)), "tuning": "as installed"}
-    if how == "heap":
-        return {**json.loads(_run(module, *arguments, "keep", env=env)), "tuning": how}
-    tuning = "heap, large pages"
+    env, tuning = dict(env or {}), "heap"
     with tempfile.TemporaryDirectory() as folder:
         compiler = shutil.which("cc")
         if torch and compiler:
@@ -83,6 +79,6 @@ def measured(
             source.write_text(_MAKER)
             command = [compiler, "-shared", "-fPIC", str(source), "-o", str(library)]
             subprocess.run(command, check=True)
-            env["LD_PRELOAD"], tuning = str(library), f"{tuning}, oneMKL's processor check"
+            env["LD_PRELOAD"], tuning = str(library), "heap, oneMKL's processor check"
         out = json.loads(_run(module, *arguments, "keep", env=env))
     return {**out, "tuning": tuning}

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import children
+from benchmarks.heap import keep_pages
 from benchmarks.routing import PACKAGES, ROOT, console, show
 from benchmarks.timing import interleaved, machine
 from benchmarks.variants import DECODE_ROWS, DECODER, NEW, PROMPT, medcare_stage_1, random_banks
@@ -34,7 +35,6 @@ from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.checkpoints.bases import open_base
 from medmoe_jax.inference.engine import Engine
-from medmoe_jax.parallel import large_pages
 from medmoe_jax.parallel.mesh import make_mesh, replicated
 from medmoe_jax.storage.places import local
 
@@ -90,7 +90,7 @@ def theirs(rounds: int, gguf: Path | None) -> dict[str, dict]:
         return {}
     names = {MOLORA: "molora"} | ({SMOL: str(gguf)} if gguf else {})
     return {
-        f"{name}, {how}": children.torch_decode(rounds, how, model)
+        f"{name}, {how}": children.torch_decode(rounds, how == "tuned", model)
         for name, model in names.items()
         for how in ("installed", "tuned")
     }
@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("--output", type=local, default=ROOT / "benchmarks/results/decode.json")
     args = parser.parse_args()
     rounds = 2 if args.quick else 9
+    keep_pages()
     others = theirs(rounds, args.gguf)  # children first, while this process holds nothing
     mine = ours(rounds, args.gguf)
     report(mine, others)
@@ -137,5 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    large_pages.begin_again()
     main()

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.heap import keep_pages
 from benchmarks.routing import PACKAGES, ROOT, console, show
 from benchmarks.timing import interleaved, machine
 from benchmarks.variants import DECODER, medcare_stage_1, random_banks
@@ -33,7 +34,6 @@ from medmoe_jax.base import decoder
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.inference import engine as engine_lib
 from medmoe_jax.inference.engine import Engine
-from medmoe_jax.parallel import large_pages
 from medmoe_jax.parallel.mesh import make_mesh
 from medmoe_jax.storage.places import local
 
@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("--output", type=local, default=ROOT / "benchmarks/results/scoring.json")
     args = parser.parse_args()
     count, layers, rounds = (64, 1, 1) if args.quick else (1000, 2, 3)
+    keep_pages()
     found = measure(make_engine(layers), count, rounds)
     rows = [
         [kind, f"{one['tokens']}", f"{one['slots'] / one['tokens']:.3f}", f"{one['score']:.2f}",
@@ -140,5 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    large_pages.begin_again()
     main()

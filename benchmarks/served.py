@@ -27,12 +27,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 
+from benchmarks.heap import keep_pages
 from benchmarks.routing import PACKAGES, ROOT, console, show
 from benchmarks.timing import machine
 from medmoe_jax.api.opening import open_model
 from medmoe_jax.inference.language_model import LanguageModel
 from medmoe_jax.inference.worker import Worker
-from medmoe_jax.parallel import large_pages
 from medmoe_jax.serving.app import application
 from medmoe_jax.serving.models import Served
 from medmoe_jax.serving.server import Server, bind
@@ -134,6 +134,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="(%(default)s)")
     parser.add_argument("--output", type=local, default=ROOT / "benchmarks/results/served.json")
     args = parser.parse_args()
+    keep_pages()
     config = recipe()
     config.base.path, config.data.template = str(args.gguf), "tokenizer"
     config.run.score_batch = args.streams
@@ -160,5 +161,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    large_pages.begin_again()
     main()
