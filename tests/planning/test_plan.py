@@ -18,6 +18,7 @@ from medmoe_jax.planning.plan import Plan, as_json, make_plan, shardings_table, 
 from medmoe_jax.planning.programs import open_abstract, start, training
 from medmoe_jax.planning.roofline import bound
 from medmoe_jax.screen import plain
+from medmoe_jax.training import setup as setup_lib
 from tests import tiny
 
 RECIPE = """
@@ -126,6 +127,7 @@ def test_the_plan_recomputes_as_little_as_fits(recipe, monkeypatch):
         return Figures(program.name, len(trained) == 2, *sizes)
 
     monkeypatch.setattr(plan_module, "measure", measure)
+    monkeypatch.setattr(setup_lib, "on_processors", lambda mesh: False)
     setup = open_abstract(load_config([f"--config={recipe}"]), here)
     plan = make_plan(setup, here, start(setup, "aggregate"), everything=True)
     assert plan.remat == "dots" == as_json(plan)["remat"] and plan.train.hbm == 18.0
