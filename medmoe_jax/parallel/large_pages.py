@@ -1,9 +1,9 @@
 """Memory in pages of 2 MiB, where Linux gives them to a program that asks.
 
 On a processor a training step's temporaries are gigabytes, which the C library takes from the
-system at every step and gives back. In pages of 4 KiB that is a million page faults, a tenth of the
-step; a heap that never gives back grows by what the compiler took. glibc asks for larger pages if
-its tunable says so, and reads that as a program begins: so the program begins once more.
+system at every step and gives back. In pages of 4 KiB that is a million page faults, up to a tenth
+of the step; a heap that never gives back grows by what the compiler took. glibc asks for larger
+pages if its tunable says so, and reads that as a program begins: so the program begins once more.
 https://sourceware.org/glibc/manual/latest/html_node/Memory-Allocation-Tunables.html
 
 This module imports nothing that takes time.
