@@ -18,7 +18,8 @@ from medmoe_jax.parallel import large_pages
 
 STATUS = 75
 # As the command is called, and as `python -m` calls it; not where others import the package.
-_IS_PROGRAM = os.path.basename(sys.argv[0]) in ("medmoe", "main.py")
+_MAIN = os.path.join(os.path.dirname(os.path.realpath(__file__)), "main.py")
+_IS_PROGRAM = os.path.basename(sys.argv[0]) == "medmoe" or os.path.realpath(sys.argv[0]) == _MAIN
 
 
 class Terminated(BaseException):

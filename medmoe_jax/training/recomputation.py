@@ -22,6 +22,7 @@ from medmoe_jax.training.compiling import compile_ahead
 from medmoe_jax.training.parts import jit_step, recomputing
 from medmoe_jax.training.placement import abstract_batch
 from medmoe_jax.training.preparing import Prepared
+from medmoe_jax.training.setup import AUTO
 from medmoe_jax.training.step import Objective, TrainState
 from medmoe_jax.training.terminal import note
 
@@ -55,7 +56,7 @@ def compile_step(prepared: Prepared, state: TrainState, remembered: str) -> Step
     """
     setup, name = prepared.stage.setup, prepared.stage.name
     choices = setup.remats
-    if len(choices) > 1 and remembered in REMAT:
+    if setup.config.run.remat == AUTO and remembered in REMAT:
         choices = (remembered,)
     there = min(processes.gather(room(setup.mesh)))
     size = "large" if large_pages.in_use() else "small"

@@ -192,7 +192,7 @@ class Setup:
         asked = self.config.run.remat
         if asked != AUTO:
             return (asked,)
-        return REMAT[1:] if on_processors(self.mesh) else REMAT
+        return REMAT[REMAT.index("dots") :] if on_processors(self.mesh) else REMAT
 
     def model(self, banks: tuple[BankSpec, ...]) -> AdaptedConfig:
         """The decoder with these banks active, run as `config.run` says.

@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import medmoe_jax
 from medmoe_jax.parallel import large_pages
 
 PROGRAM = """
@@ -62,6 +64,26 @@ def test_a_program_begins_once_more_with_the_tunable(tmp_path, before):
 def test_a_program_goes_on_where_it_would_change_nothing(tmp_path, system, before, large):
     begun, told = called(tmp_path, system, before)
     assert len(begun) == 1 and told == [before, ["a b", ""], large, True]
+
+
+@pytest.mark.parametrize(
+    ("program", "own"),
+    [
+        ("main.py", False),
+        ("medmoe", True),
+        (str(Path(medmoe_jax.__file__).parent / "cli/main.py"), True),
+    ],
+)
+def test_only_the_command_itself_begins_again(tmp_path, program, own):
+    """A user's own main.py that imports the package has begun, and goes on."""
+    code = f"import sys; sys.argv[0] = {program!r}\nfrom medmoe_jax.cli import early\n"
+    code += "print(early._IS_PROGRAM)"
+    environment = {**os.environ, large_pages.VARIABLE: f"{large_pages.TUNABLE}=0"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"{own}\n"
 
 
 def test_where_there_is_no_such_system(tmp_path, monkeypatch):
