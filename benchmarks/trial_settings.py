@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 
 from configs import trial_families, trial_medcare, trial_mixture
 
-STEPS = 60
-FEW = 24  # rows of a set where few are read
+STEPS = 30
+FEW = 8  # rows of a set where few are read
 HELD = 24  # most held-out rows of a set
 
 

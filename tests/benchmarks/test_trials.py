@@ -67,7 +67,7 @@ def test_a_setting_changes_one_thing_and_compares_equal_arms(trial, decoder, tmp
             shipped = found.config.recipe(f"{found.word}{tmp_path}").stages[arm]
             counts.append(sum(count(abstract(spec, decoder)) for spec in stage.added))
             told = config.stages[stage.name]
-            assert told.steps == (180 if name == "long" else 60)
+            assert told.steps == (3 * trial_settings.STEPS if name == "long" else trial_settings.STEPS)
             assert told.learning_rate == pytest.approx(rate * shipped.learning_rate)
             read = {f"{rows}_few" if name == "few" else rows for rows in shipped.mixture}
             assert set(stage.mixture) == read <= set(config.data.sources)
