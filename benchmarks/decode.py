@@ -42,8 +42,8 @@ BASE, MOLORA, SMOL = "base", "molora", "smollm2"
 
 
 def engines(config: DecoderConfig, specs: tuple[BankSpec, ...], base, banks) -> dict[int, Engine]:
-    """An engine for each number of rows, the layers cut apart."""
-    adapted = AdaptedConfig(config, specs, Execution(unroll=config.n_layers))
+    """An engine for each number of rows, as `medmoe` opens it."""
+    adapted = AdaptedConfig(config, specs, Execution())
     mesh = make_mesh({}, jax.devices()[:1])
     return {rows: Engine(adapted, base, banks, {}, mesh, rows) for rows in DECODE_ROWS}
 

@@ -16,7 +16,7 @@ from configs import trial_families, trial_medcare, trial_mixture
 
 STEPS = 30
 FEW = 8  # rows of a set where few are read
-HELD = 24  # most held-out rows of a set
+HELD = 12  # most held-out rows of a set
 
 
 class Setting(NamedTuple):
@@ -25,15 +25,13 @@ class Setting(NamedTuple):
     Attributes:
       banks: by arm, values of its banks' fields, `BANK.FIELD`.
       few: whether `FEW` rows of each set are read.
-      times: how many times the steps.
     """
 
     banks: Mapping[str, Mapping[str, Any]] = {}
     few: bool = False
-    times: int = 1
 
 
-EVERYWHERE = {"first": Setting(), "few": Setting(few=True), "long": Setting(times=3)}
+EVERYWHERE = {"first": Setting(), "few": Setting(few=True)}
 
 
 class Settings(NamedTuple):
@@ -67,7 +65,7 @@ class Settings(NamedTuple):
         for name, setting in self.settings.items():
             for arm, factor in self.rates.items():
                 stage = copy.deepcopy(config.stages[arm])
-                stage.steps = setting.times * STEPS
+                stage.steps = STEPS
                 stage.learning_rate *= factor
                 if setting.few:
                     stage.mixture = {f"{one}_few": weight for one, weight in stage.mixture.items()}
@@ -113,6 +111,5 @@ FAMILIES = Settings(
         "last_6": Setting(
             {"last": {"experts.layers": (-6, None)}, "dense_last": {"lora.layers": (-6, None)}}
         ),
-        "narrow": Setting({"last": ranked("experts", 4), "dense_last": ranked("lora", 33)}),
     },
 )

@@ -17,6 +17,7 @@ from flax import nnx
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.seam import AdaptedSeam
 from medmoe_jax.base import decoder
+from medmoe_jax.base.apart import Apart
 from medmoe_jax.base.attention import Branches
 from medmoe_jax.base.cache import Cache
 from medmoe_jax.base.config import DecoderConfig
@@ -79,7 +80,8 @@ def ranges(config: AdaptedConfig, banks: Mapping[str, Any]) -> tuple[LayerRange,
 
     Args:
       config: names the active banks.
-      banks: `{bank: parameters}`; may hold banks that are not active.
+      banks: `{bank: parameters}`; may hold banks that are not active. Their layers lie `Apart`
+        where the base's do.
     """
     n_layers = config.decoder.n_layers
     cuts = sorted({0, n_layers, *(c for b in config.banks for c in (b.start, b.stop))})
@@ -102,6 +104,8 @@ def ranges(config: AdaptedConfig, banks: Mapping[str, Any]) -> tuple[LayerRange,
 
 def _layers_of(bank: BankSpec, params, start: int, stop: int):
     """A bank's parameters in layers `start..stop-1`; what all layers share is repeated."""
+    if isinstance(params, Apart):
+        return Apart(params[start - bank.start : stop - bank.start])
 
     def cut(leaf):
         if leaf.shape[0] == 1 < bank.layers:

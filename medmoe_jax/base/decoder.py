@@ -14,9 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from medmoe_jax.base import attention, cudnn, decode_attention, rope, splash, trees
+from medmoe_jax.base.apart import Apart, layer
 from medmoe_jax.base.block import Layer, Tokens, block, rms_norm
 from medmoe_jax.base.cache import Cache, CacheSlots, moved, note
 from medmoe_jax.base.config import GROUPS, DecoderConfig, site_shapes
@@ -57,27 +59,39 @@ def _run_range(
     cache,
     context: Context,
 ):
-    """Scan the block over the layer indices of one range: `(x_BxTxD, cache, statistics)`."""
+    """Scan the block over the layer indices of one range: `(x_BxTxD, cache, statistics)`.
+
+    Layers that lie apart are run one after the other instead.
+    """
     span = slice(here.start, here.stop)
-    windows = jnp.asarray((config.windows or (0,) * config.n_layers)[span], jnp.int32)
-    ropes = jnp.asarray(rope.which(config)[span])
-    indices = jnp.arange(here.start, here.stop, dtype=jnp.int32)
+    windows = np.array((config.windows or (0,) * config.n_layers)[span], np.int32)
+    ropes = rope.which(config)[span]
+    indices = np.arange(here.start, here.stop, dtype=np.int32)
     trained = jax.tree.map(lambda leaf: leaf[span], trained)
     seam = here.seam or BareSeam(activation(config))
+
+    apart = isinstance(layers, Apart)
 
     def body(carry, xs):
         x_BxTxD, cache = carry
         index, window, table, params, trained_i = xs
         # Indexing the whole stack reads a layer in place; slicing a stack per range copies it.
         take = functools.partial(jax.lax.dynamic_index_in_dim, index=index, keepdims=False)
-        weights = trees.overlay(jax.tree.map(take, layers), trained_i)
-        layer = Layer(weights, window, table, params, context._replace(layer=index))
-        x_BxTxD, cache, stats = block(config, execution, seam, layer, x_BxTxD, tokens, cache)
+        weights = layers[index] if apart else jax.tree.map(take, layers)
+        weights = trees.overlay(weights, trained_i)
+        this = Layer(weights, window, table, params, context._replace(layer=index))
+        x_BxTxD, cache, stats = block(config, execution, seam, this, x_BxTxD, tokens, cache)
         return (x_BxTxD, cache), stats
 
+    xs = (indices, windows, ropes, here.params, trained)
+    if apart:
+        every = []
+        for i in range(len(indices)):
+            (x_BxTxD, cache), stats = body((x_BxTxD, cache), layer(xs, i))
+            every.append(stats)
+        return x_BxTxD, cache, jax.tree.map(lambda *stats: jnp.stack(stats), *every)
     kept = here.kept.get(execution.remat, ())
     run = _checkpointed(body, execution.remat, kept) if cache is None else body
-    xs = (indices, windows, ropes, here.params, trained)
     (x_BxTxD, cache), stats = jax.lax.scan(run, (x_BxTxD, cache), xs, unroll=execution.unroll)
     return x_BxTxD, cache, stats
 
@@ -100,7 +114,8 @@ def hidden(
 
     Args:
       config: shapes of the decoder.
-      params: the base (see `init`), in any float dtype, its kernels floats or `quantised`.
+      params: the base (see `init`), in any float dtype, its kernels floats or `quantised`; where
+        nothing is differentiated, its layers may lie `Apart`.
       tokens_BxT, segment_ids_BxT, positions_BxT: int32; segment 0 is padding, positions start
         again at 0 in every segment.
       execution: dtype, rematerialisation, attention.

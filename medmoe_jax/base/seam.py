@@ -96,7 +96,8 @@ class LayerRange:
     """Layers `start..stop-1`, and what runs their linear work.
 
     Attributes:
-      params: pytree with leading axis `stop - start`, handed to the seam layer by layer.
+      params: pytree with leading axis `stop - start`, handed to the seam layer by layer; `Apart`
+        as the base's layers are.
       seam: what runs them; None = the bare base.
       kept: `{remat: names}`: what of the seam's `checkpoint_name`s the backward pass keeps under a
         rematerialisation of `base.execution.REMAT`.

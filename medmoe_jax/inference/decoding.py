@@ -22,6 +22,7 @@ from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.base import rope
 from medmoe_jax.errors import UserError
 from medmoe_jax.inference import steps
+from medmoe_jax.inference.apart import layers_apart
 from medmoe_jax.inference.drawing import Drawn, law
 from medmoe_jax.inference.forward import Weights
 from medmoe_jax.inference.memory import check_room
@@ -129,6 +130,7 @@ class DecodingRows:
         self.config, self.weights, self.rows, self.stride = config, weights, rows, stride
         self.pause = max(_CHUNK, _PAUSE * rows) if pause is None else pause
         self.slots = 0
+        self._one_by_one = layers_apart(config, weights)
         self._state: steps.State | None = None
         self._rows = [_Row() for _ in range(rows)]
         self._free = collections.deque(range(rows))  # the one that was free longest stands first
@@ -312,7 +314,7 @@ class DecodingRows:
             self.config,
             self.stride,
             self._alternatives(rows),
-            self.weights,
+            self._one_by_one,
             state,
             now,
             self._until(live),

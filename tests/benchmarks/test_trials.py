@@ -67,7 +67,7 @@ def test_a_setting_changes_one_thing_and_compares_equal_arms(trial, decoder, tmp
             shipped = found.config.recipe(f"{found.word}{tmp_path}").stages[arm]
             counts.append(sum(count(abstract(spec, decoder)) for spec in stage.added))
             told = config.stages[stage.name]
-            assert told.steps == (3 * trial_settings.STEPS if name == "long" else trial_settings.STEPS)
+            assert told.steps == trial_settings.STEPS
             assert told.learning_rate == pytest.approx(rate * shipped.learning_rate)
             read = {f"{rows}_few" if name == "few" else rows for rows in shipped.mixture}
             assert set(stage.mixture) == read <= set(config.data.sources)
@@ -406,8 +406,8 @@ def test_the_table_of_settings():
     many = "| noise bank dropped − kept, alignment | many | 1.250 | 1.000 | +0.250 | 1,234 |"
     assert many in lines
     assert "| MING-MOE − LoRA | few | 2.000 | 2.500 | -0.500 | 1,234 |" in lines
-    assert "| MING-MOE − LoRA | long | – | – | – | – |" in lines
-    assert len(lines) == 2 + 2 * 6 + 5 + 5
+    assert "| MING-MOE − LoRA | narrow | – | – | – | – |" in lines
+    assert len(lines) == 2 + 2 * 5 + 4 + 3
     assert not trials.choices("settings_noise", trials.RESULTS)
     (wave,) = trials.rounds("settings_noise", trials.RESULTS)
     assert [(job.seed, job.factors, job.choosing) for job in wave] == [
