@@ -31,9 +31,6 @@ class Setting(NamedTuple):
     few: bool = False
 
 
-EVERYWHERE = {"first": Setting(), "few": Setting(few=True)}
-
-
 class Settings(NamedTuple):
     """A recipe with some arms of a trial's, in every setting.
 
@@ -88,7 +85,8 @@ NOISE = Settings(
     trial_medcare.get_config,
     {"aggregate": 1.0},
     {
-        **EVERYWHERE,
+        "first": Setting(),
+        "few": Setting(few=True),
         "narrow": Setting({"aggregate": ranked("noise", 2)}),
         "many": Setting({"aggregate": ranked("noise", 4, experts=32)}),
         "wide_knowledge": Setting({"aggregate": ranked("knowledge", 128)}),
@@ -98,7 +96,8 @@ EXPERTS = Settings(
     trial_mixture.get_config,
     {"experts": 3.0, "lora": 1.0},
     {
-        **EVERYWHERE,
+        "first": Setting(),
+        "few": Setting(few=True),
         "narrow": Setting({"experts": ranked("experts", 2), "lora": ranked("lora", 18)}),
         "many": Setting({"experts": ranked("experts", 4, experts=32), "lora": ranked("lora", 94)}),
     },
@@ -107,7 +106,7 @@ FAMILIES = Settings(
     trial_families.get_config,
     {"last": 1.0, "dense_last": 1.0},
     {
-        **EVERYWHERE,
+        "first": Setting(),
         "last_6": Setting(
             {"last": {"experts.layers": (-6, None)}, "dense_last": {"lora.layers": (-6, None)}}
         ),

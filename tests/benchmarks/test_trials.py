@@ -407,7 +407,7 @@ def test_the_table_of_settings():
     assert many in lines
     assert "| MING-MOE − LoRA | few | 2.000 | 2.500 | -0.500 | 1,234 |" in lines
     assert "| MING-MOE − LoRA | narrow | – | – | – | – |" in lines
-    assert len(lines) == 2 + 2 * 5 + 4 + 3
+    assert len(lines) == 2 + 2 * 5 + 4 + 2
     assert not trials.choices("settings_noise", trials.RESULTS)
     (wave,) = trials.rounds("settings_noise", trials.RESULTS)
     assert [(job.seed, job.factors, job.choosing) for job in wave] == [
