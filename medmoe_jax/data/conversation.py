@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NotRequired, TypedDict
 
@@ -112,8 +113,8 @@ def turns_of(prompt: str | Sequence[Turn]) -> list[Turn]:
 def check_json(value: Any, where: str, field: str = "") -> None:
     """Raise UserError, with `where`, for what JSON in Unicode cannot hold, anywhere in a value.
 
-    Tables have numbers, dates and bytes that JSON lacks; their cells may hold JSON text of which
-    `check_text` saw only the code.
+    Tables have numbers, dates and bytes that JSON lacks, and Python reads and writes NaN as if JSON
+    had it; cells may hold JSON text of which `check_text` saw only the code.
 
     Args:
       value: lists and objects of values.
@@ -129,6 +130,10 @@ def check_json(value: Any, where: str, field: str = "") -> None:
             check_json(item, where, f"{field}[{number}]")
     elif isinstance(value, str):
         check_text(value, where)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(
+            f"{where}: {field} is {value}, which JSON does not have; leave it out, or write null"
+        )
     elif not isinstance(value, int | float | None):
         raise UserError(
             f"{where}: {field} is of the type {type(value).__name__}, which JSON does not have; "

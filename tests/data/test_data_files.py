@@ -399,6 +399,24 @@ def test_values_that_json_lacks_are_named_by_row_and_field(kind, tmp_path):
     assert row == parse_row({"prompt": "q", "response": "a"})
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv"])
+def test_numbers_that_are_none_are_named_by_row_and_field(kind, number, tmp_path):
+    """pandas writes NaN for what is missing, and Python takes it for JSON."""
+    path = tmp_path / f"d.{kind}"
+    row = called("dose", {"mg": float(number)}, {"properties": {"mg": {"type": "number"}}})
+    if kind == "csv":
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([list(row), [json.dumps(cell) for cell in row.values()]])
+    elif kind == "jsonl":
+        path.write_text(json.dumps(row).replace("Infinity", "1e999") + "\n")
+    else:
+        write(path, [row])
+    place = r"conversations\[1\]\.tool_calls\[0\]\.function\.arguments\.mg"
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))}.*: {place} is -?(nan|inf), "):
+        open_path(path, RowReader())
+
+
 def test_half_a_character_in_the_json_text_of_a_cell(tmp_path):
     talk = [{"role": "user", "content": "\ud83d"}, {"role": "assistant", "content": "a"}]
     with (tmp_path / "d.csv").open("w") as file:
