@@ -34,11 +34,10 @@ def layers_apart(config: AdaptedConfig, weights: Weights) -> Weights:
       weights: as the programs of `inference.steps` take them; those given stay in use.
     """
     execution, n_layers = config.execution, config.decoder.n_layers
-    alone = execution.mesh is None or execution.mesh.size == 1
     layers = weights.base["layers"]
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(layers)) // n_layers
     wanted = size > _CACHED or execution.unroll >= n_layers
-    if execution.platform != "cpu" or not alone or not wanted:
+    if execution.platform != "cpu" or not wanted:
         return weights
     stacks = {bank.name: _cut(weights.banks[bank.name], bank.layers) for bank in config.banks}
     layers = _cut(layers, n_layers)
@@ -48,7 +47,7 @@ def layers_apart(config: AdaptedConfig, weights: Weights) -> Weights:
 
 
 def _cut(stack: Any, n_layers: int) -> Apart | None:
-    """A stack's layers as trees of their own, or None where a large leaf would be copied."""
+    """A stack's layers as trees of their own; None where they are spread or would be copied."""
     leaves, shape = jax.tree.flatten(stack)
     cut = [_views(leaf, n_layers) for leaf in leaves]
     if None in cut:
@@ -57,8 +56,10 @@ def _cut(stack: Any, n_layers: int) -> Apart | None:
 
 
 def _views(leaf: jax.Array, n_layers: int) -> list[jax.Array] | None:
-    """The `n_layers` layers of a leaf; what they share, `[1, ...]`, is each one's."""
+    """The `n_layers` layers of a leaf on one device; what they share, `[1, ...]`, is each one's."""
     leaf = jax.device_put(leaf, may_alias=True)  # also one of NumPy
+    if len(leaf.sharding.device_set) > 1:
+        return None
     size, start = leaf.nbytes // len(leaf), leaf.unsafe_buffer_pointer()
     views = [jax.device_put(one, leaf.sharding, may_alias=True) for one in np.asarray(leaf)]
     here = [start + i * size for i in range(len(leaf))]

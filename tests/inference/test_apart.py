@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from medmoe_jax.adapters import model
 from medmoe_jax.adapters.bank import BankSpec
@@ -144,11 +145,15 @@ def test_quantised_kernels_lie_apart_too(kind):
         jax.tree.map(np.testing.assert_array_equal, cut[i]["kernel"], want)
 
 
-def test_a_mesh_of_several_processors_keeps_its_stacks(monkeypatch):
+@pytest.mark.parametrize("told", [False, True])
+def test_several_processors_keep_their_stacks(told, monkeypatch):
+    """Also where nothing but the arrays tells of them."""
     monkeypatch.setattr(apart, "_CACHED", 0)
     engine = make_engine(2)
-    whole = Weights(engine.base, engine.banks, {})
-    assert layers_apart(engine.config, whole) is whole
+    spread = jax.device_put(engine.base, NamedSharding(engine.mesh, PartitionSpec()))
+    whole = Weights(spread, engine.banks, {})
+    config = engine.config if told else AdaptedConfig(CONFIG, SPECS)
+    assert layers_apart(config, whole) is whole
 
 
 def test_small_layers_lie_apart_where_all_are_unrolled():
