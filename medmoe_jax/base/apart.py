@@ -16,4 +16,6 @@ jax.tree_util.register_pytree_node(Apart, lambda apart: (tuple(apart), None), la
 
 def layer(stacks: Any, i: int) -> Any:
     """Layer `i` of a tree of stacks, some of which may lie apart."""
-    return jax.tree.map(lambda stack: stack[i], stacks, is_leaf=lambda node: type(node) is Apart)
+    return jax.tree.map(
+        lambda stack: stack[i], stacks, is_leaf=lambda node: isinstance(node, Apart)
+    )

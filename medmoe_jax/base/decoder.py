@@ -69,7 +69,6 @@ def _run_range(
     indices = np.arange(here.start, here.stop, dtype=np.int32)
     trained = jax.tree.map(lambda leaf: leaf[span], trained)
     seam = here.seam or BareSeam(activation(config))
-
     apart = isinstance(layers, Apart)
 
     def body(carry, xs):
@@ -77,8 +76,8 @@ def _run_range(
         index, window, table, params, trained_i = xs
         # Indexing the whole stack reads a layer in place; slicing a stack per range copies it.
         take = functools.partial(jax.lax.dynamic_index_in_dim, index=index, keepdims=False)
-        weights = layers[index] if apart else jax.tree.map(take, layers)
-        weights = trees.overlay(weights, trained_i)
+        own = layers[index] if apart else jax.tree.map(take, layers)
+        weights = trees.overlay(own, trained_i)
         this = Layer(weights, window, table, params, context._replace(layer=index))
         x_BxTxD, cache, stats = block(config, execution, seam, this, x_BxTxD, tokens, cache)
         return (x_BxTxD, cache), stats
