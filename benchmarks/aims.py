@@ -12,8 +12,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import pages, scaling
+from benchmarks import pages, peer_tables, scaling
 from benchmarks.decode import a_token
+from benchmarks.peer_step import OURS
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "benchmarks" / "README.md"
@@ -28,15 +29,25 @@ def steps() -> list[list[str]]:
     """Training steps on a processor: routing.py, peers.py."""
     routing, lora = load("routing"), load("peers")["cpu"]["recipes"]["lora"]
     step, tuned = routing["step"], routing["torch"]["tuned"]["seconds"]
-    frozen, shipped = step["frozen"], step["medcare_shipped"]
-    peft = lora["peft"]["tuned"]["seconds"][0] / lora["medmoe_jax"]["tuned"]["seconds"][0]
+    frozen, shipped, trained = (
+        step[name] for name in ("frozen", "medcare_shipped", "medcare_trained")
+    )
+    peft = [
+        f"{peer_tables.seconds(lora['peft'], how) / peer_tables.seconds(lora[OURS], how):.2f}"
+        for how in ("heap", "tuned")
+    ]
+    peak = routing["memory"]["medcare_trained"]["compiling"]
     return [
-        ["MedCare stage 1 as shipped, over frozen", "≤ 1.22", f"{shipped / frozen:.2f}"],
+        [
+            "MedCare stage 1 as shipped, over frozen: unrolled, as trained",
+            "≤ 1.22",
+            f"{shipped / frozen:.2f}, {trained / frozen:.2f}",
+        ],
         ["plain LoRA over frozen", "≤ 1.06", f"{step['plain_lora'] / frozen:.2f}"],
         ["frozen, speed over tuned PyTorch's", "≥ 1.0", f"{tuned['frozen'] / frozen:.2f}"],
         ["MedCare, speed over PyTorch's", "≥ 2.0", f"{tuned['naive_molora'] / shipped:.2f}"],
-        ["LoRA on SmolLM2, speed over PEFT's", "≥ 2.2", f"{peft:.2f}"],
-        ["memory while it compiles, GiB", "≤ 3.0", f"{routing['memory']['medcare']['compiling']}"],
+        ["LoRA on SmolLM2, speed over PEFT's: heap kept, tuned", "≥ 2.2", ", ".join(peft)],
+        ["MedCare stage 1 as trained, memory with compiling, GiB", "≤ 3.0", f"{peak}"],
     ]
 
 

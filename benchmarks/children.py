@@ -10,6 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from medmoe_jax.parallel import large_pages
+
 ROOT = Path(__file__).parents[1]
 # PyTorch's oneMKL picks its AVX-512 code by the processor's maker; this answers for every maker.
 _MAKER = "int mkl_serv_intel_cpu_true(void) { return 1; }\n"
@@ -39,25 +41,20 @@ def peak_gib(variant: str) -> dict[str, float]:
         return {name: float(_run("peak", variant, env=env)) for name in ("compiling", "cached")}
 
 
-def torch_steps(rounds: int, tuned: bool) -> dict:
+def torch_steps(rounds: int, how: str) -> dict:
     """Seconds of PyTorch's steps, as installed or tuned (see README.md)."""
-    return _torch("torch_peers", [str(rounds)], tuned)
+    return measured("torch_peers", [str(rounds)], how, torch=True)
 
 
-def torch_decode(rounds: int, tuned: bool, model: str) -> dict:
+def torch_decode(rounds: int, how: str, model: str) -> dict:
     """Seconds in which transformers writes NEW tokens, by rows: `torch_decode.py`."""
-    return _torch("torch_decode", [str(rounds), model], tuned)
-
-
-def _torch(module: str, arguments: list[str], tuned: bool) -> dict:
-    """What a module prints that runs PyTorch, and as `tuning` how."""
-    return measured(module, arguments, tuned, torch=True)
+    return measured("torch_decode", [str(rounds), model], how, torch=True)
 
 
 def measured(
     module: str,
     arguments: list[str],
-    tuned: bool,
+    how: str,
     torch: bool,
     env: dict[str, str] | None = None,
 ) -> dict:
@@ -65,13 +62,20 @@ def measured(
 
     Args:
       module, arguments: what is run.
-      tuned: with a heap that keeps its pages.
-      torch: whether PyTorch runs there, which is tuned by what oneMKL is told as well.
+      how: `installed`; `heap`, one that keeps its pages; `tuned`, as well large pages and what
+        oneMKL is told.
+      torch: whether PyTorch runs there, and with it oneMKL.
       env: more of its environment.
     """
-    if not tuned:
+    env = {
+        **(env or {}),
+        large_pages.VARIABLE: f"{large_pages.TUNABLE}=1" if how == "tuned" else "",
+    }
+    if how == "installed":
         return {**json.loads(_run(module, *arguments, env=env)), "tuning": "as installed"}
-    env, tuning = dict(env or {}), "heap"
+    if how == "heap":
+        return {**json.loads(_run(module, *arguments, "keep", env=env)), "tuning": how}
+    tuning = "heap, large pages"
     with tempfile.TemporaryDirectory() as folder:
         compiler = shutil.which("cc")
         if torch and compiler:
@@ -79,6 +83,6 @@ def measured(
             source.write_text(_MAKER)
             command = [compiler, "-shared", "-fPIC", str(source), "-o", str(library)]
             subprocess.run(command, check=True)
-            env["LD_PRELOAD"], tuning = str(library), "heap, oneMKL's processor check"
+            env["LD_PRELOAD"], tuning = str(library), f"{tuning}, oneMKL's processor check"
         out = json.loads(_run(module, *arguments, "keep", env=env))
     return {**out, "tuning": tuning}

@@ -90,7 +90,7 @@ def theirs(rounds: int, gguf: Path | None) -> dict[str, dict]:
         return {}
     names = {MOLORA: "molora"} | ({SMOL: str(gguf)} if gguf else {})
     return {
-        f"{name}, {how}": children.torch_decode(rounds, how == "tuned", model)
+        f"{name}, {how}": children.torch_decode(rounds, how, model)
         for name, model in names.items()
         for how in ("installed", "tuned")
     }

@@ -40,14 +40,11 @@ RECIPES = {LORA: plain_lora, MING: ming_moe.get_config, MEDCARE: medcare.get_con
 
 
 def recipe_on(recipe: str, gguf: Path, device: str) -> ConfigDict:
-    """The recipe on a base and a batch of the comparison; the rest is as shipped.
-
-    Nothing is recomputed, as the others do not either.
-    """
+    """The recipe on a base and a batch of the comparison; the rest is as shipped."""
     config = RECIPES[recipe]()
     config.base.path, config.base.dtype = str(gguf), DTYPES[device]
     config.data.length, config.data.global_batch, config.data.shards = TOKENS, ROWS, ROWS
-    config.run.accumulation, config.run.remat = 1, "none"
+    config.run.accumulation = 1
     return config
 
 

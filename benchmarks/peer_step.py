@@ -2,8 +2,8 @@
 
   python -m benchmarks.peer_step WHO RECIPE GGUF DEVICE STEPS [keep]
 
-With `keep`, in a heap that keeps its pages. What is not installed, or finds no GPU, says so as
-`missing`.
+With `keep`, in a heap that keeps its pages; this project as `medmoe` runs. What is not installed,
+or finds no GPU, says so as `missing`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from benchmarks.heap import keep_pages, peak_gib
 from benchmarks.peer_task import Contender
+from medmoe_jax.parallel import large_pages
 
 
 class Side(NamedTuple):
@@ -33,8 +34,9 @@ class Side(NamedTuple):
 
 
 _TORCH = {"torch": "torch", "transformers": "transformers"}
+OURS = "medmoe_jax"
 SIDES = {
-    "medmoe_jax": Side("peer_ours", {}),
+    OURS: Side("peer_ours", {}),
     "peft": Side("peer_torch", {**_TORCH, "peft": "peft"}),
     "naive": Side("peer_torch", _TORCH),
     "tunix": Side("peer_tunix", {"tunix": "google-tunix", "qwix": "qwix"}),
@@ -86,6 +88,8 @@ def main(who: str, recipe: str, gguf: str, device: str, steps: str) -> None:
 
 
 if __name__ == "__main__":
-    if "keep" in sys.argv[6:]:
+    if sys.argv[1] == OURS:
+        large_pages.begin_again()
+    elif "keep" in sys.argv[6:]:
         keep_pages()
     main(*sys.argv[1:6])

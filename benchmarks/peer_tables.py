@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.pages import markdown
+from benchmarks.peer_step import OURS
 from benchmarks.peer_task import LORA, MEDCARE, MING
 
 PART = "figures"  # of the page
-OURS = "medmoe_jax"
 NAMES = {
     OURS: OURS,
     "peft": "PEFT, transformers",
@@ -55,21 +55,14 @@ def _conditions(run: Mapping[str, Any]) -> str:
     return (
         f"{run['date']}, {where}, {machine['cores']} cores. {run['base']}, {run['dtype']}, "
         f"{run['rows']} x {run['tokens']} tokens, {run['targets']:,} of them targets; "
-        f"{'one step' if steps == 1 else f'medians of {steps} steps'}"
-        f"{tuning(run)}. "
+        f"{'one step' if steps == 1 else f'medians of {steps} steps'}. "
         f"Python {machine['python']}, {OURS} {run['version']}, {versions}."
     )
 
 
-def tuning(run: Mapping[str, Any]) -> str:
-    """What was done to a process beyond installing it, where that was done to all."""
-    one = next(iter(run["recipes"].values()))
-    return ", tuned" if hows(one) == ["tuned"] else ""
-
-
 def hows(sides: Sides) -> list[str]:
     """The ways that there are figures of: the one to compare by, then as users have it."""
-    return [how for how in ("tuned", "installed") if how in sides[OURS]]
+    return [how for how in ("tuned", "heap", "installed") if how in sides[OURS]]
 
 
 def seconds(side: Mapping[str, Any], how: str) -> float:
@@ -130,7 +123,7 @@ def _compared(sides: Sides, side: Mapping[str, Any]) -> Sequence[tuple[str, floa
 
 
 def _how(how: str) -> str:
-    return "as installed" if how == "installed" else how
+    return {"installed": "as installed", "heap": "heap kept"}.get(how, how)
 
 
 def _suffix(sides: Sides, how: str) -> str:

@@ -4,10 +4,10 @@
   python benchmarks/peers.py --table      # the page's tables again, from the last figures
 
 Whole training steps on a base from disk. Every contender is a process of its own, one after
-another; of several rounds every other goes backwards. `--quick` times one step of each, tuned
-alone. What is not installed is left out and named. Writes benchmarks/results/peers.json, where the
-figures of another device stay, and the tables of docs/comparison.md; benchmarks/README.md says how
-to read them.
+another; of several rounds every other goes backwards. `--quick` times one step of each, none as
+installed. What is not installed is left out and named. Writes benchmarks/results/peers.json, where
+the figures of another device stay, and the tables of docs/comparison.md; benchmarks/README.md says
+how to read them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CONTENDERS = {
     MING: ("medmoe_jax", "naive"),
     MEDCARE: ("medmoe_jax", "naive"),
 }
-HOWS = {"cpu": ("installed", "tuned"), "gpu": ("installed",)}
+HOWS = {"cpu": ("installed", "heap", "tuned"), "gpu": ("installed",)}
 # Timed steps of a process.
 STEPS = {"cpu": 2, "gpu": 20}
 # By how much first losses may differ, relatively: all start from the base.
@@ -48,7 +48,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "peft", "google-tu
 def run(gguf: Path, device: str, rounds: int, quick: bool) -> dict[str, Any]:
     """All figures of a device."""
     steps = 1 if quick else STEPS[device]
-    hows = HOWS[device][-1:] if quick else HOWS[device]
+    hows = (quick and HOWS[device][1:]) or HOWS[device]
     with tempfile.TemporaryDirectory() as cache:
         # Steps are compiled once: what a first step takes is told by the first round alone.
         env = {"JAX_COMPILATION_CACHE_DIR": cache, "TQDM_DISABLE": "1"}
@@ -91,8 +91,8 @@ def compare(recipe: str, contest: Contest) -> dict[str, dict[str, Any]]:
             if "missing" in out[who]:
                 continue
             arguments = [who, recipe, str(contest.gguf), contest.device, str(contest.steps)]
-            torch, tuned = SIDES[who].torch, how == "tuned"
-            new = children.measured("peer_step", arguments, tuned, torch, contest.env)
+            torch = SIDES[who].torch
+            new = children.measured("peer_step", arguments, how, torch, contest.env)
             print(recipe, who, how, json.dumps(new), flush=True)
             if "missing" in new:
                 out[who] = {"missing": new["missing"]}
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--gguf", type=Path, help="SmolLM2-135M-Instruct, or another of its kind")
     parser.add_argument("--device", choices=HOWS, default="cpu")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="one timed step of each, tuned alone")
+    parser.add_argument("--quick", action="store_true", help="one step of each, none as installed")
     parser.add_argument("--table", action="store_true", help="measure nothing")
     args = parser.parse_args(arguments)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}

@@ -26,6 +26,7 @@ from benchmarks.heap import keep_pages
 from benchmarks.timing import interleaved, machine
 from benchmarks.variants import BATCH, TOKENS, plain_lora, shipped_stage_1
 from medmoe_jax.base.presets import preset
+from medmoe_jax.parallel import large_pages
 from medmoe_jax.storage.places import local
 
 ROOT = Path(__file__).parents[1]
@@ -66,7 +67,7 @@ def torch_times(quick: bool) -> dict | None:
         console.print("torch, peft: not installed (pip install -e '.[parity]')")
         return None
     rounds = 4 if quick else 15
-    out = {name: children.torch_steps(rounds, name == "tuned") for name in ("installed", "tuned")}
+    out = {name: children.torch_steps(rounds, name) for name in ("installed", "tuned")}
     for name, result in out.items():
         seconds = result["seconds"]
         rows = [
@@ -80,9 +81,9 @@ def torch_times(quick: bool) -> dict | None:
 
 def memory(quick: bool) -> dict:
     """Peak resident memory of a variant's process."""
-    names = ("medcare",)
+    names = ("medcare_trained",)
     if not quick:
-        names += ("medcare_scanned", "frozen", "plain_lora", "dense_gather_batched_remat")
+        names += ("medcare", "frozen", "plain_lora", "dense_gather_batched_remat")
     peaks = {name: children.peak_gib(name) for name in names}
     rows = [[name, *(f"{gib:.2f}" for gib in peak.values())] for name, peak in peaks.items()]
     show("Peak resident memory, GiB", ["variant", "compiling", "cached"], rows)
@@ -168,4 +169,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    large_pages.begin_again()
     main()

@@ -29,6 +29,8 @@ from medmoe_jax.base.execution import Execution
 PLAIN = Execution(unroll=DECODER.n_layers)
 AGAIN = Execution(unroll=DECODER.n_layers, remat="full")
 SCANNED = Execution()
+# As `medmoe train` runs on a processor.
+TRAINED = Execution(remat="dots")
 
 
 @functools.cache
@@ -52,6 +54,7 @@ VARIANTS: dict[str, Callable[[], Variant]] = {
     "plain_lora": lambda: _adapted(plain_lora, PLAIN),
     "medcare": lambda: _adapted(medcare_stage_1, PLAIN),
     "medcare_shipped": lambda: _adapted(shipped_stage_1, PLAIN),
+    "medcare_trained": lambda: _adapted(shipped_stage_1, TRAINED),
     "frozen_scanned": lambda: frozen_variant(DECODER, SCANNED, base(), (BATCH, TOKENS)),
     "medcare_scanned": lambda: _adapted(medcare_stage_1, SCANNED),
     **{

@@ -16,9 +16,9 @@ from tests import gguf_files
 
 
 def _side(seconds, first=9.0, peak=4.0, parameters=1000, loss=2.0):
-    """Figures of a contender that is as fast tuned as installed."""
+    """Figures of a contender that is as fast in every way."""
     how = {"seconds": seconds, "first": first, "peak_gib": peak, "tuning": ""}
-    return {"parameters": parameters, "loss": loss, "installed": how, "tuned": how}
+    return {"parameters": parameters, "loss": loss, "installed": how, "heap": how, "tuned": how}
 
 
 def _run(recipes, **fields):
@@ -52,9 +52,12 @@ def test_a_table_tells_who_is_faster_and_who_is_not_there():
     )
     assert "1,000 trained parameters" in lines[4]
     own, peft, tunix = lines[8:11]
-    assert own == "| medmoe_jax | 1,024 | 2 | 1.00 | 1,024 | 2 | 1.00 | 9.0 | 4.00 |"
-    assert peft.endswith("| 2,048 | 1 | 0.50 | 2,048 | 1 | 0.50 | 12.0 | 3.00 |")
-    assert tunix == "| tunix, qwix | – | – | – | – | – | – | – | – |"
+    assert (
+        own
+        == "| medmoe_jax | 1,024 | 2 | 1.00 | 1,024 | 2 | 1.00 | 1,024 | 2 | 1.00 | 9.0 | 4.00 |"
+    )
+    assert peft.endswith("| 2,048 | 1 | 0.50 | 2,048 | 1 | 0.50 | 2,048 | 1 | 0.50 | 12.0 | 3.00 |")
+    assert tunix == "| tunix, qwix |" + " – |" * 11
     assert "tunix, qwix: not installed: google-tunix." in lines
     lost = next(line for line in lines if line.startswith("Where medmoe_jax loses"))
     assert "the step, tuned, of PEFT, transformers is 0.50 of ours" in lost
@@ -63,7 +66,7 @@ def test_a_table_tells_who_is_faster_and_who_is_not_there():
 
 def test_a_gpu_has_one_way_and_its_own_part():
     sides = {
-        who: {k: v for k, v in _side([s]).items() if k != "tuned"}
+        who: {k: v for k, v in _side([s]).items() if k not in ("heap", "tuned")}
         for who, s in (("medmoe_jax", 1.0), ("naive", 4.0))
     }
     gpu = _run({MING: sides}, device="H", dtype="bfloat16")
@@ -92,9 +95,9 @@ def place(tmp_path, monkeypatch):
 def _measured(calls, **changed):
     """A stand-in for the processes: tunix is not there, PEFT gives what `changed` says."""
 
-    def measured(module, arguments, tuned, torch, env):
+    def measured(module, arguments, how, torch, env):
         who, steps = arguments[0], arguments[4]
-        calls.append((who, tuned, torch, env["JAX_PLATFORMS"]))
+        calls.append((who, how, torch, env["JAX_PLATFORMS"]))
         if who == "tunix":
             return {"missing": "not installed: google-tunix"}
         figures = {"device": "", "parameters": 10, "losses": [2.0, 1.0], "first": 5.0}
@@ -109,8 +112,8 @@ def test_rounds_alternate_and_the_other_device_stays(place, monkeypatch):
     monkeypatch.setattr(peers.children, "measured", _measured(calls))
     peers.RESULTS.write_text(json.dumps({"gpu": _run({LORA: {"medmoe_jax": _side([1.0])}})}))
     peers.main(["--rounds=2", "--gguf", str(place / "m.gguf")])
-    first = [("medmoe_jax", False), ("medmoe_jax", True), ("peft", False), ("peft", True)]
-    assert [call[:2] for call in calls] == [*first, ("tunix", False), *first[::-1]]
+    first = [(who, how) for who in ("medmoe_jax", "peft") for how in peers.HOWS["cpu"]]
+    assert [call[:2] for call in calls] == [*first, ("tunix", "installed"), *first[::-1]]
     assert {call[0]: call[2:] for call in calls} == {
         "medmoe_jax": (False, "cpu"), "peft": (True, "cpu"), "tunix": (False, "cpu"),
     }  # fmt: skip
@@ -125,10 +128,13 @@ def test_rounds_alternate_and_the_other_device_stays(place, monkeypatch):
     assert pages.shown(peers.PAGE, "figures") == peer_tables.tables(results)
     calls.clear()
     peers.main(["--quick", "--gguf", str(place / "m.gguf")])
-    assert [call[:2] for call in calls] == [(who, True) for who in ("medmoe_jax", "peft", "tunix")]
+    assert [call[:2] for call in calls] == [
+        *((who, how) for who in ("medmoe_jax", "peft") for how in ("heap", "tuned")),
+        ("tunix", "heap"),
+    ]
     text = peer_tables.tables(json.loads(peers.RESULTS.read_text()))
-    assert "targets; one step, tuned." in text
-    assert "| PEFT, transformers | 2,048 | 1 | 1.00 | 5.0 | 1.00 |" in text
+    assert "targets; one step. " in text
+    assert "| PEFT, transformers | 2,048 | 1 | 1.00 | 2,048 | 1 | 1.00 | 5.0 | 1.00 |" in text
 
 
 @pytest.mark.parametrize(
@@ -173,7 +179,7 @@ def test_the_batch_and_the_recipes_as_shipped(tmp_path):
         config = peer_ours.recipe_on(recipe, tmp_path / "m.gguf", "gpu")
         stage = config.stages[config.stages.order[0]]
         assert {one.dropout for one in stage.banks.values()} == rates
-        assert (config.base.dtype, config.run.remat) == ("bfloat16", "none")
+        assert (config.base.dtype, config.run.remat) == ("bfloat16", "auto")
         assert config.data.global_batch == ROWS
 
 
