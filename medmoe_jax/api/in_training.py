@@ -17,6 +17,7 @@ from medmoe_jax.training.hooks.evaluations import LOSS, MEAN, Measure
 from medmoe_jax.training.preparing import Prepared
 from medmoe_jax.training.run import Run, StageRun
 from medmoe_jax.training.step import TrainState
+from medmoe_jax.training.terminal import note
 
 
 def task_scorer(run: Run, stop: Callable[[], bool]) -> Callable[[Prepared], Measure]:
@@ -96,7 +97,12 @@ def _score(
 
 
 def _scores(tasks: dict[str, Task], report: Report) -> dict[str, float]:
-    for failure in report.failures:
-        raise UserError(f"task '{failure['task']}' cannot be scored: {failure['error']}")
-    scores = {name: float(result.score) for name, result in zip(tasks, report.results, strict=True)}
+    """By name, of the tasks that could be asked; the others are told, and training goes on."""
+    failed = {failure["task"]: failure["error"] for failure in report.failures}
+    for task, error in failed.items():
+        note(f"task '{task}' cannot be scored: {error}")
+    if not report.results:
+        raise UserError("evaluation: none of its tasks can be scored")
+    asked = [name for name, task in tasks.items() if task.name not in failed]
+    scores = {name: float(result.score) for name, result in zip(asked, report.results, strict=True)}
     return {**scores, MEAN: sum(scores.values()) / len(scores)}

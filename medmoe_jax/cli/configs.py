@@ -25,7 +25,8 @@ def load_config(arguments: Sequence[str], workdir: str | Path = "") -> ConfigDic
     """The configuration that these command-line arguments name, locked.
 
     Args:
-      arguments: `--config=RECIPE[:ARG]` and `--config.field=value`, and nothing else.
+      arguments: `--config=RECIPE[:ARG]` and `--config.field=value`, and nothing else; of one that
+        comes twice, the last holds.
       workdir: whose own configuration is taken where the arguments name no recipe; "" = there is
         none.
 
@@ -33,6 +34,7 @@ def load_config(arguments: Sequence[str], workdir: str | Path = "") -> ConfigDic
       UserError: no such recipe, an unknown field (with the closest known one), a value of another
         type, or an argument that is not about the configuration.
     """
+    arguments = _last_of_each(arguments)
     given = next((a.partition("=")[2] for a in arguments if a.startswith("--config=")), "")
     config = _read(given, workdir)
     strangers = [a for a in arguments if not a.startswith("--config")]
@@ -57,6 +59,16 @@ def load_config(arguments: Sequence[str], workdir: str | Path = "") -> ConfigDic
         set_field(config, name, value)
     check(config)
     return config
+
+
+def _last_of_each(arguments: Sequence[str]) -> list[str]:
+    """Without those whose name comes again later: ml-collections would join the tuples of both."""
+    last: dict[str, str] = {}
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        last.pop(name, None)
+        last[name] = argument
+    return list(last.values())
 
 
 def _read(given: str, workdir: str | Path) -> ConfigDict:

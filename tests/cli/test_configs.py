@@ -110,6 +110,26 @@ def test_fields_are_set_by_type():
     assert tuple(one.stages.order) == ("aggregate",)
 
 
+def test_of_what_comes_twice_the_last_holds():
+    """Of tuples too, which ml-collections would join; of a field that is new; of the recipe."""
+    field = "--config.stages.aggregate"
+    config = load_config(
+        [
+            APOLLO_MOE,
+            MEDCARE,
+            f"{field}.evaluation.tasks=('cmedtc',)",
+            "--config.data.template_options.level=2",
+            f"{field}.steps=5",
+            f"{field}.evaluation.tasks=('rqe', 'pubmedqa')",
+            "--config.data.template_options.level=3",
+            f"{field}.steps=7",
+        ]
+    )
+    stage = config.stages.aggregate
+    assert stage.evaluation.tasks == ("rqe", "pubmedqa") and stage.steps == 7
+    assert config.data.template_options.level == 3
+
+
 @pytest.mark.parametrize(
     ("argument", "words"),
     [

@@ -226,6 +226,25 @@ def test_the_command_scores_tasks_as_eval_does(command, told, tmp_path, capsys):
     assert not (tmp_path / "new" / "stages").exists()
 
 
+def test_a_task_that_cannot_be_asked_ends_no_training(command, told, tmp_path, capsys):
+    """An answer longer than the context; alone, or deciding which step is best, it is an error."""
+    long = [{"prompt": "Which drug?", "answer": "no", "choices": ["aspirin " * 2000, "no"]}]
+    long = tiny.write_rows(tmp_path / "long.jsonl", long)
+    (items,) = (Path(command[1].removeprefix("--config=")).parent).glob("items.jsonl")
+    field = "--config.stages.aggregate.evaluation"
+    asked = [*command, f"--workdir={tmp_path / 'w'}", f"{field}.tasks=('{long}','{items}')"]
+    assert main(asked) == 0
+    assert "task 'long' cannot be scored: " in " ".join(capsys.readouterr().err.split())
+    assert reports_of(tmp_path / "w") == reports_of(told)
+    assert evaluated(tmp_path / "w", "aggregate") == evaluated(told, "aggregate")
+    for more, said in (
+        ([f"{field}.best=long"], "evaluation.best: 'long' is none of loss, items, mean"),
+        ([f"{field}.tasks=('{long}',)", f"{field}.best=loss"], "none of its tasks can be scored"),
+    ):
+        assert main([*asked, f"--workdir={tmp_path / said[-4:]}", *more]) == 1
+        assert said in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.processes
 def test_two_processes_score_alike(command, told, tmp_path):
     """All take part, the first one writes."""
