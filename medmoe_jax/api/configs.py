@@ -14,7 +14,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from medmoe_jax.api.places import check_fields
+from medmoe_jax.api.places import settle_fields
 from medmoe_jax.errors import ParameterError, UserError
 from medmoe_jax.storage import places
 from medmoe_jax.training.shape import check_shape
@@ -49,14 +49,18 @@ def config(
         changed = read_recipe(os.fspath(recipe))
     for name, value in (overrides or {}).items():
         set_field(changed, name, value)
-    check(changed)
+    settle(changed)
     return changed
 
 
-def check(changed: ConfigDict) -> None:
-    """Raise UserError for a field that is unknown, of another type, or names no place it takes."""
+def settle(changed: ConfigDict) -> None:
+    """Put the home folder for `~/` in its paths.
+
+    Raises:
+      UserError: a field is unknown, of another type, or names no place that it takes.
+    """
     check_shape(changed)
-    check_fields(changed)
+    settle_fields(changed)
 
 
 def variants(
@@ -131,8 +135,8 @@ def recipes() -> list[str]:
 
 def _file(name: str, given: str) -> Path:
     """The file of a recipe that is given by its path or by its name."""
-    if os.path.isfile(name):
-        return Path(name)
+    if (file := places.local(name)).is_file():
+        return file
     if name in recipes():
         return SHIPPED / f"{name}.py"
     places.check(given, "config", ())

@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from medmoe_jax.storage.places import REMOTE, check
+from medmoe_jax.storage.places import REMOTE, at_home, check
 
 LOCAL: frozenset[str] = frozenset()
 ROWS = REMOTE | {"hf", "tfds"}  # or names of data sets, and of models
@@ -22,18 +22,39 @@ FIELDS = {
 SOURCE = ROWS  # data.sources.NAME.path
 
 
-def check_fields(config: ConfigDict) -> None:
-    """Raise UserError for a field that names a place which it does not take."""
-    for name, schemes in FIELDS.items():
-        section, _, field = name.partition(".")
-        for path in paths(config.get(section, {}).get(field)):
+def settle_fields(config: ConfigDict) -> None:
+    """Put the home folder for `~/` in the fields that are paths.
+
+    Raises:
+      UserError: a field names a place which it does not take.
+    """
+    for section, key, name, schemes in _fields(config):
+        for path in paths(section[key]):
             check(path, name, schemes)
+        section[key] = settled(section[key])
+
+
+def _fields(config: ConfigDict) -> Iterator[tuple[ConfigDict, str, str, frozenset[str]]]:
+    """`(section, key, name, what it takes)` of every field that there is."""
+    for name, schemes in FIELDS.items():
+        section, _, key = name.partition(".")
+        if key in config.get(section, {}):
+            yield config[section], key, name, schemes
     for name in config.get("stages", {}).get("order", ()):
         fields = config.stages.get(name, {}).get("evaluation", {})
-        for path in paths(fields.get("tasks")):
-            check(path, f"stages.{name}.evaluation.tasks", REMOTE)
+        if "tasks" in fields:
+            yield fields, "tasks", f"stages.{name}.evaluation.tasks", REMOTE
     for name, source in config.get("data", {}).get("sources", {}).items():
-        check(source["path"], f"data.sources.{name}.path", SOURCE)
+        yield source, "path", f"data.sources.{name}.path", SOURCE
+
+
+def settled(value: Any) -> Any:
+    """A value that holds paths, as of `paths`, with the home folder for `~/`."""
+    if isinstance(value, str):
+        return at_home(value)
+    if isinstance(value, list | tuple):
+        return type(value)(settled(one) for one in value)
+    return value
 
 
 def paths(value: Any) -> Iterator[str]:

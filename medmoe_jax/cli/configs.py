@@ -14,7 +14,14 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from medmoe_jax.api.configs import check, check_field, is_new, read_recipe, recipes, set_field
+from medmoe_jax.api.configs import (
+    check_field,
+    is_new,
+    read_recipe,
+    recipes,
+    set_field,
+    settle,
+)
 from medmoe_jax.errors import UserError, field_names
 from medmoe_jax.training.kept import is_kept, kept
 
@@ -57,7 +64,7 @@ def load_config(arguments: Sequence[str], workdir: str | Path = "") -> ConfigDic
         raise UserError(f"--config: {error}") from None
     for name, value in new.items():
         set_field(config, name, value)
-    check(config)
+    settle(config)
     return config
 
 

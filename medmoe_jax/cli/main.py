@@ -44,7 +44,7 @@ from medmoe_jax.cli import (  # what takes seconds comes after what listens for 
     tokenizer,
     train,
 )
-from medmoe_jax.cli.places import check_options
+from medmoe_jax.cli.places import settle_options
 from medmoe_jax.errors import ParameterError, Stopped, UserError, is_storage
 from medmoe_jax.parallel import processes
 from medmoe_jax.parallel.rollcall import GONE, ProcessError
@@ -174,7 +174,7 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         several = (arguments.coordinator, arguments.processes, arguments.process)
         with early.stoppable(), processes.Membership(*several), _one_speaks():
-            check_options(arguments)
+            settle_options(arguments)
             arguments.run(arguments, rest)
     except (UserError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _unread():

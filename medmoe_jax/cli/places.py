@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from medmoe_jax.api.places import LOCAL, ROWS, paths
+from medmoe_jax.api.places import LOCAL, ROWS, paths, settled
 from medmoe_jax.storage.places import REMOTE, check
 
 # By option; those of one command that differ stand behind its name.
@@ -40,10 +40,15 @@ OPTIONS = {
 }
 
 
-def check_options(arguments: argparse.Namespace) -> None:
-    """Raise UserError for an option that names a place which it does not take."""
+def settle_options(arguments: argparse.Namespace) -> None:
+    """Put the home folder for `~/` in the options that are paths.
+
+    Raises:
+      UserError: an option names a place which it does not take.
+    """
     for name, value in vars(arguments).items():
         schemes = OPTIONS.get(f"{arguments.command} {name}", OPTIONS.get(name))
         if schemes is not None:
             for path in paths(value):
                 check(path, f"--{name.replace('_', '-')}", schemes)
+            setattr(arguments, name, settled(value))

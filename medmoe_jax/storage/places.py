@@ -30,6 +30,9 @@ REMOTE = frozenset(_SCHEMES)
 # One slash is what is left of two once a path was made of it.
 _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 
+# Where a path begins; see `api.places.paths`.
+_HOME = re.compile(r"(^|,|=|task:)~(?=[/,]|$)")
+
 
 def is_hidden(name: str | os.PathLike) -> bool:
     """Whether a file or a folder that it lies in is hidden, by its name below the folder asked for.
@@ -90,7 +93,7 @@ def place(path: str | os.PathLike, field: str = "") -> Path:
     """
     check(path, field, REMOTE)
     if not is_remote(path):
-        return Path(path)
+        return Path(at_home(os.fspath(path)))
     _configure()
     from etils import epath
 
@@ -100,7 +103,15 @@ def place(path: str | os.PathLike, field: str = "") -> Path:
 def local(path: str | os.PathLike, field: str = "") -> Path:
     """A path on this machine's disk. Raises UserError for any other."""
     check(path, field, ())
-    return Path(path)
+    return Path(at_home(os.fspath(path)))
+
+
+def at_home(text: str) -> str:
+    """A path, or several with commas between or names before, where `~/` is the home folder.
+
+    Shells leave it as it is in `--option=~/x`, and nobody means a folder that is called `~`.
+    """
+    return _HOME.sub(lambda found: found[1] + os.path.expanduser("~"), text)
 
 
 @functools.cache

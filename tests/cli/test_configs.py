@@ -111,7 +111,7 @@ def test_fields_are_set_by_type():
 
 
 def test_of_what_comes_twice_the_last_holds():
-    """Of tuples too, which ml-collections would join; of a field that is new; of the recipe."""
+    """Tuples, which ml-collections would join, a field that is new, and the recipe."""
     field = "--config.stages.aggregate"
     config = load_config(
         [

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from medmoe_jax.api.places import FIELDS, check_fields
+from medmoe_jax.api.places import FIELDS, settle_fields
 from medmoe_jax.checkpoints.files import MetricsLog, new_folder, write_json
 from medmoe_jax.cli import main, places
 from medmoe_jax.data import builder, tokenizers
@@ -82,6 +82,29 @@ def test_an_unknown_place_is_refused_by_name_and_nothing_is_made(
     assert not os.listdir(tmp_path)
 
 
+def test_the_home_folder_stands_for_its_sign_in_every_option_and_field(monkeypatch):
+    """Also where shells leave it: behind `=`, commas and names; not within a name."""
+    monkeypatch.setenv("HOME", "/h")
+    given = "~/a,task:~/b,cmedtc,x=~/c,~,~d/e,./~/f,g~/h"
+    wanted = "/h/a,task:/h/b,cmedtc,x=/h/c,/h,~d/e,./~/f,g~/h"
+    for name in places.OPTIONS:
+        words = name.split()
+        arguments = argparse.Namespace(command=words[0], **{words[-1]: given})
+        places.settle_options(arguments)
+        assert getattr(arguments, words[-1]) == wanted
+    config = tiny.medcare_config()
+    for section, field in (name.split(".") for name in FIELDS):
+        config[section][field] = (given,) if field == "tasks" else given
+    config.data.sources.knowledge.path = given
+    config.stages.align.evaluation.tasks = (given, "~/i")
+    settle_fields(config)
+    for section, field in (name.split(".") for name in FIELDS):
+        assert config[section][field] == ((wanted,) if field == "tasks" else wanted)
+    assert config.data.sources.knowledge.path == wanted
+    assert config.stages.align.evaluation.tasks == (wanted, "/h/i")
+    assert [str(of("~/x")) for of in (place, local, fetched)] == ["/h/x"] * 3
+
+
 def test_an_unknown_place_in_a_field_is_refused_by_name():
     fields = [*FIELDS, "data.sources.knowledge.path"]
     for name in fields:
@@ -92,8 +115,8 @@ def test_an_unknown_place_in_a_field_is_refused_by_name():
             section = section[one]
         section[field] = ("az://box/x",) if name == "run.tasks" else "az://box/x"
         with pytest.raises(UserError, match=f"{name}: 'az://box/x' is a place"):
-            check_fields(config)
-    check_fields(tiny.medcare_config())
+            settle_fields(config)
+    settle_fields(tiny.medcare_config())
 
 
 def test_what_writes_refuses_an_unknown_place_itself(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from medmoe_jax.data.medical.cards import MedicalSet
 from medmoe_jax.errors import UserError
-from medmoe_jax.storage.places import is_hidden
+from medmoe_jax.storage.places import at_home, is_hidden
 
 HUB = "hf://"
 
@@ -28,7 +28,7 @@ def data_root(root: str | os.PathLike | None = None) -> Path | str:
 
     Raises FileNotFoundError where it is no folder.
     """
-    given = str(root or os.environ.get("MEDMOE_DATA") or "../shared/data")
+    given = at_home(str(root or os.environ.get("MEDMOE_DATA") or "../shared/data"))
     if given == HUB:
         return HUB
     if not Path(given).is_dir():
