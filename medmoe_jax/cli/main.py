@@ -174,7 +174,7 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         several = (arguments.coordinator, arguments.processes, arguments.process)
         with early.stoppable(), processes.Membership(*several), _one_speaks():
-            settle_options(arguments)
+            settle_options(arguments, sys.argv[1:] if argv is None else argv)
             arguments.run(arguments, rest)
     except (UserError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _unread():

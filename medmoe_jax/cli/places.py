@@ -7,8 +7,11 @@ refused before the command begins, so that nothing is made. Fields: `api.places`
 from __future__ import annotations
 
 import argparse
+import itertools
+from collections.abc import Sequence
 
 from medmoe_jax.api.places import LOCAL, ROWS, paths, settled
+from medmoe_jax.errors import UserError
 from medmoe_jax.storage.places import REMOTE, check
 
 # By option; those of one command that differ stand behind its name.
@@ -38,14 +41,26 @@ OPTIONS = {
     "data output": LOCAL,
     "tokenizer output": LOCAL,
 }
+# Where no path means something: that no lines are kept, that there is no run.
+MAY_BE_EMPTY = {"history", "workdir"}
 
 
-def settle_options(arguments: argparse.Namespace) -> None:
+def settle_options(arguments: argparse.Namespace, words: Sequence[str]) -> None:
     """Put the home folder for `~/` in the options that are paths.
 
+    Args:
+      arguments: what the parser made of the words.
+      words: the command line.
+
     Raises:
-      UserError: an option names a place which it does not take.
+      UserError: an option names a place which it does not take, or is empty, as a shell leaves
+        `--output=$UNSET`.
     """
+    for before, word in itertools.pairwise(["", *words]):
+        option, _, value = (word or before + "=").partition("=")
+        name, given = option[2:].replace("-", "_"), "=" in word or not word
+        if given and not value and name in OPTIONS.keys() - MAY_BE_EMPTY:
+            raise UserError(f"{option}: is empty; give a path, or leave the option out")
     for name, value in vars(arguments).items():
         schemes = OPTIONS.get(f"{arguments.command} {name}", OPTIONS.get(name))
         if schemes is not None:

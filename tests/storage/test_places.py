@@ -90,7 +90,7 @@ def test_the_home_folder_stands_for_its_sign_in_every_option_and_field(monkeypat
     for name in places.OPTIONS:
         words = name.split()
         arguments = argparse.Namespace(command=words[0], **{words[-1]: given})
-        places.settle_options(arguments)
+        places.settle_options(arguments, [])
         assert getattr(arguments, words[-1]) == wanted
     config = tiny.medcare_config()
     for section, field in (name.split(".") for name in FIELDS):
@@ -103,6 +103,31 @@ def test_the_home_folder_stands_for_its_sign_in_every_option_and_field(monkeypat
     assert config.data.sources.knowledge.path == wanted
     assert config.stages.align.evaluation.tasks == (wanted, "/h/i")
     assert [str(of("~/x")) for of in (place, local, fetched)] == ["/h/x"] * 3
+
+
+@pytest.mark.parametrize(
+    "command, name",
+    sorted(
+        {
+            (names, name)
+            for names, name, _ in options()
+            if name in places.OPTIONS.keys() - places.MAY_BE_EMPTY
+        }
+    ),
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_an_empty_option_is_refused_by_name(command, name, tmp_path, monkeypatch, capsys):
+    """A default of its own would write where nobody asked it to."""
+    monkeypatch.chdir(tmp_path)
+    line = arguments_for(dict(parsers(main.parser()))[command], name, "")
+    option = f"--{name.replace('_', '-')}"
+    if option not in line:
+        return  # a word without a name
+    at = line.index(option)
+    for words in (line, [*line[:at], f"{option}=", *line[at + 2 :]]):
+        assert main.main([*command, *words]) == 1
+        assert f"{option}: is empty; give a path" in capsys.readouterr().err
+    assert not os.listdir(tmp_path)
 
 
 def test_an_unknown_place_in_a_field_is_refused_by_name():
