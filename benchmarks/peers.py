@@ -48,7 +48,9 @@ PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "peft", "google-tu
 def run(gguf: Path, device: str, rounds: int, quick: bool) -> dict[str, Any]:
     """All figures of a device."""
     steps = 1 if quick else STEPS[device]
-    hows = (quick and HOWS[device][1:]) or HOWS[device]
+    hows = HOWS[device]
+    if quick and len(hows) > 1:
+        hows = hows[1:]  # none as installed
     with tempfile.TemporaryDirectory() as cache:
         # Steps are compiled once: what a first step takes is told by the first round alone.
         env = {"JAX_COMPILATION_CACHE_DIR": cache, "TQDM_DISABLE": "1"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,8 @@ FIELDS = {
     "run.tasks": REMOTE,
 }
 SOURCE = ROWS  # data.sources.NAME.path
+# Where one of `paths` begins in the home folder.
+_HOME = re.compile(r"(^|,|=|task:)~(?=[/,]|$)")
 
 
 def settle_fields(config: ConfigDict) -> None:
@@ -51,7 +54,7 @@ def _fields(config: ConfigDict) -> Iterator[tuple[ConfigDict, str, str, frozense
 def settled(value: Any) -> Any:
     """A value that holds paths, as of `paths`, with the home folder for `~/`."""
     if isinstance(value, str):
-        return at_home(value)
+        return _HOME.sub(lambda found: found[1] + at_home("~"), value)
     if isinstance(value, list | tuple):
         return type(value)(settled(one) for one in value)
     return value

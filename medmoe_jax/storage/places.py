@@ -30,9 +30,6 @@ REMOTE = frozenset(_SCHEMES)
 # One slash is what is left of two once a path was made of it.
 _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 
-# Where a path begins; see `api.places.paths`.
-_HOME = re.compile(r"(^|,|=|task:)~(?=[/,]|$)")
-
 
 def is_hidden(name: str | os.PathLike) -> bool:
     """Whether a file or a folder that it lies in is hidden, by its name below the folder asked for.
@@ -106,12 +103,12 @@ def local(path: str | os.PathLike, field: str = "") -> Path:
     return Path(at_home(os.fspath(path)))
 
 
-def at_home(text: str) -> str:
-    """A path, or several with commas between or names before, where `~/` is the home folder.
+def at_home(path: str) -> str:
+    """A path in which `~/` at the beginning is the home folder.
 
     Shells leave it as it is in `--option=~/x`, and nobody means a folder that is called `~`.
     """
-    return _HOME.sub(lambda found: found[1] + os.path.expanduser("~"), text)
+    return os.path.expanduser(path) if re.match(r"~(/|$)", path) else path
 
 
 @functools.cache

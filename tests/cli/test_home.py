@@ -64,6 +64,6 @@ def test_every_command_finds_and_makes_what_it_is_told(home, capsys):
     assert main(["data", "build", *built]) == 0, capsys.readouterr().err
     shutil.copytree(home / "eval", home / "again")
     assert main(["compare", "~/eval", "~/again", "--output=~/compared"]) == 0
-    names = "runs/a eval scores.jsonl texts.jsonl exported plots overlap built compared programs"
+    names = "runs/a eval scores.jsonl texts.jsonl exported plots overlap built compared"
     for name in names.split():
         assert (home / name).exists(), name

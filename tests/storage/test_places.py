@@ -102,7 +102,10 @@ def test_the_home_folder_stands_for_its_sign_in_every_option_and_field(monkeypat
         assert config[section][field] == ((wanted,) if field == "tasks" else wanted)
     assert config.data.sources.knowledge.path == wanted
     assert config.stages.align.evaluation.tasks == (wanted, "/h/i")
-    assert [str(of("~/x")) for of in (place, local, fetched)] == ["/h/x"] * 3
+    for of in (place, local, fetched):
+        assert [str(of(path)) for path in ("~/x", "~", "a,~/x", "~x")] == [
+            "/h/x", "/h", "a,~/x", "~x",
+        ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
