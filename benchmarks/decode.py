@@ -24,7 +24,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import children
-from benchmarks.heap import keep_pages
 from benchmarks.routing import PACKAGES, ROOT, console, show
 from benchmarks.timing import interleaved, machine
 from benchmarks.variants import DECODE_ROWS, DECODER, NEW, PROMPT, medcare_stage_1, random_banks
@@ -35,6 +34,7 @@ from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.checkpoints.bases import open_base
 from medmoe_jax.inference.engine import Engine
+from medmoe_jax.parallel import large_pages
 from medmoe_jax.parallel.mesh import make_mesh, replicated
 from medmoe_jax.storage.places import local
 
@@ -122,7 +122,6 @@ def main() -> None:
     parser.add_argument("--output", type=local, default=ROOT / "benchmarks/results/decode.json")
     args = parser.parse_args()
     rounds = 2 if args.quick else 9
-    keep_pages()
     others = theirs(rounds, args.gguf)  # children first, while this process holds nothing
     mine = ours(rounds, args.gguf)
     report(mine, others)
@@ -138,4 +137,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    large_pages.begin_again()
     main()
