@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import pages, peer_tables, scaling
 from benchmarks.decode import a_token
-from benchmarks.peer_step import OURS
+from benchmarks.peer_task import OURS
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "benchmarks" / "README.md"

@@ -71,18 +71,15 @@ def measured(
         **(env or {}),
         large_pages.VARIABLE: f"{large_pages.TUNABLE}=1" if how == "tuned" else "",
     }
-    if how == "installed":
-        return {**json.loads(_run(module, *arguments, env=env)), "tuning": "as installed"}
-    if how == "heap":
-        return {**json.loads(_run(module, *arguments, "keep", env=env)), "tuning": how}
-    tuning = "heap, large pages"
+    tuning = {"installed": "as installed", "heap": "heap", "tuned": "heap, large pages"}[how]
+    keep = () if how == "installed" else ("keep",)
     with tempfile.TemporaryDirectory() as folder:
         compiler = shutil.which("cc")
-        if torch and compiler:
+        if how == "tuned" and torch and compiler:
             source, library = Path(folder, "maker.c"), Path(folder, "maker.so")
             source.write_text(_MAKER)
             command = [compiler, "-shared", "-fPIC", str(source), "-o", str(library)]
             subprocess.run(command, check=True)
             env["LD_PRELOAD"], tuning = str(library), f"{tuning}, oneMKL's processor check"
-        out = json.loads(_run(module, *arguments, "keep", env=env))
+        out = json.loads(_run(module, *arguments, *keep, env=env))
     return {**out, "tuning": tuning}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.heap import keep_pages, peak_gib
-from benchmarks.peer_task import Contender
+from benchmarks.peer_task import OURS, Contender
 from medmoe_jax.parallel import large_pages
 
 
@@ -34,7 +34,6 @@ class Side(NamedTuple):
 
 
 _TORCH = {"torch": "torch", "transformers": "transformers"}
-OURS = "medmoe_jax"
 SIDES = {
     OURS: Side("peer_ours", {}),
     "peft": Side("peer_torch", {**_TORCH, "peft": "peft"}),

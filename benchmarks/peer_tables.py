@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.pages import markdown
-from benchmarks.peer_step import OURS
-from benchmarks.peer_task import LORA, MEDCARE, MING
+from benchmarks.peer_task import LORA, MEDCARE, MING, OURS
 
 PART = "figures"  # of the page
 NAMES = {

@@ -13,6 +13,7 @@ import numpy as np
 ROWS, TOKENS, PROMPT = 8, 256, 128
 TARGETS = ROWS * (TOKENS - PROMPT)
 LORA, MING, MEDCARE = "lora", "ming_moe", "medcare"
+OURS = "medmoe_jax"  # the contender that is this project
 DTYPES = {"cpu": "float32", "gpu": "bfloat16"}  # by device
 
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import children, pages, peer_tables
 from benchmarks.peer_step import SIDES
-from benchmarks.peer_task import DTYPES, LORA, MEDCARE, MING, ROWS, TARGETS, TOKENS
+from benchmarks.peer_task import DTYPES, LORA, MEDCARE, MING, OURS, ROWS, TARGETS, TOKENS
 from benchmarks.timing import machine
 from medmoe_jax import __version__
 
@@ -33,9 +33,9 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "peers.json"
 PAGE = ROOT / "docs" / "comparison.md"
 CONTENDERS = {
-    LORA: ("medmoe_jax", "peft", "tunix"),
-    MING: ("medmoe_jax", "naive"),
-    MEDCARE: ("medmoe_jax", "naive"),
+    LORA: (OURS, "peft", "tunix"),
+    MING: (OURS, "naive"),
+    MEDCARE: (OURS, "naive"),
 }
 HOWS = {"cpu": ("installed", "heap", "tuned"), "gpu": ("installed",)}
 # Timed steps of a process.
@@ -116,9 +116,9 @@ def add(found: dict[str, Any], how: str, new: dict[str, Any]) -> None:
 def check(recipe: str, found: dict[str, dict[str, Any]], tolerance: float) -> None:
     """Leave unless all contenders train as many parameters from the same loss."""
     there = {who: one for who, one in found.items() if "missing" not in one}
-    if "medmoe_jax" not in there:
-        raise SystemExit(f"medmoe_jax: {found['medmoe_jax']['missing']}")
-    own = there["medmoe_jax"]
+    if OURS not in there:
+        raise SystemExit(f"{OURS}: {found[OURS]['missing']}")
+    own = there[OURS]
     for who, one in there.items():
         if one["parameters"] != own["parameters"]:
             raise SystemExit(

@@ -93,7 +93,8 @@ def _score(
         ) from None
     report.save(folder / "report.json")
     note_cut(model)
-    return _scores(tasks, report)
+    with within(f"stages.{stage.name}."):
+        return _scores(tasks, report)
 
 
 def _scores(tasks: dict[str, Task], report: Report) -> dict[str, float]:

@@ -239,7 +239,10 @@ def test_a_task_that_cannot_be_asked_ends_no_training(command, told, tmp_path, c
     assert evaluated(tmp_path / "w", "aggregate") == evaluated(told, "aggregate")
     for more, said in (
         ([f"{field}.best=long"], "evaluation.best: 'long' is none of loss, items, mean"),
-        ([f"{field}.tasks=('{long}',)", f"{field}.best=loss"], "none of its tasks can be scored"),
+        (
+            [f"{field}.tasks=('{long}',)", f"{field}.best=loss"],
+            "stages.aggregate.evaluation: none of its tasks can be scored",
+        ),
     ):
         assert main([*asked, f"--workdir={tmp_path / said[-4:]}", *more]) == 1
         assert said in " ".join(capsys.readouterr().err.split())
