@@ -8,10 +8,9 @@ REFUSED=11
 STOPPED=130
 LOST=255
 
-# The processes of this launcher that are starting a job, by worker, and the workers of those that
-# follow one.
-STARTING=()
+# The workers of the processes that follow one, and the process beside this one.
 declare -A ATTACHED=()
+BESIDE=''
 
 start_worker() {
   local environment
@@ -21,18 +20,18 @@ start_worker() {
 
 # The job on all workers; where all of them run it already, as after a lost connection, it stays.
 start() {
-  local number code bad=0 running=0 began=()
+  local number code bad=0 running=0 began=() starting=()
   if dry; then
     each start_worker
     return
   fi
   for number in "${!WORKERS[@]}"; do
     start_worker "$number" &
-    STARTING[number]=$!
+    starting[number]=$!
   done
   for number in "${!WORKERS[@]}"; do
     code=0
-    wait "${STARTING[number]}" || code=$?
+    wait "${starting[number]}" || code=$?
     case $code in
       0) began+=("$number") ;;
       "$ALREADY_RUNNING") running=$((running + 1)) ;;
@@ -43,7 +42,6 @@ start() {
         ;;
     esac
   done
-  STARTING=()
   if ((running == ${#WORKERS[@]})); then
     say "this job runs already: following it"
   elif ((bad)); then
@@ -95,11 +93,35 @@ report() {
     END{for (i = n > most ? n - most : 0; i < n; i++) print "    " lines[i % most]}' "$copy" >&2
 }
 
+# COMMAND beside this shell, which waits for it and heeds signals: stops the job, or leaves it to itself
+# where the terminal is gone. With a trap set it must do nothing else: bash 5.2 fails where a signal
+# comes while it reads a `$(...)`, and the trap is lost.
+beside() { # COMMAND...
+  local code=0
+  mkdir -p "$FLAG_LOGS"
+  end_orphans
+  trap interrupted INT TERM
+  trap 'exit 129' HUP
+  trap leave EXIT
+  set -m # a process group of its own, which Ctrl-C does not reach
+  "$@" </dev/null &
+  BESIDE=$!
+  set +m
+  wait "$BESIDE" || code=$?
+  trap - INT TERM HUP
+  BESIDE=''
+  leave
+  trap - EXIT
+  return "$code"
+}
+
 interrupted() {
-  trap - INT TERM
+  trap - INT TERM HUP
   say "stopping the job on all workers (again to leave it to itself)"
-  # What has not begun cannot be stopped.
-  if ((${#STARTING[@]})); then wait "${STARTING[@]}" || true; fi
+  # The shell beside, then what it left; what ignores that is waited for.
+  kill "$BESIDE" 2>/dev/null || true
+  kill -INT -- "-$BESIDE" 2>/dev/null || true
+  while kill -0 -- "-$BESIDE" 2>/dev/null; do sleep 0.1; done
   verb_stop || say "some workers could not be told; see: status"
   exit "$STOPPED"
 }
@@ -112,23 +134,19 @@ watch_job() {
     each attach
     return
   fi
-  mkdir -p "$FLAG_LOGS"
-  end_orphans
-  born "$$" >"$FLAG_LOGS/followers.$$"
+  begin_following || return
   for number in "${!WORKERS[@]}"; do
     title="== worker $number, $(date '+%F %T'): medmoe $(quote "${ARGUMENTS[@]}")"
     echo "$title" >>"$FLAG_LOGS/worker-$number.log"
-    set -m # a process group each, so that all of a lost connection can be ended
-    attach "$number" </dev/null &
-    set +m
+    follow attach "$number"
     ATTACHED[$!]=$number
-    born "$!" >>"$FLAG_LOGS/followers.$$"
   done
   while ((${#ATTACHED[@]} && code == 0)); do
     wait -n -p process "${!ATTACHED[@]}" || code=$?
     number=${ATTACHED[$process]}
     unset "ATTACHED[$process]"
   done
+  is_child_of "$$" || return
   if ((code)); then
     report "$number" "$code"
     stop_others || code=$LOST
@@ -139,22 +157,51 @@ watch_job() {
 # A process's number and when it began: together they name no other process.
 born() { echo "$1 $(ps -o lstart= -p "$1")"; }
 
+is_child_of() { # PROCESS, as long as it lives
+  local self=$BASHPID
+  (($(ps -o ppid= -p "$self") == $1))
+}
+
+# LOGS/followers.N: the launcher of the number N, then the process groups that work for it. Fails where it
+# is gone: its job is left to itself.
+begin_following() {
+  is_child_of "$$" || return
+  WATCHER=$BASHPID
+  born "$$" >"$FLAG_LOGS/followers.$$"
+  born "$WATCHER" >>"$FLAG_LOGS/followers.$$"
+}
+
+# COMMAND in the background, in a process group of its own, so that all of a connection can be ended.
+follow() { # COMMAND...
+  set -m
+  followed "$@" </dev/null &
+  set +m
+}
+
+# Whoever ends the followers ends the watcher before: one that came too late to be noted sees that.
+followed() { # COMMAND...
+  born "$BASHPID" >>"$FLAG_LOGS/followers.$$"
+  if is_child_of "$WATCHER"; then "$@"; else rm -f "$FLAG_LOGS/followers.$$"; fi
+}
+
 # End what follows workers for a launcher that was killed: it would write every line twice.
 end_orphans() {
   local file process began
   for file in "$FLAG_LOGS"/followers.*; do
     [[ -e $file ]] || continue
-    {
-      read -r process began
-      if [[ "$(born "$process")" == "$process $began" ]]; then continue; fi
-      while read -r process began; do
-        if [[ "$(born "$process")" == "$process $began" ]]; then
-          kill -- "-$process" 2>/dev/null || true
-        fi
-      done
-    } <"$file"
-    rm -f "$file"
+    read -r process began <"$file"
+    if [[ "$(born "$process")" != "$process $began" ]]; then end_followers "$file"; fi
   done
+}
+
+end_followers() { # FILE
+  local process began
+  while read -r process began; do
+    if [[ "$(born "$process")" == "$process $began" ]]; then
+      kill -- "-$process" 2>/dev/null || true
+    fi
+  done < <(tail -n +2 "$1")
+  rm -f "$1"
 }
 
 # Stop the workers that are still followed; fails when one of them cannot be reached.
@@ -175,28 +222,26 @@ stop_others() {
       lost=1
     fi
   done
-  leave
   return "$lost"
 }
 
 # End what follows the workers; their jobs go on.
 leave() {
-  local process
-  for process in "${!ATTACHED[@]}"; do kill -- "-$process" 2>/dev/null || true; done
-  ATTACHED=()
-  rm -f "$FLAG_LOGS/followers.$$"
+  if [[ -n $BESIDE ]]; then
+    kill "$BESIDE" 2>/dev/null || true
+    wait "$BESIDE" 2>/dev/null || true
+  fi
+  if [[ -e $FLAG_LOGS/followers.$$ ]]; then end_followers "$FLAG_LOGS/followers.$$"; fi
+}
+
+begin_and_watch() {
+  trap '' INT # what has not begun cannot be stopped
+  start || return
+  watch_job
 }
 
 # One start of the job; returns its status.
-attempt() {
-  local code=0
-  trap interrupted INT TERM
-  trap 'exit 129' HUP # the terminal is gone; the job stays
-  trap leave EXIT
-  if start; then watch_job || code=$?; else code=$?; fi
-  trap - INT TERM HUP
-  return "$code"
-}
+attempt() { if dry; then begin_and_watch; else beside begin_and_watch; fi; }
 
 # What the work directory holds, as one line that changes with every save.
 saved() {

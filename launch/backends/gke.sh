@@ -233,18 +233,21 @@ list_pods() {
     sed 's/| \+/|/; s/ \+$//' | sort
 }
 
-# Follow the job until the cluster says that it is done, or that it failed for good. Ends with the
-# status of the pod that failed first in the last start, with $LOST where none is left to say it.
+# Ends with the status of the pod that failed first in the last start, with $LOST where none is left to
+# say it.
 follow_job() {
+  local code=0
+  beside watch_pods || code=$?
+  remove_secret
+  return "$code"
+}
+
+# Until the cluster says that the job is done, or that it failed for good.
+watch_pods() {
   local manager state restarts command pods code shown=0 waits=''
   declare -A FOLLOWING=() CODES=()
-  mkdir -p "$FLAG_LOGS"
-  end_orphans
-  born "$$" >"$FLAG_LOGS/followers.$$"
-  trap interrupted INT TERM
-  trap 'exit 129' HUP # the terminal is gone; the job stays
-  trap leave EXIT
-  while true; do
+  begin_following || return
+  while is_child_of "$$"; do
     if look && pods=$(list_pods); then
       follow_pods
       if ((${restarts:-0} > shown)); then
@@ -255,19 +258,15 @@ follow_job() {
     else
       say "kubectl does not answer; the job goes on, and is asked for again"
     fi
-    sleep "$FLAG_POLL" & # which a signal need not wait for
-    wait "$!"
+    sleep "$FLAG_POLL"
   done
   if ((${#ATTACHED[@]})); then wait "${!ATTACHED[@]}" || true; fi # the last lines
-  leave
-  trap - INT TERM HUP EXIT
   case $manager/$state in
     /) code=$STOPPED ;;
     */Completed) code=0 ;;
     *) code=${CODES[$shown]-$LOST} ;;
   esac
   say "JobSet $FLAG_NAME: ${state:-stopped}, starts: $((shown + 1)), status: $code"
-  remove_secret
   return "$code"
 }
 
@@ -301,11 +300,8 @@ follow_pod() { # NUMBER POD PHASE
   else
     echo "== worker $1, $(date '+%F %T'): medmoe $(quote "${ARGUMENTS[@]}")" >>"$FLAG_LOGS/worker-$1.log"
   fi
-  set -m # a process group each, as in watch_job
-  attach_pod "$1" "$2" "${since[@]}" </dev/null &
-  set +m
+  follow attach_pod "$1" "$2" "${since[@]}"
   FOLLOWING[$2]=$! ATTACHED[$!]=$1
-  born "$!" >>"$FLAG_LOGS/followers.$$"
 }
 
 attach_pod() { # NUMBER POD [SINCE]

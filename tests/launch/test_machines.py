@@ -371,6 +371,24 @@ def test_variables_reach_all_where_some_workers_still_ran(launcher):
     assert [ssh.environment(worker)["HF_TOKEN"] for worker in (0, 1)] == ["hunter2"] * 2
 
 
+def test_ctrl_c_while_workers_begin_waits_for_them(launcher):
+    """What has not begun cannot be stopped, and would run on unseen."""
+    ssh = stubs(launcher("--backend=ssh", "--hosts=home-0,home-1"))
+    late = 'if [[ $1/$2 == home-1/*" start "* ]]; then touch "$FAKE/begins"; sleep 1; fi\n'
+    ssh.stub("ssh", SSH.replace("mkdir", late + "mkdir", 1))
+    ssh.behaves(
+        "trap 'touch \"$FAKE/saved-$worker\"; exit 75' TERM\nwhile true; do sleep 0.1; done"
+    )
+    begun = ssh.begin("run", "--", "train")
+    wait_for((ssh.folder / "begins").exists)
+    os.killpg(begun.pid, signal.SIGINT)
+    _, said = begun.communicate(timeout=120)
+    assert begun.returncode == 130, said
+    for worker in (0, 1):
+        assert (ssh.folder / f"saved-{worker}").exists() and ssh.starts(worker) == 1
+    assert not list((ssh.folder / "runs/launch").glob("followers.*"))
+
+
 def test_what_a_killed_launcher_left_is_cleaned_up(launcher):
     """Its followers would write every line twice, its copies of the code would stay for ever."""
     local = launcher("--backend=local", "--hosts=2")
@@ -384,11 +402,11 @@ def test_what_a_killed_launcher_left_is_cleaned_up(launcher):
     local.behaves('until [[ -e $FAKE/go ]]; do sleep 0.1; done; echo "said once by $worker"')
     first = local.begin("run", "--", "eval")
     logs = local.folder / "runs" / "launch"
-    wait_for(lambda: len(lines_of(logs, "followers.*")) == 3)
+    wait_for(lambda: len(lines_of(logs, "followers.*")) == 4)
     first.kill()  # only the launcher itself: its followers live on
     first.wait()
     second = local.begin("run", "--", "eval")
-    wait_for(lambda: len(lines_of(logs, f"followers.{second.pid}")) == 3)
+    wait_for(lambda: len(lines_of(logs, f"followers.{second.pid}")) == 4)
     (local.folder / "go").touch()
     assert second.wait(30) == 0
     first.communicate()
