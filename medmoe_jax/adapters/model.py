@@ -28,8 +28,7 @@ from medmoe_jax.errors import UserError
 from medmoe_jax.kernels.router_equations import RouterStats
 from medmoe_jax.mesh_axes import TENSOR
 from medmoe_jax.parallel.mesh import check_divides
-from medmoe_jax.routing import fused
-from medmoe_jax.routing.dispatch import strategy
+from medmoe_jax.routing.dispatch import KEPT, strategy
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def ranges(config: AdaptedConfig, banks: Mapping[str, Any]) -> tuple[LayerRange,
             strategy=strategy(config.dispatch, config.execution),
             activation=activation(config.decoder),
         )
-        out.append(LayerRange(start, stop, params, seam, fused.KEPT))
+        out.append(LayerRange(start, stop, params, seam, KEPT))
     return tuple(out)
 
 

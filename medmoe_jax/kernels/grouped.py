@@ -14,10 +14,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from medmoe_jax.errors import UserError
 from medmoe_jax.kernels import grouped_blocks, grouped_tpu
 from medmoe_jax.kernels.tiles import LANES, ceil_div, check_backend, check_floats
+
+# What a product's result is called for the policies of `jax.checkpoint`.
+PRODUCT = "grouped_product"
 
 
 def _forward(x, w, sizes, transposed, backend):
@@ -32,7 +36,7 @@ def _product(x_MxK, w_GxKxN, sizes_G, transposed: bool, backend: str):
 
 
 def _product_fwd(x_MxK, w_GxKxN, sizes_G, transposed, backend):
-    y_MxN = _forward(x_MxK, w_GxKxN, sizes_G, transposed, backend)
+    y_MxN = checkpoint_name(_forward(x_MxK, w_GxKxN, sizes_G, transposed, backend), PRODUCT)
     return y_MxN, (x_MxK, w_GxKxN, sizes_G)
 
 

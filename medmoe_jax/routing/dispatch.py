@@ -40,6 +40,7 @@ import jax
 
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.errors import ParameterError
+from medmoe_jax.kernels import grouped, lora_linear
 from medmoe_jax.kernels.router_equations import Gates
 from medmoe_jax.mesh_axes import EXPERT
 from medmoe_jax.routing import auto, dense, fused, gating
@@ -47,6 +48,18 @@ from medmoe_jax.routing.dispatchers import AllToAllDispatcher, LocalDispatcher
 from medmoe_jax.routing.gating import Decision, Router
 from medmoe_jax.routing.sparse import Sparse
 from medmoe_jax.routing.terms import Terms
+
+# What the backward pass keeps of the kernels' results, by rematerialisation.
+KEPT = {
+    "dots": (
+        grouped.PRODUCT,
+        lora_linear.PRODUCT,
+        lora_linear.RANK_COLUMNS,
+        lora_linear.LAST_RANK_COLUMNS,
+    ),
+    # Few columns: without them a layer's last product would be made again for their sake.
+    "full": (lora_linear.LAST_RANK_COLUMNS,),
+}
 
 
 @dataclass(frozen=True)

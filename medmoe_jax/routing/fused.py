@@ -26,13 +26,6 @@ from medmoe_jax.parallel.topology import CHIPS
 from medmoe_jax.routing import dense
 from medmoe_jax.routing.terms import LoraTerm, Terms
 
-# What the backward pass keeps of the kernel's results, by rematerialisation.
-KEPT = {
-    "dots": (kernel.PRODUCT, kernel.RANK_COLUMNS, kernel.LAST_RANK_COLUMNS),
-    # Few columns: without them a layer's last product would be made again for their sake.
-    "full": (kernel.LAST_RANK_COLUMNS,),
-}
-
 _MEMORIES = {chip.kind: kernel_memory(chip.cores, chip.vmem_mib) for chip in CHIPS.values()}
 
 
