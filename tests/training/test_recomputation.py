@@ -14,7 +14,6 @@ from medmoe_jax.errors import Stopped, UserError
 from medmoe_jax.parallel import processes, room
 from medmoe_jax.parallel.mesh import make_mesh
 from medmoe_jax.training import recomputation
-from medmoe_jax.training import setup as setup_lib
 from medmoe_jax.training import train as training
 from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import AUTO, open_setup
@@ -24,12 +23,6 @@ from tests import tiny
 pytestmark = pytest.mark.slow
 
 SAID = re.compile(r"needs ([\d.]+) GiB of ([\d.]+) GiB for itself.*remat '(\w+)'")
-
-
-@pytest.fixture
-def all_three(monkeypatch):
-    """Devices that are no processors, for which `none` is a choice too."""
-    monkeypatch.setattr(setup_lib, "on_processors", lambda mesh: False)
 
 
 def run_of(workdir, remat=AUTO):
@@ -49,8 +42,8 @@ def end_of(workdir):
     return losses, Manifest.read(folder.manifest).content
 
 
-def test_the_least_that_fits_is_kept_when_the_run_goes_on(tmp_path, monkeypatch, capsys, all_three):
-    """With memory between that of `none` and of `dots`; and then with all that there is."""
+def test_the_least_that_fits_is_kept_when_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    """With no memory, and then with all that there is."""
     needs = []
     real = recomputation.taken
     monkeypatch.setattr(
@@ -60,25 +53,25 @@ def test_the_least_that_fits_is_kept_when_the_run_goes_on(tmp_path, monkeypatch,
     asked = iter([False, True])
     with pytest.raises(Stopped):
         train(run_of(tmp_path / "w"), stop=lambda: next(asked))
-    none, dots, full = needs
-    assert none > 1.1 * dots and dots > 1.1 * full
+    dots, full = needs
+    assert dots > 1.1 * full
     said = capsys.readouterr().err
-    assert "remat 'none' does not fit" in said and "remat 'dots' does not fit" in said
+    assert "remat 'dots' does not fit" in said
     assert SAID.findall(said)[-1][2] == "full"  # runs, although there is said to be no room
 
     monkeypatch.setattr(recomputation, "room", lambda mesh: 10**15)
     train(run_of(tmp_path / "w"))
-    assert SAID.findall(capsys.readouterr().err)[-1][2] == "full" and len(needs) == 4
+    assert SAID.findall(capsys.readouterr().err)[-1][2] == "full" and len(needs) == 3
     train(run_of(tmp_path / "whole", "full"))
     assert end_of(tmp_path / "w") == end_of(tmp_path / "whole")
 
     # The process with the least memory decides for all.
     prepared, state = training.prepare(run_of(tmp_path / "new").stage("aggregate"), 2)
-    monkeypatch.setattr(processes, "gather", lambda value: [value, dots] if value else [value])
-    assert recomputation.compile_step(prepared, state, "").remat == "dots"
+    monkeypatch.setattr(processes, "gather", lambda value: [value, full] if value else [value])
+    assert recomputation.compile_step(prepared, state, "").remat == "full"
 
 
-def test_processors_keep_products_only(tmp_path, monkeypatch, capsys):
+def test_no_more_than_products_is_kept(tmp_path, monkeypatch, capsys):
     """However much memory there is; a run that began with `none` goes on with it."""
     prepared, state = training.prepare(run_of(tmp_path / "w").stage("aggregate"), 2)
     monkeypatch.setattr(recomputation, "room", lambda mesh: 10**15)
@@ -110,8 +103,8 @@ def test_running_out_of_memory_names_a_setting_that_needs_less(tmp_path, monkeyp
         assert "more" not in said.split("(RESOURCE")[1]
 
 
-def test_a_compiler_that_finds_no_room(tmp_path, monkeypatch, capsys, all_three):
-    """Its refusal of `none` is no error; that of the last one is, and others stay as they are."""
+def test_a_compiler_that_finds_no_room(tmp_path, monkeypatch, capsys):
+    """Its refusal of `dots` is no error; that of the last one is, and others stay as they are."""
     real = recomputation.compile_ahead
     refused = []
 
@@ -124,8 +117,8 @@ def test_a_compiler_that_finds_no_room(tmp_path, monkeypatch, capsys, all_three)
     monkeypatch.setattr(recomputation, "compile_ahead", compiles)
     prepared, state = training.prepare(run_of(tmp_path / "w").stage("aggregate"), 2)
     monkeypatch.setattr(recomputation, "room", lambda mesh: 10**15)
-    assert recomputation.compile_step(prepared, state, "").remat == "dots"
-    assert "remat 'none' does not fit" in capsys.readouterr().err
+    assert recomputation.compile_step(prepared, state, "").remat == "full"
+    assert "remat 'dots' does not fit" in capsys.readouterr().err
     refused.clear()
     with pytest.raises(UserError, match=r"with run.remat 'full'; raise run.accumulation, lower"):
         recomputation.compile_step(prepared, state, "full")
@@ -138,9 +131,7 @@ def test_a_compiler_that_finds_no_room(tmp_path, monkeypatch, capsys, all_three)
         recomputation.compile_step(prepared, state, "")
 
 
-def test_a_program_in_which_the_compiler_recomputes_is_passed_over(
-    tmp_path, monkeypatch, capsys, all_three
-):
+def test_a_program_in_which_the_compiler_recomputes_is_passed_over(tmp_path, monkeypatch, capsys):
     """However it fits; the last choice is taken all the same."""
     prepared, state = training.prepare(run_of(tmp_path / "w").stage("aggregate"), 2)
     monkeypatch.setattr(recomputation, "room", lambda mesh: 10**15)
@@ -149,7 +140,7 @@ def test_a_program_in_which_the_compiler_recomputes_is_passed_over(
         recomputation, "compiler_recomputes", lambda text: asked.append(text) or True
     )
     assert recomputation.compile_step(prepared, state, "").remat == "full"
-    assert len(asked) == 3 and all("ENTRY" in text for text in asked)
+    assert len(asked) == 2 and all("ENTRY" in text for text in asked)
     assert "remat 'dots' fits only as the compiler recomputes" in capsys.readouterr().err
     assert recomputation.compile_step(prepared, state, "none").remat == "none"
 
@@ -186,10 +177,8 @@ def test_room_of_a_device_of_a_machine_and_of_a_container(tmp_path, monkeypatch)
     assert room.room(there) == 760 and room.taken(memory, there) == 106
 
 
-def test_what_the_field_may_be(tmp_path, monkeypatch):
+def test_what_the_field_may_be(tmp_path):
     assert run_of(tmp_path).setup.remats == REMAT[1:]
     assert run_of(tmp_path, "dots").setup.remats == ("dots",)
     with pytest.raises(UserError, match=r"run\.remat: 'some' is none of auto, none, dots, full"):
         run_of(tmp_path, "some")
-    monkeypatch.setattr(setup_lib, "on_processors", lambda mesh: False)
-    assert run_of(tmp_path).setup.remats == REMAT
