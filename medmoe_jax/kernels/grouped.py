@@ -20,8 +20,9 @@ from medmoe_jax.errors import UserError
 from medmoe_jax.kernels import grouped_blocks, grouped_tpu
 from medmoe_jax.kernels.tiles import LANES, ceil_div, check_backend, check_floats
 
-# What a product's result is called for the policies of `jax.checkpoint`.
-PRODUCT = "grouped_product"
+# What x·A is called for the policies of `jax.checkpoint`. y has no name: it is K times as large as
+# a layer's own output, and cheap to make again.
+RANK_COLUMNS = "grouped_rank_columns"
 
 
 def _forward(x, w, sizes, transposed, backend):
@@ -36,7 +37,7 @@ def _product(x_MxK, w_GxKxN, sizes_G, transposed: bool, backend: str):
 
 
 def _product_fwd(x_MxK, w_GxKxN, sizes_G, transposed, backend):
-    y_MxN = checkpoint_name(_forward(x_MxK, w_GxKxN, sizes_G, transposed, backend), PRODUCT)
+    y_MxN = _forward(x_MxK, w_GxKxN, sizes_G, transposed, backend)
     return y_MxN, (x_MxK, w_GxKxN, sizes_G)
 
 
@@ -176,6 +177,8 @@ def grouped_lora(
         raise UserError(f"a_ExrxD has rank {r}, b_ExrxO {b_ExrxO.shape[1]}")
     P = 1 if backend == "xla" else _experts_a_pack(E, r)
     sizes_S = jnp.pad(sizes_E, (0, -E % P)).reshape(-1, P).sum(axis=1)
-    h_MxR = _product(x_MxD, _packed(a_ExrxD, P), sizes_S, True, backend)
+    h_MxR = checkpoint_name(
+        _product(x_MxD, _packed(a_ExrxD, P), sizes_S, True, backend), RANK_COLUMNS
+    )
     h_MxR = _weighted(h_MxR, weight_M, sizes_E, P, r)
     return _product(h_MxR, _packed(b_ExrxO, P), sizes_S, False, backend)

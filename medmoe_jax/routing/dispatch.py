@@ -43,7 +43,7 @@ from medmoe_jax.errors import ParameterError
 from medmoe_jax.kernels import grouped, lora_linear
 from medmoe_jax.kernels.router_equations import Gates
 from medmoe_jax.mesh_axes import EXPERT
-from medmoe_jax.routing import auto, dense, fused, gating
+from medmoe_jax.routing import auto, dense, fused, gating, sparse
 from medmoe_jax.routing.dispatchers import AllToAllDispatcher, LocalDispatcher
 from medmoe_jax.routing.gating import Decision, Router
 from medmoe_jax.routing.sparse import Sparse
@@ -52,7 +52,8 @@ from medmoe_jax.routing.terms import Terms
 # What the backward pass keeps of the kernels' results, by rematerialisation.
 KEPT = {
     "dots": (
-        grouped.PRODUCT,
+        sparse.PRODUCT,
+        grouped.RANK_COLUMNS,
         lora_linear.PRODUCT,
         lora_linear.RANK_COLUMNS,
         lora_linear.LAST_RANK_COLUMNS,

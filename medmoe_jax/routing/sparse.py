@@ -17,15 +17,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from medmoe_jax.base.execution import Execution
-from medmoe_jax.kernels.grouped import grouped_lora, grouped_matmul
+from medmoe_jax.kernels.grouped import RANK_COLUMNS, grouped_lora, grouped_matmul
 from medmoe_jax.kernels.router_equations import Gates
 from medmoe_jax.parallel.rules import row_parallel
 from medmoe_jax.routing.dense import stacked_lora
 from medmoe_jax.routing.dispatchers import Dispatcher
 from medmoe_jax.routing.terms import LoraTerm, Terms
+
+# What the results of experts' inner layers are called for the policies of `jax.checkpoint`.
+PRODUCT = "experts_product"
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,8 @@ class Sparse:
         else:
             a_ExDxr = jnp.moveaxis(a_DxExr, 0, 1)
             h_Mxr = grouped_matmul(rows.x_MxD, a_ExDxr, rows.sizes_E, backend=backend)
-            h_Mxr = jax.lax.psum(h_Mxr.astype(jnp.float32), summed) * rows.weight_M[:, None]
+            h_Mxr = jax.lax.psum(h_Mxr.astype(jnp.float32), summed)
+            h_Mxr = checkpoint_name(h_Mxr, RANK_COLUMNS) * rows.weight_M[:, None]
             y_MxO = grouped_matmul(
                 h_Mxr.astype(x_BxTxD.dtype), b_ExrxO, rows.sizes_E, backend=backend
             )
@@ -115,7 +120,9 @@ class Sparse:
         rows, journey = self._dispatch(picks_BxTxK, weights_BxTxK, x_BxTxD, gate_ExDxF.shape[0])
         backend = self.execution.backend
         product = functools.partial(grouped_matmul, sizes_E=rows.sizes_E, backend=backend)
-        h_MxF = activation(product(rows.x_MxD, gate_ExDxF)) * product(rows.x_MxD, up_ExDxF)
+        gate_MxF = checkpoint_name(product(rows.x_MxD, gate_ExDxF), PRODUCT)
+        up_MxF = checkpoint_name(product(rows.x_MxD, up_ExDxF), PRODUCT)
+        h_MxF = activation(gate_MxF) * up_MxF
         h_MxF = (h_MxF.astype(jnp.float32) * rows.weight_M[:, None]).astype(h_MxF.dtype)
         y_BxTxD = self._combine(journey, product(h_MxF, down_ExFxD), x_BxTxD)
         return y_BxTxD if summed is None else jax.lax.psum(y_BxTxD, summed)

@@ -29,7 +29,7 @@ from medmoe_jax.data.templates import load_template
 from medmoe_jax.data.tokenizers import check_vocabulary
 from medmoe_jax.data.tokens import Tokenizer
 from medmoe_jax.errors import ParameterError, UserError, field_names
-from medmoe_jax.mesh_axes import SEQUENCE
+from medmoe_jax.mesh_axes import EXPERT, SEQUENCE
 from medmoe_jax.parallel.mesh import (
     batch_sharding,
     batch_shards,
@@ -186,12 +186,13 @@ class Setup:
         """What a training step may recompute, the least first.
 
         `auto` does not keep everything: `dots` makes no product again, and takes half the memory
-        of `none`. So it writes and reads less, and takes no more time.
+        of `none`. So it writes and reads less, and takes no more time. Only where tokens travel
+        to experts on other devices they would do so again, which costs more than memory's time.
         """
         asked = self.config.run.remat
         if asked != AUTO:
             return (asked,)
-        return REMAT[REMAT.index("dots") :]
+        return REMAT if self.mesh.shape[EXPERT] > 1 else REMAT[REMAT.index("dots") :]
 
     def model(self, banks: tuple[BankSpec, ...]) -> AdaptedConfig:
         """The decoder with these banks active, run as `config.run` says.

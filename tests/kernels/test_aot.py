@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from medmoe_jax.kernels import permute, routing
-from medmoe_jax.kernels.grouped import grouped_lora, grouped_matmul
+from medmoe_jax.kernels.grouped import grouped_lora
 from medmoe_jax.kernels.lora_linear import lora_linear
 from medmoe_jax.parallel import topology
-from medmoe_jax.routing.dispatch import KEPT
 from tests import slices
 
 pytestmark = pytest.mark.aot
@@ -137,28 +136,3 @@ def test_few_tokens(tokens, dtype):
     topology.compile_for(chip, one_pass, x, struct(D, O, dtype=dtype), *side_by_side)
     valid, banks = struct(tokens, dtype=jnp.bool_), (f32(E, r, D), f32(E, r, O))
     topology.compile_for(chip, sparse, x, f32(D, E), f32(E), valid, *banks)
-
-
-@pytest.mark.parametrize(("remat", "products"), [("dots", 3 + 3), ("full", 3 + 2 + 3)])
-def test_products_that_are_kept_are_made_once(remat, products):
-    """Forward, again for the backward pass where they are not kept, and backward."""
-
-    def ffn(x_MxD, gate, up, down, sizes_E):
-        product = functools.partial(grouped_matmul, sizes_E=sizes_E, backend="pallas")
-        return product(jax.nn.silu(product(x_MxD, gate)) * product(x_MxD, up), down)
-
-    policy = jax.checkpoint_policies.save_only_these_names(*KEPT[remat])
-    kept = jax.checkpoint(ffn, policy=policy)
-
-    def loss(*arguments):
-        return jnp.sum(kept(*arguments).astype(jnp.float32) ** 2)
-
-    wide, back = struct(4, 256, 512), struct(4, 512, 256)
-    compiled = topology.compile_for(
-        topology.describe("v5e:1x1"),
-        jax.value_and_grad(loss, (0, 1, 2, 3)),
-        struct(TOKENS, 256),
-        *(wide, wide, back),
-        struct(4, dtype=jnp.int32),
-    )
-    assert sum("grouped_product" in name for name in slices.kernels_of(compiled)) == products

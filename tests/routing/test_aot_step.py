@@ -14,9 +14,11 @@ from medmoe_jax.base import decoder
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.base.quantised import quantise
+from medmoe_jax.kernels.router_equations import Gates
 from medmoe_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from medmoe_jax.parallel.rules import RULES, placed, shardings, state_shardings
 from medmoe_jax.parallel.topology import compile_for, describe
+from medmoe_jax.routing.dispatch import KEPT, strategy
 from medmoe_jax.training.step import Objective, TrainState, train_step
 from tests import slices
 
@@ -73,3 +75,35 @@ def test_a_step_holds_the_kernels(sizes, remat, products, wider, kind):
     calls = slices.kernels_of(compile_for(slice_, step, state, frozen, batch))
     assert calls.count("lora_linear") == products
     assert calls.count("route") == 2 * 3 and calls.count("route_gradients") == 3
+
+
+@pytest.mark.parametrize(("remat", "products"), [("dots", 3 + 3), ("full", 3 + 2 + 3)])
+def test_products_of_experts_are_made_once_where_they_are_kept(remat, products):
+    """Forward, again for the backward pass where they are not kept, and backward."""
+    slice_ = describe("v5e:1x1")
+    mesh = make_mesh({}, slice_.devices)
+    grouped = strategy("grouped", Execution(jnp.bfloat16, activations=batch_sharding(mesh, 3)))
+    policy = jax.checkpoint_policies.save_only_these_names(*KEPT[remat])
+
+    @functools.partial(jax.checkpoint, policy=policy)
+    def layer(x_BxTxD, experts, gates):
+        return grouped.ffn(x_BxTxD, gates, experts, jax.nn.silu)
+
+    def loss(*arguments):
+        return jnp.sum(layer(*arguments).astype(jnp.float32) ** 2)
+
+    def struct(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))
+
+    compiled = compile_for(
+        slice_,
+        jax.value_and_grad(loss, (0, 1)),
+        struct(2, 512, 256),
+        {"gate": struct(4, 256, 512), "up": struct(4, 256, 512), "down": struct(4, 512, 256)},
+        Gates(
+            struct(2, 512, 4, dtype=jnp.float32),
+            struct(2, 512, 2, dtype=jnp.int32),
+            struct(2, 512, 2, dtype=jnp.float32),
+        ),
+    )
+    assert sum("grouped_product" in name for name in slices.kernels_of(compiled)) == products
