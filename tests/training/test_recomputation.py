@@ -180,7 +180,7 @@ def test_room_of_a_device_of_a_machine_and_of_a_container(tmp_path, monkeypatch)
 def test_what_the_field_may_be(tmp_path):
     assert run_of(tmp_path).setup.remats == REMAT[1:]
     assert run_of(tmp_path, "dots").setup.remats == ("dots",)
-    config = tiny.ming_config()
+    config = tiny.medcare_config()
     config.run.mesh.update({"data": -1, "fsdp": 1, "expert": 2})
     config.run.remat = AUTO
     assert open_setup(config).remats == REMAT  # tokens would travel again
