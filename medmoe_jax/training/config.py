@@ -79,7 +79,7 @@ def recipe() -> ConfigDict:
                 "mesh": {"data": 1, "fsdp": -1, "expert": 1, "sequence": 1, "tensor": 1},
                 "accumulation": 1,  # micro-batches a step
                 # What the backward pass recomputes: none, all but products and attention (dots),
-                # layers (full); auto = the least that fits into memory.
+                # layers (full); auto = dots if that fits into memory, else full.
                 "remat": "auto",
                 "unroll": 1,  # layers an iteration of the loop over them holds
                 "attention": "auto",  # splash (TPU), cudnn (NVIDIA GPU), xla, or the fitting one
