@@ -52,18 +52,24 @@ def steps() -> list[list[str]]:
 
 
 def compiled() -> list[list[str]]:
-    """Steps compiled for TPU slices: scaling.py, routing.py."""
-    plans, slice_ = scaling.load(), load("routing")["compiled"]["v5e:2x4"]
+    """Steps compiled for TPU slices: scaling.py, and routing.py for one that recomputes layers."""
+    plans, again = scaling.load(), load("routing")["compiled"]["v5e:2x4"]
     rows = [case.key for case in scaling.CASES if case.section == "medcare"]
     medcare = [plans[row]["mfu_bound"] for row in rows]
     seven, int8 = "medcare.py:qwen1.5-7b v5e:2x4", "medcare.py:qwen1.5-7b v5e:1x1"
     bounds = [plans[n]["step_seconds_bound"] for n in (seven, f"{int8} base.quantise=int8")]
-    ratio = slice_["medcare_shipped"]["temporaries"] / slice_["frozen"]["temporaries"]
+    shipped, frozen = plans[seven], plans[seven]["others"]["frozen"]
+    ratio = shipped["temporaries_gib"] / frozen["temporaries_gib"]
+    full = again["medcare_shipped"]["temporaries"] / again["frozen"]["temporaries"]
     return [
         ["7B as shipped on v5e:2x4, bound, ms", "≤ 335", f"{1e3 * bounds[0]:.0f}"],
         ["7B in int8 on one v5e chip, bound, ms", "≤ 620", f"{1e3 * bounds[1]:.0f}"],
         ["MFU bound of MedCare's rows", "≥ 88%", f"{min(medcare):.0%} to {max(medcare):.0%}"],
-        ["7B, temporaries over frozen", "≤ 1.15", f"{ratio:.2f}"],
+        [
+            "7B, temporaries over frozen: as shipped, recomputing layers",
+            "≤ 1.15",
+            f"{ratio:.2f}, {full:.2f}",
+        ],
     ]
 
 

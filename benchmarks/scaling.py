@@ -52,12 +52,14 @@ class Case(NamedTuple):
       config: file and argument, under configs/.
       topology: the slice.
       fields: of the configuration, set.
+      everything: the frozen step, scoring and generation are compiled beside it.
     """
 
     section: str
     config: str
     topology: str
     fields: tuple[str, ...] = ()
+    everything: bool = False
 
     @property
     def key(self) -> str:
@@ -90,7 +92,7 @@ def _long(size: str, length: int, rows: int, fsdp: int, sequence: int) -> Case:
 
 CASES = (
     _medcare("14b", "v5e:4x4"),
-    _medcare("7b", "v5e:2x4", section="small"),
+    Case("small", "medcare.py:qwen1.5-7b", "v5e:2x4", everything=True),
     _medcare("1.8b", "v5e:1x1", section="small"),
     _medcare("7b", "v5e:1x1", "base.quantise=int8", section="small"),
     *(_medcare(size, "v5e:4x4") for size in MEDCARE[1:]),
@@ -118,6 +120,7 @@ def compile_case(case: Case, limit: float) -> dict | None:
     out = RESULTS.with_suffix(f".{os.getpid()}.json")
     command = [sys.executable, "-m", "medmoe_jax.cli.main", "plan", f"--json={out}"]
     command += [f"--topology={case.topology}", *case.configuration()]
+    command += ["--all"] if case.everything else []
     try:
         done = subprocess.run(
             command,
