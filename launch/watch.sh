@@ -8,9 +8,8 @@ REFUSED=11
 STOPPED=130
 LOST=255
 
-# The workers of the processes that follow one, and the process beside this one.
+# The workers of the processes that follow one.
 declare -A ATTACHED=()
-BESIDE=''
 
 start_worker() {
   local environment
@@ -98,32 +97,54 @@ report() {
 # comes while it reads a `$(...)`, and the trap is lost.
 beside() { # COMMAND...
   local code=0
+  ps -o ppid= -p "$$" &>/dev/null || fail "ps (procps) is needed on this machine"
   mkdir -p "$FLAG_LOGS"
   end_orphans
   trap interrupted INT TERM
-  trap 'exit 129' HUP
+  trap "trap '' INT TERM HUP; exit 129" HUP
   trap leave EXIT
   set -m # a process group of its own, which Ctrl-C does not reach
   "$@" </dev/null &
-  BESIDE=$!
   set +m
-  wait "$BESIDE" || code=$?
+  wait "$!" || code=$?
   trap - INT TERM HUP
-  BESIDE=''
   leave
   trap - EXIT
   return "$code"
 }
 
 interrupted() {
+  local group
   trap - INT TERM HUP
   say "stopping the job on all workers (again to leave it to itself)"
   # The shell beside, then what it left; what ignores that is waited for.
-  kill "$BESIDE" 2>/dev/null || true
-  kill -INT -- "-$BESIDE" 2>/dev/null || true
-  while kill -0 -- "-$BESIDE" 2>/dev/null; do sleep 0.1; done
+  group=$(running_beside)
+  end_beside
+  kill -INT -- "-$group" 2>/dev/null || true
+  while lives "$group"; do sleep 0.1; done
   verb_stop || say "some workers could not be told; see: status"
   exit "$STOPPED"
+}
+
+# The number of the process beside this one, and of its group; '' where there is none.
+running_beside() {
+  jobs -pr
+  jobs -ps # asks the terminal for something, and waits to be continued
+}
+
+end_beside() {
+  local process
+  process=$(running_beside)
+  if [[ -n $process ]]; then
+    kill "$process" 2>/dev/null || true
+    kill -CONT -- "-$process" 2>/dev/null || true
+    wait "$process" 2>/dev/null || true
+  fi
+}
+
+# Whether a process group has any process, zombies aside: not every system collects orphans.
+lives() { # GROUP
+  ps -A -o pgid= -o stat= | awk -v group="$1" '$1 == group && $2 !~ /^Z/ {n++} END {exit !n}'
 }
 
 # Follow all workers. At the first that ends otherwise than with 0 the others are stopped, and its
@@ -155,7 +176,7 @@ watch_job() {
 }
 
 # A process's number and when it began: together they name no other process.
-born() { echo "$1 $(ps -o lstart= -p "$1")"; }
+born() { echo "$1 $(TZ=UTC0 LC_ALL=C ps -o lstart= -p "$1")"; }
 
 is_child_of() { # PROCESS, as long as it lives
   local self=$BASHPID
@@ -167,8 +188,7 @@ is_child_of() { # PROCESS, as long as it lives
 begin_following() {
   is_child_of "$$" || return
   WATCHER=$BASHPID
-  born "$$" >"$FLAG_LOGS/followers.$$"
-  born "$WATCHER" >>"$FLAG_LOGS/followers.$$"
+  printf '%s\n' "$(born "$$")" "$(born "$WATCHER")" >"$FLAG_LOGS/followers.$$"
 }
 
 # COMMAND in the background, in a process group of its own, so that all of a connection can be ended.
@@ -189,8 +209,8 @@ end_orphans() {
   local file process began
   for file in "$FLAG_LOGS"/followers.*; do
     [[ -e $file ]] || continue
-    read -r process began <"$file"
-    if [[ "$(born "$process")" != "$process $began" ]]; then end_followers "$file"; fi
+    read -r process began <"$file" || true # empty where the disk was full
+    if [[ -z $process || "$(born "$process")" != "$process $began" ]]; then end_followers "$file"; fi
   done
 }
 
@@ -227,10 +247,7 @@ stop_others() {
 
 # End what follows the workers; their jobs go on.
 leave() {
-  if [[ -n $BESIDE ]]; then
-    kill "$BESIDE" 2>/dev/null || true
-    wait "$BESIDE" 2>/dev/null || true
-  fi
+  end_beside
   if [[ -e $FLAG_LOGS/followers.$$ ]]; then end_followers "$FLAG_LOGS/followers.$$"; fi
 }
 

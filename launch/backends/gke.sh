@@ -159,15 +159,14 @@ launch_job() { # RESTARTS
       [[ $command == "${ARGUMENTS[*]@Q}" ]] ||
         fail "another job of this name is there: medmoe $command; stop it first, or give --name"
       say "this job runs already: following it"
-      follow_job
+      beside watch_pods
       return
       ;;
     "$MANAGER"/*) remove_job ;;
     *) fail "the JobSet $FLAG_NAME was not made by this launcher: give another --name" ;;
   esac
   backend_ship
-  start_job "$1"
-  follow_job
+  beside begin_pods "$1"
 }
 
 # Secret first: pods wait for it. What was made is gone again where the rest cannot be.
@@ -233,16 +232,15 @@ list_pods() {
     sed 's/| \+/|/; s/ \+$//' | sort
 }
 
-# Ends with the status of the pod that failed first in the last start, with $LOST where none is left to
-# say it.
-follow_job() {
-  local code=0
-  beside watch_pods || code=$?
-  remove_secret
-  return "$code"
+begin_pods() { # RESTARTS
+  trap '' INT # what has not begun cannot be stopped
+  start_job "$1"
+  trap - INT
+  watch_pods
 }
 
-# Until the cluster says that the job is done, or that it failed for good.
+# Follow the job until the cluster says that it is done, or that it failed for good. Ends with the
+# status of the pod that failed first in the last start, with $LOST where none is left to say it.
 watch_pods() {
   local manager state restarts command pods code shown=0 waits=''
   declare -A FOLLOWING=() CODES=()
@@ -260,6 +258,7 @@ watch_pods() {
     fi
     sleep "$FLAG_POLL"
   done
+  is_child_of "$$" || return
   if ((${#ATTACHED[@]})); then wait "${!ATTACHED[@]}" || true; fi # the last lines
   case $manager/$state in
     /) code=$STOPPED ;;
@@ -267,10 +266,11 @@ watch_pods() {
     *) code=${CODES[$shown]-$LOST} ;;
   esac
   say "JobSet $FLAG_NAME: ${state:-stopped}, starts: $((shown + 1)), status: $code"
+  remove_secret
   return "$code"
 }
 
-# The lines of `pods` of follow_job: logs of those that began, the first failure of each start, and
+# The lines of `pods` of watch_pods: logs of those that began, the first failure of each start, and
 # what a pod waits for.
 follow_pods() {
   local ended start slice index phase status pod waiting number

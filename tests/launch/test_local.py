@@ -176,6 +176,35 @@ def test_ctrl_c_stops_all(local):
     assert not (local.folder / "broken").exists()
 
 
+def test_ctrl_c_is_heard_while_what_follows_the_job_is_stopped(local):
+    """As where gcloud asks the terminal for something behind the launcher's back."""
+    local.behaves("trap 'exit 75' TERM; touch ready-$worker; while true; do sleep 0.1; done")
+    begun = local.begin("run", "--", "train")
+    logs = local.folder / "runs/launch"
+    followers = logs / f"followers.{begun.pid}"
+    for worker in (0, 1):
+        wait_for(local.folder / f"ready-{worker}")
+    wait_for(followers)
+    beside = int(followers.read_text().splitlines()[1].split()[0])
+    os.kill(beside, signal.SIGSTOP)
+    os.killpg(begun.pid, signal.SIGINT)
+    _, said = begun.communicate(timeout=120)
+    assert begun.returncode == 130, said
+    assert not alive(local.folder, 0) and not alive(local.folder, 1) and not followers.exists()
+
+
+def test_an_empty_file_of_followers_and_no_ps(local):
+    local.behaves("true")
+    left = local.folder / "runs/launch/followers.1"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    assert local("run", "--", "eval").returncode == 0 and not left.exists()
+    local.stub("ps", "#!/bin/sh\nexit 1\n")
+    ended = local("run", "--", "eval")
+    assert ended.returncode == 1 and "ps (procps) is needed" in ended.stderr
+    assert local.starts(0) == 1
+
+
 def test_a_job_outlives_its_launcher_and_is_found_again(local):
     local.behaves(
         "echo here; touch ready-$worker; until [[ -e go ]]; do sleep 0.1; done; echo gone"

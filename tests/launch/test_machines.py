@@ -334,7 +334,7 @@ def test_variables_of_the_next_start_outlive_the_job_before_it(launcher):
     first = ssh.begin("run", "--", "eval")
     wait_for((ssh.folder / "ready").exists)
     os.killpg(first.pid, signal.SIGKILL)
-    first.communicate()
+    first.wait()  # not for its output, which those who follow the job may keep open
     assert ssh("ship").returncode == 0  # of the next launcher
     (ssh.folder / "go").touch()
     wait_for((folder / "status").exists)
