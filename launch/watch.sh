@@ -119,7 +119,7 @@ interrupted() {
   say "stopping the job on all workers (again to leave it to itself)"
   # The shell beside, then what it left; what ignores that is waited for.
   group=$(running_beside)
-  end_beside
+  end_beside "$group"
   kill -INT -- "-$group" 2>/dev/null || true
   while lives "$group"; do sleep 0.1; done
   verb_stop || say "some workers could not be told; see: status"
@@ -132,13 +132,11 @@ running_beside() {
   jobs -ps # asks the terminal for something, and waits to be continued
 }
 
-end_beside() {
-  local process
-  process=$(running_beside)
-  if [[ -n $process ]]; then
-    kill "$process" 2>/dev/null || true
-    kill -CONT -- "-$process" 2>/dev/null || true
-    wait "$process" 2>/dev/null || true
+end_beside() { # PROCESS, or ''
+  if [[ -n $1 ]]; then
+    kill "$1" 2>/dev/null || true
+    kill -CONT -- "-$1" 2>/dev/null || true
+    wait "$1" 2>/dev/null || true
   fi
 }
 
@@ -247,7 +245,7 @@ stop_others() {
 
 # End what follows the workers; their jobs go on.
 leave() {
-  end_beside
+  end_beside "$(running_beside)"
   if [[ -e $FLAG_LOGS/followers.$$ ]]; then end_followers "$FLAG_LOGS/followers.$$"; fi
 }
 

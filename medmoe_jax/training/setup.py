@@ -187,7 +187,7 @@ class Setup:
 
         `auto` does not keep everything: `dots` makes no product again, and takes half the memory
         of `none`. So it writes and reads less, and takes no more time. Only where tokens travel
-        to experts on other devices they would do so again, which costs more than memory's time.
+        to experts on other devices they would do so again, which takes longer.
         """
         asked = self.config.run.remat
         if asked != AUTO:
