@@ -13,7 +13,6 @@ import os
 import signal
 import socket
 import sys
-import time
 from types import TracebackType
 from typing import Any
 
@@ -36,7 +35,6 @@ _initialize = functools.partial(
 )
 _CLUSTER_COMES = 600
 _ANSWER = 3600  # what the others wait for while one hashes or writes a large model
-_ECHO = 2  # until the roll call knows of a death whose echo is another error
 _calls = itertools.count()
 
 
@@ -132,7 +130,7 @@ class Membership:
         if kind is None or issubclass(kind, Stopped):
             self._roll.leave()
         else:
-            time.sleep(_ECHO)
+            self._roll.fail()
 
 
 def end(status: int) -> int:

@@ -4,7 +4,9 @@ JAX itself ends the processes of a run that has lost one, but late and without s
 process that dies closes its connection, process 0 tells the others, and each says so and ends.
 
 Lines on a connection: to process 0 the number of the process, then LEFT when it leaves in good
-order; from process 0 the numbers that did not come, as JSON, then one that is gone, or LEFT.
+order; from process 0 the numbers that did not come, as JSON, then one that is gone, or LEFT. Either
+side says FAILED when it has an error of its own, and ends some seconds later: the same error, such
+as a wrong setting, may be about to be found by the others, and each is to end by what it found.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ import time
 from medmoe_jax.kinds import whole_number
 
 LEFT = "left"
+FAILED = "failed"
 GONE = 69  # exit status: EX_UNAVAILABLE
 _COMING = 90  # seconds within which every process comes
 _PATIENCE = 10  # seconds more for what process 0 then has to say
+_ECHO = 2  # seconds until a death is known whose echo is another error
 # A machine that lost its power closes nothing: after 20 + 3 · 10 seconds of silence it is gone.
 _KEEPALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 
@@ -37,6 +41,8 @@ class RollCall:
     def __init__(self, links: dict[int, socket.socket], count: int) -> None:
         """Watch the links to these processes: to all others on process 0, to process 0 on them."""
         self._links, self._count = links, count
+        self._fails = False  # whether this process has an error of its own
+        self._failing: set[int] = set()  # who else has, and is still there
         for link in links.values():
             link.settimeout(None)
             link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -49,6 +55,22 @@ class RollCall:
         """Leave in good order: nobody will miss this process."""
         self._tell(LEFT)
 
+    def fail(self) -> None:
+        """Tell the others of an error of one's own, and wait until it surely is one.
+
+        Where it may be the echo of another's death, this process ends here, as by that death.
+        Process 0 waits for the others that fail: JAX ends those that are left without it.
+        """
+        for process in self._failing.copy():
+            if _is_closed(self._links[process]):
+                self._end(str(process))
+        self._fails = True
+        self._tell(FAILED)
+        time.sleep(_ECHO)
+        until = time.monotonic() + _PATIENCE
+        while self._failing - {0} and time.monotonic() < until:
+            time.sleep(0.05)
+
     def _tell(self, word: str) -> None:
         for link in self._links.values():
             with contextlib.suppress(OSError):  # who is gone need not be told
@@ -60,12 +82,23 @@ class RollCall:
                 selector.register(link, selectors.EVENT_READ, process)
             while selector.get_map():
                 for key, _ in selector.select():
-                    link = self._links[key.data]
-                    words = _read(link).split()
-                    if words[:1] == [LEFT]:
-                        selector.unregister(link)
-                    else:
-                        self._end(words[0] if words else str(key.data))
+                    if not self._hear(key.data):
+                        selector.unregister(self._links[key.data])
+
+    def _hear(self, process: int) -> bool:
+        """Whether there will be more to hear from this process."""
+        words = _read(self._links[process]).split()
+        for word in words:
+            if word == LEFT:
+                return False
+            if word != FAILED:
+                self._end(word)
+            self._failing.add(process)
+        if not words:
+            if not (self._fails and process in self._failing):
+                self._end(str(process))
+            self._failing.discard(process)
+        return bool(words)
 
     def _end(self, gone: str) -> None:
         self._tell(gone)
@@ -83,6 +116,27 @@ def _read(link: socket.socket) -> str:
         return link.recv(256).decode(errors="replace")
     except OSError:
         return ""
+
+
+def _is_closed(link: socket.socket) -> bool:
+    """Whether the other side has closed a connection, or it broke."""
+    try:
+        return not link.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def _line(link: socket.socket) -> str:
+    """The first line on a connection, and no byte of the next; "" where it is closed before."""
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = link.recv(1)
+        if not byte:
+            return ""
+        line += byte
+    return line.decode()
 
 
 def host(listener: socket.socket, count: int) -> RollCall:
@@ -128,7 +182,10 @@ def answer(address: tuple[str, int], index: int, count: int) -> RollCall:
             time.sleep(0.2)
     link.sendall(f"{index}\n".encode())
     link.settimeout(_COMING + _PATIENCE)
-    said = _read(link)
+    try:
+        said = _line(link)
+    except OSError:
+        said = ""
     if not said:
         raise ProcessError("process 0 went away while it waited for the others")
     _all_came(json.loads(said), count)

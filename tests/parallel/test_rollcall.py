@@ -112,3 +112,89 @@ def test_a_stranger_is_not_counted(ends, stranger):
     assert sorted(first._links) == [1]
     for roll in (first, second):
         roll.leave()
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    monkeypatch.setattr(rollcall, "_ECHO", 0.2)
+    monkeypatch.setattr(rollcall, "_PATIENCE", 3)
+
+
+def fails(roll, until_it_ends=0.0):
+    """A process with an error of its own, which ends a while after it has told."""
+
+    def run():
+        roll.fail()
+        time.sleep(until_it_ends)
+        for link in roll._links.values():
+            link.shutdown(socket.SHUT_RDWR)
+        return time.monotonic()
+
+    return run
+
+
+@pytest.mark.parametrize("late", [(0, 1, 2), (1, 2, 0), (2, 0, 1)])
+def test_all_end_by_errors_of_their_own(ends, soon, late):
+    """Whoever is first and however long it takes to end; process 0 goes last."""
+    calls = meet(3, (0, 1, 2))
+    with ThreadPoolExecutor() as pool:
+        running = {}
+        for process in late:
+            running[process] = pool.submit(fails(calls[process], 0.5 if process else 0.0))
+            time.sleep(0.05)
+        gone = {process: one.result() for process, one in running.items()}
+    settle(lambda: not watching())
+    assert ends == []
+    assert gone[0] == max(gone.values())
+
+
+def test_one_that_fails_alone_is_named_by_those_that_wait(ends, soon):
+    calls = meet(3, (0, 1, 2))
+    fails(calls[2])()
+    settle(lambda: len(ends) >= 2)
+    assert ([0], "2") in ends and ([1, 2], "2") in ends
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_the_echo_of_an_end_is_no_error_of_ones_own(ends, soon, monkeypatch, failing):
+    """An error comes to the main thread before the thread that watches sees why."""
+    monkeypatch.setattr(RollCall, "_hear", slowly(RollCall._hear))
+    calls = meet(2, (0, 1))
+    fails(calls[failing])()
+    other = calls[1 - failing]
+    with pytest.raises(SystemExit):
+        other.fail()
+    assert ends[0] == ([failing], str(failing))
+
+
+def slowly(hear):
+    """Such that the end of a connection is noticed late."""
+
+    def late(roll, process):
+        if rollcall._is_closed(roll._links[process]):
+            time.sleep(0.5)
+        return hear(roll, process)
+
+    return late
+
+
+def test_a_death_without_a_word_ends_those_that_fail_too(ends, soon):
+    first, second, third = meet(3, (0, 1, 2))
+    with ThreadPoolExecutor() as pool:
+        pool.submit(first.fail)
+        pool.submit(second.fail)
+        time.sleep(0.05)
+        third._links[0].shutdown(socket.SHUT_RDWR)
+        settle(lambda: ([1, 2], "2") in ends and ([0], "2") in ends)
+
+
+def test_what_is_said_at_once_after_the_call_is_heard(ends, soon, monkeypatch):
+    """Two lines may come as one piece."""
+    monkeypatch.setattr(rollcall, "_all_came", lambda missing, count: time.sleep(0.2))
+    listener = socket.create_server(("127.0.0.1", 0))
+    with ThreadPoolExecutor() as pool:
+        second = pool.submit(rollcall.answer, listener.getsockname(), 1, 3)
+        link, _ = listener.accept()
+        link.sendall(b"[]\n2\n")
+        second.result()
+    settle(lambda: ends == [([0], "2")])

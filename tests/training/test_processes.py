@@ -243,10 +243,36 @@ def test_processes_agree_or_say_what_differs(tmp_path, coordinator):
     assert not list((tmp_path / "shared").iterdir())
 
 
+ERRORS = """
+import sys, time
+from medmoe_jax.errors import UserError
+from medmoe_jax.parallel import processes
+index, coordinator, late = int(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+try:
+    with processes.Membership(coordinator, 2, index):
+        processes.gather(index)
+        time.sleep(late)
+        raise UserError(f"found by {index}")
+except UserError as error:
+    print(error)
+    sys.exit(processes.end(1))
+"""
+
+
+@pytest.mark.parametrize("late", [(0, 1), (1, 0)], ids=["first-early", "first-late"])
+def test_each_process_ends_by_the_error_that_it_found(tmp_path, late):
+    """Though the other found it a second before or after."""
+    coordinator = f"127.0.0.1:{several.free_port()}"
+    commands = [[str(index), coordinator, str(late[index])] for index in range(2)]
+    with Several(tmp_path, commands, ("-c", ERRORS)) as both:
+        assert both.statuses() == [1, 1], both.printed(0) + both.printed(1)
+        assert [both.printed(index) for index in range(2)] == ["found by 0\n", "found by 1\n"]
+
+
 def test_a_command_of_other_settings_is_refused(tmp_path, config):
     command = ["train", config, f"--workdir={tmp_path / 'w'}"]
     with Several(tmp_path, [command, [*command, "--config.data.seed=4"]]) as both:
-        assert both.statuses() == [1, 1]
+        assert both.statuses() == [1, 1], both.printed(0) + both.printed(1)
         for index in range(2):
             assert "process 1 differs from process 0 in config.data.seed (0 and 4)" in both.printed(
                 index
