@@ -19,7 +19,7 @@ from medmoe_jax.parallel import large_pages
 STATUS = 75
 # As the command is called, and as `python -m` calls it; not where others import the package.
 _MAIN = os.path.join(os.path.dirname(os.path.realpath(__file__)), "main.py")
-_IS_PROGRAM = os.path.basename(sys.argv[0]) == "medmoe" or os.path.realpath(sys.argv[0]) == _MAIN
+IS_PROGRAM = os.path.basename(sys.argv[0]) == "medmoe" or os.path.realpath(sys.argv[0]) == _MAIN
 
 
 class Terminated(BaseException):
@@ -55,12 +55,12 @@ def all_imported() -> None:
     Modules stay until the end. Looking for circles in them, again and again, took a fifth of the
     time of a command's start.
     """
-    if _IS_PROGRAM:
+    if IS_PROGRAM:
         gc.freeze()
         gc.enable()
 
 
-if _IS_PROGRAM:
+if IS_PROGRAM:
     large_pages.begin_again()
     signal.signal(signal.SIGTERM, _leave)
     gc.disable()

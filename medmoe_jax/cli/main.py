@@ -162,7 +162,10 @@ def _unread() -> list[TextIO]:
 
 def _run(argv: Sequence[str] | None) -> int:
     logging.basicConfig(
-        level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[LogHandler()]
+        level=logging.WARNING,
+        format="%(levelname)s: %(message)s",
+        handlers=[LogHandler()],
+        force=early.IS_PROGRAM,  # Orbax, once imported, has set a handler of absl's
     )
     logging.getLogger("medmoe_jax").setLevel(logging.INFO)
     # Orbax logs, with a traceback a thread, what it raises as well.

@@ -560,6 +560,22 @@ print(gc.isenabled(), gc.get_freeze_count() > 100_000)
     assert done.stdout == "True True\n", done.stderr
 
 
+def test_a_command_logs_its_own_way():
+    """Though libraries that it imports have set a handler of their own."""
+    code = """
+import logging, sys
+
+sys.argv = ["/usr/bin/medmoe", "completion", "bash"]
+from medmoe_jax.cli.main import main
+
+main()
+logging.getLogger("medmoe_jax.data").info("rows of '\x1b[2J'")
+logging.getLogger("jax").warning("slow")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stderr == "INFO: rows of '\\x1b[2J'\nWARNING: slow\n"
+
+
 @pytest.mark.parametrize("during", ["cli.session.load_config", "api.opening.open_setup",
                                     "cli.train.open_run"])  # fmt: skip
 def test_sigterm_before_training_listens(config, tmp_path, monkeypatch, capsys, during):

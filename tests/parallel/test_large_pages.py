@@ -77,7 +77,7 @@ def test_a_program_goes_on_where_it_would_change_nothing(tmp_path, system, befor
 def test_only_the_command_itself_begins_again(tmp_path, program, own):
     """A user's own main.py that imports the package has begun, and goes on."""
     code = f"import sys; sys.argv[0] = {program!r}\nfrom medmoe_jax.cli import early\n"
-    code += "print(early._IS_PROGRAM)"
+    code += "print(early.IS_PROGRAM)"
     environment = {**os.environ, large_pages.VARIABLE: f"{large_pages.TUNABLE}=0"}
     command = [sys.executable, "-c", code]
     done = subprocess.run(
