@@ -111,12 +111,16 @@ class Membership:
         else:
             with socket.create_server(("", roll_port)) as listener:
                 self._roll = rollcall.host(listener, self._processes)
-        _initialize(
-            self._coordinator,
-            self._processes,
-            self._process,
-            cluster_detection_method="deactivate",
-        )
+        try:
+            _initialize(
+                self._coordinator,
+                self._processes,
+                self._process,
+                cluster_detection_method="deactivate",
+            )
+        except BaseException:
+            self._roll.fail()
+            raise
 
     def __exit__(
         self,

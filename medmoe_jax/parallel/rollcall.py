@@ -18,6 +18,7 @@ import selectors
 import socket
 import threading
 import time
+from collections.abc import Collection
 
 from medmoe_jax.kinds import whole_number
 
@@ -26,7 +27,8 @@ FAILED = "failed"
 GONE = 69  # exit status: EX_UNAVAILABLE
 _COMING = 90  # seconds within which every process comes
 _PATIENCE = 10  # seconds more for what process 0 then has to say
-_ECHO = 2  # seconds until a death is known whose echo is another error
+_ECHO = 0.5  # seconds within which an end is known whose echo is another error
+_SAME = 2  # seconds within which all find the same error
 # A machine that lost its power closes nothing: after 20 + 3 · 10 seconds of silence it is gone.
 _KEEPALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 
@@ -41,8 +43,9 @@ class RollCall:
     def __init__(self, links: dict[int, socket.socket], count: int) -> None:
         """Watch the links to these processes: to all others on process 0, to process 0 on them."""
         self._links, self._count = links, count
-        self._fails = False  # whether this process has an error of its own
-        self._failing: set[int] = set()  # who else has, and is still there
+        self._fails = False  # whether this process has an error that is surely its own
+        self._over = False  # whether it has told all that it had to
+        self._failing: set[int] = set()  # who else has an error, and is still there
         for link in links.values():
             link.settimeout(None)
             link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -56,25 +59,29 @@ class RollCall:
         self._tell(LEFT)
 
     def fail(self) -> None:
-        """Tell the others of an error of one's own, and wait until it surely is one.
+        """Tell the others of an error of one's own, and give them time to find it too.
 
-        Where it may be the echo of another's death, this process ends here, as by that death.
-        Process 0 waits for the others that fail: JAX ends those that are left without it.
+        Where it is the echo of another's end, which the roll call knows a moment later, this
+        process ends here, as by that end. Process 0 goes last: JAX ends those that are left.
         """
-        for process in self._failing.copy():
-            if _is_closed(self._links[process]):
-                self._end(str(process))
-        self._fails = True
         self._tell(FAILED)
         time.sleep(_ECHO)
+        self._fails = True
+        time.sleep(_SAME)
         until = time.monotonic() + _PATIENCE
         while self._failing - {0} and time.monotonic() < until:
             time.sleep(0.05)
-
-    def _tell(self, word: str) -> None:
+        # Not by the end of the process, which may wait for the others (JAX does, at Python's end).
+        self._over = True
         for link in self._links.values():
-            with contextlib.suppress(OSError):  # who is gone need not be told
-                link.sendall(f"{word}\n".encode())
+            with contextlib.suppress(OSError):
+                link.shutdown(socket.SHUT_WR)
+
+    def _tell(self, word: str, but: Collection[int] = ()) -> None:
+        for process, link in self._links.items():
+            if process not in but:
+                with contextlib.suppress(OSError):  # who is gone need not be told
+                    link.sendall(f"{word}\n".encode())
 
     def _watch(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -98,10 +105,15 @@ class RollCall:
             if not (self._fails and process in self._failing):
                 self._end(str(process))
             self._failing.discard(process)
+            if process:
+                self._tell(str(process), but=self._failing)  # they wait for one that is gone
         return bool(words)
 
     def _end(self, gone: str) -> None:
-        self._tell(gone)
+        if self._over:
+            return
+        # Process 0 tells who it is; to it, the others' end is a consequence.
+        self._tell(FAILED if 0 in self._links else gone)
         line = (
             f"medmoe: error: process {gone} of {self._count} is gone; what was saved is intact, "
             "the same command continues\n"
@@ -116,16 +128,6 @@ def _read(link: socket.socket) -> str:
         return link.recv(256).decode(errors="replace")
     except OSError:
         return ""
-
-
-def _is_closed(link: socket.socket) -> bool:
-    """Whether the other side has closed a connection, or it broke."""
-    try:
-        return not link.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
 
 
 def _line(link: socket.socket) -> str:

@@ -1,5 +1,6 @@
 """Who came and who is gone, with threads in the place of processes."""
 
+import contextlib
 import socket
 import threading
 import time
@@ -17,14 +18,18 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExc
 @pytest.fixture
 def ends(monkeypatch):
     """`(links of the process, who is gone)` in the place of the end of a process."""
-    seen = []
+    seen, really = [], RollCall._end
 
     def end(roll, gone):
-        seen.append((sorted(roll._links), gone))
-        roll._tell(gone)
-        raise SystemExit
+        if not roll._over:
+            seen.append((sorted(roll._links), gone))
+        really(roll, gone)
+
+    def stop(status):
+        raise SystemExit(status)
 
     monkeypatch.setattr(RollCall, "_end", end)
+    monkeypatch.setattr(rollcall.os, "_exit", stop)
     yield seen
     settle(lambda: not watching())  # or the next test would hear of this one's
 
@@ -116,32 +121,30 @@ def test_a_stranger_is_not_counted(ends, stranger):
 
 @pytest.fixture
 def soon(monkeypatch):
-    monkeypatch.setattr(rollcall, "_ECHO", 0.2)
+    monkeypatch.setattr(rollcall, "_ECHO", 0.3)
+    monkeypatch.setattr(rollcall, "_SAME", 0.7)
     monkeypatch.setattr(rollcall, "_PATIENCE", 3)
 
 
-def fails(roll, until_it_ends=0.0):
-    """A process with an error of its own, which ends a while after it has told."""
-
-    def run():
-        roll.fail()
-        time.sleep(until_it_ends)
-        for link in roll._links.values():
+def fails(roll):
+    """A process with an error of its own; returns when it has ended."""
+    roll.fail()
+    gone = time.monotonic()
+    for link in roll._links.values():
+        with contextlib.suppress(OSError):  # closed by both sides
             link.shutdown(socket.SHUT_RDWR)
-        return time.monotonic()
-
-    return run
+    return gone
 
 
-@pytest.mark.parametrize("late", [(0, 1, 2), (1, 2, 0), (2, 0, 1)])
-def test_all_end_by_errors_of_their_own(ends, soon, late):
-    """Whoever is first and however long it takes to end; process 0 goes last."""
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0), (2, 0, 1)])
+def test_all_end_by_errors_of_their_own(ends, soon, order):
+    """Whoever is first; process 0 goes last."""
     calls = meet(3, (0, 1, 2))
     with ThreadPoolExecutor() as pool:
         running = {}
-        for process in late:
-            running[process] = pool.submit(fails(calls[process], 0.5 if process else 0.0))
-            time.sleep(0.05)
+        for process in order:
+            running[process] = pool.submit(fails, calls[process])
+            time.sleep(0.1)
         gone = {process: one.result() for process, one in running.items()}
     settle(lambda: not watching())
     assert ends == []
@@ -150,32 +153,34 @@ def test_all_end_by_errors_of_their_own(ends, soon, late):
 
 def test_one_that_fails_alone_is_named_by_those_that_wait(ends, soon):
     calls = meet(3, (0, 1, 2))
-    fails(calls[2])()
-    settle(lambda: len(ends) >= 2)
-    assert ([0], "2") in ends and ([1, 2], "2") in ends
+    fails(calls[2])
+    settle(lambda: sorted(ends) == [([0], "2"), ([1, 2], "2")])
+
+
+def test_those_that_wait_for_two_that_fail_hear_of_one(ends, soon):
+    """Process 0 is one of the two: it is not lost, and tells."""
+    first, _, third = meet(3, (0, 1, 2))
+    with ThreadPoolExecutor() as pool:
+        ended = [pool.submit(fails, one) for one in (first, third)]
+        assert all(one.result() for one in ended)
+    settle(lambda: ends == [([0], "2")])
 
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_the_echo_of_an_end_is_no_error_of_ones_own(ends, soon, monkeypatch, failing):
     """An error comes to the main thread before the thread that watches sees why."""
-    monkeypatch.setattr(RollCall, "_hear", slowly(RollCall._hear))
-    calls = meet(2, (0, 1))
-    fails(calls[failing])()
-    other = calls[1 - failing]
-    with pytest.raises(SystemExit):
-        other.fail()
-    assert ends[0] == ([failing], str(failing))
-
-
-def slowly(hear):
-    """Such that the end of a connection is noticed late."""
+    hear = RollCall._hear
 
     def late(roll, process):
-        if rollcall._is_closed(roll._links[process]):
-            time.sleep(0.5)
+        time.sleep(0.15)
         return hear(roll, process)
 
-    return late
+    monkeypatch.setattr(RollCall, "_hear", late)
+    calls = meet(2, (0, 1))
+    fails(calls[failing])
+    assert ends == []
+    calls[1 - failing].fail()
+    assert ends == [([failing], str(failing))]
 
 
 def test_a_death_without_a_word_ends_those_that_fail_too(ends, soon):
