@@ -10,7 +10,7 @@ from typing import Any
 
 from medmoe_jax.checkpoints.gguf_file import open_gguf
 from medmoe_jax.checkpoints.huggingface import published
-from medmoe_jax.errors import UserError
+from medmoe_jax.data.cards import front_matter
 
 CARD = "README.md"
 # Beside the weights in a folder: what has to go with them.
@@ -63,7 +63,7 @@ def origin_of(path: str, folder: Path | None) -> Origin:
     about = {}
     if (folder / CARD).is_file():
         files[CARD] = folder / CARD
-        about = _metadata(folder / CARD)
+        about = front_matter(folder / CARD, str(folder / CARD), "take the file away")
     languages = about.get("language") or ()
     return Origin(
         hub or folder.resolve().name,
@@ -77,17 +77,3 @@ def origin_of(path: str, folder: Path | None) -> Origin:
 
 def _chosen(fields: Mapping[str, Any]) -> dict[str, str]:
     return {key: str(fields[key]) for key in _LICENCE if fields.get(key)}
-
-
-def _metadata(card: Path) -> dict[str, Any]:
-    """The front matter of a model card."""
-    import yaml
-    from huggingface_hub.repocard import metadata_load
-
-    try:
-        return metadata_load(card) or {}
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(
-            f"{card}: its front matter cannot be read ({' '.join(str(error).split())}); mend it, "
-            "or take the file away"
-        ) from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import functools
 import io
 import re
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from medmoe_jax.data import cards
 from medmoe_jax.errors import UserError
 from medmoe_jax.storage.places import is_hidden
 
@@ -54,13 +54,12 @@ def repository_of(name: str) -> str:
 def fetched_licence(name: str) -> str:
     """The licence that a data set's card names, if the card was fetched before; "" otherwise."""
     from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.repocard import metadata_load
 
     repository, revision, _ = _parts(name)
     card = try_to_load_from_cache(repository, "README.md", repo_type="dataset", revision=revision)
     if not isinstance(card, str):
         return ""
-    licence = (metadata_load(card) or {}).get("license") or ""
+    licence = cards.front_matter(Path(card), card, "take the file away").get("license") or ""
     return licence if isinstance(licence, str) else ", ".join(licence)
 
 
@@ -135,39 +134,22 @@ def _part_files(
     """The files of a part and split, by the card or by their names."""
     if part in files:
         return [part]
-    subsets = _subsets(card)
-    if subsets:
-        subset = part or ("default" if "default" in subsets else next(iter(subsets)))
-        if not part and len(subsets) > 1 and "default" not in subsets:
-            raise UserError(f"{name}: name one of its subsets: {', '.join(subsets)}")
-        if subset in subsets:
-            patterns = subsets[subset].get(split, [])
-            seen = [file for file in files if not is_hidden(file)]
-            chosen = [f for f in seen if any(fnmatch.fnmatch(f, p) for p in patterns)]
-            if not chosen:
-                known = ", ".join(subsets[subset])
-                raise UserError(f"{name}: has no split '{split}'; it has {known or 'none'}")
-            return chosen
-    within = [f for f in files if not part or f.startswith(f"{part}/")]
-    return choose_files(name, within, split, endings)
+    subsets = cards.read_subsets(card, name)
+    subset = subsets.get(part) if part or not subsets else cards.default_subset(subsets, name)
+    if subset is None:
+        within = [f for f in files if not part or f.startswith(f"{part}/")]
+        return choose_files(name, within, split, endings)
+    if subset.paths is None:  # the name of the folder itself tells no split
+        within = [f.removeprefix(subset.start) for f in files if f.startswith(subset.start)]
+        return [subset.start + f for f in choose_files(name, within, split, endings)]
+    if split not in subset.paths:
+        raise UserError(f"{name}: has no split '{split}'; it has {', '.join(subset.paths)}")
+    known = _readable(files, endings)
+    return cards.matching(subset.start, subset.paths[split], known, f"{name}, split '{split}'")
 
 
-def _subsets(card: Path) -> dict[str, dict[str, list[str]]]:
-    """`{subset: {split: patterns of files}}` as a data set's card says."""
-    from huggingface_hub.repocard import metadata_load
-
-    if not card.is_file():
-        return {}
-    out: dict[str, dict[str, list[str]]] = {}
-    for config in (metadata_load(card) or {}).get("configs") or ():
-        given = config.get("data_files") or ()
-        given = [{"split": "train", "path": given}] if isinstance(given, str) else given
-        splits: dict[str, list[str]] = {}
-        for one in given:
-            paths = one["path"] if isinstance(one["path"], list) else [one["path"]]
-            splits[one["split"]] = paths
-        out[config["config_name"]] = splits
-    return out
+def _readable(files: Sequence[str], endings: Sequence[str]) -> list[str]:
+    return [f for f in files if f.endswith(tuple(endings)) and not is_hidden(f)]
 
 
 def choose_files(name: str, files: Sequence[str], split: str, endings: Sequence[str]) -> list[str]:
@@ -178,7 +160,7 @@ def choose_files(name: str, files: Sequence[str], split: str, endings: Sequence[
     Raises:
       UserError: no file can be read, or the names tell of other splits only.
     """
-    known = [f for f in files if f.endswith(tuple(endings)) and not is_hidden(f)]
+    known = _readable(files, endings)
     if not known:
         raise UserError(f"{name}: holds no file that ends in {', '.join(endings)}")
 
