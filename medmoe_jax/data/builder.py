@@ -143,10 +143,17 @@ def is_built(path: str | Path) -> bool:
 
 
 def open_rows(path: str | Path, reader: RowReader, split: str = SPLIT) -> Rows:
-    """The rows of a built data set. Raises UserError where the reader asks for other columns."""
+    """The rows of a built data set, with what the reader leaves out and adds.
+
+    Raises UserError where the reader asks for other columns, and, when a row is read that cannot
+    be used without what is left out, one that begins with its place.
+    """
     if reader.columns or split != SPLIT:
         raise UserError(f"{path}: a data set that was built has one split and our own columns")
-    return Rows(open_dataset(path), f"{path}, row {{}}".format)
+    rows = Rows(open_dataset(path), f"{path}, row {{}}".format)
+    if not reader.changes:
+        return rows
+    return rows.changed(lambda number, row: reader(row, rows.place(number)))
 
 
 def open_dataset(folder: str | Path) -> Conversations:

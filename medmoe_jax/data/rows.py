@@ -85,6 +85,11 @@ class RowReader:
         """A reader that does the same and has counted nothing."""
         return RowReader(self._language, self.columns, self._ignore, self._told, self._learned)
 
+    @property
+    def changes(self) -> bool:
+        """Whether rows in our own form may become others."""
+        return bool(self._language or self._ignore)
+
     def __call__(self, item: Any, where: str = "row") -> Conversation:
         """The conversation row of one decoded row. Raises UserError that starts with `where`."""
         if not isinstance(item, Mapping):
@@ -93,7 +98,7 @@ class RowReader:
         row = self._known(self._named(item, where), KEYS, where)
         turns = self._turns(row, where)
         tools = read_tools(row.pop("tools", None), where)
-        language = text(row.pop("language", self._language), f"{where}: 'language'")
+        language = text(row.pop("language", ""), f"{where}: 'language'") or self._language
         if row:
             raise UserError(
                 f"{where}: {quoted(row)} cannot stand beside the other keys of this row; remove "

@@ -254,7 +254,7 @@ def first_rows(name: str, fields: Mapping[str, Any], ignore: Sequence[str], coun
     Raises:
       UserError: as `open_source` does.
     """
-    if fields["reader"] != "rows" or builder.is_built(fields["path"]):
+    if fields["reader"] != "rows":
         rows = open_source(name, fields, ignore).rows
         return Rows(rows[:count], rows.place)
     check_source(name, fields)
@@ -276,7 +276,9 @@ def open_path(path: str | Path, reader: RowReader, split: str = "train") -> Sour
     """
     if builder.is_built(path):
         built = builder.open_rows(path, reader, split)
-        return Source(built, builder.content_digest(path), built=True)
+        # Every row is read once for a digest of its own, which counts what is left out.
+        digest = _digest(built) if reader.changes else builder.content_digest(path)
+        return Source(built, digest, Counter(reader.ignored), built=True)
     found, places = [], []
     for place, row in builder.read_rows([path], reader, split):
         found.append(row)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from medmoe_jax.cli.main import main
+from medmoe_jax.data.builder import open_dataset
 from tests import tiny
 from tests.data import chat_templates
 
@@ -171,6 +172,30 @@ def test_rows_that_repeat_others_are_counted_and_left_out(tmp_path, capsys):
     error = error_of(capsys, "data build", [*out, "--name=c", "--dedupe", "--similarity=1.2"])
     assert "similarity 1.2: give a number from 0.5 to 1" in error
     assert not (tmp_path / "out" / "c").exists()
+
+
+def test_a_built_set_is_built_anew_with_a_language_and_without_keys(tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    pair = {"prompt": "q", "response": "a", "tools": [{"name": "f"}]}
+    rows.write_text(json.dumps(pair) + "\n" + json.dumps({**pair, "language": "fr"}) + "\n")
+    out = f"--output={tmp_path / 'out'}"
+    assert main(["data", "build", "--input", str(rows), out, "--name=first"]) == 0
+    first = tmp_path / "out" / "first"
+    more = ["--language=en", "--ignore=tools", "--against", str(first / "1.0.0")]
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({**pair, "prompt": "another question"}) + "\n")
+    capsys.readouterr()
+    named = ["--input", str(first), str(other), out, "--name=second"]
+    assert main(["data", "build", *named, *more[:2]]) == 0
+    assert "left out: tools (3)" in capsys.readouterr().out
+    found = list(open_dataset(tmp_path / "out" / "second"))
+    assert [row["language"] for row in found] == ["en", "fr", "en"]
+    assert not any("tools" in row for row in found)
+    named[-1] = (
+        "--name=third"  # a row that calls tools repeats one without them, once these are out
+    )
+    assert main(["data", "build", *named, *more]) == 0
+    assert "left out of 3 rows: exact 0, near 0, held out 2" in capsys.readouterr().out
 
 
 def test_rows_with_items_of_tasks_are_left_out(tmp_path, capsys):

@@ -9,7 +9,9 @@ import tensorflow_datasets as tfds
 
 from medmoe_jax.data import builder
 from medmoe_jax.data.rows import RowReader
+from medmoe_jax.data.sources import first_rows, open_path, open_source
 from medmoe_jax.errors import UserError
+from medmoe_jax.training.config import source
 from tests.data.samples import conversation
 
 ROWS = [conversation(f"Question {i} é日", f"Answer {i}", language="zh") for i in range(50)]
@@ -96,3 +98,60 @@ def test_build_from_files(tmp_path):
     assert [row["language"] for row in builder.open_dataset(folder)] == ["en"] * 3
     with pytest.raises(UserError, match="no input file"):
         builder.build_from_files([], tmp_path)
+
+
+TURNS = [
+    {"role": "user", "content": "Q"},
+    {"role": "assistant", "content": "A", "reasoning_content": "R"},
+]
+PLAIN = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+TOOLS = [{"name": "dose"}]
+MIXED = [
+    {"messages": TURNS, "language": "fr"},
+    {"messages": TURNS, "tools": TOOLS},
+    {"messages": PLAIN, "language": ""},
+]
+IGNORE = ("reasoning_content", "tools", "absent", "*_id")
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Rows as a file, and the data set that was built of it."""
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("\n".join(map(json.dumps, MIXED)))
+    return path, builder.build_from_files([path], tmp_path, "mixed")
+
+
+def test_what_is_set_for_rows_holds_for_built_ones(mixed, tmp_path):
+    """Left out, counted once however often they are read, and given a language, as of files."""
+    left = {"reasoning_content": 2, "tools": 1}
+    of_file, of_built = [], []
+    for path, found in zip(mixed, (of_file, of_built), strict=True):
+        reader = RowReader("en", ignore=IGNORE)
+        found += [row for _, row in builder.read_rows([path], reader)]
+        opened = open_path(path, reader.again())
+        assert list(opened.rows) == list(opened.rows) == found
+        assert reader.ignored == opened.ignored == left
+    assert of_file == of_built
+    assert [row["language"] for row in of_built] == ["fr", "en", "en"]
+    assert all(row["conversations"] == PLAIN and "tools" not in row for row in of_built)
+    again = builder.build_from_files([mixed[1]], tmp_path, "again", RowReader("en", ignore=IGNORE))
+    assert list(builder.open_dataset(again)) == of_built
+
+
+def test_a_built_row_that_cannot_be_used_without_what_is_left_out(mixed, tmp_path):
+    silent = [TURNS[0], {**TURNS[1], "content": ""}]
+    folder = builder.build([{"conversations": silent, "language": ""}], tmp_path, "silent")
+    for read in (open_path, lambda path, reader: list(builder.read_rows([path], reader))):
+        with pytest.raises(UserError, match=f"^{folder}, row 0: an answer is empty"):
+            read(folder, RowReader(ignore=("reasoning_content",)))
+
+
+def test_a_source_of_built_rows_is_another_where_keys_are_left_out(mixed):
+    fields = source(str(mixed[1])).to_dict()
+    plain, ignoring = open_source("s", fields), open_source("s", fields, IGNORE)
+    assert plain.digest == open_source("s", fields).digest != ignoring.digest
+    assert ignoring.digest == open_source("s", fields, IGNORE).digest
+    assert plain.ignored == {} and ignoring.ignored == {"reasoning_content": 2, "tools": 1}
+    assert list(first_rows("s", fields, IGNORE, 2)) == ignoring.rows[:2]
+    assert first_rows("s", fields, IGNORE, 2).place(1) == f"{mixed[1]}, row 1"

@@ -292,6 +292,14 @@ def test_columns_of_other_names():
         rows.RowReader(columns={"frage": "Frage"})
 
 
+@pytest.mark.parametrize("empty", [{}, {"language": None}, {"language": ""}])
+def test_a_row_without_a_language_is_given_one(empty, tmp_path):
+    row = {"prompt": "Q", "response": "A", **empty}
+    assert rows.parse_row(row, language="en")["language"] == "en"
+    table = write(tmp_path, "d.csv", "prompt,response,language\nQ,A,\nQ,A,fr\n")
+    assert [row["language"] for row in rows.read_file(table, "en")] == ["en", "fr"]
+
+
 @pytest.mark.parametrize("key", ["weight", "train", "loss", "train_weight"])
 def test_answers_without_weight_are_marked(key):
     talk = [{**TALK[0], key: 0}, {**TALK[1], key: False}, TALK[0], {**TALK[1], key: 1.0}]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from medmoe_jax.data.builder import build_from_files
 from medmoe_jax.errors import UserError
 from medmoe_jax.training import reading
 from medmoe_jax.training.config import source
@@ -92,6 +93,24 @@ def test_what_is_left_out_and_cut_is_said(recipe):
     config.data.ignore = ()
     with pytest.raises(UserError, match=r"rows\.jsonl, line 1: nothing is known of 'id'"):
         open_rows(open_setup(config), [setup.stages[1]])
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_keys_of_a_built_source_are_left_out_and_counted_once(recipe, tmp_path, built):
+    make, notes = recipe
+    turns = [TWO["messages"][0], {**TWO["messages"][1], "reasoning_content": "hm"}]
+    config = make(chat_templates.PLAIN, [{"messages": turns}] * 8, languages="families")
+    if built:
+        path = config.data.sources.alignment.path
+        config.data.sources.alignment.path = str(build_from_files([path], tmp_path, "rows"))
+    setup = open_setup(config)
+    with pytest.raises(UserError, match=r"row.* has no place for reasoning"):
+        open_rows(setup, [setup.stages[1]])
+    config.data.ignore = ("reasoning_content",)
+    setup = open_setup(config)
+    rows = open_rows(setup, [setup.stages[1]])["alignment"].rows
+    assert [rows[0]["tokens"].tolist()] * 8 == [row["tokens"].tolist() for row in rows]
+    assert any("left out of its rows: reasoning_content (8)" in note for note in notes)
 
 
 def test_options_reach_training_and_belong_to_the_recipe(recipe, tmp_path):
