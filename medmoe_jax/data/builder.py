@@ -120,7 +120,13 @@ def build_from_files(
     stem = Path(inputs[0]).name.split(".")[0]
     name = name or re.sub(r"^[^a-z]+|[^a-z0-9]+", "_", stem.lower()).strip("_") or "conversations"
     reader = reader or RowReader()
-    return build((row for _, row in read_rows(inputs, reader, split)), output, name, repeats)
+    return build(_rows_of(inputs, reader, split), output, name, repeats)
+
+
+def _rows_of(inputs: Sequence[str | Path], reader: RowReader, split: str) -> Iterator[Conversation]:
+    for _, row in read_rows(inputs, reader, split):
+        yield row
+    reader.check_columns()
 
 
 def read_rows(inputs: Sequence[str | Path], reader: RowReader, split: str = SPLIT) -> Placed:

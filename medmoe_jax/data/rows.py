@@ -63,7 +63,8 @@ class RowReader:
         """
         Args:
           language: given to rows that name none.
-          columns: `{key of a known form: the row's own name for it}`.
+          columns: `{key of a known form: the row's own name for it}`. Those of BESIDE may be
+            absent from a row.
           ignore: keys that are left out, of rows and turns. A pattern (`*_id`) is for keys that
             would otherwise be errors.
           named: what messages call `ignore` and `columns`.
@@ -75,6 +76,8 @@ class RowReader:
         self._language, self.columns = language, dict(columns or {})
         self._ignore, self._told, self._learned = tuple(ignore), named, learned
         self.ignored: Counter[str] = Counter()
+        # Of a column, by its key: the first row that lacks it, for a message; "" = some row has it.
+        self._lacking: dict[str, str] = {}
         for key in self.columns:
             if key not in KEYS:
                 raise UserError(
@@ -89,6 +92,11 @@ class RowReader:
     def changes(self) -> bool:
         """Whether rows in our own form may become others."""
         return bool(self._language or self._ignore)
+
+    def check_columns(self) -> None:
+        """Raise UserError for a column that none of the rows so far has; some may lack it."""
+        for lacking in filter(None, self._lacking.values()):
+            raise UserError(f"{lacking}, nor in any other row; correct its name, or leave it out")
 
     def __call__(self, item: Any, where: str = "row") -> Conversation:
         """The conversation row of one decoded row. Raises UserError that starts with `where`."""
@@ -116,12 +124,14 @@ class RowReader:
         """The row with its own names of columns replaced."""
         row = {key: value for key, value in item.items() if value is not None}
         for key, own in self.columns.items():
-            if own not in item:
-                raise UserError(
-                    f"{where}: there is no column {own!r} ({self._told.column}{key}); "
-                    f"found {quoted(item)}"
-                )
-            if key in row and key != own:
+            named = f"{own!r} ({self._told.column}{key})"
+            if own not in item and key not in BESIDE:
+                raise UserError(f"{where}: there is no column {named}; found {quoted(item)}")
+            if own in item:
+                self._lacking[key] = ""
+            else:
+                self._lacking.setdefault(key, f"{where}: there is no column {named}")
+            if own in row and key in row and key != own:
                 raise UserError(
                     f"{where}: the row has a key {key!r} beside {own!r}, which "
                     f"{self._told.column}{key} names; remove one, or name it in "

@@ -245,7 +245,7 @@ def _check_any(name: str, fields: Mapping[str, Any], rows: Rows) -> None:
 
 
 def first_rows(name: str, fields: Mapping[str, Any], ignore: Sequence[str], count: int) -> Rows:
-    """The first rows of a source, of which no more is read where it is a file.
+    """The first rows of a source, of which no more is read where it is a file or a built data set.
 
     Args:
       name, fields, ignore: as of `open_source`.
@@ -283,6 +283,7 @@ def open_path(path: str | Path, reader: RowReader, split: str = "train") -> Sour
     for place, row in builder.read_rows([path], reader, split):
         found.append(row)
         places.append(place)
+    reader.check_columns()
     return Source(Rows(found, places.__getitem__), _digest(found), reader.ignored)
 
 

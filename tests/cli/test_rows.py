@@ -175,9 +175,10 @@ def test_rows_that_repeat_others_are_counted_and_left_out(tmp_path, capsys):
 
 
 def test_a_built_set_is_built_anew_with_a_language_and_without_keys(tmp_path, capsys):
-    rows = tmp_path / "rows.jsonl"
+    rows, held = tmp_path / "rows.jsonl", tmp_path / "held.jsonl"
     pair = {"prompt": "q", "response": "a", "tools": [{"name": "f"}]}
     rows.write_text(json.dumps(pair) + "\n" + json.dumps({**pair, "language": "fr"}) + "\n")
+    held.write_text(json.dumps({"Q": "q", "A": "a"}) + "\n")
     out = f"--output={tmp_path / 'out'}"
     assert main(["data", "build", "--input", str(rows), out, "--name=first"]) == 0
     first = tmp_path / "out" / "first"
@@ -196,6 +197,11 @@ def test_a_built_set_is_built_anew_with_a_language_and_without_keys(tmp_path, ca
     )
     assert main(["data", "build", *named, *more]) == 0
     assert "left out of 3 rows: exact 0, near 0, held out 2" in capsys.readouterr().out
+    # Held-out rows need no column that stands beside the question.
+    other.write_text(json.dumps({"Q": "q", "A": "b", "context": "c"}) + "\n")
+    columns = [f"--column={key}" for key in ("prompt=Q", "response=A", "input=context")]
+    named = ["--input", str(other), out, "--name=fourth", *columns, "--against", str(held)]
+    assert main(["data", "build", *named]) == 0
 
 
 def test_rows_with_items_of_tasks_are_left_out(tmp_path, capsys):

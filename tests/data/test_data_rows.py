@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from medmoe_jax.data import rows
+from medmoe_jax.data import builder, rows
+from medmoe_jax.data.sources import open_path
 from medmoe_jax.errors import UserError
 
 TURNS = [{"role": "user", "content": "Q é 日"}, {"role": "assistant", "content": "A\nb"}]
@@ -290,6 +291,32 @@ def test_columns_of_other_names():
         said({**row, "question": "x"}, columns=columns)
     with pytest.raises(UserError, match=r"columns\.frage: no row has this key; use one of conv"):
         rows.RowReader(columns={"frage": "Frage"})
+
+
+def test_a_column_beside_the_question_may_be_absent(tmp_path):
+    """As null is: not every row has a context. One that no row has is a wrong name."""
+    columns = {"prompt": "Q", "response": "A", "input": "context"}
+    pair = {"Q": "q", "A": "a"}
+    given = [pair, pair | {"context": None}, pair | {"context": "c"}, pair | {"input": "c"}]
+    path = write(tmp_path, "d.jsonl", "\n".join(map(json.dumps, given)))
+    wanted = ["q", "q", "q\nc", "q\nc"]
+    found = open_path(path, rows.RowReader(columns=columns)).rows
+    assert [row["conversations"][0]["content"] for row in found] == wanted
+    built = builder.build_from_files([path], tmp_path, "d", rows.RowReader(columns=columns))
+    assert list(builder.open_dataset(built)) == list(found)
+    wrong = columns | {"input": "contxt"}
+    for read in (
+        lambda reader: open_path(path, reader),
+        lambda reader: builder.build_from_files([path], tmp_path, "wrong", reader),
+    ):
+        message = rf"{path}, line 1: there is no column 'contxt' \(columns\.input\), nor in any"
+        with pytest.raises(UserError, match=message):
+            read(rows.RowReader(columns=wrong, ignore=("context",)))
+    assert not (tmp_path / "wrong").exists()
+    empty = write(tmp_path, "empty.jsonl", "")
+    assert not len(open_path(empty, rows.RowReader(columns=columns)).rows)
+    with pytest.raises(UserError, match="a key 'input' beside 'context', which columns"):
+        said(pair | {"context": "c", "input": "i"}, columns=columns)
 
 
 @pytest.mark.parametrize("empty", [{}, {"language": None}, {"language": ""}])
