@@ -8,3 +8,4 @@ TENSOR = "tensor"  # heads and hidden units
 
 AXES = (DATA, FSDP, EXPERT, SEQUENCE, TENSOR)
 BATCH_AXES = (DATA, FSDP, EXPERT)
+WEIGHT_AXES = (FSDP, EXPERT, SEQUENCE)  # those that hold parts which are gathered for use

@@ -23,12 +23,20 @@ from medmoe_jax.base.cache import Cache
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.base.loss import logits
-from medmoe_jax.base.seam import Context, LayerRange, Params, activation
+from medmoe_jax.base.seam import (
+    BareSeam,
+    Context,
+    LayerRange,
+    Params,
+    Seam,
+    TravellingSeam,
+    activation,
+)
 from medmoe_jax.errors import UserError
 from medmoe_jax.kernels.router_equations import RouterStats
 from medmoe_jax.mesh_axes import TENSOR
 from medmoe_jax.parallel.mesh import check_divides
-from medmoe_jax.routing.dispatch import KEPT, strategy
+from medmoe_jax.routing.dispatch import KEPT, AtRest, Strategy, strategy
 
 
 @dataclass(frozen=True)
@@ -40,12 +48,15 @@ class AdaptedConfig:
       banks: the active banks, in order.
       execution: how the base is run.
       dispatch: name of the strategy (`routing.dispatch`).
+      travelling: whether tokens travel to weights of which every device holds a part, instead of
+        weights to tokens: for few tokens, and no gradients.
     """
 
     decoder: DecoderConfig
     banks: tuple[BankSpec, ...] = ()
     execution: Execution = field(default_factory=Execution)
     dispatch: str = "stacked"
+    travelling: bool = False
 
     def __post_init__(self) -> None:
         run = strategy(self.dispatch, self.execution)
@@ -88,17 +99,28 @@ def ranges(config: AdaptedConfig, banks: Mapping[str, Any]) -> tuple[LayerRange,
     for start, stop in itertools.pairwise(cuts):
         here = tuple(b for b in config.banks if b.start <= start and stop <= b.stop)
         if not here:
-            out.append(LayerRange(start, stop))
+            seam = BareSeam(activation(config.decoder))
+            out.append(LayerRange(start, stop, seam=_travelling(config, seam)))
             continue
         params = {b.name: _layers_of(b, banks[b.name], start, stop) for b in here}
         seam = AdaptedSeam(
             on_sites=tuple(b for b in here if b.form == "lora"),
             networks=next((b for b in here if b.form != "lora"), None),
-            strategy=strategy(config.dispatch, config.execution),
+            strategy=_strategy(config),
             activation=activation(config.decoder),
         )
-        out.append(LayerRange(start, stop, params, seam, KEPT))
+        out.append(LayerRange(start, stop, params, _travelling(config, seam), KEPT))
     return tuple(out)
+
+
+def _strategy(config: AdaptedConfig) -> Strategy:
+    if config.travelling:
+        return AtRest(config.execution.weights_at_rest())
+    return strategy(config.dispatch, config.execution)
+
+
+def _travelling(config: AdaptedConfig, seam: Seam) -> Seam:
+    return TravellingSeam(seam, config.execution) if config.travelling else seam
 
 
 def _layers_of(bank: BankSpec, params, start: int, stop: int):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medmoe_jax.errors import ParameterError
-from medmoe_jax.mesh_axes import EXPERT, FSDP, SEQUENCE, TENSOR
+from medmoe_jax.mesh_axes import EXPERT, FSDP, SEQUENCE, TENSOR, WEIGHT_AXES
 
 REMAT = ("none", "dots", "full")
 ATTENTION = ("auto", "xla", "splash", "cudnn")
@@ -140,6 +140,30 @@ class Execution:
         if self.mesh is None:
             return x_BxTxD
         sharding = NamedSharding(self.mesh, self.spec(x_BxTxD.shape[1], None))
+        return jax.lax.with_sharding_constraint(x_BxTxD, sharding)
+
+    @property
+    def gathers_weights(self) -> bool:
+        """Whether a weight lies in parts on several devices, each of which needs all of it."""
+        return any(self.size(axis) > 1 for axis in WEIGHT_AXES)
+
+    def weights_at_rest(self) -> Execution:
+        """The same for few tokens: each is on all devices that hold a part of a weight.
+
+        The compiler cuts such products as the weights are cut, and adds up what the parts give.
+        """
+        if self.mesh is None:
+            return self
+        rows = tuple(axis for axis in self.row_axes if axis not in WEIGHT_AXES)
+        spread = NamedSharding(self.mesh, PartitionSpec(rows, None, None))
+        return replace(self, activations=spread, kernels="xla")
+
+    def constrain_rows(self, x_BxTxD: jax.Array) -> jax.Array:
+        """Pin where the rows of an activation lie, and leave the rest to the compiler."""
+        if self.mesh is None:
+            return x_BxTxD
+        free = PartitionSpec.UNCONSTRAINED
+        sharding = NamedSharding(self.mesh, PartitionSpec(self.row_axes, None, free))
         return jax.lax.with_sharding_constraint(x_BxTxD, sharding)
 
     def gather_tokens(self, x_BxSxKxh: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ import jax
 
 from medmoe_jax.base import quantised
 from medmoe_jax.base.config import GROUPS, DecoderConfig
+from medmoe_jax.base.execution import Execution
 from medmoe_jax.base.quantised import Quantised
 
 Params = Mapping[str, Any]
@@ -89,6 +90,40 @@ class BareSeam:
     ) -> tuple[jax.Array, dict[str, Any]]:
         """See `Seam`."""
         return gated_mlp(self, self.activation, x_BxTxD, weights, params, context)
+
+
+@dataclass(frozen=True)
+class TravellingSeam:
+    """A seam for few tokens: they travel to the weights, which stay where they lie.
+
+    Attributes:
+      seam: what runs the linear work; it leaves to the compiler what its products are cut by.
+      execution: how the rest of the decoder is run.
+    """
+
+    seam: Seam
+    execution: Execution
+
+    def linear(
+        self, group: str, x_BxTxD: jax.Array, weights: Params, params: Any, context: Context
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """See `Seam`."""
+        y, stats = self.seam.linear(group, self._there(x_BxTxD), weights, params, context)
+        return {site: self._back(y_BxTxO) for site, y_BxTxO in y.items()}, stats
+
+    def mlp(
+        self, x_BxTxD: jax.Array, weights: Params, params: Any, context: Context
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """See `Seam`."""
+        y_BxTxD, stats = self.seam.mlp(self._there(x_BxTxD), weights, params, context)
+        return self._back(y_BxTxD), stats
+
+    def _there(self, x_BxTxD):
+        return self.execution.weights_at_rest().constrain_rows(x_BxTxD)
+
+    def _back(self, y_BxTxO):
+        # Pinned before, too: a product of which each device wants its own rows gathers the weight.
+        return self.execution.constrain_rows(self._there(y_BxTxO))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ every call and is data, so that rows of all lengths and wishes share a program.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -20,6 +21,8 @@ from medmoe_jax.base.cache import Cache, CacheSlots, append
 from medmoe_jax.base.loss import logits
 from medmoe_jax.inference.drawing import Drawn, Law, pick, told
 from medmoe_jax.inference.forward import Weights, forward
+
+_FEW = 4  # so many times the tokens must not exceed D
 
 
 class State(NamedTuple):
@@ -102,6 +105,16 @@ def resized(config: AdaptedConfig, slots: int, x: jax.Array) -> jax.Array:
     return _pinned(config, jnp.pad(x, widths))
 
 
+def _placed(config: AdaptedConfig, tokens: int) -> AdaptedConfig:
+    """The model for so many tokens: on a mesh, few of them travel to the weights.
+
+    Gathered, a weight takes D·O numbers to every device. T tokens that travel take T·D there, and
+    2·T·O to add up what the parts give.
+    """
+    few = _FEW * tokens <= config.decoder.d_model
+    return dataclasses.replace(config, travelling=few and config.execution.gathers_weights)
+
+
 def _run(config: AdaptedConfig, weights: Weights, state: State, now: Now, slots: CacheSlots):
     """`(head, x_RxTxD, state, ids_RxS)` after the tokens were read."""
     T, ids = now.tokens_RxT.shape[1], state.ids
@@ -110,7 +123,7 @@ def _run(config: AdaptedConfig, weights: Weights, state: State, now: Now, slots:
     slots_BxS = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32)[None], ids.shape)
     cache = Cache(state.k, state.v, jnp.ones_like(ids), slots_BxS, slots, now.lengths_R)
     head, x_RxTxD, cache = forward(
-        config,
+        _placed(config, now.tokens_RxT.size),
         weights._replace(language_ids_Rx1=now.languages_R[:, None]),
         now.tokens_RxT,
         real_RxT,
@@ -124,7 +137,10 @@ def _run(config: AdaptedConfig, weights: Weights, state: State, now: Now, slots:
 
 
 def _drawn(config: AdaptedConfig, alternatives: int, head, x_Rx1xD, ids_RxS, now: Now) -> Drawn:
-    z_RxV = logits(config.decoder, head, x_Rx1xD)[:, 0]
+    execution = config.execution
+    there = execution.weights_at_rest().constrain_rows
+    z_Rx1xV = there(logits(config.decoder, head, there(x_Rx1xD)))
+    z_RxV = execution.constrain_rows(z_Rx1xV)[:, 0]
     written_R = now.written_R + now.counts_R
     ids_R = pick(now.law, z_RxV, ids_RxS, written_R, now.steps_R)
     return told(z_RxV, ids_R, alternatives)

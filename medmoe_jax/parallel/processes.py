@@ -6,6 +6,7 @@ no device and waits for whoever is late; collectives between CPUs give up after 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
@@ -111,16 +112,15 @@ class Membership:
         else:
             with socket.create_server(("", roll_port)) as listener:
                 self._roll = rollcall.host(listener, self._processes)
-        try:
+        with contextlib.ExitStack() as unless_met:
+            unless_met.push(self.__exit__)
             _initialize(
                 self._coordinator,
                 self._processes,
                 self._process,
                 cluster_detection_method="deactivate",
             )
-        except BaseException:
-            self._roll.fail()
-            raise
+            unless_met.pop_all()
 
     def __exit__(
         self,

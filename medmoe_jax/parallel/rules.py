@@ -16,12 +16,12 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from medmoe_jax.errors import UserError
-from medmoe_jax.mesh_axes import EXPERT, FSDP, SEQUENCE, TENSOR
+from medmoe_jax.mesh_axes import EXPERT, FSDP, SEQUENCE, TENSOR, WEIGHT_AXES
 
 Rule = tuple[str, tuple]
 _COLUMN = r"(attn\.[qkv]|mlp\.(gate|up))"
 _ROW = r"(attn\.o|mlp\.down)"
-_SHARD = (FSDP, EXPERT, SEQUENCE)
+_SHARD = WEIGHT_AXES
 _REST = (FSDP, SEQUENCE)  # where E lies on `expert`
 # A quantised kernel's arrays have its axes, some of them shorter.
 _PARTS = r"(\.(codes|scale))?$"

@@ -10,6 +10,7 @@ make `Σ_e gate_e W_down,e (act(W_gate,e x) ∘ W_up,e x)`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -113,6 +114,23 @@ def reference_ffn(
         one = {name: w[e] for name, w in params.items()}
         total += _expert(x_BxTxD, gates.dense_BxTxE[..., e], one, activation)
     return total.astype(x_BxTxD.dtype)
+
+
+def batched_ffn(
+    x_BxTxD: jax.Array, gates: Gates, params: Mapping[str, jax.Array], activation: Callable
+) -> jax.Array:
+    """All experts in one product; it holds the hidden states of all of them, of few tokens."""
+    gate_ExDxF, up_ExDxF, down_ExFxD = (
+        params[name].astype(x_BxTxD.dtype) for name in ("gate", "up", "down")
+    )
+    into = functools.partial(jnp.einsum, "BTD,EDF->EBTF", x_BxTxD)
+    h_ExBxTxF = activation(into(gate_ExDxF)) * into(up_ExDxF)
+    weight_ExBxT = jnp.moveaxis(gates.dense_BxTxE, -1, 0)
+    h_ExBxTxF = (h_ExBxTxF.astype(jnp.float32) * weight_ExBxT[..., None]).astype(x_BxTxD.dtype)
+    total_BxTxD = jnp.einsum(
+        "EBTF,EFD->BTD", h_ExBxTxF, down_ExFxD, preferred_element_type=jnp.float32
+    )
+    return total_BxTxD.astype(x_BxTxD.dtype)
 
 
 def stacked_ffn(

@@ -298,6 +298,25 @@ class Auto(Strategy):
         return STRATEGIES[name](self.execution)
 
 
+@dataclass(frozen=True)
+class AtRest(Stacked):
+    """Every expert on every token, where each lies: of few tokens, which are on all devices.
+
+    >>> import jax.numpy as jnp
+    >>> from medmoe_jax.routing.terms import LoraTerm
+    >>> x_BxTxD, a, b = jnp.ones((1, 1, 2)), jnp.ones((2, 3, 1)), jnp.ones((3, 1, 1))
+    >>> term = LoraTerm(x_BxTxD, a, b, gates=None, scale_Exr=None, s=2.0)
+    >>> AtRest(Execution()).lora({"site": [term]})["site"].tolist()
+    [[[12.0]]]
+    """
+
+    def ffn(
+        self, x_BxTxD: jax.Array, gates: Gates, params: Mapping[str, Any], activation: Callable
+    ) -> jax.Array:
+        """See `Strategy`; all at once, as a loop over experts would fetch each to every device."""
+        return dense.batched_ffn(x_BxTxD, gates, params, activation)
+
+
 # What `dispatch` may name.
 STRATEGIES: dict[str, Callable[[Execution], Strategy]] = {
     "reference": Reference,

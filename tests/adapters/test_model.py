@@ -157,4 +157,7 @@ def test_ranges_end_where_banks_change(banks):
         {"noise", "plain_weights"},
     ]
     bare = model.ranges(AdaptedConfig(TINY, SPECS[4:]), banks)
-    assert [(r.start, r.stop, r.seam is None) for r in bare] == [(0, 2, True), (2, 3, False)]
+    assert [(r.start, r.stop, type(r.seam).__name__) for r in bare] == [
+        (0, 2, "BareSeam"),
+        (2, 3, "AdaptedSeam"),
+    ]
