@@ -1,10 +1,10 @@
 """Batches of packed rows, the same for every number of processes, and exact after a resume.
 
-A stream has S *virtual shards*, fixed by the recipe. Each shard owns every S-th row (of streamed
-files: block) of each data set, shuffles them anew in every epoch, mixes the data sets by weight and
-packs rows first-fit into sequences of T tokens. Row i of every global batch comes from shard i mod
-S. A process reads the shards it was given; states are kept by shard, so another number of processes
-continues the stream.
+A stream has S *virtual shards*, fixed by the recipe. Each shard owns every S-th row of each data
+set (of streamed files: blocks of as many rows as another's), shuffles them anew in every epoch,
+mixes the data sets by weight and packs rows first-fit into sequences of T tokens. Row i of every
+global batch comes from shard i mod S. A process reads the shards it was given; states are kept by
+shard, so another number of processes continues the stream.
 
 Axis legend: B rows of this process's part of the global batch, T tokens of a row.
 """
@@ -170,7 +170,7 @@ class BatchStream(Iterator[Batch]):
         if len(self._encoded) == len(self._sources):
             return self._mixed(shard).to_iter_dataset(INLINE)
         parts = [
-            source.endless(shard, self._spec.shards, seed)
+            source.endless(shard, seed)
             if isinstance(source, StreamedRows)
             else endless(_shard_of(source, shard, self._spec.shards), seed).to_iter_dataset(INLINE)
             for number, source in enumerate(self._sources)
@@ -219,6 +219,11 @@ def make_stream(
         if isinstance(source, StreamedRows):
             if weights is None:
                 raise UserError(f"data set {name!r} is streamed, so it needs a mixture weight")
+            if len(source.blocks) != spec.shards:
+                raise UserError(
+                    f"data set {name!r} is streamed in {len(source.blocks)} data shards, not "
+                    f"{spec.shards}"
+                )
         else:
             check_shards(name, len(source), spec.shards)
     shares = None if weights is None else [float(weights[name]) for name in names]

@@ -3,19 +3,22 @@
 A block is a range of bytes of a file of JSON lines, or of rows of a row group of a Parquet file.
 Files lie on this machine, on the Hugging Face hub or on object storage, of which only the ranges
 that are asked for are brought.
+
+Axis legend: S data shards.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import heapq
 import io
 import itertools
-import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,6 +36,10 @@ from medmoe_jax.storage.places import is_remote, place
 LINES, PARQUET = (".jsonl", ".ndjson"), ".parquet"
 ENDINGS = (*LINES, PARQUET)
 BLOCK_BYTES = 1 << 20
+# Fewer bytes of lines are not cut for a shard to have a part of its file: they may be one row.
+_FEW_BYTES = 1 << 14
+# As many blocks a shard as give it rows of most files; more of them skip more of a row group.
+_OF_SHARD = 16
 _READ_BYTES = 1 << 20
 _READ_ROWS = 256
 
@@ -54,31 +61,36 @@ class File:
     digest: Callable[[], str]
 
 
-class Block(Protocol):
-    """Rows that are read together."""
-
-    def read(self) -> Sequence[Any]:
-        """The rows as they stand in the file. Raises UserError."""
-
-    def decode(self, row: Any) -> Any:
-        """A row's item (`data.rows`). Raises UserError that begins with its place."""
-
-    def place(self, row: Any) -> str:
-        """The file and the line or number of a row."""
-
-
 @dataclass(frozen=True)
-class Lines:
-    """The lines of a file that begin from byte `start` up to byte `stop`."""
+class Block(ABC):
+    """Rows of a file that are read together: those from `start` up to `stop`."""
 
     file: File
     start: int
     stop: int
 
+    @abstractmethod
+    def read(self) -> Sequence[Any]:
+        """The rows as they stand in the file. Raises UserError."""
+
+    @abstractmethod
+    def decode(self, row: Any) -> Any:
+        """A row's item (`data.rows`). Raises UserError that begins with its place."""
+
+    @abstractmethod
+    def place(self, row: Any) -> str:
+        """The file and the line or number of a row."""
+
+
+@dataclass(frozen=True)
+class Lines(Block):
+    """The lines of a file that begin from byte `start` up to byte `stop`."""
+
     def read(self) -> Sequence[tuple[int, bytes]]:
         """`(first byte, line)` of each that is not empty."""
         found = []
-        with io.BufferedReader(self.file.open(), _READ_BYTES) as file:
+        buffer = min(_READ_BYTES, max(self.stop - self.start, io.DEFAULT_BUFFER_SIZE))
+        with io.BufferedReader(self.file.open(), buffer) as file:
             at = self.start
             if at:  # a line that begins before belongs to the block before
                 file.seek(at - 1)
@@ -107,15 +119,12 @@ class Lines:
 
 
 @dataclass(frozen=True)
-class Group:
+class Group(Block):
     """Rows `start` up to `stop` of a row group of a Parquet file, whose first row is `first`."""
 
-    file: File
     metadata: pq.FileMetaData
     group: int
     first: int
-    start: int
-    stop: int
 
     def read(self) -> Sequence[tuple[int, dict[str, Any]]]:
         """`(number in the file, row)`; a few rows at a time are in memory."""
@@ -218,45 +227,82 @@ def _objects(path: Path, split: str) -> Iterator[File]:
         yield File(str(file), opens, size, functools.partial(str, tag))
 
 
-def make_blocks(files: Sequence[File], least: int) -> list[Block]:
-    """All blocks of some files, in order; at least so many if the files have the rows for it.
+def make_blocks(files: Sequence[File], shards: int) -> list[Block]:
+    """All blocks of some files, in order, small enough for each of S shards to have its part.
 
     Raises:
       UserError: a file cannot be read.
     """
-    size = min(BLOCK_BYTES, max(1, sum(file.size for file in files) // least))
     tables = [file for file in files if file.shown.endswith(PARQUET)]
     metadata = {file.shown: _metadata(file) for file in tables}
-    groups = sum(one.num_row_groups for one in metadata.values())
-    parts = math.ceil(least / groups) if groups else 1
+    rows = sum(sum(_group_rows(one)) for one in metadata.values())
+    size = sum(file.size for file in files if file.shown not in metadata)
     return [
         block
         for file in files
         for block in (
-            _groups(file, metadata[file.shown], parts)
+            _groups(file, metadata[file.shown], rows, shards)
             if file.shown in metadata
-            else _lines(file, size)
+            else _lines(file, size, shards)
         )
     ]
 
 
-def _lines(file: File, size: int) -> Iterator[Lines]:
+def deal(blocks: Sequence[Block], shards: int) -> list[list[Block]]:
+    """The blocks of each of S shards: of each kind of file equally many bytes or rows.
+
+    A block goes to the shard with the most room left, so that each has rows of many files; what is
+    too long for it goes to the next. Fewer than S blocks of a kind are cut more for it.
+    """
+    dealt: list[list[Block]] = [[] for _ in range(shards)]
+    for kind in dict.fromkeys(map(type, blocks)):
+        own = [block for block in blocks if type(block) is kind]
+        total = sum(block.stop - block.start for block in own)
+        # What a shard has less than its part, so that the first of the heap has the most room.
+        lacking = [(total * n // shards - total * (n + 1) // shards, n) for n in range(shards)]
+        heapq.heapify(lacking)
+        for block in own:
+            start = block.start
+            while start < block.stop:
+                less, shard = lacking[0]
+                stop = min(block.stop, start - less)
+                dealt[shard].append(replace(block, start=start, stop=stop))
+                heapq.heapreplace(lacking, (less + stop - start, shard))
+                start = stop
+    return dealt
+
+
+def _lines(file: File, size: int, shards: int) -> Iterator[Lines]:
     with file.open() as opened:
         if opened.read(_READ_ROWS).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
             raise UserError(f"{file.shown}: is one JSON list; write one object a line to stream it")
-    for start in range(0, file.size, size):
-        yield Lines(file, start, min(start + size, file.size))
+    parts = min(_parts(file.size, size, shards), file.size // _FEW_BYTES)
+    for start, stop in _cuts(file.size, max(parts, -(-file.size // BLOCK_BYTES))):
+        yield Lines(file, start, stop)
 
 
-def _groups(file: File, metadata: pq.FileMetaData, parts: int) -> Iterator[Group]:
+def _groups(file: File, metadata: pq.FileMetaData, rows: int, shards: int) -> Iterator[Group]:
     first = 0
-    for number in range(metadata.num_row_groups):
-        rows = metadata.row_group(number).num_rows
-        cuts = [rows * part // parts for part in range(parts + 1)]
-        for start, stop in itertools.pairwise(cuts):
-            if start < stop:
-                yield Group(file, metadata, number, first, start, stop)
-        first += rows
+    for number, own in enumerate(_group_rows(metadata)):
+        for start, stop in _cuts(own, _parts(own, rows, shards)):
+            yield Group(file, start, stop, metadata, number, first)
+        first += own
+
+
+def _group_rows(metadata: pq.FileMetaData) -> list[int]:
+    return [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+
+
+def _parts(own: int, total: int, shards: int) -> int:
+    """In how many blocks to cut so much of all that the shards have: at most one for each."""
+    return min(shards, -(-own * _OF_SHARD * shards // max(1, total)))
+
+
+def _cuts(length: int, parts: int) -> Iterator[tuple[int, int]]:
+    """`(start, stop)` of equal parts, without those that are empty."""
+    parts = max(1, parts)
+    ends = (length * part // parts for part in range(parts + 1))
+    return ((start, stop) for start, stop in itertools.pairwise(ends) if start < stop)
 
 
 def _metadata(file: File) -> pq.FileMetaData:

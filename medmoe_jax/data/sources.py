@@ -141,8 +141,9 @@ def _open_streamed(data: Mapping[str, Any], name: str, encoder: Encoder) -> Open
     fields, rows = data["sources"][name], streamed_rows(data, name, encoder)
     told = [rows.digest, fields["prompt"], fields["columns"], *data["ignore"]]
     digest = hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=16)
+    blocks = sum(map(len, rows.blocks))
     note = (
-        f"source '{name}': streamed from {len(rows.files)} files in {len(rows.blocks):,} blocks, "
+        f"source '{name}': streamed from {len(rows.files)} files in {blocks:,} blocks, "
         f"shuffled in a window of {rows.window:,} rows; a row is checked when it comes"
     )
     return Opened(rows, digest.hexdigest(), {}, (note,))

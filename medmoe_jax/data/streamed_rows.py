@@ -1,8 +1,9 @@
 """Training rows of files that are larger than memory, read and encoded while they are trained on.
 
-A data shard owns every S-th block of the files (`data.blocks`), in a new order every epoch. The
-rows of its blocks are shuffled in a window as they come, and encoded when they leave it. Grain
-keeps the place of all this, so that a stream goes on exactly where it was.
+A data shard owns equally much of the files as any other, in blocks (`data.blocks`) that come in a
+new order every epoch. Their rows are shuffled in a window as they come, and encoded when they leave
+it. A window ends with its shard's epoch, so that each row comes once in it. Grain keeps the place
+of all this, so that a stream goes on exactly where it was.
 
 Axis legend: S data shards.
 """
@@ -11,14 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 from grain.experimental import FlatMapIterDataset
 
-from medmoe_jax.data.blocks import Block, File, make_blocks
+from medmoe_jax.data.blocks import Block, File, deal, make_blocks
 from medmoe_jax.data.conversation import Conversation
 from medmoe_jax.data.encode import Encoder
 from medmoe_jax.data.encoded_rows import Element, element
@@ -27,6 +28,8 @@ from medmoe_jax.data.order import endless
 from medmoe_jax.errors import UserError
 
 _TRIED = 100
+# Stands behind the last row of an epoch, where its last window ends.
+_END = object()
 
 # Makes a conversation row of an item that stands at a place.
 Read = Callable[[Any, str], Conversation]
@@ -36,31 +39,34 @@ INLINE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
 class _Reading(grain.experimental.FlatMapTransform):
-    """Makes blocks their rows, each with its block."""
+    """Makes blocks their rows, each with its block; the last of an epoch has an end, too."""
 
     max_fan_out = 1 << 40
 
     def __init__(self, blocks: int, where: str) -> None:
         self._blocks, self._where, self._empty = blocks, where, 0
 
-    def flat_map(self, element: Block) -> Sequence[tuple[Block, Any]]:
-        rows = element.read()
+    def flat_map(self, element: tuple[Block, bool]) -> Sequence[Any]:
+        block, is_last = element
+        rows = block.read()
         self._empty = 0 if len(rows) else self._empty + 1
         if self._empty > 2 * self._blocks:  # a whole epoch
             raise UserError(f"{self._where} holds no row; use fewer data shards")
-        return _OfBlock(element, rows)
+        return _OfBlock(block, rows, is_last)
 
 
-class _OfBlock(OnDemand[tuple[Block, Any]]):
-    """Rows, each with the block that it is of."""
+class _OfBlock(OnDemand[Any]):
+    """Rows, each with the block that it is of, and an end if it is the last block."""
 
-    def __init__(self, block: Block, rows: Sequence[Any]) -> None:
-        self._block, self._rows = block, rows
+    def __init__(self, block: Block, rows: Sequence[Any], is_last: bool) -> None:
+        self._block, self._rows, self._is_last = block, rows, is_last
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._rows) + self._is_last
 
-    def item(self, index: int) -> tuple[Block, Any]:
+    def item(self, index: int) -> Any:
+        if self._is_last and index == len(self._rows):
+            return _END
         return self._block, self._rows[index]
 
 
@@ -76,8 +82,48 @@ class _Each(grain.experimental.FlatMapTransform):
         return self._parts(element)
 
 
-def _shuffled(rows: list[Any], generator: np.random.Generator) -> list[Any]:
-    return [rows[number] for number in generator.permutation(len(rows))]
+class _Windows(grain.IterDataset):
+    """Makes rows windows of at most `size` of an epoch, each a list in an order of its own."""
+
+    def __init__(self, rows: grain.IterDataset, size: int, seed: int, where: str) -> None:
+        super().__init__(rows)
+        self._order = size, seed, where
+
+    def __iter__(self) -> _WindowIterator:
+        return _WindowIterator(iter(self._parent), *self._order)
+
+
+class _WindowIterator(grain.DatasetIterator):
+    # Grain's own windows do not end with an epoch, and its shuffle takes a quarter of a
+    # millisecond a row.
+
+    def __init__(self, rows: grain.DatasetIterator, size: int, seed: int, where: str) -> None:
+        super().__init__(rows)
+        self._size, self._seed, self._where, self._number = size, seed, where, 0
+
+    def __next__(self) -> list[Any]:
+        rows = []
+        while len(rows) < self._size:
+            if (row := next(self._parent)) is not _END:
+                rows.append(row)
+            elif rows:
+                break
+        generator = np.random.default_rng((self._seed, self._number, 1))  # not that of the blocks
+        self._number += 1
+        return [rows[place] for place in generator.permutation(len(rows))]
+
+    def get_state(self) -> dict[str, Any]:
+        return {"rows": self._parent.get_state(), "window": self._number}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        if "window" not in state:
+            raise UserError(
+                f"{self._where}: the saved data state is of an earlier version of medmoe_jax, in "
+                "which other rows come next; finish the stage with that version, or remove its "
+                "folder to run it anew"
+            )
+        self._parent.set_state(state["rows"])
+        self._number = state["window"]
 
 
 class StreamedRows:
@@ -92,6 +138,7 @@ class StreamedRows:
       encoder: what encodes the rows.
       length: tokens at which a row is cut.
       window: rows that are shuffled together, of all data shards.
+      blocks: of each data shard.
       digest: of the files' content.
     """
 
@@ -109,26 +156,27 @@ class StreamedRows:
         Args:
           name, files, encoder, length, window: see the class.
           read: makes a conversation row of an item that stands at a place.
-          shards: S, to have as many blocks.
+          shards: S, which share the rows.
 
         Raises:
-          UserError: a file cannot be read, there is no row or there are fewer blocks than shards,
-            or one of the first rows cannot be used.
+          UserError: a file cannot be read, there is no row or there are fewer rows than shards, or
+            one of the first rows cannot be used.
         """
         if length < 2:
             raise UserError(f"length {length}: a sequence needs at least 2 tokens")
         self.name, self.encoder, self.length, self.window = name, encoder, length, window
         self.files, self._read = files, read
-        self.blocks = make_blocks(files, shards)
-        read_one = ((block, rows) for block in self.blocks if len(rows := block.read()))
+        blocks = make_blocks(files, shards)
+        read_one = ((block, rows) for block in blocks if len(rows := block.read()))
         first, rows = next(read_one, (None, ()))
         if first is None:
             shown = ", ".join(file.shown for file in files)
             raise UserError(f"source '{name}': {shown}: no row in it")
-        if len(self.blocks) < shards:
+        self.blocks = deal(blocks, shards)
+        if not all(self.blocks):
             raise UserError(
-                f"source '{name}': its files have {len(self.blocks)} rows or blocks, fewer than "
-                f"the {shards} data shards; use fewer shards"
+                f"source '{name}': its files have fewer rows than the {shards} data shards; use "
+                "fewer data shards"
             )
         for number in range(min(len(rows), _TRIED)):
             self._encode((first, rows[number]))
@@ -139,20 +187,15 @@ class StreamedRows:
         told = [[file.digest() for file in self.files], self.window]
         return hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
 
-    def endless(self, shard: int, shards: int, seed: int) -> grain.IterDataset:
-        """The training rows of a shard, epoch after epoch.
-
-        Args:
-          shard, shards: which of how many.
-          seed: of the order.
-        """
-        own = grain.MapDataset.source(self.blocks)[shard::shards]
-        blocks = endless(own, seed).to_iter_dataset(INLINE)
+    def endless(self, shard: int, seed: int) -> grain.IterDataset:
+        """The training rows of a shard, epoch after epoch; `seed`: of the order."""
+        shards, own = len(self.blocks), self.blocks[shard]
         where = f"source '{self.name}': data shard {shard} of {shards}"
-        rows = FlatMapIterDataset(blocks, _Reading(len(own), where))
-        window = max(1, self.window // shards)
-        # Grain's own shuffle in a window takes a quarter of a millisecond a row.
-        windows = rows.batch(window, batch_fn=list).random_map(_shuffled, seed=seed)
+        blocks = endless(grain.MapDataset.source(own), seed).map_with_index(
+            lambda index, block: (block, (index + 1) % len(own) == 0)
+        )
+        rows = FlatMapIterDataset(blocks.to_iter_dataset(INLINE), _Reading(len(own), where))
+        windows = _Windows(rows, max(1, self.window // shards), seed, where)
         return FlatMapIterDataset(FlatMapIterDataset(windows, _Each(list)), _Each(self._encode))
 
     def _encode(self, found: tuple[Block, Any]) -> list[Element]:

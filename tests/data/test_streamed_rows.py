@@ -3,6 +3,7 @@
 import io
 import json
 from collections import Counter
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,7 @@ import pytest
 
 from medmoe_jax.data import batches, blocks, streamed_rows
 from medmoe_jax.data.batches import StreamSpec
-from medmoe_jax.data.blocks import File, make_blocks, open_files
+from medmoe_jax.data.blocks import File, deal, make_blocks, open_files
 from medmoe_jax.data.encode import Encoder
 from medmoe_jax.data.files import read_items
 from medmoe_jax.data.layouts import TEMPLATES
@@ -129,6 +130,89 @@ def test_shards_own_their_blocks(path):
     assert set.union(*owned) == set(range(61)) and sum(map(len, owned)) == 61
 
 
+# Rows of the row groups of each file; one file is much larger, or all are, or groups are few.
+SIZES = {
+    "one large file": [[80], [80], [8000], [80], [80], [80], [80], [80]],
+    "more groups than shards": [[100] * 9],
+    "large and small groups": [[3, 500, 2, 2], [700], [1] * 30, [1000, 1]],
+    "groups of no row": [[0, 50, 0], [0], [7]],
+    "as many rows as shards": [[1, 3], [4]],
+}
+
+
+@pytest.mark.parametrize("shards", [1, 3, 8])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_shards_own_equally_many_rows_of_tables(tmp_path, sizes, shards):
+    first, wanted = 0, []
+    for number, groups in enumerate(sizes):
+        table = pa.table({"number": pa.array(range(first, first + sum(groups)))})
+        with pq.ParquetWriter(tmp_path / f"{number}.parquet", table.schema) as file:
+            for rows in groups:
+                file.write_table(table[:rows])
+                wanted += range(first, first + rows)
+                table, first = table[rows:], first + rows
+    made = make_blocks(open_files(str(tmp_path), "train"), shards)
+    dealt = deal(made, shards)
+    found = [[row["number"] for block in own for _, row in block.read()] for own in dealt]
+    assert sorted(chain(*found)) == wanted
+    assert {len(own) for own in found} <= {len(wanted) // shards, -(-len(wanted) // shards)}
+    # Blocks are not many more than there must be.
+    assert sum(map(len, dealt)) <= len(made) + shards <= 18 * shards + sum(map(len, sizes))
+
+
+@pytest.mark.parametrize("shards", [1, 3, 8])
+@pytest.mark.parametrize("counts", [[12 * 64], [500, 3, 3, 40], [2] * 50, [30]])
+def test_shards_own_equally_many_lines(tmp_path, monkeypatch, counts, shards):
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 64 * 100)
+    monkeypatch.setattr(blocks, "_FEW_BYTES", 4 * 100)
+    for number, count in enumerate(counts):
+        line = json.dumps({"number": number}).ljust(99) + "\n"
+        (tmp_path / f"{number}.jsonl").write_text(line * count)
+    dealt = deal(make_blocks(open_files(str(tmp_path), "train"), shards), shards)
+    read = ((block.decode(row) for block in own for row in block.read()) for own in dealt)
+    found = [[item["number"] for item in items] for items in read]
+    assert Counter(chain(*found)) == dict(enumerate(counts))
+    part = sum(counts) / shards
+    # A line belongs to the block in which it begins: each end of a block gives or takes one.
+    ends = 2 * max(map(len, dealt))
+    assert all(abs(len(own) - part) < ends for own in found)
+    bytes_of = [sum(block.stop - block.start for block in own) for own in dealt]
+    assert max(bytes_of) - min(bytes_of) <= 1
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+@pytest.mark.parametrize("pack", [False, True])
+def test_files_weigh_by_their_rows(tmp_path, monkeypatch, ending, pack):
+    """Whatever their size, and the length of their rows: each row comes as often as any other."""
+    monkeypatch.setattr(blocks, "_FEW_BYTES", 4 * 100)
+    sizes, first, lengths = [30, 30, 900, 60], 0, [1, 9, 3, 18]
+    for number, (count, length) in enumerate(zip(sizes, lengths, strict=True)):
+        rows = [conversation(chr(1000 + first + i), "a" * length) for i in range(count)]
+        write(tmp_path / f"{number}.{ending}", rows, group=count)
+        first += count
+    made = stream(tmp_path, shards=5, global_batch=5, window=100, pack=pack)
+    seen = Counter()
+    while sum(seen.values()) < 4 * first:
+        seen.update(number_of(row) for parts in plain.samples(next(made)) for row in parts)
+    files = np.split([seen[number] for number in range(first)], np.cumsum(sizes)[:-1])
+    assert all(abs(own.mean() - 4) < 0.5 for own in files), [own.mean() for own in files]
+
+
+@pytest.mark.parametrize("window", [7, 61, 62, 10_000])
+def test_a_window_ends_with_the_epoch_of_its_shard(path, window):
+    shards = 3
+    owned = [
+        sorted(ROWS.index(block.decode(row)) for block in own for row in block.read())
+        for own in streamed(path, shards).blocks
+    ]
+    assert sorted(chain(*owned)) == list(range(61))
+    whole = numbers(stream(path, shards=3, global_batch=3, pack=False, window=window), 120).T
+    for own, column in zip(owned, whole.tolist(), strict=True):
+        epochs = [column[start : start + len(own)] for start in range(0, 120, len(own))][:-1]
+        assert len(epochs) > 4 and all(sorted(epoch) == own for epoch in epochs)
+        assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+
+
 def test_rows_are_encoded_as_others_are(path):
     known = {expected_sample(row) for row in ROWS}
     for batch in take(stream(path), 20):
@@ -162,6 +246,20 @@ def test_resume_at_every_batch(path, pack):
             assert resumed.counters() == counters
 
 
+@pytest.mark.parametrize("window", [10, 512])
+def test_resume_around_the_end_of_an_epoch(path, window):
+    make = {"pack": False, "window": window}
+    original = stream(path, **make)
+    states, given = [], []
+    for _ in range(30):  # of 11 batches an epoch
+        states.append(json.loads(json.dumps(original.get_state())))
+        given.append(next(original))
+    for start in range(6, 25):
+        resumed = stream(path, **make)
+        resumed.set_state(states[start])
+        assert equal(take(resumed, 5), given[start : start + 5])
+
+
 def test_resume_with_another_number_of_processes(path):
     spec = {"shards": 4, "global_batch": 8}
     parts = [stream(path, shard_ids=[i, i + 2], **spec) for i in (0, 1)]
@@ -175,6 +273,22 @@ def test_resume_with_another_number_of_processes(path):
     quarter = stream(path, shard_ids=[3], **spec)
     quarter.set_state(merged)
     assert equal(take(quarter, 5), [{k: v[[3, 7]] for k, v in b.items()} for b in whole[7:]])
+
+
+def test_a_state_of_before_is_refused(path):
+    """One in which windows reached over the end of an epoch, and shards owned other blocks."""
+    rows = {"parent": {"next_index": 0}, "next_index_in_buffer": 0}
+    windows = {"parent": {"parent": rows, "index_for_rng": 0}, "next_index_in_buffer": 2}
+    mixed = {"parents": [{"parent": windows, "next_index_in_buffer": 1}], "index": 3, "stop": False}
+    sequences = {"parent": mixed, "next_row": 0, "counter": 3}
+    before = {str(shard): {"sequences": sequences, "counts": [3, 37, 20, 0, 0]} for shard in (0, 1)}
+    with pytest.raises(UserError, match=r"source 's': .* state is of an earlier version"):
+        stream(path, pack=False).set_state(before)
+
+
+def test_it_is_made_for_so_many_shards(path):
+    with pytest.raises(UserError, match="'s' is streamed in 2 data shards, not 3"):
+        batches.make_stream({"s": streamed(path, 2)}, {"s": 1.0}, StreamSpec(6, 3))
 
 
 def test_a_conversation_may_be_several_rows(tmp_path, byte_level_tokenizer):
@@ -298,6 +412,8 @@ def test_what_cannot_be_streamed_is_refused(tmp_path):
         with pytest.raises(UserError, match=r"source 's': .*rows\.jsonl: no row in it"):
             streamed(path)
     write(path, ROWS[:1])
+    with pytest.raises(UserError, match="fewer rows than the 2 data shards; use fewer data shards"):
+        streamed(write(tmp_path / "rows.parquet", ROWS[:1]))
     lonely = stream(path, shards=2, window=2)
     with pytest.raises(UserError, match=r"data shard \d of 2 holds no row; use fewer data shards"):
         take(lonely, 9)

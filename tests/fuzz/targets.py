@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import gzip
 import io
+import itertools
 import json
 import zipfile
 from collections.abc import Callable
@@ -134,7 +135,8 @@ def streamed_rows(random: Random, folder: Path) -> None:
     kind = random.choice(("jsonl", "parquet"))
     path = folder / f"rows.{kind}"
     path.write_bytes(changed_bytes(random, _row_files()[kind]))
-    for block in blocks.make_blocks(blocks.open_files(str(path), "train"), 2):
+    made = blocks.make_blocks(blocks.open_files(str(path), "train"), 2)
+    for block in itertools.chain(*blocks.deal(made, 2)):
         for row in block.read():
             block.decode(row)
             block.place(row)
