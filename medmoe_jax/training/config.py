@@ -72,8 +72,8 @@ def recipe() -> ConfigDict:
             },
             # Training phases: `order` lists them, the rest are stage(...) by name.
             "stages": {"order": ()},
-            # How it is run; none of this changes the result beyond rounding (and, with dropout,
-            # which masks the micro-batches draw).
+            # How it is run; none of this changes the result beyond rounding. Of micro-batches each
+            # draws its own dropout and router noise, and balances its own tokens (balance_loss).
             "run": {
                 # Rows over data, fsdp and expert, their tokens over sequence; one of all may be -1.
                 "mesh": {"data": 1, "fsdp": -1, "expert": 1, "sequence": 1, "tensor": 1},

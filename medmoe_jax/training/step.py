@@ -142,13 +142,26 @@ def nll(
     return total, (jnp.sum(weights_BxT), telemetry.collect(aux))
 
 
-def _micro_loss(config: AdaptedConfig, trainable, frozen, batch, key):
-    """`nll` plus the router losses times the target weight, so that dividing by that is right.
+def _targets(batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Σ weight of the batch's targets."""
+    _, weights = next_token_targets(batch["tokens"], batch["loss_mask"], batch["segment_ids"])
+    return jnp.sum(weights)
 
-    With accumulation a router's loss is the weighted mean of the micro-batches' own.
+
+def _tokens(batch: Mapping[str, jax.Array]) -> jax.Array:
+    """How many tokens are no padding."""
+    return jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
+
+
+def _micro_loss(config: AdaptedConfig, trainable, frozen, batch, key, whole):
+    """`nll` plus the router losses times the step's targets, by which both are divided.
+
+    A router sees every token, so a micro-batch's share of its loss is that of the step's tokens:
+    the mean over micro-batches is then the mean over tokens. `whole` is the step's batch.
     """
     loss, (weight, stats) = nll(config, trainable, frozen, batch, key)
-    extra = router_loss(config.banks, stats) * weight
+    share = _tokens(batch) / jnp.maximum(_tokens(whole), 1.0)
+    extra = router_loss(config.banks, stats) * share * _targets(whole)
     return loss + extra, (loss, extra, weight, stats)
 
 
@@ -187,7 +200,7 @@ def gradients(
         index, micro_batch = inputs
         key = jax.random.fold_in(step_key, index)
         grad = jax.grad(_micro_loss, argnums=1, has_aux=True)
-        grads, (*sums, stats) = grad(objective.model, trainable, frozen, micro_batch, key)
+        grads, (*sums, stats) = grad(objective.model, trainable, frozen, micro_batch, key, batch)
         return jax.tree.map(jnp.add, carry, (grads, *sums)), stats
 
     A = objective.accumulation
@@ -244,6 +257,6 @@ def train_step(
     updates, opt_state = optimiser.update(grads, state.optimiser, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
     metrics["gradient_norm"] = optax.tree.norm(grads)
-    metrics["tokens"] = jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
+    metrics["tokens"] = _tokens(batch)
     metrics["rows_hash"] = rows_hash(batch)
     return TrainState(state.step + 1, trainable, opt_state), metrics

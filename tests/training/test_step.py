@@ -162,6 +162,39 @@ def test_accumulation_changes_nothing(accumulation):
         np.testing.assert_allclose(more["router"][key].tokens, stats.tokens)
 
 
+@functools.cache
+def routed(accumulation, of=1, first=0, **losses):
+    """`computed` with losses on the routers, of every so-manieth row from that one on."""
+    trainable, frozen = trees_of_step()
+    specs = tuple(s.replace(**losses) if s.gate == "token" else s for s in SPECS)
+    objective = make_objective(specs, accumulation=accumulation)
+    batch = {key: value[first::of] for key, value in uneven_batch().items()}
+    run = jax.jit(functools.partial(gradients, objective))
+    return jax.device_get(run(trainable, frozen, batch, jnp.int32(0)))
+
+
+@pytest.mark.parametrize("accumulation", [2, 4, 8])
+def test_accumulation_leaves_a_loss_of_all_tokens(accumulation):
+    """Micro-batches of one row each included, of which one has no target."""
+    grads, metrics = routed(1, z_loss=0.5)
+    others, more = routed(accumulation, z_loss=0.5)
+    assert metrics["router_loss"] > 0.1
+    assert more["router_loss"] == pytest.approx(metrics["router_loss"], rel=1e-5)
+    assert naive.tree_rel(others, grads) < 1e-4
+    plain, _ = routed(1, z_loss=0.0)
+    assert naive.tree_rel(plain, grads) > 1e-3
+
+
+def test_each_micro_batch_is_balanced_by_itself():
+    """And weighed by its tokens, not by its targets."""
+    _, metrics = routed(4, balance_loss=0.5)
+    tokens = [(uneven_batch()["segment_ids"][i::4] > 0).sum() for i in range(4)]
+    alone = [routed(1, 4, i, balance_loss=0.5)[1]["router_loss"] for i in range(4)]
+    assert metrics["router_loss"] == pytest.approx(np.average(alone, weights=tokens), rel=1e-5)
+    _, whole = routed(1, balance_loss=0.5)
+    assert abs(metrics["router_loss"] - whole["router_loss"]) > 1e-4
+
+
 def test_every_device_has_a_share_of_every_micro_batch():
     """Rows stay where they are: a device makes its part of each from its own rows."""
     spread = batch_sharding(make_mesh({"fsdp": 8}, jax.devices()))
