@@ -237,16 +237,23 @@ class Jinja:
 
     def _shown(self) -> _Shape:
         """How it writes a short conversation."""
-        if not self.thinks:
-            form = RenderedTalk(self, SAMPLE).form(1, "")
-            return _Shape(SAMPLE, form, form.lead, ("", ""))
-        thoughtful = RenderedTalk(self, _THOUGHTFUL).form(1, "")
-        before, _, after = thoughtful.lead.partition(_THOUGHTFUL[1]["reasoning_content"])
+        thoughtful, thought = None, ("", "")
+        if self.thinks:
+            try:
+                thoughtful = RenderedTalk(self, _THOUGHTFUL).form(1, "")
+            except UserError:  # its options close the thoughts in the prompt
+                pass
+            else:
+                before, _, after = thoughtful.lead.partition(_THOUGHTFUL[1]["reasoning_content"])
+                thought = (before, after)
         try:
             form = RenderedTalk(self, SAMPLE).form(1, "")
-        except UserError:  # a template whose answers always begin with reasoning
-            return _Shape(_THOUGHTFUL, thoughtful, "", (before, after))
-        return _Shape(SAMPLE, form, form.lead, (before, after))
+        except UserError:
+            if thoughtful is None:
+                raise
+            # A template whose answers always begin with reasoning.
+            return _Shape(_THOUGHTFUL, thoughtful, "", thought)
+        return _Shape(SAMPLE, form, form.lead, thought)
 
 
 def _with_text_arguments(turn: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -144,18 +144,12 @@ class RenderedTalk:
         """What the model reads before it answers these turns; `end` ends the answers in them."""
         rendered = self.text(len(self.turns), True)
         self._check(rendered, len(self.turns))
-        forms = []
-        for number in self._answers():
-            try:
-                forms.append(self.form(number, end))
-            except UserError:
-                continue  # no training row has this answer, so its ids need not be those of one
-        return self._pieces(rendered, self._within(rendered, forms), ())
+        return self._pieces(rendered, self._within(rendered, self._forms(end, ())), ())
 
     def rows(self, end: str) -> list[list[Piece]]:
         """The training rows: every answer after its prompt, in as few rows as hold them so."""
-        forms = [self.form(number, end) for number in self._answers()]
-        left = {f.turn for f in forms if self.turns[f.turn].get("train_weight", 1) > 0}
+        left = {n for n in self._answers() if self.turns[n].get("train_weight", 1) > 0}
+        forms = self._forms(end, left)
         out: list[list[Piece]] = []
         rendered, count = self.text(len(self.turns), False), len(self.turns)
         while True:
@@ -194,6 +188,17 @@ class RenderedTalk:
     def _answers(self) -> list[int]:
         return [n for n, turn in enumerate(self.turns) if turn["role"] == "assistant"]
 
+    def _forms(self, end: str, learned: Collection[int]) -> list[Form]:
+        """The answers after their prompts; those that no row teaches, where they can be found."""
+        forms = []
+        for number in self._answers():
+            try:
+                forms.append(self.form(number, end))
+            except UserError:
+                if number in learned:
+                    raise
+        return forms
+
     def _within(self, rendered: Rendered, forms: Sequence[Form]) -> list[Form]:
         """The answers that stand in a text exactly as after their prompts."""
         return [form for form in forms if rendered.text.startswith(form.said)]
@@ -215,6 +220,13 @@ class RenderedTalk:
             )
         asked = max((span.end for span in self._spans(prompt)), default=0)
         header, written = prompt.text[asked:], answered.text[before:found]
+        thinks = mine and spans[mine[0]].own.field == "reasoning_content"
+        if thinks and header.startswith(written) and header[len(written) :].strip():
+            raise UserError(
+                f"turn {turn}: the chat template's prompt ends with {header!r}, past the place of "
+                "reasoning_content, so the model would be trained to think where it is asked not "
+                "to; set its options (data.template_options), or remove the reasoning from the row"
+            )
         if written.startswith(header):
             start = before + len(header)
         elif header.startswith(written):

@@ -20,6 +20,8 @@ OPENED = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
+# The generation prompt opens the block of thoughts, with more white space than the answer has.
+BEGUN = THINKING.replace("{% if enable", "<think>\n\n{% if false and enable")
 NO_PROMPT = PLAIN.removesuffix(ASK)
 CHANNELS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}"

@@ -6,7 +6,7 @@ import pytest
 import tokenizers as hf
 
 from medmoe_jax.data import tokenizers as tk
-from medmoe_jax.data.encode import Encoder
+from medmoe_jax.data.encode import Encoder, Frame
 from medmoe_jax.data.jinja_template import Jinja
 from medmoe_jax.data.templates import doubts, load_template, stops
 from medmoe_jax.errors import UserError
@@ -92,6 +92,10 @@ SAID = {
         ],
     ),
     "an opened block": (chat.OPENED, {}, TWO, [["aspirin<|im_end|>"], ["no<|im_end|>"]]),
+    "begun thoughts": (
+        chat.BEGUN, {}, THOUGHT,
+        [["It thins.\n</think>\n\naspirin<|im_end|>"], ["None.\n</think>\n\nno<|im_end|>"]],
+    ),
     "no generation prompt": (
         chat.NO_PROMPT, {}, TWO,
         [["<|im_start|>assistant\naspirin<|im_end|>", "<|im_start|>assistant\nno<|im_end|>"]],
@@ -150,6 +154,22 @@ def test_thoughts_in_the_content_are_thoughts(words):
     # Where a template has no place for them they are text like any other.
     kept = encoder(words, chat.PLAIN)(inside)
     assert read(words, kept) == ["<think>\nIt thins.\n</think>\n\naspirin<|im_end|>"]
+
+
+def test_no_reasoning_after_a_prompt_that_has_closed_it(words):
+    encode = encoder(words, chat.THINKING, enable_thinking=False)
+    assert encode.frame == Frame()  # so that what a model says there is an answer
+    turns = THOUGHT["conversations"]
+    inside = conversation("chest pain?", "<think>\nIt thins.\n</think>\n\naspirin")
+    for row in (inside, THOUGHT, {**THOUGHT, "conversations": turns[:2]}):
+        with pytest.raises(UserError, match=r"turn 1: .* past the place of reasoning_content"):
+            encode.rows(row)
+    # An answer that is context may have been thought from; the template leaves that out.
+    assert encode.prompt(turns[:3]) == encode.prompt(TWO["conversations"][:3])
+    context = [turns[0], {**turns[1], "train_weight": 0}, *TWO["conversations"][2:]]
+    (row,) = encode.rows({**THOUGHT, "conversations": context})
+    assert read(words, row) == ["no<|im_end|>"]
+    assert row.tokens.tolist() == encode(TWO).tokens.tolist()
 
 
 @pytest.mark.parametrize("source", [chat.THINKING, None], ids=["jinja", "built-in"])
