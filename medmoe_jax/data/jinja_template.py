@@ -17,7 +17,7 @@ import jinja2.nodes
 
 from medmoe_jax.data.conversation import Turn
 from medmoe_jax.data.jinja_limits import Sandbox, rendered
-from medmoe_jax.data.pieces import SAMPLE, Piece, filled
+from medmoe_jax.data.pieces import CALLED, SAMPLE, TOOLS, Piece, filled
 from medmoe_jax.data.talk import Form, RenderedTalk
 from medmoe_jax.errors import UserError
 
@@ -99,7 +99,7 @@ class Jinja:
         self._tokens = re.compile("|".join(map(re.escape, marks)) or "(?!)", re.IGNORECASE)
         self._values: dict[str, Any] = {"documents": None, **names, **self._checked_options(names)}
         self._text_arguments = False
-        self._text_arguments = self._refuses_objects()
+        self._text_arguments = self._wants_text()
         self.thinks = self._differ(SAMPLE, _THOUGHTFUL)
         self._shape = self._shown()
         self.end = self._shape.form.first_end([*tokens, *names.values()])
@@ -221,12 +221,19 @@ class Jinja:
         """The turns; an answer that holds its own `<think>` block as reasoning and content."""
         return [_thought_apart(turn) if self.thinks else turn for turn in turns]
 
-    def _refuses_objects(self) -> bool:
-        """Whether arguments of tool calls must be JSON text, as some templates expect them."""
-        call = {"type": "function", "function": {"name": "f", "arguments": {"x": "y"}}}
-        called = [SAMPLE[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    def _wants_text(self) -> bool:
+        """Whether arguments of tool calls must be JSON text, as some templates expect them.
+
+        A template may refuse a conversation for other reasons, so they must be what it takes.
+        """
+        return any(
+            self._refuses(turns) and not self._refuses([_with_text_arguments(t) for t in turns])
+            for turns in (CALLED, CALLED[:2])
+        )
+
+    def _refuses(self, turns: Sequence[Mapping]) -> bool:
         try:
-            self.render(called, (), False)
+            self.render(turns, TOOLS, False)
         except UserError:
             return True
         return False

@@ -22,6 +22,17 @@ SAMPLE: tuple[Turn, ...] = (
     {"role": "user", "content": "q"},
     {"role": "assistant", "content": "a"},
 )
+_TOOL = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}
+TOOLS = ({"type": "function", "function": _TOOL},)
+# Some published templates take ids of nine letters and digits alone.
+_CALL = {"id": "abcdef123", "type": "function", "function": {"name": "f", "arguments": {"x": "y"}}}
+# The shortest one with a call of a function.
+CALLED: tuple[Turn, ...] = (
+    SAMPLE[0],
+    {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+    {"role": "tool", "content": "t", "name": "f", "tool_call_id": "abcdef123"},
+    SAMPLE[1],
+)
 SAID = ("lead", "reasoning", "content", "close")
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from medmoe_jax.data.conversation import Turn
 from medmoe_jax.data.jinja_template import Jinja
 from medmoe_jax.data.layouts import TEMPLATES
-from medmoe_jax.data.pieces import SAMPLE, Piece, Template
+from medmoe_jax.data.pieces import CALLED, SAMPLE, TOOLS, Piece, Template
 from medmoe_jax.data.tokens import Tokenizer
 from medmoe_jax.errors import UserError
 from medmoe_jax.storage.fetched import fetched
@@ -25,23 +25,13 @@ from medmoe_jax.storage.plain import read_text
 MARK = re.compile(r"<\|[^|<>\s]+\|>|</?\w+>")
 
 _SYSTEM: Turn = {"role": "system", "content": "s"}
-_TOOL = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}
-_TOOLS = ({"type": "function", "function": _TOOL},)
-# Some published templates take ids of nine letters and digits alone.
-_CALL = {"id": "abcdef123", "type": "function", "function": {"name": "f", "arguments": {"x": "y"}}}
-_CALLED: tuple[Turn, ...] = (
-    SAMPLE[0],
-    {"role": "assistant", "content": "", "tool_calls": [_CALL]},
-    {"role": "tool", "content": "t", "name": "f", "tool_call_id": "abcdef123"},
-    SAMPLE[1],
-)
 # What a template may write marks for that the shortest conversation lacks.
 _TALKS: tuple[tuple[Sequence[Turn], Sequence[dict]], ...] = (
     ((*SAMPLE, *SAMPLE), ()),
     ((_SYSTEM, *SAMPLE), ()),
-    (SAMPLE, _TOOLS),
-    (_CALLED, _TOOLS),
-    ((_SYSTEM, *_CALLED), _TOOLS),
+    (SAMPLE, TOOLS),
+    (CALLED, TOOLS),
+    ((_SYSTEM, *CALLED), TOOLS),
 )
 
 

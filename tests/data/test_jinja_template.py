@@ -251,6 +251,18 @@ def test_templates_that_expect_arguments_as_text(words):
     assert said == '<call>dose{"drug": "aspirin"}</call><|im_end|>'
 
 
+@pytest.mark.parametrize("bad", ["c.id | default('') | length != 9", "not tools"])
+@pytest.mark.parametrize("source", [chat.TOOLS, TEXT_ARGUMENTS], ids=["objects", "text"])
+def test_what_a_template_asks_of_calls_does_not_change_the_arguments(words, source, bad):
+    raises = "{% if " + bad + " %}{{ raise_exception('a bad call') }}{% endif %}"
+    call = {"id": "dose00001", "function": {"name": "dose", "arguments": {"drug": "aspirin"}}}
+    turns = [*ONE["conversations"][:1], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    tools = [{"type": "function", "function": {"name": "dose", "parameters": {}}}]
+    row = {"conversations": turns, "language": "", "tools": tools}
+    strict = encoder(words, source.replace("<call>", raises + "<call>"))
+    assert strict(row).tokens.tolist() == encoder(words, source)(row).tokens.tolist()
+
+
 def test_options_reach_the_template_or_are_errors():
     def load(source, **options):
         return Jinja(source, {"eos_token": "</s>"}, (), options)
