@@ -140,11 +140,17 @@ def filled(pieces: Sequence[Piece]) -> list[Piece]:
     return [piece for piece in pieces if piece.text or piece.kind in ("bos", "eos")]
 
 
-def refuse_fields(turns: Sequence[Turn], tools: Sequence[dict], whose: str) -> None:
-    """Raise UserError where turns hold what a template has no place for."""
+def beside_text(turns: Sequence[Turn], tools: Sequence[dict]) -> list[str]:
+    """What turns hold that is no text of a system, a user or an answer."""
     found: Mapping[str, Any] = {key: value for turn in turns for key, value in turn.items()}
     named = [key for key in ("reasoning_content", "tool_calls", "name") if found.get(key)]
     named += ["tools"] * bool(tools) + ["role 'tool'"] * any(t["role"] == "tool" for t in turns)
+    return named
+
+
+def refuse_fields(turns: Sequence[Turn], tools: Sequence[dict], whose: str) -> None:
+    """Raise UserError where turns hold what a template has no place for."""
+    named = beside_text(turns, tools)
     if named:
         raise UserError(
             f"{whose} has no place for {', '.join(named)}; use a chat template that writes it "

@@ -13,8 +13,9 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from medmoe_jax.data.calls import escaped, left_out
 from medmoe_jax.data.conversation import Turn
-from medmoe_jax.data.pieces import Piece, filled
+from medmoe_jax.data.pieces import Piece, beside_text, filled
 from medmoe_jax.errors import UserError
 
 _OPEN, _CLOSE = "\ue000", "\ue001"
@@ -38,11 +39,34 @@ class Renders(Protocol):
 
 
 class _Own(NamedTuple):
-    """A text of people: its turn, its field (`arguments` of a tool call are many), and itself."""
+    """A text of people.
+
+    Attributes:
+      turn, field: where it is from; the arguments of calls are many texts of `tool_calls`.
+      text: itself.
+      escapes: whether a template may write it as it stands in JSON, which it may not with what
+        the model is to say as text.
+    """
 
     turn: int
     field: str
     text: str
+    escapes: bool
+
+    def around(self, inside: int, before: str, after: str) -> tuple[int, int, bool, bool]:
+        """How much of it stands before and after a mark, and if its beginning and end are there.
+
+        Args:
+          inside: where in the text the mark stood.
+          before, after: what a template wrote on the two sides of the mark.
+        """
+        tries = []
+        for form in (str, escaped) if self.escapes else (str,):
+            left, right = self.text[:inside], self.text[inside:]
+            back, forth = _common(form(left)[::-1], before[::-1]), _common(form(right), after)
+            begins, ends = back >= len(form(left.lstrip())), forth >= len(form(right.rstrip()))
+            tries.append((back, forth, begins, ends))
+        return max(tries, key=lambda found: found[0] + found[1])
 
 
 class Mark(NamedTuple):
@@ -143,8 +167,9 @@ class RenderedTalk:
     def prompt(self, end: str) -> list[Piece]:
         """What the model reads before it answers these turns; `end` ends the answers in them."""
         rendered = self.text(len(self.turns), True)
-        self._check(rendered, len(self.turns))
-        return self._pieces(rendered, self._within(rendered, self._forms(end, ())), ())
+        within = self._within(rendered, self._forms(end, ()))
+        self._check(rendered, len(self.turns), within)
+        return self._pieces(rendered, within, ())
 
     def rows(self, end: str) -> list[list[Piece]]:
         """The training rows: every answer after its prompt, in as few rows as hold them so."""
@@ -156,7 +181,7 @@ class RenderedTalk:
             within = self._within(rendered, forms)
             taught = {form.turn for form in within} & left
             if taught or not left:
-                self._check(rendered, count, taught)
+                self._check(rendered, count, within, taught)
                 out.insert(0, self._pieces(rendered, within, taught))
             left -= taught
             if not left:
@@ -184,6 +209,12 @@ class RenderedTalk:
         stop = at + len(end) if at >= 0 else max(after, len(answered.text.rstrip()))
         lead = answered.text[start : max(start, min(texts, default=start))]
         return Form(turn, answered, start, stop, lead, answered.text[after:])
+
+    @property
+    def _advice(self) -> str:
+        """What to do where this template cannot be used. The built-in ones write text alone."""
+        other = "another" if beside_text(self.turns, self._tools) else "a built-in"
+        return f"use {other} template (data.template)"
 
     def _answers(self) -> list[int]:
         return [n for n, turn in enumerate(self.turns) if turn["role"] == "assistant"]
@@ -215,8 +246,8 @@ class RenderedTalk:
         found = spans[mine[0]].start if mine else answered.text.find(end, before)
         if found < 0 or (not mine and self.turns[turn]["content"].strip()):
             raise UserError(
-                f"turn {turn}: the chat template leaves out or changes the text of the answer; use "
-                "a built-in template (data.template)"
+                f"turn {turn}: the chat template leaves out or changes the text of the answer; "
+                f"{self._advice}"
             )
         asked = max((span.end for span in self._spans(prompt)), default=0)
         header, written = prompt.text[asked:], answered.text[before:found]
@@ -235,7 +266,7 @@ class RenderedTalk:
             raise UserError(
                 f"turn {turn}: the chat template asks for an answer with {header!r} and writes it "
                 f"after {written!r}, so it would be trained as inference never sees it; set its "
-                "options (data.template_options) or use a built-in template (data.template)"
+                f"options (data.template_options) or {self._advice}"
             )
         shift = len(prompt.text) - start
         moved = [mark._replace(at=mark.at + shift) for mark in answered.marks if mark.at >= start]
@@ -254,7 +285,7 @@ class RenderedTalk:
                 return Rendered(text, tuple(_found(marked, places)))
         raise UserError(
             "the chat template looks into the text of a turn and writes it by what it finds, so "
-            "answers cannot be located in it; use a built-in template (data.template)"
+            f"answers cannot be located in it; {self._advice}"
         )
 
     def _marked(
@@ -284,7 +315,8 @@ class RenderedTalk:
 
         def note(text: str) -> str:
             if text.strip():
-                self._own.append(_Own(number, field, text))
+                answers = turn["role"] == "assistant" and field != "tool_calls"
+                self._own.append(_Own(number, field, text, escapes=not answers))
             return text
 
         for field in ("reasoning_content", "content", "tool_calls"):
@@ -295,12 +327,9 @@ class RenderedTalk:
         spans: list[_Span] = []
         ends = [mark.at for mark in rendered.marks[1:]] + [len(rendered.text)]
         for mark, limit in zip(rendered.marks, ends, strict=False):
-            own = self._own[mark.number]
-            left, right = own.text[: mark.inside], own.text[mark.inside :]
-            floor = spans[-1].end if spans else 0
-            back = _common(left[::-1], rendered.text[floor : mark.at][::-1])
-            forth = _common(right, rendered.text[mark.at : limit])
-            begins, ends = back >= len(left.lstrip()), forth >= len(right.rstrip())
+            own, floor = self._own[mark.number], spans[-1].end if spans else 0
+            sides = (rendered.text[floor : mark.at], rendered.text[mark.at : limit])
+            back, forth, begins, ends = own.around(mark.inside, *sides)
             span = _Span(mark.at - back, mark.at + forth, own, mark.inside, begins, ends)
             if spans and spans[-1].goes_on(span):
                 span = span._replace(start=spans[-1].start, begins=spans.pop().begins)
@@ -344,12 +373,32 @@ class RenderedTalk:
                 part = "close"
             yield Piece(chunk, "assistant", part, "text" if span else "markup", learned)
 
-    def _check(self, rendered: Rendered, count: int, taught: Collection[int] = ()) -> None:
-        """Raise UserError for what the template left out or changed of the first turns.
+    def _check(
+        self,
+        rendered: Rendered,
+        count: int,
+        forms: Sequence[Form],
+        taught: Collection[int] = (),
+    ) -> None:
+        """Raise UserError for what the template left out or changed of the first turns."""
+        spans = self._spans(rendered)
+        self._check_texts(spans, count, taught)
+        markup = _markup(rendered.text, spans, 0, len(rendered.text))
+        for tool in self._tools:
+            name = tool.get("function", tool).get("name", "")
+            if name not in markup:
+                raise _no_place("", "tools", name)
+        said = {form.turn: form for form in forms}
+        for number, turn in enumerate(self.turns[:count]):
+            if turn.get("tool_calls"):
+                self._check_calls(number, rendered, spans, said.get(number))
+
+    def _check_texts(self, spans: Sequence[_Span], count: int, taught: Collection[int]) -> None:
+        """The part of `_check` on reasoning and content.
 
         What an earlier answer was thought from may be left out, as inference will see it.
         """
-        whole = {span.own for span in self._spans(rendered) if span.whole}
+        whole = {span.own for span in spans if span.whole}
         for own in self._own:
             needed = own.turn < count and own.field != "tool_calls"
             needed &= own.field == "content" or own.turn in taught
@@ -361,17 +410,38 @@ class RenderedTalk:
                     )
                 raise UserError(
                     f"turn {own.turn}: the chat template changes the text of a turn or leaves it "
-                    f"out ({own.text[:40]!r}); use a built-in template (data.template)"
+                    f"out ({own.text[:40]!r}); {self._advice}"
                 )
-        calls = (c for turn in self.turns[:count] for c in turn.get("tool_calls", ()))
-        for field, functions in (("tools", self._tools), ("tool_calls", calls)):
-            for function in functions:
-                name = function.get("function", function).get("name", "")
-                if name not in rendered.text:
-                    raise UserError(
-                        f"the chat template has no place for {field} (it leaves out {name!r}); use "
-                        "one that has (data.template), or remove them from the row"
-                    )
+
+    def _check_calls(
+        self, number: int, rendered: Rendered, spans: Sequence[_Span], form: Form | None
+    ) -> None:
+        """The part of `_check` on the calls in an answer, which must stand in its form.
+
+        An answer that stands otherwise than after its prompt has none; its calls may then be
+        anywhere, and their names those in the list of tools.
+        """
+        start, end = (form.start, form.end) if form else (0, len(rendered.text))
+        markup = _markup(rendered.text, spans, start, end)
+        missing = left_out(self.turns[number]["tool_calls"], markup)
+        there = {mark.number for mark in rendered.marks if start <= mark.at <= end}
+        for at, own in enumerate(self._own):
+            if (own.turn, own.field) == (number, "tool_calls") and at not in there:
+                missing = own.text if missing is None else missing
+        if missing is not None:
+            raise _no_place(f"turn {number}: ", "tool_calls", missing)
+
+
+def _no_place(where: str, field: str, part: Any) -> UserError:
+    return UserError(
+        f"{where}the chat template has no place for {field} (it leaves out {part!r}); use one "
+        "that has (data.template), or remove them from the row"
+    )
+
+
+def _markup(text: str, spans: Sequence[_Span], start: int, end: int) -> str:
+    """A stretch of a text without the texts of people."""
+    return _OPEN.join(chunk for chunk, span in _chunks(text, spans, start, end) if not span)
 
 
 def _found(marked: str, places: Sequence[tuple[int, int]]) -> Iterator[Mark]:

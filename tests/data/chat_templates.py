@@ -60,6 +60,10 @@ ROLES = (
     "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}"
     "<|im_end|>\n{% endfor %}" + ASK
 )
+# Writes the results of calls as JSON text.
+RESULTS = TOOLS.replace(
+    "{{ m.content }}", "{{ m.content | trim | tojson if m.role == 'tool' else m.content }}"
+)
 # Asks for the date.
 DATED = "{{ strftime_now('%d %B %Y') }}\n" + PLAIN
 ALL = {

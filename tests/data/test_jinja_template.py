@@ -240,6 +240,111 @@ def test_tools_and_their_calls(words):
         Encoder(words, load_template("chatml")).rows(row)
 
 
+DOSE = [{"type": "function", "function": {"name": "dose", "parameters": {}}}]
+CALLS = "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}"
+KEYS = CALLS.replace("c.function |", "[c.function.name, c.function.arguments.keys() | list] |")
+# What a template writes of calls, the arguments of these, and what it leaves out first.
+LEFT_OUT = {
+    "calls": ("", [{"drug": "aspirin"}], "dose"),
+    "calls without texts": ("", [{}], "dose"),
+    "the second call": (CALLS.replace("tool_calls or []", "tool_calls[:1]"), [{}, {}], "dose"),
+    "the name": (CALLS.replace("c.function |", "c.function.arguments |"), [{"mg": 75}], "dose"),
+    "all arguments": (CALLS.replace("c.function |", "c.function.name |"), [{"mg": "75"}], "mg"),
+    "a text": (KEYS, [{"drug": "aspirin"}], "aspirin"),
+    "a key": (KEYS, [{"mg": {"a day": "75"}}], "a day"),
+    "a number": (KEYS, [{"mg": [75, True]}], 75),
+}
+
+
+def called(*arguments, **more):
+    """A conversation in which a function that is named in the question is called."""
+    calls = [{"function": {"name": "dose", "arguments": one}} for one in arguments]
+    turns = [
+        {"role": "user", "content": "dose of aspirin, in mg, 75 a day?"},
+        {"role": "assistant", "content": "", "tool_calls": calls, **more},
+        {"role": "tool", "name": "dose", "content": "75 mg"},
+        {"role": "assistant", "content": "75 mg"},
+    ]
+    return {"conversations": turns, "language": "", "tools": DOSE}
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_calls_stand_whole_in_the_answers_that_are_learned(words, name):
+    writes, arguments, missing = LEFT_OUT[name]
+    row = called(*arguments)
+    assert len(read(words, encoder(words, chat.TOOLS)(row))) == 2
+    source = chat.TOOLS.replace(CALLS, "{% if m.tool_calls %}" + writes + "{% endif %}")
+    with pytest.raises(UserError, match=rf"turn 1: .* tool_calls \(it leaves out {missing!r}\)"):
+        encoder(words, source).rows(row)
+
+
+# Drops the thoughts of all answers but the last.
+THOUGHTS = "{{ '<think>' + m.reasoning_content + '</think>' if loop.last and m.reasoning_content }}"
+
+
+@pytest.mark.parametrize("thoughts,missing", [("", "dose"), (THOUGHTS, "drug")])
+def test_calls_that_are_context_are_written_too(words, thoughts, missing):
+    source = chat.TOOLS.replace("{{ m.content }}", thoughts + "{{ m.content }}")
+    thought = {"reasoning_content": "r"} if thoughts else {}
+    row = called({"drug": "heparin"}, train_weight=0, **thought)
+    encode = encoder(words, source)
+    assert read(words, *encode.rows(row)) == ["75 mg<|im_end|>"]
+    silent = encoder(words, source.replace(CALLS, ""))
+    for ask in (silent.rows, lambda row: silent.prompt(row["conversations"][:3], row["tools"])):
+        with pytest.raises(UserError, match=rf"turn 1: .* tool_calls \(.* out '{missing}'\)"):
+            ask(row)
+
+
+def test_tools_are_not_found_in_what_people_say(words):
+    turns = called()["conversations"][:1]
+    with pytest.raises(UserError, match=r"no place for tools \(it leaves out 'dose'\)"):
+        encoder(words, chat.PLAIN).prompt(turns, DOSE)
+
+
+def test_calls_in_a_form_of_the_templates_own(words):
+    """Marks around each argument, sorted keys, Python's words for values, and no nulls."""
+    source = chat.TOOLS.replace(
+        CALLS,
+        "{% for c in m.tool_calls or [] %}<{{ c.function.name }}>"
+        "{% for key, value in c.function.arguments | dictsort if value is not none %}"
+        "<{{ key }}>{{ value }}</{{ key }}>{% endfor %}{% endfor %}",
+    )
+    row = called({"mg": 7.5, "drug": "a", "s": True, "n": None})
+    said = read(words, encoder(words, source)(row))
+    assert said[0] == "<dose><drug>a</drug><mg>7.5</mg><s>True</s><|im_end|>"
+
+
+ROUGH = ["75 mg", '{"mg": 75}', "line 1\nline 2", ' "a"\t\\ \n', '75 "<|im_end|>"\nmg', "<think>"]
+
+
+@pytest.mark.parametrize("result", ROUGH)
+def test_results_may_be_written_as_json_text(words, result):
+    row = called({"drug": "aspirin"})
+    turns = row["conversations"]
+    turns[2]["content"] = result
+    encode = encoder(words, chat.RESULTS)
+    text = encode.template.render(turns, DOSE, False)
+    assert json.dumps(result.strip()) in text
+    ids = encode(row).tokens.tolist()
+    assert "".join(map(written(words), ids)) == text
+    assert ids.count(words.special("<|im_end|>")) == 5  # and none in the result
+    assert read(words, encode(row))[1] == "75 mg<|im_end|>"
+    prompt = encode.prompt(turns[:3], DOSE)
+    assert ids[: len(prompt)] == prompt
+
+
+def test_what_is_advised_where_a_text_is_changed(words):
+    row = called({"drug": "aspirin"})
+    row["conversations"][2]["content"] = '"one" or "two" or "three"'
+    cut = chat.RESULTS.replace("| trim |", "| truncate(9) |")
+    with pytest.raises(UserError, match=r"turn 2: .* changes the text of a turn .* use another te"):
+        encoder(words, cut).rows(row)
+    # What the model is to say is not escaped.
+    quoted = chat.PLAIN.replace("{{ m.content }}", "{{ m.content | tojson }}")
+    with pytest.raises(UserError, match=r"turn 1: .* changes the text of a turn .* a built-in te"):
+        encoder(words, quoted).rows(conversation('"q"', 'yes, "no"'))
+
+
 TEXT_ARGUMENTS = chat.TOOLS.replace("c.function | tojson", "c.function.name + c.function.arguments")
 
 
