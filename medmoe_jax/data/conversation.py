@@ -38,7 +38,7 @@ class Conversation(TypedDict):
     """A conversation row.
 
     Attributes:
-      conversations: its turns; a system's, if any, comes first.
+      conversations: its turns; some templates have a place for a system's at the beginning alone.
       language: code of its language, "" = not named.
       tools: descriptions of the functions that the assistant may call, as JSON schemas.
     """

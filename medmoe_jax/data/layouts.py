@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from medmoe_jax.data.conversation import Turn
 from medmoe_jax.data.pieces import SAMPLE, Piece, filled, refuse_fields
+from medmoe_jax.errors import UserError
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 _NOTHING = Piece("", "assistant", "reasoning")
@@ -58,7 +59,11 @@ class TurnLayout:
 
 @dataclass(frozen=True)
 class Layout:
-    """A built-in template. `system_in_user` writes the system text into the first user turn."""
+    """A built-in template.
+
+    `system_in_user` writes the system text into the first user turn. A system turn without a mark
+    of its own stands at the beginning alone; elsewhere it would read as a part of other turns.
+    """
 
     user: TurnLayout
     assistant: TurnLayout
@@ -102,6 +107,7 @@ class Layout:
 
     def _written(self, turns: Sequence[Turn], tools: Sequence[dict]) -> list[Piece]:
         refuse_fields(turns, tools, "this built-in template")
+        self._check_systems(turns)
         pieces = [Piece("", "system", "open", "bos")] if self.bos else []
         for turn in self._placed(turns):
             content = turn["content"].strip() if self.strip else turn["content"]
@@ -109,12 +115,25 @@ class Layout:
             pieces += getattr(self, turn["role"]).render(turn["role"], content, learned)
         return pieces
 
+    def _check_systems(self, turns: Sequence[Turn]) -> None:
+        """Raise UserError for a system turn that there is no place for."""
+        for number, turn in enumerate(turns):
+            asked = any(following["role"] == "user" for following in turns[number + 1 : number + 2])
+            fits = number == 0 and (asked or not self.system_in_user)
+            if turn["role"] == "system" and not self.system.open and not fits:
+                raise UserError(
+                    f"turn {number}: this built-in template has a place for one system turn, "
+                    "before the first question; join the texts of several, write a later one into "
+                    "the user turn after it, or use a template that marks them (data.template), as "
+                    "chatml does"
+                )
+
     def _placed(self, turns: Sequence[Turn]) -> Sequence[Turn]:
         """The turns with the default system text added, or the system text moved."""
         has_system = bool(turns) and turns[0]["role"] == "system"
         if self.default_system and not has_system:
             return [{"role": "system", "content": self.default_system}, *turns]
-        if self.system_in_user and has_system and len(turns) > 1:
+        if self.system_in_user and has_system:
             system, first, *rest = turns
             system = system["content"].strip() if self.strip else system["content"]
             content = first["content"].strip() if self.strip else first["content"]
@@ -135,14 +154,19 @@ class Layout:
         content = "(m.content | trim)" if self.strip else "m.content"
         lines = [*self._jinja_start(bos, eos, content), "{%- for m in turns %}"]
         place = f"(before if loop.first else '') + {content}" if self.system_in_user else content
-        for number, role in enumerate(("system", "user", "assistant")):
+        cases = {role: f"m.role == '{role}'" for role in ("system", "user", "assistant")}
+        if self.system_in_user:
+            del cases["system"]
+        elif not self.system.open:
+            cases["system"] += " and loop.first"
+        for number, (role, case) in enumerate(cases.items()):
             written = getattr(self, role).jinja(bos, eos, place)
-            lines.append(f"{{%- {'elif' if number else 'if'} m.role == '{role}' %}}")
+            lines.append(f"{{%- {'elif' if number else 'if'} {case} %}}")
             lines.append(f"    {{{{- {written} }}}}")
         answer = (bos if self.assistant.bos else "") + self.assistant.open + self.assistant.head
         lines += [
             "{%- else %}",
-            "    {{- raise_exception('this template has no place for the role ' + m.role) }}",
+            "    {{- raise_exception('this template has no place here for the role ' + m.role) }}",
             "{%- endif %}",
             "{%- endfor %}",
             "{%- if add_generation_prompt %}",
@@ -168,7 +192,8 @@ class Layout:
             system = content.replace("m.", "messages[0].")
             lines += [
                 "{%- set before = '' %}",
-                "{%- if messages | length > 1 and messages[0].role == 'system' %}",
+                "{%- if messages | length > 1 and messages[0].role == 'system' "
+                "and messages[1].role == 'user' %}",
                 f"    {{%- set before = {_quoted(first)} + {system} + {_quoted(last)} %}}",
                 "    {%- set turns = messages[1:] %}",
                 "{%- endif %}",

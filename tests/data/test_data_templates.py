@@ -95,6 +95,40 @@ def test_system_text_where_the_family_has_no_system_turn():
         assert written(tp.TEMPLATES[name].rows(turns)[0]) == text
 
 
+# Roles of turns, with the one that `llama2` and `gemma` refuse, and `user_assistant` and `plain`.
+ORDERS = {
+    "system user": (None, None),
+    "user assistant user": (None, None),
+    "user assistant system user": (2, 2),
+    "user system": (1, 1),
+    "system system user": (0, 1),
+    "system user system": (2, 2),
+    "system": (0, None),
+    "system assistant user": (0, None),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", sorted(tp.TEMPLATES))
+def test_a_system_turn_stands_where_it_has_a_place(name, order):
+    layout = tp.TEMPLATES[name]
+    turns = [{"role": role, "content": f"{role}."} for role in order.split()]
+    exported = Jinja(layout.jinja("<s>", "</s>"), NAMES, ["<end_of_turn>", "<|eot_id|>"])
+    marked = name in ("chatml", "llama3")
+    refused = None if marked else ORDERS[order][name not in ("llama2", "gemma")]
+    if refused is None:
+        text = written(layout.prompt(turns))
+        assert exported.render(turns, (), True) == text
+        if marked or "system" not in order:
+            assert text == published(name, turns, True)
+        return
+    for ask in (layout.prompt, layout.rows):
+        with pytest.raises(UserError, match=rf"turn {refused}: .* a place for one system turn"):
+            ask(turns)
+    with pytest.raises(UserError, match="no place here for the role system"):
+        exported.render(turns, (), True)
+
+
 @pytest.mark.parametrize("name,row", PAIRS)
 def test_a_prompt_is_a_prefix_of_the_training_ids(name, row, any_tokenizer):
     turns = row["conversations"]
