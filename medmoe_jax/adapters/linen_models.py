@@ -104,10 +104,18 @@ class Adapted:
           banks: `{bank: parameters}` of all banks that are not off.
 
         Raises:
-          UserError: a compiled function is called inside, or none of the model's adapted layers.
+          UserError: a bank's parameters are not all there; a compiled function is called inside, or
+            none of the model's adapted layers.
         """
         layers = {layer.site: layer for layer, _ in self.linear}
         specs = lifecycle.active_banks(self.roster_by_name())
+        for spec in specs:
+            leaves = banks.get(spec.name, {})
+            if not all({"lora_a", "lora_b"} <= set(leaves.get(site, ())) for site in spec.sites):
+                raise UserError(
+                    f"on: not all parameters of bank '{spec.name}' are there; give those that do "
+                    "not train, too: base.trees.overlay(frozen, trained)"
+                )
         told = Within("on", banks)
         met: set[str] = set()
 

@@ -78,6 +78,12 @@ class AdaptedLinear(nnx.Module):
                 self.sow(RouterStatistics, key, one, foreign.sum_of, lambda: None)
         return y + delta
 
+    def __getattr__(self, name: str) -> Any:
+        """What the model reads of the layer that stood here, such as its `kernel`."""
+        if name.startswith("_") or "base" not in vars(self):
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+        return getattr(vars(self)["base"], name)
+
     def roster_by_name(self) -> dict[str, tuple[BankSpec, str]]:
         """The roster as `adapters.lifecycle` has it."""
         return {spec.name: (spec, state) for spec, state in self.roster}
@@ -326,7 +332,7 @@ def fold(model: nnx.Module) -> None:
 def _check_own_kernels(model: nnx.Module, layers: Iterable[AdaptedLinear]) -> None:
     users: dict[int, list[str]] = {}
     for parts, module in nnx.iter_modules(model):
-        kernel = getattr(module, "kernel", None)
+        kernel = vars(module).get("kernel")
         if isinstance(kernel, nnx.Variable):
             users.setdefault(id(kernel), []).append(".".join(map(str, parts)))
     for layer in layers:

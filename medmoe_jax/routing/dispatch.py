@@ -115,7 +115,7 @@ class Strategy(ABC):
           valid_BxT: False where no expert is to be picked.
           routers: their parameters.
         """
-        if self.execution.backend == "xla":
+        if self.execution.backend == "xla" or not x_BxTxD.size:
             return gating.decide(x_BxTxD, valid_BxT, routers)
         return gating.decide_by_kernel(self.execution, x_BxTxD, valid_BxT, routers)
 

@@ -48,6 +48,8 @@ class Sparse:
 
     def lora(self, terms: Terms) -> dict[str, Any]:
         """See `routing.dispatch.Strategy`; terms without gates move no tokens."""
+        if not all(term.x_BxTxD.size for some in terms.values() for term in some):
+            return stacked_lora(terms)  # no token that could travel
         always = {site: [t for t in some if t.gates is None] for site, some in terms.items()}
         out = stacked_lora({site: some for site, some in always.items() if some})
         for site, some in terms.items():
@@ -101,6 +103,8 @@ class Sparse:
         self, x_BxTxD: jax.Array, gates: Gates, params: Mapping[str, Any], activation: Callable
     ) -> jax.Array:
         """See `routing.dispatch.Strategy`."""
+        if not x_BxTxD.size:
+            return x_BxTxD
         part = self.execution.tensor_axis(params["gate"].shape[2])
         on = self.expert_axis
         run = self._sharded(

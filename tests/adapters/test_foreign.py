@@ -451,6 +451,45 @@ def test_meshes_that_do_not_fit():
         jax.eval_shape(model, jnp.ones((3, 6, 5)))
 
 
+class Tied(nnx.Module):
+    """A model that reads its layer's kernel and widths itself."""
+
+    def __init__(self, rngs):
+        self.up = nnx.Linear(8, 16, rngs=rngs)
+
+    def __call__(self, x):
+        parts = self.up(x).reshape(*x.shape[:-1], 2, self.up.out_features // 2)
+        return parts.reshape(*x.shape[:-1], 16) @ self.up.kernel[...].T
+
+
+def test_what_a_model_reads_of_a_layer_is_still_there():
+    bare, model, _ = adapted(Tied, "up", PLAIN)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 8)), jnp.float32)
+    np.testing.assert_array_equal(forward(model, x), forward(bare, x))
+    randomise(model)
+    assert rel(forward(model, x), forward(bare, x)) > 0.01
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = model.up.nothing
+
+
+@pytest.mark.parametrize("dispatch", ["stacked", "grouped", "all_to_all", "auto"])
+def test_no_rows(dispatch):
+    mesh = make_mesh({"fsdp": 4, "expert": 2}, jax.devices()[:8])
+    execution = foreign.on_mesh(mesh, ("fsdp", "expert"))
+    _, model, _ = adapted(Tied, "up", EXPERTS, dispatch=dispatch, execution=execution)
+    put(model, mesh)
+    y, collected = nnx.capture(model, nnx_models.RouterStatistics)(jnp.ones((0, 5, 8)))
+    assert y.shape == (0, 5, 8)
+    (stats,) = foreign.statistics(collected).values()
+    assert not stats.tokens.any() and not stats.use_E.any()
+
+
+def test_a_loss_of_routers_that_told_nothing():
+    with pytest.raises(UserError, match="router_loss: there are no statistics of bank 'experts'"):
+        router_loss([PLAIN, EXPERTS], {})
+    assert router_loss([PLAIN], {}) == 0.0
+
+
 def test_what_is_told_has_to_fit_and_to_be_told_inside():
     _, model, _ = adapted(Mixer, ("embed", "head"), LANGUAGES)
     x = jnp.ones((2, 6, 5))

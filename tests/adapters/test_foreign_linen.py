@@ -199,6 +199,9 @@ def test_a_block_that_has_no_effect_is_an_error():
         jax.eval_shape(model.apply, variables, x)
     with pytest.raises(UserError, match="no layer with banks was called"), adapted.on(banks):
         pass
+    for part in ({}, {"plain": {"layers_1": {"lora_a": banks["plain"]["layers_1"]["lora_a"]}}}):
+        with pytest.raises(UserError, match="not all parameters of bank 'plain'"), adapted.on(part):
+            model.apply(variables, x)
     with (
         pytest.raises(UserError, match=r"segment_ids_BxT is \(2, 5\), but layer 'layers_1'"),
         adapted.on(banks),
