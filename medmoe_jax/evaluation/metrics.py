@@ -279,8 +279,13 @@ METRICS: dict[str, Metric] = {
         _set_metric("labelled_f1", grammars.labelled),
         Metric("term_f1", _term_counts, _set_f1, whole=True),
         Metric("span_f1", _span_counts, _set_f1, whole=True, placed=True),
-        Metric("rouge_l", _each(_rouge_l), _mean),
-        Metric("sections_rouge_l", _each(_sections_rouge_l), _mean),
+        Metric("rouge_l", _each(_rouge_l), _mean, readable=lambda text: bool(words(text))),
+        Metric(
+            "sections_rouge_l",
+            _each(_sections_rouge_l),
+            _mean,
+            readable=lambda text: bool(grammars.sections(text)),
+        ),
         Metric("chrf", _chrf_counts, _chrf),
         Metric(
             "number_within",

@@ -156,12 +156,31 @@ def test_dates_and_weeks_must_be_the_same():
         ("relation_f1", ["a -> b", "none"], ["a and b"]),
         ("letters_exact", ["A, C"], ["all of them"]),
         ("number_within", ["20"], ["much"]),
-        ("rouge_l", ["some text"], ["  "]),
+        ("rouge_l", ["some text", "咳嗽", "5"], ["  ", "+", "，；"]),
+        ("sections_rouge_l", ["主诉：咳嗽\n诊断:", " 建议 ： 休息"], ["Plan: rest", "主诉"]),
     ],
 )
 def test_what_can_be_read(metric, good, bad):
     readable = metrics.find(metric).readable
     assert all(map(readable, good)) and not any(map(readable, bad))
+
+
+ANSWERS = (
+    *("Subjective: pain\nPlan: rest", "主诉：咳嗽\n建议：", "Drug: a; b", "a -> b"),
+    *("fever: present", "主体词：咳嗽", "aspirin, insulin", "none", "AC", "5", "x"),
+    *("+", "，；", '""', "->"),
+)
+
+
+@pytest.mark.parametrize("name", [m.name for m in metrics.METRICS.values() if not m.placed])
+def test_an_answer_that_a_metric_can_read_is_right_against_itself(name):
+    """A file of tasks with another answer is refused: no answer could be right there."""
+    metric = metrics.find(name)
+    read = list(filter(metric.readable, ANSWERS))
+    assert read
+    for text in read:
+        said, right = (text,) if metric.ranked else text, Item("q", text) if metric.whole else text
+        assert metrics.compute(name, [said], [right]) == pytest.approx(1.0)
 
 
 def test_chrf_matches_sacrebleu():

@@ -99,6 +99,10 @@ def test_user_tasks_with_a_mark_turns_and_a_metric(tmp_path):
             )
             for metric in ("entity_f1", "relation_f1", "event_f1", "labelled_f1")
         ),
+        (
+            '{"prompt": "q", "answer": "Plan: rest", "metric": "sections_rouge_l"}',
+            r"jsonl:1: metric 'sections_rouge_l' cannot read the answer 'Plan: rest'",
+        ),
     ],
 )
 def test_bad_user_tasks(tmp_path, text, message):
