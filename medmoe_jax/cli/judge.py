@@ -32,6 +32,7 @@ from medmoe_jax.checkpoints.files import write_json, write_text
 from medmoe_jax.cli.session import no_rest
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import records
+from medmoe_jax.evaluation.compare import by_task
 from medmoe_jax.evaluation.judging import judge
 from medmoe_jax.evaluation.judging.endpoint import Client, JudgeEndpoint
 from medmoe_jax.evaluation.judging.questions import SCALES, questions
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--name", help="of its folder in RUN/judges (default: the model's)")
     add("--key-file", help=f"whose first line is the key (default: ${KEY}, or none)")
     add("--scales", default=",".join(SCALES), help="comma-separated (default: all)")
-    add("--limit", type=int, help="answers, the first of every task (default: all)")
+    add("--limit", type=int, help="answers, the first of every task and split (default: all)")
     add("--request", default="{}", help="JSON of further fields; null leaves one out")
     add("--parallel", type=int, default=4, help="questions at a time")
     add("--timeout", type=float, default=120.0, help="seconds to wait for an answer")
@@ -134,16 +135,11 @@ def _scales(text: str) -> list[str]:
 
 
 def _first(found: list[dict], limit: int | None) -> list[dict]:
-    """The first records of every task."""
+    """The first records of every task, of each of its splits."""
     if limit is None:
         return found
     COUNT.check("limit", limit)
-    counts: dict[str, int] = {}
-    out = []
-    for record in found:
-        counts[record["task"]] = counts.get(record["task"], 0) + 1
-        out += [record] if counts[record["task"]] <= limit else []
-    return out
+    return [record for own in by_task(found).values() for record in own[:limit]]
 
 
 def _confirmed(

@@ -288,6 +288,32 @@ def test_the_command(evaluated, capsys, monkeypatch):
         assert "k-secret" not in everything
 
 
+@pytest.mark.parametrize(("answer", "attempts"), [(FULL, 1), ("A good answer.", 2)])
+def test_equal_questions_are_asked_and_paid_once(tmp_path, capsys, answer, attempts):
+    """Whether or not there comes a verdict, and though several are on their way at a time."""
+    equal = [record(id=str(n)) for n in range(8)]
+    tiny.write_rows(tmp_path / "records.jsonl", [*equal[:4], record("Else?"), *equal[4:]])
+    with serve(lambda body: answer) as (chat, url):
+        asked = ["judge", str(tmp_path), f"--url={url}", "--model=m", f"--attempts={attempts}"]
+        assert main([*asked, "--parallel=8"]) == 0
+    assert "2 questions to" in capsys.readouterr().err and len(chat.asked) == 2 * attempts
+    report = read_json(tmp_path / "judges" / "m" / "judged.json")
+    assert report["judge"]["tokens_read"] == 2 * attempts * 10
+    for one in report["results"]:
+        assert (one["n"], one["unjudged"]) == ((9, 0) if answer == FULL else (0, 9))
+
+
+def test_a_limit_holds_for_each_split(tmp_path):
+    splits = ["dev", "test", "", "dev"]
+    rows = [record(f"{n} {i}?", split=split) for n in range(3) for i, split in enumerate(splits)]
+    tiny.write_rows(tmp_path / "records.jsonl", rows)
+    with serve(lambda body: FULL) as (_, url):
+        asked = ["judge", str(tmp_path), f"--url={url}", "--model=m", "--scales=fluency"]
+        assert main([*asked, "--limit=2"]) == 0
+    results = read_json(tmp_path / "judges" / "m" / "judged.json")["results"]
+    assert {one["task"]: one["n"] for one in results} == {"open@dev": 2, "open@test": 2, "open": 2}
+
+
 def test_the_command_asks_before_it_spends(evaluated, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda text: "n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,12 +82,13 @@ def put(
 ) -> list[Reply]:
     """What came of each question; a verdict is kept as soon as it is there.
 
+    Equal questions are asked once: what came of the first, less its tokens, is that of the others.
+
     Raises:
       UserError: the endpoint refuses all questions.
     """
 
-    def one(question: JudgeQuestion) -> Reply:
-        key = judge.key(question)
+    def one(key: str, question: JudgeQuestion) -> Reply:
         if key in known:
             return Reply(known[key], "", (0, 0))
         said = client.ask(judge.body(question), question.read)
@@ -95,11 +96,19 @@ def put(
             known.add(key, said.value)
         return said
 
+    came: dict[str, Future[Reply]] = {}
     out = []
     pool = ThreadPoolExecutor(parallel)
     try:
-        for said in pool.map(one, asked):
-            out.append(said)
+        keys = [judge.key(question) for question in asked]
+        for key, question in zip(keys, asked, strict=True):
+            if key not in came:
+                came[key] = pool.submit(one, key, question)
+        paid: set[str] = set()
+        for key in keys:
+            said = came[key].result()
+            out.append(said._replace(tokens=(0, 0)) if key in paid else said)
+            paid.add(key)
             progress(1)
     finally:
         pool.shutdown(cancel_futures=True)  # after an error nothing more is asked
