@@ -40,7 +40,8 @@ def evaluate(
     """Scores a model on tasks, given as such or by name (then `limit` and `seed` hold).
 
     A task that the model cannot be asked (UserError, say for want of context) is a failure in the
-    report, and the others go on.
+    report, and the others go on. A further metric that ranks choices is left out where none is
+    scored.
 
     Args:
       way: how items are answered.

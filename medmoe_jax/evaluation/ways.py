@@ -162,10 +162,18 @@ def ask(
     """The answers to items of a task, the first of which is its item number `first`.
 
     Each item has draws of its own. `done` is told how many items are answered, whenever some are.
-    Raises ValueError where the model's scores are NaN.
+
+    Raises:
+      ValueError: the model's scores are NaN.
+      UserError: the task's metric looks at the ranking of all choices, and none is scored.
     """
     if way.scored(task):
         return _likeliest(model, task, items, way, done)
+    if metrics.find(task.metric).ranked:
+        raise UserError(
+            f"metric {task.metric!r} needs a score of every choice, which the answer "
+            f"{way.answer!r} has not; ask with {' or '.join(_SCORED)}"
+        )
     sampling = Sampling(temperature=way.temperature, seed=seed, first=first)
     if task.kind == "generate":
         given = _written(model, task, items, way, sampling)
@@ -174,7 +182,7 @@ def ask(
     else:
         places = model.constrained([i.turns for i in items], [i.choices for i in items])
         chosen = (item.choices[place] for item, place in zip(items, places, strict=True))
-        given = [Response(choice, (choice,)) for choice in chosen]
+        given = [Response(choice) for choice in chosen]
     done(len(given))
     return given
 
@@ -253,9 +261,9 @@ def _read(model, task: Task, items: Sequence[Item], way: Way, sampling: Sampling
         named = [_choice(text, item, way.reading) for text, _ in samples]
         votes = Counter(choice for choice in named if choice)
         text = votes.most_common(1)[0][0] if votes else ""
-        ranking = tuple(choice for choice, _ in votes.most_common())
         raw = tuple(text for text, _ in samples)
-        out.append(Response(text, ranking, (), raw, bool(votes), any(not e for _, e in samples)))
+        cut = any(not ended for _, ended in samples)
+        out.append(Response(text, raw=raw, parsed=bool(votes), cut=cut))
     return out
 
 

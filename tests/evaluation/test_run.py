@@ -297,6 +297,24 @@ def test_further_scores_and_rankings():
     assert result.also == {"hit_at_3": 0.75, "macro_f1": pytest.approx(0.4 / 4)}
 
 
+@pytest.mark.parametrize("answer", ["letter", "text", "constrained", "free", "reason"])
+def test_a_metric_of_rankings_needs_all_choices_scored(answer, tmp_path):
+    """One choice, or those of some samples, would be a hit at 1 under another name."""
+    items = tuple(Item(f"q{i}", right, tuple("abcd")) for i, right in enumerate("abcd"))
+    further = Task("further", "en", "choice", "accuracy", items, also=("hit_at_3", "macro_f1"))
+    main = dataclasses.replace(further, name="main", metric="hit_at_3", also=())
+    report = evaluate(
+        Constant("c"), [main, further], way=Way(answer), progress=False, written=tmp_path / "r"
+    )
+    scored = answer in ("letter", "text")
+    assert [r.task for r in report.results] == ["main", "further"][not scored :]
+    assert ("hit_at_3" in report.results[-1].also) == scored
+    assert {len(r["ranking"]) for r in records.read(tmp_path / "r")} == {4 * scored}
+    told = [f"main: not done: metric 'hit_at_3' needs a score of every choice, which the answer "
+            f"'{answer}' has not; ask with letter or text"]  # fmt: skip
+    assert [note for note in report.notes() if "not done" in note] == told * (not scored)
+
+
 def test_records(tmp_path):
     task = exam(3)
     path = tmp_path / "records.jsonl"
