@@ -36,13 +36,17 @@ class AnswerToken(NamedTuple):
     marked: bool = False
 
 
+def normal(text: str) -> str:
+    """The text in one form of its signs; the minus sign is a hyphen, as a keyboard has it."""
+    return unicodedata.normalize("NFKC", text).replace("\u2212", "-")
+
+
 def spoken(text: str) -> str:
     """The text in one form of its signs, without thoughts before the answer.
 
     Thoughts that never end leave nothing.
     """
-    text = unicodedata.normalize("NFKC", text)
-    text = text.rpartition("</think>")[2]
+    text = normal(text).rpartition("</think>")[2]
     text = text.partition("<think>")[0]
     text = re.sub(
         r"\\(?:text|textbf|mathrm|mathbf|mathsf|operatorname)\s*\{([^{}]*)\}", r"\1", text
@@ -114,6 +118,7 @@ _DASHES = "-–—"
 _SIGNS = {"؟": "?"}
 _OPENERS, _CLOSERS = "([{<«“\"'‘「『【《〈*`$|_", ")]}>»”\"'’」』】》〉*`$|_"
 _AFTER_KANA = ("です", "だ", "と", "である", "でしょう")
+_AFTER_SIGN = ".!?;,。、…" + _CLOSERS
 _BEFORE_LONE = "为是选很较应即属于は가이"
 
 
@@ -134,12 +139,13 @@ class _Reader:
         self.text = text
         self.low = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
         self.letters = tuple(letters)
-        self.texts = [" ".join(unicodedata.normalize("NFKC", t).lower().split()) for t in texts]
-        normal = {" ".join(unicodedata.normalize("NFKC", w).lower().split()): w for w in words}
-        self.words = dict(sorted(normal.items(), key=lambda pair: -len(pair[0])))
+        self.texts = [" ".join(normal(t).lower().split()) for t in texts]
+        folded = {" ".join(normal(w).lower().split()): w for w in words}
+        given = (pair for pair in folded.items() if pair[0])
+        self.words = dict(sorted(given, key=lambda pair: -len(pair[0])))
         cyrillic = re.search(r"(?<!\w)[БГД](?!\w)", text)
         # Where several letters may be right, they are given as A to J, whatever the question has.
-        self.cue = _cue(tuple(normal), len(normal)) if normal else _cue(self.letters, 3)
+        self.cue = _cue(tuple(folded), len(folded)) if folded else _cue(self.letters, 3)
         self.names = {**words_of.LETTER_NAMES, **(words_of.CYRILLIC_ORDER if cyrillic else {})}
 
     def tokens(self) -> list[AnswerToken]:
@@ -164,7 +170,7 @@ class _Reader:
         if cue:
             return cue
         if not _is_word(sign):
-            return self._sign(at), 1
+            return self._word(at) or (self._sign(at), 1)
         choice = self._word(at) if self.words else self._letter(at, found)
         known = self._known(at)
         if choice and not (known and known[1] > choice[1]):
@@ -239,9 +245,13 @@ class _Reader:
         return None
 
     def _apart(self, start: int, stop: int) -> bool:
-        """Whether a text between two places is no part of a longer word."""
+        """Whether a text between two places is no part of a longer word, or number (1.5)."""
         first, last = self.text[start], self.text[stop - 1]
         before, after = self._char(start - 1), self._char(stop)
+        if before == "." and self._char(start - 2).isdigit() and first.isdigit():
+            return False
+        if after == "." and last.isdigit() and self._char(stop + 1).isdigit():
+            return False
         if not _unspaced(first) and (_is_word(before) and not _unspaced(before)):
             return False
         if not _unspaced(last) and (_is_word(after) and not _unspaced(after)):
@@ -256,16 +266,25 @@ class _Reader:
             stop = at + len(folded)
             if not self.low.startswith(folded, at) or not self._apart(at, stop):
                 continue
-            if self._lone(folded, at, stop):
+            if self._lone(folded, at, stop) and not self._signed(at):
                 return AnswerToken(CHOICE, folded, (choice,), self._bracketed(at, stop)), len(
                     folded
                 )
         return None
 
+    def _signed(self, at: int) -> bool:
+        """Whether a number has a sign before it with which another choice begins: -1, <5."""
+        before = self._char(at - 1)
+        begins = self.text[at].isdigit() and unicodedata.category(before) in ("Sm", "Pd")
+        return begins and any(choice.startswith(before) for choice in self.words)
+
     def _lone(self, folded: str, start: int, stop: int) -> bool:
-        """Whether one Chinese sign, or kana, stands as a word of its own."""
+        """Whether one Chinese sign, kana, or what is no word ("+") stands as a word of its own."""
         before, after = self._char(start - 1), self._char(stop)
         rest = self.text[stop:]
+        if not any(map(_is_word, folded)):  # not a dash in a sentence, nor the start of a list
+            free = before in " \n:" or before in _OPENERS or _unspaced(before)
+            return free and bool(re.match(rf" *($|\n)|[{re.escape(_AFTER_SIGN)}]", rest))
         if all(map(_kana, folded)):
             ends = not _kana(after) or rest.startswith(_AFTER_KANA)
             return ends and (not _kana(before) or before in "はがもの")

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -100,7 +99,7 @@ def _unlisted(text: str, choices: tuple[str, ...], texts: tuple[str, ...] = ()) 
 
 def _pattern(name: str) -> str:
     """What finds a choice, whatever its spaces."""
-    return r"\s+".join(map(re.escape, unicodedata.normalize("NFKC", name).split()))
+    return r"\s+".join(map(re.escape, tokens.normal(name).split()))
 
 
 def last_said(text: str) -> str:

@@ -34,6 +34,58 @@ def test_the_table_is_large():
     assert len(list(phrasings())) >= 650
 
 
+def test_the_documentation_tells_how_large():
+    told = Path(__file__).parents[2].joinpath("docs", "tasks.md").read_text(encoding="utf-8")
+    assert f"holds {len(list(phrasings()))} phrasings" in told
+
+
+SIGNED = (
+    *(("-1", "0", "1"), ("\u22121", "1"), ("<5", "5", ">5"), ("<5", ">5"), ("≥ 65", "65", "< 65")),
+    *(("+", "-"), ("+", "++", "+++", "-"), ("<", "=", ">"), ("±2", "2"), ("~5", "5"), ("$5", "5")),
+    *(("-5 to 0", "0 to 5"), ("<1 year", "1 year"), ("Rh+", "Rh-"), ("(none)", "some")),
+)
+FORMS = (
+    *("{}", "{}.", " {} ", "({})", '"{}"', "**{}**", "- {}", "The answer is {}", "Answer:{}"),
+    *("The answer is {}.", "The answer is ({}).", "Answer: **{}**", "**Answer:** {}", "答案：{}"),
+    *("\\boxed{{{}}}", "$\\boxed{{{}}}$", "答案是{}。", "I choose {}.", "It depends.\n\n{}"),
+)
+
+
+@pytest.mark.parametrize("choices", SIGNED)
+@pytest.mark.parametrize("form", FORMS)
+def test_choices_that_begin_with_a_sign(choices, form):
+    for choice in choices:
+        assert answers.pick(form.format(choice), choices) == choice
+        letters = "ABCD"[: len(choices)]  # of which these are the texts
+        assert answers.pick(form.format(choice), letters, choices) == letters[choices.index(choice)]
+
+
+@pytest.mark.parametrize(
+    ("choices", "text", "wanted"),
+    [
+        ("-1,1", "The answer is \u22121", "-1"),
+        ("-1,1", "It is not -1 but 1", "1"),
+        ("-1,1", "- 1", "1"),
+        ("-2,1", "The answer is -1", None),
+        ("-2,1", "1-2", None),
+        ("<5,5", "The answer is <5 or 5", None),
+        ("<5,5", "The answer is <50", None),
+        ("<5,5", "The answer is <5.5", None),
+        ("1,2", "The answer is 1.5", None),
+        ("1,2", "The answer is 0.1", None),
+        ("1,2", "The answer is 1. It is not 0.1.", "1"),
+        ("+,-", "- yes\n- no", None),
+        ("+,-", '- **yes**\n- "no"', None),
+        ("+,-", "- The answer is +", "+"),
+        ("+,-", "The value - as I said - is +", "+"),
+        ("+,-", "---", None),
+        ("+,++", "+++", None),
+    ],
+)
+def test_a_sign_is_part_of_its_number_and_a_dash_is_no_answer(choices, text, wanted):
+    assert answers.pick(text, choices.split(",")) == wanted
+
+
 TEXTS = ("aspirin", "E. coli infection", "difficile colitis", "cell lysis")
 
 
@@ -54,6 +106,11 @@ TEXTS = ("aspirin", "E. coli infection", "difficile colitis", "cell lysis")
 )
 def test_options_that_are_known_settle_what_a_letter_means(text, wanted):
     assert answers.pick(text, "ABCD", TEXTS) == wanted
+
+
+def test_an_empty_option_is_not_read():
+    assert answers.pick("It is: .\n\n", "AB", ("", "aspirin")) is None
+    assert answers.pick("It is aspirin. ", "AB", ("", "aspirin")) == "B"
 
 
 def test_option_texts_are_not_read_where_two_are_the_same():
