@@ -21,6 +21,7 @@ from medmoe_jax.data.sources import Source, open_path
 from medmoe_jax.data.templates import MARK, doubts, load_template
 from medmoe_jax.data.tokens import Tokenizer
 from medmoe_jax.errors import UserError
+from medmoe_jax.ranges import COUNT, NOT_NEGATIVE
 from medmoe_jax.screen import Screen, ScreenTable
 
 TARGET, CONTEXT, CUT = "bold green", "dim", "red"
@@ -54,8 +55,11 @@ def inspect(
       The statistics that it prints, of duplicates too.
 
     Raises:
-      UserError: a row that does not exist or cannot be used; it is named by its place.
+      UserError: a row that does not exist or cannot be used, which is named by its place; a length
+        below 1, a count below 0.
     """
+    COUNT.check("length", length)
+    NOT_NEGATIVE.check("rows", count)
     console = console or Screen()
     rows = source.rows
     if not len(rows):

@@ -10,6 +10,7 @@ import difflib
 import functools
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -89,8 +90,12 @@ def _mean(rows_N: np.ndarray) -> float:
 
 
 def same(prediction: str, answer: str) -> float:
-    """1 where two texts are equal up to spaces, else 0."""
-    return float(" ".join(prediction.split()) == " ".join(answer.split()))
+    """1 where two texts are equal up to spaces, else 0; é may be one sign or two (NFC)."""
+    return float(_composed(prediction) == _composed(answer))
+
+
+def _composed(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def _same_caseless(prediction: str, answer: str) -> float:

@@ -38,11 +38,17 @@ def draw(name: str, pool: Sequence, count: int, seed: int) -> list:
     return random.Random(f"{seed} shots").sample(list(pool), count)
 
 
-def part(rows: Sequence, count: int, seed: int) -> tuple[list, list]:
-    """(rows to ask, pool of `count` rows) of a set without training rows; none is in both."""
-    pool = draw("shots", rows, min(count, max(0, len(rows) - 1)), seed)
+def part(name: str, rows: Sequence, count: int, seed: int) -> tuple[list, list]:
+    """(rows to ask, pool of `count` rows) of a set without training rows; none is in both.
+
+    Raises UserError where none is left to ask.
+    """
+    pool = draw(name, rows, count, seed)
     taken = {normal(str(row.prompt)) for row in pool}
-    return [row for row in rows if normal(str(row.prompt)) not in taken], pool
+    asked = [row for row in rows if normal(str(row.prompt)) not in taken]
+    if not asked:
+        raise UserError(f"{name}: its {len(rows)} rows are all taken by {count} shots; give fewer")
+    return asked, pool
 
 
 def prompt(text: str, examples: Sequence[Row | _Pair], form: str, guide: str = "") -> Prompt:

@@ -203,7 +203,7 @@ def load_task(
     train = _train(base, entry, root, few.count > 0) if few.count or guessed else []
     rows, pool = found.rows, [] if split == "train" else train
     if few.count and not pool:
-        rows, pool = shots.part(rows, few.count, seed)
+        rows, pool = shots.part(base, rows, few.count, seed)
         if "train" in entry.splits and split != "train":
             LOG.warning(
                 "%s: no training rows are there, so its %d examples are rows of %s, and those are "
@@ -303,7 +303,7 @@ def _of_items(
     """A task of given items; examples are drawn from among them, which are then not asked."""
     asked, examples = items, []
     if few.count:
-        asked, examples = shots.part(items, few.count, seed)
+        asked, examples = shots.part(name, items, few.count, seed)
     chosen = tuple(_sample(list(asked), limit, seed))
     chosen = tuple(shots.before_item(item, examples, few.form) for item in chosen)
     prompts = [str(item.prompt) for item in items]

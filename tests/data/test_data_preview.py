@@ -52,6 +52,10 @@ def test_inspect_prints_rows_and_what_all_hold(source, chatml_tokenizer):
     assert found["exact duplicates"] == 0 and found["training rows"] == 20
     with pytest.raises(UserError, match="row 20: there are rows 0 to 19"):
         preview.inspect(source, encoder, first=20)
+    with pytest.raises(UserError, match="length: 0 is below 1"):
+        preview.inspect(source, encoder, length=0)
+    with pytest.raises(UserError, match="rows: -1 is below 0"):
+        preview.inspect(source, encoder, count=-1)
 
 
 def test_duplicates_left_out_keys_and_doubts(tmp_path, plain_tokenizer):

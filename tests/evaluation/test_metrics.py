@@ -1,5 +1,7 @@
 """Metrics against scikit-learn, sacrebleu, rouge-score, scipy and values worked out by hand."""
 
+import unicodedata
+
 import numpy as np
 import pytest
 import sacrebleu
@@ -198,6 +200,16 @@ def test_letter_sets():
 def test_hit_at_3():
     rankings = [["a", "b", "c", "d"]] * 2
     assert metrics.compute("hit_at_3", rankings, ["c", "d"]) == 0.5
+
+
+@pytest.mark.parametrize("name", ["exact_match", "accuracy"])
+def test_signs_that_are_written_in_two_ways_are_the_same(name):
+    """As Unicode has it: what differs in meaning stays apart."""
+    texts = ["fièvre", "Kopfschmerzen Übelkeit", "がん", "sốt", "열"]
+    apart = [unicodedata.normalize("NFD", text) for text in texts]
+    assert all(a != b for a, b in zip(texts, apart, strict=True))
+    assert metrics.compute(name, apart, texts) == metrics.compute(name, texts, apart) == 1
+    assert metrics.compute(name, ["10² cells", "fievre"], ["102 cells", "fièvre"]) == 0
 
 
 def test_unknown_metric():

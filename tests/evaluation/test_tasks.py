@@ -247,6 +247,9 @@ def test_shots_of_a_user_task_are_not_asked(tmp_path):
         assert all(e.partition(": ")[2] == e[1] for e in examples) and last[:2] not in str(examples)
     turns = load_task(path, few=Shots(2, "turns"))
     assert all(len(item.turns) == 5 for item in turns.items)
+    for count, told in ((5, "its 5 rows are all taken by 5 shots"), (6, "6 shots asked for, 5")):
+        with pytest.raises(UserError, match=f"^t: {told}"):
+            load_task(path, few=Shots(count))
 
 
 def test_shots_of_the_demonstration_are_not_asked():
