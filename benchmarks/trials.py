@@ -36,7 +36,7 @@ from benchmarks.trial_rows import TRIALS, Trial
 from medmoe_jax.adapters import lifecycle
 from medmoe_jax.adapters.bank import count, split_gate
 from medmoe_jax.api.opening import language_model
-from medmoe_jax.api.tasks import run_tasks
+from medmoe_jax.api.tasks import open_tasks, run_tasks
 from medmoe_jax.checkpoints.files import read_json, write_json
 from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.checkpoints.manifest import Manifest
@@ -124,7 +124,8 @@ def scores(
     found = losses(setup, model, rows)
     if not tasks:
         return {"loss": found}
-    report = run_tasks(setup, language_model(setup, model), tasks, ITEMS)
+    asked = open_tasks(setup, tasks, ITEMS).values()
+    report = run_tasks(language_model(setup, model), asked, ITEMS)
     return {"loss": found, "accuracy": {one.task: one.score for one in report.results}}
 
 

@@ -17,7 +17,7 @@ from medmoe_jax.evaluation import page, readings, run
 from medmoe_jax.evaluation.html import TableSection, report_html
 from medmoe_jax.evaluation.report import COLUMNS, Report, Result, reasons
 from medmoe_jax.evaluation.shots import Fitter, Shots
-from medmoe_jax.evaluation.tasks import Task, expand, load_task
+from medmoe_jax.evaluation.tasks import Task, check_titles, expand, load_task
 from medmoe_jax.evaluation.ways import Way
 from medmoe_jax.parallel import processes
 from medmoe_jax.ranges import COUNT, NOT_NEGATIVE
@@ -142,7 +142,8 @@ def evaluate(
 def _load(setup: Setup, names: list[str], asked: _Asked) -> tuple[list[Task], list[dict]]:
     """The tasks, before any weight is read, and those of several that cannot be had."""
     longest, way = setup.base.config.max_positions, asked.way
-    tasks, failures, errors = [], [], []
+    tasks: dict[str, Task] = {}
+    failures, errors = [], []
     for name in names:
         try:
             fit = Fitter(setup.encoder, longest, way.max_tokens, way.least, way.asks)
@@ -156,7 +157,7 @@ def _load(setup: Setup, names: list[str], asked: _Asked) -> tuple[list[Task], li
                 fit=fit,
             )
             check_items(setup, task)
-            tasks.append(task)
+            tasks[name] = task
         except (UserError, FileNotFoundError) as error:
             errors.append(error)
             failures.append({"task": name, "error": str(error)})
@@ -165,9 +166,10 @@ def _load(setup: Setup, names: list[str], asked: _Asked) -> tuple[list[Task], li
         if len(errors) == 1:
             raise errors[0]
         raise UserError("\n  ".join(["none of the tasks can be had", *told]))
+    check_titles(tasks)
     for text in told:
         note(f"left out: {text}")
-    return tasks, failures
+    return list(tasks.values()), failures
 
 
 def _evaluate(

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from functools import partial
 
 from medmoe_jax.api.opening import language_model
-from medmoe_jax.api.tasks import check_items, note_cut
+from medmoe_jax.api.tasks import note_cut, open_tasks
 from medmoe_jax.errors import Stopped, UserError, within
 from medmoe_jax.evaluation.report import Report
 from medmoe_jax.evaluation.run import evaluate
-from medmoe_jax.evaluation.shots import Fitter
-from medmoe_jax.evaluation.tasks import Task, expand, load_task
+from medmoe_jax.evaluation.tasks import Task
 from medmoe_jax.training.hooks.evaluations import LOSS, MEAN, Measure
 from medmoe_jax.training.preparing import Prepared
 from medmoe_jax.training.run import Run, StageRun
@@ -43,15 +42,11 @@ def task_scorer(run: Run, stop: Callable[[], bool]) -> Callable[[Prepared], Meas
 
 def _tasks(stage: StageRun) -> dict[str, Task]:
     """The tasks of a stage's evaluation, by the names of their scores."""
-    setup, section = stage.setup, stage.recipe.config.evaluation
-    fit = Fitter(setup.encoder, setup.base.config.max_positions)
+    section = stage.recipe.config.evaluation
     tasks: dict[str, Task] = {}
     with within("tasks: "):
-        names = expand(section.tasks)
-        loaded = [load_task(name, section.limit or None, fit=fit) for name in names]
-        for task in loaded:
-            check_items(setup, task)
-    for name, task in zip(names, loaded, strict=True):
+        opened = open_tasks(stage.setup, section.tasks, section.limit or None)
+    for name, task in opened.items():
         called = task.name if name.endswith((".jsonl", ".jsonl.gz")) else name
         if called in (MEAN, LOSS, *tasks):
             raise UserError(f"tasks: two scores would be called '{called}'; rename a file of tasks")
@@ -104,6 +99,6 @@ def _scores(tasks: dict[str, Task], report: Report) -> dict[str, float]:
         note(f"task '{task}' cannot be scored: {error}")
     if not report.results:
         raise UserError("evaluation: none of its tasks can be scored")
-    asked = [name for name, task in tasks.items() if task.name not in failed]
+    asked = [name for name, task in tasks.items() if task.title not in failed]
     scores = {name: float(result.score) for name, result in zip(asked, report.results, strict=True)}
     return {**scores, MEAN: sum(scores.values()) / len(scores)}

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from medmoe_jax.api.opening import language_model
 from medmoe_jax.data.conversation import Turn, turns_of
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import UserError, within
 from medmoe_jax.evaluation.report import Report
 from medmoe_jax.evaluation.run import evaluate
 from medmoe_jax.evaluation.shots import Fitter
-from medmoe_jax.evaluation.tasks import Task, expand, load_task
+from medmoe_jax.evaluation.tasks import Task, check_titles, expand, load_task
 from medmoe_jax.inference.language_model import LanguageModel
 from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import Setup
@@ -19,22 +19,33 @@ from medmoe_jax.training.terminal import console, note
 from medmoe_jax.training.trained import Trained
 
 
-def run_tasks(
-    setup: Setup,
-    model: LanguageModel,
-    names: Sequence[Task | str],
-    limit: int | None = None,
-    **options: Any,
-) -> Report:
-    """Evaluate on tasks by name, with prompts as training rows have them.
+def open_tasks(setup: Setup, names: Sequence[str], limit: int | None = None) -> dict[str, Task]:
+    """Tasks by the names they are asked for, with prompts as training rows have them.
 
     Those too long for the context are shortened in their body.
+
+    Raises:
+      UserError: no such task, two would have one title, the template refuses an item, or one cannot
+        be shortened so far.
     """
-    fit = Fitter(model.encoder, setup.base.config.max_positions)
-    tasks = [name if isinstance(name, Task) else load_task(name, limit, fit=fit) for name in names]
-    for task in tasks:
+    fit = Fitter(setup.encoder, setup.base.config.max_positions)
+    tasks = {name: load_task(name, limit, fit=fit) for name in expand(names)}
+    check_titles(tasks)
+    for task in tasks.values():
         check_items(setup, task)
-    report = evaluate(model, tasks, limit=limit, batch=8 * model.engine.batch, **options)
+    return tasks
+
+
+def run_tasks(
+    model: LanguageModel, tasks: Iterable[Task], limit: int | None = None, **options: Any
+) -> Report:
+    """Evaluate on tasks, and tell what is to know of it besides the scores.
+
+    Args:
+      limit: of the items that the tasks were read with, for the report.
+      options: of `evaluate`.
+    """
+    report = evaluate(model, list(tasks), limit=limit, batch=8 * model.engine.batch, **options)
     for line in report.notes():
         note(line)
     note_cut(model)
@@ -79,16 +90,15 @@ def stage_evaluator(run: Run, stop: Callable[[], bool]) -> Callable[[Trained], d
       stop: asked after every batch of items, whether to end there (`Stopped`).
     """
     setup = run.setup
-    names = expand(setup.config.run.tasks)
     limit = setup.config.run.task_limit or None
-    for name in names:  # an unknown name or a bad item shows now, not after the training
-        check_items(setup, load_task(name, limit))
+    with within("run.tasks: "):  # what is wrong with them shows now, not after the training
+        tasks = open_tasks(setup, setup.config.run.tasks, limit).values()
 
     def evaluate_stage(trained: Trained) -> dict:
-        if not names:
+        if not tasks:
             return {}
         model = language_model(setup, trained)
-        report = run_tasks(setup, model, names, limit, stop=stop)
+        report = run_tasks(model, tasks, limit, stop=stop)
         report.save(run.stage(trained.stage).folder.report)
         console.print(report.table())
         return {r.title: {"score": r.score, "low": r.low, "high": r.high} for r in report.results}

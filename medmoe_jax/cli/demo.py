@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from medmoe_jax.api.opening import open_models
-from medmoe_jax.api.tasks import run_tasks
+from medmoe_jax.api.tasks import open_tasks, run_tasks
 from medmoe_jax.checkpoints.files import read_metrics, write_json
 from medmoe_jax.checkpoints.lease import only_writer
 from medmoe_jax.checkpoints.manifest import Manifest
@@ -140,11 +140,12 @@ def _look(run: Run, show: Demonstration, models: Sequence[Compared]) -> dict[str
     """What some models score and answer, by their labels."""
     opened = open_models(run, [(one.stage, one.off) for one in models])
     limit = run.setup.config.run.task_limit or None
+    tasks = open_tasks(run.setup, show.tasks, limit).values()
     seen = {}
     for one, model in zip(models, opened, strict=True):
         note(f"evaluating: {one.label}")
         said = _asked(model) if one.asked else ()
-        seen[one.label] = Seen(run_tasks(run.setup, model, show.tasks, limit), said)
+        seen[one.label] = Seen(run_tasks(model, tasks, limit), said)
     return seen
 
 

@@ -70,7 +70,7 @@ def evaluate(
             try:
                 given = _answers(model, task, way, seed, batch, bar, stop)
             except UserError as error:
-                failure = {"task": task.name, "error": str(error)}
+                failure = {"task": task.title, "error": str(error)}
                 report = Report(report.results, settings, report.about, [*report.failures, failure])
             else:
                 result, rows_N = _score(task, given, seed, resamples)

@@ -8,7 +8,7 @@ import os
 import random
 import tomllib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,6 +65,11 @@ class Task:
         shares = [1 / len(item.choices) for item in self.items] if guessed else []
         chance = sum(shares) / len(shares) if shares else None
         object.__setattr__(self, "chance", chance)
+
+    @property
+    def title(self) -> str:
+        """The name with the split, by which reports and records tell tasks apart."""
+        return titled(self.name, self.split)
 
 
 @dataclass(frozen=True)
@@ -148,10 +153,23 @@ def expand(names: Sequence[str]) -> list[str]:
     return out
 
 
+def check_titles(tasks: Mapping[str, Task]) -> None:
+    """Raise UserError where two tasks, given by the names that were asked for, have one title."""
+    asked: dict[str, str] = {}
+    for name, task in tasks.items():
+        if task.title in asked:
+            raise UserError(
+                f"'{asked[task.title]}' and '{name}' would both be called '{task.title}'; rename a "
+                "file of tasks, or leave one out"
+            )
+        asked[task.title] = name
+
+
 def load_items(names: Sequence[str], split: str | None = None) -> dict[str, tuple[Item, ...]]:
-    """All items of some tasks, by `NAME@SPLIT`. Raises what `load_task` does."""
-    tasks = [load_task(name, split=split) for name in names]
-    return {titled(task.name, task.split): task.items for task in tasks}
+    """All items of some tasks, by their titles. Raises what `load_task` and `check_titles` do."""
+    tasks = {name: load_task(name, split=split) for name in names}
+    check_titles(tasks)
+    return {task.title: task.items for task in tasks.values()}
 
 
 def _check_name(name: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 
 import medmoe_jax
+from medmoe_jax.api.tasks import stage_evaluator
 from medmoe_jax.cli.main import main
 from medmoe_jax.errors import ParameterError, UserError
 from medmoe_jax.training.config import source
 from medmoe_jax.training.kept import keep, kept
 from medmoe_jax.training.run import Run
+from medmoe_jax.training.setup import open_setup
 from medmoe_jax.training.trained import open_trained
 from tests import several, tiny
 
@@ -227,6 +230,18 @@ def test_a_table_has_a_column_for_each_key():
     page = table._repr_html_()
     assert page.count("<tr>") == 3 and '<td class="number">0.1235</td>' in page
     assert medmoe_jax.Table([]).columns == ()
+
+
+def test_the_tasks_of_a_run_are_those_of_its_start(workdir, items, tmp_path):
+    """A file that changes or goes while a stage trains stops nothing and changes no score."""
+    config = medmoe_jax.config(tiny.medcare_config(), {"run.tasks": (items,), "run.task_limit": 8})
+    shutil.copytree(workdir, tmp_path / "w")
+    run = Run(open_setup(config), tmp_path / "w")
+    evaluate = stage_evaluator(run, lambda: False)
+    expected = medmoe_jax.evaluate(workdir, items, guided=False, limit=8)["formats"]
+    Path(items).unlink()
+    found = evaluate(open_trained(run, "align"))
+    assert found == {"formats": {k: getattr(expected, k) for k in ("score", "low", "high")}}
 
 
 def test_a_finished_run_is_a_table_of_its_stages(workdir):

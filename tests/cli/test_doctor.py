@@ -10,6 +10,7 @@ from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.cli import machine, main
 from medmoe_jax.parallel import releases
 from tests import several, tiny
+from tests.data import upstream
 
 
 def _states(findings):
@@ -147,6 +148,26 @@ def test_what_training_refuses_at_once(tmp_path, capsys, quiet_machine, files, f
     assert status == 1 and "1ofthethingslookedatwouldstoparun" in text
     assert said in text
     assert not (tmp_path / "w").exists()
+
+
+def test_a_task_that_cannot_fit_the_context_is_told_at_once(
+    tmp_path, capsys, quiet_machine, monkeypatch
+):
+    """In `run.tasks` as in a stage's own; answers alone take 256 of the base's 128 tokens."""
+    upstream.write("mts_dialog", tmp_path)
+    monkeypatch.setenv("MEDMOE_DATA", str(tmp_path))
+    (tmp_path / "recipe.py").write_text(several.CONFIG)
+    for fields, place in (
+        (["run.tasks=('mts_dialog',)"], "run.tasks:"),
+        ([EVERY, SCORED.replace("{here}/t.jsonl", "mts_dialog")], "align.evaluation.tasks:"),
+    ):
+        words = [f"--config={tmp_path / 'recipe.py'}", f"--workdir={tmp_path / 'w'}"]
+        words += [f"--config.{field}" for field in fields]
+        said = _dies(capsys, *words)
+        assert f"{place}mts_dialog:aprompt" in said and "doesnotfitacontextof128" in said
+        status, text = _doctor(capsys, *words)
+        assert status == 1 and said in text
+        assert not (tmp_path / "w").exists()
 
 
 def test_a_work_directory_of_another_recipe(tmp_path, capsys, quiet_machine):

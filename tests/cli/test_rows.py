@@ -230,6 +230,31 @@ def test_rows_with_items_of_tasks_are_left_out(tmp_path, capsys):
     assert "absent.jsonl" in error and not (tmp_path / "out" / "b").exists()
 
 
+def test_files_of_tasks_with_one_name_are_told_apart(tmp_path, capsys):
+    """Wherever tasks are named: of two, one alone was looked at, or kept its score."""
+    (tmp_path / "recipe.py").write_text(CONFIG)
+    config = f"--config={tmp_path / 'recipe.py'}"
+    rows, _ = files(tmp_path, '"aspirin?"')
+    items = [tmp_path / folder / "exam.jsonl" for folder in "ab"]
+    for path in items:
+        path.parent.mkdir()
+        path.write_text('{"prompt": "aspirin: yes or no?", "answer": "no"}\n')
+    one, other = items
+    out, workdir = f"--output={tmp_path / 'out'}", f"--workdir={tmp_path / 'w'}"
+    named, train = f"--tasks={one},{other}", [config, workdir]
+    during = "--config.stages.align.evaluation"
+    for command, more in (
+        ("eval", [config, "--stage=base", named, out]),
+        ("overlap", [named, f"--train={rows}", out]),
+        ("data build", [f"--input={rows}", out, *(f"--against=task:{i}" for i in items)]),
+        ("train", [*train, f"--config.run.tasks=('{one}','{other}')"]),
+        ("train", [*train, f"{during}.tasks=('{one}','{other}')", f"{during}.every=2"]),
+    ):
+        error = error_of(capsys, command, more)
+        assert f"'{one}' and '{other}' would both be called 'exam'" in error
+        assert not (tmp_path / "out").exists() and not (tmp_path / "w").exists()
+
+
 def test_texts_of_others_do_not_steer_the_terminal(tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"\\u001b[2Jkey": 1}\n')

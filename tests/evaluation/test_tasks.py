@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from medmoe_jax.data import medical
 from medmoe_jax.data.medical import registry
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import Fitter, Shots, evaluate, list_tasks, load_task, metrics
-from medmoe_jax.evaluation.tasks import expand, suites
+from medmoe_jax.evaluation.tasks import expand, load_items, suites
 from tests.data import upstream
 from tests.evaluation.models import Constant, Oracle, asked
 
@@ -137,6 +138,25 @@ def test_names_are_checked_with_suites_in_their_places():
         expand(["medqa", "cmedtx"])
     with pytest.raises(UserError, match="medqa has no split 'tset'; it has train, dev, test"):
         expand(["medqa@tset"])
+
+
+def test_tasks_of_one_title_are_refused(tmp_path):
+    """Files of one name in two folders, and a set with its split named and not."""
+    one, other = tmp_path / "one" / "mine.jsonl", tmp_path / "other" / "mine.jsonl"
+    for path, prompt in ((one, "q"), (other, "p")):
+        path.parent.mkdir()
+        write(path, {"prompt": prompt, "answer": "a"})
+    renamed = write(tmp_path / "yours.jsonl", {"prompt": "p", "answer": "a"})
+    found = load_items([str(one), str(renamed), "demo_knowledge:en", "demo_knowledge:zh@dev"])
+    languages = ["demo_knowledge:en@dev", "demo_knowledge:zh@dev"]
+    assert list(found) == ["mine", "yours", *languages]
+    for names, title in (
+        ((str(one), str(other)), "mine"),
+        (("demo_knowledge", "demo_knowledge@dev"), "demo_knowledge@dev"),
+    ):
+        words = "'{}' and '{}' would both be called '{}'; rename a".format(*names, title)
+        with pytest.raises(UserError, match=re.escape(words)):
+            load_items(names)
 
 
 @pytest.mark.parametrize("name", suites())
