@@ -25,6 +25,7 @@ from medmoe_jax.evaluation import answers, metrics, readings
 from medmoe_jax.evaluation.items import Item, as_turns, last_line, with_text
 from medmoe_jax.evaluation.tasks import Task
 from medmoe_jax.inference.sampling import Sampling
+from medmoe_jax.ranges import COUNT, NOT_NEGATIVE
 
 ANSWERS = ("letter", "text", "constrained", "free", "reason")
 SCORES = ("sum", "token", "byte", "unconditional")
@@ -95,8 +96,10 @@ class Way:
         ):
             if value not in known:
                 raise UserError(f"{name}: {value!r} is none of {', '.join(filter(None, known))}")
-        if self.samples < 1 or (self.max_tokens is not None and self.max_tokens < 1):
-            raise UserError("samples and the most tokens must be at least 1")
+        COUNT.check("samples", self.samples)
+        NOT_NEGATIVE.check("temperature", self.temperature)
+        if self.max_tokens is not None:
+            COUNT.check("max_tokens", self.max_tokens)
         if self.samples > 1 and (self.temperature <= 0 or self.answer not in _WRITTEN):
             raise UserError(
                 "several samples need a temperature above 0, and an answer that is written "

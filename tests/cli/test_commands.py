@@ -243,6 +243,8 @@ def test_generate(config, workdir, tmp_path, capsys):
     "arguments, words",
     [
         (["eval", "--tasks=x", "--output=o", "--limit=0"], "--limit: 0 is below 1"),
+        (["eval", "--tasks=cmb", "--output=o", "--temperature=nan"], "--temperature: nan is not a"),
+        (["eval", "--tasks=cmb", "--output=o", "--samples=0"], "--samples: 0 is below 1"),
         (["analyze", "routing", "--data=d", "--out=o", "--limit=-1"], "--limit: -1 is below 1"),
         (["plan", "--topology=v5e:2x2", "--search=-1"], "--search: -1 is below 0"),
         (["train", "--workdir=w", "--config.stages.align.b1=1.0"], "stages.align.b1: 1.0 is not"),
