@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from medmoe_jax.api.model import Model, load, open_source
 from medmoe_jax.api.plot import FOLDER, PAGE
 from medmoe_jax.api.tasks import check_items, note_cut
+from medmoe_jax.checkpoints.files import remove
 from medmoe_jax.checkpoints.manifest import library_versions
 from medmoe_jax.errors import ParameterError, UserError
 from medmoe_jax.evaluation import page, readings, run
@@ -27,6 +28,8 @@ from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import Setup
 from medmoe_jax.training.terminal import note
 from medmoe_jax.training.trained import content_of
+
+_FILES = _REPORT, _RECORDS, _SHOWN = "report.json", "records.jsonl", "report.html"
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,8 @@ def _evaluate(
     if output is not None:
         folder = place(output)
         make_folder(folder)
+        for name in _FILES:  # all that lies there is of one evaluation, wherever this one ends
+            remove(folder / name)
     answers, records = model.language_model, []
     before = answers.shortened
     report = run.evaluate(
@@ -193,9 +198,9 @@ def _evaluate(
         limit=asked.limit,
         seed=asked.seed,
         batch=8 * answers.engine.batch,
-        written=folder and folder / "records.jsonl",
+        written=folder and folder / _RECORDS,
         lines=records,
-        finished=lambda so_far: so_far.save(folder / "report.json") if folder else None,
+        finished=lambda so_far: so_far.save(folder / _REPORT) if folder else None,
         about=_about(model, asked.guided),
         failures=failures,
     )
@@ -203,7 +208,7 @@ def _evaluate(
     if folder and records and processes.index() == 0:
         drawn = {"How it was trained": f"{FOLDER}/{PAGE}"}
         links = drawn if (folder / FOLDER / PAGE).is_file() else {}
-        report_html(folder / "report.html", page.of_report(report, records), "Evaluation", links)
+        report_html(folder / _SHOWN, page.of_report(report, records), "Evaluation", links)
     return Scores(report, records)
 
 

@@ -69,6 +69,17 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         os.close(folder)
 
 
+def remove(path: str | Path) -> None:
+    """Remove a file, if there is one. Of several processes the first one does."""
+    if processes.index():
+        return
+    path = place(path)
+    if is_remote(path):
+        objects.remove(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Replace `path` by `value` as indented JSON, atomically. Raises TypeError for other types."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

@@ -77,7 +77,7 @@ def evaluate(
                 results = [*report.results, result]
                 report = Report(results, settings, report.about, report.failures)
                 lines += records.records(task, given, rows_N)
-            if written is not None and lines:
+            if written is not None:  # without lines too, in place of what an earlier one has left
                 records.write(written, lines)
             finished(report)
     return report

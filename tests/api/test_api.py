@@ -14,6 +14,7 @@ import medmoe_jax
 from medmoe_jax.api.tasks import stage_evaluator
 from medmoe_jax.cli.main import main
 from medmoe_jax.errors import ParameterError, UserError
+from medmoe_jax.evaluation import records, ways
 from medmoe_jax.training.config import source
 from medmoe_jax.training.kept import keep, kept
 from medmoe_jax.training.run import Run
@@ -114,6 +115,32 @@ def test_commands_and_python_give_the_same(workdir, model, items, tmp_path, caps
     with pytest.raises(KeyError):
         told["medqa"]
     capsys.readouterr()
+
+
+def test_an_output_holds_files_of_one_evaluation_alone(model, items, tmp_path, monkeypatch):
+    """Where one cannot ask any task, or ends early, nothing of the one before stays beside it."""
+    out = tmp_path / "out"
+    medmoe_jax.evaluate(model, items, limit=2, output=out)
+    before = {path.name for path in out.iterdir()}
+    assert before == {"report.json", "records.jsonl", "report.html"}
+    (out / "notes.txt").write_text("mine")
+    long = {"prompt": "Which drug?", "answer": "no", "choices": ["aspirin " * 2000, "no"]}
+    file = str(tiny.write_rows(tmp_path / "long.jsonl", [long]))
+    assert not medmoe_jax.evaluate(model, file, output=out).records
+    report = json.loads((out / "report.json").read_text())
+    assert not report["results"] and [one["task"] for one in report["failures"]] == ["long"]
+    assert {path.name for path in out.iterdir()} == before - {"report.html"} | {"notes.txt"}
+    with pytest.raises(UserError, match=r"records\.jsonl: there is no record in it"):
+        records.read(out / "records.jsonl")
+    medmoe_jax.evaluate(model, items, limit=2, output=out)
+
+    def killed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ways, "ask", killed)
+    with pytest.raises(KeyboardInterrupt):
+        medmoe_jax.evaluate(model, items, limit=2, output=out)
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
 
 
 def test_stages_banks_and_bases(workdir, model):

@@ -285,8 +285,9 @@ def test_a_task_that_cannot_be_done_does_not_lose_the_others(tmp_path):
     assert [r.task for r in report.results] == ["exam", "other"] and saved == [1, 1, 2]
     assert [f["task"] for f in report.failures] == ["gone", "note"]
     assert "note: not done: 1024 new tokens do not fit a context of 512" in report.notes()
-    split = dataclasses.replace(note, split="test")
-    report = evaluate(Narrow("A"), [split], progress=False)
+    split, written = dataclasses.replace(note, split="test"), tmp_path / "records"
+    report = evaluate(Narrow("A"), [split], progress=False, written=written)
+    assert written.read_text() == ""  # not those of the evaluation before
     assert [f["task"] for f in report.failures] == ["note@test"]  # dev might be done
 
 
