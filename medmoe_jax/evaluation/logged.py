@@ -6,6 +6,7 @@ Every figure that a step has logged under a name with a `/` is drawn: those of o
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -89,7 +90,19 @@ def _read(workdir: str) -> list[Logged]:
 
 
 def pictures(logged: Sequence[Logged]) -> Iterator[tuple[str, Picture]]:
-    """Yields `(name of a file, picture)`: scores of all stages, then each stage's own figures."""
+    """Yields `(name of a file, picture)`: scores of all stages, then each stage's own figures.
+
+    A name that is taken gets a number; large and small letters are one to some file systems.
+    """
+    taken: set[str] = set()
+    for name, picture in _pictures(logged):
+        numbered = itertools.chain([name], (f"{name}.{n}" for n in itertools.count(2)))
+        free = next(one for one in numbered if one.casefold() not in taken)
+        taken.add(free.casefold())
+        yield free, picture
+
+
+def _pictures(logged: Sequence[Logged]) -> Iterator[tuple[str, Picture]]:
     several = len({one.run for one in logged}) > 1
     yield from _scores(logged, several)
     spans = _spans(_lines(logged, several=True))
@@ -106,7 +119,7 @@ def pictures(logged: Sequence[Logged]) -> Iterator[tuple[str, Picture]]:
 
 
 def _file(*words: str) -> str:
-    """The name of a picture's file, without its suffix."""
+    """The name of a picture's file, without its suffix; others may have the same."""
     return re.sub(r"[^\w.=-]+", "_", ".".join(words)).strip("_.")
 
 

@@ -115,6 +115,33 @@ def test_several_runs_are_drawn_together(tmp_path, capsys):
     assert (out / "s.loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_pictures_whose_files_would_have_one_name_are_all_kept(tmp_path, monkeypatch, capsys):
+    """Runs, routers and banks; large and small letters too, which are one to some disks."""
+    monkeypatch.chdir(tmp_path)
+    use = {"use": [[0.25, 0.75]]}
+    routers = ("b/x/y", "b/x_y", "B/X_y")
+    log = rows(3, router=dict.fromkeys(routers, use))
+    for folder in ("runs/a", "runs_a"):
+        write(tmp_path / folder, "s", log)
+    runs = ("runs/a", "runs_a")
+    logged = read_logged(runs)
+    ranks = {name: {"mlp.up": [[2, 4]]} for name in ("n/m", "n_m")}
+    logged = [one._replace(figures={"ranks": ranks}) for one in logged]
+    found = list(pictures(logged))
+    names = [name.casefold() for name, _ in found]
+    assert len(set(names)) == len(names) == 1 + len(runs) * (len(routers) + len(ranks))
+    titles = {picture.title for _, picture in found}
+    uses = {f"{run}, s: use of the experts of {one}" for run in runs for one in routers}
+    assert titles == uses | {f"{run}, s: ranks of {one}" for run in runs for one in ranks} | {
+        "s: loss"
+    }
+    assert names[1:3] == ["runs_a_s.use.b_x_y", "runs_a_s.use.b_x_y.2"]
+    assert main(["plot", *runs, "--output=out"]) == 0
+    page = (tmp_path / "out" / "plots.html").read_text()
+    assert all(f"<h2>{title}</h2>" in page for title in uses)
+    assert len(list((tmp_path / "out").glob("*.png"))) == 1 + len(uses)
+
+
 def test_what_cannot_be_drawn(tmp_path):
     (tmp_path / "empty" / "stages" / "s").mkdir(parents=True)
     bad = rows(2, router={"b/mlp.up": {"use": [[0.5, 0.5], [1.0]]}})
