@@ -60,8 +60,8 @@ _DOWNLOADED += ("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 def published(source: str) -> tuple[str, str]:
     """`(name on the Hub, revision)` of a model, as far as it is known; else its path and "".
 
-    A folder tells by its place in the Hub's cache, or by what its config.json says it was loaded
-    from.
+    A folder tells by its place in the Hub's cache. `_name_or_path` of its config.json does not: in
+    that of a fine-tuned model stands the model that it began with.
     """
     if source.startswith(HUB):
         name, _, revision = source.removeprefix(HUB).partition("@")
@@ -69,10 +69,6 @@ def published(source: str) -> tuple[str, str]:
     cached = re.search(r"/models--([^/]+)--([^/]+)/snapshots/([^/]+)/?$", f"/{source}")
     if cached:
         return f"{cached[1]}/{cached[2]}", cached[3]
-    if (Path(source) / CONFIG).is_file():
-        name = str(read_json(Path(source) / CONFIG).get("_name_or_path") or "")
-        if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not Path(name).exists():
-            return name, ""
     return source, ""
 
 
@@ -217,7 +213,7 @@ def save_hf(
       members: banks with their parameters, added to the kernels in float32 on the way.
       dtype: float32 or bfloat16, of what is written: one rounding from float32. None = the
         embedding's.
-      source: the folder that the base came from: its config.json is kept, its tensors' names, and
+      source: the folder that the base came from: its `settings` are kept, its tensors' names, and
         the tensors of the model's other parts and what prepares their input, as they are. None
         makes them from `config`.
       extra: fields of config.json to add to it or to change, such as `eos_token_id`; transformers
@@ -253,8 +249,12 @@ def save_hf(
 
 
 def settings(config: DecoderConfig, family: str, source: Path | None) -> dict[str, Any]:
-    """The fields of a model's config.json: those of the folder it came from, or made anew."""
-    return read_json(source / CONFIG) if source else config_to_hf(config, family)
+    """The fields of a model's config.json: those of the folder it came from, or made anew.
+
+    Without `_name_or_path`: what is written is not the model that the source was loaded from.
+    """
+    hf = read_json(source / CONFIG) if source else config_to_hf(config, family)
+    return {key: value for key, value in hf.items() if key != "_name_or_path"}
 
 
 def _with_dtype(hf: Mapping[str, Any], dtype: str) -> dict[str, Any]:

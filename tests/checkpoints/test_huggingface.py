@@ -432,22 +432,23 @@ def test_saving_refuses_a_full_folder_and_a_wrong_family(tmp_path, model):
 
 
 def test_where_a_model_is_published(tmp_path, monkeypatch):
-    """From its own name, its place in the Hub's cache, or its config.json."""
+    """From its own name or its place in the Hub's cache; config.json may name another model."""
     monkeypatch.chdir(tmp_path)
     cached = tmp_path / "hub" / "models--org--a-name" / "snapshots" / "abc123"
-    folders = {"plain": None, "named": "org/name", "scratch": "/scratch/x", "here": "plain/sub"}
-    for folder, name in folders.items():
-        (tmp_path / folder / "sub").mkdir(parents=True)
-        (tmp_path / folder / "config.json").write_text(json.dumps({"_name_or_path": name}))
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "config.json").write_text(json.dumps({"_name_or_path": "org/parent"}))
     for source, want in {
         "hf://org/name": ("org/name", ""),
         "hf://org/name@main": ("org/name", "main"),
         str(cached): ("org/a-name", "abc123"),
-        "plain": ("plain", ""),
-        "named": ("org/name", ""),
-        "scratch": ("scratch", ""),
-        "here": ("here", ""),
+        "tuned": ("tuned", ""),
         "model.gguf": ("model.gguf", ""),
         "": ("", ""),
     }.items():
         assert huggingface.published(source) == want, source
+
+
+def test_a_written_config_names_no_other_model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**QWEN2, "_name_or_path": "org/parent"}))
+    _, config = huggingface.describe(tmp_path)
+    assert huggingface.settings(config, "qwen2", tmp_path) == QWEN2

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -168,6 +169,20 @@ def test_what_stands_beside_the_weights(config, workdir, tmp_path, capsys):
         assert (tmp_path / "adapter" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
     modes = {(tmp_path / "out" / name).stat().st_mode for name in names}
     assert len(modes) == 1  # whoever may read one file may read all
+
+
+def test_a_base_that_was_fine_tuned_is_not_its_parent(workdir, tmp_path):
+    """`_name_or_path` of config.json is what a model was loaded from before it was trained."""
+    base = shutil.copytree(tiny.base_path(), tmp_path / "tuned")
+    fields = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**fields, "_name_or_path": "org/parent"}))
+    config = write_config(tmp_path, f"config.base.path = {str(base)!r}")
+    for kind in ("hf", "peft"):
+        assert run(config, workdir, kind, tmp_path / kind) == 0
+        assert "org/parent" not in (tmp_path / kind / "README.md").read_text()
+    assert json.loads((tmp_path / "hf" / "config.json").read_text()) == fields
+    adapter = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(base)
 
 
 def test_what_stands_in_a_gguf_file(config, workdir, tmp_path, capsys):

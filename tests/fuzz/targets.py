@@ -363,7 +363,6 @@ def config_json(random: Random, folder: Path) -> None:
     (folder / "config.json").write_bytes(changed_json(random, random.choice(CONFIGS)))
     base = bases.open_base(str(folder), "", {}, 0)
     _ = base.family, base.notes, base.abstract(np.float32)
-    huggingface.published(str(folder))
 
 
 @functools.cache
