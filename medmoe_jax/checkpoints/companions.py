@@ -13,22 +13,23 @@ from medmoe_jax.data.tokens import Tokenizer
 GENERATION = "generation_config.json"
 TEMPLATE = "chat_template.jinja"
 _CONFIG = "tokenizer_config.json"
-_TOKENIZER = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
-)
+_BESIDE = (_CONFIG, "special_tokens_map.json", "added_tokens.json", TEMPLATE)
+_JSON, _MODEL = "tokenizer.json", "tokenizer.model"
+_OTHER_FORMS = ("vocab.json", "merges.txt", _MODEL)  # of what a tokenizer.json beside them holds
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def tokenizer_files(path: Path) -> dict[str, Path]:
     """`{name in the exported folder: file}` of the tokenizer whose main file is `path`.
 
-    Beside a `tokenizer.json` lie the files that name its special tokens and chat template. A
-    sentencepiece model of any name becomes `tokenizer.model`.
+    The main file gets the name under which readers look for it, and the files that name special
+    tokens and the chat template go along. Another vocabulary in the folder does not, as readers
+    might choose it, but for the other forms of a `tokenizer.json`.
     """
-    beside = {name: path.with_name(name) for name in _TOKENIZER}
+    names = (*_BESIDE, *_OTHER_FORMS) if path.name == _JSON else _BESIDE
+    beside = {name: path.with_name(name) for name in names}
     found = {name: file for name, file in beside.items() if file.is_file()}
-    return found if path.suffix == ".json" else {**found, "tokenizer.model": path}
+    return {**found, _JSON if path.suffix == ".json" else _MODEL: path}
 
 
 def prompting_files(tokenizer: Tokenizer, template: str) -> dict[str, Any]:

@@ -41,10 +41,18 @@ def test_ends_in_plain_text_are_stop_strings(tmp_path):
 
 
 def test_the_files_of_a_tokenizer(tmp_path):
-    for name in ("tokenizer.json", "tokenizer_config.json", "config.json", "chat_template.jinja"):
+    described = ("tokenizer_config.json", "added_tokens.json", "chat_template.jinja")
+    vocabularies = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+    for name in (*described, *vocabularies, "config.json"):
         (tmp_path / name).touch()
-    found = companions.tokenizer_files(tmp_path / "tokenizer.json")
-    wanted = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    assert found == {name: tmp_path / name for name in wanted}
+    for main, wanted in {
+        "tokenizer.json": {name: name for name in vocabularies},
+        "tokenizer.model": {"tokenizer.model": "tokenizer.model"},
+        "mine.json": {"tokenizer.json": "mine.json"},
+        "mine.model": {"tokenizer.model": "mine.model"},
+    }.items():
+        found = companions.tokenizer_files(tmp_path / main)
+        wanted |= {name: name for name in described}
+        assert found == {name: tmp_path / file for name, file in wanted.items()}, main
     alone = tmp_path / "deep" / "tok260k.model"
     assert companions.tokenizer_files(alone) == {"tokenizer.model": alone}

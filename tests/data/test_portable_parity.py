@@ -127,6 +127,23 @@ def test_a_template_in_jinja_with_its_options(name, tmp_path):
         assert "<think>" not in text
 
 
+@pytest.mark.parametrize("make, kind", [(bytes_with_marks, "json"), (pieces_alone, "model")])
+def test_a_vocabulary_of_any_name_beside_others(make, kind, tmp_path):
+    """transformers would choose one of the others, which have the standard names."""
+    make(tmp_path)
+    (tmp_path / f"tokenizer.{kind}").rename(tmp_path / f"mine.{kind}")
+    metaspace(tmp_path)
+    sentence_pieces(tmp_path, add_dummy_prefix=True)
+    (tmp_path / "vocab.json").write_text('{"a": 0}')
+    (tmp_path / "merges.txt").touch()
+    words = tk.load(tmp_path / f"mine.{kind}")
+    encoder = Encoder(words, TEMPLATES["chatml"])
+    theirs, same = exported(encoder, tmp_path / "out")
+    assert same and all(ours == ids for ours, ids in prompts(encoder, theirs))
+    again = Encoder(tk.load(tmp_path / "out"), encoder.template)
+    assert all(again.prompt(turns) == encoder.prompt(turns) for turns in PROMPTS)
+
+
 def test_the_template_stands_in_one_place(tmp_path):
     words = byte_level(tmp_path, jinja=chat.PLAIN)
     files = companions.prompting_files(words, "{{ messages }}")
