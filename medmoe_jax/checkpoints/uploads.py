@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from medmoe_jax.checkpoints.agreement import from_first_process
@@ -12,7 +13,8 @@ from medmoe_jax.errors import UserError
 _MEANS = {
     401: "the hub does not accept the token; log in again with `hf auth login`",
     403: "the token may not write there; take one with the right to write, or another name",
-    409: "there is such a repository already, and nothing in it was changed; take another name",
+    409: "there is such a repository already, and nothing in it was changed; put another "
+    "name into the command",
 }
 
 
@@ -45,9 +47,9 @@ def upload(folder: str | Path, repository: str, private: bool = False) -> str:
     """
     problem, place = from_first_process(lambda: _try_upload(folder, repository, private))
     if problem:
+        command = ["hf", "upload", repository, str(folder), *(["--private"] if private else [])]
         raise UserError(
-            f"{problem}. It is whole in {folder}; once that is mended: "
-            f"hf upload {repository} {folder}"
+            f"{problem}. It is whole in {folder}; once that is mended: {shlex.join(command)}"
         )
     return place
 

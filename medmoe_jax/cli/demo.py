@@ -11,6 +11,7 @@ and inputs. With --tiny, a tokenizer and a tiny bilingual base are trained first
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -206,7 +207,7 @@ def _write(run: Run, workdir: Path, seen: Mapping[str, Seen]) -> None:
     for line in (chance, overlap, *_right(questions, said)):
         note(line)
     note(f"written to {workdir / 'report.json'} and {page}")
-    note(f"talk with it: medmoe chat --workdir={workdir}")
+    note(f"talk with it: {shlex.join(['medmoe', 'chat', f'--workdir={workdir}'])}")
 
 
 def _settings(run: Run) -> Iterator[list[str]]:

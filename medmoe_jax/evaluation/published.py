@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,10 @@ def _read(root: Path, task: ConfigurableTask) -> datasets.DatasetDict:
     name, place = task.DATASET_PATH, root / str(task.DATASET_PATH)
     whose = f"{task.config.task} reads {name}"
     if not place.is_dir():
+        command = ["hf", "download", name, "--repo-type=dataset", f"--local-dir={place}"]
         raise UserError(
-            f"{whose}: no folder {place}; where there is a network, get it by 'hf download {name} "
-            f"--repo-type=dataset --local-dir={place}'"
+            f"{whose}: no folder {place}; where there is a network, get it by "
+            f"`{shlex.join(command)}`"
         )
     if task.DATASET_NAME and (place / task.DATASET_NAME).is_dir():
         place = place / task.DATASET_NAME

@@ -1,9 +1,11 @@
 """Uploads, against a stand-in that answers as the hub does."""
 
+import shlex
 import socket
 
 import pytest
 from huggingface_hub import HfApi, constants
+from huggingface_hub.cli.hf import app as hf
 
 from medmoe_jax.checkpoints import uploads
 from medmoe_jax.errors import UserError
@@ -60,6 +62,21 @@ def test_what_the_hub_refuses(hub, folder, call, status):
     assert text.startswith("org/m: not uploaded: ") and REFUSED[call, status] in text
     assert "\n" not in text and f"hf upload org/m {folder}" in text
     assert whole(folder) and not hub.files
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_the_command_for_later_does_what_was_asked(hub, folder, private):
+    """As a shell and the `hf` command read it: whatever the folder's name, and for whom."""
+    hub.fails["repos/create"] = 403
+    folder = folder.rename(folder.with_name("my $(adapter)'s"))
+    with pytest.raises(UserError) as caught:
+        uploads.upload(folder, "org/m", private)
+    command = shlex.split(str(caught.value).rpartition("once that is mended: ")[2])
+    hub.fails.clear()
+    assert command[0] == "hf"
+    hf(command[1:], standalone_mode=False)
+    assert hub.files == FILES
+    assert hub.made["org/m"].get("visibility") == ("private" if private else None)
 
 
 def test_large_files_that_nobody_takes(hub, folder):

@@ -37,14 +37,15 @@ def shown(folder):
 
 @pytest.mark.slow
 def test_a_chat_model_is_asked_before_and_after(tmp_path, capsys):
+    workdir = tmp_path / "a b"
     main(
         [
-            "demo", *FEW, f"--workdir={tmp_path}", f"--config.base.path={tiny.base_path()}",
+            "demo", *FEW, f"--workdir={workdir}", f"--config.base.path={tiny.base_path()}",
             f"--config.base.tokenizer={tiny.tokenizer().path}", "--config.data.length=96",
             "--config.data.template=user_assistant",
         ]
     )  # fmt: skip
-    report, page = shown(tmp_path)
+    report, page = shown(workdir)
     asked = [LABELS[0], LABELS[2], LABELS[3]]
     assert len(report["answers"]) == len(answers.questions())
     for one, question in zip(report["answers"], answers.questions(), strict=True):
@@ -58,7 +59,8 @@ def test_a_chat_model_is_asked_before_and_after(tmp_path, capsys):
     for label in asked:
         assert f"{label}: 0 of 10 medical, 0 of 5 everyday questions answered right" in printed
     assert "aggregate: use of the experts of noise" in page
-    log = read_metrics(tmp_path / "stages" / "aggregate" / "metrics.jsonl")
+    assert f"talk with it: medmoe chat '--workdir={workdir}'" in printed
+    log = read_metrics(workdir / "stages" / "aggregate" / "metrics.jsonl")
     tokens = f"{sum(int(row['tokens']) for row in log):,}"
     cells = ["aggregate", "2", "4 × 96", "0.003"]
     line = "".join(f"<td[^>]*>{re.escape(cell)}</td>" for cell in cells)

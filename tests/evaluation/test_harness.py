@@ -1,6 +1,7 @@
 """lm-evaluation-harness on one model twice: through us, and through its own `hf` model type."""
 
 import json
+import shlex
 import shutil
 import sys
 
@@ -241,8 +242,8 @@ def test_what_the_folder_lacks_is_named(hub):
 
     tasks = TaskManager(include_path=f"{lm_eval.__path__[0]}/tasks/medqa", include_defaults=False)
 
-    def opened():
-        with from_folder(hub):
+    def opened(root=hub):
+        with from_folder(root):
             return tasks.load(["medqa_4options"])
 
     place = hub / "GBaker/MedQA-USMLE-4-options-hf"
@@ -258,8 +259,12 @@ def test_what_the_folder_lacks_is_named(hub):
     with pytest.raises(UserError, match=r"medqa_4options reads GBaker/.*no file of its split 'tra"):
         opened()
     shutil.rmtree(place)
-    with pytest.raises(UserError, match="hf download GBaker/MedQA-USMLE-4-options-hf --repo-type"):
-        opened()
+    with pytest.raises(UserError, match=r"no folder .* get it by `hf download ") as caught:
+        opened(hub / "my sets")
+    command = shlex.split(str(caught.value).split("`")[1])
+    name = "GBaker/MedQA-USMLE-4-options-hf"
+    place = hub / "my sets" / name
+    assert command[2:] == [name, "--repo-type=dataset", f"--local-dir={place}"]
     assert ConfigurableTask.download is before
 
 
