@@ -9,6 +9,7 @@ from typing import Any
 from medmoe_jax.checkpoints.files import read_json
 from medmoe_jax.data.portable import tokenizer_config
 from medmoe_jax.data.tokens import Tokenizer
+from medmoe_jax.kinds import check_fields
 
 GENERATION = "generation_config.json"
 TEMPLATE = "chat_template.jinja"
@@ -17,6 +18,11 @@ _BESIDE = (_CONFIG, "special_tokens_map.json", "added_tokens.json", TEMPLATE)
 _JSON, _MODEL = "tokenizer.json", "tokenizer.model"
 _OTHER_FORMS = ("vocab.json", "merges.txt", _MODEL)  # of what a tokenizer.json beside them holds
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(_IDS, int | None),
+    "eos_token_id": int | list[int] | None,
+    "stop_strings": str | list[str] | None,
+}
 
 
 def tokenizer_files(path: Path) -> dict[str, Path]:
@@ -60,18 +66,30 @@ def generation_config(
       folder: the Hugging Face folder of the base, or None.
       ids: of `token_ids`, for those that the folder does not name.
       stop_ids, stop_texts: what ends an answer in the template it was trained with.
+
+    Raises:
+      UserError: a file of the folder has a field of another type; the message names both.
     """
     settings: dict[str, Any] = dict(ids)
     if folder is not None:
-        config = read_json(folder / "config.json")
+        config = _read(folder / "config.json")
         settings |= {key: config[key] for key in _IDS if config.get(key) is not None}
         if (folder / GENERATION).is_file():
-            settings |= read_json(folder / GENERATION)
-    own = settings.pop("eos_token_id", None)
-    own = own if isinstance(own, list) else [own]
-    ends = [i for i in dict.fromkeys([*own, *stop_ids]) if i is not None]
-    if ends:
+            settings |= _read(folder / GENERATION)
+    if ends := _with(settings.pop("eos_token_id", None), stop_ids):
         settings["eos_token_id"] = ends[0] if len(ends) == 1 else ends
-    if stop_texts:
-        settings["stop_strings"] = [*settings.get("stop_strings", []), *stop_texts]
+    if texts := _with(settings.pop("stop_strings", None), stop_texts):
+        settings["stop_strings"] = texts
     return settings
+
+
+def _read(path: Path) -> dict[str, Any]:
+    fields = read_json(path)
+    check_fields(fields, _KINDS, str(path))
+    return fields
+
+
+def _with(own: Any, more: Sequence[Any]) -> list[Any]:
+    """What a field names, as one value, several or none, and what it lacks of `more`."""
+    own = own if isinstance(own, list) else [own]
+    return [one for one in dict.fromkeys([*own, *more]) if one is not None]

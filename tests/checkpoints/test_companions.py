@@ -1,10 +1,12 @@
 """Which ids end an answer, and which files are the tokenizer's."""
 
 import json
+import re
 
 import pytest
 
 from medmoe_jax.checkpoints import companions
+from medmoe_jax.errors import UserError
 
 IDS = companions.token_ids(1, None, 0)
 
@@ -38,6 +40,41 @@ def test_ends_in_plain_text_are_stop_strings(tmp_path):
     settings = companions.generation_config(None, IDS, [7], ["</turn>"])
     assert settings == {**IDS, "eos_token_id": 7, "stop_strings": ["</turn>"]}
     assert "stop_strings" not in companions.generation_config(None, IDS, [7])
+
+
+@pytest.mark.parametrize(
+    "own, wanted",
+    [
+        ("END", ["END", "</turn>"]),
+        (["END", "</turn>"], ["END", "</turn>"]),
+        (None, ["</turn>"]),
+    ],
+)
+def test_stop_strings_of_the_base_stay_whole(tmp_path, own, wanted):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"stop_strings": own}))
+    settings = companions.generation_config(tmp_path, IDS, [7], ["</turn>"])
+    assert settings == {**IDS, "eos_token_id": 7, "stop_strings": wanted}
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"eos_token_id": ["x", 2]},
+        {"eos_token_id": [True, 2]},
+        {"eos_token_id": "x"},
+        {"pad_token_id": [2]},
+        {"stop_strings": 1},
+        {"stop_strings": ["a", None]},
+    ],
+)
+def test_fields_of_another_type(tmp_path, name, fields):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_text(json.dumps(fields))
+    (field,) = fields
+    with pytest.raises(UserError, match=rf"/{re.escape(name)}: {field}: .* is not "):
+        companions.generation_config(tmp_path, IDS, [7])
 
 
 def test_the_files_of_a_tokenizer(tmp_path):
