@@ -13,11 +13,11 @@ import jinja2
 import medmoe_jax
 from medmoe_jax.adapters import lifecycle
 from medmoe_jax.base import decoder
-from medmoe_jax.checkpoints.files import read_json
 from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.checkpoints.origins import CARD, Origin, origin_of
 from medmoe_jax.checkpoints.stage_records import read_recipe
 from medmoe_jax.data import origins
+from medmoe_jax.errors import UserError, is_storage
 from medmoe_jax.evaluation.report import Report, percent
 from medmoe_jax.storage.places import place
 from medmoe_jax.training.run import Run, StageRun
@@ -39,7 +39,7 @@ def card_files(run: Run, trained: Trained, off: Sequence[str], library: str) -> 
       library: that loads the export, as the Hugging Face hub names it.
 
     Raises:
-      UserError: a report in the work directory, or the base's own card, cannot be read.
+      UserError: the stage's own report, or the base's own card, cannot be read.
     """
     config = run.setup.config
     base = origin_of(config.base.path, run.setup.base.folder)
@@ -128,13 +128,16 @@ def _reports(
     own = _own_report(run.stage(trained.stage)) if trained.stage else None
     places = [*sorted(workdir.glob("report.json")), *sorted(workdir.glob("*/report.json"))]
     for path in [own, *places] if own else places:
-        if "results" not in read_json(path):  # such as the demo's
-            others.append(path.relative_to(workdir).as_posix())
+        name = path.relative_to(workdir).as_posix()
+        try:
+            report = Report.load(path)
+        except UserError as error:
+            if path == own or is_storage(error):
+                raise
+            others.append(name)  # such as the demo's, another tool's or an earlier version's
             continue
-        report = Report.load(path)
         told = report.about
         same = told.get("fingerprint") == content and sorted(told.get("off", ())) == sorted(off)
-        name = path.relative_to(workdir).as_posix()
         if same or (path == own and not off):
             found.append((name, report))
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -160,15 +160,21 @@ class Report:
         data = json_text.settings(read_settings(place(path)), path)
         with within(f"{path}: not a saved evaluation report: "):
             check_fields({"results": None, **data}, _KINDS, "report")
-            for result in data["results"]:
-                check_fields(
-                    result, get_type_hints(Result), f"results of {shown(result.get('task'))}"
-                )
+            results = [_result(fields) for fields in data["results"]]
             for failure in data.get("failures", ()):
                 check_fields({**dict.fromkeys(_FAILURE), **failure}, _FAILURE, "failures")
-            try:
-                results = [Result(**result) for result in data["results"]]
-            except TypeError as error:  # a field that is not known, or one that is missing
-                raise UserError(str(error)) from None
         settings, about = data.get("settings", {}), data.get("about", {})
         return cls(results, settings, about, tuple(data.get("failures", ())))
+
+
+def _result(saved: Mapping[str, Any]) -> Result:
+    """A result by its fields. Raises UserError where one lacks, is unknown or of another type."""
+    where, known = f"results of {shown(saved.get('task'))}", fields(Result)
+    needed = [one.name for one in known if one.default is MISSING is one.default_factory]
+    lacking = [name for name in needed if name not in saved]
+    unknown = sorted(saved.keys() - {one.name for one in known})
+    for names, what in ((lacking, "fields that lack"), (unknown, "fields that are not known")):
+        if names:
+            raise UserError(f"{where}: {what}: {', '.join(names)}; write it anew by medmoe eval")
+    check_fields(saved, get_type_hints(Result), where)
+    return Result(**saved)

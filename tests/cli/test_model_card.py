@@ -155,6 +155,28 @@ def test_every_figure_is_one_of_the_records(workdir, tmp_path):
     assert "**Not medical advice.**" in card.content and str(tmp_path) not in card.content
 
 
+def test_reports_that_cannot_be_read_are_named_and_left_out(workdir, tmp_path, capsys):
+    contents = {
+        "list": "[1]",
+        "other": '{"results": {"acc": 1}}',
+        "older": '{"results": [{"task": "a", "score": 0.5}]}',
+        "torn": "{",
+    }
+    for name, content in contents.items():
+        (workdir / name).mkdir()
+        (workdir / name / "report.json").write_text(content)
+    own = StageFolder.of(workdir, "align")
+    report(own.report, "", 0.75)
+    forge(own, manifest=lambda told: told.update(files=kept_files(own)))
+    scores = section(export(tmp_path, workdir, "peft"), "Scores")
+    assert table(scores, "task")[0][2] == "75.0"
+    assert all(f"{name}/report.json" in scores for name in contents)
+    own.report.write_text("[1]")
+    forge(own, manifest=lambda told: told.update(files=kept_files(own)))
+    assert export(tmp_path, workdir, "hf") is None
+    assert "align/report.json: " in capsys.readouterr().err and not (tmp_path / "hf").exists()
+
+
 def test_what_is_not_known_is_said_to_be(workdir, tmp_path):
     forge(StageFolder.of(workdir, "align"), manifest=lambda told: told.update(metrics={}))
     card = export(tmp_path, workdir, "hf", "--off=alignment")

@@ -360,6 +360,15 @@ def test_reports_survive_saving(tmp_path):
         path.write_text(json.dumps({**saved, "failures": failures}))
         with pytest.raises(UserError, match=r"report\.json: .*failures"):
             Report.load(path)
+    (result,) = saved["results"]
+    older = {"task": "t", "score": 0.5}
+    for other, wanted in (
+        (older, "results of 't': fields that lack: language, group, kind, metric, low, high, "),
+        ({**result, "more": 1}, "fields that are not known: more; "),
+    ):
+        path.write_text(json.dumps({**saved, "results": [other]}))
+        with pytest.raises(UserError, match=rf"report\.json: not a saved .*{wanted}"):
+            Report.load(path)
     path.write_text("{}")
     with pytest.raises(UserError, match=r"report\.json"):
         Report.load(path)
