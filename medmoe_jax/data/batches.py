@@ -2,9 +2,9 @@
 
 A stream has S *virtual shards*, fixed by the recipe. Each shard owns every S-th row of each data
 set (of streamed files: blocks of as many rows as another's), shuffles them anew in every epoch,
-mixes the data sets by weight and packs rows first-fit into sequences of T tokens. Row i of every
-global batch comes from shard i mod S. A process reads the shards it was given; states are kept by
-shard, so another number of processes continues the stream.
+mixes the data sets by weight (`data.mixing`) and packs rows first-fit into sequences of T tokens.
+Row i of every global batch comes from shard i mod S. A process reads the shards it was given;
+states are kept by shard, so another number of processes continues the stream.
 
 Axis legend: B rows of this process's part of the global batch, T tokens of a row.
 """
@@ -20,9 +20,14 @@ from typing import Any, TypedDict
 
 import grain
 import numpy as np
-from grain.experimental import FirstFitPackIterDataset, ThreadPrefetchDatasetIterator
+from grain.experimental import (
+    FirstFitPackIterDataset,
+    LimitIterDataset,
+    ThreadPrefetchDatasetIterator,
+)
 
 from medmoe_jax.data.encoded_rows import EncodedRows, Facts, RowCounts
+from medmoe_jax.data.mixing import Mixture
 from medmoe_jax.data.order import endless
 from medmoe_jax.data.streamed_rows import INLINE, StreamedRows
 from medmoe_jax.errors import UserError
@@ -32,6 +37,8 @@ ARRAYS = ("tokens", "loss_mask", "segment_ids", "positions")
 # epochs mix for longer.
 PACK_BINS = 32
 AHEAD = 4
+# Stands in every saved state; to be raised when rows come in another order.
+ORDER = 1
 
 Batch = dict[str, np.ndarray]
 TrainingRows = EncodedRows | StreamedRows
@@ -121,6 +128,12 @@ class BatchStream(Iterator[Batch]):
         return [source for source in self._sources if isinstance(source, EncodedRows)]
 
     @property
+    def _is_as_before(self) -> bool:
+        """Whether rows come as they did before states told their order."""
+        is_one = self._weights is None or len(self._sources) == 1
+        return is_one and len(self._encoded) == len(self._sources)
+
+    @property
     def _knows_languages(self) -> bool:
         return self._sources[0].encoder.languages is not None
 
@@ -136,7 +149,7 @@ class BatchStream(Iterator[Batch]):
     def set_state(self, state: Mapping[str, dict]) -> None:
         """Continues from a state; states of other shards in it are passed over.
 
-        Raises UserError when a shard of this stream has no state.
+        Raises UserError when a shard of this stream has no state, or one of another order of rows.
         """
         missing = [str(shard) for shard in self.shard_ids if str(shard) not in state]
         if missing:
@@ -144,7 +157,14 @@ class BatchStream(Iterator[Batch]):
                 f"the saved data state lacks shard {', '.join(missing)} (it has "
                 f"{', '.join(state) or 'none'}); the number of data shards must stay as it was"
             )
-        self._batches.set_state({str(shard): state[str(shard)] for shard in self.shard_ids})
+        own = {str(shard): state[str(shard)] for shard in self.shard_ids}
+        known = {ORDER, None} if self._is_as_before else {ORDER}
+        if not known.issuperset(shard.get("order") for shard in own.values()):
+            raise UserError(
+                "the saved data state is of another version of medmoe_jax, in which other rows "
+                "come next; finish the stage with that version, or remove its folder to run it anew"
+            )
+        self._batches.set_state(own)
 
     def steps_per_epoch(self, merge: Merge = dict) -> int:
         """Global batches in one epoch: as many rows as all used data sets hold together.
@@ -162,32 +182,24 @@ class BatchStream(Iterator[Batch]):
     def _sequences(self, shard: int) -> int:
         """How many an epoch of the shard packs into."""
         rows = sum(len(_shard_of(source, shard, self._spec.shards)) for source in self._encoded)
-        epoch = self._mixed(shard).slice(slice(rows)).to_iter_dataset(INLINE)
+        epoch = LimitIterDataset(self._rows(shard), rows)
         return sum(1 for _ in self._packed(epoch, shard))
 
     def _rows(self, shard: int) -> grain.IterDataset:
         """The endless sequence of this shard's rows."""
-        if len(self._encoded) == len(self._sources):
-            return self._mixed(shard).to_iter_dataset(INLINE)
-        parts = [
+        shards = self._spec.shards
+        seeds = [_seed(self._spec.seed, shard, number) for number in range(len(self._sources))]
+        if self._weights is None:
+            parts = [_shard_of(source, shard, shards) for source in self._encoded]
+            whole = grain.MapDataset.concatenate(parts)
+            return endless(whole, seeds[0]).to_iter_dataset(INLINE)
+        rows = [
             source.endless(shard, seed)
             if isinstance(source, StreamedRows)
-            else endless(_shard_of(source, shard, self._spec.shards), seed).to_iter_dataset(INLINE)
-            for number, source in enumerate(self._sources)
-            for seed in (_seed(self._spec.seed, shard, number),)
+            else endless(_shard_of(source, shard, shards), seed).to_iter_dataset(INLINE)
+            for source, seed in zip(self._sources, seeds, strict=True)
         ]
-        return grain.IterDataset.mix(parts, self._weights)
-
-    def _mixed(self, shard: int) -> grain.MapDataset:
-        """The same of rows with random access."""
-        parts = [_shard_of(source, shard, self._spec.shards) for source in self._encoded]
-        if self._weights is None:
-            parts = [grain.MapDataset.concatenate(parts)]
-        parts = [
-            endless(part, _seed(self._spec.seed, shard, number))
-            for number, part in enumerate(parts)
-        ]
-        return grain.MapDataset.mix(parts, self._weights)
+        return rows[0] if len(rows) == 1 else Mixture(rows, self._weights, shard, shards)
 
     def _packed(self, rows: grain.IterDataset, shard: int) -> grain.IterDataset:
         """Sequences of T tokens. Unpacked is packed with one row to a sequence."""
@@ -286,7 +298,11 @@ class _ShardRows:
 
     def get_state(self) -> dict[str, dict]:
         return {
-            str(shard): {"sequences": sequence.get_state(), "counts": self._counts[shard].tolist()}
+            str(shard): {
+                "sequences": sequence.get_state(),
+                "counts": self._counts[shard].tolist(),
+                "order": ORDER,
+            }
             for shard, sequence in self._sequences.items()
         }
 

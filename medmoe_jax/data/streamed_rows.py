@@ -85,9 +85,9 @@ class _Each(grain.experimental.FlatMapTransform):
 class _Windows(grain.IterDataset):
     """Makes rows windows of at most `size` of an epoch, each a list in an order of its own."""
 
-    def __init__(self, rows: grain.IterDataset, size: int, seed: int, where: str) -> None:
+    def __init__(self, rows: grain.IterDataset, size: int, seed: int) -> None:
         super().__init__(rows)
-        self._order = size, seed, where
+        self._order = size, seed
 
     def __iter__(self) -> _WindowIterator:
         return _WindowIterator(iter(self._parent), *self._order)
@@ -97,9 +97,9 @@ class _WindowIterator(grain.DatasetIterator):
     # Grain's own windows do not end with an epoch, and its shuffle takes a quarter of a
     # millisecond a row.
 
-    def __init__(self, rows: grain.DatasetIterator, size: int, seed: int, where: str) -> None:
+    def __init__(self, rows: grain.DatasetIterator, size: int, seed: int) -> None:
         super().__init__(rows)
-        self._size, self._seed, self._where, self._number = size, seed, where, 0
+        self._size, self._seed, self._number = size, seed, 0
 
     def __next__(self) -> list[Any]:
         rows = []
@@ -116,12 +116,6 @@ class _WindowIterator(grain.DatasetIterator):
         return {"rows": self._parent.get_state(), "window": self._number}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        if "window" not in state:
-            raise UserError(
-                f"{self._where}: the saved data state is of an earlier version of medmoe_jax, in "
-                "which other rows come next; finish the stage with that version, or remove its "
-                "folder to run it anew"
-            )
         self._parent.set_state(state["rows"])
         self._number = state["window"]
 
@@ -195,7 +189,7 @@ class StreamedRows:
             lambda index, block: (block, (index + 1) % len(own) == 0)
         )
         rows = FlatMapIterDataset(blocks.to_iter_dataset(INLINE), _Reading(len(own), where))
-        windows = _Windows(rows, max(1, self.window // shards), seed, where)
+        windows = _Windows(rows, max(1, self.window // shards), seed)
         return FlatMapIterDataset(FlatMapIterDataset(windows, _Each(list)), _Each(self._encode))
 
     def _encode(self, found: tuple[Block, Any]) -> list[Element]:

@@ -233,6 +233,36 @@ def test_mixture_proportions():
     assert counts == {0: 200, 1: 100}
 
 
+@pytest.mark.parametrize("shards,global_batch", [(1, 16), (8, 8), (32, 32), (32, 64)])
+@pytest.mark.parametrize("weights", [{"a": 1, "b": 1}, {"a": 2, "b": 16}, {"a": 3, "b": 2, "c": 1}])
+def test_every_step_has_the_shares_of_the_mixture(weights, shards, global_batch):
+    datasets = {name: rows_of(64, 100 * i) for i, name in enumerate(weights)}
+    made = stream(datasets, weights, pack=False, shards=shards, global_batch=global_batch)
+    wanted = global_batch * np.array([*weights.values()]) / sum(weights.values())
+    for batch in take(made, 30):
+        found = np.bincount([number_of(row[0]) // 100 for row in samples(batch)], minlength=3)
+        assert np.abs(found[: len(wanted)] - wanted).max() < (1 if shards == global_batch else 3)
+
+
+def test_sequences_that_are_packed_together_have_the_shares_of_the_mixture():
+    long = [conversation(chr(1000 + i) + "q" * 9, "a" * 9) for i in range(164)]  # one a sequence
+    datasets = {"a": long[:64], "b": long[100:]}
+    made = stream(datasets, {"a": 1, "b": 9}, shards=32, global_batch=32)
+    for _ in range(8):
+        together = [row for batch in take(made, batches.PACK_BINS) for row in samples(batch)]
+        found = sum(number_of(row) < 100 for parts in together for row in parts)
+        assert len(together) == 160 and abs(found - 16) < 3
+
+
+def test_shards_with_rows_of_a_mixture_see_all_of_their_rows():
+    datasets = {"a": rows_of(32), "b": rows_of(32, 100)}
+    made = stream(datasets, {"a": 1, "b": 1}, pack=False, shards=8, global_batch=8)
+    order = np.array([[number_of(row[0]) for row in samples(batch)] for batch in take(made, 14)])
+    for shard, column in enumerate(order.T.tolist()):
+        own = {*range(shard, 32, 8), *range(100 + shard, 132, 8)}
+        assert set(column) == own
+
+
 def test_no_weights_means_each_row_of_all_once():
     datasets = {"a": rows_of(31), "b": rows_of(9, 100)}
     counts = Counter()
@@ -268,6 +298,41 @@ def test_resume_at_every_batch(pack):
             assert resumed.counters() == counters
     original.set_state(states[5])
     assert equal(take(original, 3), [batch for batch, _ in given[5:8]])
+
+
+# Written before states told the order of rows, after five batches of `stream()`.
+BEFORE = {
+    str(shard): {
+        "sequences": {"parent": {"next_index": 36}, "next_row": 0, "counter": 15},
+        "counts": [36, tokens, targets, 0, 0],
+    }
+    for shard, tokens, targets in ((0, 443, 247), (1, 439, 207))
+}
+
+
+def test_a_state_of_before_goes_on_where_its_order_is_still_the_same():
+    for weights in (None, {"a": 2.0}):
+        resumed, whole = stream(weights=weights), stream(weights=weights)
+        resumed.set_state(BEFORE)
+        found = [[number_of(row) for row in parts] for parts in samples(next(resumed))]
+        assert found == [[30, 32], [37], [36, 22, 16], [29], [10, 4], [5, 1, 3]]
+        assert equal(take(resumed, 5), take(whole, 11)[6:])
+        assert resumed.counters() == whole.counters()
+
+
+def test_a_state_of_another_order_is_refused():
+    datasets = {"a": ROWS, "b": rows_of(25, 100)}
+    mixed = stream(datasets, {"a": 2, "b": 1})
+    with pytest.raises(UserError, match=r"state is of another version .* or remove its folder"):
+        mixed.set_state(BEFORE)
+    one = stream(datasets, {"a": 2, "b": 0})
+    one.set_state(BEFORE)
+    for made in (one, mixed):
+        state = made.get_state()
+        made.set_state(state)
+        state["1"]["order"] += 1
+        with pytest.raises(UserError, match="state is of another version"):
+            made.set_state(state)
 
 
 def test_resume_with_another_number_of_processes():

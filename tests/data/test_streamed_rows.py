@@ -225,6 +225,8 @@ def test_mixed_with_rows_in_memory(path):
     weights = {"s": 1.0, "a": 0.5, "b": 0.0}
     found = numbers(stream(path, weights, others, pack=False), 50) // 100
     assert Counter(found.flatten().tolist()) == {0: 200, 1: 100}
+    found = numbers(stream(path, weights, others, pack=False, shards=6), 50) // 100
+    assert all(sorted(step) == [0, 0, 0, 0, 1, 1] for step in found.tolist())
     with pytest.raises(UserError, match="'s' is streamed, so it needs a mixture weight"):
         batches.make_stream({"s": streamed(path)}, None, StreamSpec(6, 2))
 
@@ -282,7 +284,7 @@ def test_a_state_of_before_is_refused(path):
     mixed = {"parents": [{"parent": windows, "next_index_in_buffer": 1}], "index": 3, "stop": False}
     sequences = {"parent": mixed, "next_row": 0, "counter": 3}
     before = {str(shard): {"sequences": sequences, "counts": [3, 37, 20, 0, 0]} for shard in (0, 1)}
-    with pytest.raises(UserError, match=r"source 's': .* state is of an earlier version"):
+    with pytest.raises(UserError, match=r"the saved data state is of another version"):
         stream(path, pack=False).set_state(before)
 
 
