@@ -43,15 +43,15 @@ class _Reading(grain.experimental.FlatMapTransform):
 
     max_fan_out = 1 << 40
 
-    def __init__(self, blocks: int, where: str) -> None:
-        self._blocks, self._where, self._empty = blocks, where, 0
+    def __init__(self, blocks: int, no_row: str) -> None:
+        self._blocks, self._no_row, self._empty = blocks, no_row, 0
 
     def flat_map(self, element: tuple[Block, bool]) -> Sequence[Any]:
         block, is_last = element
         rows = block.read()
         self._empty = 0 if len(rows) else self._empty + 1
         if self._empty > 2 * self._blocks:  # a whole epoch
-            raise UserError(f"{self._where} holds no row; use fewer data shards")
+            raise UserError(self._no_row)
         return _OfBlock(block, rows, is_last)
 
 
@@ -184,11 +184,14 @@ class StreamedRows:
     def endless(self, shard: int, seed: int) -> grain.IterDataset:
         """The training rows of a shard, epoch after epoch; `seed`: of the order."""
         shards, own = len(self.blocks), self.blocks[shard]
-        where = f"source '{self.name}': data shard {shard} of {shards}"
+        no_row = (
+            f"source '{self.name}': data shard {shard} of {shards} holds no row; use fewer data "
+            "shards"
+        )
         blocks = endless(grain.MapDataset.source(own), seed).map_with_index(
             lambda index, block: (block, (index + 1) % len(own) == 0)
         )
-        rows = FlatMapIterDataset(blocks.to_iter_dataset(INLINE), _Reading(len(own), where))
+        rows = FlatMapIterDataset(blocks.to_iter_dataset(INLINE), _Reading(len(own), no_row))
         windows = _Windows(rows, max(1, self.window // shards), seed)
         return FlatMapIterDataset(FlatMapIterDataset(windows, _Each(list)), _Each(self._encode))
 
