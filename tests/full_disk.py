@@ -1,7 +1,8 @@
-"""A disk that fails at the n-th time that something is made on it, whoever makes it in Python."""
+"""A disk that fails at the n-th thing that Python makes on it, and one whose files stay small."""
 
 import contextlib
 import os
+import resource
 import sys
 
 _MAKES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -38,3 +39,14 @@ def failing(folder, at, errno):
         yield _state
     finally:
         _state["folder"] = ""
+
+
+@contextlib.contextmanager
+def room_for(size):
+    """No file that this process writes, in any language, can have more bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from safetensors import SafetensorError
 
+from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.checkpoints import files, lease
 from medmoe_jax.checkpoints.folders import StageFolder
+from medmoe_jax.checkpoints.gguf_export import save_gguf_adapter
 from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.checkpoints.stages import StageCheckpoints
 from medmoe_jax.data import builder, gguf_tokenizer, tokenizers
@@ -24,7 +26,8 @@ from medmoe_jax.storage import partials
 from medmoe_jax.training.hooks.faults import keep_batch
 from medmoe_jax.training.hooks.protocol import Progress
 from medmoe_jax.training.hooks.writers import TensorBoard
-from tests.full_disk import failing
+from tests import naive
+from tests.full_disk import failing, room_for
 
 NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
@@ -60,6 +63,12 @@ def build(folder):
     builder.build([parse_row({"prompt": "Q", "response": "A"})], folder / "data", "demo")
 
 
+def gguf_adapter(folder):
+    spec = BankSpec("b", ("mlp.up", "mlp.down"), 0, 3, rank=2)
+    banks = naive.random_banks((spec,), naive.TINY)
+    save_gguf_adapter(folder / "g", naive.TINY, "llama", [(spec, banks["b"])])
+
+
 LINES = LinesSection("t", [("a", [1, 2], [0.5, 0.1])])
 MANIFEST = Manifest("a", "", "f", "b", "", [], {}, 1, {}, {})
 WRITERS = {
@@ -67,6 +76,7 @@ WRITERS = {
     "a manifest": lambda folder: MANIFEST.write(folder / "manifest.json"),
     "metrics": metrics,
     "an export": export,
+    "a GGUF file": gguf_adapter,
     "a checkpoint": checkpoint,
     "the lease": lambda folder: lease.take(folder / "w").release(),
     "a report": lambda folder: Report([]).save(folder / "r" / "report.json"),
@@ -102,6 +112,22 @@ def test_every_write_that_fails_is_a_fault_of_storage(tmp_path, name):
         at += 1
         assert at < 60
     assert at > 2, "nothing was written"
+
+
+# All but the lease, a folder of empty files.
+@pytest.mark.parametrize("name", [name for name in WRITERS if name != "the lease"])
+def test_a_write_that_is_cut_is_a_fault_of_storage(tmp_path, name):
+    """No file can have more than some bytes: the system takes a part of what is written to it."""
+    WRITERS[name](tmp_path)
+    largest = max(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    for most in {0, largest // 3, largest // 2, largest * 3 // 4, largest - 1}:
+        folder = tmp_path / f"cut{most}"
+        folder.mkdir()
+        with room_for(most), pytest.raises((OSError, UserError)) as error:
+            WRITERS[name](folder)
+        assert is_storage(error.value), (most, error.value)
+        left = [path for path in folder.rglob("*.partial*") if path.is_file()]
+        assert not left, (most, left)
 
 
 def test_a_fault_is_known_by_its_number_or_by_its_text():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
@@ -287,14 +288,22 @@ class _File:
                 f"{name}: has values beyond 65504, the most that float16 holds; write bfloat16 or "
                 "float32"
             )
-        self._writer.write_tensor_data(data.view(np.uint8))
+        # The writer's own way (ndarray.tofile) raises an error with no number on a full disk.
+        out = self._out
+        self._writer.write_padding(out, out.tell())
+        out.write(np.ascontiguousarray(data).data)
+        self._writer.write_padding(out, data.nbytes)
 
     def end(self, folder: Path) -> None:
         """Wait until all is on the disk."""
         del folder
-        for file in self._writer.fout or ():
-            file.flush()
-            os.fsync(file.fileno())
+        self._out.flush()
+        os.fsync(self._out.fileno())
+
+    @property
+    def _out(self) -> io.BufferedWriter:
+        """The one that is open: the writer could make several, and is not asked to."""
+        return (self._writer.fout or [])[0]
 
     def close(self) -> None:
         """Close the file. What could not be written has been said before."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from medmoe_jax.data.conversation import Conversation
+from medmoe_jax.errors import STORAGE_LOST
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -46,11 +48,22 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def write(rows: Iterable[Conversation], folder: Path, name: str, version: str, split: str) -> Path:
-    """Writes rows as a data set into the folder; returns where it lies in there."""
+    """Writes rows as a data set into the folder; returns where it lies in there.
+
+    Raises:
+      OSError: the disk is full or failed.
+    """
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):
         builder = _Builder(name, version, split, rows, str(folder))
-        builder.download_and_prepare()
+        try:
+            builder.download_and_prepare()
+        except RuntimeError as error:
+            # The writer, in C++, says what failed in the system's words alone.
+            for number in STORAGE_LOST:
+                if os.strerror(number) in str(error):
+                    raise OSError(number, os.strerror(number)) from error
+            raise
     return Path(builder.data_dir)
 
 
