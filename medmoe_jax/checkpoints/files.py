@@ -26,7 +26,7 @@ from medmoe_jax.parallel import processes
 from medmoe_jax.storage import objects
 from medmoe_jax.storage.objects import Grown
 from medmoe_jax.storage.partials import partial_of, sweep
-from medmoe_jax.storage.places import is_remote, local, place
+from medmoe_jax.storage.places import check_file, check_makeable, is_remote, local, place
 from medmoe_jax.storage.plain import read_settings
 
 
@@ -42,6 +42,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
     Raises:
       OSError: the disk is full or the folder cannot be written; the old content is intact.
+      UserError: a folder is there.
     """
     if processes.index():
         return
@@ -49,6 +50,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     if is_remote(path):
         objects.write(path, content)
         return
+    check_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path)
     partial = partial_of(path)
@@ -121,10 +123,24 @@ def check_exportable(arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def check_new(directory: str | Path) -> None:
-    """Raise UserError unless there is nothing at `directory`, on disk, or an empty folder."""
+    """Raise UserError unless a new folder can come to stand at `directory`, on disk.
+
+    There is nothing, or an empty folder that can be replaced: a mount point cannot, and who is in
+    a folder would be left in the old one.
+
+    Raises:
+      StorageError: on the way lies a link to nothing.
+    """
     directory = local(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    check_makeable(directory)
+    if not directory.exists():
+        return
+    if any(directory.iterdir()):
         raise UserError(f"{directory}: is there already; give the path of a new folder")
+    here = directory.samefile(os.curdir)
+    if here or directory.resolve().is_mount():
+        what = "the current folder" if here else "a mount point"
+        raise UserError(f"{directory}: is {what}; give the path of a new folder in it")
 
 
 Write = Callable[[Callable[[Path], None]], None]
@@ -138,14 +154,15 @@ def new_folder(directory: str | Path) -> Generator[Write]:
     folder on the first process and returns, or raises, on all of them.
 
     Args:
-      directory: a path on disk at which there is nothing yet, or an empty folder.
+      directory: a path on disk at which there is nothing yet, or an empty folder; see `check_new`.
 
     Raises:
       UserError: something is there, or the folder cannot be written.
       StorageError: the disk is full or failed.
     """
     directory = local(directory)
-    partial = partial_of(directory)
+    final = directory.resolve()  # a link stays one, to what is new
+    partial = partial_of(final)
 
     def write(act: Callable[[Path], None]) -> None:
         from_first_process(lambda: _tried(act, partial, directory))
@@ -153,13 +170,13 @@ def new_folder(directory: str | Path) -> Generator[Write]:
     def make(folder: Path) -> None:
         check_new(directory)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        sweep(directory)
+        sweep(final)
         folder.mkdir()
 
     try:
         write(make)
         yield write
-        write(lambda folder: os.replace(folder, directory))
+        write(lambda folder: os.replace(folder, final))
     finally:
         if processes.index() == 0:
             shutil.rmtree(partial, ignore_errors=True)

@@ -34,7 +34,7 @@ from medmoe_jax.checkpoints.agreement import from_first_process
 from medmoe_jax.errors import ParameterError, StorageError, UserError
 from medmoe_jax.storage import objects
 from medmoe_jax.storage.partials import start_of, system
-from medmoe_jax.storage.places import is_remote
+from medmoe_jax.storage.places import check_makeable, is_remote
 from medmoe_jax.storage.places import place as storage_place
 
 FOLDER = "lease"
@@ -133,23 +133,12 @@ def writer(folder: str | Path) -> str:
 
 
 def check_folder(folder: str | Path) -> None:
-    """Whether a folder is there or may be made, as far as paths tell.
-
-    Raises:
-      UserError: no folder is named, or something else stands there or above.
-      StorageError: on the way lies a link to nothing, such as to a disk that is not mounted.
-    """
+    """Whether a work directory is there or may be made; raises what `check_makeable` does."""
     if not str(folder):
         raise ParameterError("workdir: is empty; give the path of a folder")
     folder = storage_place(folder)
-    for one in () if is_remote(folder) else (folder, *folder.absolute().parents):
-        if one.is_symlink() and not one.exists():
-            raise StorageError(
-                f"{folder}: cannot be made: {one} is a link to {os.readlink(one)}, which is not "
-                "there"
-            )
-        if one.exists() and not one.is_dir():
-            raise UserError(f"{one}: is not a folder; give the path of a folder, or of a new one")
+    if not is_remote(folder):
+        check_makeable(folder)
 
 
 def _now() -> float:

@@ -28,6 +28,7 @@ from medmoe_jax.cli.session import (
 )
 from medmoe_jax.data.conversation import check_text
 from medmoe_jax.errors import UserError
+from medmoe_jax.storage.places import check_file
 from medmoe_jax.training.terminal import say
 
 
@@ -56,6 +57,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     rows, places = [{"prompt": arguments.prompt}], ["the prompt"]
     check_text(rows, "the prompt")
     if arguments.input is not None:
+        check_file(arguments.output)
         rows, places = read_rows(arguments.input, ("prompt",))
     prompts = [row["prompt"] for row in rows]
     opened = open_run(rest, arguments.workdir)

@@ -26,6 +26,7 @@ from medmoe_jax.planning import plan as plans
 from medmoe_jax.planning import search as searches
 from medmoe_jax.planning.programs import open_abstract, start, training
 from medmoe_jax.ranges import NOT_NEGATIVE
+from medmoe_jax.storage.places import check_file
 from medmoe_jax.training.summary import print_undivided
 from medmoe_jax.training.terminal import console, note
 
@@ -58,6 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Run the command."""
     NOT_NEGATIVE.check("search", arguments.search)
+    if arguments.json:
+        check_file(arguments.json)
     # Nothing runs here: a TPU of this machine stays free for others.
     jax.config.update("jax_platforms", "cpu")
     topology = describe(arguments.topology)

@@ -16,6 +16,7 @@ from medmoe_jax.api.model import load
 from medmoe_jax.api.tasks import check_prompts
 from medmoe_jax.checkpoints.files import write_text
 from medmoe_jax.cli.session import add_language_argument, add_model_arguments, open_run, read_rows
+from medmoe_jax.storage.places import check_file
 from medmoe_jax.training.terminal import say
 
 
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Run the command."""
+    check_file(arguments.output)
     rows, places = read_rows(arguments.input, ("prompt", "completion"))
     prompts, completions = [r["prompt"] for r in rows], [r["completion"] for r in rows]
     opened = open_run(rest, arguments.workdir)

@@ -26,7 +26,7 @@ from medmoe_jax.data.tokens import Added, Tokenizer
 from medmoe_jax.errors import UserError
 from medmoe_jax.storage.fetched import fetched
 from medmoe_jax.storage.partials import partial_of, sweep
-from medmoe_jax.storage.places import local
+from medmoe_jax.storage.places import check_file, local
 
 # Tried in this order when no file beside a tokenizer.json says anything.
 # What tells of a tokenizer beside its main file.
@@ -287,6 +287,7 @@ def train(
     for `vocab_size`.
     """
     out = local(out)
+    check_file(out)
     smallest = 4 + len(symbols) + 256
     if vocab_size <= smallest:
         raise UserError(f"vocab_size {vocab_size} is too small; give more than {smallest}")

@@ -22,7 +22,8 @@ _NAME = re.compile(
 def partial_of(path: Path) -> Path:
     """Where this process makes what is to stand at a path on this machine's disk."""
     own = os.getpid()
-    return path.with_name(f".{path.name}.{_mark()}-{own}-{start_of(own) or 0}.partial")
+    path = path.absolute()  # `.` has no name
+    return path.parent / f".{path.name}.{_mark()}-{own}-{start_of(own) or 0}.partial"
 
 
 def sweep(path: Path) -> None:
@@ -31,6 +32,7 @@ def sweep(path: Path) -> None:
     Raises:
       OSError: the disk cannot be written.
     """
+    path = path.absolute()
     for one in path.parent.glob(f".{_escaped(path.name)}.*.partial"):
         found = _NAME.fullmatch(one.name)
         if not found or found["of"] != path.name or found["system"] != _mark():

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import StorageError, UserError
 
 
 class _Scheme(NamedTuple):
@@ -130,6 +130,30 @@ def make_folder(path: Path) -> None:
     """Make a folder with those above it; on object storage there are none to make."""
     if not is_remote(path):
         path.mkdir(parents=True, exist_ok=True)
+
+
+def check_file(path: str | os.PathLike) -> None:
+    """Raise UserError where there is a folder at a path at which a file is to be written."""
+    path = place(path)
+    if not is_remote(path) and path.is_dir():
+        raise UserError(f"{path}: is a folder; give the path of a file")
+
+
+def check_makeable(folder: Path) -> None:
+    """Whether a folder on disk is there or may be made, as far as paths tell.
+
+    Raises:
+      UserError: something else stands there or above.
+      StorageError: on the way lies a link to nothing, such as to a disk that is not mounted.
+    """
+    for one in (folder, *folder.absolute().parents):
+        if one.is_symlink() and not one.exists():
+            raise StorageError(
+                f"{folder}: cannot be made: {one} is a link to {os.readlink(one)}, which is not "
+                "there"
+            )
+        if one.exists() and not one.is_dir():
+            raise UserError(f"{one}: is not a folder; give the path of a folder, or of a new one")
 
 
 def absolute(path: Path) -> Path:

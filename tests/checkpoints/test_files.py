@@ -1,10 +1,21 @@
 """Atomic files, JSON errors, and a metrics log without duplicates, gaps or torn lines."""
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 
-from medmoe_jax.checkpoints.files import MetricsLog, read_json, read_metrics, write_json, write_text
+from medmoe_jax.checkpoints.files import (
+    MetricsLog,
+    check_new,
+    new_folder,
+    read_json,
+    read_metrics,
+    write_json,
+    write_text,
+)
+from medmoe_jax.data import tokenizers
 from medmoe_jax.errors import UserError
 
 
@@ -43,6 +54,65 @@ def test_a_bad_json_file_is_named(tmp_path, content, message):
         read_json(path)
     with pytest.raises(UserError, match=r"absent.json: no such file"):
         read_json(tmp_path / "absent.json")
+
+
+def export(folder):
+    with new_folder(folder) as write:
+        write(lambda there: write_json(there / "a.json", {"a": 1}))
+
+
+def test_a_link_to_an_empty_folder_stays_a_link(tmp_path):
+    (tmp_path / "disk" / "out").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    (tmp_path / "out").symlink_to("link/out")
+    export(tmp_path / "out")
+    assert (tmp_path / "out").is_symlink()
+    assert read_json(tmp_path / "disk" / "out" / "a.json") == {"a": 1}
+    assert sorted(os.listdir(tmp_path)) == ["disk", "link", "out"]
+    assert os.listdir(tmp_path / "disk") == ["out"]
+
+
+def test_a_folder_that_cannot_come_is_refused_before_it_is_made(tmp_path, monkeypatch):
+    for name in ("empty", "mounted", "full"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "full" / "file").touch()
+    (tmp_path / "gone").symlink_to("nowhere")
+    (tmp_path / "to_mounted").symlink_to("mounted")
+    mounts = [tmp_path / "mounted"]
+    monkeypatch.setattr(Path, "is_mount", lambda path: path in mounts)
+    monkeypatch.chdir(tmp_path / "empty")
+    new = "give the path of a new folder in it"
+    for path, message in {
+        ".": f".: is the current folder; {new}",
+        "../empty": f"../empty: is the current folder; {new}",
+        "..": "..: is there already; give the path of a new folder",
+        "../mounted": f"../mounted: is a mount point; {new}",
+        "../to_mounted": f"../to_mounted: is a mount point; {new}",
+        "../full/file": "../full/file: is not a folder",
+        "../full/file/deep": "../full/file: is not a folder",
+        "../gone": "../gone: cannot be made: ../gone is a link to nowhere, which is not there",
+        "../gone/deep": "gone is a link to nowhere, which is not there",
+        "/": "/: is there already",
+    }.items():
+        for refuse in (check_new, export):
+            with pytest.raises(UserError, match=re.escape(message)):
+                refuse(path)
+    assert not os.listdir(".") and not os.listdir("../mounted")
+    assert len(os.listdir("..")) == 5
+    export("new")
+    export("../mounted/new/deeper")
+    assert os.listdir(".") == ["new"] and os.listdir("../mounted/new/deeper") == ["a.json"]
+
+
+def test_a_file_is_not_written_over_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "old").mkdir()
+    monkeypatch.chdir(tmp_path / "old")
+    for path in (".", "..", "../old", "/"):
+        with pytest.raises(UserError, match=rf"{path}: is a folder; give the path of a file"):
+            write_text(path, "x")
+        with pytest.raises(UserError, match=rf"{path}: is a folder; give the path of a file"):
+            tokenizers.train(["a b"] * 9, 270, path)
+    assert not os.listdir(tmp_path / "old") and os.listdir(tmp_path) == ["old"]
 
 
 def write_lines(path, steps, after_step=0):
