@@ -34,6 +34,22 @@ FORCING = ("off", "train", "always")
 FORMS = ("lora", "ffn_lora", "ffn", "ffn_beside")
 INITS = ("a", "b")
 _FFN = (*GROUPS["mlp.in"], *GROUPS["mlp.out"])
+# Fields that act in some banks only: which, and how such a bank is asked for. Ranks and alpha are
+# left out: a recipe gives them to experts that may be whole or not.
+_ACTING = (
+    (
+        ("rank_stabilised", "dropout", "learned_scale", "init"),
+        lambda spec: not spec.whole,
+        "low-rank experts: form='lora' or 'ffn_lora'",
+    ),
+    (
+        ("top_k", "renormalise", "router_bias", "router_noise", "balance_loss", "z_loss"),
+        lambda spec: spec.routed,
+        "a router: gate='token' or 'language'",
+    ),
+    (("forcing",), lambda spec: spec.gate == "language", "gate='language'"),
+    (("mix_per_layer", "mix_softmax"), lambda spec: spec.gate == "skill", "gate='skill'"),
+)
 # Gives the shardings of a tree of shapes.
 ShardingsOf = Callable[[Any], Any]
 # `{site: (D, O)}` of a model's linear layers.
@@ -119,18 +135,26 @@ class BankSpec:
             raise UserError(f"{where}: router_noise, balance_loss and z_loss must be >= 0")
         if self.init not in INITS:
             raise UserError(f"{where}.init: '{self.init}' is none of {', '.join(INITS)}")
-        if self.init == "b" and (self.learned_scale or self.whole):
+        if self.init == "b" and self.learned_scale:
             raise UserError(
                 f"{where}.init: 'b' is for experts of two factors, one of which is zero at first; "
-                "with learned_scale Λ is, and whole networks have none"
+                "with learned_scale Λ is"
             )
-        if not self.routed and max(self.router_noise, self.balance_loss, self.z_loss) > 0:
-            raise UserError(
-                f"{where}: router_noise, balance_loss and z_loss need a router: gate='token' or "
-                "'language'"
-            )
+        self._check_acting(where)
         if self.routed:
             check_top_k(where, self.top_k, self.experts)
+
+    def _check_acting(self, where: str) -> None:
+        """Raise UserError for a field that is set and changes nothing in such a bank."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for names, acts, needs in _ACTING:
+            for name in names:
+                value, default = getattr(self, name), defaults[name]
+                if value != default and not acts(self):
+                    raise UserError(
+                        f"{where}.{name}: {value!r} would change nothing, it needs {needs}; leave "
+                        f"it at {default!r}"
+                    )
 
     @property
     def routed(self) -> bool:

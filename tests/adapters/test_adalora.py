@@ -225,7 +225,7 @@ def test_the_regulariser_of_orthonormal_factors():
     assert all(np.array_equal(leaf, np.zeros_like(leaf)) for leaf in jax.tree.leaves(grads))
     with pytest.raises(UserError, match="bank 'skill' has no low-rank factors"):
         term.value({"skill": BankSpec("skill", ("mlp.gate", "mlp.up", "mlp.down"), 0, 1, "ffn", 2,
-                                      gate="token", learned_scale=True)}, {})  # fmt: skip
+                                      gate="token")}, {})  # fmt: skip
 
 
 def holed(gaps):

@@ -98,9 +98,6 @@ def test_first_weights_with_the_other_factor_zero():
             assert 0.9 * bound < np.abs(b).max() <= bound
             assert b.std() == pytest.approx(bound / 3**0.5, rel=0.1)
             assert not np.array_equal(b[:, 0], b[:, 1])
-    with pytest.raises(UserError, match="init: 'b' is for"):
-        BankSpec("b", ("mlp.gate", "mlp.up", "mlp.down"), 0, 1, form="ffn", gate="token",
-                 experts=2, init="b")  # fmt: skip
 
 
 def test_first_weights_with_a_learned_scale():
@@ -111,6 +108,35 @@ def test_first_weights_with_a_learned_scale():
         assert not np.any(leaves["scale"])
         for name in ("lora_a", "lora_b"):
             assert np.std(leaves[name]) == pytest.approx(0.02, rel=0.1)
+
+
+NETWORK = {"sites": ("mlp.gate", "mlp.up", "mlp.down"), "gate": "token", "experts": 4}
+# A field's other value, a bank where it acts, and some where it would change nothing.
+ACTS = {
+    "dropout": (0.1, {}, [{"form": "ffn"}, {"form": "ffn_beside"}]),
+    "learned_scale": (True, {"form": "ffn_lora"}, [{"form": "ffn"}]),
+    "rank_stabilised": (True, {}, [{"form": "ffn"}]),
+    "init": ("b", {"form": "ffn_lora"}, [{"form": "ffn"}]),
+    "top_k": (1, {}, [{"gate": "always"}, {"gate": "skill"}]),
+    "renormalise": (False, {"gate": "language"}, [{"gate": "always"}]),
+    "router_bias": (False, {"form": "ffn"}, [{"gate": "skill"}]),
+    "router_noise": (0.1, {}, [{"gate": "always"}]),
+    "balance_loss": (0.1, {}, [{"gate": "skill"}]),
+    "z_loss": (0.1, {}, [{"gate": "always"}]),
+    "forcing": ("off", {"gate": "language"}, [{}, {"gate": "always"}, {"gate": "skill"}]),
+    "mix_per_layer": (True, {"gate": "skill"}, [{}, {"gate": "always"}, {"gate": "language"}]),
+    "mix_softmax": (True, {"gate": "skill"}, [{}, {"gate": "always"}, {"form": "ffn"}]),
+}
+
+
+@pytest.mark.parametrize("field", ACTS)
+def test_a_field_that_would_change_nothing_is_refused(field):
+    value, acting, idle = ACTS[field]
+    BankSpec("b", **{**NETWORK, **acting, field: value})
+    for bank_of in idle:
+        BankSpec("b", **{**NETWORK, **bank_of})
+        with pytest.raises(UserError, match=rf"bank 'b'\.{field}: {value!r} would change nothing"):
+            BankSpec("b", **{**NETWORK, **bank_of, field: value})
 
 
 def test_abstract_is_init():
