@@ -119,7 +119,8 @@ def add_skills(config: ConfigDict, skills: dict[str, tuple[tuple[str, ...], str]
 
 def learn(skill: str, before: str, steps: int = STEPS, **fields) -> ConfigDict:
     """One skill alone, of 12 ranks a matrix at first and 8 on average in the end."""
-    ranks = allocator(skill, 8, t_init=steps // 10, t_final=3 * steps // 10, every=steps // 60)
+    every = max(1, steps // 60)
+    ranks = allocator(skill, 8, t_init=steps // 10, t_final=3 * steps // 10, every=every)
     return stage(
         after=before,
         states={before: "off"} if before else {},

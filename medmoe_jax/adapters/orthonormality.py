@@ -16,6 +16,7 @@ import numpy as np
 
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.errors import UserError
+from medmoe_jax.ranges import NOT_NEGATIVE
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,16 @@ class Orthonormality:
 
     Attributes:
       bank: whose A and B it keeps near orthonormal, of every site, layer and expert.
-      weight: on the mean.
+      weight: on the mean; 0 leaves the term out and keeps its metrics.
       squared: the squares of the norms instead (the paper).
     """
 
     bank: str
     weight: float = 0.5
     squared: bool = False
+
+    def __post_init__(self) -> None:
+        NOT_NEGATIVE.check("weight", self.weight)
 
     @property
     def name(self) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.errors import UserError
+from medmoe_jax.ranges import NOT_NEGATIVE
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,14 @@ class Sparsity:
 
     Attributes:
       bank: whose mixing weights.
-      weight: on the mean.
+      weight: on the mean; 0 leaves the term out and keeps its metrics.
     """
 
     bank: str
     weight: float = 0.05
+
+    def __post_init__(self) -> None:
+        NOT_NEGATIVE.check("weight", self.weight)
 
     @property
     def name(self) -> str:

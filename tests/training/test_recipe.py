@@ -16,6 +16,7 @@ from medmoe_jax.training.config import (
     orthogonality,
     orthonormality,
     recipe,
+    sparsity,
     stacked,
     stage,
 )
@@ -189,6 +190,14 @@ REFUSED = {
     "negative_weight": (
         second(losses={"o": orthogonality("x", "y", weight=-1.0)}),
         "losses.o.weight: -1.0 is below",
+    ),
+    "negative_orthonormality": (
+        second(losses={"o": orthonormality("x", weight=-0.5)}),
+        "stages.second.losses.o.weight: -0.5 is below 0",
+    ),
+    "negative_sparsity": (
+        second(losses={"o": sparsity("z", weight=-0.5)}, stack={"z": stacked(("x", "y"))}),
+        "stages.second.losses.o.weight: -0.5 is below 0",
     ),
     "moves_nothing": (
         second(states={"x": "frozen"}, losses={"o": orthogonality("x", "y")}),

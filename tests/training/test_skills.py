@@ -89,6 +89,16 @@ def test_every_gate_and_task(gate):
     assert bool(coding.regularisers) == (gate in ("global", "per_layer"))
 
 
+@pytest.mark.parametrize("steps", [4, 59, 600])
+def test_a_skill_takes_any_number_of_steps(steps):
+    """Its ranks shrink by then, of few steps after each."""
+    config = sa_mdkif.get_config("qwen2-0.5b,none")
+    config.stages.coding = sa_mdkif.learn("coding", "", steps, mixture={"conversation": 1.0})
+    config.stages.order = ("coding",)
+    (stage,) = parse(config, preset("qwen2-0.5b"))
+    assert stage.allocators["ranks"].every == {4: 1, 59: 1, 600: 10}[steps]
+
+
 def test_the_skills_alone():
     assert sa_mdkif.get_config("qwen2-0.5b,none").stages.order == tuple(sa_mdkif.SKILLS)
 
