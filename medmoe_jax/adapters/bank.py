@@ -76,13 +76,15 @@ class BankSpec:
         expert of the token's language forced among the picks) or `skill` (mixing weights, the same
         for every token).
       top_k, renormalise, router_bias: how many experts a router picks, whether their weights sum to
-        one, and whether it has a bias.
+        one, and whether it has a bias. The weight of a single pick that is renormalised is always
+        one, from which a router learns nothing.
       router_noise: standard deviation of the noise on its logits in training.
       forcing: when a `language` gate forces: `off`, in `train`ing only, or `always` that ids are
         given.
       balance_loss, z_loss: weights of the losses on the router (`routing.routers`).
       mix_per_layer, mix_softmax: for a `skill` gate: whether every layer has its own mixing
-        weights, and whether they pass through a softmax.
+        weights, and whether they pass through a softmax, without which only banks that become one
+        by `stack` learn.
       dropout: probability, on the input of A only, in training.
       learned_scale: whether there is a Λ between A and B.
       init: which low-rank factor is drawn at first, `a` or `b`; the other is zero, so that the bank
@@ -179,6 +181,29 @@ class BankSpec:
     def replace(self, **changes: Any) -> BankSpec:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+def check_gate_learns(spec: BankSpec, fresh: bool) -> None:
+    """Raise UserError for a bank that trains and whose gate would have gradient 0 for ever.
+
+    Args:
+      spec: the bank.
+      fresh: whether its values are those of `init`, not those of trained banks.
+    """
+    where = f"bank '{spec.name}'"
+    if fresh and spec.gate == "skill" and not spec.mix_softmax:
+        raise UserError(
+            f"{where}.mix_softmax: mixing weights begin with zero, and so does what they weigh, so "
+            "that neither ever learns; set mix_softmax=True, or `stack` banks that are trained"
+        )
+    constant = spec.routed and spec.experts > 1 and spec.top_k == 1 and spec.renormalise
+    taught = spec.balance_loss > 0 or spec.z_loss > 0
+    told = spec.gate == "language" and spec.forcing == "always"
+    if constant and not (taught or told):
+        raise UserError(
+            f"{where}.top_k: the weight of the only pick is always 1 with renormalise=True, so "
+            "that its router never learns; pick more, or set renormalise=False or a balance_loss"
+        )
 
 
 def match_sites(name: str, patterns: tuple[str, ...], config: DecoderConfig) -> tuple[str, ...]:

@@ -163,11 +163,7 @@ def added(
             raise UserError(
                 f"{where}.mix_per_layer: give each layer, by its pattern, a bank of its own"
             )
-        if spec.gate == "skill" and not spec.mix_softmax:
-            raise UserError(
-                f"{where}.mix_softmax: mixing weights and B both begin with zero, so that neither "
-                "ever learns; set mix_softmax=True"
-            )
+        bank_lib.check_gate_learns(spec, fresh=True)
         if "mix" in sites:
             raise UserError(f"{where}: a layer at the path 'mix' cannot have banks; rename it")
         if spec.routed:

@@ -42,6 +42,7 @@ from medmoe_jax.screen import ScreenTable
 from medmoe_jax.storage.places import cache_folder, is_remote, place
 from medmoe_jax.training.kept import is_kept
 from medmoe_jax.training.reading import check_sources, place_batches
+from medmoe_jax.training.recipe import check_learns
 from medmoe_jax.training.run import Run, StageRun
 from medmoe_jax.training.setup import Setup, open_setup
 from medmoe_jax.training.stage import Stage
@@ -91,6 +92,10 @@ def _findings(workdir: str, rest: list[str]) -> Iterator[Finding]:
         run = Run(setup, workdir)
         yield from _recipe(setup)
         trained = [stage.recipe for stage in run.stages if not (workdir and _is_imported(stage))]
+        for stage in run.stages:
+            if not (workdir and stage.folder.is_finished()):
+                roster = setup.roster(stage.name)
+                yield from _tried("recipe", partial(check_learns, stage.recipe, roster))
         if trained:
             yield from _tried("batch", partial(place_batches, setup))
         yield from _rows(setup, trained)

@@ -12,7 +12,13 @@ from ml_collections import ConfigDict
 
 from medmoe_jax.adapters import lifecycle
 from medmoe_jax.adapters.adalora import Allocator, BudgetSchedule
-from medmoe_jax.adapters.bank import BankSpec, abstract, match_layers, match_sites
+from medmoe_jax.adapters.bank import (
+    BankSpec,
+    abstract,
+    check_gate_learns,
+    match_layers,
+    match_sites,
+)
 from medmoe_jax.adapters.lifecycle import Roster
 from medmoe_jax.adapters.model import AdaptedConfig
 from medmoe_jax.adapters.orthogonality import Orthogonality
@@ -207,6 +213,18 @@ def _check(stage: Stage, before: Roster, decoder: DecoderConfig, quantised: bool
     if stage.config.steps:
         budget_schedules(stage, roster, stage.config.steps)
     return roster
+
+
+def check_learns(stage: Stage, roster: Roster) -> None:
+    """Raise UserError for a bank that a stage is to train, and whose gate would never learn.
+
+    Only training asks for this: an adapter of another tool may have such a gate, and answers.
+    """
+    added = {spec.name for spec in stage.added}
+    with within(f"stages.{stage.name}: "):
+        for name, (spec, state) in roster.items():
+            if state in ("train", "gate"):
+                check_gate_learns(spec, fresh=name in added)
 
 
 def _check_regulariser(

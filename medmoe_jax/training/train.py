@@ -42,7 +42,7 @@ from medmoe_jax.training.reading import (
     open_rows,
     place_batches,
 )
-from medmoe_jax.training.recipe import budget_schedules
+from medmoe_jax.training.recipe import budget_schedules, check_learns
 from medmoe_jax.training.recomputation import compile_step, told_what_fits
 from medmoe_jax.training.run import Run, StageRun
 from medmoe_jax.training.stage import Stage
@@ -106,6 +106,9 @@ def train(
 
 def _run_stages(run: Run, callers: _Callers) -> None:
     imported = {stage.name for stage in run.stages if stage.is_imported()}
+    left = [s for s in run.stages if not (s.name in imported or s.folder.is_finished())]
+    for stage in left:
+        check_learns(stage.recipe, run.setup.roster(stage.name))
     for stage in run.stages:
         if stage.name not in imported:
             check_sources(run.setup, stage.recipe)
@@ -118,7 +121,6 @@ def _run_stages(run: Run, callers: _Callers) -> None:
     if trained:
         place_batches(run.setup)  # before rows are read, which may take long
     opened = open_rows(run.setup, trained)
-    left = [s for s in run.stages if not (s.name in imported or s.folder.is_finished())]
     for stage in left[1:]:  # the first is about to begin
         _check_ahead(stage, opened)
     for stage in run.stages:

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from medmoe_jax.adapters import bank
 from medmoe_jax.adapters.bank import BankSpec, match_layers, match_sites
+from medmoe_jax.adapters.model import AdaptedConfig, hidden
 from medmoe_jax.base.config import site_shapes
 from medmoe_jax.errors import UserError
+from tests import naive
 from tests.naive import TINY
 
 
@@ -154,3 +156,58 @@ def test_two_banks_of_one_key_differ():
     x, y, z = (np.asarray(p["attn.o"]["lora_a"]).ravel() for p in (a, b, again))
     assert abs(np.corrcoef(x, y)[0, 1]) < 0.3
     assert np.array_equal(x, z)
+
+
+FRESH = {"gate": "skill", "experts": 3}
+PICK = {"gate": "token", "experts": 3, "top_k": 1}
+# A bank, whether it is fresh, and whether its gate's gradient is 0 whatever the other values are.
+GATES = {
+    "mixing": (FRESH, True, True),
+    "mixing Λ": ({**FRESH, "learned_scale": True}, True, True),
+    "mixing B": ({**FRESH, "init": "b"}, True, True),
+    "mixing trained banks": (FRESH, False, False),
+    "softmax": ({**FRESH, "mix_softmax": True}, True, False),
+    "one pick": (PICK, False, True),
+    "one pick of a network": ({**PICK, "form": "ffn"}, False, True),
+    "one weighted pick": ({**PICK, "renormalise": False}, False, False),
+    "two picks": ({**PICK, "top_k": 2}, False, False),
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_bank_without_a_gradient_is_refused(name):
+    """Fresh, no parameter at all has one; otherwise the router has none."""
+    fields, fresh, dead = GATES[name]
+    sites = NETWORK["sites"] if "form" in fields else ("mlp.up",)
+    spec = BankSpec("b", sites, 0, 1, rank=2, **fields)
+    base = naive.random_params(TINY)
+    params = bank.init(spec, TINY, jax.random.key(0), base)
+    if not fresh:
+        params = naive.random_banks([spec], TINY)["b"]
+    batch = naive.random_batch(TINY, rows=((5,),), length=5)
+    ids = [batch[k] for k in ("tokens", "segment_ids", "positions")]
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        x, _, _ = hidden(AdaptedConfig(TINY, (spec,)), base, {"b": params}, *ids)
+        return (x**2 * np.arange(x.shape[-1])[None, None]).sum()
+
+    found = gradient(params)
+    gate, _ = bank.split_gate(found)
+    moved = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(found if fresh else gate))
+    assert (moved < 1e-4) == dead, moved
+    if not dead:
+        bank.check_gate_learns(spec, fresh)
+        return
+    with pytest.raises(UserError, match=r"bank 'b'\.(mix_softmax|top_k): .* n?ever learns"):
+        bank.check_gate_learns(spec, fresh)
+
+
+def test_a_single_pick_that_something_else_teaches():
+    for fields in ({"balance_loss": 0.1}, {"z_loss": 0.1}, {"experts": 1},
+                   {"gate": "language", "forcing": "always"}):  # fmt: skip
+        bank.check_gate_learns(BankSpec("b", ("mlp.up",), **{**PICK, **fields}), False)
+    with pytest.raises(UserError, match="top_k"):
+        # The language of a token is not told at inference, where the router then decides.
+        bank.check_gate_learns(BankSpec("b", ("mlp.up",), **{**PICK, "gate": "language"}), False)

@@ -96,6 +96,7 @@ TABLE = "data.languages=families"
 EVERY = "stages.align.evaluation.every=2"
 SCORED = "stages.align.evaluation.tasks=('{here}/t.jsonl',)"
 HELD = "stages.align.evaluation.sources=('knowledge',)"
+ONE_PICK = "stages.aggregate.banks.noise.top_k=1"
 UNREAD = "stages.aggregate.mixture.knowledge=0.0"
 
 
@@ -125,10 +126,12 @@ TASK = '{"prompt": "a", "answer": "b"}\n'
         ({"t.jsonl": TASK + "{}"}, ["run.tasks=('{here}/t.jsonl',)"], "{here}/t.jsonl:2:"),
         ({"t.jsonl": "{}"}, [EVERY, SCORED], "stages.align.evaluation.tasks:{here}/t.jsonl:1:"),
         ({"rows.jsonl": ""}, [EVERY, HELD, UNREAD], "'knowledge':{here}/rows.jsonl:norowinit"),
+        ({}, [ONE_PICK], "stages.aggregate:bank'noise'.top_k:theweightoftheonlypickisalways1"),
     ],
     ids=[
         "no rows", "blank lines", "no rows to stream", "few rows", "language", "no target",
         "shards", "accumulation", "task", "task file", "bad item", "evaluation", "held out",
+        "no gradient",
     ],
 )  # fmt: skip
 def test_what_training_refuses_at_once(tmp_path, capsys, quiet_machine, files, fields, message):

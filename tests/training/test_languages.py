@@ -107,7 +107,7 @@ def test_a_language_joins_a_family_without_a_new_parameter(tmp_path):
 
 
 def test_a_row_in_a_language_without_an_expert(tmp_path):
-    config = config_of(tmp_path)
+    config = config_of(tmp_path, forcing="always")
     rows = [{"prompt": "a", "response": "b", "language": code} for code in ("en", "xx")]
     config.data.sources.rows.path = str(tiny.write_rows(tmp_path / "bad.jsonl", rows))
     with pytest.raises(UserError, match=r"bad\.jsonl, line 2: the row is in 'xx'"):

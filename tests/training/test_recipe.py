@@ -235,6 +235,33 @@ def test_parse_refuses(name):
     assert "\n" not in str(caught.value)
 
 
+def refused_to_train(name, **stages):
+    """What is against training a stage of a recipe that can be opened; "" if nothing is."""
+    roster = {}
+    for one in recipe_lib.parse(config_of(**stages), naive.TINY):
+        roster = transitions.next_roster(one, roster)
+        if one.name == name:
+            try:
+                recipe_lib.check_learns(one, roster)
+            except UserError as error:
+                return str(error)
+    return ""
+
+
+def test_a_gate_that_would_never_learn_is_not_trained():
+    mixed, one_pick = {"gate": "skill"}, {"gate": "token", "top_k": 1}
+    said = refused_to_train("s", s={"banks": add("x", experts=2, **mixed)})
+    assert said.startswith("stages.s: bank 'x'.mix_softmax: mixing weights begin with zero")
+    stack = {"stack": {"z": stacked(("x", "y"), **mixed)}}
+    assert not refused_to_train("second", **second(**stack))
+    said = refused_to_train("second", **second(stack={"z": stacked(("x", "y"), **one_pick)}))
+    assert said.startswith("stages.second: bank 'z'.top_k: the weight of the only pick")
+    first = {"banks": add("z", experts=2, **one_pick)}
+    for state, fits in (("frozen", True), ("off", True), ("gate", False), ("train", False)):
+        later = {"after": "first", "banks": add("w"), "states": {"z": state}}
+        assert (not refused_to_train("second", first=first, second=later)) == fits
+
+
 def test_a_loss_may_move_either_bank_or_only_be_measured():
     frozen = {"x": "frozen"}
     for loss in (
