@@ -163,7 +163,8 @@ def added(
             raise UserError(
                 f"{where}.mix_per_layer: give each layer, by its pattern, a bank of its own"
             )
-        bank_lib.check_gate_learns(spec, fresh=True)
+        if spec.gate == "skill":
+            bank_lib.check_gate_learns(spec, fresh=True)
         if "mix" in sites:
             raise UserError(f"{where}: a layer at the path 'mix' cannot have banks; rename it")
         if spec.routed:
