@@ -299,7 +299,11 @@ def _change_base(
     }
     if config.tied:
         # PEFT trains the rows of both ends as one.
-        changed, problems = _tie(changed, plan, before, options.tied or bool(rows))
+        ends = [f for f in folded.values() if f.weight.parts[0].layer is None]
+        advice = "train the adapter with ensure_weight_tying"
+        if any(found.magnitude is not None for found in ends):
+            advice = "DoRA scales each by itself; train the adapter with both out of target_modules"
+        changed, problems = _tie(changed, plan, before, options.tied or bool(rows), advice)
         if problems:
             return modules, {}, problems
     return modules, _leaves(changed, plan, params), []
@@ -310,6 +314,7 @@ def _tie(
     plan: Mapping[str, families.Tensor],
     before: FoldedWeights,
     together: bool,
+    advice: str,
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """The changes of a base whose head is its embedding: one of the two, and problems."""
     embed, head = (
@@ -326,7 +331,7 @@ def _tie(
     if np.abs(values[0] - values[1]).max() > 1e-6 * np.abs(values[0]).max():
         return rest, [
             f"{embed} and {head} become different, but this base ties them "
-            "(tie_word_embeddings): train the adapter with ensure_weight_tying"
+            f"(tie_word_embeddings): {advice}"
         ]
     return {embed: values[0], **rest}, []
 

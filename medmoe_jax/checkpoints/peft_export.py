@@ -232,8 +232,9 @@ def _beside_trained(
                 arrays[f"{_module(t)}{inside}.bias"] = weights.tensor(t)
     if config.tied and "embed" in trained.paths:
         body, head = families.FAMILIES[family].spellings[0].ends[::-1]
-        arrays[head] = arrays[body]
-        whole.add(head.removesuffix(".weight"))
+        if body in arrays:  # else no step changed it
+            arrays[head] = arrays[body]
+            whole.add(head.removesuffix(".weight"))
     if whole:
         fields["modules_to_save"] = sorted(whole)
     return factors, arrays, fields

@@ -45,6 +45,8 @@ def frame_of(render: Render) -> OllamaFrame | None:
 
     Args:
       render: a template's text of turns, with the prompt of the answer that is to follow.
+
+    A text with the marks that quote one in a Modelfile has no place there.
     """
     long = (_FIRST, _ANSWER, _SECOND)
     single, several = _around(render, long[:1]), _around(render, long)
@@ -62,7 +64,8 @@ def frame_of(render: Render) -> OllamaFrame | None:
     system = tuple(with_system[:2])
     want = [first, question + lead, answer, question]
     same = several == want and with_system in ([], [*system, *want[1:]])
-    return OllamaFrame(first, question, lead, answer, system) if same else None
+    frame = OllamaFrame(first, question, lead, answer, system)
+    return frame if same and _QUOTE not in _go(frame) else None
 
 
 def _around(render: Render, turns: Sequence[Turn]) -> list[str]:

@@ -203,6 +203,28 @@ def test_what_is_written_again_is_the_same(tmp_path):
     assert "vLLM loads no adapter with modules_to_save, use_dora, bias" in next(serving(fields))
 
 
+@pytest.mark.parametrize("changed", [True, False])
+def test_a_tied_embedding_is_saved_at_both_ends_or_at_none(tmp_path, changed):
+    """A stage may name it and change no number of it: bfloat16 takes no small steps."""
+    config = CONFIG.replace(tied=True)
+    before = {name: leaf for name, leaf in base().items() if name != "head"}
+    leaves = {"final_norm": 2 * before["final_norm"]}
+    leaves |= {"embed": before["embed"] + 1} if changed else {}
+    whole = trees.overlay(before, leaves)
+    spec = BankSpec("b", ("attn.q",), 0, 2, rank=3, alpha=6.0)
+    members = [(spec, naive.random_banks((spec,), config)["b"])]
+    trained = TrainedLeaves(["embed", "final_norm"], whole, members, lambda: before)
+    save_peft(tmp_path / "out", config, "llama", members, trained=trained)
+    fields = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    ends = ["lm_head", "model.embed_tokens"] if changed else []
+    assert fields["modules_to_save"] == [*ends, "model.norm"]
+    back = peft.read_peft(tmp_path / "out", config, "llama", "again", lambda: before)
+    found = dict(trees.flatten(back.leaves))
+    assert found.keys() == leaves.keys()
+    for path, leaf in leaves.items():
+        np.testing.assert_array_equal(found[path], leaf)
+
+
 def test_kernels_are_saved_whole_unless_their_rows_are_scaled(tmp_path):
     """As far as rounding tells: one value off by two units in the last place is not."""
     half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), base())
@@ -262,6 +284,10 @@ def test_what_does_not_fit_is_named_with_its_file(tmp_path):
     assert f"stands there as {at} too" in problems({at.removeprefix(P): tensors[at]})
     text = problems(config=CONFIG.replace(tied=True))
     assert "embed_tokens.weight and lm_head.weight become different" in text
+    assert "DoRA scales each by itself" in text and "ensure_weight_tying" not in text
+    plain = {name: None for name in tensors if "magnitude" in name}
+    text = problems(plain, CONFIG.replace(tied=True), use_dora=False)
+    assert "train the adapter with ensure_weight_tying" in text
     (tmp_path / "adapter_model.safetensors").unlink()
     assert "adapter_model.safetensors: missing, and there is no adapter_model.bin" in refused(
         tmp_path

@@ -99,7 +99,12 @@ LAST = """{% set ns = namespace(said='') %}{% for m in messages %}{% if m.role =
 {%- endfor %}"""
 
 
-@pytest.mark.parametrize("source", [QWEN3, NUMBERED, LAST])
+# Its marks are those that a text in a Modelfile stands between.
+QUOTES = """{% for m in messages %}{{ m.role }}: ""\"{{ m.content }}""\"
+{% endfor %}{% if add_generation_prompt %}assistant: ""\"{% endif %}"""
+
+
+@pytest.mark.parametrize("source", [QWEN3, NUMBERED, LAST, QUOTES])
 def test_conversations_without_one_frame_have_no_template(source):
     assert frame(source)[1] is None
     assert ollama.modelfile("m.gguf", None, ["</s>"]) == (
