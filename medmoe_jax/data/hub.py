@@ -29,12 +29,18 @@ def is_name(path: str) -> bool:
 def hub_errors(name: str) -> Generator[None]:
     """Raises UserError with that name and one line, where the hub refuses or cannot be reached."""
     from httpx import HTTPError  # what huggingface_hub asks with: no connection, no answer
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     try:
         yield
     except (HTTPError, errors.HFValidationError, OSError) as error:
-        raise UserError(f"{name}: {' '.join(str(error).split())}") from error
+        said = " ".join(str(error).split())
+        if constants.HF_HUB_OFFLINE and isinstance(error, errors.LocalEntryNotFoundError):
+            said = (  # it says which argument of its own to change
+                "is not in the hub's cache, and HF_HUB_OFFLINE is set, so that nothing is fetched; "
+                "unset it, or fetch it first"
+            )
+        raise UserError(f"{name}: {said}") from error
 
 
 def _parts(name: str) -> tuple[str, str | None, str | None]:

@@ -364,8 +364,9 @@ def test_a_model_of_the_hub_comes_from_its_cache(tmp_path, tensors, monkeypatch)
     assert huggingface.locate("hf://org/name") == snapshot
     assert huggingface.locate(f"hf://org/name@{revision}") == snapshot
     assert huggingface.read_config("hf://org/name").d_model == D
-    with pytest.raises(UserError, match="hf://org/other"):
-        huggingface.locate("hf://org/other")
+    for name in ("hf://org/other", "hf://org/name@v1"):
+        with pytest.raises(UserError, match=f"{name}: is not in the hub's cache, and HF_HUB_OFF"):
+            huggingface.locate(name)
     with pytest.raises(UserError, match="hf://not a name"):
         huggingface.locate("hf://not a name")
 

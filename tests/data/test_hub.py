@@ -176,7 +176,8 @@ def test_what_was_brought_is_read_offline(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     before = len(Hub.asked)
     assert list(read_file("hf://datasets/org/name")) == WANTED and len(Hub.asked) == before
-    with pytest.raises(UserError, match="hf://datasets/org/other: "):
+    missing = "hf://datasets/org/other: is not in the hub's cache, and HF_HUB_OFFLINE is set"
+    with pytest.raises(UserError, match=missing):
         files_of("hf://datasets/org/other")
 
 
