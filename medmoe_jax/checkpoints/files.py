@@ -132,11 +132,11 @@ def check_new(directory: str | Path) -> None:
       StorageError: on the way lies a link to nothing.
     """
     directory = local(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory}: is there already; give the path of a new folder")
     check_makeable(directory)
     if not directory.exists():
         return
-    if any(directory.iterdir()):
-        raise UserError(f"{directory}: is there already; give the path of a new folder")
     here = directory.samefile(os.curdir)
     if here or directory.resolve().is_mount():
         what = "the current folder" if here else "a mount point"

@@ -88,7 +88,7 @@ def test_a_folder_that_cannot_come_is_refused_before_it_is_made(tmp_path, monkey
         "..": "..: is there already; give the path of a new folder",
         "../mounted": f"../mounted: is a mount point; {new}",
         "../to_mounted": f"../to_mounted: is a mount point; {new}",
-        "../full/file": "../full/file: is not a folder",
+        "../full/file": "../full/file: is there already",
         "../full/file/deep": "../full/file: is not a folder",
         "../gone": "../gone: cannot be made: ../gone is a link to nowhere, which is not there",
         "../gone/deep": "gone is a link to nowhere, which is not there",
