@@ -1,6 +1,6 @@
 """AdaLoRA: banks B Λ A whose ranks shrink to a common budget (arXiv 2303.10512).
 
-Axes: N layers of the bank, D input width, E experts, r rank, O output width.
+Axes: N layers of the bank, D input width, E experts, r rank, O output width, M matrices.
 A matrix is one (site, layer, expert); triplet i of it is (B_i, Λ_i, A_i). `t` counts updates from
 1. The factor s of the bank keeps its initial rank, whatever the budget does to its triplets. The
 method's regulariser is `orthonormality`.
@@ -74,7 +74,7 @@ class BudgetSchedule:
     """How many triplets of a bank may stay after each update of a run of `steps` updates.
 
     Raises:
-      UserError: t_init and t_final leave no step to allocate in.
+      UserError: t_init and t_final leave no step to allocate in, or none to judge triplets by.
     """
 
     allocator: Allocator
@@ -87,6 +87,11 @@ class BudgetSchedule:
             raise UserError(
                 f"t_init: {a.t_init} + t_final {a.t_final} leave none of the run's {self.steps} "
                 "steps to shrink the budget in"
+            )
+        if self.freeze < 2:
+            raise UserError(
+                f"t_final: with {a.t_final} of {self.steps} steps the triplets are chosen at "
+                "update 1, before anything tells which matter; lower t_final, or take more steps"
             )
 
     @property
@@ -146,10 +151,24 @@ def scores(state: Allocation) -> dict[str, jax.Array]:
     }
 
 
-def threshold(triplet_scores: Mapping[str, jax.Array], cut: jax.Array | int) -> jax.Array:
-    """The `cut`-th lowest score of all sites, layers and experts together; −inf for none."""
-    ordered = jnp.sort(jnp.concatenate([s.ravel() for s in triplet_scores.values()]))
-    return jnp.where(cut > 0, ordered[jnp.maximum(cut, 1) - 1], -jnp.inf)
+def lowest(triplet_scores: Mapping[str, jax.Array], cut: jax.Array | int) -> dict[str, jax.Array]:
+    """Where the `cut` lowest scores of all sites, layers and experts together are, as `scores`.
+
+    They are never more, as a budget that clears all equals of the last one (scores of 0, of
+    experts that no token picked) may clear a whole bank. Of equals, those with the smaller place
+    in their matrix go first, so that no matrix loses all of its own before others lose any.
+    """
+    # r comes first in the order that breaks ties.
+    by_place = {site: jnp.moveaxis(s, 2, 0) for site, s in triplet_scores.items()}
+    flat_rxM = jnp.concatenate([s.reshape(s.shape[0], -1) for s in by_place.values()], 1)
+    order = jnp.argsort(flat_rxM.ravel(), stable=True)
+    cleared_rxM = (jnp.argsort(order) < cut).reshape(flat_rxM.shape)
+    ends = np.cumsum([s[0].size for s in by_place.values()])[:-1]
+    pieces = jnp.split(cleared_rxM, ends, axis=1)
+    return {
+        site: jnp.moveaxis(piece.reshape(s.shape), 0, 2)
+        for (site, s), piece in zip(by_place.items(), pieces, strict=True)
+    }
 
 
 def advance(
@@ -194,10 +213,9 @@ def advance(
     state = Allocation(sensitivity, uncertainty, state.kept)
     # Worked out on the host: float32 would round some budgets to their neighbour.
     budgets = jnp.asarray([schedule.budget(i) for i in range(schedule.freeze + 1)], jnp.int32)
-    ranked = scores(state)
-    limit = threshold(ranked, budgets[0] - budgets[jnp.minimum(t, schedule.freeze)])
+    low = lowest(scores(state), budgets[0] - budgets[jnp.minimum(t, schedule.freeze)])
     allocates = (t == schedule.freeze) | (moving & (t > a.t_init) & (t % a.every == 0))
-    kept = {site: jnp.where(allocates, s > limit, state.kept[site]) for site, s in ranked.items()}
+    kept = {site: jnp.where(allocates, ~mask, state.kept[site]) for site, mask in low.items()}
     clears = allocates | (t > schedule.freeze)
     return {site: clears & ~k for site, k in kept.items()}, state._replace(kept=kept)
 
