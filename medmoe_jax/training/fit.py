@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from medmoe_jax.adapters.bank import mixing
@@ -64,6 +65,7 @@ def fit_stage(
 ) -> Fit:
     """Finish a stage by fitting the mixing weights of the bank that it stacks.
 
+    Of all weights on the way, the starting ones included, those of the lowest loss are kept.
     Afterwards the work directory is as if the stage had been trained. Where it was fitted with the
     same rows and settings already, what was found then is returned.
 
@@ -108,7 +110,8 @@ def _fit(
         out_shardings=replicated(setup.mesh),
     )
     before = _finite(name, loss(state.trainable, prepared.frozen, batch))
-    trainable = _search(Problem(prepared, state, batch), origin["method"], origin["seed"])
+    problem = Problem(prepared, state, batch, loss)
+    trainable = _search(problem, before, origin["method"], origin["seed"])
     after = _finite(name, loss(trainable, prepared.frozen, batch))
     banks = prepared.banks(state._replace(trainable=trainable))
     skills, weights = mixing_weights(stage.recipe, prepared.roster, banks)
@@ -165,13 +168,16 @@ def _still(prepared: Prepared, parts: int) -> Objective:
     return replace(make_objective(stage.setup, stage.recipe, still), accumulation=parts)
 
 
-def _search(problem: Problem, method: str, seed: int) -> Any:
-    """The best trainable tree that the method finds."""
-    prepared, best = problem.prepared, problem.state.trainable
+def _search(problem: Problem, before: float, method: str, seed: int) -> Any:
+    """The best trainable tree that the method finds, or the start, whose loss is `before`."""
+    prepared = problem.prepared
     name, every = prepared.stage.name, prepared.stage.setup.config.run.log_every
+    best, least = jax.tree.map(jnp.copy, problem.state.trainable), before
     with contextlib.closing(StepBar(name, prepared.steps, 0, every)) as bar:
         for step, (values, found) in enumerate(METHODS[method](problem, seed), 1):
-            best, lowest = found, min(_finite(name, value) for value in values)
+            lowest = min(_finite(name, value) for value in values)
+            if lowest < least:
+                best, least = jax.tree.map(jnp.copy, found), lowest
             bar.update(step, f"loss {lowest:.4f}")
     return best
 

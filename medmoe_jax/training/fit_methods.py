@@ -32,14 +32,17 @@ class Problem(NamedTuple):
       prepared: the stage, with the objective of the fit.
       state: where the search starts.
       batch: all rows.
+      loss: of `(trainable, frozen, batch)`: `mean_loss` of the objective, compiled.
     """
 
     prepared: Prepared
     state: TrainState
     batch: Mapping[str, jax.Array]
+    loss: Callable[[Any, Any, Any], jax.Array]
 
 
-# A method yields, step by step, the losses that it has seen and the best trainable tree so far.
+# A method yields, step by step, the losses that it has seen and the trainable tree of the lowest
+# of them, whose memory the next step may use again.
 Steps = Iterator[tuple[np.ndarray, Any]]
 
 
@@ -61,13 +64,18 @@ def mean_loss(
 
 
 def by_gradient(problem: Problem, seed: int) -> Steps:
-    """The stage's own optimiser and schedule; nothing is drawn."""
+    """The stage's own optimiser and schedule; nothing is drawn.
+
+    A step's own loss is not yielded: it is that of the weights before the update, with a router's
+    noise and forced picks.
+    """
     del seed
     prepared, state = problem.prepared, problem.state
     update = jit_step(prepared.stage.setup, prepared.objective, prepared.optimiser, state)
     for _ in range(prepared.steps):
-        state, metrics = update(state, prepared.frozen, problem.batch)
-        yield np.atleast_1d(metrics["loss"]), state.trainable
+        state, _ = update(state, prepared.frozen, problem.batch)
+        value = problem.loss(state.trainable, prepared.frozen, problem.batch)
+        yield np.atleast_1d(value), state.trainable
 
 
 def by_evolution(problem: Problem, seed: int) -> Steps:
@@ -97,8 +105,8 @@ def by_evolution(problem: Problem, seed: int) -> Steps:
         candidates_PxK = np.asarray(candidates, np.float32)
         values_P = np.asarray(losses(candidates_PxK, prepared.frozen, problem.batch))
         search.tell(candidates, values_P.tolist())
-        best = jax.device_get(tree_of(jnp.asarray(search.result.xbest, jnp.float32)))
-        yield values_P, jax.device_put(best, layout)
+        found = jax.device_get(tree_of(jnp.asarray(candidates_PxK[np.argmin(values_P)])))
+        yield values_P, jax.device_put(found, layout)
 
 
 METHODS: Mapping[str, Callable[[Problem, int], Steps]] = {

@@ -15,6 +15,7 @@ from medmoe_jax.data.encode import Encoder
 from medmoe_jax.data.rows import RowReader
 from medmoe_jax.errors import UserError
 from medmoe_jax.training.fit import fit_stage
+from medmoe_jax.training.fit_methods import METHODS, by_gradient
 from medmoe_jax.training.recipe import parse
 from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import open_setup
@@ -213,6 +214,35 @@ def test_both_methods_find_the_same_weights(workdir, rows):
     for fit in (gradient, evolution):
         assert np.sum(fit.weights) == pytest.approx(1.0, abs=1e-5) and min(fit.weights[0]) >= 0
     np.testing.assert_allclose(gradient.weights, evolution.weights, atol=0.05)
+
+
+def test_the_best_weights_on_the_way_are_kept(workdir, rows, monkeypatch):
+    """Steps so long that the last one is not the best; losses as float64 sums."""
+    config = skills.config()
+    config.stages.one.learning_rate = 2.0
+    setup, trail = open_setup(config), []
+
+    def followed(problem, seed):
+        for values, found in by_gradient(problem, seed):
+            trail.append(np.array(found["banks"]["skills"]["mix"]["weight"]))
+            yield values, found
+
+    monkeypatch.setitem(METHODS, "gradient", followed)
+    fit = fit_stage(Run(setup, workdir), "one", rows, "gradient", steps=6)
+    losses = [naive_loss(setup, workdir, ROWS, weights, 0.05) for weights in trail]
+    best = int(np.argmin(losses))
+    assert len(losses) == 6 and losses[-1] > losses[best] + 1e-3
+    np.testing.assert_array_equal(fit.weights, trail[best])
+    assert fit.loss == pytest.approx(losses[best], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["gradient", "cma"])
+def test_a_search_that_finds_nothing_better_ends_where_it_began(method, workdir, rows):
+    """The start is the best where any weight costs more than the skills may bring."""
+    config = skills.config()
+    config.stages.one.losses.sparsity.weight = 1e3
+    fit = fit_stage(Run(open_setup(config), workdir), "one", rows, method, steps=2)
+    assert fit.weights == [[0.0] * len(NAMES)] and fit.loss == fit.loss_before
 
 
 def test_a_fit_is_its_seed_and_settings(rows, tmp_path):
