@@ -31,7 +31,9 @@ class Allocator:
       bank: the bank, which has a learned scale.
       target_rank: triplets a matrix keeps in the end, on average.
       t_init: updates before the budget begins to shrink.
-      t_final: updates after the triplets are chosen for good.
+      t_final: updates after the triplets are chosen for the rest of the stage. An evaluation's
+        `best` and `patience` count these alone. A later stage that trains the bank may use all of
+        its ranks again, unless it has an allocator of its own.
       every: updates between two allocations.
       beta1, beta2: smoothing of the sensitivity and of its uncertainty.
     """
@@ -96,7 +98,7 @@ class BudgetSchedule:
 
     @property
     def freeze(self) -> int:
-        """The update after which the triplets are chosen for good."""
+        """The update with which the triplets are chosen for the rest of the stage."""
         return self.steps - self.allocator.t_final
 
     @property
@@ -176,7 +178,7 @@ def advance(
 ) -> tuple[dict[str, jax.Array], Allocation]:
     """The allocation after update t.
 
-    Importance moves until the triplets are chosen for good:
+    Importance moves until the triplets are chosen for the rest of the stage:
     I = |θ · g|, Ī = β1 Ī + (1 − β1) I, U = β2 U + (1 − β2) |I − Ī|.
 
     Args:

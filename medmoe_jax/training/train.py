@@ -219,7 +219,9 @@ def _evaluations(
         measures.append(HeldOut(prepared, data.held_out))
     if section.tasks and callers.score_tasks is not None:
         measures.append(callers.score_tasks(prepared))
-    return Evaluations(section, measures, checkpoints.hold, prepared.stage.folder.metrics)
+    frozen = max((one.freeze for one in prepared.budget_schedules.values()), default=0)
+    metrics = prepared.stage.folder.metrics
+    return Evaluations(section, measures, checkpoints.hold, metrics, frozen)
 
 
 def _shapes(state: TrainState) -> TrainState:

@@ -256,6 +256,19 @@ def test_what_a_stage_leaves(finished, capsys):
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
+@pytest.mark.parametrize("fields", [{"patience": 1}, {"final": "best"}], ids=str)
+def test_a_stage_that_ends_early_or_with_its_best_has_the_ranks_asked_for(tmp_path, fields):
+    """Scores only fall, from before the ranks are chosen on, with update 9."""
+    config = skill_config()
+    config.stages.learn.evaluation = sections.evaluation(every=1, tasks=("t",), best="t", **fields)
+    run = Run(open_setup(config), tmp_path)
+    train(run, score_tasks=lambda prepared: lambda step, state: {"t": -step})
+    manifest = json.loads(StageFolder.of(tmp_path, "learn").manifest.read_text())
+    assert manifest["metrics"]["best"]["step"] == 9
+    assert manifest["steps"] == (9 if "final" in fields else 10)
+    assert np.sum(list(manifest["metrics"]["ranks"]["skill"].values())) == 8
+
+
 def test_resume_bit_for_bit(finished, tmp_path, monkeypatch):
     """Stopped while ranks shrink (after update 5) and after the freeze (after update 10)."""
     for number in (8, 7):  # the first run dies at batch 8; the second, from 6 on, at batch 12

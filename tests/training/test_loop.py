@@ -154,7 +154,7 @@ def test_a_hook_adds_to_the_metrics_that_those_after_it_see(tmp_path):
     assert [r["half"] for r in read_metrics(tmp_path / "m.jsonl")] == halves
 
 
-def scored(tmp_path, value, **fields):
+def scored(tmp_path, value, begin=0, **fields):
     """The hook of evaluations, its measure a function of the step, and the steps it held."""
     held = []
     section = evaluation(every=2, best="mean", **fields)
@@ -163,7 +163,7 @@ def scored(tmp_path, value, **fields):
         assert state == step  # that which the step has left
         return {"mean": value(step)}
 
-    return Evaluations(section, [measure], held.append, tmp_path / "m.jsonl"), held
+    return Evaluations(section, [measure], held.append, tmp_path / "m.jsonl", begin), held
 
 
 @pytest.mark.parametrize("first", [0, 3, 4])
@@ -197,6 +197,22 @@ def test_a_stage_that_gets_no_better_ends(tmp_path):
     hook, held = scored(tmp_path, None, patience=1)  # the same, where its end was not written
     loop, saves = make_loop(tmp_path, 4, hooks=[hook])
     assert loop_lib.run(loop, 4, "frozen", 4) == 4 and saves == [] and held == [2]
+
+
+@pytest.mark.parametrize("first", [0, 3, 5])
+def test_steps_before_a_given_one_judge_nothing(tmp_path, first):
+    """Scores only fall, so step 2 would be the best, and step 4 the end of patience."""
+    if first:  # a run that was stopped in the step after
+        hook, _ = scored(tmp_path, lambda step: -step, begin=4, patience=1)
+        loop, _ = make_loop(tmp_path, hooks=[hook], poison=("loss", first, math.nan))
+        with pytest.raises(UserError):
+            loop_lib.run(loop, 0, "frozen", 0)
+    hook, held = scored(tmp_path, lambda step: -step, begin=4, patience=1)
+    loop, _ = make_loop(tmp_path, first, hooks=[hook])
+    assert loop_lib.run(loop, first, "frozen", first) == 6 and hook.best == (4, -4)
+    assert held == [4]
+    rows = read_metrics(tmp_path / "m.jsonl")
+    assert [r["step"] for r in rows if "eval/mean" in r] == [2, 4, 6]  # told all the same
 
 
 def test_a_notice_while_a_step_is_scored(tmp_path):

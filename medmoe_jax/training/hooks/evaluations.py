@@ -1,6 +1,8 @@
 """Scores while a stage trains: the best step's checkpoint kept, a stage ended that gets no better.
 
 A score is better where it is larger; `loss`, where it is smaller. Of equals the first is the best.
+While the ranks of a bank still shrink, scores are told but judge nothing: a step of then has more
+ranks than the stage is to end with.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ class Evaluations(Hook):
         measures: Sequence[Measure],
         hold: Callable[[int], None],
         metrics: Path,
+        first: int = 0,
     ) -> None:
         """
         Args:
@@ -41,8 +44,9 @@ class Evaluations(Hook):
           measures: what gives the scores.
           hold: lets the checkpoint of a step stay, in the place of the one that it held before.
           metrics: the metrics log, from which the scores before a restart are read.
+          first: the first step that may be the best, or be compared with it.
         """
-        self._section, self._measures = section, measures
+        self._section, self._measures, self._first = section, measures, first
         self._hold, self._metrics = hold, metrics
         self._found: list[tuple[int, float]] = []  # (step, the score that judges it)
 
@@ -89,15 +93,19 @@ class Evaluations(Hook):
             raise UserError(
                 f"stages.{progress.stage}.evaluation.best: '{name}' is none of {', '.join(scores)}"
             )
+        if progress.step < self._first:
+            return
         self._found.append((progress.step, scores[name]))
         if self.best == self._found[-1]:
             self._hold(progress.step)
             progress.save()
 
     def _told_best(self) -> str:
-        return (
-            f"; the best {self._section.best} is that of step {self.best[0]}" if self.best else ""
-        )
+        if self.best:
+            return f"; the best {self._section.best} is that of step {self.best[0]}"
+        if self._section.best:
+            return f"; ranks shrink until step {self._first}, from which on the best is looked for"
+        return ""
 
     def _end_if_no_better(self, progress: Progress) -> None:
         if not (self._section.patience and self.best):
@@ -113,5 +121,7 @@ class Evaluations(Hook):
         name = _PREFIX + self._section.best
         lines = read_metrics(self._metrics)
         return [
-            (line["step"], line[name]) for line in lines if line["step"] <= last and name in line
+            (line["step"], line[name])
+            for line in lines
+            if self._first <= line["step"] <= last and name in line
         ]
