@@ -39,10 +39,14 @@ def check_room(max_tokens: int, context: int) -> None:
 class Chat:
     """A conversation. As a context manager it ends its thread, in which the decoder is, at the end.
 
+    One that is not closed ends it when nothing refers to the conversation any more.
+
     Attributes:
       turns: what was said so far, the system's text aside.
       system: what the model is told first, or "".
     """
+
+    _worker: Worker | None = None  # of the class too, for one that could not be made
 
     def __init__(
         self, model: LanguageModel, sampling: Sampling, max_tokens: int, system: str = ""
@@ -64,7 +68,6 @@ class Chat:
         self.system = ""
         self._last: Answered | None = None
         self._remarks: list[str] = []
-        self._worker: Worker | None = None
         self.tell(system)
 
     def __enter__(self) -> Self:
@@ -72,6 +75,10 @@ class Chat:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def __del__(self) -> None:
+        if self._worker is not None:
+            self._worker.stop()
 
     def close(self) -> None:
         """End the decoder's thread; what is asked later starts another."""

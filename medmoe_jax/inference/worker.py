@@ -6,7 +6,9 @@ quick. Whatever ends the thread is told to all who wait, and to all who ask late
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
+import contextlib
 import queue
 import threading
 import time
@@ -46,7 +48,7 @@ class Ask:
 
 
 class Worker:
-    """Runs a `Decoding` in a thread of its own.
+    """Runs a `Decoding` in a thread of its own, which is ended by `close`, `stop` or Python's end.
 
     Attributes:
       places: the most requests that wait or are answered.
@@ -70,9 +72,12 @@ class Worker:
         self._over: BaseException | None = None
         self._live: dict[int, Ask] = {}  # by the decoder's number; the thread's own
         self._closing = False  # the thread's own
-        self._pool = concurrent.futures.ThreadPoolExecutor(1, "decoder")
-        self._end = self._pool.submit(self._run)
+        self._end: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._end.add_done_callback(self._tell_end)
+        # Python waits for every thread that is no daemon before it calls what `atexit` knows.
+        self._thread = threading.Thread(target=self._run_to_end, name="decoder", daemon=True)
+        atexit.register(self._leave)
+        self._thread.start()
 
     def ask(
         self, requests: Sequence[tuple[Request, Callable[[Told], None]]], seconds: float
@@ -125,8 +130,15 @@ class Worker:
         with self._lock:
             self._over = self._over or Closed("the decoder takes no more requests")
         self._jobs.put(self._close)
-        self._pool.shutdown()
+        self._thread.join()
         self._end.result()
+
+    def stop(self) -> None:
+        """Have the thread end after its step, whatever was asked; neither waits nor takes a lock.
+
+        So it may be called wherever Python frees an object.
+        """
+        self._jobs.put(self._stop)
 
     def __enter__(self) -> Worker:
         return self
@@ -135,6 +147,22 @@ class Worker:
         self.close()
 
     # The thread ---------------------------------------------------------------------------------
+
+    def _run_to_end(self) -> None:
+        with contextlib.ExitStack() as leaving:
+            leaving.push(self._keep_end)
+            self._run()
+
+    def _keep_end(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> bool:
+        """The thread's error is raised where somebody asks for its end, not here."""
+        atexit.unregister(self._leave)
+        if error is None or isinstance(error, Closed):
+            self._end.set_result(None)
+        else:
+            self._end.set_exception(error)
+        return True
 
     def _run(self) -> None:
         while self._live or not self._closing:
@@ -184,6 +212,14 @@ class Worker:
     def _close(self) -> None:
         self._closing = True
 
+    def _stop(self) -> None:
+        raise Closed
+
+    def _leave(self) -> None:
+        """At Python's end: no step may be cut short within the device's code."""
+        self.stop()
+        self._thread.join()
+
     def _check_open(self) -> None:
         if self._over is not None:
             raise Closed(str(self._over)) from self._over
@@ -192,8 +228,7 @@ class Worker:
         """The thread is over: nobody may wait for it in vain."""
         error = end.exception()
         with self._lock:
-            if error is not None:
-                self._over = error
+            self._over = over = error or self._over or Closed("the decoder was stopped")
             waiting, self._asks = self._asks, set()
         for ask in waiting:
-            ask.tell(error or Closed("the decoder takes no more requests"))
+            ask.tell(over)

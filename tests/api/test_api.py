@@ -1,10 +1,12 @@
 """The public Python API on the tiny recipe, against the commands and against what lies below."""
 
+import gc
 import json
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +186,23 @@ def test_a_chat_remembers(model):
         assert chat.say(PROMPTS[0]) == model.generate(PROMPTS[0], 8)
     with pytest.raises(ParameterError, match="max_tokens: 128 leave no room"):
         model.chat(max_tokens=128)
+
+
+def test_a_chat_that_is_not_closed_leaves_nothing_behind(model):
+    def decoders():
+        gc.collect()
+        return [one for one in threading.enumerate() if one.name == "decoder"]
+
+    assert not decoders()
+    chat = model.chat(max_tokens=8)
+    answer = chat.stream(PROMPTS[0])
+    next(answer)  # one that is broken off
+    chat.say(PROMPTS[0])
+    (thread,) = decoders()
+    del chat, answer
+    gc.collect()
+    thread.join(timeout=60)
+    assert not decoders()
 
 
 def test_train_resumes_and_tells_what_it_left(workdir, capsys):

@@ -1,6 +1,8 @@
 """Many threads ask one decoder: who is told what, when places are full, late, cancelled or lost."""
 
 import queue
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -164,3 +166,55 @@ def test_what_is_said_is_told_as_it_was_said():
     assert all(isinstance(one, Said) for one in said)
     assert [one.ended for one in said] == ["", "stop"]
     assert said[0].tokens[0].alternatives == ((2, -0.5), (3, -1.5))
+
+
+def test_stopping_ends_at_once_and_tells_all_who_wait():
+    gate = Gate()
+    worker = Worker(Scripted(counting, rows=1, before_step=gate), 4)
+    _, told = asked(worker, Request((1,), 10**6), Request((5,), 3))
+    gate.reached.acquire(timeout=60)
+    worker.stop()
+    gate.open(1)
+    for one in told:
+        with pytest.raises(Closed, match="was stopped"):
+            read(one)
+    worker.close()
+    assert worker.failure is None and worker.pending == 0
+    with pytest.raises(Closed):
+        asked(worker, Request((1,), 1))
+
+
+LEFT_OPEN = """
+import queue, time
+from medmoe_jax.inference.requests import Request
+from medmoe_jax.inference.worker import Worker
+from tests.inference.scripted import Scripted
+
+def step():
+    stepping.put(None)
+    time.sleep(0.1)
+    stepping.get()
+
+stepping = queue.SimpleQueue()
+worker = Worker(Scripted(lambda request: iter(int, 1), before_step=step), 2)
+told = queue.SimpleQueue()
+if {asked}:
+    worker.ask([(Request((1,), 10**9), told.put)], float("inf"))
+    told.get()
+import atexit
+atexit.register(lambda: print("over", worker.failure))
+atexit.register(lambda: print("leaving"))
+{last}
+"""
+
+
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("last", ["", "raise KeyError('mine')"])
+def test_python_ends_though_nobody_has_closed_the_worker(asked, last):
+    script = LEFT_OPEN.format(asked=asked, last=last)
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == bool(last), ended.stderr
+    assert ended.stdout == "leaving\nover None\n"
+    assert ended.stderr.strip().endswith("KeyError: 'mine'" if last else "")
