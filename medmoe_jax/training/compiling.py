@@ -8,31 +8,42 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from medmoe_jax.parallel import processes
 from medmoe_jax.storage.places import cache_folder, is_remote, local
 
 _HIT = "/jax/compilation_cache/cache_hits"
 _WORTH = 0.1  # seconds: programs that compile faster are not kept
+_SETTING = "jax_compilation_cache_dir"
+_before: dict[str, str | None] = {}  # the place that was chosen last, and what JAX was told before
 
 
 def keep_compiled(directory: str | Path, workdir: str | Path) -> None:
-    """Keep compiled programs on disk, where a restarted run finds them.
+    """Keep compiled programs on disk, where a restarted run finds them; the last call holds.
 
     Args:
       directory: one that all processes see, since the first one writes; "" = the place that JAX
-        was told otherwise (JAX_COMPILATION_CACHE_DIR), or else `compiled` in the work directory,
+        was told by others (JAX_COMPILATION_CACHE_DIR), or else `compiled` in the work directory,
         or in the user's cache where that is on object storage.
       workdir: "" = there is none.
     """
-    if not directory and (jax.config.values["jax_compilation_cache_dir"] or not workdir):
-        return
+    now = jax.config.values[_SETTING]
+    told = _before.get(now, now)
     if directory:
-        chosen = local(directory, "run.compilation_cache")
+        chosen = str(local(directory, "run.compilation_cache").absolute())
+    elif told or not workdir:
+        chosen = told
     else:
-        chosen = (cache_folder() if is_remote(workdir) else Path(workdir)) / "compiled"
-    jax.config.update("jax_compilation_cache_dir", str(chosen.absolute()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH)
+        home = cache_folder() if is_remote(workdir) else Path(workdir)
+        chosen = str((home / "compiled").absolute())
+    if chosen != now:
+        jax.config.update(_SETTING, chosen)
+        compilation_cache.reset_cache()  # one that was used already stays where it is
+        _before.clear()
+    if chosen != told:
+        _before[chosen] = told
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH)
 
 
 def compile_ahead(function: jax.stages.Wrapped, *arguments: Any) -> tuple[jax.stages.Compiled, str]:

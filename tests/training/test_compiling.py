@@ -25,12 +25,37 @@ def settings():
 def test_where_programs_are_kept(settings, tmp_path):
     keep_compiled("", "")
     assert settings() is None
-    keep_compiled("", tmp_path)
-    assert settings() == str(tmp_path / "compiled")
-    keep_compiled("", tmp_path / "other")  # JAX has been told
-    assert settings() == str(tmp_path / "compiled")
+    for workdir in (tmp_path, tmp_path / "other", tmp_path):
+        keep_compiled("", workdir)
+        assert settings() == str(workdir / "compiled")
     keep_compiled(str(tmp_path / "chosen"), tmp_path)
     assert settings() == str(tmp_path / "chosen")
+    keep_compiled("", "")
+    assert settings() is None
+
+
+def test_a_place_that_others_told_jax_holds_for_every_run_that_names_none(settings, tmp_path):
+    keep_compiled("", tmp_path)
+    theirs = str(tmp_path / "theirs")
+    jax.config.update("jax_compilation_cache_dir", theirs)
+    for directory, want in (("", theirs), (tmp_path / "own", None), (tmp_path / "2nd", None)):
+        for _ in range(2):
+            keep_compiled(directory, tmp_path)
+            assert settings() == (want or str(directory))
+    keep_compiled("", tmp_path / "other")
+    assert settings() == theirs
+
+
+def test_the_programs_of_each_run_of_a_process_are_in_its_own_place(
+    settings, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(compiling, "_WORTH", 0.0)
+    jax.jit(lambda x: jnp.cos(x) + 7)(jnp.ones(3))  # JAX looks for its cache at the first program
+    for number, name in enumerate(("a", "b", "c")):
+        keep_compiled("", tmp_path / name)
+        compile_ahead(jax.jit(lambda x, n=number: jnp.sin(x) + n), jnp.ones(3))
+        kept = [len([*(tmp_path / one / "compiled").glob("*-cache")]) for one in ("a", "b", "c")]
+        assert kept == [1] * (number + 1) + [0] * (2 - number)
 
 
 def test_programs_of_a_run_on_object_storage_are_kept_here(settings, tmp_path, monkeypatch):
