@@ -14,7 +14,7 @@ from medmoe_jax.api.routing import Routing, measure, read
 from medmoe_jax.api.tasks import check_prompts, note_cut
 from medmoe_jax.base.presets import HUB
 from medmoe_jax.checkpoints.bases import open_base, open_tokenizer
-from medmoe_jax.data.conversation import ROLES, Turn, check_text
+from medmoe_jax.data.conversation import ROLES, Turn, check_text, check_texts
 from medmoe_jax.errors import ParameterError, UserError
 from medmoe_jax.inference.chat import Chat
 from medmoe_jax.inference.language_model import Answer, LanguageModel, Prompt
@@ -62,8 +62,8 @@ class Model:
           language: as of `load`.
         """
         self.run, self.trained = run, trained
-        self.off, self._language = tuple(off), language
         self.language_model: LanguageModel = language_model(run.setup, trained, off, language)
+        self.off, self._language = tuple(off), language
 
     def __repr__(self) -> str:
         where = f" of {self.run.workdir}" if self.stage else ""
@@ -172,8 +172,9 @@ class Model:
         if len(lists) != len(asked):
             raise ParameterError(f"options: {len(lists)} lists for {len(asked)} prompts")
         for number, texts in enumerate(lists):
-            if isinstance(texts, str) or not texts:
-                raise ParameterError(f"options: {_place(number)} needs a list of texts")
+            check_texts(f"options: {_place(number)}", texts)
+            if len(texts) == 0:
+                raise ParameterError(f"options: {_place(number)}: needs at least one text")
             check_text(texts, f"options: {_place(number)}")
             same = [asked[number]] * len(texts)
             check_prompts(self.run.setup, same, lambda _, number=number: _place(number), texts)

@@ -12,6 +12,7 @@ from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.checkpoints.agreement import check_alike
 from medmoe_jax.checkpoints.fingerprint import code_fingerprint
 from medmoe_jax.checkpoints.manifest import library_versions
+from medmoe_jax.data.conversation import check_texts
 from medmoe_jax.data.languages import detector
 from medmoe_jax.data.templates import doubts
 from medmoe_jax.errors import ParameterError
@@ -60,8 +61,10 @@ def language_model(
       language: code of the texts' language; "" = it is detected, text by text, where a bank asks.
 
     Raises:
-      UserError: `off` names a bank that is not there, or the recipe's table has no such language.
+      UserError: `off` is no list of names or names a bank that is not there, or the recipe's table
+        has no such language.
     """
+    check_texts("off", off)
     roster = trained.roster
     for name in off:
         roster = lifecycle.set_state(roster, name, "off")

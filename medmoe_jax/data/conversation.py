@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NotRequired, TypedDict
 
 from medmoe_jax.data.on_demand import OnDemand
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import ParameterError, UserError
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -139,6 +139,19 @@ def check_json(value: Any, where: str, field: str = "") -> None:
             f"{where}: {field} is of the type {type(value).__name__}, which JSON does not have; "
             "write it as text or as a plain number"
         )
+
+
+def check_texts(name: str, values: Any) -> None:
+    """Raise ParameterError, which names the parameter, for what is no collection of texts.
+
+    One text alone is none: its characters would be taken for the texts.
+    """
+    if isinstance(values, str) or not isinstance(values, Collection):
+        hint = f"; write [{values!r}]" if isinstance(values, str) else ""
+        raise ParameterError(f"{name}: needs a list of texts, found {values!r}{hint}")
+    for value in values:
+        if not isinstance(value, str):
+            raise ParameterError(f"{name}: needs a list of texts, found {value!r} in it")
 
 
 def check_text(value: Any, where: str) -> None:

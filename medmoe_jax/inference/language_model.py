@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from medmoe_jax.data.conversation import Turn, turns_of
+from medmoe_jax.data.conversation import Turn, check_texts, turns_of
 from medmoe_jax.data.encode import Encoder, Frame
 from medmoe_jax.data.languages import spoken
 from medmoe_jax.data.pieces import Template
@@ -131,8 +131,10 @@ class LanguageModel:
         They go up to the end of the turn, to the first of the texts `stops`, or to `max_tokens`.
 
         Raises:
-          UserError: a stop is empty, or what the engine does not generate.
+          UserError: the stops are no list of texts, one is empty, or what the engine does not
+            generate.
         """
+        check_texts("stops", stops)
         if not all(stops):
             raise UserError("stops: every one needs at least one character")
         prompt_ids = [self.fitted(turns_of(prompt), max_tokens)[1] for prompt in prompts]
