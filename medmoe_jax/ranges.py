@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import NamedTuple
 
 from medmoe_jax.errors import ParameterError
@@ -23,7 +24,9 @@ class Range(NamedTuple):
 
     def check(self, name: str, value: float) -> None:
         """Raise ParameterError, which names the parameter, unless `value` is in the range."""
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise ParameterError(f"{name}: {value!r} is not a number")
+        if not isinstance(value, int) and not math.isfinite(value):
             raise ParameterError(f"{name}: {value} is not a finite number")
         if value < self.low:
             raise ParameterError(f"{name}: {value} is below {self.low}")

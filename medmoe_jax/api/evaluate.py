@@ -71,7 +71,7 @@ class _Asked(NamedTuple):
 
 def evaluate(
     model: Model | Run | str | os.PathLike[str],
-    tasks: str | Sequence[str],
+    tasks: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     stage: str | None = None,
     off: Sequence[str] = (),
@@ -119,7 +119,8 @@ def evaluate(
     if limit is not None:
         COUNT.check("limit", limit)
     NOT_NEGATIVE.check("seed", seed)
-    names = expand([tasks] if isinstance(tasks, str) else list(tasks))
+    named = [tasks] if isinstance(tasks, str | os.PathLike) else tasks
+    names = expand([os.fspath(task) for task in named])
     if not names:
         raise ParameterError("tasks: none is named; `medmoe eval --list` prints the known ones")
     preset_name = readings.find(compat) if compat else ""

@@ -107,7 +107,7 @@ def test_commands_and_python_give_the_same(workdir, model, items, tmp_path, caps
     drawn = model.generate(PROMPTS, 8, temperature=1.0, seed=3)
     assert drawn == [row["response"] for row in rows()]
     assert main(["eval", there, f"--tasks={items}", f"--output={tmp_path}", "--limit=8"]) == 0
-    told = medmoe_jax.evaluate(model, items, limit=8)
+    told = medmoe_jax.evaluate(model, Path(items), limit=8)
     report = json.loads((tmp_path / "report.json").read_text())
     assert json.loads(json.dumps(told.report.to_dict())) == report
     lines = (tmp_path / "records.jsonl").read_text().splitlines()
@@ -357,6 +357,11 @@ def test_bad_questions(model, workdir, items):
     for ask, words in (
         (lambda: model.generate("x", 0), "max_tokens: 0 is below 1"),
         (lambda: model.generate("x", temperature=-1.0), "temperature: -1.0 is below 0"),
+        (lambda: model.generate("x", temperature="1"), "temperature: '1' is not a number"),
+        (lambda: model.generate("x", True), "max_tokens: True is not a number"),
+        (lambda: model.generate("x", None), "max_tokens: None is not a number"),
+        (lambda: model.generate("x", seed=float("inf")), "seed: inf is not a finite number"),
+        (lambda: medmoe_jax.evaluate(model, items, limit="2"), "limit: '2' is not a number"),
         (lambda: model.generate(["x", 3]), "prompts: prompt 1 is neither a text nor a list"),
         (lambda: model.generate([{"role": "user", "content": "x"}]), "a list of turns is one"),
         (lambda: model.generate(["x", "a\ud83d"]), "prompt 1: holds '\\ud83d', half of a"),
