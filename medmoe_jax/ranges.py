@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from typing import NamedTuple
 
 from medmoe_jax.errors import ParameterError
@@ -24,7 +23,7 @@ class Range(NamedTuple):
 
     def check(self, name: str, value: float) -> None:
         """Raise ParameterError, which names the parameter, unless `value` is in the range."""
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        if isinstance(value, bool) or not hasattr(value, "__float__"):  # scalars of any library
             raise ParameterError(f"{name}: {value!r} is not a number")
         if not isinstance(value, int) and not math.isfinite(value):
             raise ParameterError(f"{name}: {value} is not a finite number")

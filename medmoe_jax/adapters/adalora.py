@@ -93,7 +93,7 @@ class BudgetSchedule:
         if self.freeze < 2:
             raise UserError(
                 f"t_final: with {a.t_final} of {self.steps} steps the triplets are chosen at "
-                "update 1, before anything tells which matter; lower t_final, or take more steps"
+                "update 1, before anything tells which matter; take more steps"
             )
 
     @property

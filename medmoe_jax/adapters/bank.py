@@ -38,12 +38,12 @@ _FFN = (*GROUPS["mlp.in"], *GROUPS["mlp.out"])
 # left out: a recipe gives them to experts that may be whole or not.
 _ACTING = (
     (
-        ("rank_stabilised", "dropout", "learned_scale", "init"),
+        ("rank_stabilised", "dropout", "learned_scale"),
         lambda spec: not spec.whole,
         "low-rank experts: form='lora' or 'ffn_lora'",
     ),
     (
-        ("top_k", "renormalise", "router_bias", "router_noise", "balance_loss", "z_loss"),
+        ("top_k", "renormalise", "router_bias"),
         lambda spec: spec.routed,
         "a router: gate='token' or 'language'",
     ),
@@ -137,26 +137,18 @@ class BankSpec:
             raise UserError(f"{where}: router_noise, balance_loss and z_loss must be >= 0")
         if self.init not in INITS:
             raise UserError(f"{where}.init: '{self.init}' is none of {', '.join(INITS)}")
-        if self.init == "b" and self.learned_scale:
+        if self.init == "b" and (self.learned_scale or self.whole):
             raise UserError(
                 f"{where}.init: 'b' is for experts of two factors, one of which is zero at first; "
-                "with learned_scale Λ is"
+                "with learned_scale Λ is, and whole networks have none"
             )
-        self._check_acting(where)
+        if not self.routed and max(self.router_noise, self.balance_loss, self.z_loss) > 0:
+            raise UserError(
+                f"{where}: router_noise, balance_loss and z_loss need a router: gate='token' or "
+                "'language'"
+            )
         if self.routed:
             check_top_k(where, self.top_k, self.experts)
-
-    def _check_acting(self, where: str) -> None:
-        """Raise UserError for a field that is set and changes nothing in such a bank."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for names, acts, needs in _ACTING:
-            for name in names:
-                value, default = getattr(self, name), defaults[name]
-                if value != default and not acts(self):
-                    raise UserError(
-                        f"{where}.{name}: {value!r} would change nothing, it needs {needs}; leave "
-                        f"it at {default!r}"
-                    )
 
     @property
     def routed(self) -> bool:
@@ -181,6 +173,21 @@ class BankSpec:
     def replace(self, **changes: Any) -> BankSpec:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+def check_acts(spec: BankSpec) -> None:
+    """Raise UserError for a field that is set and changes nothing in such a bank.
+
+    Only what is to be trained is asked: a bank that is there answers as it did.
+    """
+    for names, acts, needs in _ACTING:
+        for name in names:
+            value, default = getattr(spec, name), BankSpec.__dataclass_fields__[name].default
+            if value != default and not acts(spec):
+                raise UserError(
+                    f"bank '{spec.name}'.{name}: {value!r} would change nothing, it needs {needs}; "
+                    f"leave it at {default!r}"
+                )
 
 
 def check_gate_learns(spec: BankSpec, fresh: bool) -> None:

@@ -163,6 +163,7 @@ def added(
             raise UserError(
                 f"{where}.mix_per_layer: give each layer, by its pattern, a bank of its own"
             )
+        bank_lib.check_acts(spec)
         if spec.gate == "skill":
             bank_lib.check_gate_learns(spec, fresh=True)
         if "mix" in sites:

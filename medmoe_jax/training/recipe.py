@@ -15,6 +15,7 @@ from medmoe_jax.adapters.adalora import Allocator, BudgetSchedule
 from medmoe_jax.adapters.bank import (
     BankSpec,
     abstract,
+    check_acts,
     check_gate_learns,
     match_layers,
     match_sites,
@@ -216,7 +217,7 @@ def _check(stage: Stage, before: Roster, decoder: DecoderConfig, quantised: bool
 
 
 def check_learns(stage: Stage, roster: Roster) -> None:
-    """Raise UserError for a bank that a stage is to train, and whose gate would never learn.
+    """Raise UserError for a bank that a stage is to train, with a gate or field that does nothing.
 
     Only training asks for this: an adapter of another tool may have such a gate, and answers.
     """
@@ -224,6 +225,7 @@ def check_learns(stage: Stage, roster: Roster) -> None:
     with within(f"stages.{stage.name}: "):
         for name, (spec, state) in roster.items():
             if state in ("train", "gate"):
+                check_acts(spec)
                 check_gate_learns(spec, fresh=name in added)
 
 

@@ -33,9 +33,9 @@ def arguments(tmp_path):
 
 def commands(config, folder, rows, asked):
     """Every command that reads rows or prompts, by its words."""
-    made, bare = f"--output={folder / 'out'}", [*config, "--stage=base"]
+    made, bare = f"--output={folder / 'made.jsonl'}", [*config, "--stage=base"]
     return {
-        "data build": [f"--input={rows}", made],
+        "data build": [f"--input={rows}", f"--output={folder / 'out'}"],
         "data inspect": [f"--dataset={rows}", f"--tokenizer={tiny.tokenizer().path}",
                          f"--template={folder / 'chat.jinja'}"],
         "tokenizer train": [f"--input={rows}", made, "--vocab-size=300"],

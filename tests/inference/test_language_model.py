@@ -1,5 +1,7 @@
 """Text in, text out: templates, targets and ends of turns around the engine."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -233,12 +235,13 @@ def test_stops_in_whatever_tokens_they_are_written(trained, monkeypatch):
 
     monkeypatch.setattr(model.engine, "generate", kept)
     (free,) = model.answer(question, 40)
-    runs = [written[0][n : n + 3] for n in range(40)]
+    runs = [written[0][n : n + 8] for n in range(40)]
     encode = model.encoder.tokenizer.encode
     # A text that by itself is written in other tokens than here.
     stop = next(
         text
-        for text in (free.text[n : n + 3] for n in range(2, 12))
+        for size, n in itertools.product(range(2, 6), range(2, 40))
+        for text in (free.text[n : n + size],)
         if "\ufffd" not in text
         and not any(run[: len(encode(text))] == encode(text) for run in runs)
     )

@@ -164,11 +164,11 @@ REFUSED = {
     },
     "balance_without_router": (
         {"s": {"banks": add(balance_loss=0.1)}},
-        "bank 'x'.balance_loss: 0.1 would change nothing, it needs a router: gate='token' or",
+        "bank 'x': router_noise, balance_loss and z_loss need a router",
     ),
     "noise_without_router": (
         {"s": {"banks": add(router_noise=0.1)}},
-        "bank 'x'.router_noise: 0.1 would change nothing, it needs a router: gate='token' or",
+        "bank 'x': router_noise, balance_loss and z_loss need a router",
     ),
     "bank_name": ({"s": {"banks": add("x/y")}}, "stages.s.banks: 'x/y' is no name of a bank"),
     "stack_name": (
