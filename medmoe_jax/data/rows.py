@@ -96,7 +96,9 @@ class RowReader:
     def check_columns(self) -> None:
         """Raise UserError for a column that none of the rows so far has; some may lack it."""
         for lacking in filter(None, self._lacking.values()):
-            raise UserError(f"{lacking}, nor in any other row; correct its name, or leave it out")
+            raise UserError(
+                f"{lacking}, nor in any other row that was read; correct its name, or leave it out"
+            )
 
     def __call__(self, item: Any, where: str = "row") -> Conversation:
         """The conversation row of one decoded row. Raises UserError that starts with `where`."""
@@ -131,7 +133,7 @@ class RowReader:
                 self._lacking[key] = ""
             else:
                 self._lacking.setdefault(key, f"{where}: there is no column {named}")
-            if own in row and key in row and key != own:
+            if key in row and key != own:
                 raise UserError(
                     f"{where}: the row has a key {key!r} beside {own!r}, which "
                     f"{self._told.column}{key} names; remove one, or name it in "

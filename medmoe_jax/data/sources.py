@@ -23,7 +23,7 @@ from medmoe_jax.data.medical.row import Row, shorten
 from medmoe_jax.data.prompts import Prompt
 from medmoe_jax.data.rows import RowReader
 from medmoe_jax.data.streamed_rows import StreamedRows
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import UserError, within
 from medmoe_jax.storage.places import exists
 
 _DEMO = {
@@ -163,7 +163,10 @@ def streamed_rows(data: Mapping[str, Any], name: str, encoder: Encoder) -> Strea
         return row if known is None else name_language(row, known, detect, place)
 
     files = open_files(fields["path"], fields["split"])
-    return StreamedRows(name, files, read, encoder, length, fields["window"], shards)
+    rows = StreamedRows(name, files, read, encoder, length, fields["window"], shards)
+    with within(f"source '{name}': "):
+        own.check_columns()  # in the first rows, which were tried
+    return rows
 
 
 def _row_reader(name: str, fields: Mapping[str, Any], ignore: Sequence[str]) -> RowReader:

@@ -276,7 +276,8 @@ class _Reader:
         """Whether a number has a sign before it with which another choice begins: -1, <5."""
         before = self._char(at - 1)
         begins = self.text[at].isdigit() and unicodedata.category(before) in ("Sm", "Pd")
-        return begins and any(choice.startswith(before) for choice in self.words)
+        sign = "-" if before in _DASHES else before
+        return begins and any(choice.startswith(sign) for choice in self.words)
 
     def _lone(self, folded: str, start: int, stop: int) -> bool:
         """Whether one Chinese sign, kana, or what is no word ("+") stands as a word of its own."""

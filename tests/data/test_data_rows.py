@@ -6,8 +6,13 @@ import json
 import pytest
 
 from medmoe_jax.data import builder, rows
-from medmoe_jax.data.sources import open_path
+from medmoe_jax.data.encode import Encoder
+from medmoe_jax.data.layouts import TEMPLATES
+from medmoe_jax.data.sources import open_path, open_sources
+from medmoe_jax.data.streamed_rows import StreamedRows
 from medmoe_jax.errors import UserError
+from medmoe_jax.training.config import recipe, source
+from tests import tiny
 
 TURNS = [{"role": "user", "content": "Q é 日"}, {"role": "assistant", "content": "A\nb"}]
 AUTHORS = {
@@ -297,9 +302,9 @@ def test_a_column_beside_the_question_may_be_absent(tmp_path):
     """As null is: not every row has a context. One that no row has is a wrong name."""
     columns = {"prompt": "Q", "response": "A", "input": "context"}
     pair = {"Q": "q", "A": "a"}
-    given = [pair, pair | {"context": None}, pair | {"context": "c"}, pair | {"input": "c"}]
+    given = [pair, pair | {"context": None}, pair | {"context": "c"}]
     path = write(tmp_path, "d.jsonl", "\n".join(map(json.dumps, given)))
-    wanted = ["q", "q", "q\nc", "q\nc"]
+    wanted = ["q", "q", "q\nc"]
     found = open_path(path, rows.RowReader(columns=columns)).rows
     assert [row["conversations"][0]["content"] for row in found] == wanted
     built = builder.build_from_files([path], tmp_path, "d", rows.RowReader(columns=columns))
@@ -315,8 +320,25 @@ def test_a_column_beside_the_question_may_be_absent(tmp_path):
     assert not (tmp_path / "wrong").exists()
     empty = write(tmp_path, "empty.jsonl", "")
     assert not len(open_path(empty, rows.RowReader(columns=columns)).rows)
-    with pytest.raises(UserError, match="a key 'input' beside 'context', which columns"):
-        said(pair | {"context": "c", "input": "i"}, columns=columns)
+    for own in ({"context": "c"}, {"context": None}, {}):
+        with pytest.raises(UserError, match="a key 'input' beside 'context', which columns"):
+            said(pair | own | {"input": "i"}, columns=columns)
+
+
+def test_a_column_that_no_first_row_of_a_stream_has(tmp_path):
+    path = write(tmp_path, "d.jsonl", '{"prompt": "a", "response": "b", "context": "c"}\n' * 9)
+    config = recipe()
+    config.data.ignore = ("*",)
+    config.data.shards = 1
+    config.data.sources.mine = source(str(path), columns={"input": "contxt"}, window=4)
+    encoder = Encoder(tiny.tokenizer(), TEMPLATES["plain"])
+    with pytest.raises(
+        UserError, match=r"source 'mine': .*there is no column 'contxt' .*that was read"
+    ):
+        open_sources(config.data.to_dict(), ["mine"], encoder)
+    config.data.sources.mine.columns = {"input": "context"}
+    (opened,) = open_sources(config.data.to_dict(), ["mine"], encoder).values()
+    assert isinstance(opened.rows, StreamedRows)
 
 
 @pytest.mark.parametrize("empty", [{}, {"language": None}, {"language": ""}])

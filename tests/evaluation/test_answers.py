@@ -64,6 +64,7 @@ def test_choices_that_begin_with_a_sign(choices, form):
     ("choices", "text", "wanted"),
     [
         ("-1,1", "The answer is \u22121", "-1"),
+        ("-1,0,1", "Answer: \u20131", None),
         ("-1,1", "It is not -1 but 1", "1"),
         ("-1,1", "- 1", "1"),
         ("-2,1", "The answer is -1", None),
