@@ -4,6 +4,7 @@ import errno
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -201,8 +202,10 @@ def test_generate(config, workdir, tmp_path, capsys):
     prompts = [row["prompt"] for row in tiny.alignment_rows()[:3]]
     assert main(["generate", *model, prompts[0]]) == 0
     printed = capsys.readouterr().out
-    assert main(["generate", *model, f"--stop={printed[2:4]}", "--stop=zzz", prompts[0]]) == 0
-    assert capsys.readouterr().out == printed[: printed.index(printed[2:4])] + "\n"
+    shown = re.sub(r"\\x\w\w", "\0\0\0\0", printed)  # a control is written out, and no stop
+    stop = next(c for c in shown[1:] if c not in "\0 \n")
+    assert main(["generate", *model, f"--stop={stop}", "--stop=zzz", prompts[0]]) == 0
+    assert capsys.readouterr().out == printed[: shown.index(stop)] + "\n"
     sharp = ["--temperature=3", "--top-k=1", "--min-p=0.1", "--repetition-penalty=1"]
     assert main(["generate", *model, *sharp, prompts[0]]) == 0
     assert capsys.readouterr().out == printed
