@@ -58,8 +58,8 @@ def inspect(
       UserError: a row that does not exist or cannot be used, which is named by its place; a length
         below 1, a count below 0.
     """
-    COUNT.check("length", length)
-    NOT_NEGATIVE.check("rows", count)
+    COUNT.check_whole("length", length)
+    NOT_NEGATIVE.check_whole("rows", count)
     console = console or Screen()
     rows = source.rows
     if not len(rows):
