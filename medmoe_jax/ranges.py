@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from typing import NamedTuple
+import operator
+from typing import Any, NamedTuple
 
 from medmoe_jax.errors import ParameterError
 
@@ -23,18 +25,35 @@ class Range(NamedTuple):
 
     def check(self, name: str, value: float) -> None:
         """Raise ParameterError, which names the parameter, unless `value` is in the range."""
-        if isinstance(value, bool) or not hasattr(value, "__float__"):  # scalars of any library
+        number = _number(value)
+        if number is None:
             raise ParameterError(f"{name}: {value!r} is not a number")
-        if not isinstance(value, int) and not math.isfinite(value):
+        if not (isinstance(number, int) or math.isfinite(number)):
             raise ParameterError(f"{name}: {value} is not a finite number")
-        if value < self.low:
+        if number < self.low:
             raise ParameterError(f"{name}: {value} is below {self.low}")
-        if self.above and value == self.low:
+        if self.above and number == self.low:
             raise ParameterError(f"{name}: {value} is not above {self.low}")
-        if value > self.high:
+        if number > self.high:
             raise ParameterError(f"{name}: {value} is above {self.high}")
-        if self.below and value == self.high:
+        if self.below and number == self.high:
             raise ParameterError(f"{name}: {value} is not below {self.high}")
+
+    def check_whole(self, name: str, value: int) -> None:
+        """The same of a whole number, of Python or of any library; 2.0 is none."""
+        self.check(name, value)
+        if not isinstance(_number(value), int):
+            raise ParameterError(f"{name}: {value!r} is not a whole number")
+
+
+def _number(value: Any) -> int | float | None:
+    """A scalar of any library as Python's number; None for what is none, such as text or truth."""
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        return None
+    for read in (operator.index, float):
+        with contextlib.suppress(TypeError):
+            return read(value)
+    return None
 
 
 FINITE = Range()

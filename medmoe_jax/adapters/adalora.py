@@ -19,6 +19,7 @@ import numpy as np
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.base.seam import Params
 from medmoe_jax.errors import UserError
+from medmoe_jax.ranges import COUNT, NOT_NEGATIVE, Range
 
 _FACTORS = ("lora_a", "lora_b", "scale")
 
@@ -47,16 +48,12 @@ class Allocator:
     beta2: float = 0.85
 
     def __post_init__(self) -> None:
-        if self.target_rank < 1:
-            raise UserError(f"target_rank: {self.target_rank} is below one rank a matrix")
+        for name in ("target_rank", "every"):
+            COUNT.check_whole(name, getattr(self, name))
         for name in ("t_init", "t_final"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}: {getattr(self, name)} is negative")
-        if self.every < 1:
-            raise UserError(f"every: {self.every} is below 1")
+            NOT_NEGATIVE.check_whole(name, getattr(self, name))
         for name in ("beta1", "beta2"):
-            if not 0.0 < getattr(self, name) < 1.0:
-                raise UserError(f"{name}: {getattr(self, name)} is not between 0 and 1")
+            Range(0, 1, above=True, below=True).check(name, getattr(self, name))
 
     def check(self, spec: BankSpec) -> None:
         """Raise UserError unless the bank can be allocated as this says."""

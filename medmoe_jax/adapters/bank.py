@@ -27,6 +27,7 @@ from medmoe_jax.base.config import GROUPS, DecoderConfig, site_shapes
 from medmoe_jax.base.seam import Params
 from medmoe_jax.errors import UserError
 from medmoe_jax.kinds import fits
+from medmoe_jax.ranges import COUNT, FINITE, NOT_NEGATIVE, Range
 from medmoe_jax.routing.routers import check_top_k
 
 GATES = ("always", "token", "language", "skill")
@@ -118,10 +119,11 @@ class BankSpec:
         where = f"bank '{self.name}'"
         if self.gate not in GATES:
             raise UserError(f"{where}.gate: '{self.gate}' is none of {', '.join(GATES)}")
-        if self.experts < 1 or self.rank < 1:
-            raise UserError(
-                f"{where}: experts ({self.experts}) and rank ({self.rank}) must be >= 1"
-            )
+        for field in ("experts", "rank"):
+            COUNT.check_whole(f"{where}.{field}", getattr(self, field))
+        for field in ("router_noise", "balance_loss", "z_loss"):
+            NOT_NEGATIVE.check(f"{where}.{field}", getattr(self, field))
+        FINITE.check(f"{where}.alpha", self.alpha)
         if self.form not in FORMS:
             raise UserError(f"{where}.form: '{self.form}' is none of {', '.join(FORMS)}")
         if self.form != "lora" and not (self.routed and set(self.sites) == set(_FFN)):
@@ -129,12 +131,9 @@ class BankSpec:
                 f"{where}.form: experts that are feed-forward networks need sites=('mlp.*',) and a "
                 "router: gate='token' or 'language'"
             )
-        if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"{where}.dropout: {self.dropout} is not in [0, 1)")
+        Range(0, 1, below=True).check(f"{where}.dropout", self.dropout)
         if self.forcing not in FORCING:
             raise UserError(f"{where}.forcing: '{self.forcing}' is none of {', '.join(FORCING)}")
-        if min(self.router_noise, self.balance_loss, self.z_loss) < 0:
-            raise UserError(f"{where}: router_noise, balance_loss and z_loss must be >= 0")
         if self.init not in INITS:
             raise UserError(f"{where}.init: '{self.init}' is none of {', '.join(INITS)}")
         if self.init == "b" and (self.learned_scale or self.whole):

@@ -117,8 +117,8 @@ def evaluate(
     if isinstance(model, Model) and (stage is not None or off or language):
         raise ParameterError("model: a loaded one has its stage, off and language already")
     if limit is not None:
-        COUNT.check("limit", limit)
-    NOT_NEGATIVE.check("seed", seed)
+        COUNT.check_whole("limit", limit)
+    NOT_NEGATIVE.check_whole("seed", seed)
     named = [tasks] if isinstance(tasks, str | os.PathLike) else tasks
     names = expand([os.fspath(task) for task in named])
     if not names:

@@ -136,7 +136,7 @@ class Model:
         Raises:
           UserError: a number out of its range, or a prompt that the template refuses.
         """
-        COUNT.check("max_tokens", max_tokens)
+        COUNT.check_whole("max_tokens", max_tokens)
         sampling = Sampling(
             temperature, top_p, seed, top_k=top_k, min_p=min_p,
             repetition_penalty=repetition_penalty,

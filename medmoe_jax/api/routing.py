@@ -91,7 +91,7 @@ class Routing:
 def read(setup: Setup, data: Sequence[str], limit: int | None = None) -> Sequence[Texts]:
     """The rows of each language; see `Model.routing`."""
     if limit is not None:
-        COUNT.check("limit", limit)
+        COUNT.check_whole("limit", limit)
     return routing.by_language(_rows(setup, data), setup.languages, limit)
 
 

@@ -71,8 +71,8 @@ def compare(
     Raises:
       UserError: they have no item in common, a task's metric differs, or a number is out of range.
     """
-    NOT_NEGATIVE.check("seed", seed)
-    COUNT.check("resamples", resamples)
+    NOT_NEGATIVE.check_whole("seed", seed)
+    COUNT.check_whole("resamples", resamples)
     pairs = _paired(a, b)
     if not pairs:
         raise UserError("the two runs have no item in common: they asked other tasks or items")

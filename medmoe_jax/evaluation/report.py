@@ -160,7 +160,7 @@ class Report:
         data = json_text.settings(read_settings(place(path)), path)
         with within(f"{path}: not a saved evaluation report: "):
             check_fields({"results": None, **data}, _KINDS, "report")
-            results = [_result(fields) for fields in data["results"]]
+            results = [_result(saved) for saved in data["results"]]
             for failure in data.get("failures", ()):
                 check_fields({**dict.fromkeys(_FAILURE), **failure}, _FAILURE, "failures")
         settings, about = data.get("settings", {}), data.get("about", {})

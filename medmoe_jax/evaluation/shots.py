@@ -12,6 +12,7 @@ from medmoe_jax.data.medical import Row, shorten
 from medmoe_jax.data.medical.row import normal
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation.items import Item, Prompt, as_turns
+from medmoe_jax.ranges import NOT_NEGATIVE
 
 FORMS = ("prompt", "turns")
 PARTED = ("\n\n",)  # parts examples within one prompt: an answer that goes on beyond is cut there
@@ -25,8 +26,7 @@ class Shots:
     form: str = "prompt"
 
     def __post_init__(self) -> None:
-        if self.count < 0:
-            raise UserError(f"shots: {self.count} is below 0")
+        NOT_NEGATIVE.check_whole("shots", self.count)
         if self.form not in FORMS:
             raise UserError(f"shots: the form {self.form!r} is none of {', '.join(FORMS)}")
 

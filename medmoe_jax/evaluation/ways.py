@@ -96,10 +96,10 @@ class Way:
         ):
             if value not in known:
                 raise UserError(f"{name}: {value!r} is none of {', '.join(filter(None, known))}")
-        COUNT.check("samples", self.samples)
+        COUNT.check_whole("samples", self.samples)
         NOT_NEGATIVE.check("temperature", self.temperature)
         if self.max_tokens is not None:
-            COUNT.check("max_tokens", self.max_tokens)
+            COUNT.check_whole("max_tokens", self.max_tokens)
         if self.samples > 1 and (self.temperature <= 0 or self.answer not in _WRITTEN):
             raise UserError(
                 "several samples need a temperature above 0, and an answer that is written "

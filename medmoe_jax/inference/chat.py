@@ -28,7 +28,7 @@ class Answered(NamedTuple):
 
 def check_room(max_tokens: int, context: int) -> None:
     """Raise ParameterError for an answer that leaves no room for a question in the context."""
-    COUNT.check("max_tokens", max_tokens)
+    COUNT.check_whole("max_tokens", max_tokens)
     if max_tokens >= context:
         raise ParameterError(
             f"max_tokens: {max_tokens} leave no room for a question in a context of {context} "

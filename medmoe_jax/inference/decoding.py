@@ -141,7 +141,7 @@ class DecodingRows:
 
     def submit(self, request: Request) -> int:
         """See `Decoding`."""
-        COUNT.check("max_tokens", request.max_tokens)
+        COUNT.check_whole("max_tokens", request.max_tokens)
         Range(0, self.config.decoder.vocab_size).check("alternatives", request.alternatives)
         prompt, limit = len(request.prompt), self.config.decoder.max_positions
         if not prompt:

@@ -205,7 +205,7 @@ class Engine:
         Raises:
           UserError: an empty prompt, or `max_tokens` is below 1 or leaves no room for a prompt.
         """
-        COUNT.check("max_tokens", max_tokens)
+        COUNT.check_whole("max_tokens", max_tokens)
         if any(not p for p in prompts):
             raise UserError("generate: every prompt needs at least one token")
         prompts = self._fit(prompts, [max_tokens] * len(prompts))

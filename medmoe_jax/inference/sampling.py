@@ -47,9 +47,9 @@ class Sampling:
     def __post_init__(self) -> None:
         NOT_NEGATIVE.check("temperature", self.temperature)
         Range(0, 1, above=True).check("top_p", self.top_p)
-        SEED.check("seed", self.seed)
-        _NUMBER.check("first", self.first)
-        _NUMBER.check("top_k", self.top_k)
+        SEED.check_whole("seed", self.seed)
+        _NUMBER.check_whole("first", self.first)
+        _NUMBER.check_whole("top_k", self.top_k)
         SHARE.check("min_p", self.min_p)
         POSITIVE.check("repetition_penalty", self.repetition_penalty)
         _PENALTY.check("repetition_penalty", self.repetition_penalty)

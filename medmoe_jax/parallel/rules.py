@@ -21,16 +21,15 @@ from medmoe_jax.mesh_axes import EXPERT, FSDP, SEQUENCE, TENSOR, WEIGHT_AXES
 Rule = tuple[str, tuple]
 _COLUMN = r"(attn\.[qkv]|mlp\.(gate|up))"
 _ROW = r"(attn\.o|mlp\.down)"
-_SHARD = WEIGHT_AXES
 _REST = (FSDP, SEQUENCE)  # where E lies on `expert`
 # A quantised kernel's arrays have its axes, some of them shorter.
 _PARTS = r"(\.(codes|scale))?$"
 
 BASE_RULES: tuple[Rule, ...] = (
-    (r"(^|\.)(embed|head)$", (TENSOR, _SHARD)),
-    (rf"layers\.{_COLUMN}\.kernel{_PARTS}", (None, _SHARD, TENSOR)),
+    (r"(^|\.)(embed|head)$", (TENSOR, WEIGHT_AXES)),
+    (rf"layers\.{_COLUMN}\.kernel{_PARTS}", (None, WEIGHT_AXES, TENSOR)),
     (rf"layers\.{_COLUMN}\.bias$", (None, TENSOR)),
-    (rf"layers\.{_ROW}\.kernel{_PARTS}", (None, TENSOR, _SHARD)),
+    (rf"layers\.{_ROW}\.kernel{_PARTS}", (None, TENSOR, WEIGHT_AXES)),
     (rf"layers\.{_ROW}\.bias$", ()),
     (r"norm$", ()),
 )
@@ -39,10 +38,10 @@ BASE_RULES: tuple[Rule, ...] = (
 # splits A's inputs, so that the low-rank output joins the base's partial sum before its reduction.
 # Every factor is spread over the other axes too, as the base is: gradients and moments with it.
 BANK_RULES: tuple[Rule, ...] = (
-    (rf"{_COLUMN}\.lora_a$", (None, _SHARD, None, None)),
-    (rf"{_COLUMN}\.lora_b$", (None, None, None, (TENSOR, *_SHARD))),
-    (rf"{_ROW}\.lora_a$", (None, (TENSOR, *_SHARD), None, None)),
-    (rf"{_ROW}\.lora_b$", (None, None, None, _SHARD)),
+    (rf"{_COLUMN}\.lora_a$", (None, WEIGHT_AXES, None, None)),
+    (rf"{_COLUMN}\.lora_b$", (None, None, None, (TENSOR, *WEIGHT_AXES))),
+    (rf"{_ROW}\.lora_a$", (None, (TENSOR, *WEIGHT_AXES), None, None)),
+    (rf"{_ROW}\.lora_b$", (None, None, None, WEIGHT_AXES)),
     # Whole feed-forward experts live on the expert axis.
     (rf"{_COLUMN}\.experts$", (None, EXPERT, _REST, TENSOR)),
     (rf"{_ROW}\.experts$", (None, EXPERT, TENSOR, _REST)),

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 
 from medmoe_jax.errors import UserError
 from medmoe_jax.kernels.router_equations import Gates, RouterStats
+from medmoe_jax.ranges import COUNT
 from medmoe_jax.routing.narrow import narrow
 
 
 def check_top_k(where: str, top_k: int, experts: int) -> None:
     """Raise UserError unless 1 <= top_k <= experts."""
-    if not 1 <= top_k <= experts:
+    COUNT.check_whole(f"{where}.top_k", top_k)
+    if top_k > experts:
         raise UserError(f"{where}.top_k: {top_k} of {experts} experts; give 1 to {experts}")
 
 

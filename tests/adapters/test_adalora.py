@@ -284,12 +284,12 @@ def test_ranks_are_the_triplets_that_do_something():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"target_rank": 0}, "target_rank: 0 is below one rank a matrix"),
-        ({"t_init": -1}, "t_init: -1 is negative"),
-        ({"t_final": -1}, "t_final: -1 is negative"),
+        ({"target_rank": 0}, "target_rank: 0 is below 1"),
+        ({"t_init": -1}, "t_init: -1 is below 0"),
+        ({"t_final": -1}, "t_final: -1 is below 0"),
         ({"every": 0}, "every: 0 is below 1"),
-        ({"beta1": 1.0}, "beta1: 1.0 is not between 0 and 1"),
-        ({"beta2": 0.0}, "beta2: 0.0 is not between 0 and 1"),
+        ({"beta1": 1.0}, "beta1: 1.0 is not below 1"),
+        ({"beta2": 0.0}, "beta2: 0.0 is not above 0"),
     ],
 )
 def test_allocators_are_checked(fields, message):

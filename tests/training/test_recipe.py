@@ -130,7 +130,7 @@ REFUSED = {
     ),
     "allocator_below": (
         {"s": {"banks": SCALED, "allocators": {"r": allocator("x", 0)}}},
-        "stages.s.allocators.r.target_rank: 0 is below one rank a matrix",
+        "stages.s.allocators.r.target_rank: 0 is below 1",
     ),
     "allocator_above": (
         {"s": {"banks": SCALED, "allocators": {"r": allocator("x", 17)}}},

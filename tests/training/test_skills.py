@@ -120,7 +120,7 @@ def test_a_skill_without_data():
     ("field", "value", "message"),
     [
         ("t_init", 3, r"t_init: 3 \+ t_final 3 leave none of the run's 6 steps"),
-        ("target_rank", 0, "target_rank: 0 is below one rank a matrix"),
+        ("target_rank", 0, "target_rank: 0 is below 1"),
         ("target_rank", 4, "target_rank: 4 is above the rank 3"),
     ],
 )

@@ -40,7 +40,7 @@ class JudgeEndpoint:
     def __post_init__(self) -> None:
         """Raises UserError for what cannot be asked."""
         POSITIVE.check("timeout", self.timeout)
-        COUNT.check("attempts", self.attempts)
+        COUNT.check_whole("attempts", self.attempts)
         try:
             parts = httpx.URL(self.url)
         except httpx.InvalidURL as error:
