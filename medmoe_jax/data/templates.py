@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from medmoe_jax.data.conversation import Turn
@@ -54,9 +54,22 @@ def load_template(
 
     Raises:
       UserError: an unknown name (the message lists the known ones), a template that cannot be
-        used, or an option that it does not use.
+        used or that writes a token without a row in the base's embedding, or an option that it
+        does not use.
     """
-    options = options or {}
+    template = _opened(name, tokenizer, options or {})
+    if tokenizer is not None:
+        lost = sorted(_written(template, tokenizer.set_aside))
+        if lost:
+            raise UserError(
+                f"data.template: it writes {', '.join(lost)}, which {tokenizer!r} has beyond the "
+                f"{tokenizer.rows} rows of the base's embedding; use another template, or the "
+                "tokenizer that belongs to this model"
+            )
+    return template
+
+
+def _opened(name: str, tokenizer: Tokenizer | None, options: Mapping[str, Any]) -> Template:
     if name in TEMPLATES:
         if options:
             raise UserError(
@@ -105,11 +118,17 @@ def markers(template: Template, tokenizer: Tokenizer, said: bool = False) -> fro
     said: of content that the model says itself, in which a call or a thought may be written out:
       only those of the shortest conversation.
     """
+    # White space is a token of some vocabularies, but marks nothing.
+    return _written(template, [s for s in tokenizer.specials if s.strip()], said)
+
+
+def _written(template: Template, tokens: Collection[str], said: bool = False) -> frozenset[str]:
+    """Those of some tokens that a template writes; `said`: in the shortest conversation."""
+    if not tokens:
+        return frozenset()
     pieces = template.sample() if said else _tried(template)
     texts = [piece.text for piece in pieces if piece.kind == "markup"]
-    # White space is a token of some vocabularies, but marks nothing.
-    named = (s for s in tokenizer.specials if s.strip())
-    return frozenset(s for s in named if any(s in text for text in texts))
+    return frozenset(token for token in tokens if any(token in text for text in texts))
 
 
 def _tried(template: Template) -> Iterator[Piece]:
@@ -130,10 +149,15 @@ def _tried(template: Template) -> Iterator[Piece]:
 
 
 def doubts(template: Template, tokenizer: Tokenizer) -> list[str]:
-    """What hints that a template was not made for this vocabulary, a sentence each."""
+    """What hints that base, vocabulary and template were not made together, a sentence each."""
     written = " ".join(piece.text for piece in template.sample() if piece.kind == "markup")
     absent = [mark for mark in dict.fromkeys(MARK.findall(written)) if not tokenizer.special(mark)]
     found = []
+    if tokenizer.set_aside:
+        found.append(
+            f"base.tokenizer: its tokens {', '.join(sorted(tokenizer.set_aside))} lie beyond the "
+            f"{tokenizer.rows} rows of the base's embedding, and are read as plain text"
+        )
     if absent:
         found.append(
             f"data.template: its marks {', '.join(absent)} are no tokens of this vocabulary, and "

@@ -12,7 +12,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,12 @@ class SentencePiece(Tokenizer):
     def vocab_size(self) -> int:
         return max([self._pieces, *(token.id + 1 for token in self.added.values())])
 
+    @property
+    def ordinary_size(self) -> int:
+        unused, own = ModelProto.SentencePiece.UNUSED, self._all_added
+        pieces = enumerate(self._model.pieces)
+        return max((i + 1 for i, p in pieces if p.type != unused and p.piece not in own), default=0)
+
     @functools.cached_property
     def restarts(self) -> bool:
         """As the tools of this format do by the field `legacy`."""
@@ -108,7 +114,7 @@ class SentencePiece(Tokenizer):
 
     @property
     def _own_size(self) -> int:
-        return self._pieces
+        return len(self._model.pieces)
 
     @functools.cached_property
     def _pieces(self) -> int:
@@ -134,6 +140,8 @@ class SentencePiece(Tokenizer):
         """White space is kept as it is, so that decoding gives back the text."""
         model = ModelProto()
         model.CopyFrom(self._model)
+        if self.rows is not None:
+            del model.pieces[self.rows :]
         model.normalizer_spec.add_dummy_prefix = dummy_prefix
         model.normalizer_spec.remove_extra_whitespaces = False
         return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
@@ -159,6 +167,11 @@ class HuggingFace(Tokenizer):
     @functools.cached_property
     def vocab_size(self) -> int:
         return max(self._starting.get_vocab().values()) + 1
+
+    @property
+    def ordinary_size(self) -> int:
+        pieces, own = self._bare.get_vocab(with_added_tokens=False), self._all_added
+        return max((i + 1 for piece, i in pieces.items() if piece not in own), default=0)
 
     @functools.cached_property
     def restarts(self) -> bool:
@@ -202,11 +215,16 @@ class HuggingFace(Tokenizer):
 
     @functools.cached_property
     def _starting(self) -> hf.Tokenizer:
-        return self._processor(self._parsed)
+        return self._processor(self._kept)
 
     @functools.cached_property
     def _continuing(self) -> hf.Tokenizer:
-        return self._processor(_without_dummy_prefix(self._parsed))
+        return self._processor(_without_dummy_prefix(self._kept))
+
+    @functools.cached_property
+    def _kept(self) -> dict:
+        """The file without the tokens that are set aside."""
+        return _without_tokens(self._parsed, self.set_aside) if self.set_aside else self._parsed
 
     @functools.cached_property
     def _parsed(self) -> dict:
@@ -219,6 +237,8 @@ class HuggingFace(Tokenizer):
         """The file with the tokens that others add, which come behind it in the order given."""
         tokenizer = _library_tokenizer(content)
         for token in self._new_tokens:
+            if token.text in self.set_aside:
+                continue
             known = self.added[token.text]
             flags = {"lstrip": known.lstrip, "rstrip": known.rstrip, "special": known.special}
             added = hf.AddedToken(token.text, normalized=token.normalized, **flags)
@@ -346,14 +366,43 @@ def _short(text: str) -> Iterator[str]:
     yield from re.findall(rf"{part}(?!\S)|{part}", text, re.DOTALL)
 
 
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises UserError when the tokenizer can give an id that the model's embedding lacks."""
-    if tokenizer.vocab_size > vocab_size:
+def within_rows(tokenizer: Tokenizer, rows: int) -> Tokenizer:
+    """The tokenizer for a model whose embedding has so many rows.
+
+    Tokens of their own beyond them are set aside: models of text are published with the tokenizer
+    of a sister that also has a token for pictures, or for code to be filled in.
+
+    Raises:
+      UserError: pieces of ordinary text, or tokens that begin, end or fill texts, have no row.
+    """
+    if tokenizer.vocab_size <= rows:
+        return tokenizer
+    needed = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, *tokenizer.stop_ids)
+    lost = [tokenizer.text_of(i) for i in dict.fromkeys(needed) if i is not None and i >= rows]
+    if tokenizer.ordinary_size > rows or lost:
+        what = f"its tokens {', '.join(lost)}" if lost else "pieces of ordinary text"
         raise UserError(
-            f"{tokenizer!r} has {tokenizer.vocab_size} ids but the model's vocabulary has "
-            f"{vocab_size}: ids from {vocab_size} on have no embedding; "
+            f"{tokenizer!r} has {tokenizer.vocab_size} ids but the model's vocabulary has {rows}: "
+            f"ids from {rows} on have no embedding, {what} among them; "
             "use the tokenizer that belongs to this model"
         )
+    return type(tokenizer)(tokenizer.path, rows)
+
+
+def _without_tokens(content: Mapping[str, Any], texts: Collection[str]) -> dict[str, Any]:
+    """The same tokenizer.json without some tokens, the last of it, and the merges into them."""
+    model = content["model"]
+    vocabulary, merges = model["vocab"], model.get("merges")
+    kept: dict[str, Any] = {}
+    if isinstance(vocabulary, dict):
+        kept["vocab"] = {text: i for text, i in vocabulary.items() if text not in texts}
+    else:  # pieces with their scores
+        kept["vocab"] = [piece for piece in vocabulary if piece[0] not in texts]
+    if merges:
+        pairs = ((m, m.split(" ", 1) if isinstance(m, str) else m) for m in merges)
+        kept["merges"] = [merge for merge, pair in pairs if "".join(pair) not in texts]
+    added = [token for token in content["added_tokens"] if token["content"] not in texts]
+    return {**content, "added_tokens": added, "model": {**model, **kept}}
 
 
 def _without_dummy_prefix(node):

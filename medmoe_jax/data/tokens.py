@@ -40,11 +40,12 @@ class Tokenizer(ABC):
 
     Attributes:
       path: the file.
+      rows: of the model's embedding, beyond which added tokens are set aside; None = no end.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, rows: int | None = None) -> None:
         """`path` is the file; it is read at first use."""
-        self.path = Path(path)
+        self.path, self.rows = Path(path), rows
 
     @property
     @abstractmethod
@@ -68,6 +69,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def text_of(self, token_id: int | None) -> str:
         """How a token is written in the vocabulary, "" for None."""
+
+    @property
+    @abstractmethod
+    def ordinary_size(self) -> int:
+        """The largest id that a piece of ordinary text may have, and 1."""
 
     @property
     @abstractmethod
@@ -201,13 +207,27 @@ class Tokenizer(ABC):
         """The id of a named token, by the files beside the vocabulary or by its own."""
         names, defaults = self._beside.names, self._beside.defaults
         if name in names:
-            text = names[name]
-            return None if text is None else self.added[text].id
+            token = self.added.get(names[name])
+            return None if token is None else token.id
         known = self._vocabulary_id(defaults[name]) if name in defaults else None
         return self._own_id(name) if known is None else known
 
     @functools.cached_property
     def added(self) -> dict[str, Added]:
+        """The tokens of their own that have a row in the embedding."""
+        aside = self.set_aside
+        return {text: token for text, token in self._all_added.items() if text not in aside}
+
+    @functools.cached_property
+    def set_aside(self) -> frozenset[str]:
+        """The tokens of their own without a row: written anywhere, they are ordinary text."""
+        rows = self.rows
+        if rows is None:
+            return frozenset()
+        return frozenset(text for text, token in self._all_added.items() if token.id >= rows)
+
+    @functools.cached_property
+    def _all_added(self) -> dict[str, Added]:
         """The tokens of their own: the vocabulary's, and what the files beside it add."""
         found, named = dict(self._own_added), set(self._beside.names.values())
         free = self._own_size
@@ -255,7 +275,7 @@ class Tokenizer(ABC):
         return _digest(self._content, json.dumps([beside, tokens, self._new_tokens]))
 
     def __getstate__(self) -> dict:
-        return {"path": self.path}
+        return {"path": self.path, "rows": self.rows}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r})"

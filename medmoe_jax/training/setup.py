@@ -26,7 +26,7 @@ from medmoe_jax.data.encode import Encoder
 from medmoe_jax.data.jinja_template import Jinja
 from medmoe_jax.data.pieces import Template
 from medmoe_jax.data.templates import load_template
-from medmoe_jax.data.tokenizers import check_vocabulary
+from medmoe_jax.data.tokenizers import within_rows
 from medmoe_jax.data.tokens import Tokenizer
 from medmoe_jax.errors import ParameterError, UserError, field_names
 from medmoe_jax.mesh_axes import EXPERT, SEQUENCE
@@ -293,9 +293,7 @@ def _open_tokenizer(path: str | Path | None, base: Base) -> Tokenizer:
         raise UserError(
             "base.tokenizer is empty and the base brings none; name a file or directory"
         )
-    tokenizer = open_tokenizer(path)
-    check_vocabulary(tokenizer, base.config.vocab_size)
-    return tokenizer
+    return within_rows(open_tokenizer(path), base.config.vocab_size)
 
 
 def _check_models(setup: Setup) -> None:

@@ -6,9 +6,12 @@ import shutil
 
 import pytest
 import sentencepiece
+import tokenizers as hf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
+from medmoe_jax.data import templates as tp
 from medmoe_jax.data import tokenizers as tk
 from medmoe_jax.errors import UserError
 from tests.data.samples import CHATML, texts
@@ -134,9 +137,107 @@ def test_bad_requests(tmp_path, plain_tokenizer):
     with pytest.raises(UserError, match="give more text or a smaller vocab_size"):
         tk.train(["a b c"], 5000, tmp_path / "t.model")
     assert not list(tmp_path.glob(".partial*")) and not (tmp_path / "t.model").exists()
-    tk.check_vocabulary(plain_tokenizer, 420)
+    assert tk.within_rows(plain_tokenizer, 420) is plain_tokenizer
     with pytest.raises(UserError, match="has 420 ids but the model's vocabulary has 419"):
-        tk.check_vocabulary(plain_tokenizer, 419)
+        tk.within_rows(plain_tokenizer, 419)
+
+
+MORE = ("<image_soft_token>", "<PRE>")  # the second is not special, and so found in any text
+
+
+def in_the_json(folder):
+    library = hf.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    library.add_special_tokens([MORE[0]])
+    library.add_tokens([MORE[1]])
+    library.save(str(folder / "tokenizer.json"))
+
+
+def beside(folder):
+    size = tk.load(folder).vocab_size
+    described = {str(size + i): {"content": text, "special": not i} for i, text in enumerate(MORE)}
+    config = folder / "tokenizer_config.json"
+    fields = json.loads(config.read_text()) if config.is_file() else {}
+    config.write_text(json.dumps({**fields, "added_tokens_decoder": described}))
+
+
+def in_the_model(folder):
+    path = next(folder.glob("*.model"))
+    model = ModelProto.FromString(path.read_bytes())
+    for text, kind in zip(MORE, ("CONTROL", "USER_DEFINED"), strict=True):
+        model.pieces.add(piece=text, type=getattr(ModelProto.SentencePiece, kind))
+    path.write_bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    [
+        ("byte_level_tokenizer", in_the_json),
+        ("byte_level_tokenizer", beside),
+        ("plain_tokenizer", beside),
+        ("dummy_tokenizer", in_the_model),
+    ],
+)
+def test_tokens_beyond_the_embedding_are_text(kind, place, request, tmp_path):
+    """Every text has the ids that it has without them."""
+    without = request.getfixturevalue(kind)
+    shutil.copytree(without.path.parent, tmp_path / "t")
+    place(tmp_path / "t")
+    whole, rows = tk.load(tmp_path / "t"), without.vocab_size
+    assert whole.vocab_size == rows + 2 and set(MORE) <= set(whole.specials)
+    read = pickle.loads(pickle.dumps(tk.within_rows(whole, rows)))
+    assert read.vocab_size == rows and read.set_aside == set(MORE)
+    assert (read.specials, read.names) == (without.specials, without.names)
+    assert read.digest != whole.digest
+    for text in (*MORE, f"a {MORE[0]}b {MORE[1]} c", "<PR", "fever"):
+        for start in (True, False):
+            ids = read.encode(text, start)
+            assert ids == without.encode(text, start)
+            assert read.decode(ids, start) == text
+            assert read.encode_markup(text, start) == without.encode_markup(text, start)
+    first = tk.within_rows(whole, rows + 1)
+    assert first.set_aside == {MORE[1]} and first.special(MORE[0]) == rows
+    (told,) = tp.doubts(tp.load_template("user_assistant", first), first)
+    assert f"its tokens {MORE[1]} lie beyond the {rows + 1} rows" in told
+
+
+def test_a_merge_into_a_token_beyond_the_embedding(byte_level_tokenizer, tmp_path):
+    shutil.copytree(byte_level_tokenizer.path.parent, tmp_path / "t")
+    in_the_json(tmp_path / "t")
+    content = json.loads((tmp_path / "t" / "tokenizer.json").read_text())
+    model, rows = content["model"], byte_level_tokenizer.vocab_size
+    model["vocab"] |= {text: rows + i for i, text in enumerate(MORE)}
+    left = model["merges"][0]
+    content["added_tokens"][-1]["content"] = merged = "".join(left) + "!"
+    model["vocab"][merged] = model["vocab"].pop(MORE[1])
+    model["merges"].append(["".join(left), "!"])
+    (tmp_path / "t" / "tokenizer.json").write_text(json.dumps(content))
+    read = tk.within_rows(tk.load(tmp_path / "t"), rows)
+    assert read.encode(merged) == byte_level_tokenizer.encode(merged)
+
+
+@pytest.mark.parametrize("name", ["bos_token", "eos_token", "pad_token"])
+def test_a_token_that_is_needed_beyond_the_embedding(name, byte_level_tokenizer, tmp_path):
+    shutil.copytree(byte_level_tokenizer.path.parent, tmp_path / "t")
+    in_the_json(tmp_path / "t")
+    (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps({name: MORE[0]}))
+    with pytest.raises(UserError, match=f"its tokens {MORE[0]} among them"):
+        tk.within_rows(tk.load(tmp_path / "t"), byte_level_tokenizer.vocab_size)
+
+
+def test_an_end_or_a_mark_of_the_template_beyond_the_embedding(byte_level_tokenizer, tmp_path):
+    shutil.copytree(byte_level_tokenizer.path.parent, tmp_path / "t")
+    in_the_json(tmp_path / "t")
+    whole, rows = tk.load(tmp_path / "t"), byte_level_tokenizer.vocab_size
+    (tmp_path / "marked.jinja").write_text("<PRE>" + whole.chat_template)
+    marked = str(tmp_path / "marked.jinja")
+    read = tk.within_rows(whole, rows)
+    tp.load_template("tokenizer", read)
+    tp.load_template(marked, whole)
+    with pytest.raises(UserError, match=rf"data\.template: it writes <PRE>, .* {rows} rows"):
+        tp.load_template(marked, read)
+    (tmp_path / "t" / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, rows]}))
+    with pytest.raises(UserError, match=f"its tokens {MORE[0]} among them"):
+        tk.within_rows(tk.load(tmp_path / "t"), rows)
 
 
 @pytest.mark.data
