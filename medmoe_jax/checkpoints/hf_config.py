@@ -32,6 +32,12 @@ _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
 }
 _MOST_LAYERS, _MOST = 4096, 2**31  # of a file that tells the truth
+# Of fields that say which layers have a window or a rotation; other families may hold anything there.
+_LAYER_FIELDS = {
+    "max_window_layers": int,
+    "use_sliding_window": bool | None,
+    "no_rope_layers": list[int] | None,
+}
 _LAYER_TYPES = {"full_attention": False, "sliding_attention": True}
 
 
@@ -170,6 +176,7 @@ def _values(family: Family, hf: Json) -> dict[str, Any]:
             ORIGINAL: int | None,
             **dict.fromkeys(numbers, Number | None),
             **dict.fromkeys(family.switches, bool | None),
+            **{key: kind for key, kind in _LAYER_FIELDS.items() if key in family.defaults},
         },
         "config.json",
     )

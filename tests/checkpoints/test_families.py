@@ -250,6 +250,21 @@ def test_rope_scalings():
         ("llama", {"sliding_window": 7}, "sliding_window: 7 is not supported"),
         ("llama", {"layer_types": ["sliding_attention"] * 4}, "layer_types: not supported in this"),
         ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers: 1 entries for 4 layers"),
+        ("smollm3", {"no_rope_layers": 3}, "json: no_rope_layers: 3 is not a list of a whole"),
+        ("smollm3", {"no_rope_layers": ["1", "0"] * 2}, "no_rope_layers: .* is not a list of"),
+        *(
+            (
+                family,
+                {"use_sliding_window": True, **change},
+                f"json: {next(iter(change))}: .* is not",
+            )
+            for family in ("qwen2", "qwen3")
+            for change in (
+                {"max_window_layers": None},
+                {"max_window_layers": "2"},
+                {"use_sliding_window": "false"},
+            )
+        ),
         ("granite", {"logits_scaling": 0}, "logits_scaling: 0 is not a positive number"),
         (
             "phi3",
@@ -269,6 +284,12 @@ def test_rope_scalings():
 def test_what_the_decoder_cannot_do_is_refused(family, change, message):
     with pytest.raises(UserError, match=message):
         config_from_hf({**SIZES, "model_type": family, **change})
+
+
+def test_a_field_of_another_family_may_hold_anything():
+    idle = {"max_window_layers": None, "no_rope_layers": 3, "use_sliding_window": None}
+    read = config_from_hf({**SIZES, "model_type": "llama", **idle})
+    assert read == config_from_hf({**SIZES, "model_type": "llama"})
 
 
 def test_missing_fields_are_listed_together():
