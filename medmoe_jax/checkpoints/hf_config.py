@@ -32,7 +32,7 @@ _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
 }
 _MOST_LAYERS, _MOST = 4096, 2**31  # of a file that tells the truth
-# Of fields that say which layers have a window or a rotation; other families may hold anything there.
+# Which layers have a window or a rotation. In other families these may hold anything.
 _LAYER_FIELDS = {
     "max_window_layers": int,
     "use_sliding_window": bool | None,
