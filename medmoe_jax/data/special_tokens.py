@@ -30,6 +30,8 @@ _CONFIG_KINDS = {
     "chat_template": str | list[dict[str, str]] | None,
     "additional_special_tokens": list[Any] | dict[str, Any] | None,
     "extra_special_tokens": list[Any] | dict[str, Any] | None,
+    "add_prefix_space": bool | None,
+    "legacy": bool | None,
 }
 _END = "<|endoftext|>"
 # What a tokenizer's class names where its config does not: (bos, eos, unk, pad).
@@ -47,6 +49,10 @@ _CLASS_OF = {
     **dict.fromkeys(("qwen2", "qwen3", "qwen2_moe", "qwen3_moe"), "Qwen2Tokenizer"),
     **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer"),
 }
+# Classes that say where a dummy space stands, whatever the vocabulary's file does; and models that
+# are published with such a class, but whose tokenizer.json is read as it stands.
+_SPACING = ("LlamaTokenizer", "CodeLlamaTokenizer")
+_AS_FILE = ("mistral", "ministral", "granite", "phi3", "qwen2")
 
 
 class SpecialToken(NamedTuple):
@@ -79,6 +85,8 @@ class Beside:
       added: tokens that the files add, in the order of their ids, those without one last.
       stop_ids: ids that generation_config.json (or config.json) ends an answer at.
       chat_template: in Jinja, or None.
+      spacing: where the tokenizer's class puts a dummy space: before the `first` text, `always`
+        (after a special token too) or `never`; None = as the file says.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -87,6 +95,7 @@ class Beside:
     added: tuple[SpecialToken, ...] = ()
     stop_ids: tuple[int, ...] = ()
     chat_template: str | None = None
+    spacing: str | None = None
 
 
 def read_beside(folder: Path) -> Beside:
@@ -131,6 +140,7 @@ def _read_beside(folder: Path) -> Beside:
         tuple(found),
         _stop_ids(folder, model),
         _chat_template(folder, config),
+        None if _stands(folder, model) else _spacing(config),
     )
 
 
@@ -139,6 +149,19 @@ def _defaults(config: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, 
     values = _CLASSES.get(name.removesuffix("Fast"), ())
     named = zip(("bos_token", "eos_token", "unk_token", "pad_token"), values, strict=False)
     return {key: text for key, text in named if text and key not in config}
+
+
+def _stands(folder: Path, model: Mapping[str, Any]) -> bool:
+    return model.get("model_type") in _AS_FILE and (folder / "tokenizer.json").is_file()
+
+
+def _spacing(config: Mapping[str, Any]) -> str | None:
+    name = (config.get("tokenizer_class") or "").removesuffix("Fast")
+    if name not in _SPACING:
+        return None
+    if config.get("add_prefix_space") is False:
+        return "never"
+    return "always" if name == "LlamaTokenizer" and config.get("legacy") else "first"
 
 
 def _further(config: Mapping[str, Any]) -> Iterator[Any]:

@@ -35,6 +35,8 @@ GUESSES = {
     "bos_token": ("<s>", "<bos>", "<|begin_of_text|>"),
     "eos_token": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>"),
 }
+_MARKING = ("Prepend", "Metaspace")  # steps that put a mark before a text, as sentencepiece does
+_STEPS = ("normalizer", "pre_tokenizer", "normalizers", "pretokenizers")
 _LONGEST = 1 << 20  # bytes of a text for training; a character has at most 4
 
 
@@ -73,8 +75,8 @@ class SentencePiece(Tokenizer):
 
     @functools.cached_property
     def restarts(self) -> bool:
-        """As the tools of this format do by the field `legacy`."""
-        return self._dummy_prefix and bool(self._beside.config.get("legacy"))
+        """As transformers' class does by the field `legacy`."""
+        return self._dummy_prefix and self._beside.spacing == "always"
 
     def _encode_run(self, text: str, start: bool) -> list[int]:
         """A text that begins with a space of its own takes no dummy space, as in transformers."""
@@ -103,6 +105,10 @@ class SentencePiece(Tokenizer):
         return False
 
     @property
+    def _respaced(self) -> bool:
+        return self._model.normalizer_spec.add_dummy_prefix != self._dummy_prefix
+
+    @property
     def encodes_bos(self) -> bool:
         return self.begins_with_bos
 
@@ -126,7 +132,7 @@ class SentencePiece(Tokenizer):
 
     @functools.cached_property
     def _dummy_prefix(self) -> bool:
-        return self._model.normalizer_spec.add_dummy_prefix
+        return self._model.normalizer_spec.add_dummy_prefix and self._beside.spacing != "never"
 
     @functools.cached_property
     def _starting(self) -> sentencepiece.SentencePieceProcessor:
@@ -175,9 +181,15 @@ class HuggingFace(Tokenizer):
 
     @functools.cached_property
     def restarts(self) -> bool:
-        """As the file says, unless the config's field `legacy` does."""
-        own = _restarts([self._parsed.get(part) for part in ("normalizer", "pre_tokenizer")])
-        return bool(self._beside.config.get("legacy", own))
+        """As the file says, with the dummy space where the tokenizer's class puts it."""
+        return "always" in _schemes(self._spaced)
+
+    @property
+    def _respaced(self) -> bool:
+        own = _schemes(self._parsed)
+        told = self._beside.config.get("legacy", "always" in own)
+        never = self._beside.spacing == "never" and {*own} - {"never"}
+        return self.restarts != bool(told) or bool(never)
 
     def _encode_run(self, text: str, start: bool) -> list[int]:
         return self.encode(text, start)
@@ -224,7 +236,18 @@ class HuggingFace(Tokenizer):
     @functools.cached_property
     def _kept(self) -> dict:
         """The file without the tokens that are set aside."""
-        return _without_tokens(self._parsed, self.set_aside) if self.set_aside else self._parsed
+        return _without_tokens(self._spaced, self.set_aside) if self.set_aside else self._spaced
+
+    @functools.cached_property
+    def _spaced(self) -> dict:
+        """The file with the dummy space of the tokenizer's class, where it has one at all."""
+        spacing, content = self._beside.spacing, self._parsed
+        if spacing is None or not {*_schemes(content, _MARKING)} - {"never"}:
+            return content
+        if spacing == "never":
+            return _without_dummy_prefix(content)
+        marks = {"type": "Metaspace", "replacement": "▁", "split": False}
+        return {**content, "normalizer": None, "pre_tokenizer": marks | {"prepend_scheme": spacing}}
 
     @functools.cached_property
     def _parsed(self) -> dict:
@@ -425,14 +448,13 @@ def _without_dummy_prefix(node):
     return node
 
 
-def _restarts(node) -> bool:
-    """Whether parts of a tokenizer.json put a dummy space before every run of ordinary text."""
+def _schemes(node: Any, kinds: Collection[str] = (*_MARKING, "ByteLevel")) -> list[str]:
+    """Before which runs of text the steps of a tokenizer.json put a dummy space."""
     if isinstance(node, list):
-        return any(map(_restarts, node))
+        return [scheme for one in node for scheme in _schemes(one, kinds)]
     if not isinstance(node, dict):
-        return False
-    kind = node.get("type")
-    if kind in ("Metaspace", "ByteLevel"):
+        return []
+    if node.get("type") in kinds:
         spaced = node.get("add_prefix_space", True)
-        return node.get("prepend_scheme", "always" if spaced else "never") == "always"
-    return kind == "Prepend" or any(map(_restarts, node.values()))
+        return [node.get("prepend_scheme", "always" if spaced else "never")]
+    return _schemes([node.get(part) for part in _STEPS], kinds)

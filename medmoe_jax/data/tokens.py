@@ -93,6 +93,11 @@ class Tokenizer(ABC):
     def _vocabulary_id(self, text: str) -> int | None:
         """The id of any token by its text."""
 
+    @property
+    @abstractmethod
+    def _respaced(self) -> bool:
+        """Whether a dummy space stands elsewhere than file and field `legacy` alone would say."""
+
     @abstractmethod
     def _writes_bos(self) -> bool:
         """Whether the file puts bos before texts by itself."""
@@ -270,7 +275,8 @@ class Tokenizer(ABC):
     def digest(self) -> str:
         """A hash of all that decides the ids and the text of ids, wherever the files lie."""
         ends = [self.text_of(self.bos_id) or None, self.text_of(self.eos_id) or None]
-        beside = [*ends, self._beside.config.get("legacy")]
+        spacing = [self._beside.spacing] if self._respaced else []
+        beside = [*ends, self._beside.config.get("legacy"), *spacing]
         tokens = sorted(self.added.items())
         return _digest(self._content, json.dumps([beside, tokens, self._new_tokens]))
 
