@@ -84,7 +84,7 @@ class Beside:
       defaults: the same by the tokenizer's class, for those that `names` lacks.
       added: tokens that the files add, in the order of their ids, those without one last.
       stop_ids: ids that generation_config.json (or config.json) ends an answer at.
-      chat_template: in Jinja, or None.
+      chat_templates: in Jinja, by name; a model's only one is `default`.
       spacing: where the tokenizer's class puts a dummy space: before the `first` text, `always`
         (after a special token too) or `never`; None = as the file says.
     """
@@ -94,7 +94,7 @@ class Beside:
     defaults: Mapping[str, str] = field(default_factory=dict)
     added: tuple[SpecialToken, ...] = ()
     stop_ids: tuple[int, ...] = ()
-    chat_template: str | None = None
+    chat_templates: Mapping[str, str] = field(default_factory=dict)
     spacing: str | None = None
 
 
@@ -139,7 +139,7 @@ def _read_beside(folder: Path) -> Beside:
         _defaults(config, model),
         tuple(found),
         _stop_ids(folder, model),
-        _chat_template(folder, config),
+        _chat_templates(folder, config),
         None if _stands(folder, model) else _spacing(config),
     )
 
@@ -207,15 +207,22 @@ def _stop_ids(folder: Path, model: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(i for i in ids if isinstance(i, int) and not isinstance(i, bool))
 
 
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Those in files of their own; those in the config where there is no file of the default."""
+    paths = folder.glob("additional_chat_templates/*.jinja")
+    files = {path.stem: read_text(path) for path in sorted(paths)}
     own_file = folder / "chat_template.jinja"
     if own_file.is_file():
-        return read_text(own_file)
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {item.get("name"): item.get("template") for item in template}
-        return named.get("default")
-    return template
+        return {**files, "default": read_text(own_file)}
+    templates = config.get("chat_template") or []
+    if isinstance(templates, str):
+        return {"default": templates, **files}
+    for item in templates:
+        if not {"name", "template"} <= item.keys():
+            raise UserError(
+                f"tokenizer_config.json: chat_template: {shown(item)} lacks 'name' or 'template'"
+            )
+    return {item["name"]: item["template"] for item in templates} | files
 
 
 def _json(path: Path, kinds: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -79,9 +79,16 @@ def _opened(name: str, tokenizer: Tokenizer | None, options: Mapping[str, Any]) 
         return TEMPLATES[name]
     if name == "tokenizer":
         if tokenizer is None or not tokenizer.chat_template:
+            others = tokenizer.other_templates if tokenizer else ()
+            known = ", ".join(TEMPLATES)
+            if others:
+                raise UserError(
+                    f"template 'tokenizer': {tokenizer!r} brings no chat template named 'default', "
+                    f"only {', '.join(others)}; save one of them as a .jinja file and name that "
+                    f"(data.template), or use one of {known}"
+                )
             raise UserError(
-                f"template 'tokenizer': {tokenizer!r} brings no chat template; "
-                f"use one of {', '.join(TEMPLATES)}"
+                f"template 'tokenizer': {tokenizer!r} brings no chat template; use one of {known}"
             )
         source = tokenizer.chat_template
     elif name.endswith(".jinja") and place(name).is_file():
@@ -157,6 +164,12 @@ def doubts(template: Template, tokenizer: Tokenizer) -> list[str]:
         found.append(
             f"base.tokenizer: its tokens {', '.join(sorted(tokenizer.set_aside))} lie beyond the "
             f"{tokenizer.rows} rows of the base's embedding, and are read as plain text"
+        )
+    if tokenizer.other_templates and template.sources("", "") == [tokenizer.chat_template]:
+        found.append(
+            f"data.template: the tokenizer has more chat templates, which are not read: "
+            f"{', '.join(tokenizer.other_templates)}; rows with tools may need one of them, saved "
+            "as a .jinja file and named here"
         )
     if absent:
         found.append(

@@ -206,7 +206,12 @@ class Tokenizer(ABC):
     @property
     def chat_template(self) -> str | None:
         """Its own template in Jinja, or None."""
-        return self._beside.chat_template
+        return self._beside.chat_templates.get("default")
+
+    @property
+    def other_templates(self) -> tuple[str, ...]:
+        """The names of further templates that its files hold, such as `tool_use`."""
+        return tuple(sorted(self._beside.chat_templates.keys() - {"default"}))
 
     def _named(self, name: str) -> int | None:
         """The id of a named token, by the files beside the vocabulary or by its own."""

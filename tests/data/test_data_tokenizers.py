@@ -102,8 +102,32 @@ def test_digest_sees_added_tokens_and_not_the_chat_template(byte_level_tokenizer
 def test_named_templates_of_a_config(byte_level_tokenizer, tmp_path):
     shutil.copytree(byte_level_tokenizer.path.parent, tmp_path / "t")
     named = [{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}]
-    (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    assert tk.load(tmp_path / "t").chat_template == "D"
+    config = tmp_path / "t" / "tokenizer_config.json"
+    config.write_text(json.dumps({"chat_template": named}))
+    read = tk.load(tmp_path / "t")
+    assert (read.chat_template, read.other_templates) == ("D", ("tools",))
+    config.write_text(json.dumps({"chat_template": named[:1]}))
+    with pytest.raises(UserError, match=r"no chat template named 'default', only tools; save"):
+        tp.load_template("tokenizer", tk.load(tmp_path / "t"))
+    config.write_text(json.dumps({"chat_template": [{"name": "default"}]}))
+    with pytest.raises(UserError, match=r"chat_template: .* lacks 'name' or 'template'"):
+        tk.load(tmp_path / "t")
+
+
+def test_more_templates_in_files(byte_level_tokenizer, tmp_path):
+    """Where the default has a file, those of the config are not read, as in transformers."""
+    shutil.copytree(byte_level_tokenizer.path.parent, tmp_path / "t")
+    (tmp_path / "t" / "chat_template.jinja").write_text(byte_level_tokenizer.chat_template)
+    (tmp_path / "t" / "additional_chat_templates").mkdir()
+    (tmp_path / "t" / "additional_chat_templates" / "tool_use.jinja").write_text("T")
+    read = tk.load(tmp_path / "t")
+    (told,) = tp.doubts(tp.load_template("tokenizer", read), read)
+    assert "more chat templates, which are not read: tool_use; rows with tools" in told
+    assert tp.doubts(tp.load_template("chatml", read), read) == []
+    (tmp_path / "t" / "chat_template.jinja").unlink()
+    read = tk.load(tmp_path / "t")
+    own = byte_level_tokenizer.chat_template
+    assert (read.chat_template, read.other_templates) == (own, ("tool_use",))
 
 
 def test_training_is_deterministic(tmp_path, chatml_tokenizer):
