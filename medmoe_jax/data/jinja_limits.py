@@ -101,13 +101,14 @@ class Meter:
 
 
 class _Generation(jinja2.ext.Extension):
-    """Accepts `{% generation %} ... {% endgeneration %}` and renders what is inside."""
+    """Renders what is inside `{% generation %} ... {% endgeneration %}`, in a scope of its own."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
 
 
 class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):

@@ -383,3 +383,16 @@ def test_an_answer_reads_as_it_was_written(pair):
 
 def template_adds_space(tokenizer) -> bool:
     return "' ' + message" in tokenizer.chat_template
+
+
+def test_what_a_template_sets_where_the_model_speaks(tmp_path):
+    """It holds there alone."""
+    qwen(tmp_path)
+    spoken = "{% set mark = '' %}{% generation %}{% set mark = '!' %}{% endgeneration %}{{ mark }}"
+    source = CHATML_TEMPLATE.replace("{%- endfor %}", spoken + "{%- endfor %}")
+    ours, theirs = tk.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    (tmp_path / "spoken.jinja").write_text(source)
+    template = tp.load_template(str(tmp_path / "spoken.jinja"), ours)
+    turns = ROWS[1]["conversations"]
+    text = theirs.apply_chat_template(turns, chat_template=source, tokenize=False)
+    assert "".join(piece.text for piece in template.rows(turns)[0]) == text
