@@ -165,8 +165,10 @@ class Chat:
                 if isinstance(one, BaseException):
                     raise one
                 new = [token.id for token in one.tokens]
-                ids += new
-                yield reader.add(new, one.ended)
+                taken = reader.taken
+                text = reader.add(new, one.ended)
+                ids += new[: reader.taken - taken]
+                yield text
         finally:
             worker.cancel(ask)
         if reader.ended == "length":

@@ -168,6 +168,7 @@ class Reader:
 
     Attributes:
       ended: "" while it goes on, "stop" after what ends an answer, "length" after the most tokens.
+      taken: how many ids it has read, up to the one that ended the answer.
     """
 
     def __init__(
@@ -187,13 +188,13 @@ class Reader:
         self._detokenizer = detokenizer
         self._stop_ids = frozenset(stop_ids)
         self._cutter, self._parting = Cutter(stop_texts), Parting(frame)
-        self.ended = ""
+        self.ended, self.taken = "", 0
 
     def add(self, ids: Sequence[int], ended: str = "") -> NewText:
         """The new text after some tokens.
 
         It may end with a stop's text before the decoder knows of it: see `ended`, and let the
-        decoder do no more.
+        decoder do no more. What it has said meanwhile is not taken.
 
         Args:
           ids: the new tokens, what stopped the answer included or not.
@@ -201,9 +202,13 @@ class Reader:
         """
         if self.ended:
             return NewText()
-        if ended == "stop" and ids and ids[-1] in self._stop_ids:
-            ids = ids[:-1]
-        text = self._cutter.add(self._detokenizer.add(ids))
+        text = ""
+        for left, token in zip(reversed(range(len(ids))), ids, strict=True):
+            self.taken += 1
+            if left or ended != "stop" or token not in self._stop_ids:
+                text += self._cutter.add(self._detokenizer.add([token]))
+            if self._cutter.stopped:
+                break
         if ended:
             text += self._cutter.add(self._detokenizer.end())
             text += self._cutter.end()

@@ -130,8 +130,9 @@ class Answers:
 
     def _read_one(self, number: int, tokens: Sequence[Token], ended: str) -> None:
         reader, held = self._readers[number], self._held[number]
+        taken = reader.taken
         said = reader.add([token.id for token in tokens], ended)
-        held += tokens
+        held += tokens[: reader.taken - taken]
         if reader.ended:
             self._left.discard(number)
             self._served.worker.cancel(self._asks[number])  # where a stop's text has ended it

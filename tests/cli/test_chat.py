@@ -13,6 +13,7 @@ from medmoe_jax.cli import chat
 from medmoe_jax.cli.bars import bars
 from medmoe_jax.cli.main import main
 from medmoe_jax.cli.talk import Talk
+from medmoe_jax.data.templates import Stops
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation.routing import Gate
 from medmoe_jax.inference.sampling import Sampling
@@ -36,12 +37,12 @@ def talk(trained):
         yield one
 
 
-def say(*ids_of_answers, before_step=lambda: None):
+def say(*ids_of_answers, before_step=lambda: None, stride=1):
     """A decoder that gives these texts as answers, one after the other, for any prompt."""
     texts = itertools.cycle(ids_of_answers)
     tokenizer = tiny.tokenizer()
     return Scripted(
-        lambda request: [*tokenizer.encode(next(texts)), tokenizer.eos_id], 1, before_step
+        lambda request: [*tokenizer.encode(next(texts)), tokenizer.eos_id], 1, before_step, stride
     )
 
 
@@ -194,6 +195,15 @@ def test_route_tells_the_experts_of_the_last_answer(talk):
     assert len(layers) == tiny.DECODER.n_layers
     for line in layers:
         assert len(line.split()[2]) == 40 and "%" in line
+
+
+def test_the_last_answer_has_no_tokens_behind_the_text_that_ended_it(talk, monkeypatch):
+    """Where the template ends an answer with a text, the decoder goes on for some more."""
+    use(talk, monkeypatch, say("yes for pain and sugar", stride=20))
+    monkeypatch.setattr(talk._model, "stops", Stops((), (" pain",)))
+    assert text(talk.ask("one")) == "yes for"
+    ids, decode = talk._last.ids, tiny.tokenizer().decode
+    assert " pain" in decode(ids) and " pain" not in decode(ids[:-1])
 
 
 def test_bars_show_shares_by_layer():

@@ -10,7 +10,7 @@ from medmoe_jax.inference.requests import Request, Said, Token
 
 
 class Scripted:
-    """A `Decoding` of a few rows; each step says one token a row.
+    """A `Decoding` of a few rows; each step says `stride` tokens a row.
 
     Attributes:
       cancelled: the numbers of requests that were cancelled while they waited or ran.
@@ -22,8 +22,10 @@ class Scripted:
         answer: Callable[[Request], Iterable[int]],
         rows: int = 4,
         before_step: Callable[[], object] = lambda: None,
+        stride: int = 1,
     ) -> None:
         self.answer, self.rows, self.before_step = answer, rows, before_step
+        self.stride = stride
         self.running: dict[int, tuple[Request, Iterator[int], Iterator[int]]] = {}
         self.waiting: dict[int, Request] = {}
         self.cancelled: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -52,12 +54,15 @@ class Scripted:
 
     def _say(self, number: int) -> Said:
         request, ids, told = self.running[number]
-        token = next(ids)
-        ended = "stop" if (token,) in request.stops else ""
-        ended = ended or ("length" if next(told) >= request.max_tokens else "")
+        tokens, ended = [], ""
+        while len(tokens) < self.stride and not ended:
+            token = next(ids)
+            tokens.append(scored(token, request.alternatives))
+            ended = "stop" if (token,) in request.stops else ""
+            ended = ended or ("length" if next(told) >= request.max_tokens else "")
         if ended:
             del self.running[number]
-        return Said(number, (scored(token, request.alternatives),), ended)
+        return Said(number, tuple(tokens), ended)
 
 
 def scored(token: int, alternatives: int) -> Token:

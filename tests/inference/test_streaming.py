@@ -133,7 +133,8 @@ def test_an_answer_read_token_by_token_is_that_read_at_once(
     text,
     ended,
 ):
-    """With what stopped it; a stop's text ends it before the decoder says so."""
+    """With what stopped it; a stop's text ends it before the decoder says so, and with it the ids
+    that count."""
     tokenizer = chatml_tokenizer
     stop = tokenizer.special("<|im_end|>")
     ids = [*tokenizer.encode(text), *[stop] * (ended == "stop")]
@@ -146,3 +147,7 @@ def test_an_answer_read_token_by_token_is_that_read_at_once(
     got = [single.add([token]) for token in ids[:-1]] + [single.add(ids[-1:], ended)]
     assert "".join(one.content for one in got) == want.content == text.partition("<end>")[0]
     assert single.ended == whole.ended == ("stop" if "<end>" in text else ended)
+    stream = Detokenizer(tokenizer)
+    texts = itertools.accumulate(stream.add([token]) for token in ids)
+    sizes = (n for n, so_far in enumerate(texts, 1) if "<end>" in so_far)
+    assert single.taken == whole.taken == next(sizes, len(ids))

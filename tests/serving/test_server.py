@@ -38,9 +38,9 @@ def answer(request):
     )
 
 
-def served(name, rows, places, context=CONTEXT, clock=None, before_step=lambda: None):
+def served(name, rows, places, context=CONTEXT, clock=None, before_step=lambda: None, stride=1):
     """A model whose decoder is scripted."""
-    decoding = Scripted(answer, rows, before_step)
+    decoding = Scripted(answer, rows, before_step, stride)
     engine = types.SimpleNamespace(
         config=types.SimpleNamespace(decoder=tiny.DECODER.replace(max_positions=context)),
         told=lambda prompts, n, languages: [[scored(token, n) for token in ids] for ids in prompts],
@@ -61,6 +61,7 @@ class Running:
             "small": served("small", 1, 1),
             "short": served("short", 1, 4, context=64),
             "late": served("late", 1, 4, clock=lambda: self.now[0]),
+            "strides": served("strides", 2, 8, stride=7),
         }
         self.models = {name: one for name, (one, _) in parts.items()}
         self.decoding = {name: one for name, (_, one) in parts.items()}
@@ -160,6 +161,32 @@ def test_stops_and_lengths_end_an_answer(running, client):
     assert running.models["main"].worker.pending == 0
 
 
+@pytest.mark.parametrize("model", ["main", "strides"])
+@pytest.mark.parametrize("room", [9, 60])
+def test_what_comes_after_the_text_of_a_stop_is_neither_told_nor_counted(client, model, room):
+    """However many tokens a decoder says before it is told to stop."""
+    tokenizer = tiny.tokenizer()
+    ids = tokenizer.encode("a b c d e f g h i j k l")
+    size = next(n for n in range(len(ids)) if "c" in tokenizer.decode(ids[:n]))
+    want = [tokenizer.decode([token]) for token in ids[:size]] * 2
+    asked = {"model": model, "stop": "c", "n": 2, "max_tokens": room}
+    talk = {"messages": user("say a b c d e f g h i j k l"), "logprobs": True, **asked}
+    done = client.chat.completions.create(**talk)
+    assert [c.message.content for c in done.choices] == ["a b "] * 2
+    assert [one.token for c in done.choices for one in c.logprobs.content] == want
+    assert done.usage.completion_tokens == 2 * size
+    stream = client.chat.completions.create(
+        **talk, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    told = [one.token for n in range(2) for chunk in chunks for c in chunk.choices
+            if c.index == n for one in c.logprobs.content]  # fmt: skip
+    assert told == want and chunks[-1].usage.completion_tokens == 2 * size
+    done = client.completions.create(**asked, prompt="say a b c d e f g h i j k l", logprobs=0)
+    assert [one for c in done.choices for one in c.logprobs.tokens] == want
+    assert done.usage.completion_tokens == 2 * size
+
+
 def test_log_probabilities_of_a_chat(client):
     done = client.chat.completions.create(
         model="main", messages=user("say yes"), logprobs=True, top_logprobs=2
@@ -212,7 +239,7 @@ def test_prompts_are_scored_as_the_evaluation_harness_asks(client, room):
 
 
 def test_models_are_listed(running, client):
-    assert [one.id for one in client.models.list()] == ["main", "small", "short", "late"]
+    assert [one.id for one in client.models.list()] == [*running.models]
     one = client.models.retrieve("short")
     assert one.max_model_len == 64 and one.stage == "s"
     with pytest.raises(openai.NotFoundError, match="there is no 'gpt'; known: main, small"):
