@@ -51,6 +51,13 @@ class Detokenizer:
     def _ends_with_byte(self) -> bool:
         return bool(_BYTE.fullmatch(self._tokenizer.text_of(self._held[-1])))
 
+    @property
+    def held(self) -> str:
+        """The whole characters of the text that is not sure yet."""
+        if not self._held:
+            return ""
+        return self._tokenizer.decode(self._held, self._start).rstrip(_UNKNOWN)
+
     def end(self) -> str:
         """What was held."""
         held, self._held = self._held, []

@@ -23,6 +23,7 @@ from medmoe_jax.serving.answering import Answers, HungUp
 from medmoe_jax.serving.asked import Asked, Text
 from medmoe_jax.serving.metrics import Metrics
 from medmoe_jax.serving.models import PreparedPrompt, Served
+from medmoe_jax.serving.offsets import TextOffsets
 from medmoe_jax.serving.refusals import Refused, busy, late
 from medmoe_jax.serving.told import AnswerForm, Envelope, News, Usage
 
@@ -159,15 +160,19 @@ class Telling:
         self._form, self._served, self._asked, self._metrics = form, served, asked, metrics
         self._envelope = Envelope(form, served.name)
         self.usage = Usage(sum(len(prompt.ids) for prompt in prompts))
-        self._prompts, self._began = prompts, time.monotonic()
-        self._places = [0] * (len(prompts) * asked.n)  # in the text of each answer
+        self._began = time.monotonic()
+        self._offsets = [
+            _offsets(served, asked, number, prompt)
+            for number, prompt in enumerate(prompts)
+            for _ in range(asked.n)
+        ]
         metrics.prompt_tokens.labels(served.name).inc(self.usage.prompt)
 
     async def response(self, answers: Answers) -> Response:
         """The whole answer, or what streams it."""
         if self._asked.stream:
             return EventStream(self, answers)
-        gathered: dict[int, list[News]] = {number: [] for number in range(len(self._places))}
+        gathered: dict[int, list[News]] = {number: [] for number in range(len(self._offsets))}
         async with answers:
             async for news in answers:
                 self._count(news)
@@ -193,9 +198,8 @@ class Telling:
         if not self._asked.log_probs:
             return news, None
         tokenizer = self._served.model.encoder.tokenizer
-        place = self._places[news.index]
-        self._places[news.index] += sum(len(tokenizer.decode([t.id])) for t in news.tokens)
-        return news, self._form.log_probs(tokenizer, news.tokens, place)
+        places = self._offsets[news.index].add([token.id for token in news.tokens])
+        return news, self._form.log_probs(tokenizer, news.tokens, places)
 
     def _count(self, news: News) -> None:
         name = self._served.name
@@ -208,6 +212,13 @@ class Telling:
     def _end(self) -> None:
         seconds = time.monotonic() - self._began
         self._metrics.seconds.labels(self._served.name).observe(seconds)
+
+
+def _offsets(served: Served, asked: Asked, number: int, prompt: PreparedPrompt) -> TextOffsets:
+    """What tells the places of tokens of an answer to the prompt of this number."""
+    written = isinstance(asked, Text) and isinstance(asked.prompts[number], str)
+    echo = isinstance(asked, Text) and asked.echo and asked.log_probs
+    return TextOffsets(served.model.encoder.tokenizer, prompt.ids, prompt.text, written, echo)
 
 
 def _joined(parts: Sequence[News]) -> News:

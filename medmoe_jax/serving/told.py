@@ -49,8 +49,10 @@ class AnswerForm(Protocol):
         """What is new of an answer; `first`: nothing of it was told before."""
         ...
 
-    def log_probs(self, tokenizer: Tokenizer, tokens: Sequence[Token], at: int) -> dict[str, Any]:
-        """Log-probabilities of tokens, the first of which stands at this place of the text."""
+    def log_probs(
+        self, tokenizer: Tokenizer, tokens: Sequence[Token], places: Sequence[int]
+    ) -> dict[str, Any]:
+        """Log-probabilities of tokens, which begin at these places of the text."""
         ...
 
 
@@ -74,9 +76,11 @@ class ChatForm:
             delta["content"] = news.said.content
         return _ended({"index": news.index, "delta": delta, "logprobs": log_probs}, news.ended)
 
-    def log_probs(self, tokenizer: Tokenizer, tokens: Sequence[Token], at: int) -> dict[str, Any]:
+    def log_probs(
+        self, tokenizer: Tokenizer, tokens: Sequence[Token], places: Sequence[int]
+    ) -> dict[str, Any]:
         """Each token with its alternatives."""
-        del at
+        del places
 
         def one(token: int, log_prob: float) -> dict[str, Any]:
             text = shown(tokenizer, token)
@@ -105,13 +109,15 @@ class TextForm:
         del first
         return self.choice(news, log_probs)
 
-    def log_probs(self, tokenizer: Tokenizer, tokens: Sequence[Token], at: int) -> dict[str, Any]:
+    def log_probs(
+        self, tokenizer: Tokenizer, tokens: Sequence[Token], places: Sequence[int]
+    ) -> dict[str, Any]:
         """A list for each property, the token itself among its alternatives.
 
         Of alternatives that read alike, as halves of characters do, the likeliest is told.
         """
         out: dict[str, Any] = {
-            "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": [],
+            "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": [*places],
         }  # fmt: skip
         for token in tokens:
             first = math.isnan(token.log_prob)
@@ -123,8 +129,6 @@ class TextForm:
             out["tokens"].append(shown(tokenizer, token.id))
             out["token_logprobs"].append(None if first else max(token.log_prob, _LEAST))
             out["top_logprobs"].append(None if first else likely)
-            out["text_offset"].append(at)
-            at += len(tokenizer.decode([token.id]))
         return out
 
 

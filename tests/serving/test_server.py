@@ -238,6 +238,22 @@ def test_prompts_are_scored_as_the_evaluation_harness_asks(client, room):
     assert done.usage.completion_tokens == room * 2
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_offsets_are_places_of_the_text(client, stream):
+    """Behind marks of an echoed prompt, and behind characters of several tokens."""
+    prompt = "<|im_start|>患者, say 者 or so"
+    done = client.completions.create(
+        model="strides", prompt=prompt, echo=True, logprobs=0, max_tokens=40, stream=stream
+    )
+    choices = [one.choices[0] for one in done] if stream else done.choices
+    text = "".join(choice.text for choice in choices)
+    told = [(token, place) for choice in choices for token, place in
+            zip(choice.logprobs.tokens, choice.logprobs.text_offset, strict=True)]  # fmt: skip
+    assert text == prompt + "者 or so" and told[-1] == ("<|im_end|>", len(text))
+    for token, place in told[:-1]:
+        assert "\ufffd" in token or text[place:].startswith(token)
+
+
 def test_models_are_listed(running, client):
     assert [one.id for one in client.models.list()] == [*running.models]
     one = client.models.retrieve("short")
