@@ -64,4 +64,4 @@ SHARE = Range(0, 1)
 DECAY = Range(0, 1, below=True)  # of a running mean
 SINGLE = Range(-3.4e38, 3.4e38)  # what a float32 holds
 WORD = Range(-(2**31), 2**31 - 1)  # what JAX computes with as a whole number
-SEED = Range(-(2**63), 2**63 - 1)  # what `jax.random.key` takes
+SEED = Range(-(2**63), 2**63 - 1)  # see `seeds.random_key`

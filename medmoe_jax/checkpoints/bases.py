@@ -21,6 +21,7 @@ from medmoe_jax.checkpoints.gguf_file import open_gguf
 from medmoe_jax.data import gguf_tokenizer, tokenizers
 from medmoe_jax.data.tokens import Tokenizer
 from medmoe_jax.errors import UserError
+from medmoe_jax.seeds import random_key
 from medmoe_jax.storage.fetched import fetched
 from medmoe_jax.storage.places import is_remote
 
@@ -186,6 +187,6 @@ def _random(preset_name: str, overrides: Mapping[str, Any], seed: int, quantise:
 
     def load(dtype, shardings):
         build = functools.partial(decoder.init, config, dtype=dtype)
-        return _stored(quantise, shardings, build)(jax.random.key(seed))
+        return _stored(quantise, shardings, build)(random_key(seed))
 
     return Base(config, load, quantise=quantise)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medmoe_jax.ranges import NOT_NEGATIVE, POSITIVE, SEED, SHARE, WORD, Range
+from medmoe_jax.seeds import random_key
 
 _NUMBER = Range(0, WORD.high)
 _PENALTY = Range(0.01, 100)  # what keeps float32 logits finite
@@ -57,7 +58,7 @@ class Sampling:
     def keys(self, rows: npt.ArrayLike) -> np.ndarray:
         """Data of the random keys `[B, 2]` uint32 of prompts that stand at these places."""
         numbers_B = self.first + np.asarray(rows, np.int32)
-        return np.asarray(_key_data(jax.random.key(self.seed), numbers_B))
+        return np.asarray(_key_data(random_key(self.seed), numbers_B))
 
 
 @jax.jit

@@ -27,6 +27,7 @@ from medmoe_jax.base.seam import Context, Params
 from medmoe_jax.kernels.router_equations import RouterStats
 from medmoe_jax.parallel.hashing import mix
 from medmoe_jax.routing import telemetry
+from medmoe_jax.seeds import random_key
 
 
 class TrainState(NamedTuple):
@@ -194,7 +195,7 @@ def gradients(
     Returns:
       `(gradients, metrics)`.
     """
-    step_key = jax.random.fold_in(jax.random.key(objective.seed), step)
+    step_key = jax.random.fold_in(random_key(objective.seed), step)
 
     def micro(carry, inputs):
         index, micro_batch = inputs

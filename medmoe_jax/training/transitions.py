@@ -19,6 +19,7 @@ from medmoe_jax.base import trees
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.seam import Params
 from medmoe_jax.errors import UserError
+from medmoe_jax.seeds import random_key
 from medmoe_jax.training.stage import Stage, chain
 
 
@@ -105,7 +106,7 @@ def start(
         roster, base = lifecycle.merge(roster, banks, base, name, donate=donate)
     for name in stage.drop:
         roster, banks = lifecycle.drop(roster, banks, name)
-    key = jax.random.key(stage.config.seed)
+    key = random_key(stage.config.seed)
 
     def key_of(name: str):
         return jax.random.fold_in(key, zlib.crc32(name.encode()))
