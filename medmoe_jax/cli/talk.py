@@ -133,15 +133,18 @@ class Talk(Chat):
 
     def _route(self, rest: str) -> RenderableType:
         self._no_more(rest, "route")
-        if self._last is None or not self._last.ids:
+        last = self._last
+        if last is None or not last.ids:
             raise UserError("nothing has been answered yet")
-        engine = self._model.engine
+        engine = last.engine
         gates = routing.spoke(
             engine.config,
             trees.overlay(engine.base, engine.trained),
             engine.banks,
             self._setup.mesh,
-            *self._last,
+            last.prompt,
+            last.ids,
+            last.language,
             self._setup.languages,
         )
         return bars(gates)

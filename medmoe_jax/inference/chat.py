@@ -10,6 +10,7 @@ from typing import NamedTuple, Self
 
 from medmoe_jax.data.conversation import Turn, check_text
 from medmoe_jax.errors import ParameterError
+from medmoe_jax.inference.engine import Engine
 from medmoe_jax.inference.language_model import LanguageModel
 from medmoe_jax.inference.requests import Request
 from medmoe_jax.inference.sampling import Sampling
@@ -19,11 +20,12 @@ from medmoe_jax.ranges import COUNT
 
 
 class Answered(NamedTuple):
-    """The last answer: ids, and the expert of its language."""
+    """The last answer: ids, the expert of its language, and who gave it."""
 
     prompt: tuple[int, ...]
     ids: list[int]
     language: int
+    engine: Engine
 
 
 def check_room(max_tokens: int, context: int) -> None:
@@ -136,7 +138,7 @@ class Chat:
             tuple(ids), self._max_tokens, self._model.stop_runs(), sampling,
             self._model.language(asked),
         )  # fmt: skip
-        self._last = Answered(request.prompt, [], request.language)
+        self._last = Answered(request.prompt, [], request.language, self._model.engine)
         said: list[NewText] = []
         try:
             for one in self._answer(request, self._last.ids):

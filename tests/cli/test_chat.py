@@ -195,6 +195,11 @@ def test_route_tells_the_experts_of_the_last_answer(talk):
     assert len(layers) == tiny.DECODER.n_layers
     for line in layers:
         assert len(line.split()[2]) == 40 and "%" in line
+    talk.command("/bank off noise")  # changes the next answer, not how this one came about
+    assert [line.plain for line in talk.command("/route").renderables] == shown
+    list(talk.ask(ASKED))
+    with pytest.raises(UserError, match="router"):
+        talk.command("/route")
 
 
 def test_the_last_answer_has_no_tokens_behind_the_text_that_ended_it(talk, monkeypatch):
