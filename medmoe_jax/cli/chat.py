@@ -4,8 +4,8 @@
   echo "What does a lack of vitamin C cause?" | medmoe chat --config=FILE --workdir=DIR
 
 A line is a question; one that begins with / is a command, which /help lists, and // begins a
-question with a /. Ctrl-C stops the answer, Ctrl-D or the end of the input ends the talk. Answers
-are written to standard output, all else to standard error.
+question with a /. Ctrl-C stops an answer or a command, Ctrl-D or the end of the input ends the
+talk. Answers are written to standard output, all else to standard error.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _without_news() -> Generator[None]:
 
 
 def _take(talk: Talk, line: str) -> None:
-    """Do what a line asks for; what cannot be done is said, and the talk goes on."""
+    """Do what a line asks for; what cannot be done, or is stopped, is said; the talk goes on."""
     text = line.strip()
     try:
         if text.startswith("/") and not text.startswith("//"):
@@ -97,6 +97,8 @@ def _take(talk: Talk, line: str) -> None:
             _answer(talk, text.removeprefix("/") if text.startswith("//") else text)
     except UserError as error:
         note(harmless(str(error)))
+    except KeyboardInterrupt:
+        note("stopped")
 
 
 def _answer(talk: Talk, text: str) -> None:

@@ -149,6 +149,24 @@ def test_control_c_stops_the_answer_and_not_the_talk(talk, monkeypatch, capsys):
     assert capsys.readouterr().out == "yes\n" and len(talk.turns) == 4
 
 
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("line", ["/route", "/bank off noise", "/lang"])
+def test_control_c_stops_a_command_and_not_the_talk(talk, monkeypatch, capsys, line):
+    """Banks and language stay as they were."""
+
+    def interrupt(*arguments, **named):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    list(talk.ask(ASKED))
+    banks = talk.command("/bank")
+    monkeypatch.setattr("medmoe_jax.evaluation.routing.spoke", interrupt)
+    monkeypatch.setattr("medmoe_jax.cli.talk.language_model", interrupt)
+    capsys.readouterr()
+    chat._take(talk, line)
+    assert capsys.readouterr().err == "stopped\n"
+    assert talk.command("/bank") == banks and talk._model.engine is talk._last.engine
+
+
 def test_a_model_cannot_steer_the_terminal(talk, monkeypatch, capsys):
     use(talk, monkeypatch, say("a\x1b[2Jb\x07"))
     chat._take(talk, "//one")
