@@ -88,9 +88,12 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     NOT_NEGATIVE.check("queue", arguments.queue)
     POSITIVE.check("timeout", arguments.timeout)
     key = _key(arguments)
-    hosts = () if key or arguments.no_key else ("localhost", "127.0.0.1", "::1", "[::1]")
     with contextlib.ExitStack() as stack:
         bound = stack.enter_context(server.bind(arguments.host, arguments.port))
+        host, port = bound.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        open_to_all = key or arguments.no_key
+        hosts = () if open_to_all else ("localhost", "127.0.0.1", "::1", "[::1]", shown)
         opened = open_run(rest, arguments.workdir)
         named = _named(opened, arguments.model)
         served = []
@@ -103,8 +106,6 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
             server.warm_up(served[-1])
         limits = app.Limits(arguments.timeout)
         serving = server.Server(app.application(served, limits, key, hosts), arguments.timeout)
-        host, port = bound.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
         ready = f"ready: http://{shown}:{port}/v1, {'with the key' if key else 'no key is needed'}"
         serving.serve_models(served, bound, lambda: note(ready))
     note("ended")
@@ -163,7 +164,7 @@ def _key(arguments: argparse.Namespace) -> str:
 
 
 def _is_loopback(host: str) -> bool:
-    if host == "localhost":
+    if host.lower() == "localhost":
         return True
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback

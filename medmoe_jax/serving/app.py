@@ -35,8 +35,9 @@ def application(
       models: what can be asked.
       limits: of each request.
       key: that clients must know; "" = none is asked for.
-      hosts: names by which alone the server may be asked; none = any. So no page in a browser
-        reaches a server without a key through a name of its own that points here.
+      hosts: names by which alone the server may be asked, in either case of letters; none = any.
+        So no page in a browser reaches a server without a key through a name of its own that
+        points here.
     """
     by_name, metrics = {one.name: one for one in models}, Metrics(models)
 
@@ -100,7 +101,8 @@ class Guard:
     """Lets nobody in without the key, or by a name that is not the server's."""
 
     def __init__(self, app: ASGIApp, key: str, hosts: Sequence[str]) -> None:
-        self._app, self._key, self._hosts = app, key.encode(), frozenset(hosts)
+        self._app, self._key = app, key.encode()
+        self._hosts = frozenset(host.lower() for host in hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it."""
@@ -129,6 +131,6 @@ class Guard:
 
 
 def _name(host: str) -> str:
-    """The name in a Host header, without its port."""
+    """The name in a Host header, without its port and in small letters."""
     name, _, port = host.rpartition(":")
-    return name if port.isdigit() else host
+    return (name if port.isdigit() else host).lower()

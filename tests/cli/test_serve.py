@@ -1,5 +1,6 @@
 """`medmoe serve` on the tiny model: several models over one base, asked while the command runs."""
 
+import http.client
 import itertools
 import json
 import math
@@ -101,6 +102,22 @@ def test_models_of_one_base_answer_as_generate_and_score_do(
     assert main(command) == 0
     whole = json.loads(out.read_text())["logprob"]  # with the end of the turn
     assert sum(told.token_logprobs[len(prompt) : -1]) >= whole
+
+
+@pytest.mark.slow
+def test_a_server_is_asked_by_the_address_that_it_prints(config, workdir, monkeypatch):
+    def ask(url):
+        assert url.startswith("http://127.0.0.2:")
+        address, got = url.removeprefix("http://").removesuffix("/v1"), []
+        for host in (address, address.replace("127.0.0.2", "127.0.0.3"), "evil.example"):
+            link = http.client.HTTPConnection(address)
+            link.request("GET", "/health", headers={"Host": host})
+            got.append(link.getresponse().status)
+            link.close()
+        return got
+
+    asked = [config, f"--workdir={workdir}", "--model=raw=base", "--host=127.0.0.2"]
+    assert served(asked, ask, monkeypatch)[0] == [200, 403, 403]
 
 
 def test_options_are_checked_before_anything_is_loaded(config, workdir, tmp_path, capsys):

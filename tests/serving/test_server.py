@@ -488,10 +488,11 @@ def test_a_server_without_a_key_is_asked_by_its_own_names_only():
     """Not by a name of somebody's page that points here."""
     from medmoe_jax.serving.app import Guard
 
-    guard = Guard(None, "", ("localhost", "127.0.0.1", "[::1]"))
+    guard = Guard(None, "", ("localhost", "127.0.0.1", "[::1]", "Ward7"))
     for host, let_in in {
         "localhost": True, "localhost:8000": True, "127.0.0.1:80": True, "[::1]:80": True,
-        "[::1]": True, "evil.example": False, "evil.example:8000": False, "": False,
+        "[::1]": True, "LocalHost:80": True, "ward7": True, "WARD7:1": True,
+        "evil.example": False, "evil.example:8000": False, "": False,
     }.items():  # fmt: skip
         scope = {"type": "http", "path": "/v1/models", "headers": [(b"host", host.encode())]}
         assert (guard._refusal(scope) is None) == let_in, host
