@@ -11,7 +11,7 @@ from medmoe_jax.errors import ParameterError
 
 
 class Range(NamedTuple):
-    """From `low` to `high`; NaN and the infinities are in none.
+    """From `low` to `high`; NaN and the infinities are in none, nor is what no float holds.
 
     Attributes:
       low, high: the ends, which belong to the range unless `above` or `below` leaves them out.
@@ -28,8 +28,11 @@ class Range(NamedTuple):
         number = _number(value)
         if number is None:
             raise ParameterError(f"{name}: {value!r} is not a number")
-        if not (isinstance(number, int) or math.isfinite(number)):
-            raise ParameterError(f"{name}: {value} is not a finite number")
+        try:
+            if not math.isfinite(number):
+                raise ParameterError(f"{name}: {value} is not a finite number")
+        except OverflowError:  # so many digits are not shown
+            raise ParameterError(f"{name}: has more digits than any number computed with") from None
         if number < self.low:
             raise ParameterError(f"{name}: {value} is below {self.low}")
         if self.above and number == self.low:

@@ -10,7 +10,7 @@ from medmoe_jax.errors import ParameterError
 from medmoe_jax.evaluation.shots import Shots
 from medmoe_jax.evaluation.ways import Way
 from medmoe_jax.inference.sampling import Sampling
-from medmoe_jax.ranges import COUNT
+from medmoe_jax.ranges import COUNT, FINITE, POSITIVE, SEED, SHARE
 
 FIELDS = {
     "bank 'k'.experts": lambda n: BankSpec("k", ("mlp.up",), experts=n),
@@ -33,6 +33,16 @@ FIELDS = {
 def test_what_is_no_whole_number_is_named(field, value):
     with pytest.raises(ParameterError, match=rf"^{field}: "):
         FIELDS[field](value)
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), 10**5000], ids=["400", "-400", "5000"])
+def test_a_number_that_no_float_holds_is_named(value):
+    for field, give in FIELDS.items():
+        with pytest.raises(ParameterError, match=rf"^{field}: has more digits"):
+            give(value)
+    for limits in (FINITE, POSITIVE, SHARE, SEED):
+        with pytest.raises(ParameterError, match=r"^x: has more digits"):
+            limits.check("x", value)
 
 
 @pytest.mark.parametrize("value", [4, np.int64(4), np.uint8(4), np.array(4), jnp.int32(4)])

@@ -17,6 +17,7 @@ import numpy as np
 from medmoe_jax.inference.sampling import Sampling
 
 _COLDEST = 1e-6  # logits over a lower temperature would be infinite
+_NARROWEST = np.finfo(np.float32).tiny  # a smaller `top_p` may be computed with as 0
 
 
 class Law(NamedTuple):
@@ -61,7 +62,7 @@ def law(samplings: Sequence[Sampling], keys: Sequence[np.ndarray]) -> Law:
     temperature_R = floats("temperature")
     return Law(
         np.where(temperature_R < _COLDEST, 0.0, temperature_R).astype(np.float32),
-        floats("top_p"),
+        np.maximum(floats("top_p"), _NARROWEST),
         floats("min_p"),
         floats("repetition_penalty"),
         np.array([one.top_k or largest for one in samplings], np.int32),

@@ -412,6 +412,8 @@ TELL = {"model": "main", "prompt": "say a"}
         (CHAT, ASK | {"temperature": -1}, 400, "temperature: -1.0 is below 0", "temperature"),
         (CHAT, ASK | {"temperature": "hot"}, 400, "must be a number, found text", "temperature"),
         (CHAT, b'{"messages": [], "temperature": NaN}', 400, "list of messages", "messages"),
+        *((CHAT, ASK | {name: 10**400}, 400, f"{name}: has more digits", name) for name in
+          ("temperature", "top_p", "min_p", "repetition_penalty", "max_tokens", "n", "seed")),
         (CHAT, ASK | {"top_p": 0}, 400, "top_p: 0.0 is not above 0", "top_p"),
         (CHAT, ASK | {"n": 0}, 400, "n: 0 is below 1", "n"),
         (CHAT, ASK | {"n": 1.5}, 400, "n: must be a whole number", "n"),
