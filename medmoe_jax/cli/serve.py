@@ -144,7 +144,12 @@ def _key(arguments: argparse.Namespace) -> str:
     key, source = os.environ.get(KEY, ""), f"${KEY}"
     if arguments.api_key_file is not None:
         path, source = local(arguments.api_key_file), "--api-key-file"
-        key = path.read_text(encoding="utf-8").strip()
+        try:
+            key = path.read_text(encoding="utf-8").strip()
+        except UnicodeDecodeError:
+            raise UserError(
+                f"--api-key-file: {path} is not text; a key is one word of ASCII characters"
+            ) from None
         if not key:
             raise UserError(f"--api-key-file: {path} is empty")
         if path.stat().st_mode & 0o077:

@@ -123,12 +123,15 @@ def test_a_server_is_asked_by_the_address_that_it_prints(config, workdir, monkey
 def test_options_are_checked_before_anything_is_loaded(config, workdir, tmp_path, capsys):
     empty = tmp_path / "key"
     empty.write_text("\n")
+    strange = tmp_path / "strange"
+    strange.write_bytes(b"\xff\xfes\x00")
     for arguments, words in (
         (["--port=70000"], "--port: 70000 is above 65535"),
         (["--queue=-1"], "--queue: -1 is below 0"),
         (["--timeout=0"], "--timeout: 0.0 is not above 0"),
         (["--host=0.0.0.0"], "others can reach 0.0.0.0, so clients need a key"),
         ([f"--api-key-file={empty}"], f"--api-key-file: {empty} is empty"),
+        ([f"--api-key-file={strange}"], f"--api-key-file: {strange} is not text"),
         (["--api-key-file=gs://b/k"], "--api-key-file: "),
         (["--model=align"], "--model: 'align' is not NAME=STAGE"),
         (["--model=a=align", "--model=a=base"], "the name 'a' is given twice"),
