@@ -62,6 +62,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     sampling = sampling_of(arguments)
     if processes.count() > 1:
         raise UserError("a talk is led in one process, and here are several")
+    typed = _typed(arguments.history) if sys.stdin.isatty() else None
     opened = open_run(rest, arguments.workdir)
     trained = open_stage(opened, arguments.stage)
     length = length_of(arguments, opened.setup.base.config.max_positions)
@@ -69,9 +70,9 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
         opened.setup, trained, sampling, length, arguments.off, arguments.language, arguments.system
     )
     with talk, _without_news():
-        if sys.stdin.isatty():
+        if typed is not None:
             note(f"{talk.about()}\n/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends")
-        for line in _lines(arguments.history):
+        for line in _lines(typed):
             _take(talk, line)
 
 
@@ -126,15 +127,36 @@ def _print(said: NewText) -> None:
         print(harmless(said.content), end="", flush=True)
 
 
-def _lines(history: str | None) -> Iterator[str]:
+def _typed(history: str | None) -> Typed:
+    """A terminal's lines, kept in the file of the option `--history`.
+
+    Raises:
+      UserError: they cannot be kept there.
+    """
+    try:
+        path = _history_file() if history is None else Path(history) if history else None
+        return Typed(path)
+    except (OSError, RuntimeError) as error:  # the latter where no home folder is known
+        reason = f"{error.strerror}: '{path}'" if isinstance(error, OSError) else error
+        raise UserError(
+            f"--history: lines that are typed cannot be kept ({reason}); name another file, or "
+            "keep none with --history="
+        ) from None
+
+
+def _history_file() -> Path:
+    state = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(state) / "medmoe" / "chat_history"
+
+
+def _lines(typed: Typed | None) -> Iterator[str]:
     """What the person writes, line by line, to the end of the input."""
-    if not sys.stdin.isatty():
+    if typed is None:
         try:
             yield from sys.stdin
         except UnicodeDecodeError as error:
             raise UserError(f"standard input: not UTF-8 text ({error})") from None
         return
-    typed = Typed(_history_file() if history is None else Path(history) if history else None)
     while True:
         try:
             yield typed.line()
@@ -143,11 +165,6 @@ def _lines(history: str | None) -> Iterator[str]:
         except EOFError:
             print()
             return
-
-
-def _history_file() -> Path:
-    state = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    return Path(state) / "medmoe" / "chat_history"
 
 
 class Typed:
@@ -163,10 +180,11 @@ class Typed:
         readline.set_history_length(_LINES)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch(mode=0o600)  # what is asked may be of a patient
+            # What is asked may be of a patient.
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, mode=0o600))
             readline.read_history_file(path)
         out = Console()
-        colour = out.is_terminal and not out.no_color
+        colour = out.color_system is not None and not out.no_color
         # Readline must know which characters of the prompt take no place.
         self._prompt = "\x01\x1b[1;36m\x02> \x01\x1b[0m\x02" if colour else "> "
 

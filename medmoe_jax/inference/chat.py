@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple, Self
 
 from medmoe_jax.data.conversation import Turn, check_text
-from medmoe_jax.errors import ParameterError
+from medmoe_jax.errors import ParameterError, UserError
 from medmoe_jax.inference.engine import Engine
 from medmoe_jax.inference.language_model import LanguageModel
 from medmoe_jax.inference.requests import Request
@@ -36,6 +36,13 @@ def check_room(max_tokens: int, context: int) -> None:
             f"max_tokens: {max_tokens} leave no room for a question in a context of {context} "
             "tokens"
         )
+
+
+def _check(text: object, where: str) -> None:
+    """Raise UserError, beginning with `where`, for what is no text."""
+    if not isinstance(text, str):
+        raise UserError(f"{where}: {text!r} is no text")
+    check_text(text, where)
 
 
 class Chat:
@@ -94,7 +101,7 @@ class Chat:
         Raises:
           UserError: the template takes no such text.
         """
-        check_text(system, "the system text")
+        _check(system, "the system text")
         if system:
             self._model.encoder.prompt(
                 [{"role": "system", "content": system}, {"role": "user", "content": "x"}]
@@ -125,7 +132,7 @@ class Chat:
         Raises:
           UserError: the question cannot be asked; the talk is as before.
         """
-        check_text(text, "the question")
+        _check(text, "the question")
         self._remarks = []
         question: Turn = {"role": "user", "content": text}
         asked = [*self._system_turns(), *self.turns, question]

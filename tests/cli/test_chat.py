@@ -5,6 +5,7 @@ import itertools
 import os
 import signal
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -88,6 +89,28 @@ def test_options_are_checked(config, workdir, capsys):
         assert words in capsys.readouterr().err
 
 
+def test_a_history_that_cannot_be_kept_is_said_before_anything_is_loaded(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("sys.stdin", types.SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(chat, "open_run", None)  # would be a TypeError
+    (tmp_path / "state").write_text("a file")
+    for option, state in ((f"--history={tmp_path}", ""), ("--max-tokens=8", tmp_path / "state")):
+        monkeypatch.setenv("XDG_STATE_HOME", str(state))
+        assert main(["chat", "no.py", option]) == 1
+        error = capsys.readouterr().err
+        assert "--history: lines that are typed cannot be kept (" in error
+        assert str(tmp_path) in error and "keep none with --history=" in error
+
+
+@pytest.mark.parametrize(("terminal", "coloured"), [("dumb", False), ("xterm-256color", True)])
+def test_a_terminal_without_colour_gets_none_in_the_prompt(monkeypatch, terminal, coloured):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", terminal)
+    assert ("\x1b" in chat._typed("")._prompt) == coloured
+
+
 def test_turns_are_remembered_until_new(talk, monkeypatch):
     decoding = say("yes", "no")
     use(talk, monkeypatch, decoding)
@@ -126,6 +149,11 @@ def test_what_does_not_fit_the_context_is_forgotten_and_said(talk, monkeypatch):
     assert any("the question was cut" in one for one in talk.remarks)
     with pytest.raises(UserError, match="half of a surrogate pair"):
         list(talk.ask("\ud800"))
+    for question in (None, 5, ["a"]):
+        with pytest.raises(UserError, match=r"the question: .* is no text"):
+            talk.say(question)
+    with pytest.raises(UserError, match="the system text: 5 is no text"):
+        talk.tell(5)
 
 
 @pytest.mark.usefixtures("interruptible")
