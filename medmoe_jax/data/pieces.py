@@ -154,5 +154,5 @@ def refuse_fields(turns: Sequence[Turn], tools: Sequence[dict], whose: str) -> N
     if named:
         raise UserError(
             f"{whose} has no place for {', '.join(named)}; use a chat template that writes it "
-            "(data.template), or remove it from the row"
+            "(data.template), or leave it out"
         )

@@ -148,7 +148,7 @@ class RenderedTalk:
             raise UserError(
                 f"turn {turn}: the chat template's prompt ends with {header!r}, past the place of "
                 "reasoning_content, so the model would be trained to think where it is asked not "
-                "to; set its options (data.template_options), or remove the reasoning from the row"
+                "to; set its options (data.template_options), or leave the reasoning out"
             )
         if written.startswith(header):
             start = before + len(header)
@@ -232,7 +232,7 @@ class RenderedTalk:
                 if own.field != "content":
                     raise UserError(
                         f"turn {own.turn}: the chat template has no place for {own.field}; use "
-                        "one that has (data.template), or remove it from the row"
+                        "one that has (data.template), or leave it out"
                     )
                 raise UserError(
                     f"turn {own.turn}: the chat template changes the text of a turn or leaves it "
@@ -261,5 +261,5 @@ class RenderedTalk:
 def _no_place(where: str, field: str, part: Any) -> UserError:
     return UserError(
         f"{where}the chat template has no place for {field} (it leaves out {part!r}); use one "
-        "that has (data.template), or remove them from the row"
+        "that has (data.template), or leave them out"
     )

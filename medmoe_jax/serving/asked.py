@@ -191,8 +191,11 @@ def _turns(value: Any) -> tuple[Turn, ...]:
         strange = [name for name in given if name not in _MESSAGE]
         if strange:
             raise Refused(f"{at}: {quoted(strange)} cannot be served", param="messages")
-        if given.get("name") and ROLES.get(str(given.get("role"))) != "tool":
-            raise Refused(f"{at}: only a tool's message has a name here", param="messages")
+        if "role" not in given or not given.keys() & {"content", "tool_calls"}:
+            raise Refused(f"{at}: needs 'role' and 'content'", param="messages")
+        of_tools = [name for name in ("name", "tool_call_id") if given.get(name)]
+        if of_tools and ROLES.get(str(given["role"])) != "tool":
+            raise Refused(f"{at}: only a tool's message has {of_tools[0]!r}", param="messages")
         try:
             turns.append(read_turn(given, at))
         except UserError as error:
