@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 from medmoe_jax import json_text
 from medmoe_jax.checkpoints.agreement import from_first_process
+from medmoe_jax.checkpoints.staging import check_signs
 from medmoe_jax.errors import ParameterError, StorageError, UserError
 from medmoe_jax.storage import objects
 from medmoe_jax.storage.partials import start_of, system
@@ -133,10 +134,14 @@ def writer(folder: str | Path) -> str:
 
 
 def check_folder(folder: str | Path) -> None:
-    """Whether a work directory is there or may be made; raises what `check_makeable` does."""
+    """Whether a work directory is there or may be made, and checkpoints written there.
+
+    Raises what `check_signs` and `check_makeable` do.
+    """
     if not str(folder):
         raise ParameterError("workdir: is empty; give the path of a folder")
     folder = storage_place(folder)
+    check_signs(folder)
     if not is_remote(folder):
         check_makeable(folder)
 

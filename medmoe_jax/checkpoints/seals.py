@@ -4,8 +4,8 @@ A seal is written after the folder is whole, so that damage is seen before anyth
 flips would otherwise load as other numbers. It says what the folder belongs to as well.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Collection, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from medmoe_jax.checkpoints.fingerprint import file_fingerprint, file_mark
@@ -14,6 +14,8 @@ from medmoe_jax.errors import UserError
 from medmoe_jax.storage.objects import files_below, size_of
 
 SEAL = "SEAL.json"
+# Of Orbax: the folder that a process writes, and the file that joins those of all.
+_OF_PROCESS, _JOINED = "ocdbt.process_", "manifest.ocdbt"
 
 
 def seal(folder: Path, of: Mapping[str, Any]) -> str:
@@ -25,12 +27,22 @@ def seal(folder: Path, of: Mapping[str, Any]) -> str:
 
     Raises:
       FileNotFoundError: the folder holds no file.
+      ValueError: Orbax did not join what each process wrote.
     """
     files = [(name, path) for name, path in files_below(folder) if path.name != SEAL]
     if not files:
         raise FileNotFoundError(f"{folder} is gone")  # an empty seal would vouch for nothing
+    if part := _unjoined({PurePosixPath(name) for name, _ in files}):
+        raise ValueError(f"{folder / part} is not joined to a whole: no {_JOINED} is beside it")
     marks = {name: file_mark(path) for name, path in files}
     return write_record(folder / SEAL, {"of": dict(of), "files": marks})
+
+
+def _unjoined(files: Collection[PurePosixPath]) -> PurePosixPath | None:
+    """A folder of one process that cannot be read; Orbax may leave it so without an error."""
+    whole = {file.parent for file in files if file.name == _JOINED}
+    parts = (one for file in files for one in file.parents if one.name.startswith(_OF_PROCESS))
+    return next((part for part in parts if part.parent not in whole), None)
 
 
 def read_seal(folder: Path) -> tuple[dict[str, Any], str]:

@@ -17,9 +17,10 @@ from medmoe_jax.errors import UserError
 from medmoe_jax.parallel import processes
 from medmoe_jax.storage import objects
 from medmoe_jax.storage.fetched import fetched
-from medmoe_jax.storage.places import scheme_of
+from medmoe_jax.storage.places import absolute, scheme_of
 
-_ORBAX = ("", "gs")
+# Where Orbax can write, and the signs of a path that it takes there for more than a part of a name.
+_ORBAX = {"": "*?[\\", "gs": "*?[\\#"}
 
 
 def is_staged(folder: Path) -> bool:
@@ -33,6 +34,24 @@ def check_processes(folder: Path) -> None:
         raise UserError(
             f"{folder}: several processes cannot write checkpoints to {scheme_of(folder)}://; use "
             "gs:// or a disk that all of them see"
+        )
+
+
+def check_signs(folder: Path) -> None:
+    """Raise UserError where Orbax would not write to the path that a folder has.
+
+    It finds what each process wrote by a pattern that begins with the path: in `run[1]` it finds
+    nothing and leaves a checkpoint that nobody can read, in `run*` it finds that of `run2` as well.
+    TensorStore ends a path on gs:// at `?` and `#`.
+    """
+    field, path = "workdir", absolute(folder)
+    if is_staged(folder):
+        field, path = "TMPDIR", absolute(Path(tempfile.gettempdir()))
+    signs = _ORBAX[scheme_of(path)]
+    if found := next((sign for sign in signs if sign in str(path)), ""):
+        raise UserError(
+            f"{field}: '{path}' has the sign {found}, with which checkpoints cannot be written; "
+            f"give a path without any of {' '.join(signs)}"
         )
 
 

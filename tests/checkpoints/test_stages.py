@@ -5,8 +5,10 @@ import errno
 import os
 import shutil
 import signal
+import string
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,8 +22,10 @@ from orbax.checkpoint import v1 as ocp
 from medmoe_jax.checkpoints import stages
 from medmoe_jax.checkpoints.fingerprint import tree_fingerprint
 from medmoe_jax.checkpoints.folders import StageFolder
+from medmoe_jax.checkpoints.lease import check_folder
 from medmoe_jax.checkpoints.manifest import BankEntry, Manifest
 from medmoe_jax.checkpoints.stages import CheckpointError, StageCheckpoints
+from medmoe_jax.errors import UserError
 from tests import quick
 from tests.several import free_port
 
@@ -123,6 +127,45 @@ def test_a_sharded_state_is_restored_onto_another_sharding(tmp_path):
     assert restored.state["banks"]["lora"]["a"].sharding == grid
     assert restored.state["optimiser"][0].mu["lora"]["b"].sharding == grid
     assert_same(restored.state, state)
+
+
+def writable_signs(folder) -> str:
+    """Signs of ASCII that a work directory may have in its name; the others are refused."""
+    found = ""
+    for sign in " " + string.punctuation.replace("/", ""):
+        try:
+            check_folder(folder / f"a{sign}")
+        except UserError as error:
+            assert f"has the sign {sign}, with which checkpoints cannot be written" in str(error)
+        else:
+            found += sign
+    return found
+
+
+def test_checkpoints_come_back_from_every_path_that_is_not_refused(tmp_path, monkeypatch):
+    signs = writable_signs(tmp_path)
+    assert set(string.punctuation) - set(signs) == set("/*?[\\")
+    folder = tmp_path / f"é {signs}" / "stages" / "one"
+    save_steps(folder, [10])
+    assert_same(restore(folder).state, make_state(10))
+    # Also where the path is not given whole, and where s3:// is written through another one.
+    (tmp_path / "run[1]").mkdir()
+    monkeypatch.chdir(tmp_path / "run[1]")
+    with pytest.raises(UserError, match=r"workdir: '.*/run\[1\]/here' has the sign \["):
+        check_folder("here")
+    check_folder("s3://bucket/run[1]")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "run[1]"))
+    with pytest.raises(UserError, match=r"TMPDIR: '.*/run\[1\]' has the sign \["):
+        check_folder("s3://bucket/run")
+
+
+def test_what_orbax_left_unjoined_is_not_sealed(tmp_path):
+    with pytest.raises(CheckpointError, match=r"ocdbt\.process_0 is not joined to a whole"):
+        save_steps(tmp_path / "run[1]", [10])
+    assert restore(tmp_path / "run[1]") is None
+    with pytest.raises(CheckpointError, match=r"ocdbt\.process_0 is not joined to a whole"):
+        stages.save_final(StageFolder(tmp_path / "end[1]"), {"a": jnp.ones(2)}, MANIFEST)
+    assert not StageFolder(tmp_path / "end[1]").is_finished()
 
 
 def test_an_empty_folder_restores_nothing(tmp_path):
@@ -457,6 +500,7 @@ from pathlib import Path
 from medmoe_jax.checkpoints.fingerprint import tree_fingerprint
 from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.checkpoints.stages import StageCheckpoints, load_final, save_final
+from medmoe_jax.checkpoints.lease import check_folder
 from medmoe_jax.checkpoints.manifest import Manifest
 rows = jax.NamedSharding(jax.make_mesh((8,), ("x",)), jax.P("x"))
 columns = jax.NamedSharding(jax.make_mesh((8,), ("x",)), jax.P(None, "x"))

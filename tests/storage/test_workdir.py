@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import string
 import threading
 
 import jax
@@ -34,6 +35,7 @@ from medmoe_jax.training.setup import open_setup
 from medmoe_jax.training.train import train
 from tests import several, tiny
 from tests.checkpoints.test_lease import Clock
+from tests.checkpoints.test_stages import writable_signs
 from tests.clouds import BUCKET
 from tests.several import Several
 
@@ -187,6 +189,19 @@ def test_checkpoints_come_back_and_half_of_one_never_does(cloud, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, found.state, state(2))
 
 
+def test_checkpoints_come_back_from_every_path_that_is_not_refused(cloud):
+    signs = writable_signs(cloud)
+    refused = set("*?[\\#") if cloud.as_uri().startswith("gs:") else set()
+    assert set(string.punctuation) - set(signs) == {"/"} | refused
+    signs = signs.replace(";", "")  # where the emulator of gs:// ends an address
+    folder = StageFolder.of(cloud / f"é {signs}", "one")
+    with StageCheckpoints(folder, keep=2) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, state(step), {"data": step})
+    jax.tree.map(np.testing.assert_array_equal, restored(folder).state, state(3))
+    assert saves(str(folder.steps.parents[2]))
+
+
 def test_a_save_that_is_cut_short_leaves_the_one_before(cloud, monkeypatch):
     """The connection is lost while the seal, the last of a checkpoint, is on its way."""
     folder = StageFolder(cloud)
@@ -258,6 +273,7 @@ def config_on(cloud):
 
 
 CONFIG = """import pickle
+import string
 
 def get_config():
     return pickle.loads({!r})
