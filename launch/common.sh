@@ -43,7 +43,8 @@ perform() {
 # A verb of worker.sh on one worker.
 worker() { backend_on "$1" bash "$WORKER_SCRIPT" "$2" "$WORKER_DIR" "$1" "${@:3}"; }
 
-# COMMAND NUMBER ARGUMENTS... for all workers at once; fails when it fails for one.
+# COMMAND NUMBER ARGUMENTS... for all workers at once; fails when it fails for one, with $LOST where ssh
+# says so.
 each() {
   local number code failed=0 processes=()
   for number in "${!WORKERS[@]}"; do
@@ -59,7 +60,7 @@ each() {
     wait "${processes[number]}" || code=$?
     if ((code)); then
       say "worker $number (${WORKERS[number]}): failed with status $code"
-      failed=1
+      if ((failed == 0 || code == LOST)); then failed=$((code == LOST ? LOST : 1)); fi
     fi
   done
   return "$failed"
@@ -121,10 +122,12 @@ ship_to_workers() {
     files+=("$FLAG_LOGS/ship/env")
     perform ln -sfn "$(realpath "$FLAG_ENV_FILE")" "$FLAG_LOGS/ship/env"
   fi
-  each backend_on sh -c "$CLAIM" sh "$WORKER_DIR" || {
-    say "--dir=$WORKER_DIR cannot be made, or is there and was not made by this launcher: give another"
-    return 1
-  }
+  each backend_on sh -c "$CLAIM" sh "$WORKER_DIR" || code=$?
+  if ((code)); then
+    ((code == LOST)) || say "--dir=$WORKER_DIR cannot be made, or is there and was not made by this" \
+      "launcher: give another"
+    return "$code"
+  fi
   if [[ -n $FLAG_ENV_FILE ]]; then
     # A copy keeps the mode of a file that is there.
     each backend_on install -m 600 /dev/null "$WORKER_DIR/env" || return

@@ -56,7 +56,7 @@ lines|50|logs: how many lines back
 follow|no|logs: go on as lines are written
 grace|60|seconds between asking medmoe to end and ending it
 max-restarts|3|resume: give up after so many starts in a row that saved nothing new; gke: so many failures
-poll|20|tpu: seconds between two looks at machines that are being made ready; gke: at the job
+poll|20|resume: seconds before the next try; tpu: between looks at machines being made; gke: at the job
 dry-run|no|print the commands, one a line and quoted for a shell, and do nothing; gke: the manifest'
 
 usage() {

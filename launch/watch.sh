@@ -265,32 +265,40 @@ saved() {
   if [[ -n $path ]]; then worker 0 saved "$path"; fi
 }
 
+# The workers are there, with the code; sets `now` of its caller to what is saved.
+make_ready() { backend_ensure && backend_ship && now=$(saved); }
+
 verb_resume() {
-  local before='' now='' code fruitless=0 starts=0 ready
-  while true; do
+  local before='' now='' code=0 ready fruitless=0 starts=0
+  if dry; then
     backend_ensure
-    if dry; then
-      backend_ship
-      saved
-      attempt
-      note "and all of it again until the status is 0, 1 or 2 (bad input), or $STOPPED (stopped)," \
-        "or $FLAG_MAX_RESTARTS starts in a row saved nothing new"
-      return
-    fi
-    ready=no
-    if backend_ship && now=$(saved); then ready=yes; fi
+    backend_ship
+    saved
+    attempt
+    note "and all of it again until the status is 0, 1 or 2 (bad input), or $STOPPED (stopped)," \
+      "or $FLAG_MAX_RESTARTS tries in a row saved nothing new"
+    return
+  fi
+  while true; do
+    ready=0
+    make_ready || ready=$?
     fruitless=$((fruitless + 1))
-    if ((starts == 0)) || [[ $now != "$before" ]]; then fruitless=0; fi
-    if ((fruitless == FLAG_MAX_RESTARTS)); then
-      say "giving up: $fruitless starts in a row saved nothing new; the last one had status $code"
-      return "$code"
+    if ((ready)); then
+      code=$ready
+      say "no start: the workers could not be made ready (status $code)"
+    elif ((starts == 0)) || [[ $now != "$before" ]]; then
+      fruitless=0
     fi
-    before=$now starts=$((starts + 1)) code=$LOST
+    ((fruitless < FLAG_MAX_RESTARTS)) || break
+    if ((ready)); then
+      say "the next try is in $FLAG_POLL s"
+      sleep "$FLAG_POLL"
+      continue
+    fi
+    before=$now starts=$((starts + 1))
     say "start $starts"
-    if [[ $ready == yes ]]; then
-      code=0
-      attempt || code=$?
-    fi
+    code=0
+    attempt || code=$?
     case $code in
       0) say "done after $starts starts" && return ;;
       1 | 2) # a message for a person, or of the parser of the command line
@@ -300,6 +308,8 @@ verb_resume() {
       "$STOPPED") return "$STOPPED" ;;
     esac
   done
+  say "giving up: $fruitless tries in a row saved nothing new; the last one had status $code"
+  return "$code"
 }
 
 prefixed() {

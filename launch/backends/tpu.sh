@@ -51,14 +51,17 @@ backend_create() {
   if [[ $FLAG_QUEUED == yes ]]; then
     cloud queued-resources create "$FLAG_NAME" --node-id="$FLAG_NAME" "${spot[@]}" \
       --accelerator-type="$SLICE_TYPE" --runtime-version="$FLAG_RUNTIME_VERSION" \
-      "${CREATE_FLAGS[@]}"
+      "${CREATE_FLAGS[@]}" || return
   else
     cloud tpu-vm create "$FLAG_NAME" "${spot[@]}" \
       --accelerator-type="$SLICE_TYPE" --version="$FLAG_RUNTIME_VERSION" \
-      "${CREATE_FLAGS[@]}"
+      "${CREATE_FLAGS[@]}" || return
   fi
   note "every $FLAG_POLL s, until the TPU is READY:"
-  wait_until_ready || fail "$FLAG_NAME was not made ready; delete it before another try"
+  wait_until_ready || {
+    say "error: $FLAG_NAME was not made ready; delete it before another try"
+    return 1
+  }
 }
 
 # State and hosts of the TPU, and the state of its queued resource; nothing for what is not there.
@@ -73,16 +76,18 @@ list_request() {
   fi
 }
 
-# Sets node, hosts and request of its caller. A question without an answer ends the launcher: it
+# Sets node, hosts and request of its caller; fails with $LOST where a question has no answer, which
 # must not pass for a TPU that is gone.
 look() {
   local found
-  found=$(list_node) || fail "gcloud does not say how $FLAG_NAME is"
-  request=$(list_request) || fail "gcloud does not say how the queued resource $FLAG_NAME is"
+  if ! found=$(list_node) || ! request=$(list_request); then
+    say "error: gcloud does not say how $FLAG_NAME is"
+    return "$LOST"
+  fi
   read -r node hosts <<<"$found"
 }
 
-# Waits while the TPU is being made (or undone); fails when it will not come by itself.
+# Waits while the TPU is being made (or undone); fails with 1 when it will not come by itself.
 wait_until_ready() {
   local node hosts request last=''
   if dry; then
@@ -91,7 +96,7 @@ wait_until_ready() {
     return
   fi
   while true; do
-    look
+    look || return
     if [[ $node/$request != "$last" ]]; then
       last=$node/$request
       say "$FLAG_NAME: TPU ${node:-not there}, queued resource ${request:-not there}"
@@ -111,7 +116,7 @@ wait_until_ready() {
 
 # The machines, made again where they were taken away.
 backend_ensure() {
-  local node hosts request
+  local node hosts request code=0 kind='on demand'
   if dry; then
     list_node
     list_request
@@ -120,9 +125,12 @@ backend_ensure() {
     backend_create
     return
   fi
-  wait_until_ready && return
-  look
-  if [[ -n $node$request ]]; then backend_delete; fi
+  wait_until_ready || code=$?
+  ((code == 1)) || return "$code"
+  look || return
+  if [[ $FLAG_SPOT == yes ]]; then kind=spot; fi
+  say "asking for $FLAG_NAME anew: $SLICE_TYPE, $kind"
+  if [[ -n $node$request ]]; then backend_delete || return; fi
   backend_create
 }
 
@@ -134,7 +142,7 @@ backend_status() {
     list_request
     return
   fi
-  look
+  look || exit 1
   echo "$FLAG_NAME: TPU ${node:-not there}, queued resource ${request:-not there}"
   [[ $node == READY ]] || exit 0
 }

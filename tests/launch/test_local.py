@@ -134,7 +134,7 @@ def test_resume_asks_for_what_is_saved_on_object_storage(local):
         "exit 75"
     )
     ended = local("resume", "--max-restarts=2", "--", "train", "--workdir=gs://bucket/a")
-    assert ended.returncode == 75 and "giving up: 2 starts in a row" in ended.stderr
+    assert ended.returncode == 75 and "giving up: 2 tries in a row" in ended.stderr
     assert local.starts(0) == 4
     asked = (local.folder / "asked").read_text().splitlines()
     assert set(asked) == {"-m medmoe_jax.checkpoints.saves gs://bucket/a"}
@@ -145,7 +145,7 @@ def test_resume_gives_up_when_nothing_is_saved(local, workdir):
     local.behaves("exit 75")
     ended = local("resume", "--max-restarts=2", "--", "train", *workdir)
     assert ended.returncode == 75
-    assert "giving up: 2 starts in a row saved nothing new" in ended.stderr
+    assert "giving up: 2 tries in a row saved nothing new" in ended.stderr
     assert local.starts(0) == 2
 
 

@@ -179,9 +179,37 @@ def test_an_installation_that_fails_is_made_anew(tpu):
 def test_a_silent_gcloud_does_not_pass_for_a_tpu_that_is_gone(tpu):
     tpu("create")
     tpu.stub("gcloud", GCLOUD.replace("tpu-vm/list)", "tpu-vm/list) exit 1"))
-    ended = tpu("resume", "--", "eval")
-    assert ended.returncode == 1 and "gcloud does not say how medmoe is" in ended.stderr
+    ended = tpu("resume", "--max-restarts=2", "--", "eval")
+    assert ended.returncode == 255 and "gcloud does not say how medmoe is" in ended.stderr
     assert verbs(tpu) == ["queued-resources create"]
+
+
+@pytest.mark.parametrize("question", ["tpu-vm/list", "queued-resources/list"])
+def test_a_gcloud_that_is_silent_for_a_while_does_not_end_a_resume(tpu, question):
+    """Also where it is silent at the first look and not at the next: nothing is made anew."""
+    once = f"{question}) if [[ ! -e silent ]]; then touch silent; exit 1; fi;"
+    tpu.behaves("true")
+    tpu("create")
+    tpu.stub("gcloud", GCLOUD.replace(f"{question})", once))
+    ended = tpu("resume", "--max-restarts=2", "--", "eval")
+    assert ended.returncode == 0, ended.stderr
+    assert "no start: the workers could not be made ready (status 255)" in ended.stderr
+    assert "done after 1 starts" in ended.stderr
+    assert verbs(tpu) == ["queued-resources create", "tpu-vm scp"]
+
+
+def test_machines_that_are_refused_for_a_while_do_not_end_a_resume(tpu):
+    """As where no quota is left; and the launcher says what it asks for."""
+    refused = "queued-resources/create) if [[ ! -e refused ]]; then touch refused; exit 1; fi;"
+    tpu.stub("gcloud", GCLOUD.replace("queued-resources/create)", refused))
+    tpu.behaves("true")
+    ended = tpu("resume", "--max-restarts=2", "--spot", "--", "eval")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("asking for medmoe anew: v4-16, spot") == 2
+    assert verbs(tpu) == ["queued-resources create"] * 2 + ["tpu-vm scp"]
+    (tpu.folder / "node").write_text("PREEMPTED")
+    ended = tpu("resume", "--", "eval")
+    assert "asking for medmoe anew: v4-16, on demand" in ended.stderr
 
 
 @pytest.mark.parametrize(
@@ -241,6 +269,52 @@ def test_ssh_hosts(launcher):
     assert ssh("logs", "--worker=1").stdout == "hello from 1\n"
     assert ssh("delete").returncode == 0
     assert not list(ssh.folder.glob("home-*/*"))
+
+
+# A host is away while there is a file `down-HOST`; each connection that fails takes a line of it.
+AWAY = r"""#!/usr/bin/env bash
+words=("$@")
+while [[ $1 == -* ]]; do shift; done
+down=$FAKE/down-${1#me@}
+if [[ -s $down ]]; then sed -i 1d "$down"; exit 255; fi
+"""
+
+
+def test_a_host_that_is_away_for_a_while_does_not_end_a_resume(launcher):
+    """It vanishes under the job, comes back after two more tries, and the job goes on."""
+    ssh = stubs(launcher("--backend=ssh", "--hosts=home-0,home-1", "--poll=1"))
+    ssh.stub(
+        "ssh", AWAY + SSH.partition("\n")[2].replace("while", 'set -- "${words[@]}"; while', 1)
+    )
+    ssh.behaves(
+        'mkdir -p "$FAKE/shared/stages/a"; touch "$FAKE/shared/stages/a/manifest.json"\n'
+        'if (($(wc -l <"$FAKE/starts-$worker") == 1)); then\n'
+        "  if ((worker == 0)); then sleep 60; fi\n"
+        "  until [[ -e $FAKE/starts-0 && -s $FAKE/runs/launch/worker-1.log ]]; do sleep 0.1; done\n"
+        '  sleep 1; printf "away\\naway\\n" >"$FAKE/down-home-1"; exit 143\n'
+        "fi\n"
+    )
+    job = ["train", f"--workdir={ssh.folder}/shared"]
+    ended = ssh("resume", "--grace=1", "--", *job)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("no start: the workers could not be made ready (status 255)") == 2
+    assert "worker 1 (home-1): failed with status 255" in ended.stderr
+    assert "done after 2 starts" in ended.stderr
+    (ssh.folder / "down-home-0").write_text("away\n" * 99)
+    ended = ssh("resume", "--max-restarts=2", "--", *job)
+    assert ended.returncode == 255 and "giving up: 2 tries in a row" in ended.stderr
+    assert "start 1" not in ended.stderr.replace("restart", "")
+    ended = ssh("run", "--", *job)
+    assert ended.returncode == 255 and "--dir" not in ended.stderr
+
+
+def test_a_setup_that_fails_has_one_status_and_is_no_start(launcher):
+    ssh = stubs(launcher("--backend=ssh", "--hosts=home-0", "--setup=exit 3", "--poll=1"))
+    for verb in ("run", "resume"):
+        ended = ssh(verb, "--max-restarts=2", "--", "eval")
+        assert ended.returncode == 1 and "--setup ended with status 3" in ended.stderr, verb
+    assert ended.stderr.count("no start: the workers could not be made ready (status 1)") == 2
+    assert "tpu_run.sh: start" not in ended.stderr
 
 
 def test_a_tpu_that_another_process_holds(tmp_path):
