@@ -2,12 +2,13 @@
 # One entry point for pods: create machines, start one medmoe command on all of them, follow it, and
 # start it again until it is done. See launch/README.md, or launch/tpu_run.sh --help.
 set -euo pipefail
-shopt -s inherit_errexit
 
+# Before anything that an older bash does not read, such as 3.2 of macOS.
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 501)); then
   echo "tpu_run.sh: error: bash $BASH_VERSION is too old: 5.1 or later is needed" >&2
   exit 1
 fi
+shopt -s inherit_errexit
 
 LAUNCH=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$(dirname "$LAUNCH")

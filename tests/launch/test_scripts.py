@@ -1,5 +1,6 @@
 """The scripts as text: they parse, shellcheck finds nothing, help and README name every flag."""
 
+import os
 import re
 import subprocess
 import sys
@@ -124,6 +125,17 @@ def test_variables_as_a_shell_and_people_write_them(launcher):
     (tool.folder / "tokens").write_bytes(b"A=1\r\n")
     ended = tool("ship", "--zone=z", "--env-file=tokens")
     assert "tokens, line 1: ends with a carriage return; convert the file" in ended.stderr
+
+
+def test_an_old_bash_is_told_so(tmp_path):
+    """One that does not know what the rest of the script says, such as 3.2 of macOS."""
+    script = (LAUNCH / "tpu_run.sh").read_text().replace("BASH_VERSINFO", "VERSION")
+    (tmp_path / "old").write_text("VERSION=(3 2)\nshopt() { echo invalid >&2; return 1; }\n")
+    env = {**os.environ, "BASH_ENV": str(tmp_path / "old")}
+    words = ["bash", "-c", script, "tpu_run.sh"]
+    ended = subprocess.run(words, env=env, capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stderr.count("\n") == 1
+    assert "is too old: 5.1 or later is needed" in ended.stderr
 
 
 def test_a_verb_is_needed(launcher):
