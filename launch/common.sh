@@ -138,24 +138,29 @@ ship_to_workers() {
   return "$code"
 }
 
-# The value of --workdir among the arguments of medmoe, '' where there is none.
+# The value of --workdir among the arguments of medmoe, the last one as it takes it; '' where there is
+# none.
 workdir() {
-  local number
+  local number path=''
   for number in "${!ARGUMENTS[@]}"; do
     case ${ARGUMENTS[number]} in
-      --workdir=*) echo "${ARGUMENTS[number]#*=}" && return ;;
-      --workdir) echo "${ARGUMENTS[number + 1]-}" && return ;;
+      --workdir=*) path=${ARGUMENTS[number]#*=} ;;
+      --workdir) path=${ARGUMENTS[number + 1]-} ;;
     esac
   done
+  printf '%s\n' "$path"
 }
 
-# What no worker can use is said here.
+# What is no path of a machine, as storage/places.py reads it.
+SCHEME='^[A-Za-z][A-Za-z0-9+.-]*:/'
+
+# What the workers cannot use is said here.
 check_workdir_scheme() {
   local path
   path=$(workdir)
-  [[ $path =~ ^[A-Za-z][A-Za-z0-9+.-]*:/ ]] || return 0
-  [[ $path == gs://* ]] ||
-    fail "--workdir=$path: several workers write to a disk that all share, or to gs://"
+  [[ ! $path =~ $SCHEME || $path == gs://* || ($path == s3://* && ${#WORKERS[@]} == 1) ]] ||
+    fail "--workdir=$path: several workers write to a disk that all share, or to gs://; one alone" \
+      "also to s3://"
 }
 
 # What --accelerator-type means, by whichever of its names it is given: SLICE_NAME, _LAYOUT, _COUNT,
@@ -176,7 +181,7 @@ read_slice() {
 check_shared_workdir() {
   local path
   path=$(workdir)
-  [[ -z $path || $path == /* || $path == gs://* ]] ||
+  [[ -z $path || $path == /* || $path =~ $SCHEME ]] ||
     fail "--workdir=$path: --backend=$FLAG_BACKEND needs an absolute path, on storage that all" \
       "workers share and that outlives them"
 }

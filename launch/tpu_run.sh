@@ -166,12 +166,12 @@ read_command_line "$@"
 [[ $VERB =~ ^[a-z]+$ && $'\n'$VERBS == *$'\n'"$VERB "* ]] ||
   fail "unknown verb '$VERB'; --help lists them"
 check_flags
-check_workdir_scheme
 dry || sweep
 
 # shellcheck source=backends/tpu.sh
 source "$LAUNCH/backends/$FLAG_BACKEND.sh"
 backend_prepare
+check_workdir_scheme
 
 case $VERB in
   create) backend_create ;;

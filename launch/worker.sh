@@ -213,11 +213,18 @@ stop() { # GRACE
 
 # One line that changes with every checkpoint and every finished stage of a work directory.
 saved() { # WORKDIR
-  if [[ $1 == gs://* ]]; then
+  local folder=$1 python
+  if [[ $folder == gs://* || $folder == s3://* ]]; then
     enter_code
-    "$(dirname "$(command -v medmoe)")/python" -m medmoe_jax.checkpoints.saves "$1"
-  elif [[ -d $1/stages ]]; then
-    cd "$1/stages"
+    # Of a program that is a link, such as one that pipx makes, Python lies where that leads.
+    python=$(dirname "$(realpath "$(command -v medmoe)")")/python
+    [[ -x $python ]] || python=python3
+    "$python" -m medmoe_jax.checkpoints.saves "$folder"
+    return
+  fi
+  if [[ $folder =~ ^~(/|$) ]]; then folder=$HOME${folder:1}; fi # as medmoe reads it
+  if [[ -d $folder/stages ]]; then
+    cd "$folder/stages"
     find . -maxdepth 4 '(' -name SEAL.json -o -name manifest.json ')' | sort | cksum
   fi
 }

@@ -53,7 +53,7 @@ check_volumes() {
   CLAIMS=() PATHS=()
   read -ra volumes <<<"$FLAG_VOLUMES"
   path=$(workdir)
-  if [[ -z $path || $path == gs://* ]]; then kept=yes; fi
+  if [[ -z $path || $path =~ $SCHEME ]]; then kept=yes; fi
   for volume in "${volumes[@]}"; do
     [[ $volume =~ ^([a-z0-9]([a-z0-9.-]*[a-z0-9])?):(/[A-Za-z0-9_./-]+)$ ]] ||
       fail "--volumes: '$volume' is not CLAIM:/PATH"

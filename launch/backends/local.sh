@@ -35,6 +35,9 @@ backend_environment() {
 }
 
 backend_ship() {
+  [[ -z $FLAG_ENV_FILE ]] ||
+    fail "--env-file=$FLAG_ENV_FILE: processes of --backend=local have the variables of this shell;" \
+      "set them there: set -a; . FILE; set +a"
   command -v medmoe >/dev/null ||
     fail "no medmoe on PATH and none in $ROOT/.venv: pip install -e '$ROOT', or make demo"
 }

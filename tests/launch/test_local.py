@@ -140,6 +140,51 @@ def test_resume_asks_for_what_is_saved_on_object_storage(local):
     assert set(asked) == {"-m medmoe_jax.checkpoints.saves gs://bucket/a"}
 
 
+@pytest.mark.parametrize(
+    "workdir", [["--workdir=~/work"], ["--workdir=other", "--workdir", "work"], ["--workdir=work/"]]
+)
+def test_resume_finds_the_work_directory_as_medmoe_does(local, workdir):
+    """Three preemptions, each after a save; HOME is the current folder."""
+    local.behaves(
+        f"save() {{ {SAVE}; }}\n"
+        'starts=$(wc -l <"$FAKE/starts-$worker"); save "$starts"; ((starts > 3)) || exit 75'
+    )
+    ended = local("resume", "--max-restarts=1", "--", "train", *workdir)
+    assert ended.returncode == 0, ended.stderr
+    assert "done after 4 starts" in ended.stderr
+
+
+def test_one_process_may_write_to_s3_and_python_lies_where_a_link_leads(local):
+    """`medmoe` is a link, as pipx makes it; without one the machine's Python is asked."""
+    (local.folder / "venv").mkdir()
+    (local.bin / "medmoe").rename(local.folder / "venv" / "medmoe")
+    (local.bin / "medmoe").symlink_to(local.folder / "venv" / "medmoe")
+    local.behaves("true")
+    asks = '#!/usr/bin/env bash\necho "$0 $*" >>"$FAKE/asked"\n'
+    local.stub("python3", asks)
+    job = ["--hosts=1", "--", "train", "--workdir=s3://bucket/a"]
+    assert local("resume", *job).returncode == 0
+    local.stub("python", asks)
+    (local.bin / "python").rename(local.folder / "venv" / "python")
+    assert local("resume", *job).returncode == 0
+    words = "-m medmoe_jax.checkpoints.saves s3://bucket/a"
+    python = [local.bin / "python3", local.folder / "venv" / "python"]
+    asked = (local.folder / "asked").read_text().splitlines()
+    assert asked == [f"{one} {words}" for one in python]
+
+
+def test_variables_in_a_file_are_refused_where_they_would_not_be_read(local):
+    (local.folder / "env").write_text("A=1\n")
+    local.behaves("true")
+    for verb in ("run", "resume"):
+        ended = local(verb, "--env-file=env", "--", "eval")
+        assert ended.returncode == 1 and ended.stderr.count("\n") == 1
+        assert "--env-file=env: processes of --backend=local have the variables" in ended.stderr
+    assert not (local.folder / "starts-0").exists()
+    assert local("run", "--", "eval", A="1").returncode == 0
+    assert local.environment(0)["A"] == "1"
+
+
 @pytest.mark.parametrize("workdir", [["--workdir", "work"], []])
 def test_resume_gives_up_when_nothing_is_saved(local, workdir):
     local.behaves("exit 75")

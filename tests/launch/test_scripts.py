@@ -89,6 +89,22 @@ def test_readme_lists_every_flag_as_help_does():
             ["run", "--backend=local", "--", "train", "--workdir=s3://bucket/a"],
             "--workdir=s3://bucket/a: several workers write to a disk that all share, or to gs://",
         ),
+        (
+            ["run", "--backend=local", "--", "train", "--workdir=/a", "--workdir=az://box/a"],
+            "--workdir=az://box/a: several workers",
+        ),
+        (
+            ["run", "--backend=local", "--hosts=1", "--", "train", "--workdir=http://bucket/a"],
+            "--workdir=http://bucket/a: several workers",
+        ),
+        (
+            ["run", "--backend=ssh", "--hosts=a,b", "--", "train", "--workdir=s3://bucket/a"],
+            "--workdir=s3://bucket/a: several workers",
+        ),
+        (
+            ["run", "--backend=ssh", "--hosts=a", "--", "train", "--workdir=~/a"],
+            "--workdir=~/a: --backend=ssh needs an absolute path",
+        ),
     ],
 )
 def test_bad_input_is_one_message(launcher, words, message):
