@@ -36,9 +36,13 @@ class AnswerToken(NamedTuple):
     marked: bool = False
 
 
+_RAISED = re.compile("[⁰¹²³⁴-⁹⁺⁻]+")
+
+
 def normal(text: str) -> str:
-    """The text in one form of its signs; the minus sign is a hyphen, as a keyboard has it."""
-    return unicodedata.normalize("NFKC", text).replace("\u2212", "-")
+    """The text in one form of its signs, as a keyboard has them: - for a minus, 10^3 for 10³."""
+    raised = _RAISED.sub(r"^\g<0>", text)
+    return unicodedata.normalize("NFKC", raised).replace("\u2212", "-")
 
 
 def spoken(text: str) -> str:

@@ -102,17 +102,15 @@ def _pattern(name: str) -> str:
     return r"\s+".join(map(re.escape, tokens.normal(name).split()))
 
 
-def last_said(text: str) -> str:
-    """What a free text gives as its answer: what is in its box, or what follows "the answer is".
-
-    Where it says neither, "".
-    """
+def said(text: str) -> list[str]:
+    """What a free text gives as its answer, the surest last: after "the answer is", in its box."""
     boxed = _boxed(text)
-    found = list(re.finditer(_SAID, tokens.spoken(text), re.I))
-    return boxed or (found[-1][1] if found else "")
+    found = [match[1] for match in re.finditer(_SAID, tokens.spoken(text), re.I)]
+    return [*found, boxed] if boxed else found
 
 
-_SAID = r"(?:answer\s*(?:is|:|=)|答案(?:为|是|：|:))\s*(.+)"
+_SAID = r"(?:(?<!\bthis )answer[\s*\"]*(?:is\b|[:=])|答案[\s*]*[为是:])[\s*:=$]*"
+_SAID += r"(?:not\b[^\n]*?\bbut\b)?(.+)"
 
 
 def _best(text: str, choices: tuple[str, ...], texts: tuple[str, ...]) -> ChoiceRun | None:

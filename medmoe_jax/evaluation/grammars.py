@@ -17,7 +17,8 @@ a wrong form is a wrong answer.
 from __future__ import annotations
 
 import re
-import unicodedata
+
+from medmoe_jax.evaluation.answer_tokens import normal
 
 _HEADINGS = ("主诉", "现病史", "辅助检查", "既往史", "诊断", "建议")
 _EVENT = ("主体词", "发生状态", "描述词", "解剖部位")
@@ -86,10 +87,27 @@ def sections(text: str) -> dict[str, str]:
 
 
 def numbers(text: str) -> list[float]:
-    """The numbers of a text, in their order; commas between thousands are left out."""
-    plain = unicodedata.normalize("NFKC", text).replace("\u2212", "-")
+    """The numbers of a text, in their order: 1250 of 1,250, of 1 250 and of 1.25 × 10³.
+
+    The number in a unit, as in mL/min/1.73 m², is none, nor is an exponent.
+    """
+    plain = normal(text)
     plain = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", plain)
-    return [float(n) for n in re.findall(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?", plain)]
+    plain = re.sub(r"(?<![\w./])\d{1,3}(?: \d{3})+(?!\d)", _together, plain)
+    plain = re.sub(_TEN_TO_THE, r"e\1", plain)
+    plain = re.sub(rf"(?:{_TIMES}\s*10)?{_POWER}|{_IN_UNIT}", " ", plain)
+    return [float(number) for number in re.findall(_NUMBER, plain)]
+
+
+_TIMES = r"(?:[×x*·]|\\times|\\cdot)"
+_TEN_TO_THE = rf"(?<=\d)\s*{_TIMES}\s*10\^\{{?([-+]?\d+)\}}?(?![\d.]*\d)(?!\s*/)"
+_POWER = r"\^\{?([-+]?\d+(?:\.\d+)?)\}?"
+_IN_UNIT = r"(?<=[^\W\d_])(?:\s*/\s*|\s+per\s+)\d+(?:\.\d+)?(?=\s*[^\W\d_])"
+_NUMBER = r"(?<![\w.])[-+]?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
+
+
+def _together(match: re.Match) -> str:
+    return match[0].replace(" ", "")
 
 
 def _lines(text: str):

@@ -19,7 +19,7 @@ from sacrebleu.metrics import CHRF
 
 from medmoe_jax.data.words import words
 from medmoe_jax.errors import UserError
-from medmoe_jax.evaluation import answers, grammars
+from medmoe_jax.evaluation import answer_tokens, answers, grammars
 
 
 @dataclass(frozen=True)
@@ -211,17 +211,24 @@ def _set_f1(rows_Nx3: np.ndarray) -> float:
 
 
 def _within(prediction: str, item) -> float:
-    """Whether the number given lies within the item's limits; a date must be the same.
+    """Whether the number given lies within the item's limits; a date or weeks must be the same.
 
-    It is the first one where the text says which its answer is: units may follow, "84 mL/min/1.73
-    m²". Else it is the last one.
+    It is the first one where the text says which its answer is, for more may follow; else the last.
     """
     limits = [grammars.numbers(limit) for limit in item.allowed]
-    answer = answers.last_said(prediction)
-    said = grammars.numbers(_result(answer) if answer else prediction)
+    right = grammars.numbers(item.answer)
+    said = answers.said(prediction)
+    texts = [_result(text) for text in said] if said else [answer_tokens.spoken(prediction)]
+    if re.fullmatch(_DATE, item.answer.strip()):
+        texts = [" ".join(re.findall(_DATE, text)) for text in texts]
+    found = next(filter(None, map(grammars.numbers, reversed(texts))), [])
     if len(limits) != 2 or not all(len(limit) == 1 for limit in limits):
-        return float(bool(said) and said == grammars.numbers(item.answer))
-    return float(bool(said) and limits[0][0] <= said[0 if answer else -1] <= limits[1][0])
+        given = found[: len(right)] if said else found[-len(right) :]
+        return float(bool(right) and given == right)
+    return float(bool(found) and limits[0][0] <= found[0 if said else -1] <= limits[1][0])
+
+
+_DATE = r"\b\d{1,2}[/-]\d{1,2}[/-]\d{4}\b"
 
 
 def _result(answer: str) -> str:
@@ -232,7 +239,7 @@ def _result(answer: str) -> str:
     bare = re.sub(r"\([^()]*\)", " ", answer)
     text = bare if re.search(r"\d", bare) else answer
     signs = r"=>?|->|[≈≃≅→⇒]|\bequals\b|\\approx|\\rightarrow"
-    after = re.split(rf"(?:{signs})\s*(?=[-+\u2212]?\d)", text)[-1]
+    after = re.split(rf"(?:{signs})\s*(?=[-+]?\.?\d)", text)[-1]
     return re.sub(r"(?<![\w.])\d[\d.]*-[A-Za-z]+", " ", after)
 
 

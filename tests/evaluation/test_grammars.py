@@ -1,5 +1,7 @@
 """The grammars of structured answers."""
 
+import pytest
+
 from medmoe_jax.data.medical import forms
 from medmoe_jax.evaluation import grammars
 
@@ -54,3 +56,24 @@ def test_labelled_terms_and_sections():
         "诊断": "感冒",
         "建议": "休息",
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("1,250 mg", [1250.0]),
+        ("1 250.5 mg", [1250.5]),
+        ("1.25 × 10³", [1250.0]),
+        ("1.25 x 10^-3", [0.00125]),
+        (r"1.25 \times 10^{3}", [1250.0]),
+        ("5.2 × 10⁹/L", [5.2]),
+        ("70 / 1.69² = 24.5 kg/m²", [70.0, 1.69, 24.5]),
+        ("84 mL/min/1.73 m²", [84.0]),
+        ("84 mL/min per 1.73 m^2", [84.0]),
+        ("BSA 1.73 m²", [1.73]),
+        (".85 or -.5", [0.85, -0.5]),
+        ("05/10/2022 was 3/9", [5.0, 10.0, 2022.0, 3.0, 9.0]),
+    ],
+)
+def test_numbers(text, wanted):
+    assert grammars.numbers(text) == wanted

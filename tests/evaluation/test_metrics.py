@@ -136,6 +136,21 @@ def test_events_and_sections():
         ("The answer is 1,020.4", 0.0),
         ("The answer is high", 0.0),
         ("20", 1.0),
+        ("The answer is:\n\n20.4", 1.0),
+        ("The answer is\n$$20.4$$", 1.0),
+        ("**Answer**: 20 mL/min/1.73 m²", 1.0),
+        ("**Final Answer**: 20 mL/min per 1.73 m^2", 1.0),
+        ("20 mL/min/1.73 m²", 1.0),
+        ("The estimated GFR is 20 mL/min/1.73m².", 1.0),
+        ("GFR = 175 × 1.2^-1.154 = 20.1 mL/min/1.73 m^{2}", 1.0),
+        ("The BMI is 20 kg/m^2", 1.0),
+        ("The answer is 20\n\nNote: the answer is only an estimate.", 1.0),
+        ("The answer is 20.\nThis answer is based on 70 kg.", 1.0),
+        ("The answer is not 30 but 20", 1.0),
+        ("The answer isn't 30, it is 20", 1.0),
+        ('{"answer": 20}', 1.0),
+        ("After 30 comes 20. The answer is high.", 0.0),
+        ("<think>The answer is 30</think>20", 1.0),
     ],
 )
 def test_numbers_within_limits(said, wanted):
@@ -147,6 +162,9 @@ def test_dates_and_weeks_must_be_the_same():
     date = item("03/05/2021", allowed=("03/05/2021", "03/05/2021"))
     assert metrics.compute("number_within", ["The answer is 3/5/2021."], [date]) == 1.0
     assert metrics.compute("number_within", ["The answer is 3/6/2021."], [date]) == 0.0
+    for said in ("LMP 05/10/2020 + 280 days = 03/05/2021", "It is due on 3-5-2021, in 40 weeks."):
+        assert metrics.compute("number_within", [said], [date]) == 1.0
+    assert metrics.compute("number_within", ["03/05/2021 - 7 days = 02/26/2021"], [date]) == 0.0
     weeks = item("('17 weeks', '4 days')", allowed=("('17 weeks', '4 days')",) * 2)
     assert metrics.compute("number_within", ["17 weeks and 4 days"], [weeks]) == 1.0
 
