@@ -45,6 +45,11 @@ def normal(text: str) -> str:
     return unicodedata.normalize("NFKC", raised).replace("\u2212", "-")
 
 
+def folded(text: str) -> str:
+    """The text as choices are compared: small letters, single spaces."""
+    return " ".join(normal(text).lower().split())
+
+
 def spoken(text: str) -> str:
     """The text in one form of its signs, without thoughts before the answer.
 
@@ -126,6 +131,18 @@ _AFTER_SIGN = ".!?;,。、…" + _CLOSERS
 _BEFORE_LONE = "为是选很较应即属于は가이"
 
 
+def _spaced(text: str) -> str:
+    """What finds a text, whatever its spaces."""
+    return r"\s+".join(map(re.escape, text.split()))
+
+
+@functools.lru_cache(4096)
+def _lettered(text: str, letters: tuple[str, ...]) -> bool:
+    """Whether an option's text holds choices itself, and is more than one: "A and B", "B>A>C"."""
+    alone = re.sub(r"\W", "", text).upper() in letters
+    return not alone and any(token.role == CHOICE for token in read(text.upper(), letters=letters))
+
+
 @functools.lru_cache(256)
 def _cue(choices: tuple[str, ...], least: int) -> re.Pattern:
     """A bracket that lists all choices, or the first ones, at least so many: "(A/B/C or D)"."""
@@ -143,13 +160,16 @@ class _Reader:
         self.text = text
         self.low = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
         self.letters = tuple(letters)
-        self.texts = [" ".join(normal(t).lower().split()) for t in texts]
-        folded = {" ".join(normal(w).lower().split()): w for w in words}
-        given = (pair for pair in folded.items() if pair[0])
-        self.words = dict(sorted(given, key=lambda pair: -len(pair[0])))
+        self.texts = [folded(option) for option in texts]
+        self.own: dict[int, int] = {}  # where an option's text begins and ends behind its letter
+        pairs = zip(self.texts, self.letters, strict=False)
+        lettered = (pair for pair in pairs if _lettered(pair[0], self.letters))
+        self.lettered = dict(sorted(lettered, key=lambda pair: -len(pair[0])))
+        given = {folded(word): word for word in words if folded(word)}
+        self.words = dict(sorted(given.items(), key=lambda pair: -len(pair[0])))
         cyrillic = re.search(r"(?<!\w)[БГД](?!\w)", text)
         # Where several letters may be right, they are given as A to J, whatever the question has.
-        self.cue = _cue(tuple(folded), len(folded)) if folded else _cue(self.letters, 3)
+        self.cue = _cue(tuple(given), len(given)) if given else _cue(self.letters, 3)
         self.names = {**words_of.LETTER_NAMES, **(words_of.CYRILLIC_ORDER if cyrillic else {})}
 
     def tokens(self) -> list[AnswerToken]:
@@ -171,8 +191,9 @@ class _Reader:
         """The token at a place, if there is one, and how far it goes."""
         sign = self.text[at]
         cue = self._asking(at)
-        if cue:
-            return cue
+        option = cue or self._option(at)
+        if option:
+            return option
         if not _is_word(sign):
             return self._word(at) or (self._sign(at), 1)
         choice = self._word(at) if self.words else self._letter(at, found)
@@ -298,6 +319,17 @@ class _Reader:
             return ends and (not _unspaced(before) or before in _BEFORE_LONE)
         return True
 
+    def _option(self, at: int) -> tuple[AnswerToken, int] | None:
+        """An option's own text, whose letters name no others: "C. A and B", or "A and B" for C."""
+        if at in self.own:
+            stop = self.own[at]
+            return AnswerToken("WORD", self.low[at:stop]), stop - at
+        for text, letter in self.lettered.items():
+            match = re.compile(_spaced(text)).match(self.low, at)
+            if match and self._apart(at, match.end()):
+                return AnswerToken(CHOICE, match[0], (letter,)), len(match[0])
+        return None
+
     def _letter(self, at: int, found: Sequence[AnswerToken]) -> tuple[AnswerToken, int] | None:
         """The letter, or letters such as "ABD", at a place."""
         before = self._char(at - 1)
@@ -337,12 +369,16 @@ class _Reader:
         return bool(after) and before in _OPENERS and after in _CLOSERS and bool(before)
 
     def _option_follows(self, letter: str, stop: int) -> bool:
-        """Whether the option's own text follows its letter."""
-        if not self.texts:
+        """Whether the option's own text follows its letter; where it ends, it is kept as one."""
+        wanted = self.texts[self.letters.index(letter)] if self.texts else ""
+        follows = re.compile(rf"[ .()\[\]:\-—–*_\n,、\"']*?({_spaced(wanted)})").match(
+            self.low, stop
+        )
+        if not wanted or follows is None:
             return False
-        wanted = self.texts[self.letters.index(letter)]
-        rest = self.low[stop:].lstrip(" .):：-—–*_\n,，、")
-        return bool(wanted) and " ".join(rest[: len(wanted) + 20].split()).startswith(wanted)
+        if self._apart(*follows.span(1)):
+            self.own[follows.start(1)] = follows.end(1)
+        return True
 
     def _asked(self, found: Sequence[AnswerToken], stop: int) -> bool:
         """Whether a small letter stands where an answer is expected, and a sentence ends."""

@@ -109,6 +109,44 @@ def test_options_that_are_known_settle_what_a_letter_means(text, wanted):
     assert answers.pick(text, "ABCD", TEXTS) == wanted
 
 
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ("B", "C", "D", "E"),
+        ("A", "B", "AB", "O"),
+        ("A,B", "A,C", "B,C", "ABC"),
+        ("B>A>D>C", "B>D>C>A", "A>D>B>C", "C>A>B>D"),
+        ("D, antagonist", "B/L otitis media", "'B' & 'C'", "U. S. A."),
+        ("Class A", "Class B", "Class C", "Both B and C"),
+        ("AとC", "Les réponses A et B", "A. en C. hier bo", "None of A, B or C"),
+        ("B..", "C..", "D..", "E.."),
+        ("Not indicated", "Incorrect dose", "No, or C", "wrong"),
+    ],
+)
+def test_the_letters_in_an_option_s_text_name_no_others(texts):
+    for letter, text in zip("ABCD", texts, strict=True):
+        for form in ("{}. {}", "{}) {}", "{} ({})", "**{}. {}**", "The answer is ({}) {}."):
+            assert answers.pick(form.format(letter, text), "ABCD", texts) == letter
+        if len(text.strip(".")) > 1 and ("A" in text or "B" in text):
+            for form in ("{}", "The answer is {}.", "Answer: **{}**"):
+                assert answers.pick(form.format(text), "ABCD", texts) == letter
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("B", "B"),
+        ("The answer is A. B is wrong.", "A"),
+        ("The answer is B or C", None),
+        ("A and B are wrong, so D", "D"),
+        ("A and B are both right, so the answer is C", "C"),
+        ("It is not A and B", None),
+    ],
+)
+def test_letters_are_read_beside_options_that_hold_letters(text, wanted):
+    assert answers.pick(text, "ABCD", ("B", "C", "A and B", "none")) == wanted
+
+
 def test_an_empty_option_is_not_read():
     assert answers.pick("It is: .\n\n", "AB", ("", "aspirin")) is None
     assert answers.pick("It is aspirin. ", "AB", ("", "aspirin")) == "B"
