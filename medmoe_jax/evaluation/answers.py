@@ -66,9 +66,10 @@ def letters(text: str, allowed: Sequence[str], texts: Sequence[str] = ()) -> fro
     """
     text = _unlisted(text, tuple(allowed), tuple(texts))
     best = _best(text, tuple(allowed), tuple(texts))
-    if best is None and texts and len(set(texts)) == len(texts):
-        named = _word(text, tuple(texts))
-        return frozenset() if named is None else frozenset(allowed[texts.index(named)])
+    if best is None and texts:
+        named = tokens.folded(_word(text, tuple(texts)) or "")
+        alike = [n for n, option in enumerate(texts) if tokens.folded(option) == named]
+        return frozenset(allowed[alike[0]]) if named and len(alike) == 1 else frozenset()
     return frozenset(best.choices) if best and not best.open else frozenset()
 
 

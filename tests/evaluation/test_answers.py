@@ -154,6 +154,9 @@ def test_an_empty_option_is_not_read():
 
 def test_option_texts_are_not_read_where_two_are_the_same():
     assert answers.pick("aspirin", "AB", ("aspirin", "aspirin")) is None
+    assert answers.pick("Aspirin", "ABC", ("aspirin", "Aspirin ", "heparin")) is None
+    assert answers.pick("heparin", "ABC", ("aspirin", "Aspirin ", "heparin")) == "C"
+    assert answers.pick("The answer is 4.61", "ABC", ("4.6", "4.6", "4.61")) == "C"
 
 
 DRUGS = ("Aspirin", "Heparin", "Warfarin", "Insulin")
