@@ -59,7 +59,7 @@ RIGHT = """
 en correct right best accurate true
 zh 正确 正确的 对 最佳 最合适 符合题意 是对的 最恰当 最可能
 ja 正しい 正しいです 適切 最も適切 正しいの 適切なの
-fr correct correcte correctes juste justes exacte exactes bonne bonnes vraie
+fr correct correcte correctes juste justes exacte exactes bonne bonnes vrai vraie vrais vraies
 es correcta correctas correcto correctos acertada cierta verdadera adecuada
 ru правильн* верн* верен
 ar صحيح صحيحة الصحيح الصحيحة الصواب صائب الأصح

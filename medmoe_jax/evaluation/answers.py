@@ -73,6 +73,51 @@ def letters(text: str, allowed: Sequence[str], texts: Sequence[str] = ()) -> fro
     return frozenset(best.choices) if best and not best.open else frozenset()
 
 
+def all_letters(text: str, allowed: Sequence[str]) -> frozenset[str]:
+    """The answer letters where several may be right, also one a line, or not in order.
+
+    Verdicts are joined ("A is correct, C is correct"), and so are bare letters, unless the last
+    ones are several already; of what is called the answer the last counts.
+    """
+    text = _in_order(tokens.spoken(text), allowed)
+    boxed = _boxed(text)
+    inside = all_letters(boxed, allowed) if boxed else frozenset()
+    if inside:
+        return inside
+    found = tokens.read(text, letters=tuple(allowed))
+    runs = _runs(found)
+    _join_lines(found, runs, allowed)
+    best = _strongest(runs)
+    if best is None or best.open:
+        return frozenset()
+    if len(best.choices) > 1 or best.evidence not in (Evidence.VERDICT, Evidence.BARE):
+        return frozenset(best.choices)
+    equal = (run for run in runs if run.evidence == best.evidence and not (run.denied or run.open))
+    return frozenset(choice for run in equal for choice in run.choices)
+
+
+def _in_order(text: str, allowed: Sequence[str]) -> str:
+    """The text with the letters of its last word in order: "AC" for "CA"."""
+    last = re.search(rf"(?<![A-Za-z\d])[{''.join(allowed)}]+(?=\W*$)", text)
+    if last is None or len(set(last[0])) < len(last[0]):
+        return text
+    return text[: last.start()] + "".join(sorted(last[0])) + text[last.end() :]
+
+
+_LEAST_OPTIONS = 4  # of a question: a list of A to D may be all of them
+
+
+def _join_lines(found: list[AnswerToken], runs: list[ChoiceRun], allowed: Sequence[str]) -> None:
+    """Marks the letters that begin lines, where they rise and are not the first options in turn."""
+    starts = [run for run in runs if _leads(found, run) and not run.denied]
+    first = "".join("".join(run.choices) for run in starts)
+    options = len(starts) >= _LEAST_OPTIONS and "".join(allowed).startswith(first)
+    rising = all(a < b for a, b in itertools.pairwise(first))
+    if len(first) == len(starts) and rising and not options:
+        for run in starts:
+            run.evidence = max(run.evidence, Evidence.BARE)
+
+
 def pick(text: str, choices: Sequence[str], texts: Sequence[str] = ()) -> str | None:
     """The one choice that a free text names, or None where it names none or several.
 
@@ -121,8 +166,12 @@ def _best(text: str, choices: tuple[str, ...], texts: tuple[str, ...]) -> Choice
         inside = _best(boxed, choices, texts)
         if inside:
             return inside
-    found = tokens.read(text, letters=choices, texts=texts)
-    given = [run for run in _runs(found) if not run.denied and run.evidence > Evidence.MENTION]
+    return _strongest(_runs(tokens.read(text, letters=choices, texts=texts)))
+
+
+def _strongest(runs: list[ChoiceRun]) -> ChoiceRun | None:
+    """The last run of the strongest evidence, unless several are but called an option."""
+    given = [run for run in runs if not run.denied and run.evidence > Evidence.MENTION]
     best = max(reversed(given), key=lambda run: run.evidence, default=None)
     if best and best.evidence == Evidence.CALLED and len({run.choices for run in given}) > 1:
         return None

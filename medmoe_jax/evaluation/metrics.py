@@ -116,7 +116,7 @@ def _letters_inside(prediction: str, answer: str) -> float:
 
 
 def _letter_set(text: str) -> frozenset[str]:
-    return answers.letters(text, "ABCDEFGHIJ")
+    return answers.all_letters(text, "ABCDEFGHIJ")
 
 
 def _rouge_l(prediction: str, answer: str) -> float:

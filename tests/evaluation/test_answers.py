@@ -159,6 +159,44 @@ def test_option_texts_are_not_read_where_two_are_the_same():
     assert answers.pick("The answer is 4.61", "ABC", ("4.6", "4.6", "4.61")) == "C"
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("A\nC", "AC"),
+        ("- A\n- C", "AC"),
+        ("A\nB\nC", "ABC"),
+        ("A. x\nC. y", "AC"),
+        ("A. x\nB. y", "AB"),
+        ("**A.** x\n**C.** y", "AC"),
+        ("(A) x\n(C) y\n(E) z", "ACE"),
+        ("A. x\nB. y\nC. z\nD. w\nE. v", ""),
+        ("A. x\nB. y\nC. z\nD. w\nE. v\n\nA, C", "AC"),
+        ("C. x\n\nA. it is old\nB. it is slow", "C"),
+        ("CA", "AC"),
+        ("EDCBA", "ABCDE"),
+        ("Réponse : CA.", "AC"),
+        ("选DBA。", "ABD"),
+        ("\\boxed{CA}", "AC"),
+        ("A: vrai\nB: faux\nC: vrai\nD: faux\nE: faux", "AC"),
+        ("A. x is wrong\nB. y is right\nC. z is wrong\nD. w is right", "BD"),
+        ("A est correcte, C est correcte", "AC"),
+        ("B, C and E are wrong, A is correct, D is correct.", "AD"),
+        ("A is right. So A, C.", "AC"),
+        ("The answer is A. On second thought, the answer is B.", "B"),
+        ("The answer is A or B", ""),
+    ],
+)
+def test_several_letters_that_stand_apart_are_joined(text, wanted):
+    assert answers.all_letters(text, "ABCDEFGHIJ") == set(wanted)
+
+
+def test_several_letters_are_read_as_in_the_phrasings():
+    """Where several were asked for, what stands together is read as before."""
+    for choices, wanted, text in phrasings():
+        if len(wanted) > 1 and isinstance(choices, str):
+            assert answers.all_letters(text, choices) == set(wanted), text
+
+
 DRUGS = ("Aspirin", "Heparin", "Warfarin", "Insulin")
 LIST = "A. Aspirin\nB. Heparin\nC. Warfarin\nD. Insulin"
 

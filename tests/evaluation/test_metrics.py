@@ -210,6 +210,9 @@ def test_chrf_matches_sacrebleu():
 
 
 def test_letter_sets():
+    for said in ("A\nC", "CA", "A: vrai\nB: faux\nC: vrai"):
+        assert metrics.compute("letters_exact", [said], ["A, C"]) == 1.0
+        assert metrics.compute("letters_hamming", [said], ["A, C"]) == 1.0
     guess, right = ["A, C", "B", "A"], ["C, A", "B, D", "E"]
     assert metrics.compute("letters_exact", guess, right) == pytest.approx(1 / 3)
     assert metrics.compute("letters_hamming", guess, right) == pytest.approx((1 + 0.5 + 0) / 3)
