@@ -117,6 +117,8 @@ class BankSpec:
 
     def __post_init__(self) -> None:
         where = f"bank '{self.name}'"
+        if "/" in self.name:  # statistics are named `bank/site`
+            raise UserError(f"{where}.name: has a '/'; take another sign")
         if self.gate not in GATES:
             raise UserError(f"{where}.gate: '{self.gate}' is none of {', '.join(GATES)}")
         for field in ("experts", "rank"):

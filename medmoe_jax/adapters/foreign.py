@@ -15,7 +15,7 @@ import contextlib
 import fnmatch
 import itertools
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -355,6 +355,24 @@ def merged_kernel(
     kernel_1xDxO = kernel.reshape(1, *layer.widths)
     w_DxO = lifecycle.kernel_with(specs, kernel_1xDxO, params, 0)
     return w_DxO.astype(kernel.dtype).reshape(kernel.shape)
+
+
+def multiplies(
+    layer: LinearLayer, call: Callable[[jax.Array], jax.Array], kernel: jax.Array
+) -> bool:
+    """Whether what a layer computes is `x W` of its kernel, and at most a bias; tried on two rows.
+
+    What is below a twentieth of the product passes for rounding.
+    """
+    D, O = layer.widths
+    x_2xD = jax.random.normal(jax.random.key(0), (2, D))
+    n = len(layer.axes)
+    rank = max(n + 1, *(axis + 1 if axis >= 0 else -axis for axis in layer.axes))
+    x = x_2xD.reshape(2, *[1] * (rank - 1 - n), *layer.inputs)
+    x = jnp.moveaxis(x, tuple(range(-n, 0)), sorted(axis % rank for axis in layer.axes))
+    given_2xO = (call(x) - call(jnp.zeros_like(x))).astype(jnp.float32).reshape(2, O)
+    own_2xO = x_2xD @ kernel.astype(jnp.float32).reshape(D, O)
+    return bool(jnp.linalg.norm(given_2xO - own_2xO) <= jnp.linalg.norm(own_2xO) / 20)
 
 
 def sum_of(before: RouterStats | None, one: RouterStats) -> RouterStats:

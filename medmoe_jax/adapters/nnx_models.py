@@ -12,7 +12,7 @@ anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,8 +33,8 @@ class BankParam(nnx.Param):
     """A parameter of a bank that trains."""
 
 
-class FrozenBankParam(nnx.Param):
-    """A parameter of a bank that does not train."""
+class FrozenBankParam(nnx.Variable):
+    """A parameter of a bank that does not train, whichever parameters of the model do."""
 
 
 class RouterStatistics(nnx.Intermediate):
@@ -84,6 +84,15 @@ class AdaptedLinear(nnx.Module):
             raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
         return getattr(vars(self)["base"], name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What the model changes of the layer that stood here, such as its `kernel`."""
+        base = vars(self).get("base")
+        mine = base is None or name.startswith("_") or name in vars(self)
+        if mine or not hasattr(base, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(base, name, value)
+
     def roster_by_name(self) -> dict[str, tuple[BankSpec, str]]:
         """The roster as `adapters.lifecycle` has it."""
         return {spec.name: (spec, state) for spec, state in self.roster}
@@ -125,6 +134,7 @@ def adapt(
     specs = (banks,) if isinstance(banks, BankSpec) else tuple(banks)
     linear, others = _modules(model)
     paths = foreign.matched(patterns, tuple(linear), others)
+    _check_reached(model, {path: linear[path] for path in paths})
     layers = [_layer(path, linear[path]) for path in paths]
     specs = foreign.added(roster(model), specs, layers, strategy)
     params = {s.name: foreign.init(s, layers, rngs.params(), strategy) for s in specs}
@@ -154,10 +164,15 @@ def _modules(model: nnx.Module) -> tuple[dict[str, Any], dict[str, str]]:
     """Linear layers by path, and what all other modules are."""
     modules = {".".join(map(str, parts)): one for parts, one in nnx.iter_modules(model)}
     within = tuple(f"{path}." for path, m in modules.items() if isinstance(m, AdaptedLinear))
+    # They look their layer's parameters up by paths that banks change.
+    normed = tuple(f"{path}." if path else "" for path, m in modules.items() if _normalises(m))
     linear: dict[str, Any] = {}
     others: dict[str, str] = {}
     for path, module in modules.items():
         if path.startswith(within):
+            continue
+        if path.startswith(normed):
+            others[path] = "inside of a layer that normalises its weights"
             continue
         if isinstance(module, AdaptedLinear):
             linear[module.layer.site] = module
@@ -166,6 +181,10 @@ def _modules(model: nnx.Module) -> tuple[dict[str, Any], dict[str, str]]:
         else:
             others[path] = f"of {type(module).__name__}"
     return linear, others
+
+
+def _normalises(module: nnx.Module) -> bool:
+    return isinstance(module, nnx.WeightNorm | nnx.SpectralNorm)
 
 
 def _layer(path: str, module: Any) -> LinearLayer:
@@ -216,6 +235,17 @@ def _replace(node: Any, swap: Callable[[nnx.Module], Any], seen: dict[int, Any] 
         if other is not child:
             put(key, other)
     return node
+
+
+def _check_reached(model: nnx.Module, layers: Mapping[str, nnx.Module]) -> None:
+    reached: dict[int, Any] = {}
+    _replace(model, lambda module: module, reached)
+    for path, layer in layers.items():
+        if id(layer) not in reached:
+            raise ParameterError(
+                f"patterns: layer '{path}' is held by no module, list, tuple or dict, "
+                "so that nothing can be put in its place; hold it in one of these"
+            )
 
 
 def _adapted(model: nnx.Module) -> Iterator[AdaptedLinear]:
@@ -323,23 +353,29 @@ def fold(model: nnx.Module) -> None:
     """
     for spec in lifecycle.active_banks(roster(model)):
         lifecycle.check_mergeable(spec)
-    _check_own_kernels(model, _adapted(model))
+    _check_own_kernels(model, list(_adapted(model)))
     for layer in _adapted(model):
         _merge_into(layer, lifecycle.active_banks(layer.roster_by_name()))
     _replace(model, lambda one: one.base if isinstance(one, AdaptedLinear) else one)
 
 
-def _check_own_kernels(model: nnx.Module, layers: Iterable[AdaptedLinear]) -> None:
+def _check_own_kernels(model: nnx.Module, layers: Sequence[AdaptedLinear]) -> None:
+    """Raise UserError where a kernel does more than its layer's product, or does another one."""
     users: dict[int, list[str]] = {}
     for parts, module in nnx.iter_modules(model):
-        kernel = vars(module).get("kernel")
-        if isinstance(kernel, nnx.Variable):
-            users.setdefault(id(kernel), []).append(".".join(map(str, parts)))
+        for name, value in vars(module).items():
+            if isinstance(value, nnx.Variable):
+                users.setdefault(id(value), []).append(".".join(map(str, (*parts, name))))
     for layer in layers:
         if len(paths := users[id(layer.base.kernel)]) > 1:
             raise UserError(
-                f"the layers {' and '.join(paths)} share one kernel: banks of one cannot be merged "
+                f"{' and '.join(paths)} share one kernel: banks of one layer cannot be merged "
                 "into it"
+            )
+        if not foreign.multiplies(layer.layer, layer.base, layer.base.kernel.get_value()):
+            raise UserError(
+                f"layer '{layer.layer.site}' ({type(layer.base).__name__}) does not multiply by "
+                "its kernel as it stands: banks cannot be merged into it; keep them beside it"
             )
 
 

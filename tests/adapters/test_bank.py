@@ -48,6 +48,7 @@ def test_match_layers(start, stop, n_layers):
     ("changes", "word"),
     [
         ({"gate": "best"}, "gate"),
+        ({"name": "b/c"}, "name: has a '/'"),
         ({"experts": 0}, "experts"),
         ({"rank": 0}, "rank"),
         ({"dropout": 1.0}, "dropout"),
@@ -58,8 +59,8 @@ def test_match_layers(start, stop, n_layers):
     ],
 )
 def test_spec_names_the_field(changes, word):
-    with pytest.raises(UserError, match=f"bank 'b'.*{word}"):
-        BankSpec("b", ("attn.q",), 0, 1, **changes)
+    with pytest.raises(UserError, match=f"bank 'b.*{word}"):
+        BankSpec(**{"name": "b", "sites": ("attn.q",), **changes})
 
 
 def test_factor():

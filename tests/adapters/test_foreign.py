@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ from medmoe_jax.adapters.nnx_models import AdaptedLinear, BankParam, FrozenBankP
 from medmoe_jax.adapters.router_loss import router_loss
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.base.seam import Context
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import ParameterError, UserError
 from medmoe_jax.parallel.mesh import make_mesh, replicated
 from medmoe_jax.routing.dispatch import Stacked
 from tests.adapters import foreign_twin
@@ -350,6 +351,92 @@ def test_layers_used_twice_and_in_containers():
     assert rel(forward(model, jnp.ones(4)), x) < 1e-5
     with pytest.raises(UserError, match="share one kernel"):
         nnx_models.merge(model, "plain")
+
+
+class Masked(nnx.Linear):
+    """Half of its kernel counts."""
+
+    def __call__(self, x):
+        return x @ jnp.where(jnp.arange(4) % 2, self.kernel[...], 0.0)
+
+
+class Read(nnx.Module):
+    """Layers whose kernels do more, or something else, than their product."""
+
+    def __init__(self, rngs):
+        self.encoder = nnx.Linear(4, 4, rngs=rngs)
+        self.weight = self.encoder.kernel
+        self.masked = Masked(4, 4, rngs=rngs)
+        self.plain = nnx.Linear(4, 4, rngs=rngs)
+        self.heads = nnx.LinearGeneral((2, 4), (2, 2), axis=(-2, -1), rngs=rngs)
+        self.early = nnx.LinearGeneral(4, 3, axis=1, rngs=rngs)
+
+    def __call__(self, x):
+        y = self.plain(self.masked(self.encoder(x))) @ self.weight.T
+        return self.heads(y), self.early(jnp.moveaxis(y, 1, 2))
+
+
+@pytest.mark.parametrize("merge", [lambda m: nnx_models.merge(m, "plain"), nnx_models.fold])
+@pytest.mark.parametrize(
+    "layer, message", [("encoder", "encoder.base.kernel and weight share"), ("masked", "multiply")]
+)
+def test_a_kernel_that_is_no_mere_factor_is_not_merged(merge, layer, message):
+    model, x = Read(nnx.Rngs(0)), jax.random.normal(jax.random.key(1), (3, 2, 4))
+    nnx_models.adapt(model, (layer, "plain"), PLAIN, rngs=nnx.Rngs(1))
+    randomise(model)
+    before = forward(model, x)
+    with pytest.raises(UserError, match=message):
+        merge(model)
+    assert all(rel(a, b) == 0 for a, b in zip(forward(model, x), before, strict=True))
+
+
+def test_layers_of_several_axes_are_merged():
+    model, x = Read(nnx.Rngs(0)), jax.random.normal(jax.random.key(1), (3, 2, 4))
+    nnx_models.adapt(model, ("plain", "heads", "early"), PLAIN, rngs=nnx.Rngs(1))
+    randomise(model)
+    before = forward(model, x)
+    nnx_models.fold(model)
+    assert all(rel(a, b) < 1e-5 for a, b in zip(forward(model, x), before, strict=True))
+
+
+def test_what_is_assigned_to_an_adapted_layer_reaches_the_layer():
+    model, x = Read(nnx.Rngs(0)), jax.random.normal(jax.random.key(1), (3, 2, 4))
+    nnx_models.adapt(model, "plain", PLAIN, rngs=nnx.Rngs(1))
+    kernel = nnx.Param(jnp.eye(4))
+    model.plain.kernel, model.plain.bias = kernel, nnx.Param(jnp.zeros(4))
+    assert rel(model.plain(x), x) < 1e-6 and model.plain.base.kernel is kernel
+    assert {"kernel", "bias"}.isdisjoint(vars(model.plain))
+
+
+def test_layers_that_cannot_be_replaced_are_not_adapted():
+    @flax.struct.dataclass
+    class Pair:
+        one: nnx.Linear
+
+    class Holds(nnx.Module):
+        def __init__(self, rngs):
+            self.pair = nnx.data(Pair(nnx.Linear(4, 4, rngs=rngs)))
+            self.other = nnx.Linear(4, 4, rngs=rngs)
+
+    model = Holds(nnx.Rngs(0))
+    with pytest.raises(ParameterError, match=r"layer 'pair\.one' is held by no"):
+        nnx_models.adapt(model, "*", PLAIN, rngs=nnx.Rngs(1))
+    assert not nnx_models.roster(model)
+    assert nnx_models.adapt(model, "other", PLAIN, rngs=nnx.Rngs(1)) == ("other",)
+
+
+@pytest.mark.parametrize("norm", [nnx.WeightNorm, nnx.SpectralNorm])
+def test_layers_with_normalised_weights_take_no_banks(norm):
+    model = norm(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    with pytest.raises(ParameterError, match="normalises its weights"):
+        nnx_models.adapt(model, "*", PLAIN, rngs=nnx.Rngs(1))
+
+
+def test_a_frozen_bank_is_no_parameter_that_trains():
+    model = Read(nnx.Rngs(0))
+    nnx_models.adapt(model, "plain", PLAIN, rngs=nnx.Rngs(1))
+    nnx_models.freeze(model, "plain")
+    assert not [p for p, _ in nnx.to_flat_state(nnx.state(model, nnx.Param)) if "banks" in p]
 
 
 class Inner(nnx.Module):
