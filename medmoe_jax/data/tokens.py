@@ -29,6 +29,9 @@ class TokenBoundary(NamedTuple):
     starts: bool = False
 
 
+BYTE_TOKEN = re.compile(
+    r"<0x[0-9A-Fa-f]{2}>"
+)  # as a vocabulary with a fall-back to bytes writes one
 CUT, START = TokenBoundary(), TokenBoundary(True)
 Part = str | Added | TokenBoundary
 
@@ -69,6 +72,18 @@ class Tokenizer(ABC):
     @abstractmethod
     def text_of(self, token_id: int | None) -> str:
         """How a token is written in the vocabulary, "" for None."""
+
+    def bytes_of(self, token_id: int) -> bytes | None:
+        """What a token stands for in UTF-8, also part of a character; None where none can tell."""
+        text = self.decode([token_id])
+        if "\ufffd" not in text:
+            return text.encode()
+        written = self.text_of(token_id)
+        if BYTE_TOKEN.fullmatch(written):
+            return bytes([int(written[3:5], 16)])
+        alphabet = _byte_alphabet()
+        known = alphabet.keys() >= set(written)
+        return bytes(alphabet[one] for one in written) if known else None
 
     @property
     @abstractmethod
@@ -290,6 +305,14 @@ class Tokenizer(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r})"
+
+
+@functools.cache
+def _byte_alphabet() -> dict[str, int]:
+    """The letters by which vocabularies of the GPT-2 kind write bytes."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(0x100) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(0x100 + n): b for n, b in enumerate(hidden)}
 
 
 def _digest(content: bytes, beside: str) -> str:

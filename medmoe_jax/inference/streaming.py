@@ -7,17 +7,16 @@ the template writes around an answer.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from medmoe_jax.data.encode import Frame
-from medmoe_jax.data.tokens import Tokenizer
+from medmoe_jax.data.tokens import BYTE_TOKEN, Tokenizer
 
 _UNKNOWN = "\ufffd"  # what stands for bytes that are no character, or not yet
-# Some decoders look at a run of such tokens as a whole: none of it is sure before its end. In a
-# longer run whole characters are taken for sure, or scripts without spaces would never be told.
-_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+# Some decoders look at a run of tokens that are bytes as a whole: none of it is sure before its
+# end. In a longer run whole characters are taken for sure, or scripts without spaces would never be
+# told.
 _RUN = 32
 
 
@@ -49,7 +48,7 @@ class Detokenizer:
         return text
 
     def _ends_with_byte(self) -> bool:
-        return bool(_BYTE.fullmatch(self._tokenizer.text_of(self._held[-1])))
+        return bool(BYTE_TOKEN.fullmatch(self._tokenizer.text_of(self._held[-1])))
 
     @property
     def held(self) -> str:

@@ -83,9 +83,10 @@ class ChatForm:
         del places
 
         def one(token: int, log_prob: float) -> dict[str, Any]:
-            text = shown(tokenizer, token)
-            whole = None if "\ufffd" in text else list(text.encode())
-            return {"token": text, "logprob": max(log_prob, _LEAST), "bytes": whole}
+            text, stands = shown(tokenizer, token), tokenizer.bytes_of(token)
+            stands = text.encode() if stands == b"" else stands  # a mark, by its name
+            told = None if stands is None else list(stands)
+            return {"token": text, "logprob": max(log_prob, _LEAST), "bytes": told}
 
         content = [
             one(t.id, t.log_prob) | {"top_logprobs": [one(*other) for other in t.alternatives]}

@@ -304,3 +304,12 @@ def test_a_line_is_trained_on_however_long_it_is(text, tmp_path):
 def test_a_line_that_is_short_enough_stays_whole():
     for line in ("", "a b", "a " * (1 << 19), "\U0001f600" * (1 << 18)):
         assert list(tk._short(line)) == [line]
+
+
+@pytest.mark.parametrize(
+    "text", ["患者 has 🩺", "naïve ½ ­", "\n\t\x00 a", "".join(map(chr, range(1, 400)))]
+)
+def test_bytes_of_tokens_joined_are_the_text(any_tokenizer, text):
+    """Parts of characters too, whose text alone cannot be told."""
+    ids = any_tokenizer.encode(text)
+    assert b"".join(map(any_tokenizer.bytes_of, ids)) == any_tokenizer.decode(ids).encode()

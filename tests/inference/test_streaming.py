@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from medmoe_jax.data.encode import Frame
+from medmoe_jax.data.tokens import BYTE_TOKEN
 from medmoe_jax.inference import streaming
 from medmoe_jax.inference.streaming import Cutter, Detokenizer, Parting, Reader
 from tests.data.conftest import (  # noqa: F401
@@ -44,7 +45,7 @@ def test_the_pieces_joined_are_the_decoded_text(any_tokenizer, data, start):  # 
     ids = [token for part in parts for token in part]
     shown = filter(lambda one: any_tokenizer.decode([one]), ids)
     names = (any_tokenizer.text_of(one) for one in shown)
-    runs = itertools.groupby(names, lambda name: bool(streaming._BYTE.fullmatch(name)))
+    runs = itertools.groupby(names, lambda name: bool(BYTE_TOKEN.fullmatch(name)))
     # In a longer run of bytes, whole characters are told before its end.
     assume(all(not byte or len(list(run)) < streaming._RUN for byte, run in runs))
     stream, texts = Detokenizer(any_tokenizer, start), []

@@ -200,6 +200,9 @@ def test_log_probabilities_of_a_chat(client):
     ]
     assert all(one.logprob == -0.5 and len(one.top_logprobs) == 2 for one in content)
     assert bytes(content[0].bytes).decode() == content[0].token
+    done = client.chat.completions.create(model="main", messages=user("say 患者 🩺"), logprobs=True)
+    content = done.choices[0].logprobs.content
+    assert b"".join(bytes(one.bytes) for one in content) == "患者 🩺<|im_end|>".encode()
 
 
 def test_completions_of_texts_and_ids(client):
