@@ -25,8 +25,8 @@ ROLES = (
 class AnswerToken(NamedTuple):
     """A piece of a text.
 
-    role: one of `ROLES` but `ARTICLE`, or `CHOICE`, `WORD`, `SEP` (a comma), `COLON` (or a dash) or
-      `END`.
+    role: one of `ROLES` but `ARTICLE`, or `CHOICE`, `WORD`, `SEP` (a comma), `COLON` (or a dash),
+      `TICK` (✓), `CROSS` (✗) or `END`.
     choices: of a `CHOICE`, what it names. marked: in brackets, bold or the like.
     """
 
@@ -42,7 +42,8 @@ _RAISED = re.compile("[⁰¹²³⁴-⁹⁺⁻]+")
 def normal(text: str) -> str:
     """The text in one form of its signs, as a keyboard has them: - for a minus, 10^3 for 10³."""
     raised = _RAISED.sub(r"^\g<0>", text)
-    return unicodedata.normalize("NFKC", raised).replace("\u2212", "-")
+    plain = unicodedata.normalize("NFKC", raised).replace("\u2212", "-")
+    return plain.replace("\ufe0f", "")  # which makes a sign a picture: ✔️
 
 
 def folded(text: str) -> str:
@@ -71,12 +72,14 @@ def read(
     letters: Sequence[str] = (),
     words: Sequence[str] = (),
     texts: Sequence[str] = (),
+    alone: frozenset[str] = frozenset(),
 ) -> list[AnswerToken]:
     """The tokens of a text in which letters or words may be chosen.
 
-    texts: what the letters stand for. Questions are left out, unless nothing else names a choice.
+    texts: what the letters stand for. alone: words that name nothing before another word. Questions
+    are left out, unless nothing else names a choice.
     """
-    found = _Reader(spoken(text), letters, words, texts).tokens()
+    found = _Reader(spoken(text), letters, words, texts).tokens(alone)
     told = _without_questions(found)
     return told if any(token.role == CHOICE for token in told) else found
 
@@ -112,6 +115,11 @@ def _is_word(character: str) -> bool:
     return unicodedata.category(character)[0] in "LMN"
 
 
+def single(choice: str) -> bool:
+    """Whether a choice is one letter or digit, which may be a word of its own: "a", "В", "2"."""
+    return len(choice) == 1 and _is_word(choice) and not _unspaced(choice)
+
+
 def _unspaced(character: str) -> bool:
     """Whether words of this script stand together without spaces."""
     name = unicodedata.name(character, "")
@@ -125,6 +133,7 @@ def _kana(character: str) -> bool:
 _ENDS, _SEPS, _COLONS = ".!?;。؟।…\n", ",、،/", ":=—–"
 _DASHES = "-–—"
 _SIGNS = {"؟": "?"}
+TICKS, CROSSES = "✓✔✅☑√", "✗✘❌✖×"
 _OPENERS, _CLOSERS = "([{<«“\"'‘「『【《〈*`$|_", ")]}>»”\"'’」』】》〉*`$|_"
 _AFTER_KANA = ("です", "だ", "と", "である", "でしょう")
 _AFTER_SIGN = ".!?;,。、…" + _CLOSERS
@@ -172,7 +181,7 @@ class _Reader:
         self.cue = _cue(tuple(given), len(given)) if given else _cue(self.letters, 3)
         self.names = {**words_of.LETTER_NAMES, **(words_of.CYRILLIC_ORDER if cyrillic else {})}
 
-    def tokens(self) -> list[AnswerToken]:
+    def tokens(self, alone: frozenset[str]) -> list[AnswerToken]:
         found: list[AnswerToken] = []
         glued: list[bool] = []  # whether a token touches the one before it
         at, free = 0, True
@@ -185,7 +194,7 @@ class _Reader:
             elif self.text[at : at + length].isspace():
                 free = True
             at += length
-        return _standing(found, glued, bool(self.words))
+        return _standing(found, glued, bool(self.words), alone)
 
     def _next(self, at: int, found: Sequence[AnswerToken]) -> tuple[AnswerToken | None, int]:
         """The token at a place, if there is one, and how far it goes."""
@@ -217,6 +226,10 @@ class _Reader:
             return AnswerToken("END", sign)
         if sign in _SEPS:
             return AnswerToken("SEP", sign)
+        if sign in TICKS + CROSSES and not (
+            sign in "√×" and re.match(r" *\w", self.text[at + 1 :])
+        ):
+            return AnswerToken("TICK" if sign in TICKS else "CROSS", sign)
         if sign in _DASHES and not self.text[self.text.rfind("\n", 0, at) + 1 : at].strip(" *"):
             return None  # a line of a list begins
         if sign in _COLONS or (sign == "-" and not inside and before in " *"):
@@ -414,7 +427,16 @@ def _heads(found: list[AnswerToken], glued: Sequence[bool], at: int) -> bool:
     return first and not glued[at + 1] and _unspaced(found[at + 1].text[0])
 
 
-def _standing(found: list[AnswerToken], glued: Sequence[bool], words: bool) -> list[AnswerToken]:
+def _asked_for(found: Sequence[AnswerToken], at: int) -> bool:
+    """Whether a choice stands where one is expected: "The answer is 2 tablets"."""
+    roles = (token.role for token in reversed(found[:at]))
+    before = next((role for role in roles if role not in ("FILLER", "COPULA", "ARTICLE")), "")
+    return before in ("ANSWER", "CHOOSE", "OPTION", "COLON")
+
+
+def _standing(
+    found: list[AnswerToken], glued: Sequence[bool], words: bool, alone: frozenset[str]
+) -> list[AnswerToken]:
     """The tokens, where a choice that belongs to the word beside it is a word as well.
 
     "A patient", "C difficile", "B细胞" and "No difference" name no choice.
@@ -429,8 +451,10 @@ def _standing(found: list[AnswerToken], glued: Sequence[bool], words: bool) -> l
             token.text[-1]
         )
         heads = not words and after == "WORD" and _heads(found, glued, i)
-        part = after in ("WORD", "OTHER", "ARTICLE") and (denies if words else not heads)
         before = found[i - 1] if i else None
+        lone = token.choices[0] in alone and not _asked_for(found, i)
+        word = (denies or lone) if words else not heads
+        part = word and after in ("WORD", "OTHER", "ARTICLE")
         glued_on = before is not None and before.role == "WORD" and glued[i] and not words
         if part or (glued_on and _unspaced(before.text[-1])):
             out[i] = AnswerToken("WORD", token.text)

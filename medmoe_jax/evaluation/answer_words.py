@@ -25,7 +25,7 @@ vi đáp_án
 # A verb of choosing; what is chosen follows, or stands before it in Japanese and Hindi.
 CHOOSE = """
 en choose chose pick select go_with going_with opt_for vote_for choosing picked selected
-en leaves leaving would_say i'd_say i_say would_answer i'd_answer i_answer chosen
+en leaves leaving left_with would_say i'd_say i_say would_answer i'd_answer i_answer chosen
 zh 只剩 剩下 选 选择 应选 故选 本题选 应选择 答案选
 ja 選ぶ 選びます 選択します 選択する
 fr choisis choisirais choisir opte_pour choisissez sélectionne j'opte_pour
@@ -56,17 +56,20 @@ it opzione lettera
 ko 선택지 보기
 """
 RIGHT = """
-en correct right best accurate true
+en correct right best accurate true the_most_likely the_most_appropriate the_most_suitable
+en the_most_probable seems_most_likely appears_most_likely seems_most_appropriate
 zh 正确 正确的 对 最佳 最合适 符合题意 是对的 最恰当 最可能
 ja 正しい 正しいです 適切 最も適切 正しいの 適切なの
 fr correct correcte correctes juste justes exacte exactes bonne bonnes vrai vraie vrais vraies
-es correcta correctas correcto correctos acertada cierta verdadera adecuada
+fr le_plus_probable la_plus_probable le_plus_approprié la_plus_appropriée
+es correcta correctas correcto correctos acertada cierta verdadera adecuada más_probable
 ru правильн* верн* верен
 ar صحيح صحيحة الصحيح الصحيحة الصواب صائب الأصح
 hi सही
-de richtig richtige korrekt
+de richtig richtige korrekt wahrscheinlichste am_wahrscheinlichsten
 pt correta correto certa corretas corretos a_correta a_certa a_opção_correta a_alternativa_correta
-it corretta corretto giusta
+pt mais_provável mais_adequada mais_adequado
+it corretta corretto giusta più_probabile
 ko 맞다 맞습니다 옳다
 vi đúng
 """
@@ -127,6 +130,7 @@ it ma bensì
 # A conclusion follows.
 SO = """
 en so thus therefore hence consequently ultimately finally overall accordingly conclusion
+en in_summary in_short by_elimination
 zh 因此 所以 故 综上 综上所述 由此可见 可见 总之 于是 故而
 ja よって したがって 従って だから ゆえに 以上より そのため つまり
 fr donc ainsi par_conséquent finalement
@@ -170,6 +174,7 @@ vi hoặc
 # Links "the answer" and what it is.
 COPULA = """
 en is are be was were being would will should must may might could can has it's that's equals
+en seems appears looks
 zh 为 是 应为 应该是 应该为 应 应该 则为 即 就是 可能是 应当是 只能是
 ja は が も のは
 fr est c'est sont serait sera c'est doit être peut
@@ -198,7 +203,7 @@ fr la le les l' une un plutôt probablement finale ma votre je pense que bien il
 es la el los las un una mi final probablemente más probable creo que
 ru самый самая наиболее вероятно окончательный мой думаю что я скорее всего
 ar النهائية النهائي هنا الأرجح أن فإن أعتقد الأكثر احتمالا
-hi यह का की के ही अंतिम मेरा मुझे लगता कि हूँ हूं को
+hi यह का की के ही अंतिम मेरा मैं मुझे लगता कि हूँ हूं को
 de die der das wahrscheinlich
 pt a_letra provavelmente
 it la_lettera
@@ -233,6 +238,20 @@ en all_of_the_above none_of_the_above no_one not_only so_called so_far as_well s
 zh 是不是 对不对 选题 选取 选用 对于 对比 应用 正确性 是否 非常 除非 而且 因素 项目 所有 与否
 ja はい いいえ
 """
+
+# "Yes" and "no", which judge a choice after its colon: "Option B: yes".
+YES = frozenset(
+    ["yes", "oui", "sí", "да", "ja", "sim", "sì", "是", "نعم", "हाँ", "हां", "はい", "네"]
+)
+NO = frozenset(["no", "non", "нет", "nein", "não", "否", "لا", "नहीं", "いいえ", "아니요"])
+
+# What is said with one of the first and one of the second in a sentence is supposed: "If she were
+# well, the answer would be C".
+IF = frozenset(["if", "unless", "si", "wenn", "se", "если"])
+WOULD = frozenset(["would", "serait", "sería", "wäre", "seria", "sarebbe", "бы"])
+
+# What follows corrects what was said: "Actually, it is C".
+CORRECTING = frozenset(["actually", "correction", "wait"])
 
 # Letters that people write in other alphabets, where the options are A, B, C, …
 LETTER_NAMES = {

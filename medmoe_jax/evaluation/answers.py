@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from medmoe_jax.evaluation import answer_tokens as tokens
+from medmoe_jax.evaluation import answer_words as words_of
 from medmoe_jax.evaluation.answer_tokens import CHOICE, AnswerToken
 
 
@@ -54,7 +55,8 @@ class ChoiceRun:
     doubtful: bool = False
 
 
-_SKIPPED = ("FILLER", "OPTION")
+_BESIDE = ("OPTION", "TICK", "CROSS")  # may stand before a choice that begins a line
+_SKIPPED = ("FILLER", *_BESIDE)
 _MOST_WORDS = 8  # between "the answer" and "is"
 
 
@@ -126,7 +128,8 @@ def pick(text: str, choices: Sequence[str], texts: Sequence[str] = ()) -> str | 
     if all(len(choice) == 1 and "A" <= choice <= "Z" for choice in choices):
         found = letters(text, choices, texts)
         return next(iter(found)) if len(found) == 1 else None
-    return _word(_unlisted(text, tuple(choices)), tuple(choices))
+    alone = frozenset(filter(tokens.single, choices))
+    return _word(_unlisted(text, tuple(choices)), tuple(choices), alone)
 
 
 def _unlisted(text: str, choices: tuple[str, ...], texts: tuple[str, ...] = ()) -> str:
@@ -135,12 +138,18 @@ def _unlisted(text: str, choices: tuple[str, ...], texts: tuple[str, ...] = ()) 
     Such a list has one choice a line, or letters with their texts, on one line or many.
     """
     text = tokens.spoken(text)
+    between = f"[^\\w{tokens.TICKS}{tokens.CROSSES}]"  # what is ticked is no mere list
+    beside = f"{between[:-1]}\n]"
     for names in (choices, texts):
-        lines = r"[^\w\n]*\n[^\w]*".join(map(_pattern, names))
-        text = re.sub(rf"^[^\w\n]*{lines}[^\w\n]*$", "", text, flags=re.M | re.I) if names else text
+        lines = rf"{beside}*\n{between}*".join(map(_pattern, names))
+        text = (
+            re.sub(rf"^{beside}*{lines}{beside}*$", "", text, flags=re.M | re.I) if names else text
+        )
     pairs = zip(choices, texts, strict=False)
-    options = r"\W+".join(rf"{_pattern(choice)}\W+{_pattern(name)}" for choice, name in pairs)
-    return re.sub(rf"^[^\w\n]*{options}(?!\w)", "", text, flags=re.M | re.I) if texts else text
+    options = rf"{between}+".join(
+        rf"{_pattern(choice)}\W+{_pattern(name)}" for choice, name in pairs
+    )
+    return re.sub(rf"^{beside}*{options}(?!\w)", "", text, flags=re.M | re.I) if texts else text
 
 
 def _pattern(name: str) -> str:
@@ -178,21 +187,30 @@ def _strongest(runs: list[ChoiceRun]) -> ChoiceRun | None:
     return best
 
 
-def _word(text: str, choices: tuple[str, ...]) -> str | None:
-    """The one label or option text that a text names."""
+def _word(text: str, choices: tuple[str, ...], alone: frozenset[str] = frozenset()) -> str | None:
+    """The one label or option text that a text names.
+
+    alone: labels such as "a" or "2", which are common in texts as well: to be mentioned is not
+      enough for a letter, nor for a number within a sentence.
+    """
     boxed = _boxed(text)
     if boxed:
-        inside = _word(boxed, choices)
+        inside = _word(boxed, choices, alone)
         if inside:
             return inside
-    runs = _runs(tokens.read(text, words=choices))
+    letters_alone = frozenset(filter(str.isalpha, alone))
+    found = tokens.read(text, words=choices, alone=letters_alone)
+    runs = _runs(found)
     given = [run for run in runs if not run.denied]
     plain = [run for run in given if run.evidence > Evidence.CALLED]
     best = max(reversed(plain), key=lambda run: run.evidence, default=None)
     if best:
         return best.choices[0] if len(set(best.choices)) == 1 and not best.open else None
     named = {choice for run in given for choice in run.choices}
-    return named.pop() if len(named) == 1 else None
+    weak = alone if not any(_sentence_end(found, run) for run in given) else letters_alone
+    if len(named) != 1 or (named <= weak and not any(run.evidence for run in given)):
+        return None
+    return named.pop()
 
 
 _BOXES = (
@@ -305,7 +323,20 @@ def _judge(found: list[AnswerToken], earlier: list[ChoiceRun], run: ChoiceRun) -
     standing = run.start == 0 or found[run.start - 1].role != "WORD" or found[run.start].marked
     if after == "right" and standing:
         evidence = max(evidence, Evidence.VERDICT)
-    run.evidence = evidence
+    run.evidence = min(evidence, Evidence.BARE) if _supposed(found, run) else evidence
+
+
+def _supposed(found: list[AnswerToken], run: ChoiceRun) -> bool:
+    """Whether the sentence of a run only supposes: "If …, the answer would be C"."""
+    told = {token.text for token in _sentence(found, run)}
+    return bool(told & words_of.IF and told & words_of.WOULD)
+
+
+def _sentence(found: list[AnswerToken], run: ChoiceRun) -> list[AnswerToken]:
+    """The tokens of the sentence of a run; a comma that parts "if" from "would" is in it."""
+    ends = [at for at, token in enumerate(found) if token.role == "END"]
+    start = max((at + 1 for at in ends if at < run.start), default=0)
+    return found[start : min((at for at in ends if at >= run.stop), default=len(found))]
 
 
 def _said_before(
@@ -361,7 +392,10 @@ def _said_before(
         at -= 1
     opened = at < 0 or found[at].role == "END"
     if concluded or contrast or pointed or (link and opened and not words):
-        return Evidence.VERDICT, denied
+        told = {token.text for token in _sentence(found[: run.start], run)}
+        corrects = told & words_of.CORRECTING
+        return Evidence.STRONG if corrects else Evidence.VERDICT, denied
+    called = called or (link and opened and _sentence_end(found, run))  # "The diagnosis is C."
     return Evidence.CALLED if called else Evidence.MENTION, denied
 
 
@@ -462,16 +496,32 @@ def _beside_lists(starts: list[ChoiceRun]) -> list[ChoiceRun]:
 
 def _line(found: list[AnswerToken], run: ChoiceRun) -> str:
     """'right', 'denied' or '' from the line that a run begins."""
-    roles = [token.role if token.text != "\n" else "\n" for token in found[run.stop :]]
-    roles = roles[: roles.index("\n")] if "\n" in roles else roles
+    line = list(itertools.takewhile(lambda token: token.text != "\n", found[run.stop :]))
+    roles = [token.role for token in line]
+    before = itertools.takewhile(lambda token: token.text != "\n", reversed(found[: run.start]))
+    ticks = {token.role for token in (*before, *line)}
     right = [i for i, role in enumerate(roles) if role == "RIGHT"]
-    if "WRONG" in roles or ("NOT" in roles and right):
+    if (
+        "CROSS" in ticks
+        or "WRONG" in roles
+        or ("NOT" in roles and right)
+        or _told(line, words_of.NO)
+    ):
         return "denied"
     links = ("COLON", "COPULA")
-    return "right" if right and (not right[0] or roles[right[0] - 1] in links) else ""
+    said = right and (not right[0] or roles[right[0] - 1] in links)
+    return "right" if said or "TICK" in ticks or _told(line, words_of.YES) else ""
 
 
-_FREE = ("END", "SEP", "COLON", "TAIL", "BUT", "SO", "ANSWER")
+def _told(line: list[AnswerToken], words: frozenset[str]) -> bool:
+    """Whether one of these words stands alone after a colon or dash: "B: yes, since …"."""
+    return any(
+        before.role == "COLON" and token.text in words and (after is None or after.role in _FREE)
+        for before, token, after in zip(line, line[1:], [*line[2:], None], strict=False)
+    )
+
+
+_FREE = ("END", "SEP", "COLON", "TAIL", "BUT", "SO", "ANSWER", *_BESIDE[1:])
 
 
 def _leads(found: list[AnswerToken], run: ChoiceRun) -> bool:
@@ -479,14 +529,14 @@ def _leads(found: list[AnswerToken], run: ChoiceRun) -> bool:
     after = found[run.stop].role if run.stop < len(found) else "END"
     free = found[run.stop - 1].marked or after in _FREE
     before = run.start - 1
-    while before >= 0 and found[before].role == "OPTION":
+    while before >= 0 and found[before].role in _BESIDE:
         before -= 1
     return free and (before < 0 or found[before].text == "\n")
 
 
 def _begins(found: list[AnswerToken], run: ChoiceRun) -> bool:
     return _leads(found, run) and all(
-        token.role == "OPTION" or token.text == "\n" for token in found[: run.start]
+        token.role in _BESIDE or token.text == "\n" for token in found[: run.start]
     )
 
 

@@ -228,6 +228,22 @@ def test_a_list_of_the_options_names_none(text, wanted):
     assert answers.pick(text, "ABCD", DRUGS) == wanted
 
 
+@pytest.mark.parametrize("ticked", ["A. {} ❌", "- ❌ **A. {}**: no", "A) {} ✗", "A. {}: no"])
+def test_a_list_of_the_options_that_is_judged_is_no_mere_list(ticked):
+    right = {"❌": "✅", "✗": "✓", "no": "yes"}
+    lines = [
+        ticked.replace("A", letter).format(drug) for letter, drug in zip("ABCD", DRUGS, strict=True)
+    ]
+    for wrong, good in right.items():
+        lines[2] = lines[2].replace(wrong, good)
+    assert answers.pick("\n".join(lines), "ABCD", DRUGS) == "C"
+
+
+def test_an_option_that_is_one_sign_may_be_mentioned():
+    assert answers.pick("Blood group O", "ABCD", ("A", "B", "AB", "O")) == "D"
+    assert answers.pick("There are 3 lobes", "ABCD", ("1", "2", "3", "4")) == "C"
+
+
 def test_a_list_that_is_the_answer_is_no_mere_list():
     texts = ("aspirin", "heparin", "warfarin", "insulin")
     said = "The correct answers are: A. aspirin, B. heparin, C. warfarin, D. insulin"
