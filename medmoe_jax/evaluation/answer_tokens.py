@@ -130,7 +130,7 @@ def _kana(character: str) -> bool:
     return unicodedata.name(character, "").startswith(("HIRAGANA", "KATAKANA"))
 
 
-_ENDS, _SEPS, _COLONS = ".!?;。؟।…\n", ",、،/", ":=—–"
+ENDS, _SEPS, _COLONS = ".!?;。؟।…\n", ",、،/", ":=—–"
 _DASHES = "-–—"
 _SIGNS = {"؟": "?"}
 TICKS, CROSSES = "✓✔✅☑√", "✗✘❌✖×"
@@ -220,7 +220,7 @@ class _Reader:
         sign = _SIGNS.get(self.text[at], self.text[at])
         before, after = self._char(at - 1), self._char(at + 1)
         inside = _is_word(before) and _is_word(after)
-        if sign in _ENDS:
+        if sign in ENDS:
             if sign == "." and inside and before.isdigit():
                 return None
             return AnswerToken("END", sign)

@@ -334,9 +334,18 @@ def _supposed(found: list[AnswerToken], run: ChoiceRun) -> bool:
 
 def _sentence(found: list[AnswerToken], run: ChoiceRun) -> list[AnswerToken]:
     """The tokens of the sentence of a run; a comma that parts "if" from "would" is in it."""
-    ends = [at for at, token in enumerate(found) if token.role == "END"]
-    start = max((at + 1 for at in ends if at < run.start), default=0)
-    return found[start : min((at for at in ends if at >= run.stop), default=len(found))]
+    start, stop = _around(found, run, tokens.ENDS)
+    return found[start:stop]
+
+
+def _around(found: list[AnswerToken], run: ChoiceRun, signs: str) -> tuple[int, int]:
+    """Where the stretch between such signs around a run begins and ends."""
+    start, stop = run.start, run.stop
+    while start > 0 and found[start - 1].text not in signs:
+        start -= 1
+    while stop < len(found) and found[stop].text not in signs:
+        stop += 1
+    return start, stop
 
 
 def _said_before(
@@ -392,8 +401,7 @@ def _said_before(
         at -= 1
     opened = at < 0 or found[at].role == "END"
     if concluded or contrast or pointed or (link and opened and not words):
-        told = {token.text for token in _sentence(found[: run.start], run)}
-        corrects = told & words_of.CORRECTING
+        corrects = words_of.CORRECTING & {token.text for token in _sentence(found, run)}
         return Evidence.STRONG if corrects else Evidence.VERDICT, denied
     called = called or (link and opened and _sentence_end(found, run))  # "The diagnosis is C."
     return Evidence.CALLED if called else Evidence.MENTION, denied
@@ -496,10 +504,10 @@ def _beside_lists(starts: list[ChoiceRun]) -> list[ChoiceRun]:
 
 def _line(found: list[AnswerToken], run: ChoiceRun) -> str:
     """'right', 'denied' or '' from the line that a run begins."""
-    line = list(itertools.takewhile(lambda token: token.text != "\n", found[run.stop :]))
+    start, stop = _around(found, run, "\n")
+    line = found[run.stop : stop]
     roles = [token.role for token in line]
-    before = itertools.takewhile(lambda token: token.text != "\n", reversed(found[: run.start]))
-    ticks = {token.role for token in (*before, *line)}
+    ticks = {token.role for token in found[start:stop]}
     right = [i for i, role in enumerate(roles) if role == "RIGHT"]
     if (
         "CROSS" in ticks
