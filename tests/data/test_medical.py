@@ -289,10 +289,54 @@ def test_numbers_count_the_options_without_text_too(record, path, first, right):
     assert options[place][1] == right
 
 
-def test_a_number_of_an_option_without_text_is_refused():
-    record = {"o": ["a", "", "c"], "cop": 1}
-    with pytest.raises(UserError, match="names none of the options A, C"):
+@pytest.mark.parametrize("gold", [1, "B"])
+def test_a_right_option_without_text_is_told_apart(gold):
+    record = {"o": ["a", "", "c"], "cop": gold}
+    with pytest.raises(fields.GoldWithoutText, match="names an option without text"):
         fields.answers_of(record, "cop", fields.options_of(record, "o", "x"), 0, "x")
+
+
+def test_records_whose_right_option_has_no_text_are_left_out_and_counted(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(registry, "SETS", dict(medical.SETS))
+    medical.add_cards(write(tmp_path / "mine.toml", CARD.replace('"a, b"', '"a, b, c"')))
+    items = "q,a,b,c,right\nWhich?,x,y,n/a,B\nNone?,x,y,N/A,C\nLast?,x,,z,C\n"
+    write(tmp_path / "mine" / "items.csv", items)
+    split = medical.read_split("mine", "test", tmp_path)
+    assert [(r.response, r.texts) for r in split.rows] == [("B", ("x", "y")), ("B", ("x", "z"))]
+    assert split.without_gold == 1 and "1 records of test left out" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("texts", "said", "first", "right"),
+    [
+        (["8", "10", "12", "14"], "12", None, "12"),  # it counts to none: it is a text
+        (["0", "1", "2", "3"], "2", None, "2"),  # both say the same
+        (["1", "2", "3", "4"], "2", 0, "3"),  # the card says that numbers count
+        (["1", "2", "3", "4"], "2", 1, "2"),
+        (["1", "2", "3", "4"], "B", None, "2"),
+        (["7.2", "7.4"], "7.4", None, "7.4"),
+        (["1", "2", "3", "4"], "3", None, None),
+        (["4", "5", "1", "2"], 1, None, None),
+    ],
+)
+def test_a_number_that_is_an_option_s_text_is_no_guess(texts, said, first, right):
+    record = {"o": texts, "key": said}
+    options = fields.options_of(record, "o", "x")
+    if right is None:
+        with pytest.raises(UserError, match=r"may count to option .*counts_from = 0"):
+            fields.answers_of(record, "key", options, first, "x")
+    else:
+        (place,) = fields.answers_of(record, "key", options, first, "x")
+        assert options[place][1] == right
+
+
+def test_metamedqa_is_read_by_its_letters(tmp_path):
+    options = dict(zip("ABCDEF", ("2", "3", "5", "6", "7", "8"), strict=True))
+    record = {"question": "How many?", "options": options, "answer": "5", "answer_idx": "C"}
+    write(tmp_path / "metamedqa" / "test.jsonl", json.dumps(record) + "\n")
+    assert [r.response for r in medical.rows("metamedqa", "test", tmp_path)] == ["C"]
 
 
 def test_medmcqa_counts_from_one_in_json_and_from_zero_in_parquet(tmp_path):

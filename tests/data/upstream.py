@@ -71,7 +71,9 @@ RECORDS = {
         answer_idx="BC"[n],
         answer=OPTIONS[n + 1],
     ),
-    "metamedqa": lambda s, n: exam(s, n, options=letters(5), answer=OPTIONS[n + 1]),
+    "metamedqa": lambda s, n: exam(
+        s, n, options=letters(5), answer=OPTIONS[n + 1], answer_idx="BC"[n]
+    ),
     "afrimed_qa": lambda s, n: exam(
         s,
         n,

@@ -78,7 +78,7 @@ def options_of(record: dict, path: str, where: str) -> list[tuple[str, str]]:
     """`(key, text)` of an exam question's options, in their order.
 
     They are several paths by `,`, a list, an object by letter, a list of objects, or one text with
-    a line for each. Options without text are left out.
+    a line for each. The text of an option without any is ''.
     """
     for one in path.split("|"):
         paths = [p.strip() for p in one.split(",")]
@@ -90,17 +90,23 @@ def options_of(record: dict, path: str, where: str) -> list[tuple[str, str]]:
     raise UserError(f"{where}: field {path!r} is missing; {REPAIR}")
 
 
+_NO_TEXT = ("", "n/a", "nan")
+
+
 def _kept(pairs, path: str, where: str) -> list[tuple[str, str]]:
-    kept = [
-        (str(key).strip(), str(value).strip())
-        for key, value in pairs
-        if value is not None and str(value).strip().casefold() not in ("", "n/a", "nan")
-    ]
-    if not 2 <= len(kept) <= len(LETTERS):
-        raise UserError(f"{where}: {len(kept)} options in field {path!r}; {REPAIR}")
+    kept = [(str(key).strip(), _option(value)) for key, value in pairs]
+    filled = sum(1 for _, option in kept if option)
+    if not 2 <= filled <= len(LETTERS):
+        raise UserError(f"{where}: {filled} options in field {path!r}; {REPAIR}")
     if len({key for key, _ in kept}) < len(kept):
         raise UserError(f"{where}: options of field {path!r} have the same letter; {REPAIR}")
     return kept
+
+
+def _option(value) -> str:
+    """The text of an option; '' where it has none."""
+    option = "" if value is None else str(value).strip()
+    return "" if option.casefold() in _NO_TEXT else option
 
 
 _KEYS = ("letter", "key", "aid", "label", "id")
@@ -137,45 +143,73 @@ def _literal(value: str):
     return value
 
 
+class GoldWithoutText(UserError):
+    """The right option of a record has no text."""
+
+
 def answers_of(
-    record: dict, path: str, options: Sequence[tuple[str, str]], counts_from: int, where: str
+    record: dict,
+    path: str,
+    options: Sequence[tuple[str, str]],
+    counts_from: int | None,
+    where: str,
 ) -> list[int]:
     """The places of the right options.
 
     They are named by key, letter, number or their own text; several as a list, `ABD` or `A,B,D`.
+    counts_from: the number of the first option, where the card says that numbers count options.
+    Raises GoldWithoutText where one of them has no text, UserError for what names no option.
     """
     value = need(record, path, where)
     value = _literal(value) if isinstance(value, str) else value
     given = value if isinstance(value, list) else [value]
-    places = [place for one in given for place in _places(one, options, counts_from)]
+    places = [place for one in given for place in _places(one, options, counts_from, where)]
     known = {place for place in places if place is not None}
     if not known or None in places:
         keys = ", ".join(key for key, _ in options)
         raise UserError(
             f"{where}: answer {shown(value)} names none of the options {keys}; {REPAIR}"
         )
+    if not all(options[place][1] for place in known):
+        raise GoldWithoutText(
+            f"{where}: answer {shown(value)} names an option without text; {REPAIR}"
+        )
     return sorted(known)
 
 
-def _places(value, options, counts_from: int) -> list[int | None]:
+def _places(value, options, counts_from: int | None, where: str) -> list[int | None]:
     keys = [key for key, _ in options]
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         return [None]
     named = str(value).strip()
     if named in keys:
         return [keys.index(named)]
-    if (number := whole_number(named)) is not None:
-        place = number - counts_from
-        if set(keys) <= set(LETTERS):  # it counts the options without text, too
-            letter = LETTERS[place] if 0 <= place < len(LETTERS) else ""
-            return [keys.index(letter) if letter in keys else None]
-        return [place if 0 <= place < len(options) else None]
     texts = [option.casefold() for _, option in options]
-    if named.casefold() in texts:
-        return [texts.index(named.casefold())]
+    same = texts.index(named.casefold()) if named.casefold() in texts else None
+    if (number := whole_number(named)) is not None:
+        place = _counted(number - (counts_from or 0), keys)
+        if same is None or counts_from is not None or same == place:
+            return [place]
+        if place is None:
+            return [same]
+        raise UserError(
+            f"{where}: answer {shown(value)} is the text of option {keys[same]} and may count to "
+            f"option {keys[place]}; name a column of letters in the card's 'answer', or say there "
+            "what the first option's number is: counts_from = 0"
+        )
+    if same is not None:
+        return [same]
     bare = named.strip("()[].。 ")
     upper = [key.upper() for key in keys]
     if bare.upper() in upper:
         return [upper.index(bare.upper())]
     parts = re.split(r"[,，、;；\s]+", bare) if re.search(r"[,，、;；\s]", bare) else list(bare)
     return [upper.index(p.upper()) if p.upper() in upper else None for p in parts if p]
+
+
+def _counted(place: int, keys: Sequence[str]) -> int | None:
+    """The option of a number: that of its letter, where options have letters."""
+    if set(keys) <= set(LETTERS):
+        letter = LETTERS[place] if 0 <= place < len(LETTERS) else ""
+        return keys.index(letter) if letter in keys else None
+    return place if 0 <= place < len(keys) else None

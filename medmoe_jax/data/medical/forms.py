@@ -61,10 +61,12 @@ def exam(entry: MedicalSet, record: dict, where: str, language: str, labels: Lab
     `only`: those alone), a list of letters.
     """
     read = entry.read
-    options = options_of(record, str(read["options"]), where)
-    places = answers_of(
-        record, str(read["answer"]), options, int(read.get("counts_from", 0)), where
-    )
+    listed = options_of(record, str(read["options"]), where)
+    right = answers_of(record, str(read["answer"]), listed, read.get("counts_from"), where)
+    # Those without text are not shown; numbers count them.
+    shown = [place for place, (_, option) in enumerate(listed) if option]
+    options = [listed[place] for place in shown]
+    places = [shown.index(place) for place in right]
     several = read.get("several", "")
     if len(places) > 1 and several not in _SEVERAL:
         raise UserError(f"{where}: {len(places)} right options, where one is expected; {REPAIR}")

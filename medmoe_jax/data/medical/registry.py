@@ -12,7 +12,7 @@ from pathlib import Path
 from medmoe_jax.data.conversation import Conversation
 from medmoe_jax.data.medical import formats, forms
 from medmoe_jax.data.medical.cards import MedicalSet, load_cards
-from medmoe_jax.data.medical.fields import look, text
+from medmoe_jax.data.medical.fields import GoldWithoutText, look, text
 from medmoe_jax.data.medical.locate import find_files, has_files
 from medmoe_jax.data.medical.row import Row, held_out, normal
 from medmoe_jax.errors import UserError
@@ -33,12 +33,14 @@ class Split:
     missing: files of the split that were not there.
     left_out: rows of 'train' that stand in another split as well, and are not among the rows.
     duplicates: rows whose prompt an earlier row of the split has too.
+    without_gold: records whose right option has no text, and that are not among the rows.
     """
 
     rows: list[Row]
     missing: list[str]
     left_out: int = 0
     duplicates: int = 0
+    without_gold: int = 0
 
 
 def add_cards(path: str | os.PathLike) -> list[str]:
@@ -97,10 +99,15 @@ def read_split(name: str, split: str, root: str | os.PathLike | None = None) -> 
     entry, part = find(name)
     if split not in entry.splits:
         raise UserError(f"{name} has no split {split!r}; it has {', '.join(entry.splits)}")
-    rows, missing = _read(entry, split, root, part)
+    rows, missing, without_gold = _read(entry, split, root, part)
     if missing:
         some = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
         LOG.warning("%s: %d files of %s are not there: %s", name, len(missing), split, some)
+    if without_gold:
+        LOG.warning(
+            "%s: %d records of %s left out, as their right option has no text",
+            *(name, without_gold, split),
+        )
     distinct = {normal(row.prompt) for row in rows}
     kept = rows
     if split == "train":
@@ -112,7 +119,7 @@ def read_split(name: str, split: str, root: str | os.PathLike | None = None) -> 
             "%s: %d of %d training rows left out, as they stand in another split too",
             *(name, left_out, len(rows)),
         )
-    return Split(kept, missing, left_out, len(rows) - len(distinct))
+    return Split(kept, missing, left_out, len(rows) - len(distinct), without_gold)
 
 
 def rows(name: str, split: str, root: str | os.PathLike | None = None) -> Iterator[Row]:
@@ -147,26 +154,32 @@ def _source(entry: MedicalSet, split: str) -> str:
 
 def _read(
     entry: MedicalSet, split: str, root: str | os.PathLike | None, part: str | None
-) -> tuple[list[Row], list[str]]:
-    """All rows of a split, before any is left out, and the files that are not there."""
+) -> tuple[list[Row], list[str], int]:
+    """The rows of a split before any is left out for another split, the files that are not there,
+    and how many records have a right option without text."""
     source = _source(entry, split)
     places = {key for table in entry.expand.values() for key in table}
     found, missing = find_files(entry, source, root, part if part in places else "")
     labels = _labels(entry, root)
-    out = []
+    out, without_gold = [], 0
     for file in found:
         card = entry.for_file(file.path.suffix)
         for where, record in formats.records(card, file):
             if not _belongs(card, split, record, where):
                 continue
             language = _language(card, record, file.values, where)
-            row = forms.FORMS[card.form](card, record, where, language, labels)
             of = _part(card, record, file.values)
-            if row is not None and part in (None, language, of, *file.values.values()):
+            asked = part in (None, language, of, *file.values.values())
+            try:
+                row = forms.FORMS[card.form](card, record, where, language, labels)
+            except GoldWithoutText:  # such records stand in published sets
+                without_gold += asked
+                continue
+            if row is not None and asked:
                 out.append(replace(row, part=of))
     if not out:
         raise UserError(f"{entry.name}: no row of split {split!r} is in {found[0].path}")
-    return out, missing
+    return out, missing, without_gold
 
 
 def _belongs(entry: MedicalSet, split: str, record: dict, where: str) -> bool:
