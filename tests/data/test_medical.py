@@ -301,11 +301,11 @@ def test_records_whose_right_option_has_no_text_are_left_out_and_counted(
 ):
     monkeypatch.setattr(registry, "SETS", dict(medical.SETS))
     medical.add_cards(write(tmp_path / "mine.toml", CARD.replace('"a, b"', '"a, b, c"')))
-    items = "q,a,b,c,right\nWhich?,x,y,n/a,B\nNone?,x,y,N/A,C\nLast?,x,,z,C\n"
+    items = "q,a,b,c,right\nWhich?,x,y,n/a,B\nNone?,x,y,N/A,C\nLast?,x,,z,C\nAll?,n/a,n/a,n/a,A\n"
     write(tmp_path / "mine" / "items.csv", items)
     split = medical.read_split("mine", "test", tmp_path)
     assert [(r.response, r.texts) for r in split.rows] == [("B", ("x", "y")), ("B", ("x", "z"))]
-    assert split.without_gold == 1 and "1 records of test left out" in caplog.text
+    assert split.without_gold == 2 and "2 records of test left out" in caplog.text
 
 
 @pytest.mark.parametrize(

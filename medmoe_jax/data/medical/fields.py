@@ -95,9 +95,8 @@ _NO_TEXT = ("", "n/a", "nan")
 
 def _kept(pairs, path: str, where: str) -> list[tuple[str, str]]:
     kept = [(str(key).strip(), _option(value)) for key, value in pairs]
-    filled = sum(1 for _, option in kept if option)
-    if not 2 <= filled <= len(LETTERS):
-        raise UserError(f"{where}: {filled} options in field {path!r}; {REPAIR}")
+    if len(kept) < 2:
+        raise UserError(f"{where}: {len(kept)} options in field {path!r}; {REPAIR}")
     if len({key for key, _ in kept}) < len(kept):
         raise UserError(f"{where}: options of field {path!r} have the same letter; {REPAIR}")
     return kept

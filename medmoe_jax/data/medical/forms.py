@@ -65,6 +65,8 @@ def exam(entry: MedicalSet, record: dict, where: str, language: str, labels: Lab
     right = answers_of(record, str(read["answer"]), listed, read.get("counts_from"), where)
     # Those without text are not shown; numbers count them.
     shown = [place for place, (_, option) in enumerate(listed) if option]
+    if not 2 <= len(shown) <= len(LETTERS):
+        raise UserError(f"{where}: {len(shown)} options in field {read['options']!r}; {REPAIR}")
     options = [listed[place] for place in shown]
     places = [shown.index(place) for place in right]
     several = read.get("several", "")
