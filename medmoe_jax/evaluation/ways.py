@@ -168,8 +168,14 @@ def ask(
 
     Raises:
       ValueError: the model's scores are NaN.
-      UserError: the task's metric looks at the ranking of all choices, and none is scored.
+      UserError: the task's metric looks at the ranking of all choices, and none is scored; or
+        several samples are asked for, and it has no choices.
     """
+    if way.samples > 1 and task.kind == "generate":
+        raise UserError(
+            f"task {task.name!r} has no choices, of which most samples could decide; ask it with one "
+            "sample"
+        )
     if way.scored(task):
         return _likeliest(model, task, items, way, done)
     if metrics.find(task.metric).ranked:

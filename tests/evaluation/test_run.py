@@ -155,6 +155,17 @@ def test_most_samples_decide():
     assert one(tie, task, way=way).score == 0.0  # of equals the one that came first
 
 
+@pytest.mark.parametrize("answer", ["free", "reason"])
+def test_several_samples_of_a_task_without_choices_are_refused(answer):
+    task = Task("open", "en", "generate", "letters_exact", (Item("q0", "A, C", ()),))
+    with_choices = Task("t", "en", "choice", "accuracy", (Item("q1", "B", tuple("ABC")),))
+    way = Way(answer, samples=3, temperature=0.7)
+    report = evaluate(Constant("B"), [task, with_choices], way=way, progress=False)
+    assert [r.task for r in report.results] == ["t"]
+    (failure,) = report.failures
+    assert failure["task"] == "open" and "'open' has no choices" in failure["error"]
+
+
 def test_an_example_that_a_model_goes_on_to_is_cut():
     item = Item("q0", "a b", ())
     task = Task("t", "en", "generate", "exact_match", (item,), until=("\n\n",))
