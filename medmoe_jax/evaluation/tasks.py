@@ -217,6 +217,7 @@ def load_task(
         metrics.find(metric)
     split = split or medical.default_split(entry, root)
     found = medical.read_split(base, split, root)
+    _check_places(entry, found.rows)
     guessed = entry.metric in _GUESSED
     train = _train(base, entry, root, few.count > 0) if few.count or guessed else []
     rows, pool = found.rows, [] if split == "train" else train
@@ -249,6 +250,17 @@ def load_task(
         shots=len(examples),
         until=shots.PARTED if examples and few.form == "prompt" else (),
     )
+
+
+def _check_places(entry: MedicalSet, rows: Sequence[Row]) -> None:
+    """Raise UserError where a metric looks at places in the text, and entities have none."""
+    none = entry.read.get("none", "none")
+    for name in (entry.metric, *entry.also):
+        if metrics.find(name).placed and any(r.response != none and not r.spans for r in rows):
+            raise UserError(
+                f"{entry.name}: metric {name!r} needs places in a text, which its entities have "
+                "not; give its card the metric 'entity_f1'"
+            )
 
 
 def _train(base: str, entry: MedicalSet, root, needed: bool) -> list[Row]:

@@ -173,8 +173,8 @@ def ask(
     """
     if way.samples > 1 and task.kind == "generate":
         raise UserError(
-            f"task {task.name!r} has no choices, of which most samples could decide; ask it with one "
-            "sample"
+            f"task {task.name!r} has no choices, of which most samples could decide; "
+            "ask it with one sample"
         )
     if way.scored(task):
         return _likeliest(model, task, items, way, done)

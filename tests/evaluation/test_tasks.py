@@ -354,3 +354,25 @@ def test_the_page_on_tasks_names_every_set_and_suite():
         assert f"| {', '.join(entry.splits)} | {entry.licence} | {entry.checked} |" in text
     for name, entry in suites().items():
         assert f"| `suite:{name}` | {len(entry['tasks'])} | {entry['about']} |" in text
+
+
+def test_entities_without_places_refuse_a_metric_of_places(tmp_path, monkeypatch):
+    mine = dataclasses.replace(
+        medical.SETS["medqa"],
+        name="mine",
+        folder=("mine",),
+        files={"test": ("ner.jsonl",)},
+        form="entities",
+        read={"text": "q", "mentions": "m", "types": ["Sign"]},
+        metric="entity_f1",
+    )
+    monkeypatch.setattr(registry, "SETS", {"mine": mine})
+    (tmp_path / "mine").mkdir()
+    path = tmp_path / "mine" / "ner.jsonl"
+    write(path, {"q": "no finding", "m": []}, {"q": "fever and cough", "m": ["fever", "cough"]})
+    task = load_task("mine", root=tmp_path)
+    assert [item.answer for item in task.items] == ["none", "Sign: fever; cough"]
+    for change in ({"metric": "span_f1"}, {"also": ("span_f1",)}):
+        monkeypatch.setitem(registry.SETS, "mine", dataclasses.replace(mine, **change))
+        with pytest.raises(UserError, match="'span_f1' needs places in a text"):
+            load_task("mine", root=tmp_path)

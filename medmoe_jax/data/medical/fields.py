@@ -19,11 +19,11 @@ from medmoe_jax.kinds import shown, whole_number
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-def look(record: dict, path: str) -> Any:
-    """The value at a path, or None where it is absent or empty."""
+def look(record: dict, path: str, empty: tuple = ("", [])) -> Any:
+    """The value at a path, or None where it is absent or one of `empty`."""
     for one in path.split("|"):
         value = _walk(record, one.strip().split("."))
-        if value is not None and value != "" and value != []:
+        if value is not None and value not in empty:
             return value
     return None
 
@@ -44,6 +44,12 @@ def need(record: dict, path: str, where: str) -> Any:
     if value is None:
         raise UserError(f"{where}: field {path!r} is missing; {REPAIR}")
     return value
+
+
+def need_list(record: dict, path: str, where: str) -> Any:
+    """The value at a path where a list is expected: one without items is there."""
+    value = look(record, path, empty=("",))
+    return need(record, path, where) if value is None else value
 
 
 def text(record: dict, path: str, where: str) -> str:

@@ -16,6 +16,7 @@ from medmoe_jax.data.medical.fields import (
     filled,
     look,
     need,
+    need_list,
     one_of,
     options_of,
     text,
@@ -211,7 +212,7 @@ def _found(entry: MedicalSet, record: dict, where: str) -> tuple[str, list[tuple
     body = text(record, str(read["text"]), where)
     if "mentions" not in read:
         return body, list(record["entities"])
-    mentions = need(record, str(read["mentions"]), where)
+    mentions = need_list(record, str(read["mentions"]), where)
     try:
         mentions = ast.literal_eval(mentions) if isinstance(mentions, str) else mentions
     except (ValueError, SyntaxError) as error:
