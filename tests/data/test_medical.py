@@ -617,6 +617,14 @@ def test_cards_of_a_user(tmp_path, monkeypatch):
         (("[mine]", "[mine"), "not TOML"),
         (('get = "me"', 'get = "me"\nlanguages = "en"'), "mine.languages: 'en' must be a list"),
         (('get = "me"', 'get = "me"\nmax_tokens = "8"'), "mine.max_tokens: '8' must be a whole"),
+        (
+            ('question = "q"', 'question = "q"\nseveral = "yes"'),
+            "mine.several: 'yes' is none of drop, only, keep",
+        ),
+        (
+            ('question = "q"', 'question = "q"\ncounts_from = "1"'),
+            "counts_from: '1' must be 0 or 1",
+        ),
         (('get = "me"', "get = 1"), "mine.get: 1 must be a text"),
         (('form = "exam"', 'form = "exam"\nlike = "yours"'), "mine.like: there is no card 'yours'"),
     ],

@@ -42,6 +42,7 @@ FORMS: dict[str, dict[str, bool]] = {
     | dict(types=True, before=False, suffix=False, comma=False, none=False, separator=False),
     "relations": dict(text=True, before=False),
 }
+SEVERAL = ("drop", "only", "keep")  # what becomes of questions with several right options
 _OVERRIDES = "parquet"
 # By the beginning of a field's type: what TOML must have there, and its name.
 _TYPES = {
@@ -164,6 +165,10 @@ def _card(name: str, table: dict, path: Path) -> MedicalSet:
         kind, named = _TYPES[re.split(r"\W", str(own[key].type))[0]]
         if not isinstance(value, kind) and not (key == "folder" and isinstance(value, str)):
             raise UserError(f"{where}.{key}: {value!r} must be {named}")
+    if (first := read.get("counts_from", 0)) not in (0, 1) or type(first) is not int:
+        raise UserError(f"{where}.counts_from: {first!r} must be 0 or 1")
+    if "several" in read and read["several"] not in SEVERAL:
+        raise UserError(f"{where}.several: {read['several']!r} is none of {', '.join(SEVERAL)}")
     _check_files(given["files"], where)
     return MedicalSet(name=name, read=read, **{k: _frozen(k, v) for k, v in given.items()})
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from medmoe_jax.data.medical.cards import MedicalSet
+from medmoe_jax.data.medical.cards import SEVERAL, MedicalSet
 from medmoe_jax.data.medical.fields import (
     LETTERS,
     answers_of,
@@ -51,7 +51,6 @@ ANSWER_WORD = {
     "zh": "答案",
     "zu": "Impendulo",
 }
-_SEVERAL = ("drop", "only", "keep")  # what becomes of questions with several right options
 Labels = Mapping[str, str]
 
 
@@ -71,8 +70,11 @@ def exam(entry: MedicalSet, record: dict, where: str, language: str, labels: Lab
     options = [listed[place] for place in shown]
     places = [shown.index(place) for place in right]
     several = read.get("several", "")
-    if len(places) > 1 and several not in _SEVERAL:
-        raise UserError(f"{where}: {len(places)} right options, where one is expected; {REPAIR}")
+    if len(places) > 1 and not several:
+        raise UserError(
+            f"{where}: {len(places)} right options, where one is expected; {REPAIR}, or say in the "
+            f"card what becomes of such questions: several = {' or '.join(map(repr, SEVERAL))}"
+        )
     if (len(places) > 1 and several == "drop") or (len(places) == 1 and several == "only"):
         return None
     letters = LETTERS[: len(options)]
