@@ -332,6 +332,17 @@ def test_a_number_that_is_an_option_s_text_is_no_guess(texts, said, first, right
         assert options[place][1] == right
 
 
+def test_a_part_that_no_row_has_is_named_with_those_there_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "SETS", dict(medical.SETS))
+    medical.add_cards(write(tmp_path / "mine.toml", CARD + 'part = "of"\n'))
+    items = "q,a,b,right,of\nWhich?,x,y,A,Anatomy\nWho?,x,y,B,Surgery\n"
+    write(tmp_path / "mine" / "items.csv", items)
+    assert [r.part for r in medical.rows("mine:Surgery", "test", tmp_path)] == ["Surgery"]
+    message = r"no part 'Anatmy' in split 'test' \(did you mean 'Anatomy'\?\); it has Anatomy, Surg"
+    with pytest.raises(UserError, match=message):
+        medical.read_split("mine:Anatmy", "test", tmp_path)
+
+
 def test_metamedqa_is_read_by_its_letters(tmp_path):
     options = dict(zip("ABCDEF", ("2", "3", "5", "6", "7", "8"), strict=True))
     record = {"question": "How many?", "options": options, "answer": "5", "answer_idx": "C"}

@@ -161,7 +161,7 @@ def _read(
     places = {key for table in entry.expand.values() for key in table}
     found, missing = find_files(entry, source, root, part if part in places else "")
     labels = _labels(entry, root)
-    out, without_gold = [], 0
+    out, without_gold, parts = [], 0, set()
     for file in found:
         card = entry.for_file(file.path.suffix)
         for where, record in formats.records(card, file):
@@ -169,6 +169,7 @@ def _read(
                 continue
             language = _language(card, record, file.values, where)
             of = _part(card, record, file.values)
+            parts |= {of} - {""}
             asked = part in (None, language, of, *file.values.values())
             try:
                 row = forms.FORMS[card.form](card, record, where, language, labels)
@@ -177,6 +178,13 @@ def _read(
                 continue
             if row is not None and asked:
                 out.append(replace(row, part=of))
+    if not out and part and parts:
+        near = difflib.get_close_matches(part, parts, n=1, cutoff=0.5)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        some = ", ".join(sorted(parts)[:12]) + (", …" if len(parts) > 12 else "")
+        raise UserError(
+            f"{entry.name} has no part {part!r} in split {split!r}{hint}; it has {some}"
+        )
     if not out:
         raise UserError(f"{entry.name}: no row of split {split!r} is in {found[0].path}")
     return out, missing, without_gold
