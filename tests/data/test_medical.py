@@ -289,6 +289,32 @@ def test_numbers_count_the_options_without_text_too(record, path, first, right):
     assert options[place][1] == right
 
 
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("A 甲\nB \nC 丙\nD 丁", "A甲 B C丙 D丁"),
+        ("A. x\nB.\nC. z", "Ax B Cz"),
+        ("(A) x\n(B)\n(C) z", "Ax B Cz"),
+        ("Pick one:\nA. one\ntwo\n\nB. y", "Aone two By"),
+        ("A. take\nI would not\nB. y", "Atake I would not By"),
+        ("A. x\nB. y\nD. w", "Ax By Dw"),
+        ("A C 反应蛋白\nB D 二聚体", "AC 反应蛋白 BD 二聚体"),
+        ("A．甲\nＢ：乙\r\nC、丙", "A甲 B乙 C丙"),
+        ("a) x\nb) a cat\na cat\nc) z", "Ax Ba cat a cat Cz"),
+        ("(A) x (B) y (C) z", "Ax By Cz"),
+    ],
+)
+def test_options_of_one_text(text, want):
+    options = fields.options_of({"o": text}, "o", "x")
+    assert " ".join(key + option for key, option in options) == want
+
+
+def test_what_a_lost_quotation_left_is_no_part_of_an_option():
+    texts = ['gout\n"', 'the "spoon" sign', 'said\n"so"', 'six feet 2"']
+    options = fields.options_of({"o": texts}, "o", "x")
+    assert [option for _, option in options] == ["gout", *texts[1:]]
+
+
 @pytest.mark.parametrize("gold", [1, "B"])
 def test_a_right_option_without_text_is_told_apart(gold):
     record = {"o": ["a", "", "c"], "cop": gold}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import math
 import re
+import unicodedata
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -111,6 +112,8 @@ def _kept(pairs, path: str, where: str) -> list[tuple[str, str]]:
 def _option(value) -> str:
     """The text of an option; '' where it has none."""
     option = "" if value is None else str(value).strip()
+    if option.count('"') == 1:
+        option = option.removesuffix('\n"').rstrip()  # what a lost quotation left, as in MedQA
     return "" if option.casefold() in _NO_TEXT else option
 
 
@@ -129,11 +132,32 @@ def _pairs(value, path: str, where: str):
     if isinstance(value, list):
         return [(LETTERS[i : i + 1] or str(i), option) for i, option in enumerate(value)]
     if isinstance(value, str):
-        found = re.findall(r"(?m)^\s*\(?([A-Z])(?:[.):、：]|\s)\s*(.+?)\s*$", value)
+        found = _lines(value)
         if len(found) < 2:
             found = re.findall(r"\(([A-Z])\)\s*(.+?)(?=\s*\([A-Z]\)|\s*$)", value, re.S)
         return found
     raise UserError(f"{where}: field {path!r} holds no options; {REPAIR}")
+
+
+_LETTERED = re.compile(r"[(（]?([A-Za-zＡ-Ｚ])(?:([.．)）:：、])|\s+|$)\s*(.*)")
+
+
+def _lines(text: str) -> list[tuple[str, str]]:
+    """Options with a line each; a line that begins none goes on with the option before.
+
+    A letter without a sign behind it begins an option only where it is the next one: "I" may be a
+    word.
+    """
+    found: list[tuple[str, str]] = []
+    for line in filter(None, map(str.strip, text.splitlines())):
+        match, last = _LETTERED.match(line), found[-1][0] if found else ""
+        letter = unicodedata.normalize("NFKC", match[1]).upper() if match else ""
+        following = letter == LETTERS[len(found) :][:1] and match and not match[1].islower()
+        if match and (following or (match[2] and letter > last)):
+            found.append((letter, match[3]))
+        elif found:
+            found[-1] = (last, f"{found[-1][1]} {line}".strip())
+    return found
 
 
 def _literal(value: str):
