@@ -110,8 +110,8 @@ def adapt(
     banks: BankSpec | Sequence[BankSpec],
     *,
     rngs: nnx.Rngs,
-    dispatch: str = "stacked",
-    execution: Execution = Execution(),
+    dispatch: str | None = None,
+    execution: Execution | None = None,
 ) -> tuple[str, ...]:
     """Puts banks on the linear layers of a model that match, in place; returns their paths.
 
@@ -122,19 +122,21 @@ def adapt(
       patterns: globs on paths, such as `blocks.*.mlp.*`; each has to match a linear layer.
       banks: what is added to every layer that matches; `sites`, `start` and `stop` are filled in.
       rngs: its stream `params` draws A and the routers; B is zero.
-      dispatch: a strategy of `routing.dispatch`, for all banks of these layers.
-      execution: where they are run; `foreign.on_mesh` for a mesh.
+      dispatch: a strategy of `routing.dispatch`, for all banks of these layers; None = as the
+        layers that have banks run theirs, else `stacked`.
+      execution: where they are run; `foreign.on_mesh` for a mesh; None = likewise.
 
     Raises:
       ParameterError: a pattern that matches no linear layer; layers whose kernels are no matrix;
-        experts that the mesh does not divide.
+        experts that the mesh does not divide; layers whose banks are run in another way.
       UserError: a bank that such layers cannot have, or a name that is there already.
     """
-    strategy = strategy_of(dispatch, execution)
     specs = (banks,) if isinstance(banks, BankSpec) else tuple(banks)
     linear, others = _modules(model)
     paths = foreign.matched(patterns, tuple(linear), others)
-    _check_reached(model, {path: linear[path] for path in paths})
+    chosen = {path: linear[path] for path in paths}
+    _check_reached(model, chosen)
+    strategy = _strategy(chosen, dispatch, execution)
     layers = [_layer(path, linear[path]) for path in paths]
     specs = foreign.added(roster(model), specs, layers, strategy)
     params = {s.name: foreign.init(s, layers, rngs.params(), strategy) for s in specs}
@@ -235,6 +237,29 @@ def _replace(node: Any, swap: Callable[[nnx.Module], Any], seen: dict[int, Any] 
         if other is not child:
             put(key, other)
     return node
+
+
+def _strategy(
+    layers: Mapping[str, nnx.Module], dispatch: str | None, execution: Execution | None
+) -> Strategy:
+    """What runs all banks of some layers, in which some may be already."""
+    there = {
+        path: one.strategy
+        for path, one in layers.items()
+        if isinstance(one, AdaptedLinear) and one.roster
+    }
+    if dispatch is None and execution is None and there:
+        chosen = next(iter(there.values()))
+    else:
+        chosen = strategy_of(dispatch or "stacked", execution or Execution())
+    for path, strategy in there.items():
+        if strategy != chosen:
+            raise ParameterError(
+                f"dispatch: layer '{path}' has banks that run by {type(strategy).__name__} on "
+                f"{'a mesh' if strategy.execution.mesh else 'no mesh'}; give the dispatch and "
+                "execution that these were given, or neither"
+            )
+    return chosen
 
 
 def _check_reached(model: nnx.Module, layers: Mapping[str, nnx.Module]) -> None:

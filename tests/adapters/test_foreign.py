@@ -408,6 +408,20 @@ def test_what_is_assigned_to_an_adapted_layer_reaches_the_layer():
     assert {"kernel", "bias"}.isdisjoint(vars(model.plain))
 
 
+def test_later_banks_run_as_those_that_are_there():
+    run = {"dispatch": "grouped", "execution": foreign.on_mesh(make_mesh({"data": 8}))}
+    model = Read(nnx.Rngs(0))
+    nnx_models.adapt(model, "plain", EXPERTS, rngs=nnx.Rngs(1), **run)
+    strategy = model.plain.strategy
+    nnx_models.adapt(model, ("plain", "encoder"), PLAIN, rngs=nnx.Rngs(2))
+    assert model.plain.strategy == model.encoder.strategy == strategy
+    for other in ({"dispatch": "stacked"}, {"dispatch": "grouped"}, {"execution": Execution()}):
+        with pytest.raises(ParameterError, match="layer 'plain' has banks that run by Grouped"):
+            nnx_models.adapt(model, "plain", SKILLS, rngs=nnx.Rngs(3), **other)
+    assert {*nnx_models.roster(model)} == {"experts", "plain"} and model.plain.strategy == strategy
+    nnx_models.adapt(model, "plain", SKILLS, rngs=nnx.Rngs(3), **run)
+
+
 def test_layers_that_cannot_be_replaced_are_not_adapted():
     @flax.struct.dataclass
     class Pair:
