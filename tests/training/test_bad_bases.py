@@ -71,9 +71,9 @@ def test_an_unsupported_rope_scaling(folder):
 def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows(folder, tmp_path):
     many = tokenizers.train(texts(), 330, tmp_path / "many.model")
     refused(folder, "has 330 ids but the model's vocabulary has 304", tokenizer=str(many.path))
-    # Tokens that the config adds behind the model's own count as well.
+    # A token that the config adds behind the model's own counts where it ends texts.
     (tmp_path / "few").mkdir()
     few = shutil.copy(tiny.tokenizer().path, tmp_path / "few" / "tokenizer.model")
-    added = {"added_tokens_decoder": {"304": {"content": "<note>"}}}
+    added = {"added_tokens_decoder": {"304": {"content": "<note>"}}, "eos_token": "<note>"}
     (tmp_path / "few" / "tokenizer_config.json").write_text(json.dumps(added))
     refused(folder, "has 305 ids but the model's vocabulary has 304", tokenizer=str(few))

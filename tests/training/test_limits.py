@@ -95,7 +95,7 @@ REFUSED = {
     "stages.s.mixture.rows": (-1.0, "-1.0 is below 0"),
     "stages.s.banks.b.alpha": (0.0, "0.0 is not above 0"),
     "base.seed": (-(2**63) - 1, "-9223372036854775809 is below -9223372036854775808"),
-    "data.seed": (10**400, "is above 9223372036854775807"),
+    "data.seed": (10**400, "has more digits than any number"),
     "data.length": (-1, "-1 is below 0"),
     "data.global_batch": (0, "0 is below 1"),
     "data.shards": (0, "0 is below 1"),
