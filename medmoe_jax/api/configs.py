@@ -13,6 +13,7 @@ from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_dict import FieldReference, placeholder
 
 from medmoe_jax.api.places import settle_fields
 from medmoe_jax.errors import ParameterError, UserError
@@ -44,7 +45,7 @@ def config(
         another type.
     """
     if isinstance(recipe, ConfigDict):
-        changed = recipe.copy_and_resolve_references().lock()
+        changed = _apart(recipe.copy_and_resolve_references()).lock()
     else:
         changed = read_recipe(os.fspath(recipe))
     for name, value in (overrides or {}).items():
@@ -112,7 +113,7 @@ def read_recipe(given: str) -> ConfigDict:
     sys.modules.pop(_MODULE, None)
     try:
         config_flags.DEFINE_config_file(
-            "config", flag_values=values, lock_config=True, sys_argv=command
+            "config", flag_values=values, lock_config=False, sys_argv=command
         )
         values(command)
     except _OF_FILES as error:
@@ -125,7 +126,21 @@ def read_recipe(given: str) -> ConfigDict:
         raise UserError(f"{file}: {error.__cause__}") from error
     if not isinstance(values.config, ConfigDict):
         raise UserError(f"{file}: get_config() must return an ml_collections.ConfigDict")
-    return values.config
+    return _apart(values.config).lock()
+
+
+def _apart(config: ConfigDict) -> ConfigDict:
+    """The same, with every section an object of its own, that may be changed by itself.
+
+    A recipe may put one `bank` or `source` into several places. References stay what they are, but
+    a required one without a value is no error yet: the command line may give it.
+    """
+    fields: dict[str, Any] = {}
+    for key, value in config.items(preserve_field_references=True):
+        if isinstance(value, FieldReference) and value.empty():
+            value = placeholder(value.get_type())
+        fields[key] = _apart(value) if isinstance(value, ConfigDict) else value
+    return ConfigDict(fields)
 
 
 def recipes() -> list[str]:
@@ -186,7 +201,7 @@ def check_field(changed: ConfigDict, name: str) -> None:
 
 
 def _fields(config: ConfigDict, prefix: str = "") -> Iterator[str]:
-    for key, value in config.items():
+    for key, value in config.items(preserve_field_references=True):
         yield prefix + key
         if isinstance(value, ConfigDict):
             yield from _fields(value, f"{prefix}{key}.")

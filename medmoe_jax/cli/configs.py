@@ -7,6 +7,7 @@ was trained in, `--config` may be left out: it is what a stage was last trained 
 from __future__ import annotations
 
 import ast
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def load_config(arguments: Sequence[str], workdir: str | Path = "") -> ConfigDic
         type, or an argument that is not about the configuration.
     """
     arguments = _last_of_each(arguments)
+    _check_apart(arguments)
     given = next((a.partition("=")[2] for a in arguments if a.startswith("--config=")), "")
     config = _read(given, workdir)
     strangers = [a for a in arguments if not a.startswith("--config")]
@@ -76,6 +78,16 @@ def _last_of_each(arguments: Sequence[str]) -> list[str]:
         last.pop(name, None)
         last[name] = argument
     return list(last.values())
+
+
+def _check_apart(arguments: Sequence[str]) -> None:
+    """Raise UserError where a section is set and one of its fields too: which holds is unclear."""
+    names = [argument.partition("=")[0] for argument in arguments if argument.startswith(_FIELD)]
+    for section, name in itertools.permutations(names, 2):
+        if name.startswith(f"{section}."):
+            raise UserError(
+                f"{name}: {section} sets all fields of its section; give one of the two"
+            )
 
 
 def _read(given: str, workdir: str | Path) -> ConfigDict:

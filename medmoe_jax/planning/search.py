@@ -120,8 +120,8 @@ def search(
     if not known:
         raise UserError(
             f"data.global_batch: {config.data.global_batch} rows divide over no mesh of "
-            f"{len(topology.devices)} chips with run.mesh.expert {config.run.mesh.expert} and "
-            f"run.mesh.sequence {config.run.mesh.sequence}"
+            f"{len(topology.devices)} chips with run.mesh.{EXPERT} {_size(config, EXPERT)} and "
+            f"run.mesh.{SEQUENCE} {_size(config, SEQUENCE)}"
         )
     possible = sorted((c for c in known if known[c].gib < limit), key=lambda c: known[c].seconds)
     report(f"{len(known)} candidates; {len(known) - len(possible)} need more than {limit} GiB")
@@ -168,10 +168,15 @@ def flags(candidate: Candidate) -> list[str]:
 def _with(config: ConfigDict, candidate: Candidate) -> ConfigDict:
     """The recipe run in the candidate's way."""
     config = config.copy_and_resolve_references()
-    config.run.mesh.update(dict(zip(AXES, candidate.mesh, strict=True)))
+    config.run.mesh = dict(zip(AXES, candidate.mesh, strict=True))
     config.run.accumulation = candidate.accumulation
     config.run.remat = candidate.remat
     return config
+
+
+def _size(config: ConfigDict, axis: str) -> int:
+    """The size of an axis of the recipe's mesh."""
+    return config.run.mesh.get(axis, 1)
 
 
 def candidates(config: ConfigDict, topology: Topology) -> Iterator[Candidate]:
@@ -185,7 +190,7 @@ def candidates(config: ConfigDict, topology: Topology) -> Iterator[Candidate]:
     decoder = base_of(config.base, planned=True).config
     chips, rows = len(topology.devices), config.data.global_batch
     slices = len(set(map(slice_of, topology.devices)))
-    expert, sequence = config.run.mesh.expert, config.run.mesh.sequence
+    expert, sequence = (_size(config, axis) for axis in (EXPERT, SEQUENCE))
     if min(expert, sequence) < 1 or chips % (expert * sequence):
         raise UserError(
             f"run.mesh: the search keeps expert {expert} and sequence {sequence}; they have to be "

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs import apollo_moe, medcare, ming_moe
+from medmoe_jax.api.configs import config as configuration
 from medmoe_jax.base.presets import HUB, PRESETS, preset
 from medmoe_jax.cli.configs import load_config
 from medmoe_jax.data.layouts import TEMPLATES
@@ -175,6 +176,76 @@ def test_bad_files(tmp_path, text, words):
         load_config([f"--config={file}"])
     assert words in str(caught.value)
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+OF_ONE_OBJECT = """
+from ml_collections import FrozenConfigDict, config_dict
+from medmoe_jax.training.config import bank, recipe, source, stage
+
+def get_config(kind=""):
+    c = recipe()
+    rows, lora = source("rows.jsonl"), bank(sites=("attn.*",), rank=8)
+    c.data.sources.train = c.data.sources.held_out = rows
+    first = stage(banks={"one": lora}, mixture={"train": 1.0})
+    second = stage(after="first", banks={"two": lora}, mixture={"train": 1.0})
+    c.stages.order = ("first", "second", "third")
+    c.stages.first, c.stages.second, c.stages.third = first, second, second
+    c.data.shards = c.data.get_ref("global_batch")
+    if kind == "required":
+        del c.stages.first["steps"]
+        c.stages.first.steps = config_dict.required_placeholder(int)
+    return FrozenConfigDict(c) if kind == "frozen" else c
+"""
+
+
+@pytest.mark.parametrize("frozen", ["", ":frozen"])
+@pytest.mark.parametrize("how", ["command line", "file", "configuration"])
+def test_places_with_one_object_are_set_one_by_one(tmp_path, how, frozen):
+    (tmp_path / "recipe.py").write_text(OF_ONE_OBJECT)
+    file = f"{tmp_path / 'recipe.py'}{frozen}"
+    changes = {
+        "stages.second.banks.two.rank": 2,
+        "data.sources.held_out.path": "held_out.jsonl",
+        "stages.third.epochs": 3.0,
+        "data.global_batch": 32,
+    }
+    if how == "command line":
+        typed = [f"--config.{name}={value}" for name, value in changes.items()]
+        found = load_config([f"--config={file}", *typed])
+    else:
+        found = configuration(file if how == "file" else configuration(file), changes)
+    stages, sources = found.stages, found.data.sources
+    assert [stages.first.banks.one.rank, stages.second.banks.two.rank] == [8, 2]
+    assert stages.third.banks.two.rank == 8
+    assert [stages.second.epochs, stages.third.epochs] == [1.0, 3.0]
+    assert [sources.train.path, sources.held_out.path] == ["rows.jsonl", "held_out.jsonl"]
+    follows = how != "configuration" and not frozen
+    assert found.data.shards == (32 if follows else 8) and found.is_locked
+
+
+def test_a_required_field_may_come_from_the_command_line(tmp_path):
+    (tmp_path / "recipe.py").write_text(OF_ONE_OBJECT)
+    file = f"--config={tmp_path / 'recipe.py'}:required"
+    assert load_config([file, "--config.stages.first.steps=3"]).stages.first.steps == 3
+    with pytest.raises(UserError, match=r"stages\.first\.steps: None is not a whole number"):
+        load_config([file])
+
+
+@pytest.mark.parametrize(
+    ("section", "field"),
+    [
+        ("run.mesh={'data':2}", "run.mesh.fsdp=3"),
+        (
+            "data.sources.knowledge.columns={'prompt':'B'}",
+            "data.sources.knowledge.columns.prompt=A",
+        ),
+        ("stages.align.banks={}", "stages.align.banks.alignment.rank=3"),
+    ],
+)
+def test_a_section_and_a_field_of_it_do_not_mix(section, field):
+    for order in ((section, field), (field, section)):
+        with pytest.raises(UserError, match="sets all of its section; give one of the two"):
+            load_config([MEDCARE, *(f"--config.{one}" for one in order)])
 
 
 def test_a_recipe_by_its_name():

@@ -57,6 +57,18 @@ def test_the_expert_axis_stays_and_heads_limit_tensor():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("mesh", [{}, {"data": 1}, {"fsdp": -1}])
+def test_axes_that_the_recipe_leaves_out_have_size_1(mesh):
+    """As where it is trained."""
+    config, named = config_of(rows=16), config_of(rows=16)
+    config.run.mesh = mesh
+    named.run.mesh.update({"expert": 1, "sequence": 1})
+    found = list(candidates(config, HERE))
+    assert found and found == list(candidates(named, HERE))
+    meshes = [search._with(config, c).run.mesh for c in found]
+    assert [tuple(m[axis] for axis in search.AXES) for m in meshes] == [c.mesh for c in found]
+
+
 def estimated(mesh, accumulation, remat, rows=16):
     config = search._with(config_of(rows), Candidate(mesh, accumulation, remat))
     setup = open_abstract(config, HERE)
