@@ -244,7 +244,7 @@ def test_a_required_field_may_come_from_the_command_line(tmp_path):
 )
 def test_a_section_and_a_field_of_it_do_not_mix(section, field):
     for order in ((section, field), (field, section)):
-        with pytest.raises(UserError, match="sets all of its section; give one of the two"):
+        with pytest.raises(UserError, match="sets all fields of its section; give one of the two"):
             load_config([MEDCARE, *(f"--config.{one}" for one in order)])
 
 
