@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from medmoe_jax.errors import UserError
@@ -67,9 +68,20 @@ def check_numbers(config: ConfigDict) -> None:
         if isinstance(value, int | float) and not isinstance(value, bool):
             limits, name = _range(path), ".".join(path)
             limits.check(name, value)
-            if limits is not SEED:
-                (SINGLE if isinstance(value, float) else WORD).check(name, value)
+            if isinstance(value, float):
+                SINGLE.check(name, value)
+                _check_rounded(name, value, limits)
+            elif limits is not SEED:
+                WORD.check(name, value)
     _check_profile(config.run.profile)
+
+
+def _check_rounded(name: str, value: float, limits: Range) -> None:
+    """Raise UserError for a float that is in the range, but not once it is rounded to float32."""
+    single = float(np.float32(value))
+    if abs(single) < np.finfo(np.float32).tiny:  # devices take it for 0
+        single = 0.0
+    limits.check(f"{name}: {value} is {single} in float32", single)
 
 
 def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:

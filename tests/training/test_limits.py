@@ -124,6 +124,30 @@ def test_refused(field):
     assert message.startswith(f"{field}: ") and words in message
 
 
+ROUNDED = {
+    "stages.s.b1": (1 - 1e-9, 1 - 1e-7, "0.999999999 is 1.0 in float32: 1.0 is not below 1"),
+    "stages.s.b2": (0.99999999999, 0.9999, "0.99999999999 is 1.0 in float32: 1.0 is not below 1"),
+    "stages.s.eps": (1e-46, 1e-37, "1e-46 is 0.0 in float32: 0.0 is not above 0"),
+    "stages.s.banks.b.alpha": (1e-39, 1e-37, "1e-39 is 0.0 in float32: 0.0 is not above 0"),
+}
+
+
+@pytest.mark.parametrize("field", ROUNDED)
+def test_what_float32_makes_of_a_number_is_in_its_range_too(field):
+    value, near, words = ROUNDED[field]
+    assert refusal(field, value) == f"{field}: {words}"
+    config = full_recipe()
+    config.update_from_flattened_dict({field: near})
+    check_numbers(config)
+
+
+def test_seeds_of_any_kind_are_no_floats():
+    """They have 64 bits, of which float32 keeps few."""
+    config = full_recipe()
+    config.data.seed = config.base.seed = 2**63 - 1
+    check_numbers(config)
+
+
 def test_limits_go_by_whole_names():
     """A stage, bank or source may be called as a field is."""
     config = full_recipe()
