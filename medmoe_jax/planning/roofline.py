@@ -13,8 +13,9 @@ compiler runs collectives and fetches beside products, and a bound must not forb
 
 A frozen base needs 2 P T FLOPs forward and 2 P' T for the gradients of activations, P' being what
 lies at or above the lowest trainable bank; base leaves that train, another 2 P'' T for their own
-gradients. Causal attention needs 2 H h T FLOPs a token and layer forward, twice that backward.
-Adapters, routers and what is computed again are not in this floor.
+gradients. Attention needs 4 H h FLOPs a layer for each key that a query sees, twice that
+backward; causal, it sees half the row, and behind a window only what lies in it. Adapters, routers
+and what is computed again are not in this floor.
 """
 
 from __future__ import annotations
@@ -76,6 +77,14 @@ def layer_weights(decoder: DecoderConfig) -> int:
     return sum(d_in * d_out for d_in, d_out in site_shapes(decoder).values())
 
 
+def _seen(length: int, window: int) -> float:
+    """Keys that a query of a row sees in the mean; a window of 0, or of the whole row, hides none.
+
+    A causal mask is taken for a triangle, of which a window cuts off a smaller one.
+    """
+    return window - window**2 / (2 * length) if 0 < window < length else length / 2
+
+
 def floor_flops(
     decoder: DecoderConfig, tokens: int, length: int, lowest: int, trained: Mapping[str, Any]
 ) -> float:
@@ -84,7 +93,7 @@ def floor_flops(
     Args:
       decoder: the base.
       tokens: T, in rows of `length`.
-      length: tokens of a row, each of which sees half of it.
+      length: tokens of a row.
       lowest: from `lowest_layer`.
       trained: the base leaves that it trains.
     """
@@ -98,5 +107,6 @@ def floor_flops(
     )
     layer = layer_weights(decoder)
     products = 2 * (decoder.n_layers * layer + head) + 2 * (above * layer + head) + 2 * own
-    attention = 2 * decoder.n_heads * decoder.head_dim * length
-    return float(tokens * (products + attention * (decoder.n_layers + 2 * above)))
+    seen = [_seen(length, window) for window in decoder.windows or (0,) * decoder.n_layers]
+    attention = 4 * decoder.n_heads * decoder.head_dim * (sum(seen) + 2 * sum(seen[lowest:]))
+    return float(tokens * (products + attention))

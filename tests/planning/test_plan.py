@@ -80,6 +80,15 @@ def test_a_training_step_and_all_the_rest(recipe, tmp_path, capsys):
 
 
 @pytest.mark.aot
+def test_windows_lower_the_floor(recipe, tmp_path, capsys):
+    """The step does more than its floor, however little its kernels visit of a long row."""
+    recipe.write_text(RECIPE.replace("n_layers=4", "n_layers=4, windows=(256, 0, 256, 256)"))
+    fields = ("--config.data.length=16384", "--config.data.global_batch=1")
+    figures = run(recipe, tmp_path, "--topology=v5e:1x1", *fields, "--config.run.accumulation=1")
+    assert figures["flops_over_floor"] > 1 and 0 < figures["mfu_bound"] < 1
+
+
+@pytest.mark.aot
 def test_slices_joined_by_a_network(recipe, tmp_path, capsys):
     arguments = ("--topology=2xv5e:2x2", "--stage=align", "--config.run.mesh.data=2")
     figures = run(recipe, tmp_path, *arguments)

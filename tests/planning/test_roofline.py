@@ -52,6 +52,22 @@ def test_base_leaves_that_train_need_their_own_gradient():
     assert more == 100 * 2 * HEAD
 
 
+@pytest.mark.parametrize(("length", "lowest"), [(10, 0), (10, 2), (3, 0), (64, 1)])
+def test_a_window_hides_keys(length, lowest):
+    windows = (0, 4, 9, 1)
+    t, s = np.indices((length, length))
+    pairs = [((s <= t) & ((w == 0) | (t - s < w))).sum() for w in windows]
+    want = 2 * 2 * 2 * 4 * (sum(pairs) + 2 * sum(pairs[lowest:]))  # of a row
+    decoder = CONFIG.replace(windows=windows)
+    products = floor_flops(decoder, length, 0, lowest, {})
+    counted = floor_flops(decoder, length, length, lowest, {}) - products
+    # The pair of a query with its own key counts half.
+    assert want - 2 * 2 * 2 * 4 * length / 2 * (4 + 2 * (4 - lowest)) <= counted <= want
+    whole = floor_flops(CONFIG, length, length, lowest, {})
+    for size in (0, length, length + 5):
+        assert floor_flops(CONFIG.replace(windows=(size,) * 4), length, length, lowest, {}) == whole
+
+
 def test_lowest_layer():
     def bank(start):
         return BankSpec("bank", ("mlp.up",), start, 4)
