@@ -7,10 +7,7 @@ import operator
 import jax
 import numpy as np
 
-from medmoe_jax.ranges import Range
-
 _WORD = 2**32
-_ALONE = Range(-(2**31), _WORD - 1)  # what a word holds, signed or not
 
 
 def random_key(seed: int) -> jax.Array:
@@ -19,7 +16,7 @@ def random_key(seed: int) -> jax.Array:
     `jax.random.key` itself takes the lower 32 bits of one, where JAX is not told to compute in 64.
     """
     seed = operator.index(seed)
-    if _ALONE.low <= seed <= _ALONE.high:
+    if -_WORD // 2 <= seed < _WORD:  # a word holds it, signed or not
         return jax.random.key(seed)
     upper, lower = divmod(seed % _WORD**2, _WORD)
     return jax.random.fold_in(jax.random.key(np.uint32(lower)), np.uint32(upper))

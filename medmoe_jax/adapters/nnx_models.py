@@ -12,7 +12,7 @@ anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -273,9 +273,9 @@ def _check_reached(model: nnx.Module, layers: Mapping[str, nnx.Module]) -> None:
             )
 
 
-def _adapted(model: nnx.Module) -> Iterator[AdaptedLinear]:
-    # All of them first: who iterates may change them.
-    return iter([m for _, m in nnx.iter_modules(model) if isinstance(m, AdaptedLinear)])
+def _adapted(model: nnx.Module) -> list[AdaptedLinear]:
+    """All adapted layers; who goes through them may change them."""
+    return [m for _, m in nnx.iter_modules(model) if isinstance(m, AdaptedLinear)]
 
 
 def roster(model: nnx.Module) -> dict[str, tuple[BankSpec, str]]:
@@ -378,8 +378,9 @@ def fold(model: nnx.Module) -> None:
     """
     for spec in lifecycle.active_banks(roster(model)):
         lifecycle.check_mergeable(spec)
-    _check_own_kernels(model, list(_adapted(model)))
-    for layer in _adapted(model):
+    layers = _adapted(model)
+    _check_own_kernels(model, layers)
+    for layer in layers:
         _merge_into(layer, lifecycle.active_banks(layer.roster_by_name()))
     _replace(model, lambda one: one.base if isinstance(one, AdaptedLinear) else one)
 

@@ -49,9 +49,10 @@ _CLASS_OF = {
     **dict.fromkeys(("qwen2", "qwen3", "qwen2_moe", "qwen3_moe"), "Qwen2Tokenizer"),
     **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer"),
 }
-# Classes that say where a dummy space stands, whatever the vocabulary's file does; and models that
-# are published with such a class, but whose tokenizer.json is read as it stands.
-_SPACING = ("LlamaTokenizer", "CodeLlamaTokenizer")
+# Classes that say where a dummy space stands, whatever the vocabulary's file does, and where the
+# field `legacy` puts it; and models that are published with such a class, but whose tokenizer.json
+# is read as it stands.
+_SPACING = {"LlamaTokenizer": "always", "CodeLlamaTokenizer": "first"}
 _AS_FILE = ("mistral", "ministral", "granite", "phi3", "qwen2")
 
 
@@ -161,7 +162,7 @@ def _spacing(config: Mapping[str, Any]) -> str | None:
         return None
     if config.get("add_prefix_space") is False:
         return "never"
-    return "always" if name == "LlamaTokenizer" and config.get("legacy") else "first"
+    return _SPACING[name] if config.get("legacy") else "first"
 
 
 def _further(config: Mapping[str, Any]) -> Iterator[Any]:

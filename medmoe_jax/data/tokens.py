@@ -29,9 +29,8 @@ class TokenBoundary(NamedTuple):
     starts: bool = False
 
 
-BYTE_TOKEN = re.compile(
-    r"<0x[0-9A-Fa-f]{2}>"
-)  # as a vocabulary with a fall-back to bytes writes one
+# How a vocabulary with a fall-back to bytes writes one.
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 CUT, START = TokenBoundary(), TokenBoundary(True)
 Part = str | Added | TokenBoundary
 

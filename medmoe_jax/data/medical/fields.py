@@ -151,10 +151,10 @@ def _lines(text: str) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for line in filter(None, map(str.strip, text.splitlines())):
         match, last = _LETTERED.match(line), found[-1][0] if found else ""
-        letter = unicodedata.normalize("NFKC", match[1]).upper() if match else ""
-        following = letter == LETTERS[len(found) :][:1] and match and not match[1].islower()
-        if match and (following or (match[2] and letter > last)):
-            found.append((letter, match[3]))
+        letter = unicodedata.normalize("NFKC", match[1]) if match else ""
+        following = letter == LETTERS[len(found) :][:1]
+        if match and (following or (match[2] and letter.upper() > last)):
+            found.append((letter.upper(), match[3]))
         elif found:
             found[-1] = (last, f"{found[-1][1]} {line}".strip())
     return found
