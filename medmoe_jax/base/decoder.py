@@ -144,7 +144,7 @@ def hidden(
         lengths_BxT = branches.lengths_BxT
     elif cache is None:
         lengths_BxT = rope.text_lengths(segment_ids_BxT, positions_BxT)
-        flash = _flash(config, execution, tokens_BxT.shape[1])
+        flash = flash_attention(config, execution, tokens_BxT.shape[1])
     else:
         lengths_BxT = jnp.broadcast_to(cache.lengths_R[:, None], positions_BxT.shape)
         slots, kv = cache.slots, (cache.k, cache.v)
@@ -177,10 +177,19 @@ def hidden(
     return x_BxTxD, cache, tuple(every)
 
 
-def _flash(config: DecoderConfig, execution: Execution, tokens: int) -> Callable | None:
-    """The flash attention that runs rows of that many tokens, or None."""
-    chosen = execution.attention
-    if chosen == "splash" or (chosen == "auto" and execution.platform == "tpu"):
+def flash_attention(config: DecoderConfig, execution: Execution, tokens: int) -> Callable | None:
+    """The flash attention that runs rows of that many tokens, or None.
+
+    Raises:
+      ParameterError: the one that is asked for cannot run them.
+    """
+    chosen, platform = execution.attention, execution.platform
+    if chosen == "splash" and platform != "tpu":
+        raise ParameterError(
+            f"attention: 'splash' needs TPUs, these devices are {platform}; use 'auto'"
+        )
+    if chosen == "splash" or (chosen == "auto" and platform == "tpu"):
+        splash.check_row(tokens, execution.size(execution.sequence_axis(tokens)))
         return splash.splash_attention
     if chosen in ("auto", "cudnn"):
         against = cudnn.obstacle(config, execution, tokens)

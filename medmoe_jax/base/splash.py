@@ -135,18 +135,23 @@ def splash_attention(
     return run(kernels, q_BxTxHxh, k_BxTxKxh, v_BxTxKxh, segments_BxT, window)
 
 
-def _kernel(
-    heads: int, tokens: int, window: int, softcap: float, shards: int, head_dim: int, itemsize: int
-):
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
+def check_row(tokens: int, shards: int) -> None:
+    """Raise ParameterError for rows that the kernels do not take; see `block_sizes`."""
     if tokens % (shards * LANES):
         cut = f" over {shards} devices" if shards > 1 else ""
         raise ParameterError(
             f"attention: splash takes a multiple of {LANES} tokens of a row on each device, which "
             f"{tokens}{cut} is not; change the rows' length, or take 'xla', which runs any"
         )
+
+
+def _kernel(
+    heads: int, tokens: int, window: int, softcap: float, shards: int, head_dim: int, itemsize: int
+):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    check_row(tokens, shards)
     kept, passing, keys = block_sizes(tokens, shards, window, head_dim, itemsize)
     shape = (tokens, tokens)
     one = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.lifecycle import Roster
 from medmoe_jax.adapters.model import AdaptedConfig
+from medmoe_jax.base.decoder import flash_attention
 from medmoe_jax.base.execution import REMAT, Execution
 from medmoe_jax.base.presets import HUB
 from medmoe_jax.checkpoints.bases import Base, open_base, open_tokenizer
@@ -173,13 +174,16 @@ class Setup:
         return self.languages.ids[code]
 
     def check_batch(self) -> None:
-        """Raise UserError unless a step's rows divide over micro-batches and devices."""
+        """Raise UserError unless a step's rows divide over its parts and attention runs them."""
         rows, accumulation = self.config.data.global_batch, self.config.run.accumulation
         if rows % (batch_shards(self.mesh) * accumulation):
             raise UserError(
                 f"data.global_batch: {rows} rows do not divide over {batch_shards(self.mesh)} "
                 f"devices x run.accumulation {accumulation}"
             )
+        execution = self.model(()).execution
+        with field_names("run."):
+            flash_attention(self.base.config, execution, self.config.data.length)
 
     @property
     def remats(self) -> tuple[str, ...]:

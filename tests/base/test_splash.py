@@ -186,3 +186,21 @@ def test_dots_keeps_its_output(remat, forward):
     text = compile_for(chip, jax.grad(loss), params, ids, ids).as_text()
     calls = re.findall(r'%splash_mha_([a-z]+)_.* custom_call_target="tpu_custom_call"', text)
     assert sorted(calls) == ["dkv", *["fwd"] * forward]  # the first makes all gradients
+
+
+@pytest.mark.parametrize("chosen", ["splash", "auto"])
+def test_rows_are_refused_before_anything_is_compiled(chosen):
+    class OnTpu(Execution):
+        platform = "tpu"
+
+    execution = OnTpu(jnp.bfloat16, attention=chosen)
+    assert decoder.flash_attention(TINY, execution, 256) is splash.splash_attention
+    with pytest.raises(ParameterError, match=r"^attention: .* which 48 is not"):
+        decoder.flash_attention(TINY, execution, 48)
+
+
+def test_away_from_tpus_it_is_refused():
+    if jax.default_backend() == "tpu":
+        pytest.skip("this machine has TPUs")
+    with pytest.raises(ParameterError, match=r"^attention: 'splash' needs TPUs, these devices are"):
+        decoder.flash_attention(TINY, Execution(attention="splash"), 256)

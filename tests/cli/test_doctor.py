@@ -120,6 +120,8 @@ TASK = '{"prompt": "a", "answer": "b"}\n'
         ({"rows.jsonl": ROW[:-2] + ', "language": "xx"}\n'}, [TABLE], "therowisin'xx'"),
         ({"rows.jsonl": ROW.replace("a", "a" * 200) * 4}, [], "noneofits4rowshasatarget"),
         ({}, ["data.shards=3"], "data.shards:3doesnotdivideaglobalbatchof8rows"),
+        ({}, ["run.attention=splash"], "run.attention:'splash'needsTPUs,thesedevicesarecpu"),
+        ({}, ["run.attention=cudnn"], "run.attention:'cudnn'cannotrunthis:itneedsNVIDIAGPUs"),
         ({}, ["run.accumulation=3"], "data.global_batch:8rowsdonotdivideover8devicesxrun."),
         ({}, ["run.tasks=('medqq',)"], "medqq"),
         ({}, ["run.tasks=('{here}/none.jsonl',)"], "{here}/none.jsonl:nosuchtaskfile"),
@@ -130,8 +132,8 @@ TASK = '{"prompt": "a", "answer": "b"}\n'
     ],
     ids=[
         "no rows", "blank lines", "no rows to stream", "few rows", "language", "no target",
-        "shards", "accumulation", "task", "task file", "bad item", "evaluation", "held out",
-        "no gradient",
+        "shards", "splash", "cudnn", "accumulation", "task", "task file", "bad item",
+        "evaluation", "held out", "no gradient",
     ],
 )  # fmt: skip
 def test_what_training_refuses_at_once(tmp_path, capsys, quiet_machine, files, fields, message):

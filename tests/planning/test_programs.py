@@ -121,6 +121,7 @@ def test_answering_programs_hold_whole_rows():
         ({"base.quantise": "int3"}, "base.quantise: 'int3' is none of int8, nf4"),
         ({"run.accumulation": 0}, "run.accumulation: 0 is below 1"),
         ({"run.remat": "some"}, "run.remat: 'some' is none of"),
+        ({"run.attention": "cudnn"}, "run.attention: 'cudnn' cannot run this: it needs NVIDIA"),
     ],
 )
 def test_what_cannot_be_planned(fields, message):
