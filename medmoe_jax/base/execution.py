@@ -72,6 +72,11 @@ class Execution:
         return jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
 
     @property
+    def devices(self) -> int:
+        """The number of devices."""
+        return self.mesh.size if self.mesh else 1
+
+    @property
     def platform(self) -> str:
         """What programs are compiled for, such as `tpu` or `cpu`."""
         return self.device.platform

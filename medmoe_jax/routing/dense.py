@@ -1,7 +1,7 @@
 """Strategies in which every device runs every expert on its tokens.
 
 Axes: B batch, T tokens, D input width, O output width, F feed-forward, E experts, r rank,
-R = Σ E·r over the terms concatenated.
+R = Σ E·r over the terms concatenated, N = B·T tokens, K picks a token.
 
 `reference` says what a mixture means, the other strategies are tested against it in value and
 gradient: low-rank experts add `Σ_terms s · B ((x A) ∘ Λ ∘ gates)` to each site, feed-forward ones
@@ -95,6 +95,44 @@ def stacked_lora(terms: Terms) -> dict[str, Any]:
         b = [t.lora_b_ExrxO.reshape(-1, t.lora_b_ExrxO.shape[-1]) for t in site_terms]
         out[site] = widen(jnp.concatenate(h, axis=-1), jnp.concatenate(b, axis=0))
     return out
+
+
+def picked_lora(terms: Terms) -> dict[str, Any]:
+    """`stacked_lora`, which of few tokens reads no experts but those that they picked.
+
+    A product of few tokens takes as long as its weights take from memory. So a term whose tokens
+    pick half of the experts at most gets one expert for each pick, gathered; the other terms have
+    products of their own, since side by side with these they would be copied at every call.
+    """
+    few = {site: [t for t in some if _few(t)] for site, some in terms.items()}
+    others = {site: [t for t in some if not _few(t)] for site, some in terms.items()}
+    out = stacked_lora({site: some for site, some in others.items() if some})
+    gathered = {site: [_gathered(t) for t in some] for site, some in few.items() if some}
+    for site, delta in stacked_lora(gathered).items():
+        out[site] = out[site] + delta if site in out else delta
+    return out
+
+
+def _few(term: LoraTerm) -> bool:
+    return term.gates is not None and 2 * term.gates.picks_BxTxK.size <= term.lora_a_DxExr.shape[1]
+
+
+def _gathered(term: LoraTerm) -> LoraTerm:
+    """The same with an expert for each pick of each token, to which no other token has a gate."""
+    gates = term.gates
+    assert gates is not None
+    B, T, K = gates.picks_BxTxK.shape
+    N = B * T
+    own_NxN = jnp.eye(N, dtype=gates.weights_BxTxK.dtype)
+    dense_NxNxK = own_NxN[:, :, None] * gates.weights_BxTxK.reshape(1, N, K)
+    # One that stands for none has weight 0, whichever expert it is given.
+    picks = jnp.minimum(gates.picks_BxTxK.reshape(-1), term.lora_a_DxExr.shape[1] - 1)
+    return term._replace(
+        lora_a_DxExr=term.lora_a_DxExr[:, picks],
+        lora_b_ExrxO=term.lora_b_ExrxO[picks],
+        scale_Exr=None if term.scale_Exr is None else term.scale_Exr[picks],
+        gates=gates._replace(dense_BxTxE=dense_NxNxK.reshape(B, T, N * K)),
+    )
 
 
 def _expert(x_BxTxD, gate_BxT, params, activation: Callable):

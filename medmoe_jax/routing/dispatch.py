@@ -174,7 +174,9 @@ class Stacked(Strategy):
         return fused.linear(self.execution, x_BxTxD, weights, terms)
 
     def lora(self, terms: Terms) -> dict[str, Any]:
-        """See `Strategy`."""
+        """See `Strategy`; of few tokens on one device, the experts that they picked."""
+        if self.execution.devices == 1:
+            return dense.picked_lora(terms)
         return dense.stacked_lora(terms)
 
     def ffn(

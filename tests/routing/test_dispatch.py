@@ -170,6 +170,57 @@ def _plain_bfloat16(case, inputs, params):
     return out
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("beside", [False, True])
+def test_few_tokens_read_the_experts_that_they_picked(scaled, beside):
+    """Two tokens, two picks each, one of them in common; a third is padding. Others are NaN."""
+    D, O, E, r, s = 5, 7, 12, 2, 1.5
+    picks, used = np.array([[[3, 8], [8, 0], [E, E]]]), [0, 3, 8, E - 1]  # the last for padding
+    rng = np.random.default_rng(4)
+    tree = {
+        "x": rng.standard_normal((1, 3, D)),
+        "a": rng.standard_normal((D, E, r)),
+        "b": rng.standard_normal((E, r, O)),
+        "scale": rng.standard_normal((E, r)) if scaled else None,
+        "weights": np.where(picks < E, rng.random(picks.shape), 0.0),
+        "always": [rng.standard_normal((D, 1, 4)), rng.standard_normal((1, 4, O))],
+    }
+    mix = rng.standard_normal((1, 3, O))
+
+    def loss(tree):
+        k_BxTxKxE = jax.nn.one_hot(picks, E)
+        gates = Gates((tree["weights"][..., None] * k_BxTxKxE).sum(2), picks, tree["weights"])
+        terms = [LoraTerm(tree["x"], tree["a"], tree["b"], gates, tree["scale"], s)]
+        if beside:
+            terms.append(LoraTerm(tree["x"], *tree["always"], None, None, 0.5))
+        y = strategy("stacked").lora({"up": terms})["up"]
+        return jnp.sum(y * mix), y
+
+    def naive(tree):
+        y = 0.5 * tree["x"] @ tree["always"][0][:, 0] @ tree["always"][1][0] * beside
+        for t, k in np.ndindex(2, 2):
+            e = picks[0, t, k]
+            h = tree["x"][0, t] @ tree["a"][:, e]
+            h = h * tree["scale"][e] if scaled else h
+            y[0, t] += s * tree["weights"][0, t, k] * (h @ tree["b"][e])
+        return y
+
+    others = np.setdiff1d(np.arange(E), used)
+    broken = jax.tree.map(np.array, tree)
+    broken["a"][:, others] = broken["b"][others] = np.nan
+    low = jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), broken)
+    grads, y = jax.jit(jax.grad(loss, has_aux=True))(low)
+    assert rel(y, naive(f64(tree))) < 1e-5
+    assert not np.asarray(grads["a"])[:, others].any() and not np.asarray(grads["b"])[others].any()
+    # The weight of padding has no gradient of its own: it is always 0.
+    check_gradient(
+        lambda t: (naive(t) * mix).sum(),
+        tree,
+        jax.tree.map(np.asarray, grads) | {"weights": np.where(picks < E, grads["weights"], 0)},
+        rng,
+    )
+
+
 def test_shared_inputs_are_read_once():
     """Terms on one input are one product with A, whatever their sites."""
     inputs, params = _random("everything")
