@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,32 @@ from medmoe_jax.errors import UserError, field_names
 from medmoe_jax.training.kept import is_kept, kept
 
 _FIELD = "--config."
+_RECIPE = "--config="
+
+
+def apart(words: Sequence[str], ends: Collection[str]) -> tuple[list[str], list[str]]:
+    """The words of a command line without those about the configuration, and these.
+
+    They are no business of argparse, which takes an option that it does not know, with a space in
+    its value, for a prompt. `--config RECIPE` becomes `--config=RECIPE`.
+
+    Args:
+      words: the command line.
+      ends: words that end its options: what stands behind the first of them is left as it is.
+    """
+    others: list[str] = []
+    about: list[str] = []
+    left = list(words)
+    while left and left[0] not in ends:
+        word = left.pop(0)
+        if word == "--config" and left and not left[0].startswith("-"):
+            word = _RECIPE + left.pop(0)
+        (about if _is_about(word) else others).append(word)
+    return others + left, about
+
+
+def _is_about(word: str) -> bool:
+    return word == "--config" or word.startswith((_RECIPE, _FIELD))
 
 
 def load_config(arguments: Sequence[str], workdir: str | Path = "") -> ConfigDict:
@@ -40,21 +66,23 @@ def load_config(arguments: Sequence[str], workdir: str | Path = "") -> ConfigDic
 
     Raises:
       UserError: no such recipe, an unknown field (with the closest known one), a value of another
-        type, or an argument that is not about the configuration.
+        type, or an argument that is not about the configuration or has no value.
     """
     arguments = _last_of_each(arguments)
+    for argument in arguments:
+        if not _is_about(argument):
+            raise UserError(f"unknown argument '{argument}'; see --help")
+        if "=" not in argument:
+            raise UserError(f"{argument}: has no value; write {argument}=VALUE")
     _check_apart(arguments)
-    given = next((a.partition("=")[2] for a in arguments if a.startswith("--config=")), "")
+    given = next((a.partition("=")[2] for a in arguments if a.startswith(_RECIPE)), "")
     config = _read(given, workdir)
-    strangers = [a for a in arguments if not a.startswith("--config")]
-    if strangers:
-        raise UserError(f"unknown argument '{strangers[0]}'; see --help")
     typed, new = [], {}
     for argument in arguments:
         name, _, text = argument.removeprefix(_FIELD).partition("=")
         if not argument.startswith(_FIELD):
-            typed += [argument] if not argument.startswith("--config=") else []
-        elif is_new(config, name):
+            continue
+        if is_new(config, name):
             new[name] = _value(text)
         else:
             with field_names(_FIELD):

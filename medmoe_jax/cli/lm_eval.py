@@ -24,6 +24,7 @@ from medmoe_jax.errors import UserError
 from medmoe_jax.parallel import processes
 from medmoe_jax.storage.places import local
 
+PASSED_ON = "run"  # from this word on, all belongs to lm-eval, which has a --config of its own
 _OURS = ("--model", "--model_args", "-M", "-a")
 
 
@@ -46,7 +47,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     if processes.count() > 1:
         raise UserError("lm-eval runs in one process; leave out --coordinator")
     first, *asked = arguments.asked or [""]
-    if first != "run" or not asked:
+    if first != PASSED_ON or not asked:
         raise UserError("say what to run behind the other options: run --tasks NAME ...")
     for option in asked:
         if option.partition("=")[0] in _OURS:

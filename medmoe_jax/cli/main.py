@@ -26,6 +26,7 @@ from medmoe_jax.cli import (  # what takes seconds comes after what listens for 
     chat,
     compare,
     completion,
+    configs,
     data,
     demo,
     doctor,
@@ -170,15 +171,18 @@ def _run(argv: Sequence[str] | None) -> int:
     logging.getLogger("medmoe_jax").setLevel(logging.INFO)
     # Orbax logs, with a traceback a thread, what it raises as well.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    if not (sys.argv[1:] if argv is None else argv):
+    words = sys.argv[1:] if argv is None else argv
+    if not words:
         print(NEXT)
         return 0
-    arguments, rest = parser().parse_known_args(argv)
+    command = COMMANDS.get(next((word for word in words if word in COMMANDS), ""))
+    words, about = configs.apart(words, {"--", getattr(command, "PASSED_ON", "--")})
+    arguments, strange = parser().parse_known_args(words)
     try:
         several = (arguments.coordinator, arguments.processes, arguments.process)
         with early.stoppable(), processes.Membership(*several), _one_speaks():
-            settle_options(arguments, sys.argv[1:] if argv is None else argv)
-            arguments.run(arguments, rest)
+            settle_options(arguments, words)
+            arguments.run(arguments, about + strange)
     except (UserError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _unread():
             raise

@@ -56,7 +56,8 @@ def settle_options(arguments: argparse.Namespace, words: Sequence[str]) -> None:
       UserError: an option names a place which it does not take, or is empty, as a shell leaves
         `--output=$UNSET`.
     """
-    for before, word in itertools.pairwise(["", *words]):
+    options = itertools.takewhile(lambda word: word != "--", words)
+    for before, word in itertools.pairwise(["", *options]):
         option, _, value = (word or before + "=").partition("=")
         name, given = option[2:].replace("-", "_"), "=" in word or not word
         if given and not value and name in OPTIONS.keys() - MAY_BE_EMPTY:

@@ -196,6 +196,47 @@ def test_stages_and_banks_can_be_chosen(config, workdir, tmp_path):
     assert score("--stage=base") == pytest.approx(scores[3], rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    "words, prompt, about",
+    [
+        (["--config.base.path=my exports/hf"], None, ["--config.base.path=my exports/hf"]),
+        (["--config.run.profile=(10, 3)", "Why?"], "Why?", ["--config.run.profile=(10, 3)"]),
+        (["--config.base.path=-- a -b", "Why?"], "Why?", ["--config.base.path=-- a -b"]),
+        (["--config", "my recipe.py:a b", "Why?"], "Why?", ["--config=my recipe.py:a b"]),
+        (["--config", "--off=noise", "Why?"], "Why?", ["--config"]),
+        (["Why?", "--config=medcare"], "Why?", ["--config=medcare"]),
+        (["--config=medcare", "--", "--config.x is set?"], "--config.x is set?", None),
+        (["--config=medcare", "--", "--config"], "--config", None),
+        (["--config=medcare", "--", "--off="], "--off=", None),
+        (["--config=medcare", "--", "--output="], "--output=", None),
+    ],
+)
+def test_what_is_about_the_configuration_is_no_prompt(monkeypatch, words, prompt, about):
+    """Nor is a prompt behind `--` about the configuration, or an option."""
+    seen = []
+    monkeypatch.setattr("medmoe_jax.cli.generate.run", lambda *given: seen.append(given))
+    assert main(["generate", *words, *([] if "--" in words else ["--max-tokens=8"])]) == 0
+    ((arguments, rest),) = seen
+    assert (arguments.prompt, rest) == (prompt, about or ["--config=medcare"])
+
+
+def test_what_follows_run_belongs_to_lm_eval(monkeypatch):
+    """Which has a `--config` of its own; before it, a space is no end of our options."""
+    seen = []
+    monkeypatch.setattr("medmoe_jax.cli.lm_eval.run", lambda *given: seen.append(given))
+    own, asked = ["--config=medcare", "--config.base.path=a b"], ["run", "--config", "own.yaml"]
+    assert main(["lm-eval", *own, "--stage=base", *asked]) == 0
+    ((arguments, rest),) = seen
+    assert (arguments.asked, arguments.stage, rest) == (asked, "base", own)
+
+
+def test_run_is_a_word_like_any_other_elsewhere(monkeypatch):
+    seen = []
+    monkeypatch.setattr("medmoe_jax.cli.train.run", lambda *given: seen.append(given))
+    assert main(["train", "--workdir", "run", "--config", "medcare"]) == 0
+    assert [(given.workdir, rest) for given, rest in seen] == [("run", ["--config=medcare"])]
+
+
 @pytest.mark.slow
 def test_generate(config, workdir, tmp_path, capsys):
     model = [config, f"--workdir={workdir}", "--max-tokens=8"]
