@@ -6,26 +6,21 @@ import difflib
 import functools
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference, placeholder
 
 from medmoe_jax.api.places import settle_fields
+from medmoe_jax.api.recipe_file import one_line, run_file
 from medmoe_jax.errors import ParameterError, UserError
 from medmoe_jax.storage import places
 from medmoe_jax.training.shape import check_shape
 
 # The folder configs/ of the project, inside the package.
 SHIPPED = Path(__file__).parents[1] / "configs"
-# What reading a recipe, or a value for one of its fields, may raise.
-_OF_FILES = (AttributeError, ImportError, KeyError, NameError, SyntaxError)
-_OF_FILES += (TypeError, ValueError, flags.Error)
-_MODULE = "config_config"
 # Mappings of the configuration that may be given any key.
 _OPEN = re.compile(r"(data\.(?:template_options|sources\.\w+\.columns))\.(\w+)")
 
@@ -106,27 +101,11 @@ def read_recipe(given: str) -> ConfigDict:
       UserError: no such recipe, or it cannot be read.
     """
     name, colon, argument = given.partition(":")
-    file = f"{_file(name, given)}{colon}{argument}"
-    command = ["medmoe", f"--config={file}"]
-    values = flags.FlagValues()
-    # Every file is loaded under this name: one without get_config would have that of the last one.
-    sys.modules.pop(_MODULE, None)
-    try:
-        config_flags.DEFINE_config_file(
-            "config", flag_values=values, lock_config=False, sys_argv=command
-        )
-        values(command)
-    except _OF_FILES as error:
-        lacking = isinstance(error, AttributeError) and error.name == "get_config"
-        text = "has no get_config()" if lacking else _last_line(error)
-        raise UserError(f"{file}: {text}") from error
-    try:  # an OSError of the file is kept until somebody touches the configuration
-        getattr(values.config, "lock", None)
-    except OSError as error:
-        raise UserError(f"{file}: {error.__cause__}") from error
-    if not isinstance(values.config, ConfigDict):
+    file = _file(name, given)
+    made = run_file(file, [argument] if colon else [])
+    if not isinstance(made, ConfigDict):
         raise UserError(f"{file}: get_config() must return an ml_collections.ConfigDict")
-    return _apart(values.config).lock()
+    return _apart(made).lock()
 
 
 def _apart(config: ConfigDict) -> ConfigDict:
@@ -162,11 +141,6 @@ def _file(name: str, given: str) -> Path:
     raise ParameterError(f"config: there is no file '{name}'")
 
 
-def _last_line(error: BaseException) -> str:
-    """The end of an error's text; config_flags puts the path of the file before it."""
-    return (str(error).strip().splitlines() or ["no message"])[-1]
-
-
 def set_field(changed: ConfigDict, name: str, value: Any) -> None:
     """Set a field by its dotted name.
 
@@ -178,10 +152,12 @@ def set_field(changed: ConfigDict, name: str, value: Any) -> None:
         check_field(changed, name)
     with changed.unlocked():
         inner = functools.reduce(getattr, section.split("."), changed) if section else changed
+        if isinstance(value, bool) and key in inner and inner.get_type(key) is float:
+            raise ParameterError(f"{name}: {value} is not a number")  # it would become 1.0
         try:
             inner[key] = value
         except TypeError as error:
-            raise ParameterError(f"{name}: {_last_line(error)}") from None
+            raise ParameterError(f"{name}: {one_line(error)}") from None
 
 
 def is_new(changed: ConfigDict, name: str) -> bool:

@@ -8,6 +8,7 @@ import pytest
 
 from configs import apollo_moe, medcare, ming_moe
 from medmoe_jax.api.configs import config as configuration
+from medmoe_jax.api.configs import variants
 from medmoe_jax.base.presets import HUB, PRESETS, preset
 from medmoe_jax.cli.configs import load_config
 from medmoe_jax.data.layouts import TEMPLATES
@@ -154,6 +155,12 @@ def test_bad_arguments(argument, words):
     assert words in str(caught.value)
 
 
+EMPTY = """from medmoe_jax.training.config import recipe
+def get_config():
+    c = recipe()
+"""
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -165,6 +172,14 @@ def test_bad_arguments(argument, words):
         ("def get_config():\n    raise ValueError('choose one of a, b')\n", "choose one of a, b"),
         ("def get_config():\n    raise ValueError()\n", "ValueError"),
         ("def get_config():\n    open('no_such_rows.jsonl')\n", "No such file"),
+        ("def get_config():\n    raise RuntimeError('a\\n b')\n", ", line 2: RuntimeError: a; b"),
+        ("import os\nos.kill('a')\n", ", line 2: TypeError: kill"),
+        ("class Mine(Exception): ...\ndef get_config():\n    raise Mine(2)\n", ", line 3: Mine: 2"),
+        ("def get_config(kind):\n    return kind\n", "TypeError: get_config() missing 1 required"),
+        ("def gt_config():\n    return 1\n", "recipe.py: has no get_config()"),
+        (f"{EMPTY}    c.dta.length = 3\n", ", line 4: AttributeError: 'dta'; Did you mean"),
+        (f"{EMPTY}    return c['stagse']\n", ", line 4: KeyError: 'stagse'; Did you mean"),
+        (f"{EMPTY}    c.data.length = '3'\n", ", line 4: TypeError: Could not override field"),
         (
             "from medmoe_jax.training.config import stage\n"
             "def get_config():\n    return stage(stps=3)\n",
@@ -179,6 +194,28 @@ def test_bad_files(tmp_path, text, words):
         load_config([f"--config={file}"])
     assert words in str(caught.value)
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_truth_value_is_no_number():
+    """Python counts with it, and ml-collections makes 1.0 of it."""
+    align = "stages.align"
+    bank = {**medcare.get_config("qwen2-1.5b").stages.align.banks.alignment, "alpha": True}
+    for field, value in (
+        (f"{align}.learning_rate", True),
+        (f"{align}.clip", False),
+        (f"{align}.steps", True),
+        (f"{align}.banks.alignment.alpha", True),
+        (f"{align}.banks.alignment", bank),
+        (f"{align}.losses.orthogonality.weight", True),
+        (f"{align}.mixture", {"alignment": True}),
+        ("run.profile", (True, 3)),
+        ("run.mesh.fsdp", True),
+    ):
+        with pytest.raises(UserError, match=rf"{field}.*: (True|False) is not a (whole )?number"):
+            configuration("medcare:qwen2-1.5b", {field: value})
+    assert configuration("medcare:qwen2-1.5b", {f"{align}.clip": 2}).stages.align.clip == 2.0
+    with pytest.raises(UserError, match="clip: True is not a number"):
+        variants("medcare:qwen2-1.5b", "align", {"other": {"clip": True}})
 
 
 OF_ONE_OBJECT = """
