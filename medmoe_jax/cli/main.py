@@ -181,7 +181,7 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         several = (arguments.coordinator, arguments.processes, arguments.process)
         with early.stoppable(), processes.Membership(*several), _one_speaks():
-            settle_options(arguments, words)
+            settle_options(arguments, about + words)
             arguments.run(arguments, about + strange)
     except (UserError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _unread():

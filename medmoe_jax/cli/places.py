@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from medmoe_jax.api.places import LOCAL, ROWS, paths, settled
 from medmoe_jax.errors import UserError
-from medmoe_jax.storage.places import REMOTE, check
+from medmoe_jax.storage.places import REMOTE, check, check_utf8
 
 # By option; those of one command that differ stand behind its name.
 OPTIONS = {
@@ -54,8 +54,10 @@ def settle_options(arguments: argparse.Namespace, words: Sequence[str]) -> None:
 
     Raises:
       UserError: an option names a place which it does not take, or is empty, as a shell leaves
-        `--output=$UNSET`.
+        `--output=$UNSET`; or a word is not UTF-8.
     """
+    for word in words:
+        check_utf8(word)
     options = itertools.takewhile(lambda word: word != "--", words)
     for before, word in itertools.pairwise(["", *options]):
         option, _, value = (word or before + "=").partition("=")

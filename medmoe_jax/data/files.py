@@ -26,7 +26,7 @@ from medmoe_jax.errors import UserError
 from medmoe_jax.kinds import fits
 from medmoe_jax.storage.fetched import fetched
 from medmoe_jax.storage.packed import Bounded
-from medmoe_jax.storage.places import is_remote
+from medmoe_jax.storage.places import check_utf8, is_remote
 from medmoe_jax.storage.plain import check_name, read_settings
 
 Items = Iterator[tuple[str, Any]]
@@ -108,6 +108,7 @@ def _folder_files(folder: Path, split: str, endings: Sequence[str]) -> Iterator[
         names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
         files = hub.choose_files(str(folder), names, split, endings)
     for name in files:
+        check_utf8(str(folder / name))
         yield folder / name, str(folder / name)
 
 

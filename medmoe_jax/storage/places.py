@@ -50,8 +50,24 @@ def is_remote(path: str | os.PathLike) -> bool:
     return scheme_of(path) in REMOTE
 
 
+def check_utf8(text: str, where: str = "") -> None:
+    """Raise UserError, beginning with `where`, for a name or word with bytes that are not UTF-8.
+
+    Disks and shells take any bytes. Python holds them as text that nothing can write: no report and
+    no record, and neither JAX nor its cache.
+    """
+    shown = text.encode("utf-8", "backslashreplace").decode()
+    if shown != text:
+        raise UserError(
+            f"{where}'{shown}' is not UTF-8 text; rename the file or folder, or set the locale to "
+            "UTF-8"
+        )
+
+
 def check(path: str | os.PathLike, field: str, schemes: Iterable[str]) -> None:
     """Raise UserError unless a path is on this machine's disk or has one of these schemes.
+
+    Its name, and that of the current folder where it lies there, must be UTF-8.
 
     Args:
       path: as a person gave it.
@@ -59,7 +75,10 @@ def check(path: str | os.PathLike, field: str, schemes: Iterable[str]) -> None:
       schemes: such as `gs`, or `hf` where names of the hub will do.
     """
     scheme, where = scheme_of(path), f"{field}: " if field else ""
+    check_utf8(os.fspath(path), where)
     if not scheme:
+        if os.fspath(path) and not os.path.isabs(path):
+            check_utf8(os.getcwd(), f"{where}the current folder ")
         return
     if scheme not in schemes:
         known = ["a path of this machine", *(f"{one}://" for one in sorted(schemes))]
@@ -164,4 +183,5 @@ def absolute(path: Path) -> Path:
 def cache_folder() -> Path:
     """Where this machine keeps what can be fetched or made again: $XDG_CACHE_HOME/medmoe_jax."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    check_utf8(os.fspath(home), "$XDG_CACHE_HOME, or .cache of the home folder: ")
     return Path(home) / "medmoe_jax"

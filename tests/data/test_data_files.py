@@ -6,6 +6,7 @@ import decimal
 import gzip
 import io
 import json
+import os
 import re
 from pathlib import Path
 
@@ -355,6 +356,12 @@ def test_a_table_adds_no_key_to_the_objects_of_a_row(name, tmp_path):
             for row in block.read()
         ]
         assert read == wanted
+
+
+def test_a_file_of_a_folder_whose_name_is_not_utf8(tmp_path):
+    write(tmp_path / os.fsdecode(b"caf\xe9.jsonl"))
+    with pytest.raises(UserError, match=r"/caf\\udce9\.jsonl' is not UTF-8 text; rename the file"):
+        list(read_items(tmp_path))
 
 
 def test_hidden_files_of_a_folder_are_no_rows(tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 
 import pytest
 
@@ -9,9 +10,10 @@ from medmoe_jax.api.places import FIELDS, settle_fields
 from medmoe_jax.checkpoints.files import MetricsLog, new_folder, write_json
 from medmoe_jax.cli import main, places
 from medmoe_jax.data import builder, tokenizers
+from medmoe_jax.data.medical.locate import data_root
 from medmoe_jax.errors import UserError
 from medmoe_jax.storage.fetched import fetched
-from medmoe_jax.storage.places import check, local, place, scheme_of
+from medmoe_jax.storage.places import cache_folder, check, local, place, scheme_of
 from tests import tiny
 
 # Options that take text which is no path.
@@ -85,6 +87,49 @@ def test_an_unknown_place_is_refused_by_name_and_nothing_is_made(
         assert main.main([*command, *arguments_for(parser, name, "gs://bucket/x")]) == 1
         assert "'gs://bucket/x' is a place that cannot be used here" in capsys.readouterr().err
     assert not os.listdir(tmp_path)
+
+
+BYTES = os.fsdecode(b"caf\xe9")  # as Python has a name in Latin-1 where names are UTF-8
+SHOWN = r"caf\udce9"
+
+
+@pytest.mark.parametrize("value", [BYTES, f"folder/{BYTES}.jsonl", f"a,task:{BYTES}=b"])
+def test_a_word_that_is_not_utf8_is_refused_and_nothing_is_made(
+    value, tmp_path, monkeypatch, capsys
+):
+    """Of every option, which the report of finished work would name."""
+    monkeypatch.chdir(tmp_path)
+    for command, parser in parsers(main.parser()):
+        for name in {name for names, name, _ in paths() if names == command}:
+            assert main.main([*command, *arguments_for(parser, name, value)]) == 1
+            said = capsys.readouterr().err
+            assert "is not UTF-8 text; rename the file" in said and SHOWN in said, said
+    field = f"--config.data.template_options.x={value}"
+    assert main.main(["train", "--workdir=w", "--config=medcare", field]) == 1
+    assert f"'{field}' is not UTF-8".replace(BYTES, SHOWN) in capsys.readouterr().err
+    assert not os.listdir(tmp_path)
+
+
+def test_names_that_are_not_utf8_are_refused_from_python(tmp_path, monkeypatch):
+    for of in (place, local, fetched):
+        with pytest.raises(UserError, match=re.escape(f"'a/{SHOWN}' is not UTF-8 text; rename")):
+            of(f"a/{BYTES}")
+    config = tiny.medcare_config()
+    config.data.sources.knowledge.path = BYTES
+    with pytest.raises(UserError, match=re.escape(f"sources.knowledge.path: '{SHOWN}' is not")):
+        settle_fields(config)
+    folder = tmp_path / BYTES
+    folder.mkdir()
+    monkeypatch.setenv("MEDMOE_DATA", str(folder))
+    with pytest.raises(UserError, match=r"\$MEDMOE_DATA: .* is not UTF-8"):
+        data_root()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    with pytest.raises(UserError, match=r"\$XDG_CACHE_HOME, .* is not UTF-8"):
+        cache_folder()
+    monkeypatch.chdir(folder)
+    assert local(tmp_path / "x") == tmp_path / "x"
+    with pytest.raises(UserError, match=r"--output: the current folder '.*' is not UTF-8"):
+        place("x", "--output")
 
 
 def test_the_home_folder_stands_for_its_sign_in_every_option_and_field(monkeypatch):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from medmoe_jax.data.medical.cards import MedicalSet
 from medmoe_jax.errors import UserError
-from medmoe_jax.storage.places import at_home, is_hidden
+from medmoe_jax.storage.places import at_home, check_utf8, is_hidden
 
 HUB = "hf://"
 
@@ -26,9 +26,10 @@ class Found(NamedTuple):
 def data_root(root: str | os.PathLike | None = None) -> Path | str:
     """The folder of the sets: `root`, else $MEDMOE_DATA, else ../shared/data; or `hf://`.
 
-    Raises FileNotFoundError where it is no folder.
+    Raises FileNotFoundError where it is no folder, UserError where its name is not UTF-8.
     """
     given = at_home(str(root or os.environ.get("MEDMOE_DATA") or "../shared/data"))
+    check_utf8(given, "$MEDMOE_DATA: ")
     if given == HUB:
         return HUB
     if not Path(given).is_dir():
