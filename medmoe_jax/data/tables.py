@@ -10,6 +10,7 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from medmoe_jax.data.separators import check_separator
 from medmoe_jax.errors import UserError, bad_or_lost
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
@@ -19,13 +20,15 @@ _LARGEST_CELL = 1 << 30  # characters; Python's own limit is 131,072
 def csv_rows(text: TextIO, shown: str, separator: str) -> Rows:
     """Yields `(file and line, row)` of a table of text with a header.
 
-    Raises UserError for a header with a name twice, and for a row of another width.
+    Raises UserError for a header with a name twice or other signs between its names, and for a row
+    of another width.
     """
     csv.field_size_limit(_LARGEST_CELL)
     reader = csv.reader(text, delimiter=separator, strict=True)
     before = 0
     try:
         header = next(reader, [])
+        check_separator(header, separator, f"{shown}, line 1")
         if len(set(header)) < len(header) or not all(header):
             raise UserError(
                 f"{shown}, line 1: every column needs a name of its own, found {', '.join(header)}"

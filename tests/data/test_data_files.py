@@ -117,6 +117,23 @@ def test_a_bad_table_is_named_by_line(text, message, tmp_path):
     assert f"d.csv, {message}" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.csv", "prompt;response\nA;B, c\n", "have semicolons .* where commas are expected"),
+        ("a.csv", "prompt\tresponse\nA\tB\n", r"have tabs .* commas, or name the file \.tsv"),
+        ("a.tsv", "prompt,response\nA,B\n", r"have commas .* tabs, or name the file \.csv"),
+        ("a.tsv", "prompt|response\nA|B\n", "have bars .* where tabs are expected"),
+    ],
+)
+def test_another_separator_than_the_ending_promises(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=rf"{name}, line 1: its columns seem to {message}"):
+        list(read_items(tmp_path / name))
+    (tmp_path / name).write_text("prompt\nA; b|c\n")  # one column
+    assert [row for _, row in read_items(tmp_path / name)] == [{"prompt": "A; b|c"}]
+
+
 def test_a_long_cell_and_an_empty_table(tmp_path):
     (tmp_path / "d.csv").write_text("prompt,response\n" + "q" * 200_000 + ",a\n")
     assert len(next(read_file(tmp_path / "d.csv"))["conversations"][0]["content"]) == 200_000

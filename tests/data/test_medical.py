@@ -643,6 +643,47 @@ def test_cards_of_a_user(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("csv", "Q1,A,B,Right\nW?,x,y,y\n", r"csv:2: field 'a, b' is missing .*'A'\?\), there a"),
+        (
+            "csv",
+            "question,a,b,Right\nW?,x,y,y\n",
+            r"field 'right' is missing \(did you mean 'Right'\?\), there are 'question', 'a', 'b', "
+            "'Right'; name in the card those of the file, or restore",
+        ),
+        ("csv", "stem,a,b,right\nW?,x,y,y\n", r"'q' is missing, there are 'stem', 'a', 'b', 'r"),
+        ("csv", "q,a,b,right\nW?,x,y,\n", r"csv:2: field 'right' has no value; fill it in, or"),
+        ("csv", "q,a,b,right\nW?,x,y,z,y\n", r"csv:2: 5 columns instead of 4 \(q, a, b, right"),
+        (
+            "csv",
+            "q;a;b;right\nW?;x, z;y;y\n",
+            r"csv:1: its columns seem to have semicolons between them, where commas are expected; "
+            "save the table with commas$",
+        ),
+        ("csv", "q\ta\tb\tright\nW?\tx\ty\ty\n", r"have tabs .* commas, or name the file \.tsv$"),
+        ("tsv", "q,a,b,right\nW?,x,y,y\n", r"tsv:1: .* have commas .* tabs, or name .* \.csv$"),
+        ("tsv", "q\ta\tb\tright\nW?;x;y;y\n", r"tsv:2: its columns seem to have semicolons"),
+        ("tsv", "q\ta\tb\tright\nW?, x\n", r"tsv:2: 1 columns instead of 4"),
+    ],
+)
+def test_a_file_that_is_not_as_the_card_of_a_user_says(tmp_path, monkeypatch, name, text, message):
+    """The columns that there are, and what parts them: the file may be whole."""
+    monkeypatch.setattr(registry, "SETS", dict(medical.SETS))
+    medical.add_cards(write(tmp_path / "mine.toml", CARD.replace(".csv", f".{name}")))
+    write(tmp_path / "mine" / f"items.{name}", text)
+    with pytest.raises(UserError, match=message):
+        list(medical.rows("mine", "test", tmp_path))
+
+
+def test_a_table_by_tabs_may_name_its_columns_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "SETS", dict(medical.SETS))
+    medical.add_cards(write(tmp_path / "mine.toml", CARD.replace(".csv", ".tsv")))
+    write(tmp_path / "mine" / "items.tsv", "right\tq\ta\tb\ny\tWhich?\tx\ty\n")
+    assert [r.response for r in medical.rows("mine", "test", tmp_path)] == ["B"]
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         (('form = "exam"', 'form = "poem"'), "mine.form: 'poem' is none of exam"),

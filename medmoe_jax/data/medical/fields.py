@@ -6,6 +6,7 @@ A path is `question`, `context.contexts`, or several by `|`, of which the first 
 from __future__ import annotations
 
 import ast
+import difflib
 import math
 import re
 import unicodedata
@@ -43,8 +44,24 @@ def need(record: dict, path: str, where: str) -> Any:
     """The value at a path; an absent or empty one is an error that names it."""
     value = look(record, path)
     if value is None:
-        raise UserError(f"{where}: field {path!r} is missing; {REPAIR}")
+        raise missing(record, path, where)
     return value
+
+
+def missing(record: dict, path: str, where: str) -> UserError:
+    """The error that a path leads to nothing: the fields that there are, or that it is empty."""
+    wanted = [one.strip().partition(".")[0] for one in re.split(r"[|,]", path)]
+    there = [str(name) for name in record if not str(name).startswith("_")]  # those are ours
+    if set(wanted) & set(there):
+        return UserError(f"{where}: field {path!r} has no value; fill it in, or {REPAIR}")
+    plain = {name.strip().casefold(): name for name in there}
+    near = [n for one in wanted for n in difflib.get_close_matches(one.casefold(), plain, n=1)]
+    hint = f" (did you mean {plain[near[0]]!r}?)" if near else ""
+    listed = ", ".join(map(repr, there[:12])) + (", …" if len(there) > 12 else "")
+    return UserError(
+        f"{where}: field {path!r} is missing{hint}, there are {listed or 'none'}; name in the card "
+        f"those of the file, or {REPAIR}"
+    )
 
 
 def need_list(record: dict, path: str, where: str) -> Any:
@@ -94,7 +111,7 @@ def options_of(record: dict, path: str, where: str) -> list[tuple[str, str]]:
             return _kept(zip(LETTERS, values, strict=False), path, where)
         if len(paths) == 1 and values[0] is not None:
             return _kept(_pairs(values[0], path, where), path, where)
-    raise UserError(f"{where}: field {path!r} is missing; {REPAIR}")
+    raise missing(record, path, where)
 
 
 _NO_TEXT = ("", "n/a", "nan")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from medmoe_jax import json_text
+from medmoe_jax.data.separators import check_separator
 from medmoe_jax.errors import UserError, bad_or_lost
 from medmoe_jax.storage.packed import damage_named, gunzip, open_zip
 from medmoe_jax.storage.places import is_hidden
@@ -59,11 +60,16 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def read_columns(path: Path, columns: Sequence[str]) -> Records:
-    """Records of a tab-separated file with these columns; a first line that names them is none."""
+    """Records of a tab-separated file with these columns; a first line that names them is none.
+
+    columns: without any, the first line names them.
+    """
     for where, line in read_lines(path):
         fields = line.split("\t")
-        if len(fields) != len(columns):
-            raise UserError(f"{where}: {len(fields)} columns instead of {len(columns)}; {REPAIR}")
+        if not columns:
+            check_separator(fields, "\t", where)
+            columns = [field.strip() for field in fields]
+        _check_width(fields, columns, "\t", where)
         if not _is_header(fields, columns):
             yield where, dict(zip(columns, fields, strict=True))
 
@@ -146,10 +152,21 @@ def read_csv(text: str, path: object, columns: Sequence[str] = (), delimiter: st
     if columns and not _is_header(header, columns):
         header = list(columns)
         rows = iter([first, *rows])
+    else:
+        check_separator(header, delimiter, where)
     for where, fields in rows:
-        if len(fields) != len(header):
-            raise UserError(f"{where}: {len(fields)} columns instead of {len(header)}; {REPAIR}")
+        _check_width(fields, header, delimiter, where)
         yield where, dict(zip(header, fields, strict=True))
+
+
+def _check_width(fields: Sequence[str], columns: Sequence[str], sign: str, where: str) -> None:
+    """Raise UserError for a row that has more or fewer columns than there are."""
+    if len(fields) != len(columns):
+        check_separator(fields, sign, where, len(columns))
+        raise UserError(
+            f"{where}: {len(fields)} columns instead of {len(columns)} ({', '.join(columns)}); "
+            f"quote cells of a .csv that hold its separator, or {REPAIR}"
+        )
 
 
 def _is_header(fields: Sequence[str], columns: Sequence[str]) -> bool:
