@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
@@ -18,6 +19,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.measure import Measurement
 from rich.segment import Segment
 from rich.text import Text
+from tqdm import tqdm
 
 # All controls but tab and line feed, marks of direction, line separators, halves of surrogates.
 _STEERING = re.compile(
@@ -74,6 +76,20 @@ class Screen(Console):
         """What `Console.render` gives; its own codes are no part of a text."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=harmless(segment.text))
+
+
+class TerminalBar(tqdm):
+    """A bar of tqdm at a terminal; elsewhere, and where a program has no standard error, none."""
+
+    def __init__(self, *given: Any, quiet: bool = False, **options: Any) -> None:
+        """Draw the bar, unless it is `quiet`; all else as for tqdm."""
+        nowhere = quiet or sys.stderr is None  # as in pythonw, which tqdm does not know of
+        super().__init__(*given, disable=nowhere or None, **options)
+
+
+def typed_by_hand() -> bool:
+    """Whether the standard input is a terminal; a program may have none at all."""
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 @dataclass(frozen=True)

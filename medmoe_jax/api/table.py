@@ -36,10 +36,11 @@ class Table:
         ]
         words = [name for name in self.columns if name not in numbers]
         rows = [[_cell(row.get(name)) for name in (*words, *numbers)] for row in self.rows]
-        return screen.plain(screen.ScreenTable(words, numbers, rows))
+        table = screen.ScreenTable([*map(str, words)], [*map(str, numbers)], rows)
+        return screen.plain(table)
 
     def _repr_html_(self) -> str:
-        return TableSection("", self.columns, self._cells()).body()
+        return TableSection("", [*map(str, self.columns)], self._cells()).body()
 
 
 def _cell(value: Any) -> str:

@@ -35,7 +35,7 @@ from medmoe_jax.cli.talk import Talk
 from medmoe_jax.errors import UserError
 from medmoe_jax.inference.streaming import NewText
 from medmoe_jax.parallel import processes
-from medmoe_jax.screen import harmless
+from medmoe_jax.screen import harmless, typed_by_hand
 from medmoe_jax.training.terminal import console, note
 
 _LINES = 1000  # that the history keeps
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     sampling = sampling_of(arguments)
     if processes.count() > 1:
         raise UserError("a talk is led in one process, and here are several")
-    typed = _typed(arguments.history) if sys.stdin.isatty() else None
+    typed = _typed(arguments.history) if typed_by_hand() else None
     opened = open_run(rest, arguments.workdir)
     trained = open_stage(opened, arguments.stage)
     length = length_of(arguments, opened.setup.base.config.max_positions)
@@ -153,7 +153,7 @@ def _lines(typed: Typed | None) -> Iterator[str]:
     """What the person writes, line by line, to the end of the input."""
     if typed is None:
         try:
-            yield from sys.stdin
+            yield from sys.stdin or ()
         except UnicodeDecodeError as error:
             raise UserError(f"standard input: not UTF-8 text ({error})") from None
         return

@@ -18,14 +18,12 @@ import argparse
 import json
 import os
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import httpx
-from tqdm import tqdm
 
 from medmoe_jax import json_text
 from medmoe_jax.checkpoints.files import write_json, write_text
@@ -38,7 +36,7 @@ from medmoe_jax.evaluation.judging.endpoint import Client, JudgeEndpoint
 from medmoe_jax.evaluation.judging.questions import SCALES, questions
 from medmoe_jax.evaluation.judging.verdicts import Verdicts
 from medmoe_jax.ranges import COUNT
-from medmoe_jax.screen import ScreenTable
+from medmoe_jax.screen import ScreenTable, TerminalBar, typed_by_hand
 from medmoe_jax.storage.places import local
 from medmoe_jax.training.terminal import console, note, say
 
@@ -82,7 +80,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     known = Verdicts(judges / "verdicts.jsonl")
     if not _confirmed(judge.cost(who, asked, known), endpoint, price, arguments.yes):
         raise UserError("not judged")
-    with Client(endpoint) as client, _bar(len(asked)) as bar:
+    with Client(endpoint) as client, TerminalBar(total=len(asked), desc="judging") as bar:
         said = judge.put(who, client, asked, known, arguments.parallel, bar.update)
     lines = judge.judged(found, asked, said)
     own = judges / (arguments.name or _slug(arguments.model))
@@ -152,17 +150,13 @@ def _confirmed(
     url = httpx.URL(endpoint.url)
     if endpoint.key and url.scheme == "http" and url.host not in ("127.0.0.1", "localhost", "::1"):
         note("the key goes over http, where others can read it")
-    if yes or not cost.calls or not sys.stdin.isatty():
+    if yes or not cost.calls or not typed_by_hand():
         return True
     return input("go on? [y/N] ").strip().lower() in ("y", "yes")
 
 
 def _slug(model: str) -> str:
     return re.sub(r"[^\w.-]+", "_", model).strip(".") or "judge"
-
-
-def _bar(total: int) -> tqdm:
-    return tqdm(total=total, desc="judging", disable=None)  # None: shown at a terminal
 
 
 def _write(own: Path, who: judge.Judge, lines: Sequence[dict], tokens: list[int]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import logging
 import os
 import select
@@ -171,6 +172,8 @@ def _run(argv: Sequence[str] | None) -> int:
     logging.getLogger("medmoe_jax").setLevel(logging.INFO)
     # Orbax logs, with a traceback a thread, what it raises as well.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    if early.IS_PROGRAM:
+        _write_any_text()
     words = sys.argv[1:] if argv is None else argv
     if not words:
         print(NEXT)
@@ -204,6 +207,13 @@ def _run(argv: Sequence[str] | None) -> int:
         print("\nstopped; what was saved is intact, the same command continues", file=sys.stderr)
         return processes.end(130)
     return 0
+
+
+def _write_any_text() -> None:
+    """Let standard output write a sign that its encoding lacks as `\\u75c5`, and not raise."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 _WRITTEN = ("workdir", "output", "out")  # options that name what a command writes

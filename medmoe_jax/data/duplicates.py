@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from medmoe_jax.data.conversation import Conversation
 from medmoe_jax.data.sketches import WORDS, Sketches
 from medmoe_jax.errors import UserError
+from medmoe_jax.screen import TerminalBar
 
 SIMILARITY = 0.8
 LEAST_SIMILARITY = 0.5  # below it, rows share little more than a form
@@ -96,10 +96,10 @@ def find_repeats(
     check_similarity(similarity)
     found = dict(leaks or {})
     with Sketches() as sketches:
-        for place, row in tqdm(held_out, "held-out rows", leave=False, disable=None):
+        for place, row in TerminalBar(held_out, "held-out rows", leave=False):
             sketches.add(row, place)
         before = len(sketches)
-        for place, row in tqdm(rows, "comparing rows", leave=False, disable=None):
+        for place, row in TerminalBar(rows, "comparing rows", leave=False):
             sketches.add(row, place)
         known = np.array(sorted(found), np.int64) + before
         numbers = np.setdiff1d(np.arange(before, len(sketches)), known)

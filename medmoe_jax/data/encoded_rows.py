@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypedDict, TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
 from medmoe_jax.data.conversation import Conversation, Rows, as_rows
 from medmoe_jax.data.encode import Encoded, Encoder
 from medmoe_jax.data.on_demand import OnDemand
 from medmoe_jax.errors import UserError
+from medmoe_jax.screen import TerminalBar
 
 CACHE_BYTES = 256 << 20
 ROW_OVERHEAD = 512  # bytes of Python objects around a remembered row
@@ -86,8 +86,8 @@ class EncodedRows(OnDemand[Element]):
         self._memory: dict[int, list[Element]] = {}
         totals, sizes = np.zeros(len(RowCounts._fields), np.int64), []
         # Shown at a terminal where it takes a while.
-        quiet = None if len(self._rows) > _MANY else True
-        for number in tqdm(range(len(self._rows)), f"reading {name}", disable=quiet):
+        quiet = len(self._rows) <= _MANY
+        for number in TerminalBar(range(len(self._rows)), f"reading {name}", quiet=quiet):
             parts = self._encode(number)
             sizes.append(len(parts))
             totals += np.sum([part["facts"].counts for part in parts], axis=0)

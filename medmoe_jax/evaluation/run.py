@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from medmoe_jax.errors import Stopped, UserError
 from medmoe_jax.evaluation import metrics, records, ways
@@ -18,6 +17,7 @@ from medmoe_jax.evaluation.report import Report, Result
 from medmoe_jax.evaluation.tasks import Task, load_task
 from medmoe_jax.evaluation.ways import EvaluatedModel, Response, Way
 from medmoe_jax.parallel import processes
+from medmoe_jax.screen import TerminalBar
 
 
 def evaluate(
@@ -62,9 +62,8 @@ def evaluate(
     settings = {"seed": seed, "limit": limit, "resamples": resamples, **asdict(way)}
     report = Report([], settings, about or {}, list(failures))
     lines = [] if lines is None else lines
-    # None: shown at a terminal.
-    quiet = True if not progress or processes.index() > 0 else None
-    with tqdm(total=sum(len(t.items) for t in loaded), disable=quiet) as bar:
+    quiet = not progress or processes.index() > 0
+    with TerminalBar(total=sum(len(t.items) for t in loaded), quiet=quiet) as bar:
         for task in loaded:
             bar.set_description(task.name)
             try:

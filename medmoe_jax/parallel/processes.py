@@ -143,7 +143,8 @@ def end(status: int) -> int:
     Leaving in good order, JAX would wait for the others, who wait for this one.
     """
     if status and count() > 1:
-        sys.stderr.flush()
+        if sys.stderr is not None:
+            sys.stderr.flush()
         os._exit(status)
     return status
 

@@ -278,6 +278,17 @@ def test_a_table_has_a_column_for_each_key():
     assert medmoe_jax.Table([]).columns == ()
 
 
+def test_the_keys_of_a_table_may_be_anything():
+    """Such as layers by their number."""
+    table = medmoe_jax.Table([{0: 1.5, ("a", 1): "x", None: "y"}, {0: 2.0, True: 3}])
+    assert table.columns == (0, ("a", 1), None, True)
+    lines = repr(table).splitlines()
+    assert lines[0].split() == ["('a',", "1)", "None", "0", "True"]
+    assert lines[2].split() == ["x", "y", "1.5"] and lines[3].split() == ["2", "3"]
+    headings = re.findall(r"<th\b[^>]*>([^<]*)</th>", table._repr_html_())
+    assert headings == ["0", "(&#x27;a&#x27;, 1)", "None", "True"]
+
+
 def test_the_tasks_of_a_run_are_those_of_its_start(workdir, items, tmp_path):
     """A file that changes or goes while a stage trains stops nothing and changes no score."""
     config = medmoe_jax.config(tiny.medcare_config(), {"run.tasks": (items,), "run.task_limit": 8})

@@ -77,6 +77,12 @@ def test_lines_that_are_no_text(config, workdir, monkeypatch, capsys):
     assert "standard input: not UTF-8 text" in capsys.readouterr().err
 
 
+def test_a_talk_without_a_standard_input_ends(config, workdir, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)  # as Python has it after `<&-`
+    assert main(["chat", config, f"--workdir={workdir}", "--max-tokens=8", "--history="]) == 0
+    assert capsys.readouterr().out == ""
+
+
 def test_options_are_checked(config, workdir, capsys):
     for option, words in (
         ("--max-tokens=0", "--max-tokens: 0 is below 1"),

@@ -565,6 +565,19 @@ def test_a_command_without_a_standard_stream_ends_as_ever(closed, monkeypatch):
     assert main(["eval", "--list"]) == 0
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_signs_that_the_output_lacks_are_written_out(tmp_path, encoding):
+    """As texts and as a table; what it has stays as it is."""
+    text = "Qu\u2019est-ce, \u00e9\u75c5?"
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": text, "response": text}])
+    look = [f"--dataset={rows}", f"--tokenizer={tiny.tokenizer().path}"]
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
+    command = [sys.executable, "-m", "medmoe_jax.cli.main", "data", "inspect", *look]
+    done = subprocess.run(command, stdout=-1, stderr=-1, env=env, timeout=120)
+    assert (done.returncode, done.stderr) == (0, b""), done.stderr
+    assert text.encode(encoding, "backslashreplace") in done.stdout
+
+
 def test_a_pipe_that_is_not_the_output_is_an_error(config, workdir, capsys, monkeypatch):
     def fail(*_, **__):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")

@@ -97,7 +97,7 @@ SHOWN = r"caf\udce9"
 def test_a_word_that_is_not_utf8_is_refused_and_nothing_is_made(
     value, tmp_path, monkeypatch, capsys
 ):
-    """Of every option, which the report of finished work would name."""
+    """In whichever option: the report of finished work would name it."""
     monkeypatch.chdir(tmp_path)
     for command, parser in parsers(main.parser()):
         for name in {name for names, name, _ in paths() if names == command}:

@@ -1,6 +1,5 @@
 """What the hooks that come with the project leave behind: lines, a bar, events, a trace."""
 
-import ast
 import io
 import logging
 import re
@@ -13,6 +12,7 @@ import pytest
 from rich.console import Console
 from tqdm import tqdm
 
+from medmoe_jax.screen import TerminalBar
 from medmoe_jax.training import terminal
 from medmoe_jax.training.config import recipe
 from medmoe_jax.training.hooks.bar import Bar
@@ -134,16 +134,28 @@ def test_lines_stand_above_a_bar_of_tqdm(screen, monkeypatch):
     assert seen == ["a checkpoint was passed over", "a note"] and "asking" in last
 
 
-def test_no_bar_is_drawn_where_there_is_no_terminal():
-    """Each of tqdm is told to look, or is drawn nowhere: its own rule is to draw everywhere."""
-    package, bars = Path(terminal.__file__).parents[1], []
-    for path in package.rglob("*.py"):
-        text = path.read_text()
-        for node in ast.walk(ast.parse(text if "tqdm(" in text else "")):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "tqdm":
-                (off,) = [ast.unparse(k.value) for k in node.keywords if k.arg == "disable"]
-                bars.append(off)
-    assert len(bars) >= 5 and set(bars) == {"None", "quiet"}
+@pytest.mark.parametrize("stream", ["terminal", "file", "none"])
+def test_a_bar_is_drawn_at_a_terminal_alone(screen, monkeypatch, stream):
+    """And there may be no standard error at all, as in pythonw."""
+    text = None if stream == "none" else screen(is_terminal=stream == "terminal")
+    if text is not None:
+        text.isatty = lambda: stream == "terminal"
+    monkeypatch.setattr("sys.stderr", text)
+    for quiet in (True, False):
+        assert list(TerminalBar(range(3), "asking", quiet=quiet)) == [0, 1, 2]
+        note("a note")
+        LogHandler().emit(logging.makeLogRecord({"msg": "a line"}))
+        shown = text is not None and "asking" in text.getvalue()
+        assert shown == (stream == "terminal" and not quiet)
+
+
+def test_every_bar_is_one_of_the_screen():
+    """That of tqdm itself would be drawn everywhere."""
+    package = Path(terminal.__file__).parents[1]
+    assert [path.name for path in package.rglob("*.py") if "(tqdm)" in path.read_text()] == [
+        "screen.py"
+    ]
+    assert not [path for path in package.rglob("*.py") if re.search(r"\btqdm\(", path.read_text())]
 
 
 def test_log_lines_go_to_standard_error_as_it_is(capsys):
