@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import os
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -79,6 +80,7 @@ def check(path: str | os.PathLike, field: str, schemes: Iterable[str]) -> None:
     if not scheme:
         if os.fspath(path) and not os.path.isabs(path):
             check_utf8(os.getcwd(), f"{where}the current folder ")
+        _check_locale(os.fspath(path), where)
         return
     if scheme not in schemes:
         known = ["a path of this machine", *(f"{one}://" for one in sorted(schemes))]
@@ -88,6 +90,17 @@ def check(path: str | os.PathLike, field: str, schemes: Iterable[str]) -> None:
         )
     if scheme in REMOTE:
         _check_remote(os.fspath(path), where, scheme)
+
+
+def _check_locale(path: str, where: str) -> None:
+    """Raise UserError for a name that the system cannot be told in the encoding of the locale."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{where}'{path}' cannot be written in the encoding of the locale, "
+            f"{sys.getfilesystemencoding()}; set the locale to UTF-8 (LC_ALL=C.UTF-8)"
+        ) from None
 
 
 def _check_remote(path: str, where: str, scheme: str) -> None:

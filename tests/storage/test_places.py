@@ -3,6 +3,8 @@
 import argparse
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -130,6 +132,17 @@ def test_names_that_are_not_utf8_are_refused_from_python(tmp_path, monkeypatch):
     assert local(tmp_path / "x") == tmp_path / "x"
     with pytest.raises(UserError, match=r"--output: the current folder '.*' is not UTF-8"):
         place("x", "--output")
+
+
+def test_a_name_that_the_locale_cannot_write():
+    """From a recipe, or as text in a program: in ASCII no file has it."""
+    program = "from medmoe_jax.storage.places import local; local('caf\\xe9', 'data.path')"
+    env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], stderr=-1, env={**os.environ, **env}, timeout=60
+    )
+    last = done.stderr.splitlines()[-1]
+    assert b"UserError: data.path: 'caf\\xe9' cannot be written in the encoding of the loc" in last
 
 
 def test_the_home_folder_stands_for_its_sign_in_every_option_and_field(monkeypatch):
