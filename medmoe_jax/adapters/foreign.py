@@ -15,7 +15,7 @@ import contextlib
 import fnmatch
 import itertools
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -357,22 +357,39 @@ def merged_kernel(
     return w_DxO.astype(kernel.dtype).reshape(kernel.shape)
 
 
-def multiplies(
-    layer: LinearLayer, call: Callable[[jax.Array], jax.Array], kernel: jax.Array
-) -> bool:
-    """Whether what a layer computes is `x W` of its kernel, and at most a bias; tried on two rows.
-
-    What is below a twentieth of the product passes for rounding.
-    """
-    D, O = layer.widths
-    x_2xD = jax.random.normal(jax.random.key(0), (2, D))
+def probe(layer: LinearLayer) -> jax.Array:
+    """Two random rows of input, of no more axes than the layer needs, for `is_product`."""
     n = len(layer.axes)
     rank = max(n + 1, *(axis + 1 if axis >= 0 else -axis for axis in layer.axes))
-    x = x_2xD.reshape(2, *[1] * (rank - 1 - n), *layer.inputs)
-    x = jnp.moveaxis(x, tuple(range(-n, 0)), sorted(axis % rank for axis in layer.axes))
-    given_2xO = (call(x) - call(jnp.zeros_like(x))).astype(jnp.float32).reshape(2, O)
-    own_2xO = x_2xD @ kernel.astype(jnp.float32).reshape(D, O)
-    return bool(jnp.linalg.norm(given_2xO - own_2xO) <= jnp.linalg.norm(own_2xO) / 20)
+    shape = (2, *[1] * (rank - 1 - n), *layer.inputs)
+    x = jax.random.normal(jax.random.key(0), shape)
+    return jnp.moveaxis(x, tuple(range(-n, 0)), sorted(axis % rank for axis in layer.axes))
+
+
+def is_product(layer: LinearLayer, kernel: jax.Array, y: jax.Array) -> jax.Array:
+    """Whether `y` is `x W` for the layer's `probe`, all but a twentieth, which may be rounding.
+
+    Only then a bank adds the same to the output when it is added to the kernel.
+
+    Args:
+      layer: which.
+      kernel: W, drawn anew: a mask or a norm may change nothing of the one that is there.
+      y: the layer's output with it, less that with a kernel of zeros: what else is added is no
+        matter.
+    """
+    w_DxO = kernel.astype(jnp.float32).reshape(layer.widths)
+    x = layer.features_last(probe(layer))
+    want = jnp.matmul(x, w_DxO, precision=jax.lax.Precision.HIGHEST)
+    error = y.astype(jnp.float32).reshape(want.shape) - want
+    return jnp.linalg.norm(error) <= jnp.linalg.norm(want) / 20
+
+
+def no_product(layer: LinearLayer, kind: type) -> UserError:
+    """The error of a layer into whose kernel no bank can be merged."""
+    return UserError(
+        f"layer '{layer.site}' ({kind.__name__}) does not multiply by its kernel as it stands: "
+        "banks cannot be merged into it; keep them beside it"
+    )
 
 
 def sum_of(before: RouterStats | None, one: RouterStats) -> RouterStats:

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from medmoe_jax.adapters import bank as bank_lib
@@ -357,12 +358,13 @@ def merge(model: nnx.Module, name: str) -> None:
     """Adds a bank to the kernels of its layers, `W += s Σ_e A_e Λ_e B_e`, and takes it away.
 
     Raises:
-      UserError: no such bank, or its gate depends on the token.
+      UserError: no such bank, its gate depends on the token, or a kernel is not just what its layer
+        multiplies by; nothing is changed.
     """
     spec, _ = lifecycle.find(roster(model), name)
     lifecycle.check_mergeable(spec)
     layers = [layer for layer in _adapted(model) if name in layer.banks]
-    _check_own_kernels(model, layers)
+    _check_kernels(model, layers)
     for layer in layers:
         _merge_into(layer, (spec,))
     drop(model, name)
@@ -374,35 +376,61 @@ def fold(model: nnx.Module) -> None:
     Afterwards the model has no trace of `adapt`; banks that were off are gone.
 
     Raises:
-      UserError: a bank's gate depends on the token; nothing is changed.
+      UserError: a bank's gate depends on the token, or a kernel is not just what its layer
+        multiplies by; nothing is changed.
     """
     for spec in lifecycle.active_banks(roster(model)):
         lifecycle.check_mergeable(spec)
     layers = _adapted(model)
-    _check_own_kernels(model, layers)
+    _check_kernels(model, layers)
     for layer in layers:
         _merge_into(layer, lifecycle.active_banks(layer.roster_by_name()))
     _replace(model, lambda one: one.base if isinstance(one, AdaptedLinear) else one)
 
 
-def _check_own_kernels(model: nnx.Module, layers: Sequence[AdaptedLinear]) -> None:
+def _check_kernels(model: nnx.Module, layers: Sequence[AdaptedLinear]) -> None:
     """Raise UserError where a kernel does more than its layer's product, or does another one."""
-    users: dict[int, list[str]] = {}
-    for parts, module in nnx.iter_modules(model):
-        for name, value in vars(module).items():
-            if isinstance(value, nnx.Variable):
-                users.setdefault(id(value), []).append(".".join(map(str, (*parts, name))))
+    users = _users(model)
     for layer in layers:
         if len(paths := users[id(layer.base.kernel)]) > 1:
             raise UserError(
                 f"{' and '.join(paths)} share one kernel: banks of one layer cannot be merged "
                 "into it"
             )
-        if not foreign.multiplies(layer.layer, layer.base, layer.base.kernel.get_value()):
-            raise UserError(
-                f"layer '{layer.layer.site}' ({type(layer.base).__name__}) does not multiply by "
-                "its kernel as it stands: banks cannot be merged into it; keep them beside it"
-            )
+        # At once also within a compiled function, in which the model's numbers are not known.
+        with jax.ensure_compile_time_eval():
+            twin, x = _twin(layer.base), foreign.probe(layer.layer)
+            y, kernel = twin(x), twin.kernel.get_value()
+            twin.kernel.set_value(jnp.zeros_like(kernel))
+            if not foreign.is_product(layer.layer, kernel, y - twin(x)):
+                raise foreign.no_product(layer.layer, type(layer.base))
+
+
+def _users(model: nnx.Module) -> dict[int, list[str]]:
+    """The paths at which each variable is held, by its id."""
+    users: dict[int, list[str]] = {}
+    for parts, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Variable):
+            continue
+        children, _ = jax.tree.flatten_with_path(node, is_leaf=lambda one, of=node: one is not of)
+        for key, child in children:
+            if isinstance(child, nnx.Variable):
+                path = ".".join((*map(str, parts), jax.tree_util.keystr(key, simple=True)))
+                users.setdefault(id(child), []).append(path)
+    return users
+
+
+def _twin(base: nnx.Module) -> Any:
+    """A layer like this one, its floats drawn anew."""
+    graph, state = nnx.split(base)
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        return jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype)
+
+    return nnx.merge(graph, jax.tree.map(draw, state))
 
 
 def _merge_into(layer: AdaptedLinear, specs: Sequence[BankSpec]) -> None:

@@ -354,10 +354,24 @@ def test_layers_used_twice_and_in_containers():
 
 
 class Masked(nnx.Linear):
-    """Half of its kernel counts."""
+    """Half of its kernel counts, and no more than that half is there."""
+
+    def __init__(self, width, rngs):
+        super().__init__(width, width, rngs=rngs)
+        self.kernel.set_value(jnp.tril(self.kernel[...]))
 
     def __call__(self, x):
-        return x @ jnp.where(jnp.arange(4) % 2, self.kernel[...], 0.0)
+        return x @ jnp.tril(self.kernel[...])
+
+
+class Lookup(nnx.Module):
+    """Reads a table that another layer may hold."""
+
+    def __init__(self, weight):
+        self.tables = nnx.data({"one": weight})
+
+    def __call__(self, x):
+        return x @ self.tables["one"].T
 
 
 class Read(nnx.Module):
@@ -365,20 +379,21 @@ class Read(nnx.Module):
 
     def __init__(self, rngs):
         self.encoder = nnx.Linear(4, 4, rngs=rngs)
-        self.weight = self.encoder.kernel
-        self.masked = Masked(4, 4, rngs=rngs)
+        self.decoder = Lookup(self.encoder.kernel)
+        self.masked = Masked(4, rngs)
         self.plain = nnx.Linear(4, 4, rngs=rngs)
         self.heads = nnx.LinearGeneral((2, 4), (2, 2), axis=(-2, -1), rngs=rngs)
         self.early = nnx.LinearGeneral(4, 3, axis=1, rngs=rngs)
 
     def __call__(self, x):
-        y = self.plain(self.masked(self.encoder(x))) @ self.weight.T
+        y = self.decoder(self.plain(self.masked(self.encoder(x))))
         return self.heads(y), self.early(jnp.moveaxis(y, 1, 2))
 
 
 @pytest.mark.parametrize("merge", [lambda m: nnx_models.merge(m, "plain"), nnx_models.fold])
 @pytest.mark.parametrize(
-    "layer, message", [("encoder", "encoder.base.kernel and weight share"), ("masked", "multiply")]
+    "layer, message",
+    [("encoder", r"decoder\.tables.* and encoder\.base\.kernel share"), ("masked", "multiply")],
 )
 def test_a_kernel_that_is_no_mere_factor_is_not_merged(merge, layer, message):
     model, x = Read(nnx.Rngs(0)), jax.random.normal(jax.random.key(1), (3, 2, 4))
@@ -395,8 +410,28 @@ def test_layers_of_several_axes_are_merged():
     nnx_models.adapt(model, ("plain", "heads", "early"), PLAIN, rngs=nnx.Rngs(1))
     randomise(model)
     before = forward(model, x)
+
+    @nnx.jit
+    def folded(model, x):
+        nnx_models.fold(model)
+        return model(x)
+
+    for after in (folded(nnx.clone(model), x), (nnx_models.fold(model), forward(model, x))[1]):
+        assert all(rel(a, b) < 1e-5 for a, b in zip(after, before, strict=True))
+
+
+def test_a_layer_that_adds_to_its_product_is_merged():
+    """Its bias and its own factors are no reason to refuse: they stay beside the kernel."""
+    layer = nnx.LoRALinear(8, 6, lora_rank=2, rngs=nnx.Rngs(0))
+    layer.lora.lora_b.set_value(jax.random.normal(jax.random.key(1), (2, 6)))
+    layer.bias.set_value(jnp.arange(6.0))
+    model, x = nnx.Dict(layer=layer), jax.random.normal(jax.random.key(0), (3, 8))
+    nnx_models.adapt(model, "layer", PLAIN, rngs=nnx.Rngs(1))
+    randomise(model)
+    want = model["layer"](x)
+    assert rel(layer(x), want) > 0.1
     nnx_models.fold(model)
-    assert all(rel(a, b) < 1e-5 for a, b in zip(forward(model, x), before, strict=True))
+    assert model["layer"] is layer and rel(layer(x), want) < 1e-5
 
 
 def test_what_is_assigned_to_an_adapted_layer_reaches_the_layer():

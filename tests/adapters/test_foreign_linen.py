@@ -172,6 +172,85 @@ class Body(nn.Module):
         return nn.Dense(4, name="dense")(x), None
 
 
+class MaskedDense(nn.Dense):
+    @nn.compact
+    def __call__(self, inputs):
+        kernel = self.param("kernel", self.kernel_init, (inputs.shape[-1], self.features))
+        return inputs @ jnp.tril(kernel)
+
+
+def halved(params):
+    return jax.tree.map(lambda leaf: 0.5 * leaf, params)
+
+
+class Wrapped(nn.Module):
+    """A layer of some kind between two plain ones."""
+
+    kind: str
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(4, bias_init=nn.initializers.ones, name="first")(x)
+        if self.kind == "weight":
+            x = nn.WeightNorm(nn.Dense(4, name="odd"))(x)
+        elif self.kind == "spectral":
+            x = nn.SpectralNorm(nn.Dense(4, name="odd"))(x, update_stats=False)
+        elif self.kind == "mapped":
+            dense = nn.map_variables(nn.Dense, "params", trans_in_fn=halved, init=True)
+            x = dense(4, name="odd")(x)
+        else:
+            x = MaskedDense(4, name="odd")(x)
+        return nn.DenseGeneral(4, axis=(-1,), dtype=jnp.bfloat16, name="last")(x)
+
+
+@pytest.mark.parametrize("kind", ["weight", "spectral", "mapped", "masked"])
+def test_a_kernel_that_is_no_mere_factor_is_not_merged(kind):
+    """Its neighbours are, wherever `adapt` and `fold` are called."""
+    model, x = Wrapped(kind), jax.random.normal(jax.random.key(0), (3, 4))
+    variables = model.init(jax.random.key(1), x)
+    adapted, banks = linen_models.adapt(model, "*", PLAIN, jax.random.key(2), x)
+    with pytest.raises(UserError, match=r"layer 'odd' \(.*Dense\) does not multiply by its"):
+        adapted.fold(variables, banks)
+    with pytest.raises(UserError, match=r"layer 'odd' \(.*Dense\) does not multiply by its"):
+        adapted.merge(variables, banks, "plain")
+
+    @jax.jit
+    def both(variables, x):
+        adapted, banks = linen_models.adapt(model, ("first", "last"), PLAIN, jax.random.key(2), x)
+        banks = jax.tree.map(lambda v: jnp.full_like(v, 0.3), banks)
+        with adapted.on(banks):
+            want = model.apply(variables, x)
+        return want, model.apply(adapted.fold(variables, banks), x), model.apply(variables, x)
+
+    want, folded, bare = both(variables, x)
+    assert rel(folded, want) < 0.01 and rel(bare, want) > 0.1
+
+
+class Repeated(nn.Module):
+    """One layer, rematerialised, in a loop."""
+
+    @nn.compact
+    def __call__(self, x):
+        body = nn.scan(
+            nn.remat(Body), variable_broadcast="params", split_rngs={"params": False}, length=2
+        )
+        return body(name="loop")(x, None)[0]
+
+
+def test_a_layer_in_a_loop_is_merged():
+    model, x = Repeated(), jax.random.normal(jax.random.key(0), (3, 4))
+    variables = model.init(jax.random.key(1), x)
+    adapted, banks = linen_models.adapt(model, "*", PLAIN, jax.random.key(2), x)
+    banks = jax.tree.map(lambda v: jnp.full_like(v, 0.3), banks)
+
+    @jax.jit
+    def run(banks):
+        with adapted.on(banks):
+            return model.apply(variables, x)
+
+    assert rel(model.apply(adapted.fold(variables, banks), x), run(banks)) < 1e-5
+
+
 @pytest.mark.parametrize(
     "patterns, options, message",
     [
