@@ -9,3 +9,6 @@ TENSOR = "tensor"  # heads and hidden units
 AXES = (DATA, FSDP, EXPERT, SEQUENCE, TENSOR)
 BATCH_AXES = (DATA, FSDP, EXPERT)
 WEIGHT_AXES = (FSDP, EXPERT, SEQUENCE)  # those that hold parts which are gathered for use
+
+# How a user makes a mesh over which the compiler lays arrays; by default its axes are Explicit.
+MAKE_AUTO = "jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))"

@@ -34,7 +34,7 @@ from medmoe_jax.base.execution import Execution
 from medmoe_jax.base.seam import Context
 from medmoe_jax.errors import ParameterError, UserError
 from medmoe_jax.kernels.router_equations import RouterStats
-from medmoe_jax.mesh_axes import BATCH_AXES, EXPERT
+from medmoe_jax.mesh_axes import BATCH_AXES, EXPERT, MAKE_AUTO
 from medmoe_jax.parallel.rules import spec_for
 from medmoe_jax.routing.dispatch import AllToAll, Strategy
 
@@ -96,10 +96,7 @@ def on_mesh(mesh: Mesh, rows: Sequence[str] | None = None, kernels: str = "auto"
     if unknown := [axis for axis in rows if axis not in mesh.shape]:
         raise ParameterError(f"rows: '{unknown[0]}' is none of the axes {', '.join(mesh.shape)}")
     if any(kind != AxisType.Auto for kind in mesh.axis_types):
-        raise ParameterError(
-            "mesh: its axes must be of type Auto: jax.make_mesh(sizes, names, "
-            "axis_types=(AxisType.Auto,) * len(names))"
-        )
+        raise ParameterError(f"mesh: its axes must be of type Auto: {MAKE_AUTO}")
     return Execution(
         kernels=kernels, activations=NamedSharding(mesh, PartitionSpec(tuple(rows), None, None))
     )
@@ -317,8 +314,11 @@ def delta(
       `(delta, {"bank/site": RouterStats})`, the statistics' leaves `[1, ...]`.
 
     Raises:
-      UserError: rows that the mesh does not divide, or a context that does not fit the tokens.
+      UserError: rows that the mesh does not divide, a context that does not fit the tokens, or
+        an input that the strategy cannot run.
     """
+    if any(spec.routed for spec in specs):
+        strategy.check_input(f"layer '{layer.site}'", x)
     x = layer.features_last(x)
     leading = x.shape[:-1]
     rows, tokens = _rows_and_tokens(leading)

@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from medmoe_jax.errors import UserError
 
 LANES = 128
+FLOATS = (jnp.float32, jnp.bfloat16)  # what kernels take
 BACKENDS = ("xla", "pallas", "interpret")
 
 Size = TypeVar("Size", int, jax.Array)
@@ -67,7 +68,7 @@ def check_backend(backend: str) -> None:
 def check_floats(**arrays: jax.Array) -> None:
     """Raise UserError, naming the array, unless each is float32 or bfloat16 and not empty."""
     for name, array in arrays.items():
-        if array.dtype not in (jnp.float32, jnp.bfloat16):
+        if array.dtype not in FLOATS:
             raise UserError(f"{name} is {array.dtype}; kernels take float32 and bfloat16")
         if 0 in array.shape:
             raise UserError(f"{name} has shape {array.shape}; every dimension must be at least 1")

@@ -37,12 +37,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.sharding import AxisType
 
 from medmoe_jax.base.execution import Execution
-from medmoe_jax.errors import ParameterError
+from medmoe_jax.errors import ParameterError, UserError
 from medmoe_jax.kernels import grouped, lora_linear
 from medmoe_jax.kernels.router_equations import Gates
-from medmoe_jax.mesh_axes import EXPERT
+from medmoe_jax.kernels.tiles import FLOATS
+from medmoe_jax.mesh_axes import EXPERT, MAKE_AUTO
 from medmoe_jax.routing import auto, dense, fused, gating, sparse
 from medmoe_jax.routing.dispatchers import AllToAllDispatcher, LocalDispatcher
 from medmoe_jax.routing.gating import Decision, Router
@@ -115,13 +117,18 @@ class Strategy(ABC):
           valid_BxT: False where no expert is to be picked.
           routers: their parameters.
         """
-        if self.execution.backend == "xla" or not x_BxTxD.size:
+        kernel = self.execution.backend != "xla" and x_BxTxD.dtype in FLOATS
+        if not kernel or not x_BxTxD.size:
             return gating.decide(x_BxTxD, valid_BxT, routers)
         return gating.decide_by_kernel(self.execution, x_BxTxD, valid_BxT, routers)
 
     def check(self, where: str, experts: int) -> None:
         """Raise ParameterError if that many experts cannot be run; `where` names their bank."""
         del where, experts
+
+    def check_input(self, where: str, x: jax.Array) -> None:
+        """Raise UserError if routed mixtures cannot be run on x; `where` names whose it is."""
+        del where, x
 
 
 @dataclass(frozen=True)
@@ -212,6 +219,11 @@ class Grouped(Strategy):
         """See `Strategy`."""
         return self._sparse().ffn(x_BxTxD, gates, params, activation)
 
+    def check_input(self, where: str, x: jax.Array) -> None:
+        """See `Strategy`."""
+        if fault := _unsorted(x):
+            raise UserError(f"{where}: {fault}, or take dispatch 'stacked'")
+
     def _sparse(self) -> Sparse:
         return Sparse(self.execution, LocalDispatcher(self.execution.backend))
 
@@ -294,6 +306,8 @@ class Auto(Strategy):
         return self._fastest(", ".join(terms), shapes, gated[0][0].x_BxTxD)
 
     def _fastest(self, what: str, shapes: tuple, x_BxTxD) -> Strategy:
+        if _unsorted(x_BxTxD):
+            return Stacked(self.execution)
         tokens = self.execution.local_tokens(*x_BxTxD.shape[:2])
         chip = auto.machine(self.execution.device)
         name = auto.choose(what, chip, shapes, tokens, x_BxTxD.dtype.itemsize)
@@ -317,6 +331,15 @@ class AtRest(Stacked):
     ) -> jax.Array:
         """See `Strategy`; all at once, as a loop over experts would fetch each to every device."""
         return dense.batched_ffn(x_BxTxD, gates, params, activation)
+
+
+def _unsorted(x: jax.Array) -> str:
+    """Why tokens cannot be sorted by expert, and what to do; empty where they can."""
+    if x.dtype not in FLOATS:
+        return f"it computes in {x.dtype}, sorted tokens in float32 or bfloat16: set its dtype"
+    if AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types:
+        return f"tokens are not sorted over a mesh with Explicit axes: make it by {MAKE_AUTO}"
+    return ""
 
 
 # What `dispatch` may name.

@@ -9,17 +9,38 @@ longer than the product with the base's weights. Here the narrow one is on the l
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 from jax.lax import Precision
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
-def _sum_over_tokens(h_BxTxR, x_BxTxD, precision):
+def _laid(array_BxTxW: jax.Array, spec: Iterable) -> NamedSharding | None:
+    """Where a gradient lies that has those mesh axes, on the mesh of the activations.
+
+    It has to be said where axes are Explicit and the product sums over what they cut.
+    """
+    mesh = jax.typeof(array_BxTxW).sharding.mesh
+    explicit = AxisType.Explicit in mesh.axis_types
+    return NamedSharding(mesh, PartitionSpec(*spec)) if explicit else None
+
+
+def _axes(array: jax.Array) -> PartitionSpec:
+    return jax.typeof(array).sharding.spec
+
+
+def _sum_over_tokens(h_BxTxR, x_BxTxD, precision, laid_RxD):
     """`Σ_BT h ⊗ x`, float32 `[R, D]`."""
     tokens = (((0, 1), (0, 1)), ((), ()))
     return jax.lax.dot_general(
-        h_BxTxR, x_BxTxD, tokens, precision=precision, preferred_element_type=jnp.float32
+        h_BxTxR,
+        x_BxTxD,
+        tokens,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+        out_sharding=laid_RxD,
     )
 
 
@@ -39,8 +60,10 @@ def narrow(
 
 def _narrow_backward(precision, residuals, h_BxTxR):
     x_BxTxD, a_DxR = residuals
-    dx_BxTxD = jnp.matmul(h_BxTxR, a_DxR.astype(h_BxTxR.dtype).T, precision=precision)
-    da_RxD = _sum_over_tokens(h_BxTxR, x_BxTxD, precision)
+    laid_BxTxD, laid_RxD = _laid(x_BxTxD, _axes(x_BxTxD)), _laid(x_BxTxD, reversed(_axes(a_DxR)))
+    a_RxD = a_DxR.astype(h_BxTxR.dtype).T
+    dx_BxTxD = jnp.matmul(h_BxTxR, a_RxD, precision=precision, out_sharding=laid_BxTxD)
+    da_RxD = _sum_over_tokens(h_BxTxR, x_BxTxD, precision, laid_RxD)
     # Without the barrier the compiler folds the transpose into the product: wide on the left.
     return dx_BxTxD, jax.lax.optimization_barrier(da_RxD).T
 
@@ -61,8 +84,10 @@ def widen(h_BxTxR: jax.Array, b_RxD: jax.Array) -> jax.Array:
 
 def _widen_backward(residuals, y_BxTxD):
     h_BxTxR, b_RxD = residuals
-    dh_BxTxR = y_BxTxD @ b_RxD.astype(y_BxTxD.dtype).T
-    return dh_BxTxR, _sum_over_tokens(h_BxTxR, y_BxTxD, Precision.DEFAULT)
+    laid_BxTxR, laid_RxD = _laid(h_BxTxR, _axes(h_BxTxR)), _laid(h_BxTxR, _axes(b_RxD))
+    b_DxR = b_RxD.astype(y_BxTxD.dtype).T
+    dh_BxTxR = jnp.matmul(y_BxTxD, b_DxR, out_sharding=laid_BxTxR)
+    return dh_BxTxR, _sum_over_tokens(h_BxTxR, y_BxTxD, Precision.DEFAULT, laid_RxD)
 
 
 widen.defvjp(lambda h, b: (widen(h, b), (h, b)), _widen_backward)

@@ -620,6 +620,75 @@ def test_no_rows(dispatch):
     assert not stats.tokens.any() and not stats.use_E.any()
 
 
+class Alone(nnx.Module):
+    """One layer."""
+
+    def __init__(self, rngs):
+        self.up = nnx.Linear(8, 16, rngs=rngs)
+
+    def __call__(self, x):
+        return self.up(x)
+
+
+@nnx.jit
+def pulled(model, x):
+    """Output, statistics, and the gradients of banks and of the input."""
+
+    def loss(model, x):
+        z, collected = nnx.capture(model, nnx_models.RouterStatistics)(x)
+        stats = foreign.statistics(collected)
+        specs = [spec for spec, _ in nnx_models.roster(model).values()]
+        return (z**2).mean() + router_loss(specs, stats), (z, stats)
+
+    argnums = (nnx.DiffState(0, BankParam), 1)
+    grads, aux = nnx.grad(loss, argnums=argnums, has_aux=True)(model, x)
+    return (*aux, *(nnx.to_pure_dict(g) if isinstance(g, nnx.State) else g for g in grads))
+
+
+@pytest.mark.parametrize("dispatch", ["stacked", "auto"])
+@pytest.mark.parametrize("cut", [("data",), ("data", "other"), ("data", None, "other"), ()])
+def test_meshes_of_explicit_axes(dispatch, cut):
+    """As `jax.make_mesh` makes them: the same as on Auto axes, wherever the input is cut."""
+    many = EXPERTS.replace(experts=64)  # of so many, sorted is fastest, which such axes refuse
+    x = jax.random.normal(jax.random.key(0), (8, 64, 8))
+    found = {}
+    for kind in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
+        mesh = jax.make_mesh((4, 2), ("data", "other"), axis_types=(kind, kind))
+        with jax.set_mesh(mesh):
+            _, model, _ = adapted(Alone, "up", many, PLAIN, LANGUAGES, SKILLS, dispatch=dispatch)
+            randomise(model)
+            x = jax.device_put(x, jax.NamedSharding(mesh, jax.P(*cut)))
+            found[kind] = pulled(model, x)
+    want, got = (jax.tree.leaves(one) for one in found.values())
+    assert all(rel(a, b) < 1e-4 for a, b in zip(got, want, strict=True))
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(found[kind][2:]))
+
+
+@pytest.mark.parametrize("dispatch", ["grouped", "all_to_all"])
+def test_tokens_that_cannot_be_sorted(dispatch):
+    """Named by layer; banks that sort nothing, and strategies that need not, take such inputs."""
+    _, model, _ = adapted(Alone, "up", EXPERTS, dispatch=dispatch)
+    model.set_attributes(dtype=jnp.float16)
+    x = jnp.ones((8, 4, 8))
+    with pytest.raises(UserError, match="layer 'up': it computes in float16, sorted tokens in"):
+        model(x)
+    mesh = jax.make_mesh((8,), ("data",))
+    with jax.set_mesh(mesh):
+        _, model, _ = adapted(Alone, "up", EXPERTS, dispatch=dispatch)
+        with pytest.raises(UserError, match="layer 'up': tokens are not sorted over a mesh with"):
+            model(jax.device_put(x, jax.NamedSharding(mesh, jax.P("data"))))
+    for bank, other in ((PLAIN, dispatch), (EXPERTS, "auto"), (EXPERTS, "stacked")):
+        for kernels in ("xla", "interpret"):
+            run = {"dispatch": other, "execution": Execution(kernels=kernels)}
+            bank = bank.replace(experts=64) if other == "auto" else bank
+            _, model, _ = adapted(Alone, "up", bank, **run)
+            randomise(model)
+            want = model(x)
+            model.set_attributes(dtype=jnp.float16)
+            y = model(x)
+            assert y.dtype == jnp.float16 and rel(y, want) < 0.02
+
+
 def test_a_loss_of_routers_that_told_nothing():
     with pytest.raises(UserError, match="router_loss: there are no statistics of bank 'experts'"):
         router_loss([PLAIN, EXPERTS], {})

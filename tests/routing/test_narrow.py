@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from medmoe_jax.routing.narrow import narrow, widen
 from tests.naive import rel
@@ -34,6 +35,26 @@ def test_value_and_gradients(case):
     dx, dw = _pull(product)(*_arrays(shape))
     assert rel(dx, ct @ w.T) < 1e-5
     assert rel(dw, np.einsum("btx,bty->xy", x, ct)) < 1e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "x_cut, w_cut",
+    [(("data",), ()), ((None, "data"), ()), ((None, None, "data"), ()), ((), (None, "data"))],
+)
+def test_gradients_on_a_mesh_of_explicit_axes(case, x_cut, w_cut):
+    """They lie as what they are the gradients of."""
+    product, shape = CASES[case]
+    want = _pull(product)(*_arrays(shape))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    cuts = (x_cut, w_cut, x_cut[:2] or (None, None, *w_cut[1:]))
+    put = lambda array, cut: jax.device_put(array, NamedSharding(mesh, PartitionSpec(*cut)))  # noqa: E731
+    with jax.set_mesh(mesh):
+        x, w, ct = map(put, _arrays(shape), cuts)
+        got = _pull(product)(x, w, ct)
+    assert all(rel(a, b) < 1e-5 for a, b in zip(got, want, strict=True))
+    for one, like in zip(got, (x, w), strict=True):
+        assert one.sharding.is_equivalent_to(like.sharding, one.ndim)
 
 
 @pytest.mark.parametrize("case", CASES)
