@@ -67,10 +67,10 @@ class AdaptedLinear(nnx.Module):
     def __call__(self, inputs: jax.Array, *args: Any, **options: Any) -> jax.Array:
         """The layer's output; all arguments are the layer's own."""
         y = self.base(inputs, *args, **options)
-        specs = lifecycle.active_banks(self.roster_by_name())
+        specs = lifecycle.active_banks(_roster_of(self))
         if not specs:
             return y
-        params = {spec.name: self.tree(spec.name) for spec in specs}
+        params = {spec.name: _tree_of(self, spec.name) for spec in specs}
         x = inputs.astype(y.dtype)
         delta, stats = foreign.delta(self.layer, specs, self.strategy, x, params)
         # Outside of a capture `sow` would leave the statistics in the model.
@@ -94,15 +94,18 @@ class AdaptedLinear(nnx.Module):
         else:
             setattr(base, name, value)
 
-    def roster_by_name(self) -> dict[str, tuple[BankSpec, str]]:
-        """The roster as `adapters.lifecycle` has it."""
-        return {spec.name: (spec, state) for spec, state in self.roster}
 
-    def tree(self, name: str) -> dict[str, Any]:
-        """A bank's arrays here, `{site: parameters, "mix"?}`."""
-        leaves = dict(nnx.as_pure(self.banks[name]))
-        mix = {"mix": leaves.pop("mix")} if "mix" in leaves else {}
-        return {self.layer.site: leaves, **mix}
+# No methods: `nnx.tabulate` shows what methods return, and these return no arrays.
+def _roster_of(layer: AdaptedLinear) -> dict[str, tuple[BankSpec, str]]:
+    """A layer's roster as `adapters.lifecycle` has it."""
+    return {spec.name: (spec, state) for spec, state in layer.roster}
+
+
+def _tree_of(layer: AdaptedLinear, name: str) -> dict[str, Any]:
+    """A bank's arrays in a layer, `{site: parameters, "mix"?}`."""
+    leaves = dict(nnx.as_pure(layer.banks[name]))
+    mix = {"mix": leaves.pop("mix")} if "mix" in leaves else {}
+    return {layer.layer.site: leaves, **mix}
 
 
 def adapt(
@@ -281,7 +284,7 @@ def _adapted(model: nnx.Module) -> list[AdaptedLinear]:
 
 def roster(model: nnx.Module) -> dict[str, tuple[BankSpec, str]]:
     """The model's banks and their states, as `adapters.lifecycle` has them."""
-    return {name: one for layer in _adapted(model) for name, one in layer.roster_by_name().items()}
+    return {name: one for layer in _adapted(model) for name, one in _roster_of(layer).items()}
 
 
 def bank_tree(model: nnx.Module) -> dict[str, Any]:
@@ -292,7 +295,7 @@ def bank_tree(model: nnx.Module) -> dict[str, Any]:
     out: dict[str, Any] = {name: {} for name in roster(model)}
     for layer in _adapted(model):
         for name in layer.banks:
-            out[name] |= layer.tree(name)
+            out[name] |= _tree_of(layer, name)
     return out
 
 
@@ -384,7 +387,7 @@ def fold(model: nnx.Module) -> None:
     layers = _adapted(model)
     _check_kernels(model, layers)
     for layer in layers:
-        _merge_into(layer, lifecycle.active_banks(layer.roster_by_name()))
+        _merge_into(layer, lifecycle.active_banks(_roster_of(layer)))
     _replace(model, lambda one: one.base if isinstance(one, AdaptedLinear) else one)
 
 
@@ -434,7 +437,7 @@ def _twin(base: nnx.Module) -> Any:
 
 
 def _merge_into(layer: AdaptedLinear, specs: Sequence[BankSpec]) -> None:
-    members = [(spec, layer.tree(spec.name)) for spec in specs]
+    members = [(spec, _tree_of(layer, spec.name)) for spec in specs]
     kernel = layer.base.kernel
     kernel.set_value(foreign.merged_kernel(layer.layer, members, kernel.get_value()))
 

@@ -689,6 +689,34 @@ def test_tokens_that_cannot_be_sorted(dispatch):
             assert y.dtype == jnp.float16 and rel(y, want) < 0.02
 
 
+def test_a_model_with_banks_is_tabulated():
+    bare, model, _ = adapted(Mixer, "embed", PLAIN, EXPERTS)
+    wide = {"console_kwargs": {"width": 300, "force_terminal": False}}
+    tables = [nnx.tabulate(one, jnp.ones((2, 6, 5)), **wide) for one in (bare, model)]
+    assert ["AdaptedLinear" in table for table in tables] == [False, True]
+
+
+@pytest.mark.parametrize("dispatch", ["stacked", "grouped"])
+@pytest.mark.parametrize("bank", [PLAIN, EXPERTS, LANGUAGES], ids=lambda bank: bank.name)
+def test_second_derivatives_by_reverse_mode(dispatch, bank):
+    """As of a loop, which forward mode can differentiate too."""
+    x = jax.random.normal(jax.random.key(2), (2, 3, 8))
+    bare, model, paths = adapted(Alone, "up", bank, dispatch=dispatch)
+    randomise(model)
+    graph, banks, rest = nnx.split(model, BankParam, ...)
+
+    def loss(banks):
+        return (jnp.sin(nnx.merge(graph, banks, rest)(x)) ** 2).mean()
+
+    def loop(banks):
+        tree = nnx_models.bank_tree(nnx.merge(graph, banks, rest))
+        return (jnp.sin(naive(bare, [bank], tree, paths)(x)) ** 2).mean()
+
+    assert tree_rel(jax.jacrev(jax.grad(loss))(banks), jax.hessian(loop)(banks)) < 1e-4
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(loss, (banks,), (banks,))
+
+
 def test_a_loss_of_routers_that_told_nothing():
     with pytest.raises(UserError, match="router_loss: there are no statistics of bank 'experts'"):
         router_loss([PLAIN, EXPERTS], {})
