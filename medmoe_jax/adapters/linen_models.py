@@ -244,8 +244,10 @@ def adapt(
         rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
         variables = nn.meta.unbox(jax.eval_shape(lambda: model.init(rngs, *inputs, **options)))
     for path, (layer, fault) in linear.items():
+        if fault:
+            continue
         shape = trees.get(variables, f"params.{path}.kernel").shape
-        if not fault and shape != (*layer.inputs, *layer.outputs):
+        if shape != (*layer.inputs, *layer.outputs):
             fault = (
                 f"has a kernel {shape}: layers that are stacked (nn.scan, nn.vmap) take no banks"
             )
@@ -340,5 +342,7 @@ def _layer(module: nn.Dense | nn.DenseGeneral, shape: tuple[int, ...]) -> tuple[
     axes = _tuple(getattr(module, "axis", -1))
     inputs = tuple(shape[axis] for axis in sorted(axis % len(shape) for axis in axes))
     layer = LinearLayer(_path(module), axes, inputs, _tuple(module.features))
+    if any("." in name for name in module.path):
+        return layer, "has a '.' in one of its names, which stands between them; rename it"
     batched = getattr(module, "batch_dims", ())
     return layer, "has a kernel a batch entry (batch_dims)" if batched else ""

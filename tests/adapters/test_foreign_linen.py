@@ -226,6 +226,21 @@ def test_a_kernel_that_is_no_mere_factor_is_not_merged(kind):
     assert rel(folded, want) < 0.01 and rel(bare, want) > 0.1
 
 
+class Dotted(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4, name="last")(nn.Dense(4, name="a.b")(x))
+
+
+def test_a_name_with_a_dot():
+    """Such a layer is refused by name; others of the model can have banks."""
+    x = jnp.ones((2, 4))
+    with pytest.raises(UserError, match=r"patterns: layer 'a\.b' has a '\.' in one of its names"):
+        linen_models.adapt(Dotted(), "a*", PLAIN, jax.random.key(0), x)
+    adapted, _ = linen_models.adapt(Dotted(), "last", PLAIN, jax.random.key(0), x)
+    assert adapted.roster[0][0].sites == ("last",)
+
+
 class Repeated(nn.Module):
     """One layer, rematerialised, in a loop."""
 
