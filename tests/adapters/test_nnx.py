@@ -55,3 +55,21 @@ def test_gradient_and_update_are_the_banks(trained, base):
     assert second < first
     kept = nnx.to_pure_dict(nnx.state(model))["base"]
     assert tree_rel(kept, base) == 0
+
+
+@pytest.mark.parametrize(
+    "shapes, message",
+    [
+        (((0, 5), (0, 5), (0, 5)), r"tokens_BxT: int32 \(0, 5\); give whole numbers \[rows, tok"),
+        (((2, 0), (2, 0), (2, 0)), r"tokens_BxT: int32 \(2, 0\)"),
+        (((5,), (5,), (5,)), r"tokens_BxT: int32 \(5,\)"),
+        (((2, 5), (2, 4), (2, 5)), r"segment_ids_BxT: int32 \(2, 4\)"),
+        (((2, 5), (2, 5), (5,)), r"positions_BxT: int32 \(5,\); .* positions_BxT of one shape"),
+    ],
+)
+def test_inputs_that_are_no_rows_of_tokens(base, banks, shapes, message):
+    model = AdaptedDecoder(AdaptedConfig(TINY, SOME), base, {s.name: banks[s.name] for s in SOME})
+    with pytest.raises(ValueError, match=message):
+        model(*(np.zeros(shape, np.int32) for shape in shapes))
+    with pytest.raises(ValueError, match=r"tokens_BxT: float32 \(2, 5\)"):
+        model(*(np.zeros((2, 5), np.float32) for _ in range(3)))
