@@ -397,10 +397,17 @@ def sum_of(before: RouterStats | None, one: RouterStats) -> RouterStats:
     return one if before is None else jax.tree.map(jnp.add, before, one)
 
 
+def no_statistics(experts: int) -> RouterStats:
+    """Those of a router that has seen no token, leaves `[1, ...]`."""
+    shapes = {name: (1, experts) if name.endswith("_E") else (1,) for name in RouterStats._fields}
+    return RouterStats(**{name: jnp.zeros(shape) for name, shape in shapes.items()})
+
+
 def statistics(collected: Mapping[str, Any]) -> dict[str, RouterStats]:
     """`{"bank/site": RouterStats}` from what a call has collected.
 
-    `routing.telemetry.summarise` makes figures of them, `router_loss` losses.
+    `routing.telemetry.summarise` makes figures of them, `router_loss` losses. The leaves are
+    `[1, ...]`: all calls of a layer add up, those too that `nn.scan` has stacked.
 
     Args:
       collected: the state that `flax.nnx.capture` gives for `nnx_models.RouterStatistics`, or the
@@ -409,5 +416,10 @@ def statistics(collected: Mapping[str, Any]) -> dict[str, RouterStats]:
     out = {}
     for key, value in collected.items():
         value = value if isinstance(value, Mapping | RouterStats) else value.get_value()
-        out |= {key: value} if isinstance(value, RouterStats) else statistics(value)
+        out |= {key: _of_calls(value)} if isinstance(value, RouterStats) else statistics(value)
     return out
+
+
+def _of_calls(stats: RouterStats) -> RouterStats:
+    calls = tuple(range(stats.tokens.ndim - 1))
+    return jax.tree.map(lambda leaf: leaf.sum(calls), stats)

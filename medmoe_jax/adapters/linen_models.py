@@ -50,6 +50,12 @@ def _tuple(value: int | Sequence[int]) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
 
+def _asks(model: nn.Module) -> bool:
+    """Whether a call of the model is to give the statistics; `mutable=True` names none."""
+    filters = None if model.scope is None else model.scope.mutable
+    return not isinstance(filters, bool) and model.is_mutable_collection(STATISTICS)
+
+
 @dataclass(frozen=True)
 class Adapted:
     """Which layers of a model have banks, and how they are run; the parameters are kept apart.
@@ -109,7 +115,7 @@ class Adapted:
 
         Raises:
           UserError: a bank's parameters are not all there; a compiled function is called inside, or
-            none of the model's adapted layers.
+            none of the model's adapted layers; statistics that are asked for are dropped.
         """
         layers = {layer.site: layer for layer, _ in self.linear}
         specs = lifecycle.active_banks(self.roster_by_name())
@@ -122,9 +128,17 @@ class Adapted:
                 )
         told = Within("on", banks)
         met: set[str] = set()
+        asked, depth = False, 0
 
         def intercept(call, args, kwargs, context):
-            y = call(*args, **kwargs)
+            nonlocal asked, depth
+            if depth == 0:
+                asked = _asks(context.module)
+            depth += 1
+            try:
+                y = call(*args, **kwargs)
+            finally:
+                depth -= 1
             if not _linear(context.module, context.method_name):
                 return y
             path = _path(context.module)
@@ -138,7 +152,13 @@ class Adapted:
                 layers[path], here, self.strategy, jnp.asarray(x, y.dtype), params
             )
             for key, one in stats.items():
-                context.module.sow(STATISTICS, key, one, foreign.sum_of, lambda: None)
+                kept = context.module.sow(STATISTICS, key, one, foreign.sum_of, lambda: None)
+                if asked and not kept:
+                    raise UserError(
+                        f"layer '{path}': a transformation around it (nn.scan, nn.vmap) drops its "
+                        f"statistics; give that variable_axes={{'{STATISTICS}': 0}}, or do not ask "
+                        "for them"
+                    )
             return y + delta
 
         with nn.intercept_methods(intercept), foreign.block():

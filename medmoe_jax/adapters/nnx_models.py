@@ -299,6 +299,25 @@ def bank_tree(model: nnx.Module) -> dict[str, Any]:
     return out
 
 
+def no_statistics(model: nnx.Module) -> nnx.State:
+    """What a capture begins with whose layers run in a loop of Flax, which takes on nothing new:
+
+    nnx.capture(model, RouterStatistics, init=no_statistics(model))(x)
+    """
+    out = nnx.State({})
+    for parts, layer in nnx.iter_modules(model):
+        if not isinstance(layer, AdaptedLinear):
+            continue
+        routed = [spec for spec in lifecycle.active_banks(_roster_of(layer)) if spec.routed]
+        here: Any = out
+        for part in parts if routed else ():
+            here = here.setdefault(part, nnx.State({}))
+        for spec in routed:
+            key = f"{spec.name}/{layer.layer.site}"
+            here[key] = RouterStatistics(foreign.no_statistics(spec.experts))
+    return out
+
+
 def set_state(model: nnx.Module, name: str, state: str) -> None:
     """Puts a bank into another state: `train`, `gate` (routers and mixing weights train), `frozen`
     or `off` (kept, but absent from the forward).

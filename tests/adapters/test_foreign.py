@@ -689,6 +689,61 @@ def test_tokens_that_cannot_be_sorted(dispatch):
             assert y.dtype == jnp.float16 and rel(y, want) < 0.02
 
 
+def carried(c):
+    layer, x = c
+    return layer, layer(x)
+
+
+def by_scan(layer, x):
+    run = nnx.scan(carried, in_axes=(nnx.Carry,), out_axes=nnx.Carry, length=3)
+    return run((layer, x))[1]
+
+
+def by_fori_loop(layer, x):
+    return nnx.fori_loop(0, 3, lambda _, c: carried(c), (layer, x))[1]
+
+
+def by_remat(layer, x):
+    return nnx.remat(lambda layer, x: layer(layer(layer(x))))(layer, x)
+
+
+class Looped(nnx.Module):
+    """One layer, called three times by a loop, and once more before it if `early`."""
+
+    def __init__(self, rngs, loop, early):
+        self.layer = nnx.Linear(8, 8, rngs=rngs)
+        self.loop, self.early = loop, early
+
+    def __call__(self, x):
+        x = self.layer(x) if self.early else x
+        return self.loop(self.layer, x)
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("loop", [by_scan, by_fori_loop, by_remat])
+def test_statistics_of_all_calls_add_up(loop, early):
+    model = Looped(nnx.Rngs(0), loop, early)
+    nnx_models.adapt(model, "layer", (EXPERTS, PLAIN), rngs=nnx.Rngs(1))
+    randomise(model)
+    start = x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+    once = Looped(nnx.Rngs(0), lambda layer, x: layer(x), False)
+    once.layer = model.layer
+    want = None
+    for _ in range(3 + early):
+        x, seen = nnx.capture(once, nnx_models.RouterStatistics)(x)
+        want = foreign.sum_of(want, foreign.statistics(seen)["experts/layer"])
+
+    @nnx.jit
+    def run(model, x):
+        begin = nnx_models.no_statistics(model)
+        return nnx.capture(model, nnx_models.RouterStatistics, init=begin)(x)
+
+    y, seen = run(model, start)
+    got = foreign.statistics(seen)
+    assert set(got) == {"experts/layer"} and rel(y, x) < 1e-5
+    assert tree_rel(got["experts/layer"], want) < 1e-5 and want.tokens == 10 * (3 + early)
+
+
 def test_a_model_with_banks_is_tabulated():
     bare, model, _ = adapted(Mixer, "embed", PLAIN, EXPERTS)
     wide = {"console_kwargs": {"width": 300, "force_terminal": False}}

@@ -242,14 +242,44 @@ def test_a_name_with_a_dot():
 
 
 class Repeated(nn.Module):
-    """One layer, rematerialised, in a loop."""
+    """One layer, rematerialised, in a loop, which lets the collections of `axes` out."""
+
+    axes: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(self, x):
         body = nn.scan(
-            nn.remat(Body), variable_broadcast="params", split_rngs={"params": False}, length=2
+            nn.remat(Body),
+            variable_broadcast="params",
+            variable_axes=dict.fromkeys(self.axes, 0),
+            split_rngs={"params": False},
+            length=2,
         )
         return body(name="loop")(x, None)[0]
+
+
+def test_statistics_of_a_loop_add_up_or_are_refused():
+    x = jax.random.normal(jax.random.key(0), (3, 4))
+    variables = Repeated().init(jax.random.key(1), x)
+    adapted, banks = linen_models.adapt(Repeated(), "*", EXPERTS, jax.random.key(2), x)
+    banks = jax.tree.map(lambda v: jax.random.normal(jax.random.key(v.size), v.shape), banks)
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def run(model, mutable, x):
+        with adapted.on(banks):
+            return model.apply(variables, x, mutable=mutable)
+
+    with pytest.raises(UserError, match=r"layer 'loop\.dense': .* drops its statistics; give that"):
+        run(Repeated(), (linen_models.STATISTICS,), x)
+    y, seen = run(Repeated((linen_models.STATISTICS,)), (linen_models.STATISTICS,), x)
+    stacked = seen[linen_models.STATISTICS]["loop"]["dense"]["experts/loop.dense"]
+    stats = foreign.statistics(seen[linen_models.STATISTICS])["experts/loop.dense"]
+    assert stacked.tokens.shape == (2, 1) and stats.tokens == 6 and stats.use_E.shape == (1, 4)
+    assert all(np.array_equal(a, b.sum(0)) for a, b in zip(stats, stacked, strict=True))
+    assert not np.array_equal(stacked.prob_E[0], stacked.prob_E[1])
+    for mutable in (False, True):  # asks for none
+        out = run(Repeated(), mutable, x)
+        assert np.array_equal(out[0] if mutable else out, y)
 
 
 def test_a_layer_in_a_loop_is_merged():
