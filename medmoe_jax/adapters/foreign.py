@@ -384,14 +384,6 @@ def is_product(layer: LinearLayer, kernel: jax.Array, y: jax.Array) -> jax.Array
     return jnp.linalg.norm(error) <= jnp.linalg.norm(want) / 20
 
 
-def no_product(layer: LinearLayer, kind: type) -> UserError:
-    """The error of a layer into whose kernel no bank can be merged."""
-    return UserError(
-        f"layer '{layer.site}' ({kind.__name__}) does not multiply by its kernel as it stands: "
-        "banks cannot be merged into it; keep them beside it"
-    )
-
-
 def sum_of(before: RouterStats | None, one: RouterStats) -> RouterStats:
     """How the statistics of a layer that is called twice are put together."""
     return one if before is None else jax.tree.map(jnp.add, before, one)

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,15 +66,12 @@ class Adapted:
       others: `(path, what it is)` of all other modules.
       strategy: runs experts and routers.
       roster: `((BankSpec, state), ...)`; the states are those of `adapters.lifecycle`.
-      no_products: `((site, kind), ...)` of the layers that do not multiply by their kernels as
-        these stand.
     """
 
     linear: tuple[tuple[LinearLayer, str], ...]
     others: tuple[tuple[str, str], ...]
     strategy: Strategy
     roster: tuple[tuple[BankSpec, str], ...] = ()
-    no_products: tuple[tuple[str, type], ...] = ()
 
     def roster_by_name(self) -> dict[str, tuple[BankSpec, str]]:
         """The roster as `adapters.lifecycle` has it."""
@@ -192,8 +188,7 @@ class Adapted:
         """A bank inside the kernels, `W += s Σ_e A_e Λ_e B_e`: `(adapted, banks, variables)`.
 
         Raises:
-          UserError: no such bank, its gate depends on the token, or a layer does not multiply by
-            its kernel as it stands.
+          UserError: no such bank, or its gate depends on the token.
         """
         spec, _ = lifecycle.find(self.roster_by_name(), name)
         merged = self._merged(variables, [(spec, banks[name])])
@@ -203,8 +198,7 @@ class Adapted:
         """The variables with all banks that take part inside the kernels, in one rounding.
 
         Raises:
-          UserError: a bank's gate depends on the token, or a layer does not multiply by its kernel
-            as it stands.
+          UserError: a bank's gate depends on the token.
         """
         active = lifecycle.active_banks(self.roster_by_name())
         return self._merged(variables, [(spec, banks[spec.name]) for spec in active])
@@ -214,9 +208,12 @@ class Adapted:
         for layer, _ in self.linear:
             if not any(layer.site in spec.sites for spec, _ in members):
                 continue
-            if layer.site in (kinds := dict(self.no_products)):
-                raise foreign.no_product(layer, kinds[layer.site])
-            out = _with_kernel(out, layer, functools.partial(foreign.merged_kernel, layer, members))
+            path = f"params.{layer.site}.kernel"
+            held = trees.get(variables, path)
+            boxed = isinstance(held, nn.meta.AxisMetadata)
+            kernel = foreign.merged_kernel(layer, members, held.unbox() if boxed else held)
+            kernel = held.replace_boxed(kernel) if boxed else kernel
+            out = trees.overlay(out, trees.unflatten([(path, kernel)]))
         return out
 
 
@@ -237,8 +234,7 @@ def adapt(
       patterns: globs on paths, such as `Block_*.Dense_*`; each has to match a linear layer.
       banks: what is put on every layer that matches; `sites`, `start` and `stop` are filled in.
       key: draws A and the routers; B is zero.
-      inputs, options: what the model is called with, to see its layers; it is compiled, but
-        nothing is computed save two rows of each layer.
+      inputs, options: what the model is called with, to see its layers; nothing is computed.
       dispatch: a strategy of `routing.dispatch`.
       execution: where banks are run; `foreign.on_mesh` for a mesh.
 
@@ -273,89 +269,8 @@ def adapt(
             )
             linear[path] = (layer, fault)
     strategy = strategy_of(dispatch, execution)
-    whole = [layer for layer, fault in linear.values() if not fault]
-    adapted = Adapted(
-        tuple(linear.values()),
-        tuple(others.items()),
-        strategy,
-        no_products=_no_products(model, whole, rngs, inputs, options),
-    )
+    adapted = Adapted(tuple(linear.values()), tuple(others.items()), strategy)
     return adapted.add({}, patterns, banks, key)
-
-
-def _with_kernel(
-    variables: Mapping[str, Any], layer: LinearLayer, change: Callable[[jax.Array], jax.Array]
-) -> dict[str, Any]:
-    """The variables with a layer's kernel changed."""
-    path = f"params.{layer.site}.kernel"
-    held = trees.get(variables, path)
-    boxed = isinstance(held, nn.meta.AxisMetadata)
-    kernel = change(held.unbox() if boxed else held)
-    kernel = held.replace_boxed(kernel) if boxed else kernel
-    return trees.overlay(variables, trees.unflatten([(path, kernel)]))
-
-
-def _no_products(
-    model: nn.Module,
-    layers: Sequence[LinearLayer],
-    rngs: dict[str, jax.Array],
-    inputs: Sequence[Any],
-    options: Mapping[str, Any],
-) -> tuple[tuple[str, type], ...]:
-    """The layers that do not multiply by the kernels that the variables hold, and their kinds.
-
-    Each is tried where the model calls it, for what stands around it may change its kernel. All
-    else that the model computes is needed by nothing, and the compiler leaves it out.
-    """
-    by_path = {layer.site: layer for layer in layers}
-    found: dict[str, type] = {}
-
-    def kernel_of(layer):
-        return jax.random.normal(jax.random.key(0, impl="rbg"), (*layer.inputs, *layer.outputs))
-
-    def tell(path, kind, right):
-        if not right:
-            found[path] = kind
-
-    def look(call, args, kwargs, context):
-        module = context.module
-        if _linear(module, context.method_name) and (path := _path(module)) in by_path:
-            layer, held = by_path[path], module.variables
-            kernel = jax.tree.map(jnp.zeros_like, held["params"]["kernel"])
-            none = {"params": {"kernel": kernel}}
-            twin, x = module.clone(parent=None), foreign.probe(layer)
-            y, without = (
-                twin.apply(values, x, rngs=rngs, mutable=True)[0]
-                for values in (held, trees.overlay(held, none))
-            )
-            right = foreign.is_product(layer, kernel_of(layer), y - without)
-            # Not by a collection: a transformation around the layer may let none out.
-            jax.debug.callback(functools.partial(tell, path, type(module)), right)
-        return call(*args, **kwargs)
-
-    def blank(value):
-        # Its shape is enough: it may lie on other machines, or have no value yet.
-        plain = isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.number)
-        return jnp.zeros(value.shape, value.dtype) if plain else value
-
-    @jax.jit
-    def run():
-        given, named = jax.tree.map(blank, (tuple(inputs), dict(options)))
-        told: dict[str, Any] = {**named, "rngs": rngs, "mutable": True}
-        variables = model.init(rngs, *given, **named)
-        for layer in layers:
-            kernel = kernel_of(layer)
-            variables = _with_kernel(
-                variables, layer, lambda old, new=kernel: new.astype(old.dtype)
-            )
-        with nn.intercept_methods(look):
-            model.apply(variables, *given, **told)
-
-    # At once also within a compiled function.
-    with jax.ensure_compile_time_eval():
-        run()
-        jax.effects_barrier()
-    return tuple(found.items())
 
 
 def _layer(module: nn.Dense | nn.DenseGeneral, shape: tuple[int, ...]) -> tuple[LinearLayer, str]:

@@ -425,7 +425,11 @@ def _check_kernels(model: nnx.Module, layers: Sequence[AdaptedLinear]) -> None:
             y, kernel = twin(x), twin.kernel.get_value()
             twin.kernel.set_value(jnp.zeros_like(kernel))
             if not foreign.is_product(layer.layer, kernel, y - twin(x)):
-                raise foreign.no_product(layer.layer, type(layer.base))
+                raise UserError(
+                    f"layer '{layer.layer.site}' ({type(layer.base).__name__}) does not multiply "
+                    "by its kernel as it stands: banks cannot be merged into it; keep them beside "
+                    "it"
+                )
 
 
 def _users(model: nnx.Module) -> dict[int, list[str]]:
@@ -450,7 +454,7 @@ def _twin(base: nnx.Module) -> Any:
     def draw(leaf):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             return leaf
-        return jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype)
+        return jnp.asarray(rng.random(leaf.shape, np.float32) - 0.5, leaf.dtype)
 
     return nnx.merge(graph, jax.tree.map(draw, state))
 
