@@ -40,7 +40,11 @@ _SIZES = "sizes.json"  # of the files in a folder of the cache, by name
 NAME = "general.name"
 TAKING = ("phi-3", "phi3")
 NOT_TAKING = ("<unk>", "<s>", "<|endoftext|>")
-_FORM = 2  # of the files that `tokenizer_files` makes; counts up when they change
+_FORM = 3  # of the files that `tokenizer_files` makes; counts up when they change
+# Whether bos stands before each text: llama.cpp asks the field, and where it is absent the way in
+# which words are cut. A field of ours, as none beside a tokenizer.json says it.
+WRITES_BOS = "gguf_add_bos_token"
+BEGUN = ("llama-bpe", "tekken")
 # All that may end an answer.
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
@@ -264,7 +268,11 @@ def _byte_pairs(reader: _Fields, tokens: list[str], types: list[int]) -> _Files:
         "decoder": _byte_level(use_regex=True),
         "model": model,
     }
-    return "tokenizer.json", _json(content), {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        WRITES_BOS: reader.get("add_bos_token", bool, cut in BEGUN),
+    }
+    return "tokenizer.json", _json(content), config
 
 
 def _pieces(reader: _Fields, tokens: list[str], types: list[int]) -> _Files:

@@ -6,6 +6,7 @@ row. `Layout.jinja` gives the same template in the language of tokenizer files.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Sequence
@@ -61,19 +62,26 @@ class TurnLayout:
 class Layout:
     """A built-in template.
 
-    `system_in_user` writes the system text into the first user turn. A system turn without a mark
-    of its own stands at the beginning alone; elsewhere it would read as a part of other turns.
+    `bos` stands before the conversation; with `as_text` only where other tools put it before a text
+    of the vocabulary. `system_in_user` writes the system text into the first user turn. A system
+    turn without a mark of its own stands at the beginning alone; elsewhere it would read as a part
+    of other turns.
     """
 
     user: TurnLayout
     assistant: TurnLayout
     system: TurnLayout = field(default_factory=TurnLayout)
     bos: bool = False
+    as_text: bool = False
     default_system: str = ""
     system_in_user: str = ""
     strip: bool = False
 
     frames = True
+
+    def fitted(self, leaves_bos: bool) -> Layout:
+        """The template for a vocabulary whose texts may begin without its bos."""
+        return dataclasses.replace(self, bos=False) if self.as_text and leaves_bos else self
 
     @property
     def end(self) -> str:
@@ -252,7 +260,10 @@ TEMPLATES: dict[str, Layout] = {
         user=TurnLayout(open="User:", tail="\n"),
         assistant=TurnLayout(open="Assistant:", eos=True),
         bos=True,
+        as_text=True,
     ),
     # A space before the answer, where the field's evaluation tools put it as well.
-    "plain": Layout(user=TurnLayout(), assistant=TurnLayout(space=" ", eos=True), bos=True),
+    "plain": Layout(
+        user=TurnLayout(), assistant=TurnLayout(space=" ", eos=True), bos=True, as_text=True
+    ),
 }

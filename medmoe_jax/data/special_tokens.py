@@ -30,6 +30,7 @@ _CONFIG_KINDS = {
     "chat_template": str | list[dict[str, str]] | None,
     "additional_special_tokens": list[Any] | dict[str, Any] | None,
     "extra_special_tokens": list[Any] | dict[str, Any] | None,
+    "add_bos_token": bool | None,
     "add_prefix_space": bool | None,
     "legacy": bool | None,
 }

@@ -76,7 +76,7 @@ def _opened(name: str, tokenizer: Tokenizer | None, options: Mapping[str, Any]) 
                 f"data.template_options.{next(iter(options))}: the built-in template '{name}' has "
                 "no options; use one in Jinja"
             )
-        return TEMPLATES[name]
+        return TEMPLATES[name].fitted(tokenizer is not None and tokenizer.leaves_bos)
     if name == "tokenizer":
         if tokenizer is None or not tokenizer.chat_template:
             others = tokenizer.other_templates if tokenizer else ()
@@ -176,7 +176,7 @@ def doubts(template: Template, tokenizer: Tokenizer) -> list[str]:
             f"data.template: its marks {', '.join(absent)} are no tokens of this vocabulary, and "
             "are read as several pieces of text each"
         )
-    if tokenizer.begins_with_bos and not _begins_with_bos(template, tokenizer):
+    if tokenizer.encodes_bos and not _begins_with_bos(template, tokenizer):
         found.append(
             f"data.template: it never writes {tokenizer.text_of(tokenizer.bos_id)}, with which "
             "texts of this vocabulary begin (bos)"

@@ -22,6 +22,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from medmoe_jax import json_text
+from medmoe_jax.data.gguf_tokenizer import WRITES_BOS
 from medmoe_jax.data.tokens import Added, Tokenizer
 from medmoe_jax.errors import UserError
 from medmoe_jax.storage.fetched import fetched
@@ -101,16 +102,15 @@ class SentencePiece(Tokenizer):
             if p.type in kinds
         }
 
-    def _writes_bos(self) -> bool:
-        return False
+    @property
+    def _adds_bos(self) -> bool | None:
+        told = self._beside.config.get("add_bos_token")
+        named = self._beside.names.get("bos_token") or self._beside.defaults.get("bos_token")
+        return (True if named else None) if told is None else told
 
     @property
     def _respaced(self) -> bool:
         return self._model.normalizer_spec.add_dummy_prefix != self._dummy_prefix
-
-    @property
-    def encodes_bos(self) -> bool:
-        return self.begins_with_bos
 
     def _is_own(self, token_id: int) -> bool:
         return token_id < self._pieces
@@ -217,8 +217,11 @@ class HuggingFace(Tokenizer):
         added = (token.id + 1 for token in self._own_added.values())
         return max([self._bare.get_vocab_size(with_added_tokens=False), *added])
 
-    def _writes_bos(self) -> bool:
-        return self._bare.encode("x").ids[:1] == [self.bos_id]
+    @functools.cached_property
+    def _adds_bos(self) -> bool | None:
+        """As its last step does; transformers asks no `add_bos_token` beside such a file."""
+        told = self._beside.config.get(WRITES_BOS)
+        return self._bare.encode("x").ids[:1] == [self.bos_id] if told is None else told
 
     @functools.cached_property
     def _bare(self) -> hf.Tokenizer:

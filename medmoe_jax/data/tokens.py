@@ -112,9 +112,10 @@ class Tokenizer(ABC):
     def _respaced(self) -> bool:
         """Whether a dummy space stands elsewhere than file and field `legacy` alone would say."""
 
+    @property
     @abstractmethod
-    def _writes_bos(self) -> bool:
-        """Whether the file puts bos before texts by itself."""
+    def _adds_bos(self) -> bool | None:
+        """Whether bos stands before each text; None where no file says."""
 
     @abstractmethod
     def _encode_run(self, text: str, start: bool) -> list[int]:
@@ -202,20 +203,15 @@ class Tokenizer(ABC):
         ids = {name: self._named(name) for name in special_tokens.NAMED}
         return {name: self.text_of(i) for name, i in ids.items() if i is not None}
 
-    @functools.cached_property
-    def begins_with_bos(self) -> bool:
-        """Whether the files say that texts of this vocabulary begin with bos."""
-        if self.bos_id is None or self.bos_id == self.eos_id:
-            return False
-        if self._beside.config.get("add_bos_token") is False:
-            return False
-        named = self._beside.names.get("bos_token") or self._beside.defaults.get("bos_token")
-        return bool(named) or self._writes_bos()
-
     @property
     def encodes_bos(self) -> bool:
         """Whether other tools that read the files put bos before each text that they encode."""
-        return self._writes_bos()
+        return self.bos_id is not None and bool(self._adds_bos)
+
+    @property
+    def leaves_bos(self) -> bool:
+        """Whether there is a bos that other tools, by the files, do not put before texts."""
+        return self.bos_id is not None and self._adds_bos is False
 
     @property
     def chat_template(self) -> str | None:

@@ -25,6 +25,7 @@ from medmoe_jax.checkpoints.bases import Base, open_base, open_tokenizer
 from medmoe_jax.checkpoints.fingerprint import json_fingerprint, tree_fingerprint
 from medmoe_jax.data.encode import Encoder
 from medmoe_jax.data.jinja_template import Jinja
+from medmoe_jax.data.layouts import TEMPLATES
 from medmoe_jax.data.pieces import Template
 from medmoe_jax.data.templates import load_template
 from medmoe_jax.data.tokenizers import within_rows
@@ -147,9 +148,7 @@ class Setup:
             },
             "data": {
                 "tokenizer": tokenizer.digest,
-                "template": json_fingerprint(template.source)
-                if isinstance(template, Jinja)
-                else config.data.template,
+                "template": _told(template, config.data.template),
                 "template_options": config.data.template_options.to_dict(),
             },
         }
@@ -290,6 +289,13 @@ def _check_settings(config: ConfigDict) -> None:
         raise UserError(f"run.remat: '{config.run.remat}' is none of {', '.join(remats)}")
     with field_names("run."):
         strategy(config.run.dispatch)
+
+
+def _told(template: Template, name: str) -> str:
+    """What tells a template from others: the text of one in Jinja, else its name."""
+    if isinstance(template, Jinja):
+        return json_fingerprint(template.source)
+    return name if template == TEMPLATES[name] else f"{name} without bos"
 
 
 def _open_tokenizer(path: str | Path | None, base: Base) -> Tokenizer:

@@ -89,6 +89,31 @@ def byte_pair_fields(tokenizer, cut="qwen2"):
     }
 
 
+@pytest.mark.parametrize(
+    ("cut", "told", "begun"),
+    [
+        ("qwen2", None, False),
+        ("qwen2", True, True),
+        ("llama-bpe", None, True),
+        ("tekken", None, True),
+        ("llama-bpe", False, False),
+    ],
+)
+def test_bos_before_texts_of_a_byte_level_file(byte_pairs, tmp_path, cut, told, begun):
+    """As llama.cpp: the field, or else the way in which words are cut, tells."""
+    fields = byte_pair_fields(byte_pairs, cut)
+    fields["tokenizer.ggml.bos_token_id"] = bos = byte_pairs.token_to_id("<|im_start|>")
+    if told is not None:
+        fields["tokenizer.ggml.add_bos_token"] = told
+    tokenizer = tokenizers.load(gguf_tokenizer.unpack(fields, "m.gguf", tmp_path))
+    assert tokenizer.encodes_bos == begun != tokenizer.leaves_bos
+    turns = [{"role": "user", "content": "fever"}]
+    for name in ("plain", "user_assistant", "llama3"):
+        prompt = Encoder(tokenizer, load_template(name, tokenizer)).prompt(turns)
+        # The format of llama3 has a bos of its own.
+        assert (prompt[0] == bos) == (begun or name == "llama3")
+
+
 def test_pieces(tmp_path):
     path = gguf_tokenizer.unpack(pieces_fields(), "m.gguf", tmp_path)
     tokenizer, own = tokenizers.load(path), tiny.tokenizer()
@@ -98,7 +123,7 @@ def test_pieces(tmp_path):
             ids = tokenizer.encode(text, start)
             assert ids == own.encode(text, start) and tokenizer.decode(ids, start) == text
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 3)
-    assert tokenizer.chat_template == "{{ messages }}" and not tokenizer.begins_with_bos
+    assert tokenizer.chat_template == "{{ messages }}" and not tokenizer.encodes_bos
     assert tokenizer.specials == {**own.specials, "<unk>": 0}
     reference = sentencepiece.SentencePieceProcessor(model_file=str(own.path))
     assert tokenizer.encode(TEXTS[0], start=True) == reference.encode(TEXTS[0])

@@ -439,10 +439,8 @@ def test_doubts_about_a_template(words, plain_tokenizer, tmp_path):
     assert doubts(load_template("user_assistant"), plain_tokenizer) == []
     (marks,) = doubts(load_template("chatml"), plain_tokenizer)
     assert "its marks <|im_start|>, <|im_end|> are no tokens of this vocabulary" in marks
-    begins = byte_level(tmp_path, config={"bos_token": "<|return|>"})
-    (bos,) = doubts(load_template("chatml"), begins)
-    assert "never writes <|return|>" in bos and "(bos)" in bos
-    assert doubts(load_template("user_assistant"), begins) == []
+    named = byte_level(tmp_path, config={"bos_token": "<|return|>"})
+    assert doubts(load_template("chatml"), named) == []  # the file puts none before a text
     begins = json.loads((tmp_path / "tokenizer.json").read_text())
     single = [
         {"SpecialToken": {"id": "<s>", "type_id": 0}},
@@ -460,11 +458,10 @@ def test_doubts_about_a_template(words, plain_tokenizer, tmp_path):
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "tokenizer.json").write_text(json.dumps(begins))
-    assert any(
-        "never writes <s>" in doubt for doubt in doubts(load_template("chatml"), tk.load(bare))
-    )
-    never = byte_level(tmp_path, config={"bos_token": "<|return|>", "add_bos_token": False})
-    assert doubts(load_template("chatml"), never) == []
+    begins = tk.load(bare)
+    (bos,) = doubts(load_template("chatml"), begins)
+    assert "never writes <s>" in bos and "(bos)" in bos
+    assert doubts(load_template("user_assistant", begins), begins) == []
 
 
 def test_white_space_around_a_text_belongs_to_what_stands_beside_it(words):

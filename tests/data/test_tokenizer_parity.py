@@ -341,8 +341,36 @@ def test_special_tokens(pair):
     assert all(ours.text_of(i) == text for text, i in known.items())
     # What a post-processor adds to a plain text is the template's bos here.
     added = [] if ours.bos_id is None else [ours.bos_id]
-    row = Encoder(ours, tp.TEMPLATES["plain"]).prompt([{"role": "user", "content": "fever"}])
-    assert row == theirs("fever").input_ids == [*added, *ours.encode("fever", start=True)]
+    assert plain_prompt(ours) == theirs("fever").input_ids
+    assert plain_prompt(ours) == [*added, *ours.encode("fever", start=True)]
+
+
+def plain_prompt(tokenizer):
+    template = tp.load_template("plain", tokenizer)
+    return Encoder(tokenizer, template).prompt([{"role": "user", "content": "fever"}])
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("make", VOCABULARIES, ids=lambda make: make.__name__)
+def test_bos_before_a_plain_text(make, told, tmp_path):
+    """Where a tokenizer.json stands, its last step tells, whatever the config says."""
+    make(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "add_bos_token": told}))
+    ours, theirs = tk.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = theirs("fever").input_ids
+    assert plain_prompt(ours) == ids
+    assert ours.encodes_bos == (theirs.bos_token_id in ids)
+
+
+def test_bos_that_is_named_and_not_put_before_a_text(tmp_path):
+    qwen(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    config = {**json.loads(path.read_text()), "bos_token": "<|endoftext|>"}
+    path.write_text(json.dumps(config))
+    ours, theirs = tk.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.bos_id == theirs.bos_token_id is not None
+    assert plain_prompt(ours) == theirs("fever").input_ids == ours.encode("fever", start=True)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=range(len(ROWS)))

@@ -304,7 +304,7 @@ def tokenizer(random: Random, folder: Path) -> None:
     read = tokenizers.load(folder)
     ids = read.encode_markup("hello <|im_end|>\n", start=True)
     read.decode(ids)
-    _ = read.names, read.stop_ids, read.begins_with_bos, read.pad_id, read.digest
+    _ = read.names, read.stop_ids, read.encodes_bos, read.pad_id, read.digest
     if read.chat_template is None:
         template = load_template("chatml", read)
     else:

@@ -21,6 +21,7 @@ from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.checkpoints.records import read_record, write_record
 from medmoe_jax.checkpoints.stage_records import kept_files
 from medmoe_jax.cli.main import main
+from medmoe_jax.data.layouts import Layout
 from medmoe_jax.errors import UserError
 from medmoe_jax.training.config import bank, recipe, source, stage
 from medmoe_jax.training.run import Run
@@ -535,6 +536,18 @@ def test_a_template_file_that_was_changed(tmp_path):
     claimed(tmp_path / "w", base, **given)
     template.write_text("Hello." + template.read_text())
     with pytest.raises(UserError, match=r"data\.template: '\w{32}' then, '\w{32}' now"):
+        claimed(tmp_path / "w", base, **given)
+
+
+def test_a_stage_that_was_trained_with_a_bos_that_is_now_left_out(tmp_path, monkeypatch):
+    """Where no bos is left out, the record is that of before."""
+    base, given = hugging_face(tmp_path / "a"), {"data.template": "plain"}
+    with monkeypatch.context() as before:
+        before.setattr(Layout, "fitted", lambda layout, leaves_bos: layout)
+        claimed(tmp_path / "w", base, **given)
+        claimed(tmp_path / "v", base, **{"data.template": "llama3"})
+    claimed(tmp_path / "v", base, **{"data.template": "llama3"})
+    with pytest.raises(UserError, match=r"data\.template: 'plain' then, 'plain without bos' now"):
         claimed(tmp_path / "w", base, **given)
 
 
