@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from medmoe_jax import json_text
-from medmoe_jax.data.gguf_tokenizer import WRITES_BOS
+from medmoe_jax.data.gguf_tokenizer import SPACE, WRITES_BOS
 from medmoe_jax.data.tokens import Added, Tokenizer
 from medmoe_jax.errors import UserError
 from medmoe_jax.storage.fetched import fetched
@@ -81,7 +81,7 @@ class SentencePiece(Tokenizer):
 
     def _encode_run(self, text: str, start: bool) -> list[int]:
         """A text that begins with a space of its own takes no dummy space, as in transformers."""
-        return self.encode(text, start and not text.startswith(" "))
+        return self.encode(text, start and not text.startswith((" ", SPACE)))
 
     def _own_id(self, name: str) -> int | None:
         own = getattr(self._starting, name.replace("_token", "_id"), lambda: -1)()
@@ -247,9 +247,7 @@ class HuggingFace(Tokenizer):
         spacing, content = self._beside.spacing, self._parsed
         if spacing is None or not {*_schemes(content, _MARKING)} - {"never"}:
             return content
-        if spacing == "never":
-            return _without_dummy_prefix(content)
-        marks = {"type": "Metaspace", "replacement": "▁", "split": False}
+        marks = {"type": "Metaspace", "replacement": SPACE, "split": False}
         return {**content, "normalizer": None, "pre_tokenizer": marks | {"prepend_scheme": spacing}}
 
     @functools.cached_property
@@ -275,10 +273,25 @@ class HuggingFace(Tokenizer):
                     f"{self.path.parent}: a file gives the token {token.text!r} the id {known.id}, "
                     f"but in {self.path.name} it becomes {index}; correct that file"
                 )
+        self._check_found(tokenizer)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True
         return tokenizer
+
+    def _check_found(self, tokenizer: hf.Tokenizer) -> None:
+        """Raise UserError for a token that the library finds in some places of a text alone.
+
+        That depends on what stands beside it; here the parts of a text are encoded by themselves.
+        """
+        for index, token in tokenizer.get_added_tokens_decoder().items():
+            flagged = [name for name in ("single_word", "normalized") if getattr(token, name)]
+            if flagged and index not in tokenizer.encode(f"x{token.content}x").ids:
+                raise UserError(
+                    f"{self.path}: its token {token.content!r} is not read as one in the midst of "
+                    f"a text ({' or '.join(flagged)} in the files); if the model was trained with "
+                    "it everywhere, set that to false"
+                )
 
 
 class _LibraryErrors(contextlib.AbstractContextManager):

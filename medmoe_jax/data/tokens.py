@@ -31,6 +31,8 @@ class TokenBoundary(NamedTuple):
 
 # How a vocabulary with a fall-back to bytes writes one.
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+# What a token takes in beside it: white space by Unicode's property; Python has four signs more.
+_WHITE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and not "\x1c" <= c <= "\x1f")
 CUT, START = TokenBoundary(), TokenBoundary(True)
 Part = str | Added | TokenBoundary
 
@@ -138,10 +140,10 @@ class Tokenizer(ABC):
         text, encode = "", self._encode_run
         for part in (*parts, CUT):
             if isinstance(part, str):
-                text += part.lstrip() if strip and not text else part
+                text += part.lstrip(_WHITE) if strip and not text else part
                 continue
             if isinstance(part, Added) and part.lstrip:
-                text = text.rstrip()
+                text = text.rstrip(_WHITE)
             if text:
                 ids += encode(text, start)
                 text, start, strip, encode = "", False, False, self._encode_run

@@ -9,6 +9,7 @@ import tokenizers as hf
 from medmoe_jax.data import templates as tp
 from medmoe_jax.data import tokenizers as tk
 from medmoe_jax.data.encode import Encoder
+from medmoe_jax.errors import UserError
 from tests.data.samples import CHATML, conversation, texts
 
 pytestmark = pytest.mark.parity
@@ -294,6 +295,8 @@ AROUND = (
     "x</s>\n</s>y ",
     "\n\nx</s>1.5 mg",
     "<s><s>fever</s>",
+    "x</s>\x1f\x1cy</s>\x85\u2028\u3000z",
+    "\u2581\u2581x</s>",
 )
 
 
@@ -304,6 +307,49 @@ def test_text_beside_a_special_token(pair, text):
         marked = text.replace("</s>", end)
         ids = ours.encode_markup(marked, start=True)
         assert ids == theirs(marked, add_special_tokens=False).input_ids
+
+
+def described(folder, where, token):
+    """A folder with one more token, in its tokenizer.json or in the file beside it."""
+    path, beside = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    index = tk.load(folder).vocab_size
+    if where == "json":
+        tokenizer = hf.Tokenizer.from_file(str(path))
+        tokenizer.add_tokens([hf.AddedToken(**token)])
+        tokenizer.save(str(path))
+    else:
+        config = json.loads(beside.read_text())
+        known = {
+            str(i): added_token(one.content, one.special)
+            for i, one in hf.Tokenizer.from_file(str(path)).get_added_tokens_decoder().items()
+        }
+        config["added_tokens_decoder"] = {**known, str(index): token}
+        beside.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("where", ["json", "config"])
+@pytest.mark.parametrize("make", [qwen, llama_class, llama_class_unspaced, mistral_model])
+def test_what_a_token_takes_in(make, where, tmp_path):
+    make(tmp_path)
+    sides = {"lstrip": True, "rstrip": True, "normalized": make is not mistral_model}
+    described(tmp_path, where, {**added_token("<note>", special=False), **sides})
+    ours, theirs = tk.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("a <note> b", "a\x1f<note>\x1c\n x", " <note>", "a\xa0\u2003<note>\u3000x"):
+        ids = theirs(text, add_special_tokens=False).input_ids
+        assert ours.encode_markup(text, start=True) == ids
+        assert ours.encode(text, start=True) == ids
+
+
+@pytest.mark.parametrize("where", ["json", "config"])
+@pytest.mark.parametrize(("make", "field"), [(qwen, "single_word"), (mistral_model, "normalized")])
+def test_a_token_that_stands_in_some_places_alone(make, field, where, tmp_path):
+    make(tmp_path)
+    described(tmp_path, where, {**added_token("<note>"), field: True})
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    index = theirs.convert_tokens_to_ids("<note>")
+    assert index in theirs("<note>").input_ids and index not in theirs("x<note>x").input_ids
+    with pytest.raises(UserError, match=f"token '<note>'.*{field}"):
+        tk.load(tmp_path)
 
 
 @pytest.mark.parametrize(
