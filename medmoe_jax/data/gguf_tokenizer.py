@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -135,8 +136,8 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
     files = {**files, _SIZES: _json({name: len(content) for name, content in files.items()})}
     try:
         sweep(folder)
-        partial.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
             (partial / name).write_bytes(content)
         partial.rename(folder)
     except OSError as error:
@@ -164,11 +165,23 @@ def tokenizer_files(fields: Mapping[str, Any], where: str) -> dict[str, bytes]:
     ends = [i for i in dict.fromkeys(map(reader.id, _ENDS)) if i is not None]
     if ends:
         files["generation_config.json"] = _json({"eos_token_id": ends})
-    template = fields.get(TEMPLATE, "")
-    if not isinstance(template, str):
-        raise UserError(f"{where}: {TEMPLATE}: {shown(template)} is no text")
-    if template:
-        files["chat_template.jinja"] = template.encode()
+    return files | _templates(fields, where)
+
+
+def _templates(fields: Mapping[str, Any], where: str) -> dict[str, bytes]:
+    """The files of the chat templates, by the names that others have behind the default's."""
+    files = {}
+    for key, template in fields.items():
+        name = key.removeprefix(TEMPLATE).removeprefix(".")
+        if key not in (TEMPLATE, f"{TEMPLATE}.{name}"):
+            continue
+        if not isinstance(template, str):
+            raise UserError(f"{where}: {key}: {shown(template)} is no text")
+        if not re.fullmatch(r"\w*", name):
+            raise UserError(f"{where}: {key}: {name!r} is no name of a template")
+        if template:
+            file = f"additional_chat_templates/{name}.jinja" if name else "chat_template.jinja"
+            files[file] = template.encode()
     return files
 
 

@@ -168,8 +168,8 @@ def doubts(template: Template, tokenizer: Tokenizer) -> list[str]:
     if tokenizer.other_templates and template.sources("", "") == [tokenizer.chat_template]:
         found.append(
             f"data.template: the tokenizer has more chat templates, which are not read: "
-            f"{', '.join(tokenizer.other_templates)}; rows with tools may need one of them, saved "
-            "as a .jinja file and named here"
+            f"{', '.join(tokenizer.other_templates)}; to use one, save it as a .jinja file and "
+            "name that here"
         )
     if absent:
         found.append(

@@ -33,6 +33,7 @@ class TokenBoundary(NamedTuple):
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 # What a token takes in beside it: white space by Unicode's property; Python has four signs more.
 _WHITE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and not "\x1c" <= c <= "\x1f")
+_TOOL_USE = "tool_use"  # which template is for talks with tools, where there are several
 CUT, START = TokenBoundary(), TokenBoundary(True)
 Part = str | Added | TokenBoundary
 
@@ -217,13 +218,21 @@ class Tokenizer(ABC):
 
     @property
     def chat_template(self) -> str | None:
-        """Its own template in Jinja, or None."""
-        return self._beside.chat_templates.get("default")
+        """Its own template in Jinja, or None. It has that of `tool_use` for talks with tools."""
+        templates = self._beside.chat_templates
+        if not templates.keys() >= {"default", _TOOL_USE}:
+            return templates.get("default")
+        # Each stands on lines of its own, and loses its last line end, as a template by itself.
+        default, with_tools = (
+            templates[name].removesuffix("\n").removesuffix("\r") for name in ("default", _TOOL_USE)
+        )
+        return f"{{% if not tools %}}\n{default}{{%+ else %}}\n{with_tools}{{%+ endif %}}"
 
     @property
     def other_templates(self) -> tuple[str, ...]:
-        """The names of further templates that its files hold, such as `tool_use`."""
-        return tuple(sorted(self._beside.chat_templates.keys() - {"default"}))
+        """The names of further templates that its files hold, such as `rag`."""
+        names = self._beside.chat_templates.keys()
+        return tuple(sorted(names - {"default", *([_TOOL_USE] if "default" in names else [])}))
 
     def _named(self, name: str) -> int | None:
         """The id of a named token, by the files beside the vocabulary or by its own."""

@@ -13,7 +13,10 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from medmoe_jax.data import templates as tp
 from medmoe_jax.data import tokenizers as tk
+from medmoe_jax.data.jinja_template import Jinja
+from medmoe_jax.data.pieces import CALLED, SAMPLE, TOOLS
 from medmoe_jax.errors import UserError
+from tests import tiny
 from tests.data.samples import CHATML, texts
 
 # Any text but the mark that these vocabularies themselves write for a space.
@@ -119,15 +122,65 @@ def test_more_templates_in_files(byte_level_tokenizer, tmp_path):
     shutil.copytree(byte_level_tokenizer.path.parent, tmp_path / "t")
     (tmp_path / "t" / "chat_template.jinja").write_text(byte_level_tokenizer.chat_template)
     (tmp_path / "t" / "additional_chat_templates").mkdir()
-    (tmp_path / "t" / "additional_chat_templates" / "tool_use.jinja").write_text("T")
+    (tmp_path / "t" / "additional_chat_templates" / "rag.jinja").write_text("T")
     read = tk.load(tmp_path / "t")
     (told,) = tp.doubts(tp.load_template("tokenizer", read), read)
-    assert "more chat templates, which are not read: tool_use; rows with tools" in told
+    assert "more chat templates, which are not read: rag; to use one" in told
     assert tp.doubts(tp.load_template("chatml", read), read) == []
     (tmp_path / "t" / "chat_template.jinja").unlink()
     read = tk.load(tmp_path / "t")
     own = byte_level_tokenizer.chat_template
-    assert (read.chat_template, read.other_templates) == (own, ("tool_use",))
+    assert (read.chat_template, read.other_templates) == (own, ("rag",))
+
+
+# Line ends and white space at their ends, and names that both set.
+PLAIN = (
+    "{% set x = 'p' %}\n  {% for m in messages %}{{ m.role }}{{ x }}{{ m.content }}</s>"
+    "{% endfor %}\n\n",
+    "\n{%- macro f(m) %}{{ m.content }}{% endmacro -%}\n{% for m in messages %}{{ f(m) }}</s>"
+    "{% endfor %}{% if add_generation_prompt %}?{% endif %}  ",
+)
+WITH_TOOLS = (
+    "\n  {% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}\n{% macro f(m) %}"
+    "{{ m.role }}:{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}"
+    "{% endfor %}{% endmacro %}{% for m in messages %}{{ f(m) }}</s>{% endfor %}\r\n",
+)
+
+
+@pytest.mark.parametrize("where", ["files", "config"])
+@pytest.mark.parametrize("with_tools", WITH_TOOLS)
+@pytest.mark.parametrize("plain", PLAIN)
+def test_the_template_for_talks_with_tools(plain, with_tools, where, tmp_path):
+    """The text of each is what the template by itself writes."""
+    shutil.copy(tiny.tokenizer().path, tmp_path / "tokenizer.model")
+    if where == "config":
+        named = [
+            {"name": "tool_use", "template": with_tools},
+            {"name": "default", "template": plain},
+        ]
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    else:
+        (tmp_path / "chat_template.jinja").write_bytes(plain.encode())
+        (tmp_path / "additional_chat_templates").mkdir()
+        file = tmp_path / "additional_chat_templates" / "tool_use.jinja"
+        file.write_bytes(with_tools.encode())
+    read = tk.load(tmp_path)
+    assert read.other_templates == ()
+    template = tp.load_template("tokenizer", read)
+    assert isinstance(template, Jinja)
+    for turns, tools, source in (
+        (SAMPLE, (), plain),
+        (SAMPLE[:1], (), plain),
+        (CALLED, TOOLS, with_tools),
+        (SAMPLE, TOOLS, with_tools),
+    ):
+        alone = Jinja(source, read.names, read.specials)
+        for asks in (False, True):
+            assert template.render(turns, tools, asks) == alone.render(turns, tools, asks)
+        assert template.rows(turns, tools) == alone.rows(turns, tools)
+    (source,) = template.sources("", "")
+    again = Jinja(source, read.names, read.specials)
+    assert again.render(CALLED, TOOLS, True) == template.render(CALLED, TOOLS, True)
 
 
 def test_training_is_deterministic(tmp_path, chatml_tokenizer):

@@ -89,6 +89,17 @@ def byte_pair_fields(tokenizer, cut="qwen2"):
     }
 
 
+def test_templates_with_names(tmp_path):
+    fields = pieces_fields()
+    more = {"tokenizer.chat_template.tool_use": "{{ tools }}", "tokenizer.chat_template.rag": "R"}
+    fields |= {"tokenizer.chat_templates": ["rag", "tool_use"], **more}
+    tokenizer = tokenizers.load(gguf_tokenizer.unpack(fields, "m.gguf", tmp_path))
+    assert tokenizer.other_templates == ("rag",)
+    assert "{{ messages }}" in tokenizer.chat_template and "{{ tools }}" in tokenizer.chat_template
+    with pytest.raises(UserError, match=r"m\.gguf: .*'\./\.\./x' is no name of a template"):
+        gguf_tokenizer.unpack({**fields, "tokenizer.chat_template../../x": "T"}, "m.gguf", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("cut", "told", "begun"),
     [
