@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -49,6 +49,21 @@ def part(name: str, rows: Sequence, count: int, seed: int) -> tuple[list, list]:
     if not asked:
         raise UserError(f"{name}: its {len(rows)} rows are all taken by {count} shots; give fewer")
     return asked, pool
+
+
+def until(name: str, few: Shots, examples: Sequence, answers: Iterable[str]) -> tuple[str, ...]:
+    """What ends a written answer beside its own end: what would part it from a next example.
+
+    Raises UserError where an answer holds that itself, so that what is right would be cut.
+    """
+    if not examples or few.form != "prompt":
+        return ()
+    if any(end in answer for answer in answers for end in PARTED):
+        raise UserError(
+            f"{name}: some of its answers hold an empty line, which parts the examples of one "
+            "prompt; ask with examples as turns (--shots-as=turns)"
+        )
+    return PARTED
 
 
 def prompt(text: str, examples: Sequence[Row | _Pair], form: str, guide: str = "") -> Prompt:

@@ -248,7 +248,7 @@ def load_task(
         missing=tuple(found.missing),
         shortened=fit.shortened - before if fit else 0,
         shots=len(examples),
-        until=shots.PARTED if examples and few.form == "prompt" else (),
+        until=shots.until(base, few, examples, [row.response for row in (*examples, *sample)]),
     )
 
 
@@ -346,7 +346,7 @@ def _of_items(
         majority=_majority(metric, chosen, [item.answer for item in items]),
         duplicates=len(prompts) - len(set(prompts)),
         shots=len(examples),
-        until=shots.PARTED if examples and few.form == "prompt" else (),
+        until=shots.until(name, few, examples, [item.answer for item in items]),
         **rest,
     )
 

@@ -272,6 +272,16 @@ def test_shots_of_a_user_task_are_not_asked(tmp_path):
             load_task(path, few=Shots(count))
 
 
+def test_answers_with_empty_lines_are_not_cut_where_an_example_would_follow(tmp_path):
+    rows = [{"prompt": f"q{i}", "answer": f"first {i}\n\nsecond"} for i in range(4)]
+    path = write(tmp_path / "t.jsonl", *rows)
+    with pytest.raises(UserError, match=r"^t: some of its answers hold an empty line.*as=turns"):
+        load_task(path, few=Shots(1))
+    task = load_task(path, few=Shots(1, "turns"))
+    report = evaluate(Oracle(task), [task], progress=False)
+    assert report.results[0].score == 1.0 and report.results[0].cut == 0
+
+
 def test_shots_of_the_demonstration_are_not_asked():
     plain, shot = (load_task("demo_knowledge", few=Shots(n)) for n in (0, 2))
     assert len(shot.items) == len(plain.items) - 2 and shot.shots == 2 and shot.split == "dev"
