@@ -19,7 +19,7 @@ from medmoe_jax.checkpoints.files import write_text
 from medmoe_jax.cli.session import no_rest
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import page, records
-from medmoe_jax.evaluation.compare import Difference, alone, compare
+from medmoe_jax.evaluation.compare import Difference, alone, apart, compare
 from medmoe_jax.evaluation.html import report_html
 from medmoe_jax.evaluation.report import Report
 from medmoe_jax.screen import ScreenTable
@@ -54,6 +54,8 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
         for run, here, there in (("A", first, name), ("B", name, first)):
             if tasks := alone(found[here], found[there]):
                 note(f"{run} alone was asked, and is not compared on: {', '.join(tasks)}")
+        if tasks := apart(found[first], found[name]):
+            note(f"asked of both, but no item in common, and not compared: {', '.join(tasks)}")
         if left := of[-1].unpaired:
             note(f"{left} items of these tasks are in one of the two runs only, and not compared")
     if arguments.output:

@@ -93,6 +93,12 @@ def alone(a: Sequence[dict], b: Sequence[dict]) -> list[str]:
     return [task for task in by_task(a) if task not in of_b]
 
 
+def apart(a: Sequence[dict], b: Sequence[dict]) -> list[str]:
+    """The tasks of which both have records, but none of the same item."""
+    of_a, of_b = _by_item(a), _by_item(b)
+    return [task for task in of_a if task in of_b and not of_a[task].keys() & of_b[task].keys()]
+
+
 def _gain(pair: _Pairs, pick: np.ndarray) -> float:
     return pair.metric.reduce(pair.b[pick]) - pair.metric.reduce(pair.a[pick])
 

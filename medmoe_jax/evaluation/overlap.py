@@ -10,6 +10,7 @@ from medmoe_jax.data.conversation import Conversation
 from medmoe_jax.data.words import words
 from medmoe_jax.evaluation.items import Item
 
+_SAID = ("reasoning_content", "content")
 RUN = 13  # words that an item and a row share
 
 
@@ -31,14 +32,19 @@ class Overlap:
 
 
 def item_text(item: Item) -> str:
-    """What of an item must not have been trained on: its text and, of exams, its options."""
-    asked = item.source or (item.prompt if isinstance(item.prompt, str) else item.prompt[-1][1])
-    return " ".join([asked, *item.texts])
+    """What of an item must not have been trained on: its text and, of exams, its options.
+
+    Of several turns these are all but the system's, which may be that of many rows.
+    """
+    turns = [("user", item.prompt)] if isinstance(item.prompt, str) else item.prompt
+    asked = [item.source] if item.source else [text for role, text in turns if role != "system"]
+    return " ".join([*asked, *item.texts])
 
 
 def row_text(row: Conversation) -> str:
-    """What of a training row is looked through: all that its turns say."""
-    return " ".join(turn["content"] for turn in row["conversations"])
+    """What of a training row is looked through: all that its turns say and think."""
+    said = (turn.get(key, "") for turn in row["conversations"] for key in _SAID)
+    return " ".join(text for text in said if text)
 
 
 class ItemIndex:

@@ -390,6 +390,13 @@ def test_eval_in_several_ways_and_compared(config, workdir, tmp_path, capsys, mo
     right = [[r["right"] for r in read(f"{run}/records.jsonl")] for run in runs]
     assert found["difference"] == pytest.approx(np.mean(right[1]) - np.mean(right[0]))
     assert "Side by side" in (tmp_path / "both" / "compared.html").read_text()
+    records = {run: (Path(run) / "records.jsonl").read_text() for run in runs}
+    for run, first in zip(runs, ("1", "2"), strict=True):
+        own = json.dumps(json.loads(records[run].splitlines()[0]) | {"task": "apart", "id": first})
+        (Path(run) / "records.jsonl").write_text(records[run] + own + "\n")
+    capsys.readouterr()
+    assert main(["compare", *runs]) == 0
+    assert "no item in common, and not compared: apart" in capsys.readouterr().err
     assert "at least two runs" in fails(capsys, "compare", runs[0])
     assert "no such file" in fails(capsys, "compare", runs[0], str(tmp_path / "none"))
 

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
+from medmoe_jax.data.conversation import Conversation, Turn
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import Item, Report, Task, evaluate, html, metrics, page, records
-from medmoe_jax.evaluation.compare import POOLED, alone, compare, mcnemar
-from medmoe_jax.evaluation.overlap import overlaps
+from medmoe_jax.evaluation.compare import POOLED, alone, apart, compare, mcnemar
+from medmoe_jax.evaluation.overlap import overlaps, row_text
 from medmoe_jax.evaluation.shots import before_item
 from tests.evaluation.models import Constant, Scripted
 
@@ -105,6 +106,14 @@ def test_only_shared_items_are_compared(runs):
 def test_tasks_of_one_run_alone_are_named(runs):
     (a, _), (b, _) = runs
     assert alone(a, b) == [] and alone(a, b[:60]) == ["two@dev"] and alone(b[:60], a) == []
+
+
+def test_tasks_without_a_common_item_are_named(runs):
+    (a, _), (b, _) = runs
+    one_half, other_half = [*a[:60], *a[60:80]], [*b[:60], *b[80:]]
+    assert [d.task for d in compare(one_half, other_half)] == ["one@dev"]
+    assert apart(one_half, other_half) == ["two@dev"] and apart(a, b) == []
+    assert apart(a, b[:60]) == []
 
 
 def test_scores_that_are_no_share_have_no_mcnemar(tmp_path):
@@ -220,6 +229,29 @@ def test_overlaps_look_at_text_and_options_in_any_script():
     (found,) = overlaps({"t": items}, ["甲", "病历：患者男性六十岁 感冒 肺炎。"], 13)
     assert (found.task, found.item, found.row, found.share) == ("t", 0, 1, 1.0)
     assert overlaps({"t": items}, ["患者男性"], 13) == []
+
+
+def test_overlaps_look_at_all_turns_of_an_item():
+    """The last one may be any question, and a system's text that of many rows."""
+    turns = (
+        ("system", "answer as a doctor would do it"),
+        ("user", "a man of sixty years has a fever and coughs"),
+        ("assistant", "since when does he have it"),
+        ("user", "and now"),
+    )
+    rows = ["and now", "answer as a doctor would do it", "He coughs: a man of sixty years has it."]
+    (found,) = overlaps({"t": [Item(turns, "x")]}, rows, 5)
+    assert (found.row, found.also, found.shared) == (2, [], "a man of sixty years")
+    assert found.share == 2 / 14
+
+
+def test_overlaps_look_at_thoughts_too():
+    said: list[Turn] = [
+        {"role": "user", "content": "ask"},
+        {"role": "assistant", "content": "B", "reasoning_content": "a man has a fever"},
+    ]
+    row = Conversation(conversations=said, language="")
+    assert row_text(row) == "ask a man has a fever B"
 
 
 def test_every_metric_that_records_keep_can_be_counted_again(tmp_path):
