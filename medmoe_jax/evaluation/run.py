@@ -66,13 +66,16 @@ def evaluate(
     with TerminalBar(total=sum(len(t.items) for t in loaded), quiet=quiet) as bar:
         for task in loaded:
             bar.set_description(task.name)
+            before = model.shortened
             try:
                 given = _answers(model, task, way, seed, batch, bar, stop)
             except UserError as error:
                 failure = {"task": task.title, "error": str(error)}
                 report = Report(report.results, settings, report.about, [*report.failures, failure])
             else:
-                result, rows_N = _score(task, given, seed, resamples)
+                # Each sample asks all prompts anew.
+                cut = (model.shortened - before) // way.samples
+                result, rows_N = _score(task, given, cut, seed, resamples)
                 results = [*report.results, result]
                 report = Report(results, settings, report.about, report.failures)
                 lines += records.records(task, given, rows_N)
@@ -99,8 +102,8 @@ def _batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
     return (items[i : i + size] for i in range(0, len(items), size))
 
 
-def _score(task: Task, given: Sequence[Response], seed: int, resamples: int):
-    """The result of a task, and what its metric sees of each item."""
+def _score(task: Task, given: Sequence[Response], cut: int, seed: int, resamples: int):
+    """The result of a task, of whose prompts the model has cut some, and its metric's rows."""
     metric = metrics.find(task.metric)
     rows_N = rows(metric, given, task.items)
     low, high = interval(metric, rows_N, seed, resamples)
@@ -127,7 +130,7 @@ def _score(task: Task, given: Sequence[Response], seed: int, resamples: int):
         duplicates=task.duplicates,
         unparsed=sum(not answer.parsed for answer in given),
         cut=sum(answer.cut for answer in given),
-        shortened=task.shortened,
+        shortened=task.shortened + cut,
         missing=list(task.missing),
     )
     return result, rows_N

@@ -46,7 +46,12 @@ REASON = {
 
 
 class EvaluatedModel(Protocol):
-    """All that evaluation asks of a model. A prompt is a text or a list of turns."""
+    """All that evaluation asks of a model. A prompt is a text or a list of turns.
+
+    shortened: prompts that it has cut so far, each time that it was asked one, to fit its context.
+    """
+
+    shortened: int
 
     def choose(
         self,

@@ -14,6 +14,8 @@ def asked(prompt):
 class Constant:
     """Always says the same, and likes this choice best."""
 
+    shortened = 0
+
     def __init__(self, text, ended=True):
         self.text, self.ended = text, ended
         self.asked = 0

@@ -45,6 +45,8 @@ def test_a_constant_scores_the_share_of_its_letter():
 class Lengths:
     """The second choice is less likely, but longer in tokens and bytes."""
 
+    shortened = 0
+
     def choose(self, prompts, choices, ending, done):
         self.ending = ending
         alone = [len(p) < 4 for p in prompts]
@@ -112,6 +114,8 @@ def test_reasoning_is_asked_for_in_the_item_s_language():
 
 class Drawn:
     """Answers with a letter that depends on the stream which an item draws from."""
+
+    shortened = 0
 
     def answer(self, prompts, max_tokens, sampling):
         streams = ((sampling.seed, sampling.first + i) for i in range(len(prompts)))
@@ -225,8 +229,28 @@ def test_a_reading_takes_the_place_of_ours():
     assert one(model, task, way=Way("free", reading="first-capital")).score == 0.0
 
 
+@pytest.mark.parametrize("way", [Way(), Way("free", samples=3, temperature=1.0)])
+def test_prompts_that_the_model_cuts_are_counted_by_task(way):
+    class Short(Constant):
+        """Cuts every second prompt, as often as it is asked it."""
+
+        def choose(self, prompts, choices, ending, done):
+            self.shortened += len(prompts[::2])
+            return super().choose(prompts, choices, ending, done)
+
+        def answer(self, prompts, max_tokens, sampling):
+            self.shortened += len(prompts[::2])
+            return super().answer(prompts, max_tokens, sampling)
+
+    first, second = exam(4), dataclasses.replace(exam(6), name="other", shortened=1)
+    report = evaluate(Short("B"), [first, second], way=way, progress=False)
+    assert [result.shortened for result in report.results] == [2, 4]
+
+
 def test_nan_is_an_error():
     class Broken:
+        shortened = 0
+
         def choose(self, prompts, choices, ending, done):
             return [[(float("nan"), 1)] * 4 for _ in prompts]
 
@@ -304,6 +328,8 @@ def test_a_task_that_cannot_be_done_does_not_lose_the_others(tmp_path):
 
 def test_further_scores_and_rankings():
     class Ranker:
+        shortened = 0
+
         def choose(self, prompts, choices, ending, done):
             return [[(-float(i), 1) for i, _ in enumerate(c)] for c in choices]
 
