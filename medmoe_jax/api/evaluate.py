@@ -23,7 +23,7 @@ from medmoe_jax.evaluation.ways import Way
 from medmoe_jax.parallel import processes
 from medmoe_jax.ranges import COUNT, NOT_NEGATIVE
 from medmoe_jax.screen import plain
-from medmoe_jax.storage.places import make_folder, place
+from medmoe_jax.storage.places import check_makeable, make_folder, place
 from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import Setup
 from medmoe_jax.training.terminal import note
@@ -112,13 +112,15 @@ def evaluate(
       output: a folder for report.json, records.jsonl and report.html; None = nothing is written.
 
     Raises:
-      UserError: no such model or task, or none of the tasks can be had.
+      UserError: no such model or task, none of the tasks can be had, or `output` is no folder.
     """
     if isinstance(model, Model) and (stage is not None or off or language):
         raise ParameterError("model: a loaded one has its stage, off and language already")
     if limit is not None:
         COUNT.check_whole("limit", limit)
     NOT_NEGATIVE.check_whole("seed", seed)
+    if output is not None:
+        check_makeable(place(output))
     named = [tasks] if isinstance(tasks, str | os.PathLike) else tasks
     names = expand([os.fspath(task) for task in named])
     if not names:

@@ -142,8 +142,7 @@ def check_folder(folder: str | Path) -> None:
         raise ParameterError("workdir: is empty; give the path of a folder")
     folder = storage_place(folder)
     check_signs(folder)
-    if not is_remote(folder):
-        check_makeable(folder)
+    check_makeable(folder)
 
 
 def _now() -> float:

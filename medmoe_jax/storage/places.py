@@ -172,12 +172,14 @@ def check_file(path: str | os.PathLike) -> None:
 
 
 def check_makeable(folder: Path) -> None:
-    """Whether a folder on disk is there or may be made, as far as paths tell.
+    """Whether a folder is there or may be made, as far as paths tell; on object storage it may.
 
     Raises:
       UserError: something else stands there or above.
       StorageError: on the way lies a link to nothing, such as to a disk that is not mounted.
     """
+    if is_remote(folder):
+        return
     for one in (folder, *folder.absolute().parents):
         if one.is_symlink() and not one.exists():
             raise StorageError(

@@ -145,6 +145,14 @@ def test_an_output_holds_files_of_one_evaluation_alone(model, items, tmp_path, m
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
 
 
+def test_an_output_that_is_no_folder_is_told_before_anything_is_read(workdir, items, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for output in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(UserError, match="file: is not a folder"):
+            medmoe_jax.evaluate(workdir, [items, "none.jsonl"], output=output)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_stages_banks_and_bases(workdir, model):
     """A bank left out at once or later; the base of a run and the same base by itself."""
     first = medmoe_jax.load(workdir, stage="aggregate")

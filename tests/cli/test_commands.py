@@ -398,6 +398,7 @@ def test_eval_in_several_ways_and_compared(config, workdir, tmp_path, capsys, mo
     assert main(["compare", *runs]) == 0
     assert "no item in common, and not compared: apart" in capsys.readouterr().err
     assert "at least two runs" in fails(capsys, "compare", runs[0])
+    assert "is not a folder" in fails(capsys, "compare", "a", "b", f"--output={task}")
     assert "no such file" in fails(capsys, "compare", runs[0], str(tmp_path / "none"))
 
 
@@ -414,6 +415,8 @@ def test_overlap(tmp_path, capsys):
     assert found["row_text"] == "what is flu? a virus"
     assert [place.rpartition(", ")[2] for place in found["also"]] == ["line 2"]
     assert "give --tasks to look for" in fails(capsys, "overlap", f"--tasks={tasks}", out)
+    searched = ["overlap", f"--train={tmp_path / 'none'}", f"--tasks={tasks}"]
+    assert "is not a folder" in fails(capsys, *searched, f"--output={train}")
     rows = write_rows(tmp_path / "rows.jsonl", [{"ask": "What is flu?", "response": "x", "id": 7}])
     command = ["overlap", f"--train={rows}", f"--tasks={tasks}", out]
     for given, told in (
