@@ -79,14 +79,23 @@ def prompt(text: str, examples: Sequence[Row | _Pair], form: str, guide: str = "
 
 
 def before_item(item: Item, examples: Sequence[Item], form: str) -> Item:
-    """A user's item with examples before it; of several turns they are further turns."""
+    """A user's item with examples before it; of several turns they are further turns.
+
+    The system's turn that an item begins with stays the first, and examples do not repeat it.
+    """
     if not examples:
         return item
     rows = [_Pair(e.prompt, e.answer) for e in examples if isinstance(e.prompt, str)]
     if isinstance(item.prompt, str) and len(rows) == len(examples):
         return replace(item, prompt=prompt(item.prompt, rows, form), own=item.prompt)
-    told = [turn for e in examples for turn in (*_turns(e.prompt), ("assistant", e.answer))]
-    return replace(item, prompt=(*told, *_turns(item.prompt)), own=item.prompt)
+    own = _turns(item.prompt)
+    lead = own[:1] if own[0][0] == "system" else ()
+    told = list(lead)
+    for example in examples:
+        turns = _turns(example.prompt)
+        further = turns[1:] if turns[:1] == lead else turns
+        told += [*further, ("assistant", example.answer)]
+    return replace(item, prompt=(*told, *own[len(lead) :]), own=item.prompt)
 
 
 @dataclass(frozen=True)

@@ -272,6 +272,29 @@ def test_shots_of_a_user_task_are_not_asked(tmp_path):
             load_task(path, few=Shots(count))
 
 
+@pytest.mark.parametrize("texts", [("be brief",), ("", "be brief"), ("be brief", "be kind")])
+def test_a_system_turn_stands_once_before_examples(tmp_path, texts):
+    """One of an example that is not the item's own stays with it."""
+    rows = []
+    for n in range(6):
+        text = texts[n % len(texts)]
+        system = [{"role": "system", "content": text}] if text else []
+        rows.append(
+            {"messages": [*system, {"role": "user", "content": f"q{n}"}], "answer": f"a{n}"}
+        )
+    path = write(tmp_path / "t.jsonl", *rows)
+    alone = {item.prompt[-1][1]: item.prompt for item in load_task(path).items}
+    for item in load_task(path, few=Shots(2)).items:
+        own = alone[item.prompt[-1][1]]
+        lead = own[:-1]
+        (_, one), (_, two) = [turn for turn in item.prompt[:-1] if turn[0] == "user"]
+        want = [*lead]
+        for name in (one, two):
+            kept = alone[name] if alone[name][:-1] != lead else alone[name][-1:]
+            want += [*kept, ("assistant", name.replace("q", "a"))]
+        assert list(item.prompt) == [*want, own[-1]] and item.own == own
+
+
 def test_answers_with_empty_lines_are_not_cut_where_an_example_would_follow(tmp_path):
     rows = [{"prompt": f"q{i}", "answer": f"first {i}\n\nsecond"} for i in range(4)]
     path = write(tmp_path / "t.jsonl", *rows)
