@@ -655,6 +655,9 @@ def test_cards_of_a_user(tmp_path, monkeypatch):
         ("csv", "stem,a,b,right\nW?,x,y,y\n", r"'q' is missing, there are 'stem', 'a', 'b', 'r"),
         ("csv", "q,a,b,right\nW?,x,y,\n", r"csv:2: field 'right' has no value; fill it in, or"),
         ("csv", "q,a,b,right\nW?,x,y,z,y\n", r"csv:2: 5 columns instead of 4 \(q, a, b, right"),
+        ("csv", "q,a,B,right\nW?,x,y,a\n", r"field 'b' is missing \(did you mean 'B'\?\), there a"),
+        ("csv", "q,a,a,right\nW?,x,y,a\n", r"csv:1: 'a' is the name of two columns; rename one"),
+        ("tsv", "q\ta\ta\tright\nW?\tx\ty\ta\n", r"tsv:1: 'a' is the name of two columns"),
         (
             "csv",
             "q;a;b;right\nW?;x, z;y;y\n",
@@ -693,6 +696,8 @@ def test_a_table_by_tabs_may_name_its_columns_itself(tmp_path, monkeypatch):
         (("files = {", "files = { testing = [], "), "mine.files: write lists of files for some of"),
         (('["items.csv"]', '"items.csv"'), "mine.files.test: must be a list of texts"),
         (("[mine]", "[mine"), "not TOML"),
+        (('options = "a, b"', 'options = ["a", "b"]'), r"mine.options: .* must be a text"),
+        (('question = "q"', "question = 3"), "mine.question: 3 must be a text"),
         (('get = "me"', 'get = "me"\nlanguages = "en"'), "mine.languages: 'en' must be a list"),
         (('get = "me"', 'get = "me"\nmax_tokens = "8"'), "mine.max_tokens: '8' must be a whole"),
         (

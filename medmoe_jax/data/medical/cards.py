@@ -42,6 +42,8 @@ FORMS: dict[str, dict[str, bool]] = {
     | dict(types=True, before=False, suffix=False, comma=False, none=False, separator=False),
     "relations": dict(text=True, before=False),
 }
+# Those of a form's fields that are no text.
+_NO_TEXT = ("labels", "types", "tidy", "counts_from", "several")
 SEVERAL = ("drop", "only", "keep")  # what becomes of questions with several right options
 _OVERRIDES = "parquet"
 # By the beginning of a field's type: what TOML must have there, and its name.
@@ -165,6 +167,9 @@ def _card(name: str, table: dict, path: Path) -> MedicalSet:
         kind, named = _TYPES[re.split(r"\W", str(own[key].type))[0]]
         if not isinstance(value, kind) and not (key == "folder" and isinstance(value, str)):
             raise UserError(f"{where}.{key}: {value!r} must be {named}")
+    for key in read.keys() - set(_NO_TEXT):
+        if not isinstance(read[key], str):
+            raise UserError(f"{where}.{key}: {read[key]!r} must be a text")
     if (first := read.get("counts_from", 0)) not in (0, 1) or type(first) is not int:
         raise UserError(f"{where}.counts_from: {first!r} must be 0 or 1")
     if "several" in read and read["several"] not in SEVERAL:

@@ -102,16 +102,22 @@ def options_of(record: dict, path: str, where: str) -> list[tuple[str, str]]:
     """`(key, text)` of an exam question's options, in their order.
 
     They are several paths by `,`, a list, an object by letter, a list of objects, or one text with
-    a line for each. The text of an option without any is ''.
+    a line for each. The text of an option without any is ''. A record without the field of one of
+    several, which may be misspelt, is an error.
     """
+    lacking = path
     for one in path.split("|"):
         paths = [p.strip() for p in one.split(",")]
+        absent = [p for p in paths if p.partition(".")[0] not in record]
         values = [look(record, p) for p in paths]
-        if len(paths) > 1 and any(value is not None for value in values):
+        found = any(value is not None for value in values)
+        if found and absent:
+            lacking = ", ".join(absent)
+        elif found and len(paths) > 1:
             return _kept(zip(LETTERS, values, strict=False), path, where)
-        if len(paths) == 1 and values[0] is not None:
+        elif found:
             return _kept(_pairs(values[0], path, where), path, where)
-    raise missing(record, path, where)
+    raise missing(record, lacking, where)
 
 
 _NO_TEXT = ("", "n/a", "nan")

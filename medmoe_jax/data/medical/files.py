@@ -9,6 +9,7 @@ import json
 import xml.etree.ElementTree as ET
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,7 @@ def read_columns(path: Path, columns: Sequence[str]) -> Records:
     for where, line in read_lines(path):
         fields = line.split("\t")
         if not columns:
-            check_separator(fields, "\t", where)
-            columns = [field.strip() for field in fields]
+            columns = _names(fields, "\t", where)
         _check_width(fields, columns, "\t", where)
         if not _is_header(fields, columns):
             yield where, dict(zip(columns, fields, strict=True))
@@ -148,15 +148,24 @@ def read_csv(text: str, path: object, columns: Sequence[str] = (), delimiter: st
     if first is None:
         raise UserError(f"{path}: the file is empty; {REPAIR}")
     where, fields = first
-    header = [name.strip() for name in fields]
-    if columns and not _is_header(header, columns):
+    if columns and not _is_header(fields, columns):
         header = list(columns)
         rows = iter([first, *rows])
     else:
-        check_separator(header, delimiter, where)
+        header = _names(fields, delimiter, where)
     for where, fields in rows:
         _check_width(fields, header, delimiter, where)
         yield where, dict(zip(header, fields, strict=True))
+
+
+def _names(fields: Sequence[str], sign: str, where: str) -> list[str]:
+    """The names of columns in a first line. Raises UserError where two have one name."""
+    check_separator(fields, sign, where)
+    names = [field.strip() for field in fields]
+    twice = [name for name, count in Counter(filter(None, names)).items() if count > 1]
+    if twice:
+        raise UserError(f"{where}: {twice[0]!r} is the name of two columns; rename one")
+    return names
 
 
 def _check_width(fields: Sequence[str], columns: Sequence[str], sign: str, where: str) -> None:
