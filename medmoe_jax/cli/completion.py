@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from medmoe_jax.api.configs import recipes
+from medmoe_jax.cli.session import no_rest
 from medmoe_jax.evaluation.tasks import list_tasks, suites
 from medmoe_jax.training.terminal import say
 
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Run the command."""
+    no_rest(rest)
     say(SHELLS[arguments.shell](arguments.top))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import logging
 import os
 import select
@@ -179,12 +180,14 @@ def _run(argv: Sequence[str] | None) -> int:
         print(NEXT)
         return 0
     command = COMMANDS.get(next((word for word in words if word in COMMANDS), ""))
-    words, about = configs.apart(words, {"--", getattr(command, "PASSED_ON", "--")})
+    ends = {"--", getattr(command, "PASSED_ON", "--")}
+    words, about = configs.apart(words, ends)
     arguments, strange = parser().parse_known_args(words)
     try:
         several = (arguments.coordinator, arguments.processes, arguments.process)
         with early.stoppable(), processes.Membership(*several), _one_speaks():
-            settle_options(arguments, about + words)
+            options = itertools.takewhile(lambda word: word not in ends, words)
+            settle_options(arguments, [*about, *options])
             arguments.run(arguments, about + strange)
     except (UserError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _unread():

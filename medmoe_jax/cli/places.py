@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 from collections.abc import Sequence
 
 from medmoe_jax.api.places import LOCAL, ROWS, paths, settled
@@ -43,6 +44,8 @@ OPTIONS = {
 }
 # Where no path means something: that no lines are kept, that there is no run.
 MAY_BE_EMPTY = {"history", "workdir"}
+# What argparse takes for no option where it knows none of that name.
+_UNKNOWN = re.compile(r"--[\w.-]+=.*\s", re.DOTALL)
 
 
 def settle_options(arguments: argparse.Namespace, words: Sequence[str]) -> None:
@@ -50,16 +53,18 @@ def settle_options(arguments: argparse.Namespace, words: Sequence[str]) -> None:
 
     Args:
       arguments: what the parser made of the words.
-      words: the command line.
+      words: the command line, to the end of its options.
 
     Raises:
       UserError: an option names a place which it does not take, or is empty, as a shell leaves
-        `--output=$UNSET`; or a word is not UTF-8.
+        `--output=$UNSET`; a word is not UTF-8; or one that no option has stands for
+        something else, such as the prompt.
     """
     for word in words:
         check_utf8(word)
-    options = itertools.takewhile(lambda word: word != "--", words)
-    for before, word in itertools.pairwise(["", *options]):
+        if _UNKNOWN.match(word) and word in _texts(arguments):
+            raise UserError(f"unknown argument '{word}'; see --help")
+    for before, word in itertools.pairwise(["", *words]):
         option, _, value = (word or before + "=").partition("=")
         name, given = option[2:].replace("-", "_"), "=" in word or not word
         if given and not value and name in OPTIONS.keys() - MAY_BE_EMPTY:
@@ -70,3 +75,9 @@ def settle_options(arguments: argparse.Namespace, words: Sequence[str]) -> None:
             for path in paths(value):
                 check(path, f"--{name.replace('_', '-')}", schemes)
             setattr(arguments, name, settled(value))
+
+
+def _texts(arguments: argparse.Namespace) -> list[str]:
+    """The texts that stand for something, one by one."""
+    values = [v if isinstance(v, list) else [v] for v in vars(arguments).values()]
+    return [value for value in itertools.chain(*values) if isinstance(value, str)]

@@ -209,22 +209,38 @@ def test_stages_and_banks_can_be_chosen(config, workdir, tmp_path):
         (["--config=medcare", "--", "--config"], "--config", None),
         (["--config=medcare", "--", "--off="], "--off=", None),
         (["--config=medcare", "--", "--output="], "--output=", None),
+        (["--config=medcare", "--", "--why=a b"], "--why=a b", None),
+        (["--config=medcare", "-- why = a b?"], "-- why = a b?", None),
     ],
 )
 def test_what_is_about_the_configuration_is_no_prompt(monkeypatch, words, prompt, about):
     """Nor is a prompt behind `--` about the configuration, or an option."""
     seen = []
     monkeypatch.setattr("medmoe_jax.cli.generate.run", lambda *given: seen.append(given))
-    assert main(["generate", *words, *([] if "--" in words else ["--max-tokens=8"])]) == 0
+    assert main(["generate", "--max-tokens=8", "--stop=--a=b c", *words]) == 0
     ((arguments, rest),) = seen
     assert (arguments.prompt, rest) == (prompt, about or ["--config=medcare"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "--confg.run.profile=(10, 3)"],
+        ["generate", "--promt=Why is that?"],
+        ["plot", "runs/a", "--outputs=my plots"],
+        ["completion", "bash", "--for=my shell"],
+    ],
+)
+def test_an_unknown_option_with_a_space_is_no_prompt(words, capsys):
+    assert f"error: unknown argument '{words[-1]}'; see --help" in fails(capsys, *words)
 
 
 def test_what_follows_run_belongs_to_lm_eval(monkeypatch):
     """Which has a `--config` of its own; before it, a space is no end of our options."""
     seen = []
     monkeypatch.setattr("medmoe_jax.cli.lm_eval.run", lambda *given: seen.append(given))
-    own, asked = ["--config=medcare", "--config.base.path=a b"], ["run", "--config", "own.yaml"]
+    own = ["--config=medcare", "--config.base.path=a b"]
+    asked = ["run", "--config", "own.yaml", "--gen_kwargs=a b", "--tasks="]
     assert main(["lm-eval", *own, "--stage=base", *asked]) == 0
     ((arguments, rest),) = seen
     assert (arguments.asked, arguments.stage, rest) == (asked, "base", own)
