@@ -10,6 +10,8 @@ manifest.json   stage, recipe, base, the end of the stage before, final/SEAL, me
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from medmoe_jax.checkpoints.agreement import from_first_process
@@ -20,6 +22,7 @@ from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.checkpoints.records import RecordError, read_record, remedy
 from medmoe_jax.checkpoints.seals import changed
 from medmoe_jax.errors import UserError
+from medmoe_jax.storage.places import place
 
 
 def read_recipe(folder: StageFolder, stage: str) -> tuple[dict[str, Any], str]:
@@ -38,6 +41,25 @@ def read_recipe(folder: StageFolder, stage: str) -> tuple[dict[str, Any], str]:
             f"{remedy(folder.path)}"
         )
     return record["recipe"], fingerprint
+
+
+def begun(workdir: str | Path) -> Iterator[tuple[StageFolder, dict[str, Any]]]:
+    """Every stage that was started in a work directory, by name, with its recipe by content.
+
+    Raises:
+      RecordError: a recipe is damaged or was changed.
+    """
+    top = place(workdir) / "stages"
+    for path in sorted(top.iterdir()) if top.is_dir() else ():
+        folder = StageFolder(path)
+        if not folder.recipe.exists():
+            continue
+        try:
+            record, _ = read_record(folder.recipe, "stage", "recipe")
+        except RecordError as error:
+            raise RecordError(f"{error}; {remedy(path)}") from None
+        if record["stage"] == path.name:  # else somebody's copy, put aside
+            yield folder, record["recipe"]
 
 
 def check_links(folder: StageFolder, stage: str, parent: str) -> dict[str, Any]:

@@ -26,11 +26,13 @@ from medmoe_jax.cli.session import open_run
 from medmoe_jax.data import tokenizers
 from medmoe_jax.data.demo import answers, corpus
 from medmoe_jax.data.demo.answers import Question
+from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import html
 from medmoe_jax.evaluation.logged import pictures, read_logged
 from medmoe_jax.evaluation.report import Report, Result
 from medmoe_jax.inference.language_model import LanguageModel
 from medmoe_jax.screen import ScreenTable
+from medmoe_jax.training.kept import is_kept, kept
 from medmoe_jax.training.run import Run, StageRun
 from medmoe_jax.training.terminal import console, note
 from medmoe_jax.training.train import train
@@ -126,6 +128,7 @@ def _open(show: Demonstration, workdir: Path, rest: list[str]) -> Run:
     """The run; a base that is made here has a tokenizer that is trained here."""
     arguments = [f"--config={show.recipe}", *rest]
     config = load_config(arguments)
+    _check_own(workdir, config.stages.order)
     if not config.base.path:
         tokenizer = workdir / "tokenizer.model"
         if not tokenizer.exists():
@@ -135,6 +138,16 @@ def _open(show: Demonstration, workdir: Path, rest: list[str]) -> Run:
                 tokenizers.train(corpus.texts_for_tokenizer(), size, tokenizer)
         arguments.append(f"--config.base.tokenizer={tokenizer}")
     return open_run(arguments, str(workdir))
+
+
+def _check_own(workdir: Path, stages: Sequence[str]) -> None:
+    """Raise UserError where a work directory holds a run of other stages."""
+    there = kept(workdir).stages.order if is_kept(workdir) else stages
+    if tuple(there) != tuple(stages):
+        raise UserError(
+            f"--workdir: '{workdir}' holds another run (stages {', '.join(there)}); give the "
+            "demonstration a new folder"
+        )
 
 
 def _look(run: Run, show: Demonstration, models: Sequence[Compared]) -> dict[str, Seen]:

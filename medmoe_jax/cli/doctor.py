@@ -202,9 +202,9 @@ def _workdir(workdir: str, setup: Setup | None) -> Iterator[Finding]:
 def _stages(run: Run) -> Iterator[Finding]:
     """How far the stages of a work directory are, and what is against going on with them."""
     done = [stage.name for stage in run.stages if stage.folder.is_finished()]
-    for stage in run.stages:
-        if stage.recipe.after in ("", *done):
-            yield from _tried("work directory", stage.check_claim)
+    ready = [stage for stage in run.stages if stage.recipe.after in ("", *done)]
+    found = [one for stage in ready for one in _tried("work directory", stage.check_claim)]
+    yield from dict.fromkeys(found)  # what is against several is told once
     text = f"finished stages: {', '.join(done) or 'none'} of {len(run.stages)}"
     yield Finding("ok", "work directory", text)
 

@@ -17,7 +17,7 @@ from medmoe_jax.checkpoints.folders import StageFolder
 from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.checkpoints.records import write_record
 from medmoe_jax.checkpoints.seals import SEAL
-from medmoe_jax.checkpoints.stage_records import check_links, read_recipe
+from medmoe_jax.checkpoints.stage_records import begun, check_links, read_recipe
 from medmoe_jax.checkpoints.stages import check_final
 from medmoe_jax.errors import UserError
 from medmoe_jax.training.kept import keep
@@ -29,6 +29,7 @@ from medmoe_jax.training.stage import Stage, chain, find_stage
 _MODEL_FIELDS = ("after", "merge", "drop", "stack", "banks", "states", "train_base")
 # The fields of `data` that decide which text a model reads, and which experts read it.
 _TEXT_FIELDS = ("tokenizer", "template", "template_options", "detect_language")
+_UNREAD = "unread"  # in the place of a fingerprint of weights
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,8 @@ class StageRun:
         Where the stage is not finished, the configuration is kept beside it (`training.kept`).
 
         Raises:
-          UserError: the folder was made by another recipe, and the message lists the fields; or
-            what it was made by is gone or changed.
+          UserError: the folder was made by another recipe, or a stage beside it on another base or
+            text, and the message lists the fields; or what it was made by is gone or changed.
         """
         content = self._content(digests)
         if imported is not None:
@@ -145,6 +146,7 @@ class StageRun:
     def _claim(self, content: dict[str, Any]) -> str:
         folder = self.folder
         if not self._is_begun():
+            self._check_beside(content)
             return write_record(folder.recipe, {"stage": self.name, "recipe": content})
         before, fingerprint = read_recipe(folder, self.name)
         self._compare(before, content)
@@ -183,6 +185,7 @@ class StageRun:
         Those are not read. The stages that it builds on are finished.
         """
         if not self._is_begun():
+            self._check_beside(_read_back(self._content({}, _UNREAD)))
             return
         then, _ = read_recipe(self.folder, self.name)
         now = _read_back(self._content(then["data"]["sources"], then["base"]["weights"]))
@@ -190,6 +193,21 @@ class StageRun:
             self._compare(then, now)
         if self.folder.is_finished():
             self._check(now)
+
+    def _check_beside(self, now: Mapping[str, Any]) -> None:
+        """Raise UserError where a stage of the work directory is of another base or text.
+
+        The configuration that is kept opens every stage there, and this one's is about to be.
+        """
+        for folder, then in begun(self.run.workdir):
+            unread = now["base"]["weights"] == _UNREAD
+            base = {**now["base"], "weights": then["base"]["weights"]} if unread else now["base"]
+            if changed := _other_text(then, {**now, "base": base}):
+                raise UserError(
+                    f"{folder.path} was trained on another base, or with another tokenizer or "
+                    f"template; {'; '.join(changed)}. A work directory has one of each: use "
+                    "another workdir, or set base and data to what is there"
+                )
 
     def _content(self, digests: Mapping[str, str], weights: str = "") -> dict[str, Any]:
         """All that decides what training the stage gives, by content.
@@ -240,18 +258,22 @@ class StageRun:
                 f"stage '{self.name}' is not finished in {self.run.workdir}; run medmoe train first"
             )
         then = check_links(folder, self.name, self.parent_fingerprint)
-        changed = _changed(then, now, "base") + _changed(then, now, "data", _TEXT_FIELDS)
-        # Others may have joined since: the experts answer them as they are.
-        known = tuple(then["data"]["languages"])
-        languages = (recipe["data"]["languages"] for recipe in (then, now))
-        changed += _differences(*(_of(one, known) for one in languages), "data.languages")
-        if changed:
+        if changed := _other_text(then, now):
             raise UserError(
                 f"{folder.path} was trained on another base, or with another tokenizer or "
                 f"template; {'; '.join(changed)}. Set base and data to what it was trained with"
             )
         if changed := _changed(then, now, "stage", _MODEL_FIELDS, f"stages.{self.name}"):
             raise UserError(f"{folder.path} holds another model; {'; '.join(changed)}")
+
+
+def _other_text(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The differences of two recipes in base, tokenizer, template and languages."""
+    changed = _changed(then, now, "base") + _changed(then, now, "data", _TEXT_FIELDS)
+    # Others may have joined since: the experts answer them as they are.
+    known = tuple(then["data"]["languages"])
+    languages = (recipe["data"]["languages"] for recipe in (then, now))
+    return changed + _differences(*(_of(one, known) for one in languages), "data.languages")
 
 
 def _changed(

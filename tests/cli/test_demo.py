@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -65,6 +66,16 @@ def test_a_chat_model_is_asked_before_and_after(tmp_path, capsys):
     cells = ["aggregate", "2", "4 × 96", "0.003"]
     line = "".join(f"<td[^>]*>{re.escape(cell)}</td>" for cell in cells)
     assert re.search(rf"{line}<td[^>]*>[\d,]+</td><td[^>]*>{tokens}</td>", page)
+
+
+@pytest.mark.parametrize("words", [["--tiny"], [f"--config.base.path={tiny.folder()}"]])
+def test_the_folder_of_another_run_is_left_alone(tmp_path, capsys, words):
+    workdir = shutil.copytree(tiny.trained()[1], tmp_path / "run")
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    assert main(["demo", *words, f"--workdir={workdir}"]) != 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "holds another run (stages aggregate, align); give the demonstration a new" in said
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
 
 
 def test_the_tiny_one_makes_its_own_tokenizer_once(tmp_path, monkeypatch):

@@ -240,6 +240,49 @@ def test_another_recipe_in_the_same_folder(done, tmp_path, change, words):
         train(Run(open_setup(config), workdir))
 
 
+def only_stage(config):
+    """One stage, of a name that the recipe did not have."""
+    config.stages.learn = config.stages.aggregate.copy_and_resolve_references()
+    config.stages.order = ("learn",)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (other_base, "base.weights: "),
+        (other_tokenizer, "data.tokenizer"),
+        (set_field("base.dtype", "bfloat16"), "base.dtype: 'float32' then, 'bfloat16' now"),
+        (set_field("data.template", "llama2"), "data.template"),
+    ],
+    ids=["base", "tokenizer", "dtype", "template"],
+)
+def test_another_base_beside_stages_of_other_names(done, tmp_path, change, words):
+    """What is there must go on opening with the one configuration that is kept."""
+    workdir = shutil.copytree(done[1], tmp_path / "run")
+    config = only_stage(tiny.medcare_config())
+    change(config, tmp_path)
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    stage = Run(open_setup(config), workdir).stage("learn")
+    message = f"aggregate was trained on another base.*{words}.*use another workdir"
+    with pytest.raises(UserError, match=message):
+        stage.claim({"knowledge": "rows"})
+    if words != "base.weights: ":  # it reads none
+        with pytest.raises(UserError, match=message):
+            stage.check_claim()
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+
+
+def test_another_stage_on_the_same_base_may_join(done, tmp_path):
+    workdir = shutil.copytree(done[1], tmp_path / "run")
+    copy = shutil.copytree(workdir / "stages" / "align", workdir / "stages" / "align_put_aside")
+    (workdir / "stages" / "notes").mkdir()
+    stage = Run(open_setup(only_stage(tiny.medcare_config())), workdir).stage("learn")
+    stage.check_claim()
+    assert stage.claim({"knowledge": "rows"})
+    assert stage.folder.recipe.is_file() and copy.is_dir()
+
+
 def test_data_count_by_content_not_by_path(done, tmp_path):
     config = tiny.medcare_config()
     same_data_elsewhere(config, tmp_path)
