@@ -121,6 +121,9 @@ def test_missing_and_unknown_tasks(tmp_path):
     write(tmp_path / "t.jsonl", {"prompt": "q", "answer": "a"})
     with pytest.raises(UserError, match="limit is 0"):
         load_task(tmp_path / "t.jsonl", limit=0)
+    (tmp_path / "t.csv").write_text("prompt,answer\n")
+    with pytest.raises(UserError, match=r"t\.csv: a file with a task ends in \.jsonl, "):
+        expand([str(tmp_path / "t.csv")])
 
 
 def test_names_are_checked_with_suites_in_their_places():
