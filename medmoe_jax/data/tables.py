@@ -39,6 +39,7 @@ def csv_rows(text: TextIO, shown: str, separator: str) -> Rows:
             if not cells:
                 continue
             if len(cells) != len(header):
+                check_separator(cells, separator, where, len(header))
                 raise UserError(
                     f"{where}: {len(cells)} cells under {len(header)} names of columns; quote "
                     "cells that hold the separator or a line break"

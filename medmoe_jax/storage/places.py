@@ -60,7 +60,7 @@ def check_utf8(text: str, where: str = "") -> None:
     shown = text.encode("utf-8", "backslashreplace").decode()
     if shown != text:
         raise UserError(
-            f"{where}'{shown}' is not UTF-8 text; rename the file or folder, or set the locale to "
+            f"{where}'{shown}' is not UTF-8 text; rename what is called so, or set the locale to "
             "UTF-8"
         )
 

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from medmoe_jax.errors import ParameterError
 from medmoe_jax.kinds import fits, shown, words
+from medmoe_jax.storage.places import check_utf8
 from medmoe_jax.training import config as sections
 from medmoe_jax.training.recipe import REGULARISERS
 
@@ -36,7 +37,10 @@ _OPEN = _AnyNames(None)  # any fields, which are judged where they are used
 
 
 def check_shape(config: ConfigDict) -> None:
-    """Raise ParameterError for the first field that is unknown, missing or of another type."""
+    """Raise UserError for the first field that is unknown, missing or of another type.
+
+    And for a name or a text that is not UTF-8.
+    """
     _check("", config, _whole())
 
 
@@ -77,6 +81,8 @@ def _loss(loss: Mapping[str, Any]) -> Any:
 def _check(path: str, value: Any, like: Any) -> None:
     """Raise unless a value is like a default, or has a section's fields; None takes anything."""
     mapping = isinstance(value, Mapping | ConfigDict)
+    for text in value if mapping else [value]:
+        check_utf8(text if isinstance(text, str) else "", f"{path}: " if path else "")
     like = like(value if mapping else {}) if callable(like) else like
     if like is None:
         return

@@ -130,6 +130,10 @@ def test_another_separator_than_the_ending_promises(tmp_path, name, text, messag
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=rf"{name}, line 1: its columns seem to {message}"):
         list(read_items(tmp_path / name))
+    separator = ",\t"[name == "a.tsv"]
+    (tmp_path / name).write_text(f"prompt{separator}response\nA{separator}B\nA;B\n")
+    with pytest.raises(UserError, match=rf"{name}, line 3: its columns seem to have semicolons"):
+        list(read_items(tmp_path / name))
     (tmp_path / name).write_text("prompt\nA; b|c\n")  # one column
     assert [row for _, row in read_items(tmp_path / name)] == [{"prompt": "A; b|c"}]
 
@@ -377,7 +381,7 @@ def test_a_table_adds_no_key_to_the_objects_of_a_row(name, tmp_path):
 
 def test_a_file_of_a_folder_whose_name_is_not_utf8(tmp_path):
     write(tmp_path / os.fsdecode(b"caf\xe9.jsonl"))
-    with pytest.raises(UserError, match=r"/caf\\udce9\.jsonl' is not UTF-8 text; rename the file"):
+    with pytest.raises(UserError, match=r"/caf\\udce9\.jsonl' is not UTF-8 text; rename what"):
         list(read_items(tmp_path))
 
 

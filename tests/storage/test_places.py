@@ -105,7 +105,7 @@ def test_a_word_that_is_not_utf8_is_refused_and_nothing_is_made(
         for name in {name for names, name, _ in paths() if names == command}:
             assert main.main([*command, *arguments_for(parser, name, value)]) == 1
             said = capsys.readouterr().err
-            assert "is not UTF-8 text; rename the file" in said and SHOWN in said, said
+            assert "is not UTF-8 text; rename what" in said and SHOWN in said, said
     field = f"--config.data.template_options.x={value}"
     assert main.main(["train", "--workdir=w", "--config=medcare", field]) == 1
     assert f"'{field}' is not UTF-8".replace(BYTES, SHOWN) in capsys.readouterr().err

@@ -81,6 +81,25 @@ def test_the_field_is_named(change, message):
             look(config)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        put("data.sources.mine.path", "caf\udce9"),
+        put("data.template_options", {"style": "caf\udce9"}),
+        put("stages.order", ["learn", "caf\udce9"]),
+        put("stages.learn.mixture", {"caf\udce9": 1}),
+        put("data.sources.caf\udce9", source("rows.jsonl")),
+    ],
+)
+def test_a_name_or_text_that_is_not_utf8(change):
+    """No record can hold it, whichever field it stands in."""
+    config = whole()
+    with config.unlocked():
+        change(config)
+    with pytest.raises(UserError, match=r"'caf\\udce9' is not UTF-8 text"):
+        check_shape(config)
+
+
 def test_what_a_section_may_leave_out():
     """Losses and allocators have the defaults of their classes, a mesh has axes of one."""
     config = whole()
@@ -107,5 +126,5 @@ def test_a_file_without_get_config_is_not_taken_for_the_last_one(tmp_path):
     medmoe_jax.config("trial")
     with pytest.raises(UserError, match=r"none\.py: has no get_config\(\)"):
         medmoe_jax.config(tmp_path / "none.py")
-    with pytest.raises(UserError, match=r"uses\.py: name 'SHIPPED' is not defined"):
+    with pytest.raises(UserError, match=r"uses\.py, line 2: NameError: name 'SHIPPED' is"):
         medmoe_jax.config(tmp_path / "uses.py")
