@@ -23,6 +23,7 @@ from medmoe_jax.base.cache import Cache
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.base.loss import logits
+from medmoe_jax.base.module import token_rows
 from medmoe_jax.base.seam import (
     BareSeam,
     Context,
@@ -32,7 +33,7 @@ from medmoe_jax.base.seam import (
     TravellingSeam,
     activation,
 )
-from medmoe_jax.errors import ParameterError, UserError
+from medmoe_jax.errors import UserError
 from medmoe_jax.kernels.router_equations import RouterStats
 from medmoe_jax.mesh_axes import TENSOR
 from medmoe_jax.parallel.mesh import check_divides
@@ -195,25 +196,12 @@ class AdaptedDecoder(nnx.Module):
         Raises:
           ParameterError: one that is not whole numbers `[B, T]`, with a row and a token at least.
         """
-        inputs = _checked(
+        ids = token_rows(
             tokens_BxT=tokens_BxT, segment_ids_BxT=segment_ids_BxT, positions_BxT=positions_BxT
         )
         base, banks = nnx.as_pure(self.base), nnx.as_pure(self.banks)
-        x_BxTxD, _, _ = hidden(self.config, base, banks, *inputs)
+        x_BxTxD, _, _ = hidden(self.config, base, banks, *ids)
         return logits(self.config.decoder, decoder.head(base), x_BxTxD)
-
-
-def _checked(**inputs: jax.Array) -> list[jax.Array]:
-    arrays = {name: jnp.asarray(value) for name, value in inputs.items()}
-    shape = next(iter(arrays.values())).shape
-    for name, array in arrays.items():
-        whole = not jnp.issubdtype(array.dtype, jnp.inexact)
-        if array.shape != shape or array.ndim != 2 or not array.size or not whole:
-            raise ParameterError(
-                f"{name}: {array.dtype} {array.shape}; give whole numbers [rows, tokens], at least "
-                f"one row of one token, and {', '.join(arrays)} of one shape"
-            )
-    return list(arrays.values())
 
 
 def _wrap(tree, kind):

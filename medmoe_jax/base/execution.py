@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from medmoe_jax.errors import ParameterError
 from medmoe_jax.mesh_axes import EXPERT, FSDP, SEQUENCE, TENSOR, WEIGHT_AXES
 
+DTYPES = (jnp.float32, jnp.bfloat16, "float32", "bfloat16")
 REMAT = ("none", "dots", "full")
 ATTENTION = ("auto", "xla", "splash", "cudnn")
 KERNELS = ("auto", "xla", "pallas", "interpret")
@@ -46,6 +47,8 @@ class Execution:
     activations: NamedSharding | None = None
 
     def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ParameterError(f"dtype: {self.dtype} is none of float32, bfloat16")
         if self.remat not in REMAT:
             raise ParameterError(f"remat: '{self.remat}' is none of {', '.join(REMAT)}")
         if self.attention not in ATTENTION:

@@ -1,12 +1,15 @@
 """The adapted decoder as an NNX module: gradient and optimiser see the banks only."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
 
 from medmoe_jax.adapters.model import AdaptedConfig, AdaptedDecoder
+from medmoe_jax.base.execution import Execution
+from medmoe_jax.base.module import Decoder
 from tests import naive
 from tests.adapters.conftest import SPECS
 from tests.naive import TINY, rel, tree_rel
@@ -64,7 +67,7 @@ def test_gradient_and_update_are_the_banks(trained, base):
         (((2, 0), (2, 0), (2, 0)), r"tokens_BxT: int32 \(2, 0\)"),
         (((5,), (5,), (5,)), r"tokens_BxT: int32 \(5,\)"),
         (((2, 5), (2, 4), (2, 5)), r"segment_ids_BxT: int32 \(2, 4\)"),
-        (((2, 5), (2, 5), (5,)), r"positions_BxT: int32 \(5,\); .* positions_BxT of one shape"),
+        (((2, 5), (2, 5), (5,)), r"positions_BxT: int32 \(5,\); .* one shape"),
     ],
 )
 def test_inputs_that_are_no_rows_of_tokens(base, banks, shapes, message):
@@ -73,3 +76,16 @@ def test_inputs_that_are_no_rows_of_tokens(base, banks, shapes, message):
         model(*(np.zeros(shape, np.int32) for shape in shapes))
     with pytest.raises(ValueError, match=r"tokens_BxT: float32 \(2, 5\)"):
         model(*(np.zeros((2, 5), np.float32) for _ in range(3)))
+    bare = Decoder(TINY, base)
+    with pytest.raises(ValueError, match=message):
+        bare(*(np.zeros(shape, np.int32) for shape in shapes))
+    with pytest.raises(ValueError, match=r"tokens_BxT: int32 \(5,\)"):
+        bare(np.zeros(5, np.int32))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.dtype("float16"), "int8", "fast"])
+def test_a_dtype_that_nothing_runs_in(dtype):
+    with pytest.raises(ValueError, match=r"dtype: .*(float16|int8|fast).* is none of float32"):
+        Execution(dtype=dtype)
+    for known in (jnp.float32, "float32", np.dtype("float32"), jnp.bfloat16, "bfloat16"):
+        assert Execution(dtype=known).dtype == known
