@@ -13,10 +13,10 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference, placeholder
 
-from medmoe_jax.api.places import settle_fields
 from medmoe_jax.api.recipe_file import one_line, run_file
 from medmoe_jax.errors import ParameterError, UserError
 from medmoe_jax.storage import places
+from medmoe_jax.training.places import settle_fields
 from medmoe_jax.training.shape import check_shape
 
 # The folder configs/ of the project, inside the package.

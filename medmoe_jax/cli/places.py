@@ -1,7 +1,7 @@
 """Which places every option of a command takes.
 
 One table for all commands: what is not in it is no path. An option that names another place is
-refused before the command begins, so that nothing is made. Fields: `api.places`.
+refused before the command begins, so that nothing is made. Fields: `training.places`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import itertools
 import re
 from collections.abc import Sequence
 
-from medmoe_jax.api.places import LOCAL, ROWS, paths, settled
 from medmoe_jax.errors import UserError
 from medmoe_jax.storage.places import REMOTE, check, check_utf8
+from medmoe_jax.training.places import LOCAL, ROWS, paths, settled
 
 # By option; those of one command that differ stand behind its name.
 OPTIONS = {

@@ -136,11 +136,12 @@ def local(path: str | os.PathLike, field: str = "") -> Path:
 
 
 def at_home(path: str) -> str:
-    """A path in which `~/` at the beginning is the home folder.
+    """A path in which `~/` at the beginning is the home folder, and `~user/` that user's.
 
-    Shells leave it as it is in `--option=~/x`, and nobody means a folder that is called `~`.
+    Shells leave it as it is in `--option=~/x`, and nobody means a folder that is called `~`. A
+    name that no user has is that of a folder.
     """
-    return os.path.expanduser(path) if re.match(r"~(/|$)", path) else path
+    return os.path.expanduser(path)
 
 
 @functools.cache

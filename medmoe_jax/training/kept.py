@@ -17,17 +17,18 @@ from medmoe_jax.checkpoints.records import RecordError, read_record, write_recor
 from medmoe_jax.errors import UserError
 from medmoe_jax.storage.places import place
 from medmoe_jax.training.config import recipe
+from medmoe_jax.training.places import anywhere
 
 NAME = "run.json"
 
 
 def keep(config: ConfigDict, workdir: str | Path) -> None:
-    """Write the configuration, unless it is the one that is there.
+    """Write the configuration, unless it is the one that is there; its paths are absolute.
 
     Raises:
       RecordError: the file that is there was changed.
     """
-    content = {"config": config.to_dict()}
+    content = {"config": anywhere(config)}
     if not is_kept(workdir) or _read(workdir) != json.loads(json.dumps(content)):
         write_record(place(workdir) / NAME, content)
 

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 
-from medmoe_jax.api.places import FIELDS, settle_fields
 from medmoe_jax.checkpoints.files import MetricsLog, new_folder, write_json
 from medmoe_jax.cli import main, places
 from medmoe_jax.data import builder, tokenizers
@@ -16,6 +15,7 @@ from medmoe_jax.data.medical.locate import data_root
 from medmoe_jax.errors import UserError
 from medmoe_jax.storage.fetched import fetched
 from medmoe_jax.storage.places import cache_folder, check, local, place, scheme_of
+from medmoe_jax.training.places import FIELDS, anywhere, settle_fields
 from tests import tiny
 
 # Options that take text which is no path.
@@ -148,8 +148,9 @@ def test_a_name_that_the_locale_cannot_write():
 def test_the_home_folder_stands_for_its_sign_in_every_option_and_field(monkeypatch):
     """Also where shells leave it: behind `=`, commas and names; not within a name."""
     monkeypatch.setenv("HOME", "/h")
-    given = "~/a,task:~/b,cmedtc,x=~/c,~,~d/e,./~/f,g~/h"
-    wanted = "/h/a,task:/h/b,cmedtc,x=/h/c,/h,~d/e,./~/f,g~/h"
+    root = os.path.expanduser("~root")
+    given = "~/a,task:~/b,cmedtc,x=~/c,~,~none/e,./~/f,g~/h,~root/i,./~root/j"
+    wanted = f"/h/a,task:/h/b,cmedtc,x=/h/c,/h,~none/e,./~/f,g~/h,{root}/i,./~root/j"
     for name in places.OPTIONS:
         words = name.split()
         arguments = argparse.Namespace(command=words[0], **{words[-1]: given})
@@ -166,9 +167,36 @@ def test_the_home_folder_stands_for_its_sign_in_every_option_and_field(monkeypat
     assert config.data.sources.knowledge.path == wanted
     assert config.stages.align.evaluation.tasks == (wanted, "/h/i")
     for of in (place, local, fetched):
-        assert [str(of(path)) for path in ("~/x", "~", "a,~/x", "~x")] == [
-            "/h/x", "/h", "a,~/x", "~x",
+        assert [str(of(path)) for path in ("~/x", "~", "a,~/x", "~none")] == [
+            "/h/x", "/h", "a,~/x", "~none",
         ]  # fmt: skip
+
+
+def test_what_is_kept_of_a_configuration_is_found_from_any_folder(tmp_path, monkeypatch):
+    """Files and folders; not names, not what is elsewhere, not what is empty."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "lr=3,x", "plain", "cmedtc"):
+        (tmp_path / name).mkdir()
+    for name in ("t.model", "rows.jsonl", "lr=3,x/items.jsonl"):
+        (tmp_path / name).touch()
+    config = tiny.medcare_config()
+    config.base.path, config.base.tokenizer, config.data.template = "base", "t.model", "plain"
+    config.data.sources.knowledge.path = "lr=3,x/../rows.jsonl"
+    config.data.sources.alignment.path = "hf://datasets/base"
+    config.run.tasks = ("cmedtc", "lr=3,x/items.jsonl", "gone.jsonl")
+    before = config.to_dict()
+    kept = anywhere(config)
+    assert kept["base"]["path"] == f"{tmp_path}/base"
+    assert kept["base"]["tokenizer"] == f"{tmp_path}/t.model"
+    assert kept["data"]["template"] == "plain" and kept["data"]["languages"] == ""
+    sources = kept["data"]["sources"]
+    assert sources["knowledge"]["path"] == f"{tmp_path}/lr=3,x/../rows.jsonl"
+    assert sources["alignment"]["path"] == "hf://datasets/base"
+    tasks = ("cmedtc", f"{tmp_path}/lr=3,x/items.jsonl", "gone.jsonl")
+    assert tuple(kept["run"]["tasks"]) == tasks
+    assert config.to_dict() == before
+    config.base.path = "gs://b/base"
+    assert anywhere(config)["base"]["path"] == "gs://b/base"
 
 
 @pytest.mark.parametrize(

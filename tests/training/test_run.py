@@ -20,6 +20,7 @@ from medmoe_jax.checkpoints.manifest import Manifest
 from medmoe_jax.data import tokenizers
 from medmoe_jax.errors import UserError
 from medmoe_jax.training.config import allocator, source
+from medmoe_jax.training.kept import kept
 from medmoe_jax.training.run import Run
 from medmoe_jax.training.setup import open_setup
 from medmoe_jax.training.train import train
@@ -281,6 +282,24 @@ def test_another_stage_on_the_same_base_may_join(done, tmp_path):
     stage.check_claim()
     assert stage.claim({"knowledge": "rows"})
     assert stage.folder.recipe.is_file() and copy.is_dir()
+
+
+def test_a_run_with_relative_paths_opens_from_any_folder(done, tmp_path, monkeypatch):
+    """And the same recipe is still known as the one that is kept."""
+    config = only_stage(tiny.medcare_config())
+    for name, path in (("base", tiny.base_path()), ("t.model", tiny.tokenizer().path)):
+        (tmp_path / name).symlink_to(path)
+    config.base.path, config.base.tokenizer = "base", "t.model"
+    monkeypatch.chdir(tmp_path)
+    stage = Run(open_setup(config), "run").stage("learn")
+    fingerprint = stage.claim({"knowledge": "rows"})
+    record = (tmp_path / "run" / "run.json").stat().st_mtime_ns
+    assert stage.claim({"knowledge": "rows"}) == fingerprint
+    assert (tmp_path / "run" / "run.json").stat().st_mtime_ns == record
+    monkeypatch.chdir("/")
+    again = open_setup(kept(tmp_path / "run"))
+    assert Run(again, tmp_path / "run").stage("learn").claim({"knowledge": "rows"}) == fingerprint
+    assert again.tokenizer.digest == stage.setup.tokenizer.digest
 
 
 def test_data_count_by_content_not_by_path(done, tmp_path):
