@@ -60,8 +60,8 @@ def check_utf8(text: str, where: str = "") -> None:
     shown = text.encode("utf-8", "backslashreplace").decode()
     if shown != text:
         raise UserError(
-            f"{where}'{shown}' is not UTF-8 text; rename what is called so, or set the locale to "
-            "UTF-8"
+            f"{where}'{shown}' is not UTF-8 text; write it in UTF-8 (rename a file that is called "
+            "so), or set the locale to UTF-8"
         )
 
 

@@ -78,7 +78,7 @@ def test_half_a_character_is_named_by_every_command(arguments, tmp_path, capsys)
         }.get(command, f"{rows}, line 3: ")
         assert place in error and "half of a surrogate pair" in error, command
     error = error_of(capsys, "generate", [*arguments, "--stage=base", "pill \udcff"])
-    assert "the prompt: holds '\\udcff'" in error
+    assert "'pill \\udcff' is not UTF-8 text" in error
     assert not (tmp_path / "w").exists() and not (tmp_path / "out").is_file()
 
 

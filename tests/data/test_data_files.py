@@ -381,7 +381,7 @@ def test_a_table_adds_no_key_to_the_objects_of_a_row(name, tmp_path):
 
 def test_a_file_of_a_folder_whose_name_is_not_utf8(tmp_path):
     write(tmp_path / os.fsdecode(b"caf\xe9.jsonl"))
-    with pytest.raises(UserError, match=r"/caf\\udce9\.jsonl' is not UTF-8 text; rename what"):
+    with pytest.raises(UserError, match=r"/caf\\udce9\.jsonl' is not UTF-8 text; write it"):
         list(read_items(tmp_path))
 
 

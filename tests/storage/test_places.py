@@ -105,7 +105,7 @@ def test_a_word_that_is_not_utf8_is_refused_and_nothing_is_made(
         for name in {name for names, name, _ in paths() if names == command}:
             assert main.main([*command, *arguments_for(parser, name, value)]) == 1
             said = capsys.readouterr().err
-            assert "is not UTF-8 text; rename what" in said and SHOWN in said, said
+            assert "is not UTF-8 text; write it" in said and SHOWN in said, said
     field = f"--config.data.template_options.x={value}"
     assert main.main(["train", "--workdir=w", "--config=medcare", field]) == 1
     assert f"'{field}' is not UTF-8".replace(BYTES, SHOWN) in capsys.readouterr().err
@@ -114,7 +114,7 @@ def test_a_word_that_is_not_utf8_is_refused_and_nothing_is_made(
 
 def test_names_that_are_not_utf8_are_refused_from_python(tmp_path, monkeypatch):
     for of in (place, local, fetched):
-        with pytest.raises(UserError, match=re.escape(f"'a/{SHOWN}' is not UTF-8 text; rename")):
+        with pytest.raises(UserError, match=re.escape(f"'a/{SHOWN}' is not UTF-8 text; write it")):
             of(f"a/{BYTES}")
     config = tiny.medcare_config()
     config.data.sources.knowledge.path = BYTES
