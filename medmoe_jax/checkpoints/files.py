@@ -9,6 +9,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
@@ -25,9 +26,11 @@ from medmoe_jax.errors import UserError, bad_or_lost
 from medmoe_jax.parallel import processes
 from medmoe_jax.storage import objects
 from medmoe_jax.storage.objects import Grown
-from medmoe_jax.storage.partials import partial_of, sweep
+from medmoe_jax.storage.partials import drop_empty, make_folders, partial_of, sweep
 from medmoe_jax.storage.places import check_file, check_makeable, is_remote, local, place
 from medmoe_jax.storage.plain import read_settings
+
+_MOUNTS = Path("/proc/self/mountinfo")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -138,9 +141,18 @@ def check_new(directory: str | Path) -> None:
     if not directory.exists():
         return
     here = directory.samefile(os.curdir)
-    if here or directory.resolve().is_mount():
+    if here or _is_mount(directory.resolve()):
         what = "the current folder" if here else "a mount point"
         raise UserError(f"{directory}: is {what}; give the path of a new folder in it")
+
+
+def _is_mount(folder: Path) -> bool:
+    """Whether something is mounted there; of a folder of the same disk only Linux's table tells."""
+    if folder.is_mount() or not _MOUNTS.exists():
+        return folder.is_mount()
+    points = (line.split()[4] for line in _MOUNTS.read_text(errors="replace").splitlines())
+    sign = re.compile(r"\\(\d{3})")  # such as a space
+    return str(folder) in (sign.sub(lambda one: chr(int(one[1], 8)), point) for point in points)
 
 
 Write = Callable[[Callable[[Path], None]], None]
@@ -164,12 +176,14 @@ def new_folder(directory: str | Path) -> Generator[Write]:
     final = directory.resolve()  # a link stays one, to what is new
     partial = partial_of(final)
 
+    made: list[Path] = []
+
     def write(act: Callable[[Path], None]) -> None:
         from_first_process(lambda: _tried(act, partial, directory))
 
     def make(folder: Path) -> None:
         check_new(directory)
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        made.extend(make_folders(folder.parent))
         sweep(final)
         folder.mkdir()
 
@@ -180,6 +194,7 @@ def new_folder(directory: str | Path) -> Generator[Write]:
     finally:
         if processes.index() == 0:
             shutil.rmtree(partial, ignore_errors=True)
+            drop_empty(made)
 
 
 def _tried(act: Callable[[Path], None], partial: Path, directory: Path) -> None:

@@ -22,7 +22,7 @@ from medmoe_jax.data.rows import RowReader
 from medmoe_jax.errors import UserError
 from medmoe_jax.storage.fetched import fetched
 from medmoe_jax.storage.objects import listing
-from medmoe_jax.storage.partials import partial_of, sweep
+from medmoe_jax.storage.partials import drop_empty, make_folders, partial_of, sweep
 from medmoe_jax.storage.places import is_remote, local, place
 
 VERSION = "1.0.0"
@@ -86,18 +86,21 @@ def build(
     if final.exists():
         raise UserError(f"{final} already exists; choose another name or delete that folder first")
     rows = _not_empty(rows if repeats is None else _kept(rows, repeats), name)
-    Path(out_dir).mkdir(parents=True, exist_ok=True)
-    sweep(Path(out_dir) / name)
-    partial = partial_of(Path(out_dir) / name)
-    partial.mkdir()
+    out = final.parents[1]
+    made = make_folders(out)
+    partial = partial_of(out / name)
     try:
+        sweep(out / name)
+        partial.mkdir()
         written = tfds_records.write(rows, partial, name, VERSION, SPLIT)
         if repeats is not None:
             _tell(repeats, written)
         final.parent.mkdir(exist_ok=True)
         written.rename(final)
     finally:
-        shutil.rmtree(partial)
+        if partial.exists():
+            shutil.rmtree(partial)
+        drop_empty(made)
     return final
 
 

@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 _NAME = re.compile(
@@ -43,6 +44,22 @@ def sweep(path: Path) -> None:
             shutil.rmtree(one)
         else:
             one.unlink(missing_ok=True)
+
+
+def make_folders(path: Path) -> list[Path]:
+    """Make a folder with those above it; gives those that were not there, innermost first."""
+    new = [one for one in (path, *path.parents) if not one.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    return new
+
+
+def drop_empty(folders: Sequence[Path]) -> None:
+    """Remove folders, innermost first, up to the first in which something lies."""
+    for one in folders:
+        try:
+            one.rmdir()
+        except OSError:  # it holds what was made, or what others have put there
+            return
 
 
 def system() -> str:

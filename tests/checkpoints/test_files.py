@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from medmoe_jax.checkpoints import files
 from medmoe_jax.checkpoints.files import (
     MetricsLog,
     check_new,
@@ -102,6 +103,29 @@ def test_a_folder_that_cannot_come_is_refused_before_it_is_made(tmp_path, monkey
     export("new")
     export("../mounted/new/deeper")
     assert os.listdir(".") == ["new"] and os.listdir("../mounted/new/deeper") == ["a.json"]
+
+
+def test_a_mount_of_the_same_disk_is_known_by_the_table_of_the_system(tmp_path, monkeypatch):
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "free").mkdir()
+    point = str(tmp_path / "a b").replace(" ", r"\040")
+    (tmp_path / "mounts").write_text(f"36 35 98:0 /src {point} rw,noatime master:1 - ext4 /d rw\n")
+    monkeypatch.setattr(files, "_MOUNTS", tmp_path / "mounts")
+    for refuse in (check_new, export):
+        with pytest.raises(UserError, match="a b: is a mount point; give the path of a new folder"):
+            refuse(tmp_path / "a b")
+    export(tmp_path / "free")
+
+
+def test_a_failed_folder_takes_those_above_it_away_that_were_new(tmp_path):
+    def fail(folder):
+        write_json(folder / "a.json", {})
+        raise UserError("no")
+
+    (tmp_path / "old").mkdir()
+    with pytest.raises(UserError, match="no"), new_folder(tmp_path / "old/new/deep/out") as write:
+        write(fail)
+    assert not os.listdir(tmp_path / "old")
 
 
 def test_a_file_is_not_written_over_a_folder(tmp_path, monkeypatch):

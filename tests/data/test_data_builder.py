@@ -63,6 +63,9 @@ def test_an_error_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match="row 51 is bad"):
         builder.build(broken(), tmp_path, "demo")
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="row 51 is bad"):
+        builder.build(broken(), tmp_path / "new" / "deeper", "demo")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_killed_build_is_not_taken_for_a_data_set(tmp_path):
