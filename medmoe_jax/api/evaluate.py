@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from medmoe_jax import interrupts
 from medmoe_jax.api.model import Model, load, open_source
 from medmoe_jax.api.plot import FOLDER, PAGE
 from medmoe_jax.api.tasks import check_items, note_cut
@@ -69,6 +70,7 @@ class _Asked(NamedTuple):
     shots: Shots
 
 
+@interrupts.never_lost()
 def evaluate(
     model: Model | Run | str | os.PathLike[str],
     tasks: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, overload
 
 from ml_collections import ConfigDict
 
+from medmoe_jax import interrupts
 from medmoe_jax.api import configs
 from medmoe_jax.api.opening import language_model, open_run, open_stage
 from medmoe_jax.api.routing import Routing, measure, read
@@ -111,6 +112,7 @@ class Model:
         texts = [answer.text for answer in self.answer(prompts, max_tokens, **sampling)]
         return texts[0] if isinstance(prompts, str) else texts
 
+    @interrupts.never_lost()
     def answer(
         self,
         prompts: str | Sequence[Prompt],
@@ -154,6 +156,7 @@ class Model:
     def score(
         self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]
     ) -> list[list[Score]]: ...
+    @interrupts.never_lost()
     def score(self, prompts: str | Sequence[Prompt], options: Sequence) -> list:
         """How likely each of some answers is.
 
@@ -212,6 +215,7 @@ class Model:
         )  # fmt: skip
         return Chat(self.language_model, sampling, max_tokens, system)
 
+    @interrupts.never_lost()
     def routing(self, *data: str | os.PathLike[str], limit: int | None = None) -> Routing:
         """Which experts rows use, by their languages, as `medmoe analyze routing` tells it.
 

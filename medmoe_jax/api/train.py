@@ -9,6 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from medmoe_jax import interrupts
 from medmoe_jax.api import configs
 from medmoe_jax.api.in_training import task_scorer
 from medmoe_jax.api.model import Model, load
@@ -84,6 +85,7 @@ class Finished:
         return Table(self.rows)._repr_html_()
 
 
+@interrupts.never_lost()
 def train(
     config: str | os.PathLike[str] | ConfigDict,
     workdir: str | os.PathLike[str],
