@@ -32,13 +32,13 @@ def run_file(file: Path, arguments: Sequence[str]) -> Any:
         if make is None:
             raise UserError("has no get_config()")
         return make(*arguments)
-    except Exception as error:  # whatever a file of the user's raises is the user's to mend
+    except (Exception, SystemExit) as error:  # whatever the user's file raises is theirs to mend
         place = ":".join((str(file), *arguments)) + _line(error, str(file))
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         raise bad_or_lost(f"{place}: {kind}{one_line(error)}", error) from error
 
 
-def _line(error: Exception, file: str) -> str:
+def _line(error: BaseException, file: str) -> str:
     """The line of the file that an error came from or through, if one did."""
     frames = traceback.extract_tb(error.__traceback__)
     return next((f", line {f.lineno}" for f in reversed(frames) if f.filename == file), "")

@@ -173,6 +173,7 @@ def get_config():
         ("def get_config():\n    raise ValueError()\n", "ValueError"),
         ("def get_config():\n    open('no_such_rows.jsonl')\n", "No such file"),
         ("def get_config():\n    raise RuntimeError('a\\n b')\n", ", line 2: RuntimeError: a; b"),
+        ("import sys\ndef get_config():\n    sys.exit(3)\n", ", line 3: SystemExit: 3"),
         ("import os\nos.kill('a')\n", ", line 2: TypeError: kill"),
         ("class Mine(Exception): ...\ndef get_config():\n    raise Mine(2)\n", ", line 3: Mine: 2"),
         ("def get_config(kind):\n    return kind\n", "TypeError: get_config() missing 1 required"),
