@@ -12,7 +12,15 @@ import re
 from collections.abc import Sequence
 
 from medmoe_jax.errors import UserError
-from medmoe_jax.storage.places import REMOTE, check, check_utf8
+from medmoe_jax.storage.places import (
+    REMOTE,
+    check,
+    check_makeable,
+    check_utf8,
+    is_remote,
+    place,
+    scheme_of,
+)
 from medmoe_jax.training.places import LOCAL, ROWS, paths, settled
 
 # By option; those of one command that differ stand behind its name.
@@ -42,6 +50,9 @@ OPTIONS = {
     "data output": LOCAL,
     "tokenizer output": LOCAL,
 }
+# Folders that are written into when the work is done: whether they can be is seen before.
+FOLDERS = {"analyze out", "compare output", "eval output", "overlap output", "plot output"}
+FOLDERS |= {"data output", "route output"}
 # Where no path means something: that no lines are kept, that there is no run.
 MAY_BE_EMPTY = {"history", "workdir"}
 # What argparse takes for no option where it knows none of that name.
@@ -57,8 +68,8 @@ def settle_options(arguments: argparse.Namespace, words: Sequence[str]) -> None:
 
     Raises:
       UserError: an option names a place which it does not take, or is empty, as a shell leaves
-        `--output=$UNSET`; a word is not UTF-8; or one that no option has stands for
-        something else, such as the prompt.
+        `--output=$UNSET`; a word is not UTF-8; one that no option has stands for something
+        else, such as the prompt; or `--output` cannot be written, or is a file that is read.
     """
     for word in words:
         check_utf8(word)
@@ -75,6 +86,21 @@ def settle_options(arguments: argparse.Namespace, words: Sequence[str]) -> None:
             for path in paths(value):
                 check(path, f"--{name.replace('_', '-')}", schemes)
             setattr(arguments, name, settled(value))
+            if value and f"{arguments.command} {name}" in FOLDERS and not is_remote(value):
+                check_makeable(place(getattr(arguments, name)))
+    _check_output(arguments)
+
+
+def _check_output(arguments: argparse.Namespace) -> None:
+    """Raise UserError where what is written would stand in the place of what is read."""
+    output = getattr(arguments, "output", None)
+    if not output or is_remote(output) or not place(output).is_file():
+        return
+    read = [place(one) for one in paths(getattr(arguments, "input", None)) if not scheme_of(one)]
+    if any(one.is_file() and one.samefile(place(output)) for one in read):
+        raise UserError(
+            f"--output: '{output}' is what --input reads, and would be lost; give another path"
+        )
 
 
 def _texts(arguments: argparse.Namespace) -> list[str]:

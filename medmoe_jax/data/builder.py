@@ -23,7 +23,7 @@ from medmoe_jax.errors import UserError
 from medmoe_jax.storage.fetched import fetched
 from medmoe_jax.storage.objects import listing
 from medmoe_jax.storage.partials import drop_empty, make_folders, partial_of, sweep
-from medmoe_jax.storage.places import is_remote, local, place
+from medmoe_jax.storage.places import check_makeable, is_remote, local, place
 
 VERSION = "1.0.0"
 SPLIT = "train"
@@ -87,6 +87,7 @@ def build(
         raise UserError(f"{final} already exists; choose another name or delete that folder first")
     rows = _not_empty(rows if repeats is None else _kept(rows, repeats), name)
     out = final.parents[1]
+    check_makeable(out)
     made = make_folders(out)
     partial = partial_of(out / name)
     try:

@@ -160,8 +160,13 @@ def exists(path: str | os.PathLike) -> bool:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder with those above it; on object storage there are none to make."""
+    """Make a folder with those above it; on object storage there are none to make.
+
+    Raises:
+      UserError, StorageError: see `check_makeable`.
+    """
     if not is_remote(path):
+        check_makeable(path)
         path.mkdir(parents=True, exist_ok=True)
 
 

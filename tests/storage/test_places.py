@@ -172,6 +172,47 @@ def test_the_home_folder_stands_for_its_sign_in_every_option_and_field(monkeypat
         ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["analyze", "routing", "--data=rows.jsonl", "--out"],
+        ["compare", "a", "b", "--output"],
+        ["eval", "--tasks=mmlu", "--output"],
+        ["overlap", "--train=rows.jsonl", "--tasks=mmlu", "--output"],
+        ["plot", "a", "--output"],
+        ["route", "--workdir=a", "--data=a=rows.jsonl", "--output"],
+        ["data", "build", "--input=rows.jsonl", "--output"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_file_where_a_folder_is_written_is_told_before_the_work(
+    words, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    tiny.write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "response": "b"}])
+    for path, file in (("rows.jsonl", "rows.jsonl"), ("rows.jsonl/x", f"{tmp_path}/rows.jsonl")):
+        assert main.main([*words[:-1], f"{words[-1]}={path}"]) == 1
+        assert f"error: {file}: is not a folder; give the" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["tokenizer", "train", "--vocab-size=300"], ["generate"], ["score"]],
+    ids=lambda words: words[0],
+)
+def test_what_is_read_is_not_written_over(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}] * 30)
+    before = rows.read_bytes()
+    (tmp_path / "link.jsonl").symlink_to("rows.jsonl")
+    for output in ("rows.jsonl", "./rows.jsonl", "link.jsonl"):
+        assert main.main([*words, "--input=rows.jsonl", f"--output={output}"]) == 1
+        said = f"--output: '{output}' is what --input reads, and would be lost"
+        assert said in capsys.readouterr().err
+    assert rows.read_bytes() == before
+
+
 def test_what_is_kept_of_a_configuration_is_found_from_any_folder(tmp_path, monkeypatch):
     """Files and folders; not names, not what is elsewhere, not what is empty."""
     monkeypatch.chdir(tmp_path)
