@@ -8,7 +8,11 @@ or not begun: the same command continues; 130 = Ctrl-C; 141 = whoever read the o
 
 from __future__ import annotations
 
+from medmoe_jax.cli import early  # what takes time comes after what listens for signals
+
+# isort: split
 import argparse
+import atexit
 import contextlib
 import io
 import itertools
@@ -19,11 +23,11 @@ import sys
 from collections.abc import Generator, Sequence
 from typing import TextIO
 
-import medmoe_jax
-from medmoe_jax.cli import early
+from jax._src.api import clean_up  # of all devices, at Python's end; it has no public name
 
-# isort: split
-from medmoe_jax.cli import (  # what takes seconds comes after what listens for SIGTERM
+import medmoe_jax
+from medmoe_jax import interrupts
+from medmoe_jax.cli import (
     analyze,
     chat,
     compare,
@@ -149,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         for stream in _unread():  # what Python writes at its end goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        return processes.end(141)
+        return _cut_short(141)
 
 
 def _unread() -> list[TextIO]:
@@ -185,7 +189,12 @@ def _run(argv: Sequence[str] | None) -> int:
     arguments, strange = parser().parse_known_args(words)
     try:
         several = (arguments.coordinator, arguments.processes, arguments.process)
-        with early.stoppable(), processes.Membership(*several), _one_speaks():
+        with (
+            early.stoppable(),
+            interrupts.never_lost(),
+            processes.Membership(*several),
+            _one_speaks(),
+        ):
             options = itertools.takewhile(lambda word: word not in ends, words)
             settle_options(arguments, [*about, *options])
             arguments.run(arguments, about + strange)
@@ -205,10 +214,10 @@ def _run(argv: Sequence[str] | None) -> int:
         return 75
     except early.Terminated:
         print(f"\nmedmoe {arguments.command}: asked to stop; it starts again", file=sys.stderr)
-        return processes.end(early.STATUS)
+        return _cut_short(early.STATUS)
     except KeyboardInterrupt:
         print("\nstopped; what was saved is intact, the same command continues", file=sys.stderr)
-        return processes.end(130)
+        return _cut_short(early.INTERRUPTED)
     return 0
 
 
@@ -217,6 +226,13 @@ def _write_any_text() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _cut_short(status: int) -> int:
+    """The exit status of a command that left its work wherever it stood."""
+    if early.IS_PROGRAM:
+        atexit.unregister(clean_up)  # it fails on a compilation that was left halfway, too
+    return processes.end(early.cut_short(status))
 
 
 _WRITTEN = ("workdir", "output", "out")  # options that name what a command writes

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -541,6 +542,23 @@ def test_control_c(config, workdir, capsys, monkeypatch):
     assert "the same command continues" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("interruptible")
+def test_control_c_where_no_exception_leaves(config, workdir, capsys, monkeypatch):
+    """As in a callback of JAX's, while the collector works."""
+
+    class Pressed:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def lose(*_, **__):
+        Pressed()
+        threading.Event().wait(60)
+
+    monkeypatch.setattr("medmoe_jax.cli.train.train_run", lose)
+    assert main(["train", config, f"--workdir={workdir}"]) == 130
+    assert capsys.readouterr().err.endswith("the same command continues\n")
+
+
 @pytest.mark.parametrize(
     "error, status",
     [
@@ -612,23 +630,80 @@ def test_a_pipe_that_is_not_the_output_is_an_error(config, workdir, capsys, monk
     assert "Broken pipe" in fails(capsys, "train", config, f"--workdir={workdir}")
 
 
-def test_sigterm_while_modules_are_imported():
+@pytest.mark.parametrize(
+    "entry",
+    ["import medmoe_jax.cli.main", "runpy.run_module('medmoe_jax.cli.main', alter_sys=True)"],
+    ids=["medmoe", "module"],
+)
+@pytest.mark.parametrize(
+    "sent, status, said",
+    [
+        ("SIGTERM", 75, "medmoe: asked to stop before it began; the same command starts again\n"),
+        ("SIGINT", 130, ""),
+    ],
+)
+def test_a_signal_while_modules_are_imported(entry, sent, status, said):
     """The first of them that takes time never is."""
-    code = """
-import os, signal, sys
+    code = f"""
+import os, runpy, signal, sys
 
 class Kills:
     def find_spec(self, name, *_):
         if name == "jax":
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.{sent})
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # these tests run in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.argv = ["medmoe", "train"]
 sys.meta_path.insert(0, Kills())
-import medmoe_jax.cli.main
+{entry}
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 75
-    assert done.stderr == "medmoe: asked to stop before it began; the same command starts again\n"
+    assert (done.returncode, done.stderr) == (status, said)
+
+
+def test_a_background_job_goes_on_to_ignore_control_c():
+    code = """
+import signal, sys
+
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+sys.argv = ["medmoe", "train"]
+from medmoe_jax.cli import early
+with early.stoppable():
+    print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "True\n", done.stderr
+
+
+@pytest.mark.parametrize("sent, status", [("SIGINT", 130), ("SIGTERM", 75)])
+def test_a_program_that_is_cut_short_ends_before_python_takes_itself_apart(sent, status):
+    """What JAX was about to do is not there any more then. All that waits for the end is called."""
+    code = f"""
+import atexit, os, signal, sys, threading
+
+class Kept:
+    def __del__(self):
+        os.write(1, b"taken apart")
+
+def run(*_):
+    print("begun")
+    os.kill(os.getpid(), signal.{sent})
+    threading.Event().wait(60)
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv = ["medmoe", "completion", "bash"]
+from medmoe_jax.cli import completion, main
+
+completion.run = run
+atexit.register(print, "the end")
+threading.Thread(target=lambda: (threading.main_thread().join(), print("a thread"))).start()
+sys.kept = Kept()
+sys.exit(main.main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (status, "begun\na thread\nthe end\n"), done.stderr
 
 
 def test_the_collector_passes_by_what_a_program_imports():
