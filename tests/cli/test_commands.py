@@ -683,8 +683,8 @@ def test_a_program_that_is_cut_short_ends_before_python_takes_itself_apart(sent,
 import atexit, os, signal, sys, threading
 
 class Kept:
-    def __del__(self):
-        os.write(1, b"taken apart")
+    def __del__(self, write=os.write):
+        write(1, b"taken apart")
 
 def run(*_):
     print("begun")
@@ -699,7 +699,7 @@ from medmoe_jax.cli import completion, main
 completion.run = run
 atexit.register(print, "the end")
 threading.Thread(target=lambda: (threading.main_thread().join(), print("a thread"))).start()
-sys.kept = Kept()
+kept = Kept()
 sys.exit(main.main())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
