@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -110,7 +111,12 @@ def train(
       Stopped: `stop` said so; the same call continues.
     """
     run = open_run(configs.config(config, overrides), os.fspath(workdir))
-    train_run(run, stop, more_hooks)
+    try:
+        train_run(run, stop, more_hooks)
+    except KeyboardInterrupt as error:
+        # A notebook keeps the traceback, whose frames would keep the model's arrays.
+        traceback.clear_frames(error.__traceback__)
+        raise
     return Finished(run)
 
 

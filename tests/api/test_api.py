@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -151,6 +152,25 @@ def test_an_output_that_is_no_folder_is_told_before_anything_is_read(workdir, it
         with pytest.raises(UserError, match="file: is not a folder"):
             medmoe_jax.evaluate(workdir, [items, "none.jsonl"], output=output)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_interrupted_training_leaves_no_array_behind(tmp_path, monkeypatch):
+    """Though what was raised is kept, as a notebook keeps it."""
+    seen = []
+
+    def interrupted(*_):
+        seen.extend(jax.live_arrays())
+        raise KeyboardInterrupt
+
+    gc.collect()
+    before = {id(array) for array in jax.live_arrays()}
+    monkeypatch.setattr("medmoe_jax.training.train.compile_step", interrupted)
+    with pytest.raises(KeyboardInterrupt) as kept:
+        medmoe_jax.train(tiny.medcare_config(), tmp_path / "w")
+    assert {id(array) for array in seen} - before
+    seen.clear()
+    gc.collect()
+    assert kept.tb and not {id(array) for array in jax.live_arrays()} - before
 
 
 def test_stages_banks_and_bases(workdir, model):
