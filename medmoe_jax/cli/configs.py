@@ -7,6 +7,7 @@ was trained in, `--config` may be left out: it is what a stage was last trained 
 from __future__ import annotations
 
 import ast
+import functools
 import itertools
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -72,9 +73,9 @@ def load_config(arguments: Sequence[str], workdir: str | Path = "") -> ConfigDic
     for argument in arguments:
         if not _is_about(argument):
             raise UserError(f"unknown argument '{argument}'; see --help")
-        if "=" not in argument:
-            raise UserError(f"{argument}: has no value; write {argument}=VALUE")
     _check_apart(arguments)
+    if "--config" in arguments:
+        raise UserError("--config: has no value; write --config=RECIPE")
     given = next((a.partition("=")[2] for a in arguments if a.startswith(_RECIPE)), "")
     config = _read(given, workdir)
     typed, new = [], {}
@@ -87,7 +88,7 @@ def load_config(arguments: Sequence[str], workdir: str | Path = "") -> ConfigDic
         else:
             with field_names(_FIELD):
                 check_field(config, name)
-            typed.append(argument)
+            typed.append(_with_value(config, argument, name))
     try:
         config = _with(config, typed)
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, flags.Error) as error:
@@ -96,6 +97,17 @@ def load_config(arguments: Sequence[str], workdir: str | Path = "") -> ConfigDic
         set_field(config, name, value)
     settle(config)
     return config
+
+
+def _with_value(config: ConfigDict, argument: str, name: str) -> str:
+    """The argument for a field that is there; one that is yes or no means yes without a value."""
+    if "=" in argument:
+        return argument
+    section, _, key = name.rpartition(".")
+    inner = functools.reduce(lambda one, part: one[part], section.split("."), config)
+    if inner.get_type(key) is not bool:
+        raise UserError(f"{argument}: has no value; write {argument}=VALUE")
+    return f"{argument}=true"
 
 
 def _last_of_each(arguments: Sequence[str]) -> list[str]:

@@ -23,7 +23,7 @@ import sys
 from collections.abc import Generator, Sequence
 from typing import TextIO
 
-from jax._src.api import clean_up  # of all devices, at Python's end; it has no public name
+from jax._src import api as of_jax  # what cleans up at Python's end has no public name
 
 import medmoe_jax
 from medmoe_jax import interrupts
@@ -230,8 +230,10 @@ def _write_any_text() -> None:
 
 def _cut_short(status: int) -> int:
     """The exit status of a command that left its work wherever it stood."""
-    if early.IS_PROGRAM:
-        atexit.unregister(clean_up)  # it fails on a compilation that was left halfway, too
+    # It fails on a compilation that was left halfway, too; another JAX may have none.
+    clean_up = getattr(of_jax, "clean_up", None)
+    if early.IS_PROGRAM and clean_up:
+        atexit.unregister(clean_up)
     return processes.end(early.cut_short(status))
 
 

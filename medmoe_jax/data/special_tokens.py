@@ -23,7 +23,7 @@ from medmoe_jax.kinds import check_fields, fits, shown
 from medmoe_jax.storage.plain import read_settings, read_text
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_FLAGS = ("lstrip", "rstrip", "normalized", "special", "single_word")
+_FLAGS = ("lstrip", "rstrip", "normalized", "special")
 _CONFIG_KINDS = {
     "added_tokens_decoder": dict[str, Any] | None,
     "tokenizer_class": str | None,
@@ -183,11 +183,6 @@ def _token(value: str | Mapping[str, Any], index: int | None = None) -> SpecialT
     if isinstance(value, str):
         return SpecialToken(text, index)
     check_fields(value, dict.fromkeys(_FLAGS, bool), f"token {shown(text)}")
-    if value.get("single_word"):
-        raise UserError(
-            f"token {shown(text)}: single_word: such a token is not read as one beside letters; if "
-            "the model was trained with it everywhere, set that to false"
-        )
     flags = {key: value[key] for key in _FLAGS[:3] if key in value}
     special = value.get("special", index is None)
     return SpecialToken(text, index, special=special, **flags)

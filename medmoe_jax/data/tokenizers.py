@@ -273,25 +273,10 @@ class HuggingFace(Tokenizer):
                     f"{self.path.parent}: a file gives the token {token.text!r} the id {known.id}, "
                     f"but in {self.path.name} it becomes {index}; correct that file"
                 )
-        self._check_found(tokenizer)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True
         return tokenizer
-
-    def _check_found(self, tokenizer: hf.Tokenizer) -> None:
-        """Raise UserError for a token that the library finds in some places of a text alone.
-
-        That depends on what stands beside it; here the parts of a text are encoded by themselves.
-        """
-        for index, token in tokenizer.get_added_tokens_decoder().items():
-            flagged = [name for name in ("single_word", "normalized") if getattr(token, name)]
-            if flagged and index not in tokenizer.encode(f"x{token.content}x").ids:
-                raise UserError(
-                    f"{self.path}: its token {token.content!r} is not read as one in the midst of "
-                    f"a text ({' or '.join(flagged)} in the files); if the model was trained with "
-                    "it everywhere, set that to false"
-                )
 
 
 class _LibraryErrors(contextlib.AbstractContextManager):

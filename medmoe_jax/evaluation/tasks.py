@@ -175,9 +175,14 @@ def load_items(names: Sequence[str], split: str | None = None) -> dict[str, tupl
 def _check_name(name: str) -> None:
     base, _, split = name.partition("@")
     if not name.endswith((".jsonl", ".jsonl.gz")) and base.partition(":")[0] not in _DEMO:
-        if Path(name).is_file():
-            raise UserError(f"{name}: a file with a task ends in .jsonl, .jsonl.gz or .toml")
-        entry, _ = medical.find(base)
+        try:
+            entry, _ = medical.find(base)
+        except UserError:
+            if Path(name).is_file():
+                raise UserError(
+                    f"{name}: a file with a task ends in .jsonl, .jsonl.gz or .toml"
+                ) from None
+            raise
         if split and split not in entry.splits:
             raise UserError(f"{base} has no split {split!r}; it has {', '.join(entry.splits)}")
 

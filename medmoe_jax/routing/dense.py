@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from medmoe_jax.base.seam import project
 from medmoe_jax.kernels.router_equations import Gates
-from medmoe_jax.routing.narrow import narrow, widen
+from medmoe_jax.routing.narrow import narrow, on_explicit_axes, widen
 from medmoe_jax.routing.terms import LoraTerm, Terms
 
 
@@ -114,7 +114,9 @@ def picked_lora(terms: Terms) -> dict[str, Any]:
 
 
 def _few(term: LoraTerm) -> bool:
-    return term.gates is not None and 2 * term.gates.picks_BxTxK.size <= term.lora_a_DxExr.shape[1]
+    if term.gates is None or on_explicit_axes(term.x_BxTxD):  # there a gather has to be laid out
+        return False
+    return 2 * term.gates.picks_BxTxK.size <= term.lora_a_DxExr.shape[1]
 
 
 def _gathered(term: LoraTerm) -> LoraTerm:

@@ -37,7 +37,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import AxisType
 
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.errors import ParameterError, UserError
@@ -48,6 +47,7 @@ from medmoe_jax.mesh_axes import EXPERT, MAKE_AUTO
 from medmoe_jax.routing import auto, dense, fused, gating, sparse
 from medmoe_jax.routing.dispatchers import AllToAllDispatcher, LocalDispatcher
 from medmoe_jax.routing.gating import Decision, Router
+from medmoe_jax.routing.narrow import on_explicit_axes
 from medmoe_jax.routing.sparse import Sparse
 from medmoe_jax.routing.terms import Terms
 
@@ -337,7 +337,7 @@ def _unsorted(x: jax.Array) -> str:
     """Why tokens cannot be sorted by expert, and what to do; empty where they can."""
     if x.dtype not in FLOATS:
         return f"it computes in {x.dtype}, sorted tokens in float32 or bfloat16: set its dtype"
-    if AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types:
+    if on_explicit_axes(x):
         return f"tokens are not sorted over a mesh with Explicit axes: make it by {MAKE_AUTO}"
     return ""
 

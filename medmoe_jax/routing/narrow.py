@@ -17,14 +17,19 @@ from jax.lax import Precision
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
+def on_explicit_axes(array: jax.Array) -> bool:
+    """Whether an array lies on a mesh with Explicit axes, where its type says how it is cut."""
+    return AxisType.Explicit in jax.typeof(array).sharding.mesh.axis_types
+
+
 def _laid(array_BxTxW: jax.Array, spec: Iterable) -> NamedSharding | None:
     """Where a gradient lies that has those mesh axes, on the mesh of the activations.
 
     It has to be said where axes are Explicit and the product sums over what they cut.
     """
-    mesh = jax.typeof(array_BxTxW).sharding.mesh
-    explicit = AxisType.Explicit in mesh.axis_types
-    return NamedSharding(mesh, PartitionSpec(*spec)) if explicit else None
+    if not on_explicit_axes(array_BxTxW):
+        return None
+    return NamedSharding(jax.typeof(array_BxTxW).sharding.mesh, PartitionSpec(*spec))
 
 
 def _axes(array: jax.Array) -> PartitionSpec:

@@ -17,19 +17,19 @@ from medmoe_jax.checkpoints.records import RecordError, read_record, write_recor
 from medmoe_jax.errors import UserError
 from medmoe_jax.storage.places import place
 from medmoe_jax.training.config import recipe
-from medmoe_jax.training.places import anywhere
+from medmoe_jax.training.places import found_from
 
 NAME = "run.json"
 
 
 def keep(config: ConfigDict, workdir: str | Path) -> None:
-    """Write the configuration, unless it is the one that is there; its paths are absolute.
+    """Write the configuration, and where its relative paths begin; unless it is the one there.
 
     Raises:
       RecordError: the file that is there was changed.
     """
-    content = {"config": anywhere(config)}
-    if not is_kept(workdir) or _read(workdir) != json.loads(json.dumps(content)):
+    content = json.loads(json.dumps({"config": config.to_dict(), "folder": str(Path.cwd())}))
+    if not is_kept(workdir) or _read(workdir)["config"] != content["config"]:
         write_record(place(workdir) / NAME, content)
 
 
@@ -39,7 +39,7 @@ def is_kept(workdir: str | Path) -> bool:
 
 
 def kept(workdir: str | Path) -> ConfigDict:
-    """The configuration that was kept, locked.
+    """The configuration that was kept, locked; what its relative paths name is found from anywhere.
 
     Raises:
       UserError: there is none, or the file was changed.
@@ -48,6 +48,7 @@ def kept(workdir: str | Path) -> ConfigDict:
     try:
         with config.unlocked():
             config.update(_tuples(content["config"]))
+            found_from(config, content.get("folder", ""))  # none in those of earlier versions
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{place(workdir) / NAME}: not a configuration: {error}") from None
     return config.lock()

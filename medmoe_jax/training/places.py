@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import PurePath
 from typing import Any
@@ -78,27 +79,25 @@ def _in_one(text: str, change: Callable[[str], str]) -> str:
     return before + change(name) + equals + (change(path) if equals else "")
 
 
-def anywhere(config: ConfigDict) -> dict[str, Any]:
-    """The configuration as values, whose files and folders are found from any current folder.
+def found_from(config: ConfigDict, folder: str) -> None:
+    """Put absolute paths where relative ones name nothing from here, but something from a folder.
 
-    What is not there as a path stays as it is: it is a name, such as of a template or a task.
+    What is there in neither stays as it is: it is a name, such as of a template or a task. So does
+    what belongs to a stage, whose record has it as it was typed.
     """
-    copy = config.copy_and_resolve_references()
-    with copy.unlocked():
-        for section, key, _, _ in _fields(copy):
-            change = _absolute_file if key in _NAMED else _absolute
-            value = section[key]
-            section[key] = (
-                tuple(map(change, value)) if isinstance(value, list | tuple) else change(value)
-            )
-    return copy.to_dict()
+    for section, key, name, _ in _fields(config):
+        if name.startswith("stages."):
+            continue
+        change = functools.partial(_from, folder, may_be_name=key in _NAMED)
+        value = section[key]
+        section[key] = (
+            tuple(map(change, value)) if isinstance(value, list | tuple) else change(value)
+        )
 
 
-def _absolute(path: str) -> str:
-    there = bool(path) and not scheme_of(path) and local(path).exists()
-    return str(local(path).absolute()) if there else path
-
-
-def _absolute_file(path: str) -> str:
-    """The same for a field that takes names too: these have no ending, whatever lies there."""
-    return _absolute(path) if PurePath(path).suffix else path
+def _from(folder: str, path: str, may_be_name: bool) -> str:
+    """A path, or an absolute one; names have no ending, whatever lies there."""
+    if not path or not folder or scheme_of(path) or (may_be_name and not PurePath(path).suffix):
+        return path
+    there = local(folder) / local(path)
+    return str(there) if there.exists() and not local(path).exists() else path

@@ -132,6 +132,11 @@ def test_of_what_comes_twice_the_last_holds():
     assert config.data.template_options.level == 3
 
 
+def test_a_field_that_is_yes_or_no_needs_no_value():
+    assert not load_config([MEDCARE, "--config.data.pack=false"]).data.pack
+    assert load_config([MEDCARE, "--config.data.pack"]).data.pack
+
+
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
@@ -142,8 +147,8 @@ def test_of_what_comes_twice_the_last_holds():
         ("--config.data.length=1.5", "data.length=1.5"),
         ("--config.run.mesh=3", "run.mesh=3"),
         ("--config.run.log_every", "has no value; write --config.run.log_every=VALUE"),
-        ("--config.data.pack", "has no value; write --config.data.pack=VALUE"),
-        ("--config", "--config: has no value; write --config=VALUE"),
+        ("--config.data.template", "has no value; write --config.data.template=VALUE"),
+        ("--config", "--config: has no value; write --config=RECIPE"),
         ("--configs=x", "unknown argument '--configs=x'"),
         ("--confg.run.log_every=3", "unknown argument '--confg.run.log_every=3'; see --help"),
         ("stray", "unknown argument 'stray'"),

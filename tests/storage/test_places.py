@@ -15,7 +15,7 @@ from medmoe_jax.data.medical.locate import data_root
 from medmoe_jax.errors import UserError
 from medmoe_jax.storage.fetched import fetched
 from medmoe_jax.storage.places import cache_folder, check, local, place, scheme_of
-from medmoe_jax.training.places import FIELDS, anywhere, settle_fields
+from medmoe_jax.training.places import FIELDS, found_from, settle_fields
 from tests import tiny
 
 # Options that take text which is no path.
@@ -213,31 +213,30 @@ def test_what_is_read_is_not_written_over(words, tmp_path, monkeypatch, capsys):
     assert rows.read_bytes() == before
 
 
-def test_what_is_kept_of_a_configuration_is_found_from_any_folder(tmp_path, monkeypatch):
-    """Files and folders; not names, not what is elsewhere, not what is empty."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("base", "lr=3,x", "plain", "cmedtc"):
-        (tmp_path / name).mkdir()
+def test_relative_paths_of_a_configuration_are_found_from_any_folder(tmp_path, monkeypatch):
+    """Files and folders; not names, not what is here, not what is elsewhere, not what is empty."""
+    home, other = tmp_path / "home", tmp_path / "other"
+    for name in ("home/base", "home/lr=3,x", "home/plain", "home/cmedtc", "other"):
+        (tmp_path / name).mkdir(parents=True)
     for name in ("t.model", "rows.jsonl", "lr=3,x/items.jsonl"):
-        (tmp_path / name).touch()
+        (home / name).touch()
     config = tiny.medcare_config()
     config.base.path, config.base.tokenizer, config.data.template = "base", "t.model", "plain"
     config.data.sources.knowledge.path = "lr=3,x/../rows.jsonl"
     config.data.sources.alignment.path = "hf://datasets/base"
     config.run.tasks = ("cmedtc", "lr=3,x/items.jsonl", "gone.jsonl")
     before = config.to_dict()
-    kept = anywhere(config)
-    assert kept["base"]["path"] == f"{tmp_path}/base"
-    assert kept["base"]["tokenizer"] == f"{tmp_path}/t.model"
-    assert kept["data"]["template"] == "plain" and kept["data"]["languages"] == ""
-    sources = kept["data"]["sources"]
-    assert sources["knowledge"]["path"] == f"{tmp_path}/lr=3,x/../rows.jsonl"
-    assert sources["alignment"]["path"] == "hf://datasets/base"
-    tasks = ("cmedtc", f"{tmp_path}/lr=3,x/items.jsonl", "gone.jsonl")
-    assert tuple(kept["run"]["tasks"]) == tasks
+    monkeypatch.chdir(home)
+    found_from(config, str(home))
     assert config.to_dict() == before
-    config.base.path = "gs://b/base"
-    assert anywhere(config)["base"]["path"] == "gs://b/base"
+    monkeypatch.chdir(other)
+    (other / "t.model").touch()
+    found_from(config, str(home))
+    assert config.base.path == f"{home}/base" and config.base.tokenizer == "t.model"
+    assert config.data.template == "plain" and config.data.languages == ""
+    assert config.data.sources.knowledge.path == f"{home}/lr=3,x/../rows.jsonl"
+    assert config.data.sources.alignment.path == "hf://datasets/base"
+    assert config.run.tasks == ("cmedtc", f"{home}/lr=3,x/items.jsonl", "gone.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -290,6 +290,10 @@ def test_a_run_with_relative_paths_opens_from_any_folder(done, tmp_path, monkeyp
     for name, path in (("base", tiny.base_path()), ("t.model", tiny.tokenizer().path)):
         (tmp_path / name).symlink_to(path)
     config.base.path, config.base.tokenizer = "base", "t.model"
+    config.stages.learn.evaluation.tasks = ("mine.jsonl",)
+    config.stages.learn.evaluation.every = config.stages.learn.steps
+    config.stages.learn.evaluation.best = "mine"
+    (tmp_path / "mine.jsonl").touch()
     monkeypatch.chdir(tmp_path)
     stage = Run(open_setup(config), "run").stage("learn")
     fingerprint = stage.claim({"knowledge": "rows"})

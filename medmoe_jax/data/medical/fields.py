@@ -117,7 +117,10 @@ def options_of(record: dict, path: str, where: str) -> list[tuple[str, str]]:
             return _kept(zip(LETTERS, values, strict=False), path, where)
         elif found:
             return _kept(_pairs(values[0], path, where), path, where)
-    raise missing(record, lacking, where)
+    error = missing(record, lacking, where)
+    if lacking != path:
+        error = UserError(f"{error}; a card takes shorter records too, by 'a, b, c | a, b'")
+    raise error
 
 
 _NO_TEXT = ("", "n/a", "nan")
