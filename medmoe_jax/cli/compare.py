@@ -23,7 +23,7 @@ from medmoe_jax.evaluation.compare import Difference, alone, apart, compare
 from medmoe_jax.evaluation.html import report_html
 from medmoe_jax.evaluation.report import Report
 from medmoe_jax.screen import ScreenTable
-from medmoe_jax.storage.places import check_makeable, make_folder, place
+from medmoe_jax.storage.places import make_folder, place
 from medmoe_jax.training.terminal import console, note, say
 
 
@@ -42,8 +42,6 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
         raise UserError("give at least two runs to compare")
     if len(set(arguments.runs)) < len(arguments.runs):
         raise UserError("a run stands twice among those to compare")
-    if arguments.output:
-        check_makeable(place(arguments.output))
     found = {name: records.read(place(name) / "records.jsonl") for name in arguments.runs}
     first, *others = arguments.runs
     differences = {

@@ -27,7 +27,7 @@ from medmoe_jax.evaluation.overlap import RUN, overlaps, row_text
 from medmoe_jax.evaluation.tasks import expand, load_items
 from medmoe_jax.ranges import COUNT
 from medmoe_jax.screen import ScreenTable
-from medmoe_jax.storage.places import check_makeable, exists, place
+from medmoe_jax.storage.places import exists, place
 from medmoe_jax.training.terminal import console, say
 
 
@@ -48,8 +48,6 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     if not names or not arguments.train:
         raise UserError("give --tasks to look for, and --train to look in")
     COUNT.check("words", arguments.words)
-    folder = place(arguments.output)
-    check_makeable(folder)
     items = load_items(names, arguments.split)
     reader = row_reader(arguments, learned=False)
     texts = [pair for source in arguments.train for pair in _texts(source, reader)]
@@ -66,7 +64,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
         for one in found
     )
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    path = folder / "overlap.jsonl"
+    path = place(arguments.output) / "overlap.jsonl"
     write_text(path, text)
     say(f"written to {path}")
 

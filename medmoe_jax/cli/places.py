@@ -86,7 +86,7 @@ def settle_options(arguments: argparse.Namespace, words: Sequence[str]) -> None:
             for path in paths(value):
                 check(path, f"--{name.replace('_', '-')}", schemes)
             setattr(arguments, name, settled(value))
-            if value and f"{arguments.command} {name}" in FOLDERS and not is_remote(value):
+            if value and f"{arguments.command} {name}" in FOLDERS:
                 check_makeable(place(getattr(arguments, name)))
     _check_output(arguments)
 
