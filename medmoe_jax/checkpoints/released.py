@@ -209,7 +209,7 @@ def read_adapter(
         for group in groups
     }
     fingerprints = {name: file_fingerprint(folder / name) for name in files}
-    notes = [*_notes(taken, roster), *adapter.notes]
+    notes = [*_notes(taken, roster), *_left_out(banks, roster), *adapter.notes]
     if adapter.leaves:
         paths = ", ".join(path for path, _ in trees.flatten(adapter.leaves))
         notes.append(f"leaves of the base: {paths}")
@@ -237,6 +237,16 @@ def _notes(groups: Mapping[str, Mapping[str, Any]], roster: Roster) -> Iterator[
             if entry["s"] != spec.s:
                 line += f"; the bank's s is {spec.s:g}, so B is multiplied by their quotient"
             yield line
+
+
+def _left_out(banks: Mapping[str, Any], roster: Roster) -> Iterator[str]:
+    """Layers in which a bank is nothing, and stays so: a product of two zeros has no gradient."""
+    for bank, params in banks.items():
+        for site, leaves in params.items():
+            zeros = np.flatnonzero(~leaves["lora_a"].any(axis=(1, 2, 3))) + roster[bank][0].start
+            if zeros.size:
+                numbers = ", ".join(map(str, zeros))
+                yield f"bank '{bank}': the adapter leaves out {site} of layers {numbers}: zeros"
 
 
 # Reading --------------------------------------------------------------------------------------
@@ -268,16 +278,19 @@ def _open(
 
 
 def _peft_group(spec: BankSpec, params: Params, roster: Roster) -> _Group:
-    """PEFT's adapter, its zero padding cut where it goes beyond the rank of the banks there."""
+    """PEFT's adapter, its zero padding cut where it goes beyond the rank of the banks there.
+
+    Layers that it leaves out between others are zeros, as they add nothing there.
+    """
     group = _Group(spec.name, spec.gate, spec.s)
     for site in spec.sites:
         banks = [b for b, _ in roster.values() if site in b.sites and b.gate == spec.gate]
         wanted = max((b.rank for b in banks), default=spec.rank)
         padding = not params[site]["lora_a"][..., wanted:].any()
         rank = min(wanted, spec.rank) if padding else spec.rank
-        for i, (leaf, array) in itertools.product(range(spec.layers), params[site].items()):
-            if not params[site]["lora_a"][i].any():
-                continue  # the adapter leaves this layer out
+        given = np.flatnonzero(params[site]["lora_a"].any(axis=(1, 2, 3))).tolist()
+        layers = range(given[0], given[-1] + 1) if given else ()
+        for i, (leaf, array) in itertools.product(layers, params[site].items()):
             view = VIEWS[leaf](array, i, 0)
             view = view[:, :rank] if leaf == "lora_b" else view[:rank]
             key = _Key(site, spec.start + i, leaf, 0)

@@ -215,6 +215,26 @@ def test_one_peft_adapter_for_several_banks(tmp_path, rng):
         read(folder, wide)
 
 
+def test_layers_that_an_adapter_leaves_out_are_zeros(tmp_path, rng):
+    """Between others; where it begins and ends must be where the bank does."""
+    tensors = attention_tensors(rng)
+    left_out = f"{module(1, 'attn.k')}."
+    given = {name: x for name, x in tensors.items() if left_out not in name}
+    options = {"target_modules": r".*(q|v|o)_proj|.*layers\.[^1]\..*k_proj"}
+    roster = {"attention": (ATTN_BANK, "train")}
+    imported = read(write(tmp_path / "a", given, **options), roster)
+    zeros = {name: np.zeros_like(x) for name, x in tensors.items() if left_out in name}
+    assert len(zeros) == 2
+    check(imported.banks, "attention", {**given, **zeros})
+    assert "bank 'attention': the adapter leaves out attn.k of layers 1: zeros" in imported.notes
+    for layer in (0, L - 1):
+        first = f"{module(layer, 'attn.k')}."
+        less = {name: x for name, x in tensors.items() if first not in name}
+        options = {"target_modules": rf".*(q|v|o)_proj|.*layers\.[^{layer}]\..*k_proj"}
+        folder = write(tmp_path / f"less {layer}", less, **options)
+        refused(folder, roster, f"bank 'attention': lora_a of attn.k, layer {layer}, expert 0 is")
+
+
 def test_fused_layers(tmp_path, rng):
     tensors, D, F = {}, TINY.d_model, TINY.d_ff
     for i in range(L):
