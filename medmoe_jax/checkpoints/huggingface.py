@@ -55,6 +55,8 @@ _PROCESSORS = (
 )
 _DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
 _DOWNLOADED += ("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
+# The same weights once more, as Mistral's own code names them, and other models in folders.
+_LEFT = ("consolidated*.safetensors", "*/*.safetensors")
 
 
 def published(source: str) -> tuple[str, str]:
@@ -91,6 +93,7 @@ def locate(source: str | Path) -> Path:
                 name,
                 revision=revision or None,
                 allow_patterns=list(_DOWNLOADED),
+                ignore_patterns=list(_LEFT),
                 local_files_only=constants.HF_HUB_OFFLINE,  # else a revision's files are asked for
             )
         )

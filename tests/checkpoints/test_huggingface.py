@@ -371,6 +371,26 @@ def test_a_model_of_the_hub_comes_from_its_cache(tmp_path, tensors, monkeypatch)
         huggingface.locate("hf://not a name")
 
 
+def test_of_a_model_of_the_hub_its_own_files_are_fetched_once(tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    mine = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    mine += ["tokenizer.model", "additional_chat_templates/tool_use.jinja", "LICENSE.txt"]
+    others = ["consolidated.safetensors", "consolidated-00001-of-00002.safetensors"]
+    others += ["checkpoint-9/model.safetensors", "pytorch_model.bin", "original/params.pth"]
+    fetched = []
+
+    def download(name, allow_patterns, ignore_patterns=None, **_):
+        chosen = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+        fetched.extend(filter_repo_objects([*mine, *others], **chosen))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert huggingface.locate("hf://org/name") == tmp_path
+    assert fetched == mine
+
+
 @pytest.fixture
 def model():
     config = DecoderConfig(
