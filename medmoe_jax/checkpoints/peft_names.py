@@ -14,6 +14,8 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from medmoe_jax.base.config import DecoderConfig
 from medmoe_jax.checkpoints import families
 from medmoe_jax.checkpoints.family import Spelling
@@ -31,6 +33,7 @@ _TOKENS = re.compile(
     r"(?P<module>.+)\.token_adapter\.(?P<leaf>trainable_tokens_delta)(?:\.(?P<adapter>[^.]+))?"
 )
 _OWN = re.compile(r"(?P<module>.+?)(?:\.base_layer)?\.(?P<leaf>weight|bias)")
+_BEFORE = re.compile(r"\.original_module\.(?:weight|bias)$")  # what a module was, of the base
 _SAVED = re.compile(r"\.modules_to_save(?:\.(?P<adapter>[^.]+)(?=\.))?")
 
 
@@ -89,17 +92,18 @@ def open_contents(folder: Path, config: DecoderConfig, family: str) -> Generator
     if not (folder / file).is_file():
         raise UserError(f"{WEIGHTS}: missing, and there is no {PICKLED} either")
     with (open_safetensors if file == WEIGHTS else open_torch)(folder / file) as stored:
-        parsed = {name: _parse(name) for name in stored}
+        parsed = {name: _parse(name) for name in stored if not _BEFORE.search(name)}
         parameters = _parameters(config, family, {key for key, _ in parsed.values() if key})
         modules = {name.rpartition(".")[0] for name in parameters}
         problems, tensors = [], {}
         for name, (key, _) in parsed.items():
             if key is None or not _known(key, modules, parameters):
                 problems.append(_unknown(name, key))
-            elif key in tensors:
-                problems.append(f"{name}: stands there as {tensors[key][0]} too")
-            else:
+            elif key not in tensors:
                 tensors[key] = (name, stored[name])
+            # PEFT writes embeddings that were saved under both names where it saves them anyway.
+            elif not np.array_equal(stored[name].read(), tensors[key][1].read()):
+                problems.append(f"{name}: stands there as {tensors[key][0]} too, with other values")
         if len(adapters := {adapter for _, adapter in parsed.values() if adapter}) > 1:
             problems.append(
                 f"{file}: holds {len(adapters)} adapters ({', '.join(sorted(adapters))}); "

@@ -168,6 +168,16 @@ def test_every_spelling_and_file(tmp_path, spelling, pickled):
     check(read(tmp_path), tensors)
 
 
+@pytest.mark.parametrize("pickled", [False, True])
+def test_what_peft_saves_more_than_once(tmp_path, pickled):
+    """Of a module that was saved whole: what it was before, and its weight by two names."""
+    tensors = adapter_tensors()
+    at, norm = f"{P}model.norm", tensors[f"{P}model.norm.weight"]
+    more = {f"{at}.original_module.weight": norm + 1, f"{at}.modules_to_save.weight": norm}
+    write(tmp_path, {**tensors, **more}, pickled=pickled)
+    check(read(tmp_path), tensors)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pickled", [False, True])
 def test_numbers_of_every_width(tmp_path, kind, pickled):
@@ -281,7 +291,8 @@ def test_what_does_not_fit_is_named_with_its_file(tmp_path):
     other = f"{P}model.norm.modules_to_save.second.weight"
     mixed = {at: None, other: tensors[at], name: None, f"{name}.default": tensors[name]}
     assert "holds 2 adapters (default, second)" in problems(mixed)
-    assert f"stands there as {at} too" in problems({at.removeprefix(P): tensors[at]})
+    twice = problems({at.removeprefix(P): 2 * tensors[at]})
+    assert f"stands there as {at} too, with other values" in twice
     text = problems(config=CONFIG.replace(tied=True))
     assert "embed_tokens.weight and lm_head.weight become different" in text
     assert "DoRA scales each by itself" in text and "ensure_weight_tying" not in text
