@@ -337,11 +337,15 @@ def _tie(
 
 
 def _leaves(
-    changed: Mapping[str, np.ndarray], plan: Mapping[str, families.Tensor], params: Params
+    changed: dict[str, np.ndarray], plan: Mapping[str, families.Tensor], params: Params
 ) -> dict[str, Any]:
-    """The base's leaves, float32, with the changed tensors in them."""
+    """The base's leaves, float32, with the changed tensors in them.
+
+    Leaf by leaf, and `changed` is empty afterwards: together they may be the model twice.
+    """
     leaves: dict[str, np.ndarray] = {}
-    for name, value in changed.items():
+    for name in sorted(changed, key=lambda name: plan[name].parts[0].path):
+        value = changed.pop(name)
         for part in plan[name].parts:
             rows = value[part.start : part.stop]
             if part.layer is None:

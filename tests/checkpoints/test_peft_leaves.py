@@ -6,6 +6,7 @@ What PEFT itself makes of such adapters is in test_export_parity.py.
 import functools
 import json
 import re
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.base import trees
 from medmoe_jax.checkpoints import peft, released
 from medmoe_jax.checkpoints.peft_export import TrainedLeaves, save_peft, serving
+from medmoe_jax.checkpoints.peft_names import linear_modules
 from medmoe_jax.errors import UserError
 from tests import naive, torch_zip
 from tests.stored import save_by_hand
@@ -184,6 +186,28 @@ def test_numbers_of_every_width(tmp_path, kind, pickled):
     tensors = adapter_tensors(kind)
     write(tmp_path, tensors, pickled=pickled)
     check(read(tmp_path), tensors)
+
+
+def test_the_host_holds_changed_kernels_once(tmp_path):
+    """DoRA on every linear layer changes the whole base, in float32."""
+    config = naive.TINY.replace(n_layers=12, d_model=96, d_ff=128, n_heads=8, head_dim=12)
+    params, rng, tensors = naive.random_params(config), np.random.default_rng(0), {}
+    for module, weight in linear_modules(config, "llama").items():
+        shapes = {"lora_A.weight": (1, weight.shape[1]), "lora_B.weight": (weight.shape[0], 1)}
+        shapes["lora_magnitude_vector"] = weight.shape[:1]
+        for leaf, shape in shapes.items():
+            tensors[f"{P}{module}.{leaf}"] = rng.normal(size=shape).astype(np.float32)
+    options = {"peft_type": "LORA", "r": 1, "lora_alpha": 2, "use_dora": True}
+    write(tmp_path, tensors, {**options, "target_modules": "all-linear"})
+    tracemalloc.start()
+    try:
+        leaves = peft.read_peft(tmp_path, config, "llama", "lora", lambda: params).leaves
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    kept = sum(leaf.nbytes for _, leaf in trees.flatten(leaves))
+    assert kept == 12 * 4 * (96 * (96 + 24 + 24 + 96) + 3 * 96 * 128)
+    assert peak < 1.7 * kept
 
 
 def test_what_is_written_again_is_the_same(tmp_path):
