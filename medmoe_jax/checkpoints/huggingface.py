@@ -13,6 +13,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -177,6 +178,10 @@ def _plan(opened: OpenedFiles, family: str, config: DecoderConfig) -> list[famil
     """The tensors of the decoder as the files spell them; UserError unless all is there."""
     spelling = families.spelling_of(family, opened.tensors)
     plan = list(families.tensors(config, family, spelling))
+    head, embedding = spelling.ends
+    if config.tied and embedding not in opened.tensors and head in opened.tensors:
+        # Of a tensor with two names safetensors.torch.save_model writes the first by the alphabet.
+        plan = [replace(one, name=head) if one.name == embedding else one for one in plan]
     opened.check(plan, spelling.ends if config.tied else None, FAMILIES[family].beside)
     return plan
 

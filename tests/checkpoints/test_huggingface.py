@@ -328,6 +328,18 @@ def test_a_head_beside_a_tied_embedding(tmp_path, tensors):
     assert "head" not in huggingface.load(tmp_path, jnp.float32)[1]
 
 
+def test_a_tied_embedding_by_the_name_of_the_head(tmp_path, tensors):
+    """As tools write it that keep one name of a tensor that has two."""
+    embedding = tensors.pop("model.embed_tokens.weight")
+    tensors["lm_head.weight"] = embedding
+    write(tmp_path, {**QWEN2, "tie_word_embeddings": True}, tensors)
+    config, params = huggingface.load(tmp_path, jnp.float32)
+    assert config.tied and "head" not in params
+    np.testing.assert_array_equal(params["embed"], embedding)
+    write(tmp_path, QWEN2, tensors)
+    broken(tmp_path, r"1 problems\s+model\.embed_tokens\.weight: missing")
+
+
 def test_old_rotary_tables_are_ignored(tmp_path, tensors):
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(h // 2, np.float32)
     write(tmp_path, QWEN2, tensors)
