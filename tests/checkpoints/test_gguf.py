@@ -54,6 +54,7 @@ def test_every_tensor_lands_in_its_place(name, tmp_path):
 
 # Those that the package cannot make are any bytes, with a small scale where a block has its own.
 SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+SCALES |= dict.fromkeys((kind for kind in KINDS if kind.startswith("IQ")), (0,))
 
 
 def any_bytes(x, kind):
@@ -89,6 +90,18 @@ def test_every_kind_gives_the_values_of_the_package(kind, tmp_path):
     up = open_gguf(tmp_path / "m.gguf").tensors["blk.1.ffn_up.weight"]
     some = up.rows(np.array([7, 3]), slice(33, 131))
     np.testing.assert_array_equal(some, up.rows(slice(None))[[7, 3], 33:131])
+
+
+def test_what_stands_in_for_k_quants_in_rows_that_do_not_fit_them(tmp_path):
+    """Of Q2_K and Q3_K, where a row is no multiple of 256 numbers: one of 16 values each."""
+    values = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+    write(tmp_path / "m.gguf", "qwen2", "IQ4_NL", any_bytes, hidden_size=96)
+    up = open_gguf(tmp_path / "m.gguf").tensors["blk.1.ffn_up.weight"]
+    assert up.shape[1] == 96
+    blocks = up.bytes_RxN.reshape(-1, 18)
+    signs = np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], axis=1)
+    want = np.float32(np.float16(0.01)) * np.array(values, np.float32)[signs]
+    np.testing.assert_array_equal(up.rows(slice(None)), want.reshape(up.shape))
 
 
 def test_leaves_are_born_in_their_shardings(tmp_path):
@@ -267,9 +280,9 @@ FIELD = {
         "blk.0.extra.weight: unknown to this architecture",
     ),
     "unknown-kind": (
-        lambda w: w.add_tensor("x", np.zeros((4, 66), np.uint8),
-                               raw_dtype=gguf.GGMLQuantizationType.IQ2_XXS),
-        "tensor x is of kind IQ2_XXS, which is none of F32",
+        lambda w: w.add_tensor("x", np.zeros((4, 50), np.uint8),
+                               raw_dtype=gguf.GGMLQuantizationType.IQ1_S),
+        "tensor x is of kind IQ1_S, which is none of F32",
     ),
 }  # fmt: skip
 
