@@ -161,7 +161,8 @@ def _read(contents: Contents, options: Options, tied: bool) -> tuple[_Given, lis
         module, _, leaf = parameter.rpartition(".")
         if (given := left.pop(Key(module, leaf), None)) is not None:
             own[parameter] = given[1].read().astype(np.float32)
-            problems += _wrong(given[0], own[parameter], weight.shape)
+            more = _other_vocabulary(own[parameter].shape, weight)
+            problems += _wrong(given[0], own[parameter], weight.shape, more)
         elif options.saves(parameter) or (options.bias == "all" and leaf == "bias"):
             problems.append(f"{parameter}: missing, but {CONFIG} says that it was trained")
         if parameter in targets:
@@ -180,6 +181,14 @@ def _read(contents: Contents, options: Options, tied: bool) -> tuple[_Given, lis
     if not any(found) and not problems:
         problems.append(f"{CONFIG}: target_modules matches no linear layer of this base")
     return found, problems
+
+
+def _other_vocabulary(shape: tuple[int, ...], weight: families.Tensor) -> str:
+    """What to do where an embedding or a head has other tokens than the base's."""
+    if weight.parts[0].path not in ("embed", "head") or shape[1:] != weight.shape[1:]:
+        return ""
+    count = shape[0]
+    return f" (for a base of {count} tokens: save yours after resize_token_embeddings({count}))"
 
 
 def _wrong_rows(numbers: list[int], rows: int) -> Iterator[str]:

@@ -310,6 +310,13 @@ def test_what_does_not_fit_is_named_with_its_file(tmp_path):
     at = f"{P}model.norm.weight"
     assert "model.norm.weight: missing, but adapter_config.json says" in problems({at: None})
     assert f"{at}: shape (3,), expected (16,)" in problems({at: np.ones(3, np.float32)})
+    assert "save yours after" not in problems({at: np.ones(3, np.float32)})
+    head = {f"{P}lm_head.weight": np.ones((V + 2, D), np.float32)}
+    text = problems({name: None for name in tensors if "lm_head" in name} | head,
+                    target_modules=["q_proj", "model.embed_tokens"],
+                    modules_to_save=["norm", "layers.0.mlp", "lm_head"])  # fmt: skip
+    assert f"{P}lm_head.weight: shape ({V + 2}, {D}), expected ({V}, {D}) (for a base of" in text
+    assert f"save yours after resize_token_embeddings({V + 2})" in text
     assert f"{at}: NaN or infinity" in problems({at: np.full(D, np.nan, np.float32)})
     assert "q_proj.bias: missing, but" in problems(bias="all")
     other = f"{P}model.norm.modules_to_save.second.weight"
