@@ -93,7 +93,7 @@ def test_every_kind_gives_the_values_of_the_package(kind, tmp_path):
 
 
 def test_what_stands_in_for_k_quants_in_rows_that_do_not_fit_them(tmp_path):
-    """Of Q2_K and Q3_K, where a row is no multiple of 256 numbers: one of 16 values each."""
+    """IQ4_NL, in files of Q2_K and Q3_K: a number is one of 16 values."""
     values = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
     write(tmp_path / "m.gguf", "qwen2", "IQ4_NL", any_bytes, hidden_size=96)
     up = open_gguf(tmp_path / "m.gguf").tensors["blk.1.ffn_up.weight"]

@@ -172,7 +172,7 @@ def test_every_spelling_and_file(tmp_path, spelling, pickled):
 
 @pytest.mark.parametrize("pickled", [False, True])
 def test_what_peft_saves_more_than_once(tmp_path, pickled):
-    """Of a module that was saved whole: what it was before, and its weight by two names."""
+    """What a module was before it was saved whole, and its weight by two names."""
     tensors = adapter_tensors()
     at, norm = f"{P}model.norm", tensors[f"{P}model.norm.weight"]
     more = {f"{at}.original_module.weight": norm + 1, f"{at}.modules_to_save.weight": norm}
