@@ -40,6 +40,7 @@ from medmoe_jax.data.templates import doubts
 from medmoe_jax.errors import UserError
 from medmoe_jax.screen import ScreenTable
 from medmoe_jax.storage.places import cache_folder, is_remote, place
+from medmoe_jax.training.hooks.trackers import check_installed
 from medmoe_jax.training.kept import is_kept
 from medmoe_jax.training.reading import check_sources, place_batches
 from medmoe_jax.training.recipe import check_learns
@@ -91,6 +92,7 @@ def _findings(workdir: str, rest: list[str]) -> Iterator[Finding]:
     if setup:
         run = Run(setup, workdir)
         yield from _recipe(setup)
+        yield from _tried("trackers", partial(check_installed, setup.config.run.trackers))
         trained = [stage.recipe for stage in run.stages if not (workdir and _is_imported(stage))]
         for stage in run.stages:
             if not (workdir and stage.folder.is_finished()):

@@ -1,5 +1,6 @@
 """`medmoe doctor`: what would stop a run is found, named, and nothing else is."""
 
+import importlib.util
 import os
 import shutil
 
@@ -153,6 +154,18 @@ def test_what_training_refuses_at_once(tmp_path, capsys, quiet_machine, files, f
     assert status == 1 and "1ofthethingslookedatwouldstoparun" in text
     assert said in text
     assert not (tmp_path / "w").exists()
+
+
+def test_a_tracker_that_is_not_installed(tmp_path, capsys, quiet_machine, monkeypatch):
+    (tmp_path / "recipe.py").write_text(several.CONFIG)
+    words = [f"--config={tmp_path / 'recipe.py'}", "--config.run.trackers=('mlflow',)"]
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "mlflow" else find(name, *a)
+    )
+    status, text = _doctor(capsys, *words)
+    assert status == 1 and "run.trackers:mlflowisnotinstalled:pipinstall" in text
+    assert _dies(capsys, *words, f"--workdir={tmp_path / 'w'}") in text
 
 
 def test_a_task_that_cannot_fit_the_context_is_told_at_once(

@@ -187,6 +187,15 @@ def check_names(names: Sequence[str]) -> None:
             raise UserError(f"run.trackers: no tracker is called '{name}'; {hint}")
 
 
+def check_installed(names: Sequence[str]) -> None:
+    """Raise UserError for a tracker whose package is missing."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"run.trackers: {name} is not installed: pip install 'medmoe_jax[{name}]'"
+            )
+
+
 class Trackers:
     """All trackers of a run, in all processes alike; the first one alone tells them anything.
 
@@ -208,11 +217,7 @@ class Trackers:
           UserError: an unknown name, or a package that is not installed.
         """
         check_names(names)
-        for name in names:
-            if importlib.util.find_spec(name) is None:
-                raise UserError(
-                    f"run.trackers: {name} is not installed: pip install 'medmoe_jax[{name}]'"
-                )
+        check_installed(names)
         self._names = tuple(dict.fromkeys(names)) if processes.index() == 0 else ()
         self._record, self._config = place(workdir) / NAME, config
         self._title = Path(os.path.abspath(workdir)).name
