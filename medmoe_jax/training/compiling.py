@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from medmoe_jax.parallel import processes
 from medmoe_jax.storage.places import cache_folder, is_remote, local
+from medmoe_jax.training.terminal import note
 
 _HIT = "/jax/compilation_cache/cache_hits"
 _WORTH = 0.1  # seconds: programs that compile faster are not kept
@@ -31,7 +33,9 @@ def keep_compiled(directory: str | Path, workdir: str | Path) -> None:
     now = jax.config.values[_SETTING]
     told = _before.get(now, now)
     if directory:
-        chosen = str(local(directory, "run.compilation_cache").absolute())
+        folder = local(directory, "run.compilation_cache").absolute()
+        _tell_unkept(folder)
+        chosen = str(folder)
     elif told or not workdir:
         chosen = told
     else:
@@ -44,6 +48,20 @@ def keep_compiled(directory: str | Path, workdir: str | Path) -> None:
     if chosen != told:
         _before[chosen] = told
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH)
+
+
+def _tell_unkept(folder: Path) -> None:
+    """Say where nothing can be kept in a folder, there already or not: JAX goes on without a word.
+
+    It is no error: a run that was moved to another machine opens there.
+    """
+    there = next(one for one in (folder, *folder.parents) if one.exists())
+    writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    if not writable and processes.index() == 0:  # the first process alone writes
+        note(
+            f"run.compilation_cache: {there} is no folder that can be written; compiled programs "
+            "are not kept"
+        )
 
 
 def compile_ahead(function: jax.stages.Wrapped, *arguments: Any) -> tuple[jax.stages.Compiled, str]:

@@ -1,5 +1,7 @@
 """Compiled programs are kept, and one that was is told from one that was not."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -62,6 +64,22 @@ def test_programs_of_a_run_on_object_storage_are_kept_here(settings, tmp_path, m
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     keep_compiled("", "gs://bucket/w")
     assert settings() == str(tmp_path / "medmoe_jax" / "compiled")
+
+
+def test_a_place_where_nothing_can_be_kept_is_told(settings, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    told = f"run.compilation_cache: {file} is no folder that can be written; compiled programs are"
+    for place in (file, file / "below"):
+        keep_compiled(str(place), tmp_path)
+        assert told in capsys.readouterr().err
+    keep_compiled(str(tmp_path / "new" / "one"), tmp_path)
+    assert not capsys.readouterr().err and not (tmp_path / "new").exists()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    keep_compiled(str(tmp_path / "new"), tmp_path)
+    assert f"run.compilation_cache: {tmp_path} is no folder" in capsys.readouterr().err
+    keep_compiled("", tmp_path)  # nobody asked for that place
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.slow
