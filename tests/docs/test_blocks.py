@@ -100,6 +100,19 @@ def test_commands_and_options_exist(page, top):
     assert not [one for one in faults if one]
 
 
+def test_what_is_looked_at_is_what_is_trained():
+    """A run is asked about with the settings that it is trained with: others may not fit."""
+    asked = 0
+    for page in PAGES:
+        found = [call.split() for call in calls(page.read_text(encoding="utf-8"))]
+        trained = [words[2:] for words in found if words[1:2] == ["train"]]
+        for words in found:
+            if words[1:2] == ["doctor"] and words[2:]:
+                asked += 1
+                assert words[2:] in trained, f"{page}: {' '.join(words)}"
+    assert asked
+
+
 def test_the_check_sees_what_is_wrong(top):
     for call in (
         "medmoe trian --workdir=x",
