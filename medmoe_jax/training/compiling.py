@@ -55,7 +55,7 @@ def _tell_unkept(folder: Path) -> None:
 
     It is no error: a run that was moved to another machine opens there.
     """
-    there = next(one for one in (folder, *folder.parents) if one.exists())
+    there = next(one for one in (folder, *folder.parents) if os.path.exists(one))
     writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
     if not writable and processes.index() == 0:  # the first process alone writes
         note(
