@@ -9,10 +9,12 @@ from __future__ import annotations
 import difflib
 import functools
 import math
+import operator
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from sacrebleu.metrics import CHRF
@@ -20,6 +22,7 @@ from sacrebleu.metrics import CHRF
 from medmoe_jax.data.words import words
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import answer_tokens, answers, grammars
+from medmoe_jax.evaluation.items import Item
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,9 @@ class Metric:
     binary: each row is 0 or 1 and the score their mean.
     ranked: a prediction is the list of choices, best first, instead of a text.
     whole: an answer is the item, instead of its answer's text.
-    readable: whether a prediction is in the form that the metric reads.
+    readable: whether a prediction for an item is in the form that the metric reads.
     placed: whether it needs the places of an item's entities in its text.
+    listed: an answer lists several letters of the item's choices, which are its `allowed`.
     """
 
     name: str
@@ -41,12 +45,13 @@ class Metric:
     binary: bool = False
     ranked: bool = False
     whole: bool = False
-    readable: Callable[[str], bool] = lambda text: bool(text.strip())
+    readable: Callable[[str, Item], bool] = lambda text, item: bool(text.strip())
     placed: bool = False
+    listed: bool = False
 
 
 def compute(name: str, predictions: Sequence, answers: Sequence) -> float:
-    """The score of a metric by name. Raises UserError for an unknown name."""
+    """The score of a metric by name, of items for `whole`. Raises UserError for an unknown name."""
     metric = find(name)
     return metric.reduce(metric.prepare(predictions, answers))
 
@@ -77,7 +82,7 @@ def _rouge():
 _CHRF = CHRF()
 
 
-def _each(score: Callable[[str, str], float]):
+def _each(score: Callable[[str, Any], float]):
     def prepare(predictions, golds):
         pairs = zip(predictions, golds, strict=True)
         return np.array([score(p, a) for p, a in pairs], np.float64)
@@ -102,21 +107,28 @@ def _same_caseless(prediction: str, answer: str) -> float:
     return same(prediction.casefold(), answer.casefold())
 
 
-def _letters_same(prediction: str, answer: str) -> float:
-    return float(_letter_set(prediction) == _letter_set(answer))
+_LETTERS = frozenset("ABCDEFGHIJ")
 
 
-def _letters_overlap(prediction: str, answer: str) -> float:
-    chosen, right = _letter_set(prediction), _letter_set(answer)
-    return len(chosen & right) / max(1, len(chosen | right))
+def letters_of(item: Item) -> frozenset[str]:
+    """The letters of an item's choices, of which several may be right: A to J where not known."""
+    return frozenset(item.allowed) or _LETTERS
 
 
-def _letters_inside(prediction: str, answer: str) -> float:
-    return float(bool(_letter_set(answer)) and _letter_set(answer) <= _letter_set(prediction))
+def _letter_set(text: str, item: Item) -> frozenset[str]:
+    # One of A to J that is no choice is read too: "A, F" is not A alone.
+    return answers.all_letters(text, sorted(letters_of(item) | _LETTERS))
 
 
-def _letter_set(text: str) -> frozenset[str]:
-    return answers.all_letters(text, "ABCDEFGHIJ")
+def _letters(name: str, score: Callable[[frozenset, frozenset], float], **more) -> Metric:
+    def each(prediction: str, item: Item) -> float:
+        right = _letter_set(item.answer, item)
+        return float(score(_letter_set(prediction, item), right)) if right else 0.0
+
+    def readable(text: str, item: Item) -> bool:
+        return bool(_letter_set(text, item))
+
+    return Metric(name, _each(each), _mean, whole=True, readable=readable, listed=True, **more)
 
 
 def _rouge_l(prediction: str, answer: str) -> float:
@@ -258,11 +270,7 @@ def _chrf(rows_NxS: np.ndarray) -> float:
 
 def _listed(parse: Callable[[str], frozenset]):
     """Whether a text is a list in its grammar, if one with nothing in it."""
-    return lambda text: bool(parse(text)) or text.strip(" .。").casefold() in grammars.NOTHING
-
-
-def _has_letters(text: str) -> bool:
-    return bool(_letter_set(text))
+    return lambda text, _: bool(parse(text)) or text.strip(" .。").casefold() in grammars.NOTHING
 
 
 def _set_metric(name: str, parse: Callable[[str], frozenset]) -> Metric:
@@ -281,22 +289,22 @@ METRICS: dict[str, Metric] = {
         Metric("answered", _each(lambda text, _: float(bool(text.strip()))), _mean, binary=True),
         Metric("hit_at_3", _hit(3), _mean, binary=True, ranked=True),
         Metric("exact_match", _each(_same_caseless), _mean, binary=True),
-        Metric("letters_exact", _each(_letters_same), _mean, binary=True, readable=_has_letters),
+        _letters("letters_exact", operator.eq, binary=True),
         # Intersection over union of the letters, as the authors of FrenchMedMCQA score.
-        Metric("letters_hamming", _each(_letters_overlap), _mean, readable=_has_letters),
-        Metric("letters_inside", _each(_letters_inside), _mean, binary=True, readable=_has_letters),
+        _letters("letters_hamming", lambda found, right: len(found & right) / len(found | right)),
+        _letters("letters_inside", lambda found, right: right <= found, binary=True),
         _set_metric("entity_f1", grammars.entities),
         _set_metric("relation_f1", grammars.relations),
         _set_metric("event_f1", grammars.events),
         _set_metric("labelled_f1", grammars.labelled),
         Metric("term_f1", _term_counts, _set_f1, whole=True),
         Metric("span_f1", _span_counts, _set_f1, whole=True, placed=True),
-        Metric("rouge_l", _each(_rouge_l), _mean, readable=lambda text: bool(words(text))),
+        Metric("rouge_l", _each(_rouge_l), _mean, readable=lambda text, _: bool(words(text))),
         Metric(
             "sections_rouge_l",
             _each(_sections_rouge_l),
             _mean,
-            readable=lambda text: bool(grammars.sections(text)),
+            readable=lambda text, _: bool(grammars.sections(text)),
         ),
         Metric("chrf", _chrf_counts, _chrf),
         Metric(
@@ -305,7 +313,7 @@ METRICS: dict[str, Metric] = {
             _mean,
             binary=True,
             whole=True,
-            readable=lambda text: bool(grammars.numbers(text)),
+            readable=lambda text, _: bool(grammars.numbers(text)),
         ),
     )
 }

@@ -370,7 +370,8 @@ def _majority(metric: str, items: Sequence[Item], training_answers: Sequence[str
         return None
     answers = [item.answer for item in items]
     commonest = Counter(training_answers or answers).most_common(1)[0][0]
-    return metrics.compute(metric, [commonest] * len(answers), answers)
+    right = items if metrics.find(metric).whole else answers
+    return metrics.compute(metric, [commonest] * len(answers), right)
 
 
 def _sample(rows: list, limit: int | None, seed: int) -> list:

@@ -3,6 +3,7 @@
     {"prompt": "…", "answer": "…"}
     {"prompt": "…", "answer": "yes", "choices": ["yes", "no"]}
     {"messages": [{"role": "user", "content": "…"}, …], "answer": "…", "metric": "rouge_l"}
+    {"prompt": "…", "answer": "AC", "choices": ["A", "B", "C"], "metric": "letters_exact"}
     {"messages": […], "rubrics": [{"criterion": "…", "points": 5, "tags": ["…"]}, …]}
 
 The last is for a judge (`judging`); the files of HealthBench, which call the messages a prompt and
@@ -21,6 +22,7 @@ from medmoe_jax.data.conversation import check_text
 from medmoe_jax.data.medical.files import read_bytes
 from medmoe_jax.errors import UserError, within
 from medmoe_jax.evaluation import metrics
+from medmoe_jax.evaluation.answer_tokens import normal
 from medmoe_jax.evaluation.items import Criterion, Item, Prompt
 from medmoe_jax.kinds import shown
 
@@ -84,19 +86,28 @@ def _item(record: Any, where: str) -> tuple[Item, str]:
     # Those that differ in spaces alone are one answer to the metrics as well.
     if twice := [one for one, count in Counter(map(_plain, choices)).items() if count > 1]:
         raise UserError(f"{where}: field 'choices' has {twice[0]!r} more than once")
-    if choices and record["answer"] not in choices:
+    metric = _metric(record, where)
+    listed = bool(metric and metric.listed)
+    if listed and not all(len(choice) == 1 and "A" <= choice <= "Z" for choice in choices):
+        raise UserError(
+            f"{where}: the choices of metric {metric.name!r} are one capital letter each"
+        )
+    if choices and not listed and record["answer"] not in choices:
         raise UserError(f"{where}: the answer {record['answer']!r} is not among the choices")
     if texts and len(texts) != len(choices):
         raise UserError(f"{where}: {len(texts)} texts for {len(choices)} choices")
     item = Item(
         prompt,
         record["answer"],
-        tuple(choices),
+        () if listed else tuple(choices),
         tuple(texts),
         str(record.get("language", "und")),
         str(record.get("part", "")),
+        allowed=tuple(choices) if listed else (),
     )
-    return item, _metric(record, where)
+    if metric:
+        _check_answer(metric, item, where)
+    return item, metric.name if metric else ""
 
 
 def _plain(text: str) -> str:
@@ -139,22 +150,28 @@ def _rubric(value: Any, where: str) -> tuple[Criterion, ...]:
     return tuple(rubric)
 
 
-def _metric(record: dict, where: str) -> str:
+def _metric(record: dict, where: str) -> metrics.Metric | None:
     name = str(record.get("metric") or "")
     if not name:
-        return name
+        return None
     with within(f"{where}: "):
         metric = metrics.find(name)
     if metric.ranked and not record.get("choices"):
         raise UserError(f"{where}: metric {name!r} needs choices")
     if metric.placed:
         raise UserError(f"{where}: metric {name!r} needs places in a text, which no item here has")
-    if not metric.readable(record["answer"]):
+    return metric
+
+
+def _check_answer(metric: metrics.Metric, item: Item, where: str) -> None:
+    """Raise UserError where a metric cannot read an item's answer, or not all letters of it."""
+    if not metric.readable(item.answer, item) or (
+        metric.listed and set(filter(str.isalnum, normal(item.answer))) - metrics.letters_of(item)
+    ):
         raise UserError(
-            f"{where}: metric {name!r} cannot read the answer {shown(record['answer'])}; "
+            f"{where}: metric {metric.name!r} cannot read the answer {shown(item.answer)}; "
             "docs/tasks.md has its form"
         )
-    return name
 
 
 def _prompt(record: dict, where: str) -> Prompt:

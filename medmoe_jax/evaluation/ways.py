@@ -255,7 +255,8 @@ def _written(
     readable = metrics.find(task.metric).readable
     found = _write(model, task, way, sampling, [item.turns for item in items])
     return [
-        Response(text, raw=(text,), parsed=readable(text), cut=not ended) for text, ended in found
+        Response(text, raw=(text,), parsed=readable(text, item), cut=not ended)
+        for item, (text, ended) in zip(items, found, strict=True)
     ]
 
 

@@ -182,7 +182,8 @@ def test_dates_and_weeks_must_be_the_same():
 )
 def test_what_can_be_read(metric, good, bad):
     readable = metrics.find(metric).readable
-    assert all(map(readable, good)) and not any(map(readable, bad))
+    assert all(readable(text, item(text)) for text in good)
+    assert not any(readable(text, item(text)) for text in bad)
 
 
 ANSWERS = (
@@ -196,7 +197,7 @@ ANSWERS = (
 def test_an_answer_that_a_metric_can_read_is_right_against_itself(name):
     """A file of tasks with another answer is refused: no answer could be right there."""
     metric = metrics.find(name)
-    read = list(filter(metric.readable, ANSWERS))
+    read = [text for text in ANSWERS if metric.readable(text, item(text))]
     assert read
     for text in read:
         said, right = (text,) if metric.ranked else text, Item("q", text) if metric.whole else text
@@ -211,11 +212,22 @@ def test_chrf_matches_sacrebleu():
 
 def test_letter_sets():
     for said in ("A\nC", "CA", "A: vrai\nB: faux\nC: vrai"):
-        assert metrics.compute("letters_exact", [said], ["A, C"]) == 1.0
-        assert metrics.compute("letters_hamming", [said], ["A, C"]) == 1.0
-    guess, right = ["A, C", "B", "A"], ["C, A", "B, D", "E"]
+        assert metrics.compute("letters_exact", [said], [item("A, C")]) == 1.0
+        assert metrics.compute("letters_hamming", [said], [item("A, C")]) == 1.0
+    guess, right = ["A, C", "B", "A"], list(map(item, ["C, A", "B, D", "E"]))
     assert metrics.compute("letters_exact", guess, right) == pytest.approx(1 / 3)
     assert metrics.compute("letters_hamming", guess, right) == pytest.approx((1 + 0.5 + 0) / 3)
+
+
+def test_letters_are_those_of_the_choices():
+    wide = [item(answer, allowed=tuple("ABCDEFGHIJKLM")) for answer in ("A, K", "L", "KM")]
+    assert metrics.compute("letters_exact", ["A, L", "K", "K, M"], wide) == pytest.approx(1 / 3)
+    hamming = (1 / 3 + 0 + 1) / 3
+    assert metrics.compute("letters_hamming", ["A, L", "K", "K, M"], wide) == pytest.approx(hamming)
+    assert metrics.compute("letters_inside", ["A, L", "K, L", "M"], wide) == pytest.approx(1 / 3)
+    narrow = [item("B", allowed=tuple("ABC"))]
+    assert metrics.compute("letters_exact", ["B, F"], narrow) == 0.0  # F is none of its choices
+    assert metrics.compute("letters_exact", ["none"], [item("none")]) == 0.0
 
 
 def test_hit_at_3():

@@ -104,6 +104,22 @@ def test_user_tasks_with_a_mark_turns_and_a_metric(tmp_path):
             '{"prompt": "q", "answer": "Plan: rest", "metric": "sections_rouge_l"}',
             r"jsonl:1: metric 'sections_rouge_l' cannot read the answer 'Plan: rest'",
         ),
+        *(
+            (
+                f'{{"prompt": "q", "answer": "{answer}", "metric": "letters_exact"{choices}}}',
+                f"jsonl:1: metric 'letters_exact' cannot read the answer '{answer}'",
+            )
+            for answer, choices in (
+                ("A, K", ""),
+                ("a,c", ""),
+                ("1, 3", ""),
+                ("A, D", ', "choices": ["A", "B", "C"]'),
+            )
+        ),
+        (
+            '{"prompt": "q", "answer": "1", "metric": "letters_exact", "choices": ["1", "2"]}',
+            "jsonl:1: the choices of metric 'letters_exact' are one capital letter each",
+        ),
     ],
 )
 def test_bad_user_tasks(tmp_path, text, message):
@@ -111,6 +127,17 @@ def test_bad_user_tasks(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(UserError, match=message):
         load_task(path)
+
+
+def test_a_user_s_task_with_several_right_letters(tmp_path):
+    path = tmp_path / "t.jsonl"
+    row = {"prompt": "q", "metric": "letters_exact", "choices": list("ABCDEFGHIJKL")}
+    write(path, *({**row, "answer": answer} for answer in ("A, K", "LA", "Ａ、Ｋ")))
+    task = load_task(path)
+    assert (task.kind, task.metric) == ("generate", "letters_exact")
+    assert metrics.compute(task.metric, ["K, A", "A, L", "A, L"], task.items) == pytest.approx(
+        2 / 3
+    )
 
 
 def test_missing_and_unknown_tasks(tmp_path):

@@ -92,6 +92,7 @@ def exam(entry: MedicalSet, record: dict, where: str, language: str, labels: Lab
         choices="" if lists else letters,
         texts=tuple(option for _, option in options),
         guide=entry.guide,
+        allowed=tuple(letters) if lists else (),
     )
 
 
