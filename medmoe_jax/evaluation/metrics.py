@@ -36,6 +36,7 @@ class Metric:
     whole: an answer is the item, instead of its answer's text.
     readable: whether a prediction for an item is in the form that the metric reads.
     placed: whether it needs the places of an item's entities in its text.
+    ordered: the order of an item's choices is that of a scale.
     listed: an answer lists several letters of the item's choices, which are its `allowed`.
     """
 
@@ -47,6 +48,7 @@ class Metric:
     whole: bool = False
     readable: Callable[[str, Item], bool] = lambda text, item: bool(text.strip())
     placed: bool = False
+    ordered: bool = False
     listed: bool = False
 
 
@@ -148,6 +150,20 @@ def _codes(predictions, golds) -> np.ndarray:
     return codes.reshape(2, -1).T
 
 
+def _places_of_choices(predictions, items) -> np.ndarray:
+    """`[N, 2]` places of prediction and answer in the order of an item's choices.
+
+    What is no choice counts as the one that is farthest from the answer.
+    """
+    places = []
+    for prediction, item in zip(predictions, items, strict=True):
+        choices, last = item.choices, len(item.choices) - 1
+        right = choices.index(item.answer)
+        far = last if 2 * right <= last else 0
+        places.append((choices.index(prediction) if prediction in choices else far, right))
+    return np.array(places, np.int64)
+
+
 def _f1(average: str):
     def reduce(rows_Nx2: np.ndarray) -> float:
         from sklearn.metrics import f1_score
@@ -165,7 +181,8 @@ def _kappa(weights: str | None):
         predicted_N, right_N = rows_Nx2.T
         if len(np.unique(rows_Nx2)) == 1:
             return 1.0  # all the same, and all right: chance agrees as well, which leaves 0 / 0
-        return float(cohen_kappa_score(right_N, predicted_N, weights=weights))
+        labels = np.arange(rows_Nx2.max() + 1)  # also those between that no row has
+        return float(cohen_kappa_score(right_N, predicted_N, labels=labels, weights=weights))
 
     return reduce
 
@@ -284,7 +301,7 @@ METRICS: dict[str, Metric] = {
         Metric("macro_f1", _codes, _f1("macro")),
         Metric("weighted_f1", _codes, _f1("weighted")),
         Metric("kappa", _codes, _kappa(None)),
-        Metric("kappa_linear", _codes, _kappa("linear")),
+        Metric("kappa_linear", _places_of_choices, _kappa("linear"), whole=True, ordered=True),
         # Whether there is an answer at all, which a judge then grades.
         Metric("answered", _each(lambda text, _: float(bool(text.strip()))), _mean, binary=True),
         Metric("hit_at_3", _hit(3), _mean, binary=True, ranked=True),

@@ -224,7 +224,7 @@ def load_task(
         metrics.find(metric)
     split = split or medical.default_split(entry, root)
     found = medical.read_split(base, split, root)
-    _check_places(entry, found.rows)
+    _check_metrics(entry, found.rows)
     guessed = entry.metric in _GUESSED
     train = _train(base, entry, root, few.count > 0) if few.count or guessed else []
     rows, pool = found.rows, [] if split == "train" else train
@@ -259,10 +259,12 @@ def load_task(
     )
 
 
-def _check_places(entry: MedicalSet, rows: Sequence[Row]) -> None:
-    """Raise UserError where a metric looks at places in the text, and entities have none."""
+def _check_metrics(entry: MedicalSet, rows: Sequence[Row]) -> None:
+    """Raise UserError where a metric looks at places in the text or choices, and there are none."""
     none = entry.read.get("none", "none")
     for name in (entry.metric, *entry.also):
+        if metrics.find(name).ordered and not all(row.choices for row in rows):
+            raise UserError(f"{entry.name}: metric {name!r} needs choices, which its rows have not")
         if metrics.find(name).placed and any(r.response != none and not r.spans for r in rows):
             raise UserError(
                 f"{entry.name}: metric {name!r} needs places in a text, which its entities have "

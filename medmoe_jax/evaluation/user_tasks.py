@@ -58,8 +58,12 @@ def read(path: Path) -> UserTask:
         raise UserError(f"{path}: some items have choices and some have none; use two files")
     if len(named) > 1:
         raise UserError(f"{path}: its items name several metrics; use a file for each")
-    choice = bool(items[0].choices)
     asked = named.pop()
+    if asked and metrics.find(asked).ordered and len({item.choices for item in items}) > 1:
+        raise UserError(
+            f"{path}: metric {asked!r} needs the same choices in the same order in all items"
+        )
+    choice = bool(items[0].choices)
     standard = "accuracy" if choice else "exact_match"
     also = () if choice or asked else ("rouge_l",)
     return UserTask(items, "choice" if choice else "generate", asked or standard, also)
@@ -156,7 +160,7 @@ def _metric(record: dict, where: str) -> metrics.Metric | None:
         return None
     with within(f"{where}: "):
         metric = metrics.find(name)
-    if metric.ranked and not record.get("choices"):
+    if (metric.ranked or metric.ordered) and not record.get("choices"):
         raise UserError(f"{where}: metric {name!r} needs choices")
     if metric.placed:
         raise UserError(f"{where}: metric {name!r} needs places in a text, which no item here has")

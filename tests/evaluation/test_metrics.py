@@ -70,10 +70,32 @@ def test_words_in_several_scripts(text, wanted):
 
 def test_kappa_matches_scikit_learn():
     right, guess = list("AABCBACB"), list("ABBCBACA")
-    for name, weights in (("kappa", None), ("kappa_linear", "linear")):
-        expected = reference.cohen_kappa_score(right, guess, weights=weights)
-        assert metrics.compute(name, guess, right) == pytest.approx(expected)
+    expected = reference.cohen_kappa_score(right, guess)
+    assert metrics.compute("kappa", guess, right) == pytest.approx(expected)
     assert metrics.compute("kappa", ["A", "A"], ["A", "A"]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("scale", "right", "guess"),
+    [
+        ("ABC", "AABCBACB", "ABBCBACA"),
+        (("1", "2", "10"), ("1", "10", "2", "10"), ("2", "10", "10", "1")),
+        (("mild", "severe", "fatal"), ("mild", "severe"), ("fatal", "severe")),
+        ("ABCD", "AADDB", "ADDAA"),  # a step that nothing has is a step
+    ],
+)
+def test_linear_kappa_takes_the_order_of_the_choices(scale, right, guess):
+    expected = reference.cohen_kappa_score(
+        list(right), list(guess), labels=list(scale), weights="linear"
+    )
+    items = [Item("q", answer, tuple(scale)) for answer in right]
+    assert metrics.compute("kappa_linear", list(guess), items) == pytest.approx(expected)
+
+
+def test_no_answer_is_farthest_on_a_scale():
+    items = [Item("q", answer, tuple("ABCD")) for answer in "ABCD"]
+    far = metrics.compute("kappa_linear", list("DDAA"), items)
+    assert metrics.compute("kappa_linear", ["", "", "", "E"], items) == far < 0
 
 
 def item(answer, **more):
@@ -200,7 +222,8 @@ def test_an_answer_that_a_metric_can_read_is_right_against_itself(name):
     read = [text for text in ANSWERS if metric.readable(text, item(text))]
     assert read
     for text in read:
-        said, right = (text,) if metric.ranked else text, Item("q", text) if metric.whole else text
+        said = (text,) if metric.ranked else text
+        right = Item("q", text, (text,)) if metric.whole else text
         assert metrics.compute(name, [said], [right]) == pytest.approx(1.0)
 
 

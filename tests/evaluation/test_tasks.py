@@ -71,6 +71,15 @@ def test_user_tasks_with_a_mark_turns_and_a_metric(tmp_path):
             r"t\.jsonl:1: field 'choices' has 'a b' more than once",
         ),
         ('{"prompt": "q", "answer": "a", "metric": "hit_at_3"}', "metric 'hit_at_3' needs choices"),
+        (
+            '{"prompt": "q", "answer": "a", "metric": "kappa_linear"}',
+            "metric 'kappa_linear' needs choices",
+        ),
+        (
+            '{"prompt": "q", "answer": "1", "choices": ["1", "2"], "metric": "kappa_linear"}\n'
+            '{"prompt": "q", "answer": "1", "choices": ["2", "1"], "metric": "kappa_linear"}',
+            "metric 'kappa_linear' needs the same choices in the same order",
+        ),
         ('{"messages": [], "answer": "a"}', r"jsonl:1: write 'prompt' or a list of 'messages'"),
         (
             '{"messages": [{"role": "doctor", "content": "x"}], "answer": "a"}',
@@ -439,3 +448,8 @@ def test_entities_without_places_refuse_a_metric_of_places(tmp_path, monkeypatch
         monkeypatch.setitem(registry.SETS, "mine", dataclasses.replace(mine, **change))
         with pytest.raises(UserError, match="'span_f1' needs places in a text"):
             load_task("mine", root=tmp_path)
+    monkeypatch.setitem(registry.SETS, "mine", dataclasses.replace(mine, also=("kappa_linear",)))
+    with pytest.raises(
+        UserError, match="mine: metric 'kappa_linear' needs choices, which its rows"
+    ):
+        load_task("mine", root=tmp_path)
