@@ -254,7 +254,8 @@ def _within(prediction: str, item) -> float:
     if len(limits) != 2 or not all(len(limit) == 1 for limit in limits):
         given = found[: len(right)] if said else found[-len(right) :]
         return float(bool(right) and given == right)
-    return float(bool(found) and limits[0][0] <= found[0 if said else -1] <= limits[1][0])
+    low, high = sorted(limit[0] for limit in limits)  # 95% and 105% of a negative value fall
+    return float(bool(found) and low <= found[0 if said else -1] <= high)
 
 
 _DATE = r"\b\d{1,2}[/-]\d{1,2}[/-]\d{4}\b"

@@ -191,6 +191,12 @@ def test_dates_and_weeks_must_be_the_same():
     assert metrics.compute("number_within", ["17 weeks and 4 days"], [weeks]) == 1.0
 
 
+def test_limits_of_a_negative_number_may_fall():
+    gap = item("-5", allowed=("-4.75", "-5.25"))
+    said = ["The answer is -5.2", "The answer is −4.8", "The answer is -5.3", "The answer is 5"]
+    assert metrics.compute("number_within", said, [gap] * 4) == 0.5
+
+
 @pytest.mark.parametrize(
     ("metric", "good", "bad"),
     [
