@@ -505,7 +505,13 @@ CORRUPT = [
         "medqa",
         "medqa_test.jsonl",
         '{"question": "q", "options": {"A": "x", "B": "y"}, "answer_idx": "C"}',
-        r"jsonl:1: answer 'C' names none of the options A, B",
+        r"jsonl:1: answer 'C' names none of the options A, B; restore the file",
+    ),
+    (
+        "medqa",
+        "medqa_test.jsonl",
+        '{"question": "q", "options": {"A": "x", "B": "y"}, "answer_idx": 2}',
+        r"answer 2 names none of the options A, B; where numbers count from 1, say counts_from = 1",
     ),
     (
         "medqa",
@@ -703,6 +709,10 @@ def test_a_table_by_tabs_may_name_its_columns_itself(tmp_path, monkeypatch):
         (
             ('question = "q"', 'question = "q"\nseveral = "yes"'),
             "mine.several: 'yes' is none of drop, only, keep",
+        ),
+        (
+            ('question = "q"', 'question = "q"\nseveral = "keep"'),
+            "mine.metric: say how answers with several right options are scored",
         ),
         (
             ('question = "q"', 'question = "q"\ncounts_from = "1"'),

@@ -174,6 +174,11 @@ def _card(name: str, table: dict, path: Path) -> MedicalSet:
         raise UserError(f"{where}.counts_from: {first!r} must be 0 or 1")
     if "several" in read and read["several"] not in SEVERAL:
         raise UserError(f"{where}.several: {read['several']!r} is none of {', '.join(SEVERAL)}")
+    if read.get("several") in ("keep", "only") and "metric" not in given:
+        raise UserError(
+            f"{where}.metric: say how answers with several right options are scored, such as "
+            "'letters_exact'"
+        )
     _check_files(given["files"], where)
     return MedicalSet(name=name, read=read, **{k: _frozen(k, v) for k, v in given.items()})
 

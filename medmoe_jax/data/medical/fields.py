@@ -222,8 +222,10 @@ def answers_of(
     known = {place for place in places if place is not None}
     if not known or None in places:
         keys = ", ".join(key for key, _ in options)
+        last = counts_from is None and str(value).strip() == str(len(options))
+        hint = "where numbers count from 1, say counts_from = 1 in the card, or " if last else ""
         raise UserError(
-            f"{where}: answer {shown(value)} names none of the options {keys}; {REPAIR}"
+            f"{where}: answer {shown(value)} names none of the options {keys}; {hint}{REPAIR}"
         )
     if not all(options[place][1] for place in known):
         raise GoldWithoutText(
