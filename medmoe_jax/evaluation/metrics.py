@@ -35,6 +35,7 @@ class Metric:
     ranked: a prediction is the list of choices, best first, instead of a text.
     whole: an answer is the item, instead of its answer's text.
     readable: whether a prediction for an item is in the form that the metric reads.
+    complete: whether it reads all of an item's answer, no part of which may be lost.
     placed: whether it needs the places of an item's entities in its text.
     ordered: the order of an item's choices is that of a scale.
     listed: an answer lists several letters of the item's choices, which are its `allowed`.
@@ -47,6 +48,7 @@ class Metric:
     ranked: bool = False
     whole: bool = False
     readable: Callable[[str, Item], bool] = lambda text, item: bool(text.strip())
+    complete: Callable[[Item], bool] = lambda item: True
     placed: bool = False
     ordered: bool = False
     listed: bool = False
@@ -112,14 +114,14 @@ def _same_caseless(prediction: str, answer: str) -> float:
 _LETTERS = frozenset("ABCDEFGHIJ")
 
 
-def letters_of(item: Item) -> frozenset[str]:
+def _letters_of(item: Item) -> frozenset[str]:
     """The letters of an item's choices, of which several may be right: A to J where not known."""
     return frozenset(item.allowed) or _LETTERS
 
 
 def _letter_set(text: str, item: Item) -> frozenset[str]:
     # One of A to J that is no choice is read too: "A, F" is not A alone.
-    return answers.all_letters(text, sorted(letters_of(item) | _LETTERS))
+    return answers.all_letters(text, sorted(_letters_of(item) | _LETTERS))
 
 
 def _letters(name: str, score: Callable[[frozenset, frozenset], float], **more) -> Metric:
@@ -127,10 +129,20 @@ def _letters(name: str, score: Callable[[frozenset, frozenset], float], **more) 
         right = _letter_set(item.answer, item)
         return float(score(_letter_set(prediction, item), right)) if right else 0.0
 
-    def readable(text: str, item: Item) -> bool:
-        return bool(_letter_set(text, item))
+    return Metric(
+        name,
+        _each(each),
+        _mean,
+        whole=True,
+        readable=lambda text, item: bool(_letter_set(text, item)),
+        complete=lambda item: _signs(item.answer) <= _letters_of(item),
+        listed=True,
+        **more,
+    )
 
-    return Metric(name, _each(each), _mean, whole=True, readable=readable, listed=True, **more)
+
+def _signs(text: str) -> set[str]:
+    return set(filter(str.isalnum, answer_tokens.normal(text)))
 
 
 def _rouge_l(prediction: str, answer: str) -> float:
@@ -292,7 +304,13 @@ def _listed(parse: Callable[[str], frozenset]):
 
 
 def _set_metric(name: str, parse: Callable[[str], frozenset]) -> Metric:
-    return Metric(name, _set_counts(parse), _set_f1, readable=_listed(parse))
+    readable = _listed(parse)
+
+    def complete(item: Item) -> bool:
+        lines = filter(None, map(str.strip, item.answer.splitlines()))
+        return all(line[-1] in ":：" or readable(line, item) for line in lines)
+
+    return Metric(name, _set_counts(parse), _set_f1, readable=readable, complete=complete)
 
 
 METRICS: dict[str, Metric] = {
@@ -315,7 +333,13 @@ METRICS: dict[str, Metric] = {
         _set_metric("relation_f1", grammars.relations),
         _set_metric("event_f1", grammars.events),
         _set_metric("labelled_f1", grammars.labelled),
-        Metric("term_f1", _term_counts, _set_f1, whole=True),
+        Metric(
+            "term_f1",
+            _term_counts,
+            _set_f1,
+            whole=True,
+            complete=lambda item: len(item.answer.strip().splitlines()) == 1,
+        ),
         Metric("span_f1", _span_counts, _set_f1, whole=True, placed=True),
         Metric("rouge_l", _each(_rouge_l), _mean, readable=lambda text, _: bool(words(text))),
         Metric(

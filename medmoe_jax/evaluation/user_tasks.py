@@ -22,7 +22,6 @@ from medmoe_jax.data.conversation import check_text
 from medmoe_jax.data.medical.files import read_bytes
 from medmoe_jax.errors import UserError, within
 from medmoe_jax.evaluation import metrics
-from medmoe_jax.evaluation.answer_tokens import normal
 from medmoe_jax.evaluation.items import Criterion, Item, Prompt
 from medmoe_jax.kinds import shown
 
@@ -168,10 +167,8 @@ def _metric(record: dict, where: str) -> metrics.Metric | None:
 
 
 def _check_answer(metric: metrics.Metric, item: Item, where: str) -> None:
-    """Raise UserError where a metric cannot read an item's answer, or not all letters of it."""
-    if not metric.readable(item.answer, item) or (
-        metric.listed and set(filter(str.isalnum, normal(item.answer))) - metrics.letters_of(item)
-    ):
+    """Raise UserError where a metric cannot read all of an item's answer."""
+    if not (metric.readable(item.answer, item) and metric.complete(item)):
         raise UserError(
             f"{where}: metric {metric.name!r} cannot read the answer {shown(item.answer)}; "
             "docs/tasks.md has its form"

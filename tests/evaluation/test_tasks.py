@@ -125,6 +125,18 @@ def test_user_tasks_with_a_mark_turns_and_a_metric(tmp_path):
                 ("A, D", ', "choices": ["A", "B", "C"]'),
             )
         ),
+        *(
+            (
+                json.dumps({"prompt": "q", "answer": answer, "metric": metric}),
+                f"jsonl:1: metric '{metric}' cannot read the answer '",
+            )
+            for metric, answer in (
+                ("relation_f1", "aspirin -> bleeding\nheparin->bleeding"),
+                ("labelled_f1", "fever: present\nno cough"),
+                ("entity_f1", "Drug: aspirin\nand insulin"),
+                ("term_f1", "aspirin\ninsulin"),
+            )
+        ),
         (
             '{"prompt": "q", "answer": "1", "metric": "letters_exact", "choices": ["1", "2"]}',
             "jsonl:1: the choices of metric 'letters_exact' are one capital letter each",
@@ -136,6 +148,13 @@ def test_bad_user_tasks(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(UserError, match=message):
         load_task(path)
+
+
+def test_a_user_s_list_may_have_types_of_nothing(tmp_path):
+    path = tmp_path / "t.jsonl"
+    answer = "Drug: aspirin\n\nDisease:\n"
+    write(path, {"prompt": "q", "answer": answer, "metric": "entity_f1"})
+    assert load_task(path).items[0].answer == answer
 
 
 def test_a_user_s_task_with_several_right_letters(tmp_path):
