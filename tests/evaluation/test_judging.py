@@ -64,6 +64,10 @@ def test_what_does_not_pass_is_a_problem_and_no_verdict():
     assert len(chat.asked) == 3 and len(waits) == 2
     found, _ = ask(url, attempts=2)  # nobody listens there any more
     assert found.problem.startswith("no connection: ")
+    refused = {"error": {"message": "no credit"}, "choices": []}
+    with serve(lambda body: (200, {}, json.dumps(refused))) as (_, url):
+        found, _ = ask(url, attempts=1)
+    assert found.problem.startswith('no text in the answer: {"error": {"message": "no credit"}')
     with serve(lambda body: (400, {}, "the context is too long")) as (chat, url):
         found, _ = ask(url)
     assert found.problem == "status 400: the context is too long" and len(chat.asked) == 1
@@ -354,6 +358,14 @@ def test_a_torn_line_of_verdicts_is_cut_off(tmp_path):
     again.add("c", {"met": False})
     last = Verdicts(path)
     assert "b" not in last and last["a"] == {"met": True} and last["c"] == {"met": False}
+
+
+@pytest.mark.parametrize("line", ["3", "{}", '{"key": "a"}', '{"key": "a", "verdict": 3}'])
+def test_a_file_of_verdicts_with_another_line(tmp_path, line):
+    path = tmp_path / "verdicts.jsonl"
+    path.write_text('{"key": "a", "verdict": {"met": true}}\n' + line + "\n")
+    with pytest.raises(UserError, match=r"verdicts\.jsonl:2: not a verdict of medmoe judge"):
+        Verdicts(path)
 
 
 def test_about_how_many_tokens():

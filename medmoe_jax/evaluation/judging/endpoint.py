@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -126,7 +127,9 @@ class Client:
             value = None if text is None else read(text)
             if value is not None:
                 return Reply(value, "", tokens)
-            problem = "no text in the answer" if text is None else f"unreadable: {_short(text)}"
+            # Some servers tell an error, and others why a text ended, with status 200.
+            told = "no text in the answer" if text is None else "unreadable"
+            problem = f"{told}: {_short(json.dumps(answer) if text is None else text)}"
         return Reply(None, problem, tokens)
 
     def _once(self, body: Mapping[str, Any]) -> Any:

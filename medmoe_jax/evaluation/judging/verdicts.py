@@ -10,12 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from medmoe_jax import json_text
+from medmoe_jax.errors import UserError
 
 
 def key_of(place: str, body: Mapping[str, Any]) -> str:
     """What decides a verdict, as a hash: the endpoint and all of the request, model and prompt."""
     whole = json.dumps([place, body], ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(whole.encode()).hexdigest()
+
+
+def _verdict(where: str, line: Any) -> tuple[str, dict[str, Any]]:
+    own = isinstance(line, dict) and line.keys() == {"key", "verdict"}
+    if not own or not isinstance(line["key"], str) or not isinstance(line["verdict"], dict):
+        raise UserError(f"{where}: not a verdict of medmoe judge; delete the line")
+    return line["key"], line["verdict"]
 
 
 class Verdicts:
@@ -29,7 +37,7 @@ class Verdicts:
         if len(whole) < len(content):
             with path.open("r+b") as file:
                 file.truncate(len(whole))
-        self._found = {line["key"]: line["verdict"] for _, line in json_text.lines(whole, path)}
+        self._found = dict(_verdict(*line) for line in json_text.lines(whole, path))
 
     def __contains__(self, key: str) -> bool:
         return key in self._found
