@@ -273,7 +273,8 @@ class _Reader:
         apostrophes = self.low[at : at + longest].replace("’", "'")
         for length in range(len(apostrophes), 0, -1):
             entry = apostrophes[:length]
-            if entry in whole and self._apart(at, at + length):
+            stop = at + length
+            if entry in whole and self._apart(at, stop) and not self._cuts(at, stop):
                 return AnswerToken(whole[entry], entry), length
         stop = self._word_end(at)
         word = self.low[at:stop]
@@ -281,6 +282,11 @@ class _Reader:
             if word[:length] in begins:
                 return AnswerToken(begins[word[:length]], word), stop - at
         return None
+
+    def _cuts(self, start: int, stop: int) -> bool:
+        """Whether a choice begins within a text and goes on behind it: はい in は + いいえ."""
+        inside = ((at, self._word(at)) for at in range(start + 1, stop))
+        return any(word and at + word[1] > stop for at, word in inside)
 
     def _apart(self, start: int, stop: int) -> bool:
         """Whether a text between two places is no part of a longer word, or number (1.5)."""
