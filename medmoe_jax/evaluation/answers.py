@@ -81,7 +81,7 @@ def all_letters(text: str, allowed: Sequence[str]) -> frozenset[str]:
     Verdicts are joined ("A is correct, C is correct"), and so are bare letters, unless the last
     ones are several already; of what is called the answer the last counts.
     """
-    text = _in_order(tokens.spoken(text), allowed)
+    text = _in_order(_unjoined(tokens.spoken(text), allowed), allowed)
     boxed = _boxed(text)
     inside = all_letters(boxed, allowed) if boxed else frozenset()
     if inside:
@@ -96,6 +96,13 @@ def all_letters(text: str, allowed: Sequence[str]) -> frozenset[str]:
         return frozenset(best.choices)
     equal = (run for run in runs if run.evidence == best.evidence and not (run.denied or run.open))
     return frozenset(choice for run in equal for choice in run.choices)
+
+
+def _unjoined(text: str, allowed: Sequence[str]) -> str:
+    """The text with commas for what else may join letters: "A, C, E" for "A-C-E" and "A+C+E"."""
+    letter = f"[{''.join(allowed)}]"
+    joined = rf"(?<![\w+-]){letter}(?:(?:-| *\+ *){letter})+(?![\w+-])"
+    return re.sub(joined, lambda found: ", ".join(re.findall(letter, found[0])), text)
 
 
 def _in_order(text: str, allowed: Sequence[str]) -> str:
