@@ -104,13 +104,23 @@ def _item(record: Any, where: str) -> tuple[Item, str]:
         record["answer"],
         () if listed else tuple(choices),
         tuple(texts),
-        str(record.get("language", "und")),
-        str(record.get("part", "")),
+        _word(record, "language", where) or "und",
+        _word(record, "part", where),
         allowed=tuple(choices) if listed else (),
     )
     if metric:
         _check_answer(metric, item, where)
     return item, metric.name if metric else ""
+
+
+def _word(record: dict, field: str, where: str) -> str:
+    """A text or number by which items are told apart, as a text; '' where there is none."""
+    value = record.get(field)
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise UserError(f"{where}: field {field!r} must be a text")
+    return str(value)
 
 
 def _plain(text: str) -> str:
@@ -132,8 +142,8 @@ def _judged(record: dict, where: str) -> tuple[Item, str]:
     item = Item(
         _prompt(record, where),
         answer,
-        language=str(record.get("language", "und")),
-        part=str(record.get("part", "")) or next(iter(themes), ""),
+        language=_word(record, "language", where) or "und",
+        part=_word(record, "part", where) or next(iter(themes), ""),
         rubric=_rubric(record[_RUBRICS], where),
     )
     return item, "answered"

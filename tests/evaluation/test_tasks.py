@@ -72,6 +72,10 @@ def test_user_tasks_with_a_mark_turns_and_a_metric(tmp_path):
         ),
         ('{"prompt": "q", "answer": "a", "metric": "hit_at_3"}', "metric 'hit_at_3' needs choices"),
         (
+            '{"prompt": "q", "answer": "a", "language": ["en"]}',
+            "jsonl:1: field 'language' must be a text",
+        ),
+        (
             '{"prompt": "q", "answer": "a", "metric": "kappa_linear"}',
             "metric 'kappa_linear' needs choices",
         ),
@@ -148,6 +152,15 @@ def test_bad_user_tasks(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(UserError, match=message):
         load_task(path)
+
+
+def test_fields_that_are_null_are_not_there(tmp_path):
+    path = tmp_path / "t.jsonl"
+    row = {"prompt": "q", "answer": "a", "choices": None, "language": None, "metric": None}
+    write(path, {**row, "part": None}, {**row, "language": "fr", "part": 2023})
+    task = load_task(path)
+    assert [(item.language, item.part) for item in task.items] == [("und", ""), ("fr", "2023")]
+    assert (task.kind, task.metric) == ("generate", "exact_match")
 
 
 def test_a_user_s_list_may_have_types_of_nothing(tmp_path):
