@@ -126,7 +126,9 @@ def _by(found: Sequence[dict], field: str, title: str) -> list[Section]:
 
 def _confusion(task: str, found: Sequence[dict]) -> list[Section]:
     """Which answer was given for which, as shares of the right one."""
-    labels = sorted({r["answer"] for r in found} | {r["prediction"] for r in found if r["choices"]})
+    given = {r["answer"] for r in found} | {r["prediction"] for r in found if r["choices"]}
+    known = dict.fromkeys(choice for r in found for choice in r["choices"])
+    labels = [choice for choice in known if choice in given] + sorted(given - known.keys())
     if not found[0]["choices"] or not 1 < len(labels) <= _MOST_LABELS:
         return []
     place = {label: i for i, label in enumerate(labels)}

@@ -118,7 +118,7 @@ def _word(record: dict, field: str, where: str) -> str:
     value = record.get(field)
     if value is None:
         return ""
-    if isinstance(value, bool) or not isinstance(value, str | int):
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UserError(f"{where}: field {field!r} must be a text")
     return str(value)
 

@@ -156,7 +156,7 @@ def test_the_page_of_an_evaluation(tmp_path):
     for language, row in zip(("en", "zh"), by["Languages"].rows, strict=True):
         own = [i.answer == "yes" for i in items if i.language == language]
         assert row[3] == f"{100 * np.mean(own):.1f}" and row[5] == len(own)
-    np.testing.assert_allclose(by["Confusion: t@dev"].matrix, [[0, 1], [0, 1]])
+    np.testing.assert_allclose(by["Confusion: t@dev"].matrix, [[1, 0], [1, 0]])
     assert len(by["Right answers"].rows) == len(by["Wrong answers"].rows) == 20
     assert all(row[2] == row[3] == "yes" for row in by["Right answers"].rows)
     assert all((row[2], row[3]) == ("no", "yes") for row in by["Wrong answers"].rows)
@@ -265,3 +265,14 @@ def test_every_metric_that_records_keep_can_be_counted_again(tmp_path):
         found = records.read(tmp_path / metric)
         assert compare(found, found, resamples=2)[0].score_a == report.results[0].score == 1.0
         assert metrics.find(metric).whole
+
+
+def test_a_confusion_has_its_labels_in_the_order_of_the_choices(tmp_path):
+    scale = ("mild", "severe", "fatal")
+    items = tuple(Item(f"q{i}", answer, scale) for i, answer in enumerate(scale))
+    task = Task("t", "en", "choice", "kappa_linear", items)
+    report = evaluate(Constant("severe"), [task], progress=False, written=tmp_path / "r")
+    sections = page.of_report(report, records.read(tmp_path / "r"))
+    (confusion,) = [section for section in sections if section.title.startswith("Confusion")]
+    assert tuple(confusion.rows) == scale
+    np.testing.assert_allclose(confusion.matrix, [[0, 1, 0]] * 3)
