@@ -165,11 +165,16 @@ def _codes(predictions, golds) -> np.ndarray:
 def _places_of_choices(predictions, items) -> np.ndarray:
     """`[N, 2]` places of prediction and answer in the order of an item's choices.
 
-    What is no choice counts as the one that is farthest from the answer.
+    What is no choice counts as the one that is farthest from the answer. Raises UserError for an
+    answer that is none.
     """
     places = []
     for prediction, item in zip(predictions, items, strict=True):
         choices, last = item.choices, len(item.choices) - 1
+        if item.answer not in choices:
+            raise UserError(
+                f"kappa_linear needs choices with the answer {item.answer!r} among them"
+            )
         right = choices.index(item.answer)
         far = last if 2 * right <= last else 0
         places.append((choices.index(prediction) if prediction in choices else far, right))

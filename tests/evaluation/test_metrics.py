@@ -96,6 +96,8 @@ def test_no_answer_is_farthest_on_a_scale():
     items = [Item("q", answer, tuple("ABCD")) for answer in "ABCD"]
     far = metrics.compute("kappa_linear", list("DDAA"), items)
     assert metrics.compute("kappa_linear", ["", "", "", "E"], items) == far < 0
+    with pytest.raises(UserError, match="needs choices with the answer 'A' among them"):
+        metrics.compute("kappa_linear", ["A"], [Item("q", "A")])
 
 
 def item(answer, **more):
