@@ -111,6 +111,11 @@ def _table() -> tuple[dict[str, str], dict[str, str], int]:
     return whole, begins, max(map(len, whole))
 
 
+def entries(role: str) -> list[str]:
+    """The whole entries of the table in a role."""
+    return [entry for entry, of in _table()[0].items() if of == role]
+
+
 def _is_word(character: str) -> bool:
     return unicodedata.category(character)[0] in "LMN"
 
@@ -155,7 +160,7 @@ def _lettered(text: str, letters: tuple[str, ...]) -> bool:
 @functools.lru_cache(256)
 def _cue(choices: tuple[str, ...], least: int) -> re.Pattern:
     """A bracket that lists all choices, or the first ones, at least so many: "(A/B/C or D)"."""
-    others = "|".join(re.escape(word) for word, role in _table()[0].items() if role == "OR")
+    others = "|".join(map(re.escape, entries("OR")))
     joint = rf"(?:[^\w\n]+|[^\w\n]*(?:{others})[^\w\n]*)"
     names = [re.escape(choice.lower()) for choice in choices]
     more = "".join(f"(?:{joint}{name}" for name in names[least:]) + ")?" * len(names[least:])

@@ -81,7 +81,7 @@ def all_letters(text: str, allowed: Sequence[str]) -> frozenset[str]:
     Verdicts are joined ("A is correct, C is correct"), and so are bare letters, unless the last
     ones are several already; of what is called the answer the last counts.
     """
-    text = _in_order(_unjoined(tokens.spoken(text), allowed), allowed)
+    text = _in_order(_unjoined(_raised(tokens.spoken(text), allowed), allowed), allowed)
     boxed = _boxed(text)
     inside = all_letters(boxed, allowed) if boxed else frozenset()
     if inside:
@@ -103,6 +103,15 @@ def _unjoined(text: str, allowed: Sequence[str]) -> str:
     letter = f"[{''.join(allowed)}]"
     joined = rf"(?<![\w+-]){letter}(?:(?:-| *\+ *){letter})+(?![\w+-])"
     return re.sub(joined, lambda found: ", ".join(re.findall(letter, found[0])), text)
+
+
+def _raised(text: str, allowed: Sequence[str]) -> str:
+    """The text with capital letters in lists of small ones: "a, c and d"."""
+    letter = f"[{''.join(allowed).lower()}]"
+    ands = "|".join(map(re.escape, tokens.entries("AND")))
+    joint = rf"(?: *[,;、] *(?:(?:{ands}) )?| (?:{ands}) )"
+    listed = rf"(?<![\w'’.-]){letter}(?:{joint}{letter})+(?![\w'’-]|\.\w)"
+    return re.sub(listed, lambda found: found[0].upper(), text)
 
 
 def _in_order(text: str, allowed: Sequence[str]) -> str:
