@@ -39,7 +39,7 @@ from medmoe_jax.data.sources import check_targets, first_rows, streamed_rows
 from medmoe_jax.data.templates import doubts
 from medmoe_jax.errors import UserError
 from medmoe_jax.screen import ScreenTable
-from medmoe_jax.storage.places import cache_folder, is_remote, place
+from medmoe_jax.storage.places import cache_folder, is_remote, nearest, place
 from medmoe_jax.training.hooks.trackers import check_installed
 from medmoe_jax.training.kept import is_kept
 from medmoe_jax.training.reading import check_sources, place_batches
@@ -213,7 +213,7 @@ def _stages(run: Run) -> Iterator[Finding]:
 
 def _writable(folder: Path) -> Iterator[Finding]:
     """A file is made and removed where the run would write; the folder itself is not made."""
-    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    there = nearest(folder)
     trial = there / f".medmoe-doctor-{uuid.uuid4().hex}"
     try:
         with trial.open("wb") as file:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from medmoe_jax.parallel import releases
 from medmoe_jax.parallel.releases import Misfit
 from medmoe_jax.parallel.room import machine_free
+from medmoe_jax.storage.places import nearest
 
 _PATIENCE = 180  # seconds that a process may take to find its devices
 _LOOK = "import jax; print(*(f'{d.platform}:{d.device_kind}' for d in jax.devices()), sep='\\n')"
@@ -127,8 +128,7 @@ def memory(needed: int = 0) -> Iterator[Finding]:
 def disk(places: Mapping[str, Path]) -> Iterator[Finding]:
     """Free space where a run writes, by what it writes there."""
     for what, path in places.items():
-        there = next(one for one in (path, *path.parents) if one.exists())
-        free = shutil.disk_usage(there).free
+        free = shutil.disk_usage(nearest(path)).free
         state = "look" if free < _LOW_DISK else "ok"
         remedy = "a checkpoint holds what is trained, three times" if state == "look" else ""
         yield Finding(state, "disk", f"{_size(free)} free for {what} ({path})", remedy)

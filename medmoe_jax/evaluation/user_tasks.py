@@ -23,7 +23,7 @@ from medmoe_jax.data.medical.files import read_bytes
 from medmoe_jax.errors import UserError, within
 from medmoe_jax.evaluation import metrics
 from medmoe_jax.evaluation.items import Criterion, Item, Prompt
-from medmoe_jax.kinds import shown
+from medmoe_jax.kinds import Number, fits, shown
 
 _FIELDS = ("prompt", "messages", "answer", "choices", "texts", "language", "metric", "part")
 # With these an item needs no answer; the others stand in HealthBench's files.
@@ -118,7 +118,7 @@ def _word(record: dict, field: str, where: str) -> str:
     value = record.get(field)
     if value is None:
         return ""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if not fits(value, str | Number):
         raise UserError(f"{where}: field {field!r} must be a text")
     return str(value)
 

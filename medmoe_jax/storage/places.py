@@ -196,6 +196,12 @@ def check_makeable(folder: Path) -> None:
             raise UserError(f"{one}: is not a folder; give the path of a folder, or of a new one")
 
 
+def nearest(path: Path) -> Path:
+    """What is there at a path on this machine, or closest above it."""
+    # `Path.exists` raises behind a folder that cannot be entered.
+    return next(one for one in (path, *path.absolute().parents) if os.path.exists(one))
+
+
 def absolute(path: Path) -> Path:
     """A path that does not depend on the current folder."""
     return path if is_remote(path) else path.absolute()

@@ -12,7 +12,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from medmoe_jax.parallel import processes
-from medmoe_jax.storage.places import cache_folder, is_remote, local
+from medmoe_jax.storage.places import cache_folder, is_remote, local, nearest
 from medmoe_jax.training.terminal import note
 
 _HIT = "/jax/compilation_cache/cache_hits"
@@ -55,7 +55,7 @@ def _tell_unkept(folder: Path) -> None:
 
     It is no error: a run that was moved to another machine opens there.
     """
-    there = next(one for one in (folder, *folder.parents) if os.path.exists(one))
+    there = nearest(folder)
     writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
     if not writable and processes.index() == 0:  # the first process alone writes
         note(

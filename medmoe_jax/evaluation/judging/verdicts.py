@@ -11,6 +11,7 @@ from typing import Any
 
 from medmoe_jax import json_text
 from medmoe_jax.errors import UserError
+from medmoe_jax.kinds import fits
 
 
 def key_of(place: str, body: Mapping[str, Any]) -> str:
@@ -20,8 +21,8 @@ def key_of(place: str, body: Mapping[str, Any]) -> str:
 
 
 def _verdict(where: str, line: Any) -> tuple[str, dict[str, Any]]:
-    own = isinstance(line, dict) and line.keys() == {"key", "verdict"}
-    if not own or not isinstance(line["key"], str) or not isinstance(line["verdict"], dict):
+    own = fits(line, dict[str, Any]) and line.keys() == {"key", "verdict"}
+    if not own or not fits(line["key"], str) or not fits(line["verdict"], dict[str, Any]):
         raise UserError(f"{where}: not a verdict of medmoe judge; delete the line")
     return line["key"], line["verdict"]
 
