@@ -63,6 +63,7 @@ FINITE = Range()
 NOT_NEGATIVE = Range(0)
 POSITIVE = Range(0, above=True)
 COUNT = Range(1)
+PAIR = Range(2)  # tokens of a row: one is read, the next is learnt
 SHARE = Range(0, 1)
 DECAY = Range(0, 1, below=True)  # of a running mean
 SINGLE = Range(-3.4e38, 3.4e38)  # what a float32 holds

@@ -17,7 +17,7 @@ from medmoe_jax.data.conversation import Conversation, Turn
 from medmoe_jax.data.pieces import FRAME_MASKS, Piece, Template, get_mask
 from medmoe_jax.data.templates import markers, stops
 from medmoe_jax.data.tokens import CUT, START, Part, Tokenizer
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import ParameterError
 
 
 class Encoded(NamedTuple):
@@ -91,9 +91,9 @@ class Encoder:
         self.languages = languages
         self._is_target = get_mask(mask)
         if mask in FRAME_MASKS and not template.frames:
-            raise UserError(
-                f"mask {mask!r} asks for the frames of all turns, which are known of built-in "
-                "templates only; use another mask or template (data.mask, data.template)"
+            raise ParameterError(
+                f"mask: {mask!r} asks for the frames of all turns, which are known of built-in "
+                "templates only; use another mask or template"
             )
         self.stops = stops(template, tokenizer)
         self._markers = {

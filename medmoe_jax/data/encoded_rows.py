@@ -14,6 +14,7 @@ from medmoe_jax.data.conversation import Conversation, Rows, as_rows
 from medmoe_jax.data.encode import Encoded, Encoder
 from medmoe_jax.data.on_demand import OnDemand
 from medmoe_jax.errors import UserError
+from medmoe_jax.ranges import PAIR
 from medmoe_jax.screen import TerminalBar
 
 CACHE_BYTES = 256 << 20
@@ -78,8 +79,7 @@ class EncodedRows(OnDemand[Element]):
         Raises:
           UserError: a row that cannot be encoded, named by its place, or a length below 2.
         """
-        if length < 2:
-            raise UserError(f"length {length}: a sequence needs at least 2 tokens")
+        PAIR.check("length", length)
         self.name, self.encoder, self.length = name, encoder, length
         self._rows = as_rows(rows)
         self._left = budget

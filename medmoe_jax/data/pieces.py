@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from medmoe_jax.data.conversation import Turn
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import ParameterError, UserError
 
 # The shortest conversation; templates are tried on it.
 SAMPLE: tuple[Turn, ...] = (
@@ -86,9 +86,9 @@ FRAME_MASKS = ("qwen_legacy",)  # those that ask for the parts of every turn
 
 
 def get_mask(name: str) -> Callable[[Piece], bool]:
-    """A loss mask by name. Raises UserError for an unknown name."""
+    """A loss mask by name. Raises ParameterError for an unknown name."""
     if name not in MASKS:
-        raise UserError(f"unknown mask {name!r}; use one of {', '.join(MASKS)}")
+        raise ParameterError(f"mask: {name!r} is none of {', '.join(MASKS)}")
     return MASKS[name]
 
 

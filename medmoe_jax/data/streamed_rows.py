@@ -26,6 +26,7 @@ from medmoe_jax.data.encoded_rows import Element, element
 from medmoe_jax.data.on_demand import OnDemand
 from medmoe_jax.data.order import endless
 from medmoe_jax.errors import UserError
+from medmoe_jax.ranges import PAIR
 
 _TRIED = 100
 # Stands behind the last row of an epoch, where its last window ends.
@@ -156,8 +157,7 @@ class StreamedRows:
           UserError: a file cannot be read, there is no row or there are fewer rows than shards, or
             one of the first rows cannot be used.
         """
-        if length < 2:
-            raise UserError(f"length {length}: a sequence needs at least 2 tokens")
+        PAIR.check("length", length)
         self.name, self.encoder, self.length, self.window = name, encoder, length, window
         self.files, self._read = files, read
         blocks = make_blocks(files, shards)

@@ -14,7 +14,7 @@ from medmoe_jax.base.attention import row_slots
 from medmoe_jax.data.batches import epoch_batches
 from medmoe_jax.data.encoded_rows import EncodedRows
 from medmoe_jax.data.sources import open_source
-from medmoe_jax.errors import UserError
+from medmoe_jax.errors import UserError, field_names
 from medmoe_jax.mesh_axes import SEQUENCE
 from medmoe_jax.parallel.mesh import batch_sharding, put, round_up_rows
 from medmoe_jax.training.config import source
@@ -30,7 +30,8 @@ def read_task(setup: Setup, name: str, path: str | Path) -> tuple[EncodedRows, s
     """
     data = setup.config.data
     found = open_source(name, source(str(path)).to_dict(), data.ignore)
-    rows = EncodedRows(name, found.rows, setup.encoder, data.length)
+    with field_names("data."):
+        rows = EncodedRows(name, found.rows, setup.encoder, data.length)
     if rows.counts.truncated_rows:
         cut, whole = rows.counts.truncated_rows, len(rows)
         note(f"task '{name}': {cut:,} of {whole:,} rows were cut at data.length")

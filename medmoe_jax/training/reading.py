@@ -54,7 +54,8 @@ def open_rows(setup: Setup, stages: Sequence[Stage]) -> dict[str, Opened]:
     """
     read = (name for stage in stages for name in (*stage.sources, *stage.held_out))
     names = list(dict.fromkeys(read))
-    opened = open_sources(setup.config.data.to_dict(), names, setup.encoder)
+    with field_names("data."):
+        opened = open_sources(setup.config.data.to_dict(), names, setup.encoder)
     for text in (text for one in opened.values() for text in one.notes):
         note(text)
     return opened

@@ -157,7 +157,8 @@ class Setup:
     def encoder(self) -> Encoder:
         """What encodes the rows of this run."""
         ids = self.languages.ids if self.languages else None
-        return Encoder(self.tokenizer, self.template, self.config.data.mask, ids)
+        with field_names("data."):
+            return Encoder(self.tokenizer, self.template, self.config.data.mask, ids)
 
     def language_expert(self, code: str) -> int:
         """The number of a language's expert.

@@ -472,8 +472,8 @@ BAD = [
     ({"shard_ids": [2]}, "expected distinct numbers from 0 to 1"),
     ({"shard_ids": [1, 1]}, "expected distinct numbers"),
     ({"shard_ids": []}, "expected distinct numbers"),
-    ({"length": 1}, "length 1: a sequence needs at least 2 tokens"),
-    ({"mask": "none"}, "unknown mask 'none'"),
+    ({"length": 1}, "length: 1 is below 2"),
+    ({"mask": "none"}, "mask: 'none' is none of"),
 ]
 
 

@@ -319,7 +319,7 @@ def test_a_template_cannot_reach_the_system():
 def test_unknown_names(plain_tokenizer):
     with pytest.raises(UserError, match="unknown template 'chatmI'; use one of chatml, llama2"):
         tp.load_template("chatmI")
-    with pytest.raises(UserError, match="unknown mask 'all'; use one of completion, answer"):
+    with pytest.raises(UserError, match="mask: 'all' is none of completion, answer"):
         Encoder(plain_tokenizer, tp.TEMPLATES["plain"], "all")
 
 

@@ -474,5 +474,5 @@ def test_white_space_around_a_text_belongs_to_what_stands_beside_it(words):
 
 
 def test_masks_that_ask_for_frames(words):
-    with pytest.raises(UserError, match="mask 'qwen_legacy' asks for the frames of all turns"):
+    with pytest.raises(UserError, match="mask: 'qwen_legacy' asks for the frames of all turns"):
         encoder(words, chat.PLAIN, "qwen_legacy")

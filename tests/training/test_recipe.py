@@ -405,6 +405,7 @@ def test_finish_keeps_the_dtype_of_the_base():
 SETUP_REFUSED = {
     "dtype": ("base.dtype", "float16", "base.dtype: 'float16' is none of float32, bfloat16"),
     "length": ("data.length", 129, "data.length: 129 exceeds the base's context of 128"),
+    "mask": ("data.mask", "all", "data.mask: 'all' is none of completion, answer"),
     "template": ("data.template", "chatlm", "unknown template 'chatlm'"),
     "tokenizer": ("base.tokenizer", "nothing.model", "nothing.model: no such tokenizer file"),
     "path": ("base.path", "nothing", "base.path: 'nothing' is neither a directory"),

@@ -90,6 +90,9 @@ def test_what_is_left_out_and_cut_is_said(recipe):
     config.data.length = 20
     with pytest.raises(UserError, match="none of its 8 rows has a target within 20 tokens"):
         open_rows(open_setup(config), [setup.stages[1]])
+    config.data.length = 1
+    with pytest.raises(UserError, match=r"^data\.length: 1 is below 2$"):
+        open_rows(open_setup(config), [setup.stages[1]])
     config.data.ignore = ()
     with pytest.raises(UserError, match=r"rows\.jsonl, line 1: nothing is known of 'id'"):
         open_rows(open_setup(config), [setup.stages[1]])
