@@ -24,8 +24,7 @@ PYTEST = JAX_PLATFORMS=cpu PYTHONDONTWRITEBYTECODE= MEDMOE_TESTS=$(abspath $(STE
 # One process runs a file, whose tests share what they set up; it goes by the order of conftest.py.
 BY_FILE = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 # These tests share little, and the longest of them take a minute: each goes to whoever is free.
-# Their processes wait for each other a quarter of the time: one more at once.
-BY_TEST = -n $$(($(JOBS) + 1)) --dist load --maxschedchunk 1
+BY_TEST = --dist load --maxschedchunk 1
 
 # Runs the tests with these marks: $(call step,name,marks,distribution,environment).
 define step
@@ -154,9 +153,10 @@ test: $(VENV)/.installed-test lint
 	@rm -rf $(STEPS)
 	$(call step,fast,$(FAST),$(BY_FILE))
 	$(call step,slow,slow and not processes and $(ELSEWHERE),$(BY_FILE))
-	$(call step,processes,processes and $(ELSEWHERE),$(BY_TEST))
+	@# Their processes wait for each other a quarter of the time: one more at once.
+	$(call step,processes,processes and $(ELSEWHERE),-n $$(($(JOBS) + 1)) $(BY_TEST))
 	$(call step,parity,parity,$(BY_FILE))
-	$(call step,program,aot or shipped,$(BY_FILE),MEDMOE_SHIPPED=1)
+	$(call step,program,aot or shipped,-n $(JOBS) $(BY_TEST),MEDMOE_SHIPPED=1)
 	@echo "== summary =="
 	@# A worker of pytest-xdist that breaks takes its test along, and leaves the exit status at 0.
 	@! grep --with-filename INTERNALERROR $(STEPS)/*.log
