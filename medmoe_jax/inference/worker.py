@@ -169,8 +169,10 @@ class Worker:
             self._do_jobs()
             now = self._clock()
             for ask in [ask for ask in self._live.values() if now >= ask.until]:
-                self._cancel(ask)
-                ask.tell(TimeLimit())
+                try:
+                    self._cancel(ask)
+                finally:
+                    ask.tell(TimeLimit())
             for said in self._decoding.step() if self._live else ():
                 ask = self._live.get(said.request)
                 if ask is None:
@@ -199,8 +201,8 @@ class Worker:
 
     def _cancel(self, ask: Ask) -> None:
         if ask.number in self._live:
+            self._forget(ask)  # first: who sees that a row is free finds its place free too
             self._decoding.cancel(ask.number)
-            self._forget(ask)
 
     def _forget(self, ask: Ask) -> None:
         """An ended request has no place any more."""

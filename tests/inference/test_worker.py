@@ -4,6 +4,7 @@ import queue
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -99,6 +100,41 @@ def test_a_request_that_is_cancelled_frees_its_row_at_once():
         worker.cancel(ask)
         gate.open()
         assert read(told) == ([3], "length") and ask.number not in decoding.running
+
+
+def test_who_sees_that_a_row_is_free_finds_its_place_free(monkeypatch):
+    gate, pending = Gate(), queue.SimpleQueue()
+    decoding = Scripted(counting, rows=1, before_step=gate)
+    with Worker(decoding, 1) as worker:
+        monkeypatch.setattr(decoding, "cancelled", SimpleNamespace(
+            put=lambda request: pending.put(worker.pending)))  # fmt: skip
+        (ask,), _ = asked(worker, Request((1,), 10**6))
+        gate.reached.acquire(timeout=60)
+        worker.cancel(ask)
+        gate.open()
+        assert pending.get(timeout=60) == 0
+
+
+def test_a_row_that_cannot_be_freed_ends_the_waiting_too(monkeypatch):
+    now, gate = [0.0], Gate()
+    decoding = Scripted(counting, rows=1, before_step=gate)
+
+    def fail(request):
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(decoding, "cancel", fail)
+    worker = Worker(decoding, 2, clock=lambda: now[0])
+    _, (late,) = asked(worker, Request((1,), 10**6), seconds=5.0)
+    _, (other,) = asked(worker, Request((2,), 1), seconds=50.0)
+    gate.reached.acquire(timeout=60)
+    now[0] = 6.0
+    gate.open()
+    with pytest.raises(TimeLimit):
+        read(late)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        read(other)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        worker.close()
 
 
 def test_time_is_limited_while_waiting_and_while_answering():
