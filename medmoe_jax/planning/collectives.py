@@ -55,7 +55,7 @@ def _of_mesh(found: re.Match) -> list[list[int]]:
         step = whole // (int(before or 1) * part)
         apart[axis] -= where[axis] // step % part * step
     out: dict[tuple[int, ...], list[int]] = {}
-    for key, place in zip(map(tuple, apart.T), places.ravel().tolist(), strict=True):
+    for key, place in zip(map(tuple, apart.T.tolist()), places.ravel().tolist(), strict=True):
         out.setdefault(key, []).append(place)
     return list(out.values())
 

@@ -53,7 +53,7 @@ def batch_of(setup: Setup, name: str, rows: EncodedRows) -> tuple[dict[str, jax.
             f"task '{name}': no token of its rows is a target, so there is nothing to fit; most "
             "likely data.length cuts them before their answers begin"
         )
-    longest = int((arrays["segment_ids"] > 0).sum(1).max())
+    longest = int(np.max(np.sum(arrays["segment_ids"] > 0, axis=1)))
     length = row_slots(longest, setup.mesh.shape[SEQUENCE], data.length)
     where = batch_sharding(setup.mesh)
     return {k: put(a[:, :length], where) for k, a in arrays.items()}, len(parts)
