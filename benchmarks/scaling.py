@@ -70,6 +70,7 @@ class Case(NamedTuple):
         """The configuration's arguments: a row of 2,048 tokens a chip, and the fields."""
         fields = {"data.length": "2048", "data.global_batch": str(CHIPS[self.topology])}
         fields |= {"run.accumulation": "1"} | dict(f.split("=", 1) for f in self.fields)
+        fields |= {"data.shards": fields["data.global_batch"]}
         config = [f"--config.{name}={value}" for name, value in fields.items()]
         return [f"--config={ROOT / 'configs' / self.config}", *config]
 

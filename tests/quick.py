@@ -14,8 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 SHIPPED = "MEDMOE_SHIPPED" in os.environ
-# Kernels straight to LLVM, in one piece: a third of the time that `O0` leaves. Jaxlib 0.11 knows the
-# first of these flags no more, and ends a process that is given it.
+# Kernels straight to LLVM, in one piece: a third of the time that `O0` leaves. Jaxlib 0.11 does not
+# know the former, and ends a process that is given it.
 FLAGS = "--xla_cpu_parallel_codegen_split_count=1"
 if version("jaxlib").startswith("0.10."):
     FLAGS = f"--xla_cpu_use_fusion_emitters=false {FLAGS}"

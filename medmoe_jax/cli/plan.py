@@ -21,12 +21,14 @@ import jax
 
 from medmoe_jax.checkpoints.files import write_text
 from medmoe_jax.cli.configs import load_config
+from medmoe_jax.errors import ParameterError
 from medmoe_jax.parallel.topology import describe
 from medmoe_jax.planning import plan as plans
 from medmoe_jax.planning import search as searches
 from medmoe_jax.planning.programs import open_abstract, start, training
 from medmoe_jax.ranges import NOT_NEGATIVE
 from medmoe_jax.storage.places import check_file
+from medmoe_jax.training.placement import rows_of_shard
 from medmoe_jax.training.summary import print_undivided
 from medmoe_jax.training.terminal import console, note
 
@@ -70,6 +72,10 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
         at = start(setup, arguments.stage)
     if arguments.print_shardings:
         console.print(plans.shardings_table(setup, at))
+    try:
+        rows_of_shard(config.data.global_batch, config.data.shards)
+    except ParameterError as error:  # no program tells of it
+        note(f"training will refuse this batch: data.{error}")
     if arguments.search:
         tokens = config.data.global_batch * config.data.length
         result = searches.search(config, topology, arguments.stage, arguments.search, note)

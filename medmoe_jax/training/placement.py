@@ -20,6 +20,17 @@ from medmoe_jax.errors import ParameterError
 from medmoe_jax.parallel.mesh import batch_sharding, put
 
 
+def rows_of_shard(rows: int, shards: int) -> int:
+    """How many rows of a global batch come from each data shard.
+
+    Raises:
+      ParameterError: the shards do not divide the rows.
+    """
+    if shards < 1 or rows % shards:
+        raise ParameterError(f"shards: {shards} does not divide a global batch of {rows} rows")
+    return rows // shards
+
+
 class Placement:
     """Puts a process's part of a global batch on its devices.
 
@@ -34,10 +45,8 @@ class Placement:
         Raises:
           ParameterError: the shards do not divide the rows.
         """
-        if shards < 1 or rows % shards:
-            raise ParameterError(f"shards: {shards} does not divide a global batch of {rows} rows")
         self.sharding = batch_sharding(mesh)
-        shard_B, turn_B = np.divmod(np.arange(rows), rows // shards)
+        shard_B, turn_B = np.divmod(np.arange(rows), rows_of_shard(rows, shards))
         held = batch_sharding(mesh, 1).addressable_devices_indices_map((rows,)).values()
         own = np.unique(np.concatenate([shard_B[part] for part in held]))
         self.shard_ids = tuple(own.tolist())

@@ -131,7 +131,7 @@ def test_plan_a_pod_runs(tmp_path):
     decoder = {"vocab_size": 512, "d_model": 256, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2}
     decoder |= {"head_dim": 128, "d_ff": 512, "max_positions": 32768}
     small = {"base.path": "", "base.decoder": decoder, "data.length": 256, "data.global_batch": 2}
-    small["run.accumulation"] = 1
+    small |= {"data.shards": 2, "run.accumulation": 1}
     parameters = f"SETTINGS, SLICES = {small!r}, ('v5e:1x1',)"
     parameters += "\nCHANGES = {}"
     ran = execute("plan_a_pod", tmp_path, parameters)

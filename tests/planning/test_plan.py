@@ -119,6 +119,8 @@ def test_the_search_compiles_the_most_promising(recipe, tmp_path, capsys):
     # One chip: as many micro-batches as divide four rows, with three rematerialisations each.
     assert sum(figures["not_compiled"].values()) == 3 * 3 - 1
     shown = capsys.readouterr()
+    refused = "training will refuse this batch: data.shards: 8 does not divide a global batch of 4"
+    assert refused in shown.err and refused[:30] not in shown.out
     assert "compiling 1 of at most 1" in shown.err and " of 15.75 GiB\n" in shown.err
     assert f"the fastest: {' '.join(best['flags'])}\n" in shown.err
 
