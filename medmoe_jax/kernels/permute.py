@@ -125,7 +125,7 @@ def gather(x_TxD: jax.Array, order: Order, *, backend: str) -> jax.Array:
     """Each token's row, once for each of its picks, sorted by expert: `x_MxD`, of x's dtype.
 
     Raises:
-      UserError: not the order's number of tokens, or a width that the kernel cannot tile.
+      UserError: not the order's number of tokens, or rows too wide for the kernel.
 
     Example:
       >>> order = sort_by_expert(jnp.array([[1], [0], [2]]), 2, backend="xla")
@@ -145,7 +145,7 @@ def scatter_add(y_MxD: jax.Array, order: Order, *, backend: str) -> jax.Array:
       backend: see `medmoe_jax.kernels`.
 
     Raises:
-      UserError: not the order's number of rows, or a width that the kernel cannot tile.
+      UserError: not the order's number of rows, or rows too wide for the kernel.
 
     Example, one token with two picks:
       >>> order = sort_by_expert(jnp.array([[1, 0]]), 2, backend="xla")

@@ -154,7 +154,8 @@ def _sum_kernel(index_ref, next_ref, live_ref, rows_ref, out_ref, words_ref, tot
         low_MxW = jax.lax.bitcast_convert_type(words_MxW << 16, jnp.float32)
         high_MxW = jax.lax.bitcast_convert_type(words_MxW & jnp.uint32(0xFFFF0000), jnp.float32)
         total_ref[:, :W] += jnp.where(live_Mx1, low_MxW, 0.0)
-        total_ref[:, W:] += jnp.where(live_Mx1, high_MxW[:, : D - W], 0.0)
+        if D > W:  # rows of one tile have no second half
+            total_ref[:, W:] += jnp.where(live_Mx1, high_MxW[:, : D - W], 0.0)
 
     @pl.when(k == K - 1)
     def _():
@@ -165,10 +166,8 @@ def _row_block(M: int, D: int) -> int:
     """Rows a step, a power of two: two copies of fetched words and of the output, one total.
 
     Raises:
-      UserError: a width that is no multiple of 128, or of which not even 8 rows fit.
+      UserError: a width of which not even 8 rows fit.
     """
-    if D % LANES:
-        raise UserError(f"rows of width {D}: the kernel needs a multiple of {LANES}; pad them")
     block = 256
     while block > 8 and (block * D * 20 > _ROW_BYTES or block >= 2 * M):
         block //= 2
@@ -184,6 +183,9 @@ def sum_rows(rows_NxD: jax.Array, index_KxM: jax.Array, backend: str) -> jax.Arr
       UserError: see `_row_block`.
     """
     K, M = index_KxM.shape
+    width = rows_NxD.shape[1]
+    # A row travels in whole tiles.
+    rows_NxD = jnp.pad(rows_NxD, ((0, 0), (0, -width % LANES)))
     D = rows_NxD.shape[1]
     words_NxW = _words(rows_NxD)
     block = _row_block(M, D)
@@ -198,7 +200,7 @@ def sum_rows(rows_NxD: jax.Array, index_KxM: jax.Array, backend: str) -> jax.Arr
 
         return pl.BlockSpec((None, 1, block), which, memory_space=memory)
 
-    return pl.pallas_call(
+    sums_MxD = pl.pallas_call(
         _sum_kernel,
         out_shape=jax.ShapeDtypeStruct((M, D), rows_NxD.dtype),
         grid=(blocks, K),
@@ -216,3 +218,4 @@ def sum_rows(rows_NxD: jax.Array, index_KxM: jax.Array, backend: str) -> jax.Arr
         ],
         **options(backend, ("arbitrary", "arbitrary")),
     )(index_SxB, index_SxB, jnp.where(index_SxB < 0, 0, 1), words_NxW)
+    return sums_MxD[:, :width]
