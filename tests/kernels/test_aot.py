@@ -58,7 +58,9 @@ def test_router(name, width, experts):
 
 @pytest.mark.parametrize(
     "name, width, experts",
-    slices.compiled([(2048, 8), (13696, 8), (18944, 8), (4096, 512), (WIDEST, 512)], everywhere=2),
+    slices.compiled(
+        [(2048, 8), (576, 8), (13696, 8), (18944, 8), (4096, 512), (WIDEST, 512)], everywhere=2
+    ),
 )
 def test_permutation(name, width, experts):
     def loss(x, weights, picks):
