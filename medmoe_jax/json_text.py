@@ -20,7 +20,7 @@ DEPTH = 100
 def one_error(text: str | bytes) -> Generator[None]:
     """Turns what Python's decoder raises beside `JSONDecodeError` into that.
 
-    It gives up on values nested a thousand deep with RecursionError, on integers of more than 4,300
+    It gives up on values nested thousands deep with RecursionError, on integers of more than 4,300
     digits with ValueError, and on bytes that are not text with UnicodeDecodeError.
     """
     try:

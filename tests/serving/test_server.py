@@ -394,7 +394,7 @@ TELL = {"model": "main", "prompt": "say a"}
         (CHAT, b"", 400, "is not JSON", None),
         (CHAT, b'{"model": "main"', 400, "is not JSON", None),
         (CHAT, b"\xff\xfe", 400, "is not JSON", None),
-        (CHAT, b"[" * 4000, 400, "nested too deeply", None),
+        (CHAT, b"[" * 100_000, 400, "nested too deeply", None),
         (CHAT, b'{"model": ' + b"9" * 4000 + b"}", 400, "messages: is missing", "messages"),
         (CHAT, b"[1]", 400, "must be a JSON object, found a list", None),
         (CHAT, b'{"model": "\\ud800"}', 400, "half of a surrogate pair", None),
