@@ -21,7 +21,7 @@ import jax
 
 from medmoe_jax.checkpoints.files import write_text
 from medmoe_jax.cli.configs import load_config
-from medmoe_jax.errors import ParameterError
+from medmoe_jax.errors import ParameterError, UserError
 from medmoe_jax.parallel.topology import describe
 from medmoe_jax.planning import plan as plans
 from medmoe_jax.planning import search as searches
@@ -61,6 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Run the command."""
     NOT_NEGATIVE.check("search", arguments.search)
+    if arguments.search and arguments.all:
+        raise UserError("--all: a search compiles training steps alone; leave one of the two out")
     if arguments.json:
         check_file(arguments.json)
     # Nothing runs here: a TPU of this machine stays free for others.

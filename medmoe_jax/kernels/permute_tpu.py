@@ -91,6 +91,7 @@ def count(picks_M: jax.Array, n_experts: int, backend: str) -> tuple[jax.Array, 
             pl.BlockSpec((rows, LANES), lambda phase, n: (0, 0)),
         ],
         scratch_shapes=[pltpu.VMEM((rows, LANES), jnp.float32)],
+        name="count_picks",
         **options(backend, ("arbitrary", "arbitrary")),
     )(picks_NxM.reshape(blocks, 1, block))
     return position_NxM.reshape(-1)[:M], sizes_RxL[:n_experts, 0]
@@ -216,6 +217,7 @@ def sum_rows(rows_NxD: jax.Array, index_KxM: jax.Array, backend: str) -> jax.Arr
             pltpu.VMEM((block, D), jnp.float32),
             pltpu.SemaphoreType.DMA((2,)),
         ],
+        name="sum_rows",
         **options(backend, ("arbitrary", "arbitrary")),
     )(index_SxB, index_SxB, jnp.where(index_SxB < 0, 0, 1), words_NxW)
     return sums_MxD[:, :width]

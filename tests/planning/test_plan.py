@@ -165,6 +165,12 @@ def test_an_unknown_topology_is_refused(recipe, capsys):
     assert "slice 'v5e:9x9' is not known; the closest is v5e:8x8" in capsys.readouterr().err
 
 
+def test_a_search_compiles_training_steps_alone(recipe, capsys):
+    given = [f"--config={recipe}", "--topology=v5e:1x1", "--search", "--all"]
+    assert main(["plan", *given]) == 1
+    assert "--all: a search compiles training steps alone" in capsys.readouterr().err
+
+
 def test_a_folder_with_nothing_but_a_config_json_is_planned_for(recipe, tmp_path):
     """The shapes are those of the whole folder."""
     (tmp_path / "base").mkdir()
