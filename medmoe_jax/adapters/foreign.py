@@ -247,7 +247,7 @@ def block() -> Generator[None]:
 
 @contextlib.contextmanager
 def given(context: Context) -> Generator[None]:
-    """Tells all adapted layers that are called in the block what gates and dropout need.
+    """Tells adapted layers and decoders that are called in the block what gates and dropout need.
 
     Arrays of one entry a row, `[B]`, or a token, `[B, T]`, or shorter ones such as `[B, 1]`, serve
     every layer whose input begins with these axes. `segment_ids_BxT` is 0 on padding, which picks
@@ -262,8 +262,16 @@ def given(context: Context) -> Generator[None]:
         _TOLD.reset(token)
 
 
-def _context_of(layer: LinearLayer, leading: tuple[int, ...]) -> Context:
-    """What is known of a layer's tokens, as `[B, T]`."""
+def context_of(who: str, leading: tuple[int, ...]) -> Context:
+    """What `given` has told of the tokens of a layer or model, as `[B, T]`.
+
+    Args:
+      who: sees them, for the message.
+      leading: their shape, a row first.
+
+    Raises:
+      UserError: what was given does not fit them.
+    """
     told = _TOLD.get()
     context = Context() if told is None else told.read()
     rows, tokens = _rows_and_tokens(leading)
@@ -277,8 +285,8 @@ def _context_of(layer: LinearLayer, leading: tuple[int, ...]) -> Context:
             n not in (1, size) for n, size in zip(wide, leading, strict=True)
         ):
             raise UserError(
-                f"given: {name} is {jnp.shape(ids)}, but layer '{layer.site}' sees tokens "
-                f"{leading}; give one entry a row, [{rows}], or leave this layer out of patterns"
+                f"given: {name} is {jnp.shape(ids)}, but {who} sees tokens {leading}; give one "
+                f"entry a row, [{rows}], or keep banks off it"
             )
         return jnp.broadcast_to(jnp.reshape(ids, wide), leading).reshape(rows, tokens)
 
@@ -335,7 +343,7 @@ def delta(
         x.reshape(rows, tokens, x.shape[-1]),
         (layer.site,),
         jax.tree.map(lambda leaf: leaf[0], dict(params)),
-        _context_of(layer, leading),
+        context_of(f"layer '{layer.site}'", leading),
     )
     y_BxTxO = strategy.lora(terms)[layer.site]
     return y_BxTxO.reshape(*leading, *layer.outputs), jax.tree.map(lambda v: v[None], stats)

@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from medmoe_jax.adapters import foreign
 from medmoe_jax.adapters.bank import BankSpec
+from medmoe_jax.adapters.nnx_models import BankParam, FrozenBankParam, sow
 from medmoe_jax.adapters.seam import AdaptedSeam
-from medmoe_jax.base import decoder
+from medmoe_jax.base import decoder, trees
 from medmoe_jax.base.apart import Apart
 from medmoe_jax.base.attention import Branches
 from medmoe_jax.base.cache import Cache
@@ -38,6 +40,7 @@ from medmoe_jax.kernels.router_equations import RouterStats
 from medmoe_jax.mesh_axes import TENSOR
 from medmoe_jax.parallel.mesh import check_divides
 from medmoe_jax.routing.dispatch import KEPT, AtRest, Strategy, strategy
+from medmoe_jax.routing.telemetry import collect
 
 
 @dataclass(frozen=True)
@@ -176,14 +179,31 @@ def hidden(
 class AdaptedDecoder(nnx.Module):
     """A frozen decoder with banks as an NNX module, for use in other Flax projects.
 
-    The base is held as plain `nnx.Variable`s, the banks as `nnx.Param`s: so `nnx.grad` and
-    `nnx.Optimizer(..., wrt=nnx.Param)` see the banks only.
+    The base is held as plain `nnx.Variable`s, the banks that train as `BankParam`s, which are
+    `nnx.Param`s: so `nnx.grad` and `nnx.Optimizer(..., wrt=nnx.Param)` see these banks only.
+    What gates and dropout need beside the tokens it is told by `adapters.foreign.given`; what its
+    routers did, `nnx.capture(model, nnx_models.RouterStatistics)` collects.
     """
 
-    def __init__(self, config: AdaptedConfig, params: Params, banks: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        config: AdaptedConfig,
+        params: Params,
+        banks: Mapping[str, Any],
+        frozen: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Holds the arrays as they are.
+
+        Args:
+          config: the decoder and its active banks.
+          params: the base.
+          banks, frozen: `{bank: parameters}` that train, and that do not; `lifecycle.split` gives
+            them from a roster, a bank of which the gate alone trains in both.
+        """
         self.config = config
         self.base = nnx.data(_wrap(params, nnx.Variable))
-        self.banks = nnx.data(_wrap(banks, nnx.Param))
+        self.banks = nnx.data(_wrap(banks, BankParam))
+        self.frozen = nnx.data(_wrap(frozen or {}, FrozenBankParam))
 
     def __call__(
         self, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array, positions_BxT: jax.Array
@@ -195,12 +215,17 @@ class AdaptedDecoder(nnx.Module):
 
         Raises:
           ParameterError: one that is not whole numbers `[B, T]`, with a row and a token at least.
+          UserError: what `given` has told does not fit the tokens.
         """
         ids = token_rows(
             tokens_BxT=tokens_BxT, segment_ids_BxT=segment_ids_BxT, positions_BxT=positions_BxT
         )
-        base, banks = nnx.as_pure(self.base), nnx.as_pure(self.banks)
-        x_BxTxD, _, _ = hidden(self.config, base, banks, *ids)
+        base, banks, frozen = (nnx.as_pure(x) for x in (self.base, self.banks, self.frozen))
+        context = foreign.context_of("the decoder", ids[0].shape)
+        x_BxTxD, _, stats = hidden(
+            self.config, base, trees.overlay(frozen, banks), *ids, context=context
+        )
+        sow(self, collect(stats))
         return logits(self.config.decoder, decoder.head(base), x_BxTxD)
 
 

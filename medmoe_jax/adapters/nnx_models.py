@@ -26,6 +26,7 @@ from medmoe_jax.adapters.bank import BankSpec
 from medmoe_jax.adapters.foreign import LinearLayer
 from medmoe_jax.base.execution import Execution
 from medmoe_jax.errors import ParameterError, UserError
+from medmoe_jax.kernels.router_equations import RouterStats
 from medmoe_jax.routing.dispatch import Strategy
 from medmoe_jax.routing.dispatch import strategy as strategy_of
 
@@ -43,6 +44,14 @@ class RouterStatistics(nnx.Intermediate):
 
     `foreign.statistics` reads `collected`.
     """
+
+
+def sow(module: nnx.Module, stats: Mapping[str, RouterStats]) -> None:
+    """Gives a capture of `RouterStatistics` those of a module's call."""
+    # Outside of a capture `sow` would leave the statistics in the model.
+    if any(isinstance(one, RouterStatistics) for one in getattr(module, "__captures__", ())):
+        for key, one in stats.items():
+            module.sow(RouterStatistics, key, one, foreign.sum_of, lambda: None)
 
 
 class AdaptedLinear(nnx.Module):
@@ -73,10 +82,7 @@ class AdaptedLinear(nnx.Module):
         params = {spec.name: _tree_of(self, spec.name) for spec in specs}
         x = inputs.astype(y.dtype)
         delta, stats = foreign.delta(self.layer, specs, self.strategy, x, params)
-        # Outside of a capture `sow` would leave the statistics in the model.
-        if any(isinstance(one, RouterStatistics) for one in getattr(self, "__captures__", ())):
-            for key, one in stats.items():
-                self.sow(RouterStatistics, key, one, foreign.sum_of, lambda: None)
+        sow(self, stats)
         return y + delta
 
     def __getattr__(self, name: str) -> Any:
