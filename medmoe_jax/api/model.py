@@ -15,7 +15,7 @@ from medmoe_jax.api.routing import Routing, measure, read
 from medmoe_jax.api.tasks import check_prompts, note_cut
 from medmoe_jax.base.presets import HUB
 from medmoe_jax.checkpoints.bases import open_base, open_tokenizer
-from medmoe_jax.data.conversation import ROLES, Turn, check_text, check_texts
+from medmoe_jax.data.conversation import ROLES, Turn, check_asked, check_text, check_texts
 from medmoe_jax.errors import ParameterError, UserError
 from medmoe_jax.inference.chat import Chat
 from medmoe_jax.inference.language_model import Answer, LanguageModel, Prompt
@@ -44,8 +44,8 @@ class Model:
     """A base with its banks, ready to be asked; see `load`.
 
     Everywhere a prompt is the text of one user turn, or a list of turns
-    `{"role": "user", "content": "..."}` that ends with a user's. One too long for the context is
-    shortened, which is said.
+    `{"role": "user", "content": "..."}` that ends with a user's or a tool's. One too long for the
+    context is shortened, which is said.
 
     Attributes:
       run: the recipe and its work directory.
@@ -310,6 +310,8 @@ def _prompts(given: str | Sequence[Prompt]) -> list[Prompt]:
             raise ParameterError("prompts: a list of turns is one prompt; give a list of prompts")
         if not isinstance(prompt, str) and not _is_talk(prompt):
             raise ParameterError(f"prompts: {_place(number)} is neither a text nor a list of turns")
+        if not isinstance(prompt, str):
+            check_asked(prompt, f"prompts: {_place(number)}")
     return list(given)
 
 

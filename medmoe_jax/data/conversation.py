@@ -110,6 +110,18 @@ def turns_of(prompt: str | Sequence[Turn]) -> list[Turn]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
+def check_asked(turns: Sequence[Turn], where: str) -> None:
+    """Raise UserError, with `where`, for turns after which no answer is due."""
+    if not turns:
+        raise UserError(f"{where}: there is no turn")
+    last = turns[-1]["role"]
+    if last not in ("user", "tool"):
+        raise UserError(
+            f"{where}: the last one is of the role '{last}'; what is to be answered is of a user "
+            "or a tool"
+        )
+
+
 def check_json(value: Any, where: str, field: str = "") -> None:
     """Raise UserError, with `where`, for what JSON in Unicode cannot hold, anywhere in a value.
 

@@ -6,7 +6,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from medmoe_jax.data.conversation import Turn
+from medmoe_jax.data.conversation import Turn, check_asked
 from medmoe_jax.data.turns import ROLES, kind, quoted, read_turn
 from medmoe_jax.errors import ParameterError, UserError
 from medmoe_jax.inference.sampling import Sampling
@@ -200,13 +200,10 @@ def _turns(value: Any) -> tuple[Turn, ...]:
             turns.append(read_turn(given, at))
         except UserError as error:
             raise Refused(str(error), param="messages") from None
-    last = turns[-1]["role"]
-    if last not in ("user", "tool"):
-        raise Refused(
-            f"messages: the last one is of the role '{last}'; what is to be answered is of a user "
-            "or a tool",
-            param="messages",
-        )
+    try:
+        check_asked(turns, "messages")
+    except UserError as error:
+        raise Refused(str(error), param="messages") from None
     if any(turn["role"] == "system" for turn in turns[1:]):
         raise Refused("messages: a system's message comes first, and once", param="messages")
     return tuple(turns)

@@ -392,6 +392,9 @@ def test_bad_sources(tmp_path):
     assert not (tmp_path / "w").exists()
 
 
+ANSWERED = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+
+
 def test_bad_questions(model, workdir, items):
     for ask, words in (
         (lambda: model.generate("x", 0), "max_tokens: 0 is below 1"),
@@ -403,6 +406,9 @@ def test_bad_questions(model, workdir, items):
         (lambda: medmoe_jax.evaluate(model, items, limit="2"), "limit: '2' is not a number"),
         (lambda: model.generate(["x", 3]), "prompts: prompt 1 is neither a text nor a list"),
         (lambda: model.generate([{"role": "user", "content": "x"}]), "a list of turns is one"),
+        (lambda: model.generate(["x", []]), "prompts: prompt 1: there is no turn"),
+        (lambda: model.generate([ANSWERED]), "prompt 0: the last one is of the role 'assistant'"),
+        (lambda: model.score([ANSWERED], [["y"]]), "the last one is of the role 'assistant'"),
         (lambda: model.generate(["x", "a\ud83d"]), "prompt 1: holds '\\ud83d', half of a"),
         (lambda: model.generate("x", stops="END"), "stops: needs a list of texts, found 'END'; wr"),
         (lambda: model.generate("x", stops=None), "stops: needs a list of texts, found None"),
