@@ -140,6 +140,8 @@ def _common(fields: Fields) -> dict[str, Any]:
     named = {"include_usage", "include_obfuscation"}  # the latter hides sizes, and is off here
     if not isinstance(options, dict) or not options.keys() <= named:
         raise Refused("stream_options: only include_usage is known", param="stream_options")
+    if not all(isinstance(one, bool | None) for one in options.values()):
+        raise Refused("stream_options: its values must be true or false", param="stream_options")
     if options and not stream:
         raise Refused("stream_options: needs stream=true", param="stream_options")
     if options.get("include_obfuscation"):

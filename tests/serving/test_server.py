@@ -432,6 +432,8 @@ TELL = {"model": "main", "prompt": "say a"}
         (CHAT, ASK | {"stream_options": {}, "seed": 2**70}, 400, "seed: ", "seed"),
         (CHAT, ASK | {"stream_options": {"include_usage": True}}, 400, "needs stream=true",
          "stream_options"),
+        (CHAT, ASK | {"stream": True, "stream_options": {"include_usage": "false"}}, 400,
+         "values must be true or false", "stream_options"),
         (CHAT, ASK | {"top_logprobs": 2}, 400, "needs logprobs=true", "top_logprobs"),
         (CHAT, ASK | {"logprobs": True, "top_logprobs": 21}, 400, "21 is above 20", "top_logprobs"),
         (CHAT, ASK | {"tools": [{"type": "function"}]}, 400, "tools: only [] can be", "tools"),
