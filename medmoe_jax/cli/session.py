@@ -9,7 +9,7 @@ from typing import Any
 from medmoe_jax import json_text
 from medmoe_jax.api import opening
 from medmoe_jax.cli.configs import load_config
-from medmoe_jax.data.conversation import check_text
+from medmoe_jax.data.conversation import check_json
 from medmoe_jax.errors import UserError
 from medmoe_jax.inference.chat import check_room
 from medmoe_jax.inference.sampling import Sampling
@@ -112,7 +112,8 @@ def read_rows(path: str, fields: Sequence[str]) -> tuple[list[dict], list[str]]:
     """Rows of a JSONL file, each with the given text fields, and the file and line of each.
 
     Raises:
-      UserError: a row is not JSON or lacks a field, or the file is not UTF-8; names file and line.
+      UserError: a row is not JSON (NaN and infinity are not) or lacks a field, or the file is not
+        UTF-8; names file and line.
     """
     file = fetched(path)
     if not file.is_file():
@@ -122,7 +123,7 @@ def read_rows(path: str, fields: Sequence[str]) -> tuple[list[dict], list[str]]:
         for field in fields:
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
                 raise UserError(f'{place}: the row needs a text field "{field}"')
-        check_text(row, place)
+        check_json(row, place)
         rows.append(row)
         places.append(place)
     if not rows:

@@ -482,6 +482,8 @@ def test_bad_rows_name_file_and_line(config, workdir, tmp_path, capsys):
         (good + "\n{not json\n", f"{bad}:3: not JSON"),
         (good + '{"prompt": 1, "completion": "b"}\n', f'{bad}:2: the row needs a text field "pro'),
         ("[1, 2]\n", f"{bad}:1: the row needs a text field"),
+        (good + '{"prompt": "a", "completion": "b", "by": [NaN]}\n', f"{bad}:2: by[0] is nan"),
+        (good + '{"prompt": "a", "completion": "b", "x": 1e400}\n', f"{bad}:2: x is inf"),
         ("\n", f"{bad}: no row in the file"),
     ):
         bad.write_text(text)
