@@ -3,7 +3,8 @@
   medmoe generate --config=FILE --workdir=DIR "What does a lack of vitamin C cause?"
   medmoe generate --config=FILE --workdir=DIR --input=prompts.jsonl --output=answers.jsonl
 
-Rows hold "prompt"; "response" is added, and "reasoning" where the template has a place for it.
+Rows hold "prompt"; "response" is added, and "reasoning" where the template has a place for it. What
+a row had by these two names makes way; its other fields stay.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
         return
     answered = []
     for row, answer in zip(rows, answers, strict=True):
+        row.pop("reasoning", None)  # that of another answer
         thought = {"reasoning": answer.reasoning} if answer.reasoning else {}
         answered.append({**row, **thought, "response": answer.text})
     write_text(

@@ -102,6 +102,17 @@ def test_a_row_that_the_template_refuses_is_named(arguments, tmp_path, capsys, m
     assert "task 'items', item 0: " in error and not (tmp_path / "w").exists()
 
 
+def test_reasoning_is_that_of_the_answer_beside_it(arguments, tmp_path):
+    row = {"id": 7, "prompt": "aspirin?", "reasoning": "old thought", "response": "old"}
+    asked, made = tiny.write_rows(tmp_path / "asked.jsonl", [row]), tmp_path / "made.jsonl"
+    more = [*arguments, "--stage=base", "--max-tokens=4", f"--input={asked}", f"--output={made}"]
+    assert main(["generate", *more]) == 0
+    answered = json.loads(made.read_text())
+    assert answered["id"] == 7 and answered["prompt"] == "aspirin?"
+    assert "old" not in answered["response"]
+    assert "old" not in answered.get("reasoning", "")
+
+
 def test_prompts_that_were_cut_are_counted(arguments, tmp_path, capsys):
     long = json.dumps("aspirin? " * 90)
     rows, asked = files(tmp_path, long)
