@@ -81,7 +81,8 @@ def all_letters(text: str, allowed: Sequence[str]) -> frozenset[str]:
     Verdicts are joined ("A is correct, C is correct"), and so are bare letters, unless the last
     ones are several already; of what is called the answer the last counts.
     """
-    text = _in_order(_unjoined(_raised(tokens.spoken(text), allowed), allowed), allowed)
+    text = _unnumbered(_raised(tokens.spoken(text), allowed), allowed)
+    text = _in_order(_unjoined(text, allowed), allowed)
     boxed = _boxed(text)
     inside = all_letters(boxed, allowed) if boxed else frozenset()
     if inside:
@@ -99,17 +100,25 @@ def all_letters(text: str, allowed: Sequence[str]) -> frozenset[str]:
 
 
 def _unjoined(text: str, allowed: Sequence[str]) -> str:
-    """The text with commas for what else may join letters: "A, C, E" for "A-C-E" and "A+C+E"."""
+    """The text with commas for what else may join letters: "A, C" for "A-C", "A – C" and "A+C"."""
     letter = f"[{''.join(allowed)}]"
-    joined = rf"(?<![\w+-]){letter}(?:(?:-| *\+ *){letter})+(?![\w+-])"
+    joined = rf"(?<![\w+-]){letter}(?: *[-–—+] *{letter})+(?![\w+'’-]|\. ?[a-z])"
     return re.sub(joined, lambda found: ", ".join(re.findall(letter, found[0])), text)
+
+
+def _unnumbered(text: str, allowed: Sequence[str]) -> str:
+    """The text without the numbers of a list of letters: "A C" for "1. A 2. C"."""
+    letter = f"[{''.join(allowed)}]"
+    before = rf"^[^\w\n]*|[:,;] *|(?<!\w){letter}[,;]? +"
+    number = rf"({before})\d{{1,2}} ?[.):] *(?=[^\w\n]{{0,3}}{letter}(?!\w))"
+    return re.sub(number, r"\1", text, flags=re.M)
 
 
 def _raised(text: str, allowed: Sequence[str]) -> str:
     """The text with capital letters in lists of small ones: "a, c and d"."""
     letter = f"[{''.join(allowed).lower()}]"
     ands = "|".join(map(re.escape, tokens.entries("AND")))
-    joint = rf"(?: *[,;、] *(?:(?:{ands}) )?| (?:{ands}) )"
+    joint = rf"(?: *[,;、] *(?:(?:{ands}) )?| (?:{ands}) | [-–—] )"
     listed = rf"(?<![\w'’.-]){letter}(?:{joint}{letter})+(?![\w'’-]|\.\w)"
     return re.sub(listed, lambda found: found[0].upper(), text)
 
