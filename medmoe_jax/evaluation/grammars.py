@@ -87,18 +87,21 @@ def sections(text: str) -> dict[str, str]:
 
 
 def numbers(text: str) -> list[float]:
-    """The numbers of a text, in their order: 1250 of 1,250, of 1 250 and of 1.25 × 10³.
+    """The numbers of a text, in their order: 1250 of 1,250, of 1 250 and of 1.25 × 10³, 3.5 of 3,5.
 
-    The number in a unit, as in mL/min/1.73 m², is none, nor is an exponent.
+    A comma before three digits parts thousands; before fewer or more it is a decimal one. The
+    number in a unit, as in mL/min/1.73 m², is none, nor is an exponent.
     """
     plain = normal(text)
     plain = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", plain)
     plain = re.sub(r"(?<![\w./])\d{1,3}(?: \d{3})+(?!\d)", _together, plain)
+    plain = re.sub(_DECIMAL_COMMA, lambda found: found[1].replace(".", "") + "." + found[2], plain)
     plain = re.sub(_TEN_TO_THE, r"e\1", plain)
     plain = re.sub(rf"(?:{_TIMES}\s*10)?{_POWER}|{_IN_UNIT}", " ", plain)
     return [float(number) for number in re.findall(_NUMBER, plain)]
 
 
+_DECIMAL_COMMA = r"(?<![\w.,/])(\d{1,3}(?:\.\d{3})+|\d+),(\d{1,2}|\d{4,})(?!\d|[.,]\d)"
 _TIMES = r"(?:[×x*·]|\\times|\\cdot)"
 _TEN_TO_THE = rf"(?<=\d)\s*{_TIMES}\s*10\^\{{?([-+]?\d+)\}}?(?![\d.]*\d)(?!\s*/)"
 _POWER = r"\^\{?([-+]?\d+(?:\.\d+)?)\}?"
