@@ -147,7 +147,9 @@ class Adapted:
             delta, stats = foreign.delta(
                 layers[path], here, self.strategy, jnp.asarray(x, y.dtype), params
             )
-            for key, one in stats.items():
+            # What `init` keeps, every later call would begin with.
+            counted = {} if context.module.is_initializing() else stats
+            for key, one in counted.items():
                 kept = context.module.sow(STATISTICS, key, one, foreign.sum_of, lambda: None)
                 if asked and not kept:
                     raise UserError(

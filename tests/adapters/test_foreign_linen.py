@@ -263,3 +263,15 @@ def test_a_block_that_has_no_effect_is_an_error():
         foreign.given(Context(segment_ids_BxT=np.ones((2, 5)))),
     ):
         model.apply(variables, x)
+
+
+def test_variables_made_within_hold_no_statistics():
+    """Calls would begin with them, and count the tokens of `init` too."""
+    model, x = nn.Sequential([nn.Dense(4)]), jnp.ones((2, 3, 5))
+    adapted, banks = linen_models.adapt(model, "*", EXPERTS, jax.random.key(0), x)
+    with adapted.on(banks):
+        variables = model.init(jax.random.key(1), x)
+        assert set(variables) == {"params"}
+        _, seen = model.apply(variables, x, mutable=[linen_models.STATISTICS])
+    (stats,) = foreign.statistics(seen[linen_models.STATISTICS]).values()
+    assert stats.tokens == 6
