@@ -28,7 +28,8 @@ from medmoe_jax.inference.language_model import LanguageModel
 from medmoe_jax.inference.sampling import Sampling
 
 NAME = "medmoe"
-_SETTLED = ("do_sample", "temperature", "top_p")  # of `gen_kwargs`, beside the most and the stops
+# What is taken of `gen_kwargs` beside the most and the stops.
+_SETTLED = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _MOST = 256  # tokens of an answer, where the task says nothing
 
 
@@ -192,14 +193,18 @@ class Harness(TemplateLM):
 
     def _sampling(self, settings: dict[str, Any], first: int) -> Sampling:
         """How answers are drawn. Raises UserError for what there is not."""
-        drawn = settings.get("do_sample", False)
         unknown = sorted(set(settings) - set(_SETTLED))
         if unknown:
             raise UserError(f"gen_kwargs: {unknown[0]} is none of {', '.join(_SETTLED)}")
-        if not drawn:
-            return Sampling()
-        temperature, top_p = (settings.get(name, 1.0) for name in ("temperature", "top_p"))
-        return Sampling(float(temperature), float(top_p), self._seed, first)
+        drawn = settings.pop("do_sample", False)
+        # What bounds a draw says nothing of the likeliest token. YAML reads 1e-3 as a text.
+        own: dict[str, Any] = {
+            name: value if name == "top_k" else float(value)
+            for name, value in settings.items()
+            if drawn or name == "repetition_penalty"
+        }
+        own.setdefault("temperature", 1.0 if drawn else 0.0)
+        return Sampling(seed=self._seed, first=first, **own)
 
 
 def register(model: LanguageModel) -> None:

@@ -293,6 +293,31 @@ def test_ids_and_greedy_answers(ours, theirs):
         assert ours.apply_chat_template(turns, asks) == theirs.apply_chat_template(turns, asks)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": False, "repetition_penalty": 1.5, "top_p": 0},
+        {"do_sample": True, "temperature": 0.7, "top_k": 1, "repetition_penalty": 1.5},
+        {"do_sample": True, "temperature": 0.7, "min_p": 1.0, "top_p": 0.9},
+    ],
+    ids=lambda settings: ",".join(settings),
+)
+def test_settings_of_a_draw_are_taken(ours, theirs, settings):
+    """They leave one token to draw, so that both draw it."""
+    asked = [request("What is", settings | {"max_gen_toks": 12}, kind="generate_until")]
+    assert ours.generate_until(asked) == theirs.generate_until(asked)
+
+
+def test_a_draw_without_its_bounds_is_another(ours):
+    """So that the test above would see a bound that is lost."""
+    wide = {"do_sample": True, "temperature": 0.7, "max_gen_toks": 12}
+    said = [
+        ours.generate_until([request("What is", wide | more, kind="generate_until")])
+        for more in ({}, {"top_k": 1}, {"top_k": 1, "repetition_penalty": 1.5})
+    ]
+    assert len({text for (text,) in said}) == 3
+
+
 def test_the_command_fills_in_the_model(base, monkeypatch, capsys):
     from lm_eval.api.registry import get_model
     from lm_eval.api.task import ConfigurableTask
@@ -329,8 +354,8 @@ def test_the_command_fills_in_the_model(base, monkeypatch, capsys):
 
 
 def test_what_it_cannot_do_is_refused(ours):
-    long, odd = {"max_gen_toks": 500}, {"until": [], "repetition_penalty": 1.2}
+    long, odd = {"max_gen_toks": 500}, {"until": [], "num_beams": 2}
     with pytest.raises(UserError, match="500 new tokens do not fit a context of 255"):
         ours.generate_until([request("x", long, kind="generate_until")])
-    with pytest.raises(UserError, match="gen_kwargs: repetition_penalty is none of"):
+    with pytest.raises(UserError, match="gen_kwargs: num_beams is none of"):
         ours.generate_until([request("x", odd, kind="generate_until")])
