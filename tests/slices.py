@@ -20,5 +20,5 @@ def compiled(rows, everywhere):
 
 def kernels_of(program) -> list[str]:
     """Names of the Mosaic kernels in a compiled program, in their order."""
-    call = r'%([a-z_]+)[.\d]* = .* custom_call_target="tpu_custom_call"'
+    call = r'%([a-z_]+)[.\w]* = .* custom_call_target="tpu_custom_call"'
     return re.findall(call, program.as_text())

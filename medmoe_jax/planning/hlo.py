@@ -296,7 +296,7 @@ class _Counter:
         return Cost(product_flops(here, one), read + _main(results))
 
     def _kernel(self, here: Computation, one: Instruction) -> Cost:
-        name = re.sub(r"(\.(\d+|clone|remat\d*))+$", "", one.name)
+        name = one.name.partition(".")[0]  # `.2`, `.clone`, and whose operand it is: `.2.rows_ref`
         if name in self.kernels:
             return self.kernels[name]
         if "AllocateBuffer" in one.attributes:

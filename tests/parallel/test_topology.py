@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -77,9 +78,11 @@ def test_hbm_of_the_table_is_where_the_compiler_says_no(chip):
 
     memory = peak(slice_.chip.hbm_gib * 0.9).memory_analysis()
     assert memory.argument_size_in_bytes > slice_.chip.hbm_gib * 0.44 * 2**30
-    limit = rf"RESOURCE_EXHAUSTED.*exceeds available HBM \({slice_.chip.limit_gib:.2f}G\)"
-    with pytest.raises(jax.errors.JaxRuntimeError, match=limit):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED") as refused:
         peak(slice_.chip.hbm_gib * 1.1)
+    (limit,) = re.findall(r"exceeds available HBM \(([\d.]+)G\)", str(refused.value))
+    # The compiler's versions differ by 0.01.
+    assert float(limit) == pytest.approx(slice_.chip.limit_gib, abs=0.02)
 
 
 @pytest.mark.aot

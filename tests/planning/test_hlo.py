@@ -350,3 +350,11 @@ ENTRY %main (x: s8[32,128], i: s32[]) -> s8[1,128] {
 )
 def test_a_slice_of_an_array_in_another_form(alias, read):
     assert hlo.count(FORMS.replace("ALIAS", alias)).bytes == read + 4 + 128
+
+
+@pytest.mark.parametrize("name", ["ours.3", "ours", "ours.3.clone.remat2", "ours.3.rows_ref"])
+def test_a_kernel_is_known_by_its_name(name):
+    """Behind it stand numbers, and from JAX 0.11 on whose operand the result is."""
+    text = KERNEL.replace("COST", "").replace("%ours.3", f"%{name}")
+    counts = hlo.count(text, {"ours": hlo.Cost(7, 9)})
+    assert counts.flops == 7 and counts.unknown == ()
