@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 import time
@@ -85,7 +86,8 @@ class Endpoint:
             raise
         except (ClientDisconnect, HungUp):
             response = Response(status_code=_GONE)
-        count(name, response.status_code).inc()
+        if not isinstance(response, EventStream):  # which counts its own end
+            count(name, response.status_code).inc()
         return response
 
     async def _body(self, request: Request) -> bytes:
@@ -193,6 +195,10 @@ class Telling:
         if self._asked.usage:
             yield self._envelope.chunk([], self.usage)
 
+    def count_end(self, status: int) -> None:
+        """Count the request, by how a stream of its answer has ended."""
+        self._metrics.requests.labels(self._served.name, status).inc()
+
     def _told(self, news: News) -> tuple[News, dict[str, Any] | None]:
         """News with its log-probabilities, where they are asked for."""
         if not self._asked.log_probs:
@@ -249,12 +255,17 @@ class EventStream(Response):
         async with self._answers as answers:
             start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
             await send(start)
+            ended, last = 200, "[DONE]"
             try:
                 async for chunk in self._telling.events(answers):
                     await tell(json.dumps(chunk, ensure_ascii=False, allow_nan=False))
-                await tell("[DONE]")
             except Refused as error:
-                await tell(json.dumps(error.content, ensure_ascii=False))
+                ended, last = error.status, json.dumps(error.content, ensure_ascii=False)
             except (HungUp, OSError):
+                ended = _GONE
+            self._telling.count_end(ended)
+            if ended == _GONE:
                 return
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            with contextlib.suppress(OSError):  # all was told
+                await tell(last)
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
