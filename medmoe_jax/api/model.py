@@ -308,10 +308,11 @@ def _prompts(given: str | Sequence[Prompt]) -> list[Prompt]:
         check_text(prompt, _place(number))
         if isinstance(prompt, Mapping):
             raise ParameterError("prompts: a list of turns is one prompt; give a list of prompts")
-        if not isinstance(prompt, str) and not _is_talk(prompt):
+        if isinstance(prompt, str):
+            continue
+        if not _is_talk(prompt):
             raise ParameterError(f"prompts: {_place(number)} is neither a text nor a list of turns")
-        if not isinstance(prompt, str):
-            check_asked(prompt, f"prompts: {_place(number)}")
+        check_asked(prompt, f"prompts: {_place(number)}")
     return list(given)
 
 

@@ -1,7 +1,7 @@
 """The permutation's Pallas kernels for TPU: counting picks, and adding up rows fetched by index.
 
 Axes: M pairs or rows, E experts, R experts, "none" and padding, N source rows, K rows added,
-D width, W = D 32-bit words of a row, or D/2 of bfloat16.
+D width, in `sum_rows` filled up to whole tiles, W = D 32-bit words of a row, or D/2 of bfloat16.
 """
 
 from __future__ import annotations

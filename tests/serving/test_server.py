@@ -299,11 +299,17 @@ def named(message):
     return {**message, "name": "Ada"}
 
 
+def figures_of(running):
+    """What is told to Prometheus: `{figure: text}`."""
+    status, page, _ = running.raw("/metrics")
+    assert status == 200
+    return dict(line.rsplit(" ", 1) for line in page.splitlines() if line[0] != "#")
+
+
 def counted(running, model, status):
     """How many requests of a model have ended by a status."""
-    page = running.raw("/metrics")[1]
-    figures = dict(line.rsplit(" ", 1) for line in page.splitlines())
-    return float(figures.get(f'medmoe_requests_total{{model="{model}",status="{status}"}}', 0))
+    figure = f'medmoe_requests_total{{model="{model}",status="{status}"}}'
+    return float(figures_of(running).get(figure, 0))
 
 
 def test_a_full_queue_is_answered_with_when_to_come_back(running, client):
@@ -488,9 +494,7 @@ def test_what_never_changes_an_answer_is_taken(running):
 
 def test_figures_for_prometheus(running, client):
     client.chat.completions.create(model="main", messages=user("say yes"))
-    status, page, _ = running.raw("/metrics")
-    figures = dict(line.rsplit(" ", 1) for line in page.splitlines() if line[0] != "#")
-    assert status == 200
+    figures = figures_of(running)
     assert float(figures['medmoe_requests_total{model="main",status="200"}']) >= 1
     assert float(figures['medmoe_said_tokens_total{model="main"}']) >= 2
     assert float(figures['medmoe_prompt_tokens_total{model="main"}']) >= 2
