@@ -58,9 +58,10 @@ class Orthogonality:
         return self.of, self.against
 
     @property
-    def moves(self) -> tuple[str, ...]:
-        """The banks that its gradient changes."""
-        return (self.of,) if self.stop_gradient else self.uses
+    def moves(self) -> tuple[tuple[str, str], ...]:
+        """What its gradient changes, each as `(bank, part)`; a part is `factors` or `gate`."""
+        moved = (self.of,) if self.stop_gradient else self.uses
+        return tuple((bank, "factors") for bank in moved)
 
     def value(self, specs: Mapping[str, BankSpec], banks: Mapping[str, Any]) -> jax.Array:
         """`term` between the two banks."""

@@ -44,9 +44,9 @@ class Sparsity:
         return (self.bank,)
 
     @property
-    def moves(self) -> tuple[str, ...]:
-        """The banks that its gradient changes."""
-        return self.uses
+    def moves(self) -> tuple[tuple[str, str], ...]:
+        """What its gradient changes, each as `(bank, part)`; a part is `factors` or `gate`."""
+        return ((self.bank, "gate"),)
 
     def value(self, specs: Mapping[str, BankSpec], banks: Mapping[str, Any]) -> jax.Array:
         """The unweighted term, float32 scalar."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Set
 from typing import Any
 
 import jax
@@ -207,7 +207,8 @@ def _check(stage: Stage, before: Roster, decoder: DecoderConfig, quantised: bool
     active = {spec.name: spec for spec in lifecycle.active_banks(roster)}
     with within(f"stages.{stage.name}: "):
         AdaptedConfig(decoder, tuple(active.values()))
-    learning = (*trained, *(spec.name for spec in gated))
+    learning = {(name, part) for name in trained for part in ("factors", "gate")}
+    learning |= {(spec.name, "gate") for spec in gated}
     for regulariser in stage.regularisers:
         _check_regulariser(stage.name, regulariser, active, learning, decoder)
     _check_allocators(stage, trained, active)
@@ -233,16 +234,17 @@ def _check_regulariser(
     stage: str,
     regulariser: Regulariser,
     active: Mapping[str, BankSpec],
-    learning: Sequence[str],
+    learning: Set[tuple[str, str]],
     decoder: DecoderConfig,
 ) -> None:
     for name in regulariser.uses:
         if name not in active:
             raise UserError(f"stages.{stage}.losses: bank '{name}' takes no part in this stage")
-    if regulariser.weight and not set(regulariser.moves) & set(learning):
+    if regulariser.weight and learning.isdisjoint(regulariser.moves):
+        moved = " or ".join(f"{bank}'s {part}" for bank, part in regulariser.moves)
         raise UserError(
             f"stages.{stage}.losses: {regulariser.name} would change nothing: this stage does not "
-            f"train {' or '.join(regulariser.moves)}"
+            f"train {moved}"
         )
     banks = {name: abstract(active[name], decoder) for name in regulariser.uses}
     with within(f"stages.{stage}.losses: "):

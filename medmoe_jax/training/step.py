@@ -52,8 +52,8 @@ class Regulariser(Protocol):
         ...
 
     @property
-    def moves(self) -> tuple[str, ...]:
-        """The banks that its gradient changes."""
+    def moves(self) -> tuple[tuple[str, str], ...]:
+        """What its gradient changes, each as `(bank, part)`; a part is `factors` or `gate`."""
         ...
 
     @property

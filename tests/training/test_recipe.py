@@ -207,6 +207,22 @@ REFUSED = {
         second(states={"x": "frozen"}, losses={"o": orthonormality("x")}),
         "second.losses: orthonormality/x would change nothing: this stage does not train x",
     ),
+    "keeps_what_a_gate_does_not_hold": (
+        second(
+            losses={"o": orthonormality("z")},
+            stack={"z": stacked(("x", "y"))},
+            states={"z": "gate"},
+        ),
+        "second.losses: orthonormality/z would change nothing: this stage does not train z's",
+    ),
+    "orthogonal_in_a_gate": (
+        second(
+            losses={"o": orthogonality("z", "routed")},
+            stack={"z": stacked(("x", "y"))},
+            states={"z": "gate", "routed": "frozen"},
+        ),
+        "second.losses: orthogonality/z-routed would change nothing: this stage does not train z's",
+    ),
     "whole_networks": (
         {
             "s": {
