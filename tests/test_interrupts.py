@@ -8,6 +8,8 @@ import threading
 
 import pytest
 
+import medmoe_jax
+from medmoe_jax.inference.chat import Chat
 from medmoe_jax.interrupts import never_lost
 
 pytestmark = pytest.mark.usefixtures("interruptible")
@@ -115,3 +117,24 @@ def test_another_thread_changes_nothing():
     thread.start()
     thread.join()
     assert found == [sys.unraisablehook]
+
+
+@pytest.mark.parametrize(
+    "call, within",
+    [
+        (lambda: medmoe_jax.load("w"), "medmoe_jax.api.model.open_source"),
+        (lambda: medmoe_jax.train(None, "w"), "medmoe_jax.api.configs.config"),
+        (lambda: medmoe_jax.plan(None, "v5e:2x4"), "medmoe_jax.api.configs.config"),
+        (lambda: Chat.say(Chat.__new__(Chat), "Hello"), "medmoe_jax.inference.chat.Chat.ask"),
+    ],
+    ids=["load", "train", "plan", "say"],
+)
+def test_a_notebook_s_calls_hear_it(call, within, monkeypatch, in_collector):
+    def long(*_, **__):
+        gc.collect()
+        waits()
+
+    monkeypatch.setattr(within, long)
+    in_collector(1)
+    with pytest.raises(KeyboardInterrupt):
+        call()

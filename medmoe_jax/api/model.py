@@ -230,6 +230,7 @@ class Model:
         return measure(self.run.setup, self.language_model, texts)
 
 
+@interrupts.never_lost()
 def load(
     source: str | os.PathLike[str] | Run,
     *,

@@ -8,12 +8,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from medmoe_jax import interrupts
 from medmoe_jax.api import configs
 from medmoe_jax.parallel.topology import describe
 from medmoe_jax.planning.plan import Plan, make_plan
 from medmoe_jax.planning.programs import open_abstract, start
 
 
+@interrupts.never_lost()
 def plan(
     config: str | os.PathLike[str] | ConfigDict,
     topology: str,

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple, Self
 
+from medmoe_jax import interrupts
 from medmoe_jax.data.conversation import Turn, check_text
 from medmoe_jax.errors import ParameterError, UserError
 from medmoe_jax.inference.engine import Engine
@@ -112,6 +113,7 @@ class Chat:
         """Begin anew: nothing was said; the system's text stays."""
         self.turns, self._last = [], None
 
+    @interrupts.never_lost()
     def say(self, text: str) -> str:
         """The answer to a question, once it is whole; see `ask`."""
         return "".join(self.stream(text))
