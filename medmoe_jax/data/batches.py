@@ -33,12 +33,12 @@ from medmoe_jax.data.streamed_rows import INLINE, StreamedRows
 from medmoe_jax.errors import UserError
 
 ARRAYS = ("tokens", "loss_mask", "segment_ids", "positions")
-# Sequences that are filled at the same time. More of them leave less padding, but the rows of two
-# epochs mix for longer.
+# Sequences that are filled at the same time. More of them leave less padding, but short rows of a
+# later epoch may come sooner.
 PACK_BINS = 32
 AHEAD = 4
 # Stands in every saved state; to be raised when rows come in another order.
-ORDER = 1
+ORDER = 2
 
 Batch = dict[str, np.ndarray]
 TrainingRows = EncodedRows | StreamedRows
@@ -60,7 +60,7 @@ class StreamSpec:
     Attributes:
       global_batch: sequences a step.
       shards: virtual shards; they divide global_batch.
-      seed: of shuffling and packing.
+      seed: of shuffling.
       pack: several rows to a sequence, or one.
       shard_ids: the shards that this process reads; None = all.
     """
@@ -128,12 +128,6 @@ class BatchStream(Iterator[Batch]):
         return [source for source in self._sources if isinstance(source, EncodedRows)]
 
     @property
-    def _is_as_before(self) -> bool:
-        """Whether rows come as they did before states told their order."""
-        is_one = self._weights is None or len(self._sources) == 1
-        return is_one and len(self._encoded) == len(self._sources)
-
-    @property
     def _knows_languages(self) -> bool:
         return self._sources[0].encoder.languages is not None
 
@@ -158,8 +152,7 @@ class BatchStream(Iterator[Batch]):
                 f"{', '.join(state) or 'none'}); the number of data shards must stay as it was"
             )
         own = {str(shard): state[str(shard)] for shard in self.shard_ids}
-        known = {ORDER, None} if self._is_as_before else {ORDER}
-        if not known.issuperset(shard.get("order") for shard in own.values()):
+        if any(shard.get("order") != ORDER for shard in own.values()):
             raise UserError(
                 "the saved data state is of another version of medmoe_jax, in which other rows "
                 "come next; finish the stage with that version, or remove its folder to run it anew"
@@ -202,7 +195,11 @@ class BatchStream(Iterator[Batch]):
         return rows[0] if len(rows) == 1 else Mixture(rows, self._weights, shard, shards)
 
     def _packed(self, rows: grain.IterDataset, shard: int) -> grain.IterDataset:
-        """Sequences of T tokens. Unpacked is packed with one row to a sequence."""
+        """Sequences of T tokens. Unpacked is packed with one row to a sequence.
+
+        They come as they were begun: an epoch's rows fill the same sequences whatever comes after
+        them, so none of these waits behind those of the next epoch.
+        """
         source, pack = self._sources[0], self._spec.pack
         return FirstFitPackIterDataset(
             rows,
@@ -211,7 +208,7 @@ class BatchStream(Iterator[Batch]):
             max_sequences_per_bin=None if pack else 1,
             meta_features=("facts",),
             padding_struct={"tokens": source.encoder.tokenizer.pad_id, "loss_mask": 0},
-            seed=_seed(self._spec.seed, shard, -1),
+            shuffle_bins=False,
         )
 
 
