@@ -266,5 +266,5 @@ def _pair(row: dict[str, Any], asked: str, answered: str, where: str) -> list[Tu
             raise UserError(f"{at}: expected [question, answer], found {kind(pair)}")
         for role, said in zip(("user", "assistant"), pair, strict=True):
             turns.append({"role": role, "content": text(said, at)})
-    turns.append({"role": "user", "content": f"{question}\n{more}" if more else question})
+    turns.append({"role": "user", "content": "\n".join(filter(None, (question, more)))})
     return [*turns, {"role": "assistant", "content": answer}]

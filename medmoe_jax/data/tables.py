@@ -18,25 +18,27 @@ _LARGEST_CELL = 1 << 30  # characters; Python's own limit is 131,072
 
 
 def csv_rows(text: TextIO, shown: str, separator: str) -> Rows:
-    """Yields `(file and line, row)` of a table of text with a header.
+    """Yields `(file and line, row)` of a table of text with a header, without its empty rows.
 
-    Raises UserError for a header with a name twice or other signs between its names, and for a row
-    of another width.
+    A column without a name, as pandas writes its index, is called what pandas and `datasets` call
+    it: `Unnamed: 0` at the first place. Raises UserError for a header with a name twice or other
+    signs between its names, and for a row of another width.
     """
     csv.field_size_limit(_LARGEST_CELL)
     reader = csv.reader(text, delimiter=separator, strict=True)
     before = 0
     try:
-        header = next(reader, [])
-        check_separator(header, separator, f"{shown}, line 1")
-        if len(set(header)) < len(header) or not all(header):
+        names = next(reader, [])
+        check_separator(names, separator, f"{shown}, line 1")
+        header = [name or f"Unnamed: {number}" for number, name in enumerate(names)]
+        if len(set(header)) < len(header):
             raise UserError(
                 f"{shown}, line 1: every column needs a name of its own, found {', '.join(header)}"
             )
         before = reader.line_num
         for cells in reader:
             where, before = f"{shown}, line {before + 1}", reader.line_num
-            if not cells:
+            if not any(cells):
                 continue
             if len(cells) != len(header):
                 check_separator(cells, separator, where, len(header))

@@ -106,6 +106,8 @@ BAD_TABLES = [
     ('prompt,response\n"q\nr",a\nq,a,b\n', "line 4: 3 cells under 2 names of columns"),
     ('prompt,response\n"q,a\n', "line 2: not a table of text"),
     ("prompt,response,extra\nq,a,x\n", "line 2: nothing is known of 'extra'"),
+    (",prompt,response\n0,q,a\n", "line 2: nothing is known of 'Unnamed: 0'"),
+    ("prompt,response,\nq,a,\n", "line 2: nothing is known of 'Unnamed: 2'"),
 ]
 
 
@@ -115,6 +117,16 @@ def test_a_bad_table_is_named_by_line(text, message, tmp_path):
     with pytest.raises(UserError) as caught:
         list(read_file(tmp_path / "d.csv"))
     assert f"d.csv, {message}" in str(caught.value)
+
+
+def test_an_index_without_a_name_can_be_left_out_and_empty_rows_are_none(tmp_path):
+    """As pandas writes a table with its index, and Excel one that was once longer."""
+    (tmp_path / "d.csv").write_text(",prompt,response\n0,q,a\n,,\n\n7,r,b\n,,\n")
+    reader = RowReader(ignore=["Unnamed: *"])
+    found = [(where, reader(item, where)) for where, item in read_items(tmp_path / "d.csv")]
+    said = [[turn["content"] for turn in row["conversations"]] for _, row in found]
+    assert said == [["q", "a"], ["r", "b"]] and found[1][0].endswith("line 5")
+    assert reader.ignored == {"Unnamed: 0": 2}
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,7 @@ def test_what_stands_beside_a_question_or_a_conversation():
     assert said({"conversations": TALK, "system": "S"}) == [("system", "S"), *ends]
     assert said({"prompt": "Q", "response": "A", "system": "S"}) == [("system", "S"), *ends]
     assert said({"prompt": "Q", "input": "I", "response": "A"})[0] == ("user", "Q\nI")
+    assert said({"instruction": "", "input": "Q", "output": "A"}) == ends  # as inference asks it
     history = [("user", "q"), ("assistant", "a")]
     for pairs in ([["q", "a"]], '[["q", "a"]]', (("q", "a"),)):
         assert said({"instruction": "Q", "output": "A", "history": pairs}) == [*history, *ends]
