@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import logging
 import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ import numpy as np
 from medmoe_jax.data import cards
 from medmoe_jax.errors import UserError
 from medmoe_jax.storage.places import is_hidden
+
+LOG = logging.getLogger(__name__)
 
 HUB, TFDS = "hf://datasets/", "tfds://"
 _SPLITS = ("train", "training", "test", "validation", "valid", "val", "dev", "eval")
@@ -161,7 +164,8 @@ def _readable(files: Sequence[str], endings: Sequence[str]) -> list[str]:
 def choose_files(name: str, files: Sequence[str], split: str, endings: Sequence[str]) -> list[str]:
     """The files that hold a split, by their names; all of them where none names a split.
 
-    Hidden files are passed over.
+    Hidden files are passed over. So are those that name no split beside some that do, which is
+    told, as they may be meant too.
 
     Raises:
       UserError: no file can be read, or the names tell of other splits only.
@@ -174,10 +178,14 @@ def choose_files(name: str, files: Sequence[str], split: str, endings: Sequence[
         word = re.compile(rf"(?:^|[/._-])(?:{'|'.join(map(re.escape, splits))})(?:[/._-]|$)")
         return [file for file in known if word.search(file)]
 
-    chosen = of([split])
+    chosen, named = of([split]), of([split, *_SPLITS])
     if chosen:
+        if others := [file for file in known if file not in named]:
+            some = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
+            told = "%s: %d files are passed over, as they name no split and others name '%s': %s"
+            LOG.warning(told, name, len(others), split, some)
         return chosen
-    if of(_SPLITS) or split != "train":
+    if named or split != "train":
         raise UserError(f"{name}: no file of split '{split}' among {', '.join(known[:8])}")
     return known
 

@@ -233,6 +233,18 @@ def test_folders(tmp_path):
         places(tmp_path / "files" / "b.jsonl", "dev")
 
 
+def test_files_that_name_no_split_beside_some_that_do_are_told(tmp_path, caplog):
+    for name in ("train.jsonl", "my_test.jsonl", "notes.md"):
+        write(tmp_path / name) if name.endswith("l") else (tmp_path / name).touch()
+    assert len(places(tmp_path)) == len(places(tmp_path, "test")) == 2 and not caplog.text
+    for name in "abcd":
+        write(tmp_path / f"{name}.jsonl")
+    assert len(places(tmp_path)) == 2
+    (told,) = caplog.messages
+    assert f"{tmp_path}: 4 files are passed over, as they name no split" in told
+    assert told.endswith("others name 'train': a.jsonl, b.jsonl, c.jsonl, …")
+
+
 @pytest.mark.parity
 def test_folders_that_datasets_itself_has_saved(tmp_path):
     datasets = pytest.importorskip("datasets")
