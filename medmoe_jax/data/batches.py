@@ -2,7 +2,8 @@
 
 A stream has S *virtual shards*, fixed by the recipe. Each shard owns every S-th row of each data
 set (of streamed files: blocks of as many rows as another's), shuffles them anew in every epoch,
-mixes the data sets by weight (`data.mixing`) and packs rows first-fit into sequences of T tokens.
+mixes the data sets by weight (`data.mixing`) and packs rows into sequences of T tokens
+(`data.packing`), an epoch by itself: as many rows as all its data sets hold.
 Row i of every global batch comes from shard i mod S. A process reads the shards it was given;
 states are kept by shard, so another number of processes continues the stream.
 
@@ -16,25 +17,21 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 import grain
 import numpy as np
-from grain.experimental import (
-    FirstFitPackIterDataset,
-    LimitIterDataset,
-    ThreadPrefetchDatasetIterator,
-)
+from grain.experimental import FlatMapIterDataset, LimitIterDataset, ThreadPrefetchDatasetIterator
 
-from medmoe_jax.data.encoded_rows import EncodedRows, Facts, RowCounts
+from medmoe_jax.data.encoded_rows import EncodedRows, RowCounts
 from medmoe_jax.data.mixing import Mixture
 from medmoe_jax.data.order import endless
-from medmoe_jax.data.streamed_rows import INLINE, StreamedRows
+from medmoe_jax.data.packing import BinGroups, PackedSequence, Packing, as_sequence
+from medmoe_jax.data.streamed_rows import INLINE, Each, StreamedRows
 from medmoe_jax.errors import UserError
 
 ARRAYS = ("tokens", "loss_mask", "segment_ids", "positions")
-# Sequences that are filled at the same time. More of them leave less padding, but short rows of a
-# later epoch may come sooner.
+# Sequences that are filled at the same time. More of them leave less padding.
 PACK_BINS = 32
 AHEAD = 4
 # Stands in every saved state; to be raised when rows come in another order.
@@ -60,7 +57,7 @@ class StreamSpec:
     Attributes:
       global_batch: sequences a step.
       shards: virtual shards; they divide global_batch.
-      seed: of shuffling.
+      seed: of shuffling and packing.
       pack: several rows to a sequence, or one.
       shard_ids: the shards that this process reads; None = all.
     """
@@ -88,16 +85,6 @@ class StreamSpec:
             raise UserError(
                 f"shard_ids {own}: expected distinct numbers from 0 to {self.shards - 1}"
             )
-
-
-class PackedSequence(TypedDict):
-    """A sequence as it is packed: arrays [T], and the facts of each row in it."""
-
-    tokens: np.ndarray
-    loss_mask: np.ndarray
-    tokens_segment_ids: np.ndarray
-    tokens_positions: np.ndarray
-    facts: list[Facts]
 
 
 class BatchStream(Iterator[Batch]):
@@ -174,9 +161,12 @@ class BatchStream(Iterator[Batch]):
 
     def _sequences(self, shard: int) -> int:
         """How many an epoch of the shard packs into."""
-        rows = sum(len(_shard_of(source, shard, self._spec.shards)) for source in self._encoded)
-        epoch = LimitIterDataset(self._rows(shard), rows)
+        epoch = LimitIterDataset(self._rows(shard), self._epoch(shard))
         return sum(1 for _ in self._packed(epoch, shard))
+
+    def _epoch(self, shard: int) -> int:
+        """How many rows an epoch of the shard has, without those that are streamed."""
+        return sum(len(_shard_of(source, shard, self._spec.shards)) for source in self._encoded)
 
     def _rows(self, shard: int) -> grain.IterDataset:
         """The endless sequence of this shard's rows."""
@@ -195,21 +185,17 @@ class BatchStream(Iterator[Batch]):
         return rows[0] if len(rows) == 1 else Mixture(rows, self._weights, shard, shards)
 
     def _packed(self, rows: grain.IterDataset, shard: int) -> grain.IterDataset:
-        """Sequences of T tokens. Unpacked is packed with one row to a sequence.
-
-        They come as they were begun: an epoch's rows fill the same sequences whatever comes after
-        them, so none of these waits behind those of the next epoch.
-        """
-        source, pack = self._sources[0], self._spec.pack
-        return FirstFitPackIterDataset(
-            rows,
-            length_struct={"tokens": source.length, "loss_mask": source.length},
-            num_packing_bins=PACK_BINS if pack else 1,
-            max_sequences_per_bin=None if pack else 1,
-            meta_features=("facts",),
-            padding_struct={"tokens": source.encoder.tokenizer.pad_id, "loss_mask": 0},
-            shuffle_bins=False,
-        )
+        """Sequences of T tokens."""
+        source = self._sources[0]
+        if self._spec.pack:
+            counted = len(self._encoded) == len(self._sources)
+            epoch, seed = self._epoch(shard), _seed(self._spec.seed, shard, -1)
+            packing = Packing(source.length, PACK_BINS, epoch if counted else None, seed)
+            together = FlatMapIterDataset(BinGroups(rows, packing), Each(list))
+        else:
+            together = rows.map(lambda row: [row])
+        pad_id = source.encoder.tokenizer.pad_id
+        return together.map(lambda some: as_sequence(some, source.length, pad_id))
 
 
 def make_stream(
@@ -266,9 +252,10 @@ def epoch_batches(
         raise UserError(f"the batch ({batch}) must be a multiple of the data shards ({shards})")
     mine = range(shards) if shard_ids is None else shard_ids
     own = [i for i in range(batch) if i % shards in set(mine)]
-    languages = rows.encoder.languages is not None
+    languages, pad_id = rows.encoder.languages is not None, rows.encoder.tokenizer.pad_id
     for start in range(0, len(rows), batch):
-        sequences = [_alone(rows, start + i, length or rows.length) for i in own]
+        some = [[rows[start + i]] if start + i < len(rows) else [] for i in own]
+        sequences = [as_sequence(one, length or rows.length, pad_id) for one in some]
         yield _assemble(sequences, languages)
 
 
@@ -310,38 +297,14 @@ class _ShardRows:
 
 
 def _assemble(sequences: Sequence[PackedSequence], knows_languages: bool) -> Batch:
-    segments_BxT = np.stack([sequence["tokens_segment_ids"] for sequence in sequences])
-    batch = {
-        "tokens": np.stack([sequence["tokens"] for sequence in sequences]),
-        "loss_mask": np.stack([sequence["loss_mask"] for sequence in sequences]).astype(np.int32),
-        "segment_ids": segments_BxT,
-        "positions": np.stack([sequence["tokens_positions"] for sequence in sequences]),
-    }
+    batch = {name: np.stack([sequence[name] for sequence in sequences]) for name in ARRAYS}
     if knows_languages:
         ids = [[-1, *(facts.language_id for facts in s["facts"])] for s in sequences]
-        rows = [np.asarray(i, np.int32)[s] for i, s in zip(ids, segments_BxT, strict=True)]
+        rows = [
+            np.asarray(i, np.int32)[s["segment_ids"]] for i, s in zip(ids, sequences, strict=True)
+        ]
         batch["language_ids"] = np.stack(rows)
     return batch
-
-
-def _alone(rows: EncodedRows, number: int, length: int) -> PackedSequence:
-    """A sequence that holds one row, or only padding when there is no such row."""
-    tokens_T = np.full(length, rows.encoder.tokenizer.pad_id, np.int32)
-    loss_mask_T, segments_T, positions_T = np.zeros((3, length), np.int32)
-    facts = []
-    if number < len(rows):
-        row = rows[number]
-        count = len(row["tokens"])
-        tokens_T[:count], loss_mask_T[:count] = row["tokens"], row["loss_mask"]
-        segments_T[:count], positions_T[:count] = 1, range(count)
-        facts = [row["facts"]]
-    return {
-        "tokens": tokens_T,
-        "loss_mask": loss_mask_T,
-        "tokens_segment_ids": segments_T,
-        "tokens_positions": positions_T,
-        "facts": facts,
-    }
 
 
 def _used(datasets: Mapping[str, TrainingRows], weights: Mapping[str, float] | None) -> list[str]:

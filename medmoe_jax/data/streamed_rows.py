@@ -71,7 +71,7 @@ class _OfBlock(OnDemand[Any]):
         return self._block, self._rows[index]
 
 
-class _Each(grain.experimental.FlatMapTransform):
+class Each(grain.experimental.FlatMapTransform):
     """Makes each element those that a function gives."""
 
     max_fan_out = 1 << 40
@@ -193,7 +193,7 @@ class StreamedRows:
         )
         rows = FlatMapIterDataset(blocks.to_iter_dataset(INLINE), _Reading(len(own), no_row))
         windows = _Windows(rows, max(1, self.window // shards), seed)
-        return FlatMapIterDataset(FlatMapIterDataset(windows, _Each(list)), _Each(self._encode))
+        return FlatMapIterDataset(FlatMapIterDataset(windows, Each(list)), Each(self._encode))
 
     def _encode(self, found: tuple[Block, Any]) -> list[Element]:
         """The training rows of a row of a block. Raises UserError that begins with its place."""
