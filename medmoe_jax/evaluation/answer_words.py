@@ -26,14 +26,15 @@ vi đáp_án
 CHOOSE = """
 en choose chose pick select go_with going_with opt_for vote_for choosing picked selected
 en leaves leaving left_with would_say i'd_say i_say would_answer i'd_answer i_answer chosen
+en leaning_towards leaning_toward lean_towards lean_toward
 zh 只剩 剩下 选 选择 应选 故选 本题选 应选择 答案选
-ja 選ぶ 選びます 選択します 選択する
-fr choisis choisirais choisir opte_pour choisissez sélectionne j'opte_pour
-es elijo escojo elegiría me_quedo_con marco elegir elija elige escoger escoja marque
-ru выбираю выберу выбрал выбрать выбирать выберите выбирайте выбрала выбрал_бы
+ja 選ぶ 選びます 選択します 選択する 残る 残ります
+fr choisis choisirais choisir opte_pour choisissez sélectionne j'opte_pour reste
+es elijo escojo elegiría me_quedo_con marco elegir elija elige escoger escoja marque escogería queda
+ru выбираю выберу выбрал выбрать выбирать выберите выбирайте выбрала выбрал_бы остаётся остается
 ar أختار اختار سأختار اخترت أختر اختر تختر
 hi चुनता चुनती चुनूंगा चुनूंगी चुनें
-de wähle wählen wählt wählte
+de wähle wählen wählt wählte nehme bleibt tippe_auf entscheide_mich_für
 pt escolho escolha escolheria escolher fico_com opto_por opto_pela
 it scelgo scegli scegliere sceglierei
 ko 선택합니다 선택하겠습니다 선택한다 고릅니다 고르겠습니다 고른다
@@ -44,12 +45,12 @@ OPTION = """
 en option options choice choices letter alternative statement item
 zh 选项 项 选项为
 ja 選択肢 肢
-fr option options proposition propositions lettre choix l'option
-es opción opciones letra alternativa inciso literal
-ru вариант* пункт* буква букву буквой под_буквой
-ar الخيار الاختيار الحرف خيار البديل
+fr option options proposition propositions lettre choix l'option affirmation
+es opción opciones letra alternativa inciso literal afirmación
+ru вариант* пункт* буква букву буквой под_буквой утверждени*
+ar الخيار الاختيار الحرف خيار البديل والخيار
 hi विकल्प
-de option buchstabe
+de option buchstabe aussage
 pt opção letra alternativa
 pt a_opção a_alternativa a_letra opções alternativas as_opções as_alternativas
 it opzione lettera
@@ -57,16 +58,17 @@ ko 선택지 보기
 """
 RIGHT = """
 en correct right best accurate true the_most_likely the_most_appropriate the_most_suitable
-en the_most_probable seems_most_likely appears_most_likely seems_most_appropriate
-zh 正确 正确的 对 最佳 最合适 符合题意 是对的 最恰当 最可能
+en the_most_probable seems_most_likely appears_most_likely seems_most_appropriate more_likely
+en the_better_choice the_better_option the_better_answer
+zh 正确 正确的 对 最佳 最合适 符合题意 是对的 最恰当 最可能 最为恰当 最为合适 更合适 更恰当
 ja 正しい 正しいです 適切 最も適切 正しいの 適切なの
 fr correct correcte correctes juste justes exacte exactes bonne bonnes vrai vraie vrais vraies
 fr le_plus_probable la_plus_probable le_plus_approprié la_plus_appropriée
 es correcta correctas correcto correctos acertada cierta verdadera adecuada más_probable
-ru правильн* верн* верен
+ru правильн* верн* верен подходит
 ar صحيح صحيحة الصحيح الصحيحة الصواب صائب الأصح
 hi सही
-de richtig richtige korrekt wahrscheinlichste am_wahrscheinlichsten
+de richtig richtige korrekt wahr wahrscheinlichste am_wahrscheinlichsten trifft_zu
 pt correta correto certa corretas corretos a_correta a_certa a_opção_correta a_alternativa_correta
 pt mais_provável mais_adequada mais_adequado
 it corretta corretto giusta più_probabile
@@ -84,7 +86,8 @@ es incorrectos falsos erróneas
 ru неверн* неправильн* ошибочн* исключ*
 ar خطأ خاطئ خاطئة غير_صحيح غير_صحيحة مستبعد مستبعدة
 hi गलत ग़लत
-de falsch falsche inkorrekt unzutreffend ausgeschlossen
+de falsch falsche inkorrekt unzutreffend ausgeschlossen trifft_nicht_zu
+de scheidet_aus scheiden_aus
 pt errada incorreta falsa
 pt erradas errado errados incorretas incorreto incorretos falsas falso falsos
 it errata sbagliata errate errato errati sbagliate sbagliato sbagliati false falso
@@ -103,7 +106,7 @@ es no ni en_lugar_de nunca no_recomiendo no_recomendaría
 ru не ни вместо нельзя нет
 ar ليس ليست لا وليس وليست بدلا_من لن لم
 hi न मत
-de nicht kein keine nein
+de nicht kein keine nein weder
 pt não nem não_recomendo nunca
 it non né
 vi không đừng không_phải không_nên
@@ -113,6 +116,7 @@ NOT_AFTER = """
 ja ではなく じゃなく でなく ではない ではありません ではなくて は違う は違います
 ja 選ばない 選ばないで 選びません 選ばず 選択しない 選択しません
 hi नहीं नही
+de nicht_zu
 ko 아니라 아니고 아닙니다 아니다 아닌 선택하지 고르지
 """
 BUT = """
@@ -138,7 +142,7 @@ es por_lo_tanto por_tanto así_que entonces por_eso luego finalmente
 ru значит следовательно поэтому таким_образом итак
 ar لذلك إذن إذا وبالتالي لذا وعليه
 hi इसलिए अतः अत:
-de also daher somit
+de also daher somit demnach folglich
 pt portanto logo
 it quindi dunque
 ko 따라서 그러므로
@@ -152,7 +156,7 @@ es y e
 ru и
 ar و
 hi और तथा एवं
-de und
+de und noch
 ko 와 과
 vi và
 """
@@ -182,7 +186,7 @@ es es son sería será ser debe debería puede está están
 ru это является являются будет есть должен быть
 ar هي هو هما تكون يكون ستكون
 hi है हैं होगा होगी था होना हो
-de ist lautet sind wäre
+de ist lautet sind wäre trifft
 pt é são seria está estão
 it è sono sarebbe
 ko 은 는 이 가
@@ -204,7 +208,7 @@ es la el los las un una mi final probablemente más probable creo que
 ru самый самая наиболее вероятно окончательный мой думаю что я скорее всего
 ar النهائية النهائي هنا الأرجح أن فإن أعتقد الأكثر احتمالا
 hi यह का की के ही अंतिम मेरा मैं मुझे लगता कि हूँ हूं को
-de die der das wahrscheinlich
+de die der das wahrscheinlich ich würde am_ehesten auch ebenfalls
 pt a_letra provavelmente
 it la_lettera
 ko 입니다 이다 번 를 을 모두 저는 나는
@@ -219,7 +223,7 @@ TAIL = """
 en because because_of since as for due given in on with by from which who where when if unless
 en although though while whereas this that it there they he she we you these those alone
 en however based according
-en corresponds describes refers states represents shows
+en corresponds describes refers states represents shows over
 zh 因为 因 由于 理由 原因 解析 这 其 它 他 她
 ja から ため ので 理由 なぜなら
 fr car parce puisque en_effet qui selon
@@ -227,7 +231,7 @@ es porque ya_que pues dado según que
 ru потому поскольку так_как ибо который
 ar لأن لأنه لأنها حيث وذلك
 hi क्योंकि चूंकि कारण
-de weil da denn
+de weil da denn zu
 pt porque pois
 it perché poiché
 ko 왜냐하면
@@ -235,6 +239,7 @@ ko 왜냐하면
 # Nothing of the above, though a part of it is.
 OTHER = """
 en all_of_the_above none_of_the_above no_one not_only so_called so_far as_well so_that
+en more_likely_to
 zh 是不是 对不对 选题 选取 选用 对于 对比 应用 正确性 是否 非常 除非 而且 因素 项目 所有 与否
 ja はい いいえ
 """
@@ -248,7 +253,7 @@ NO = frozenset(["no", "non", "нет", "nein", "não", "否", "لا", "नही
 # What is said with one of the first and one of the second in a sentence is supposed: "If she were
 # well, the answer would be C".
 IF = frozenset(["if", "unless", "si", "wenn", "se", "если"])
-WOULD = frozenset(["would", "serait", "sería", "wäre", "seria", "sarebbe", "бы"])
+WOULD = frozenset(["would", "serait", "sería", "wäre", "würde", "seria", "sarebbe", "бы"])
 
 # What follows corrects what was said: "Actually, it is C".
 CORRECTING = frozenset(["actually", "correction", "wait"])

@@ -286,6 +286,8 @@ def _gather(found: list[AnswerToken], start: int) -> ChoiceRun:
         joined = at == stop or joints & {"SEP", "AND", "OR"}
         if at == len(found) or found[at].role != CHOICE or not joined:
             return ChoiceRun(start, stop, tuple(choices), open=open_)
+        if "SEP" in joints and set(found[at].choices) & set(choices):  # "Of A and B, A is better"
+            return ChoiceRun(start, stop, tuple(choices), open=open_)
         open_ = open_ or "OR" in joints
         choices += found[at].choices
         stop = at + 1
@@ -305,31 +307,41 @@ def _parted(found: list[AnswerToken], run: ChoiceRun) -> list[ChoiceRun]:
     """The run, or two: in "The answer is C, A and B are wrong", what is said of B is not said of C.
 
     Before what is denied a semicolon parts, and so does a fall, for a list rises ("C, A"). Else the
-    first comma or bracket does, though only after "the answer is".
+    first comma or bracket does, though only after "the answer is", where the last one does as well
+    before what something else is told of: "The answer is C, A is a distractor".
     """
-    said = _said_after(found, run.stop)
+    said = _said_after(found, run.stop) or _told_of(found, run)
     inside = range(run.start + 1, run.stop)
     joints = [i for i in inside if _comma(found[i])]
     conjunctions = any(found[i].role in ("AND", "OR") for i in inside)
     if said == "denied":  # "C (A and B are wrong)"
         joints = [i for i in inside if i in joints or found[i - 1].role == found[i].role == CHOICE]
-    if not joints or not said or (said == "right" and conjunctions):
+    if not joints or not said or (said != "denied" and conjunctions):
         return [run]
     ends = [i for i in joints if found[i].text == ";"]
     sure = [i for i in joints if i in ends or _falls(found, i)]
-    if said == "right":
-        cut, least = joints[-1], Evidence.CALLED
+    if said != "denied":
+        cut, least = joints[-1], Evidence.CALLED if said == "right" else Evidence.STRONG
     elif sure:
         cut, least = sure[0], Evidence.VERDICT
     else:
         cut, least = next((i for i in joints if found[i].text != "、"), joints[0]), Evidence.STRONG
     first = _gather(found[:cut], run.start)
-    evidence, _ = _said_before(found, [], first)
-    if evidence < least and not (ends == [cut] and _begins(found, first)):
+    evidence, denied = _said_before(found, [], first)
+    if evidence < least and not denied and not (ends == [cut] and _begins(found, first)):
         return [run]
     first.doubtful = conjunctions and not sure
     rest = next(i for i in range(cut, run.stop) if found[i].role == CHOICE)
     return [first, _gather(found[: run.stop], rest)]
+
+
+def _told_of(found: list[AnswerToken], run: ChoiceRun) -> str:
+    """'told' where something is told of the last choice of a run alone: "C, A is a distractor"."""
+    at = run.stop
+    while at < len(found) and found[at].role == "OPTION":
+        at += 1
+    apart = all(found[i].text != "、" for i in range(run.start, run.stop))
+    return "told" if apart and at < len(found) and found[at].role == "COPULA" else ""
 
 
 def _falls(found: list[AnswerToken], comma: int) -> bool:
