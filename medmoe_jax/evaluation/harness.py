@@ -45,7 +45,8 @@ class Harness(TemplateLM):
     """Answers the three kinds of requests with an opened model.
 
     Attributes:
-      max_length: tokens of a prompt; a prompt and the last token of its answer fill the context.
+      max_length: tokens that the model reads, the whole context; the last one of what is scored is
+        never read.
     """
 
     def __init__(self, model: LanguageModel, seed: int = 0) -> None:
@@ -53,7 +54,7 @@ class Harness(TemplateLM):
         super().__init__()
         self._model, self._seed = model, seed
         self._tokenizer = model.encoder.tokenizer
-        self.max_length = model.engine.config.decoder.max_positions - 1
+        self.max_length = model.engine.config.decoder.max_positions
 
     @property
     def eot_token_id(self) -> int:
@@ -173,13 +174,14 @@ class Harness(TemplateLM):
     def _answers(self, texts: list[str], settings: dict[str, Any], first: int) -> list[str]:
         """Answers to contexts with the same settings, the first of which is request `first`."""
         tokenizer = self._tokenizer
-        until = handle_stop_sequences(settings.pop("until"), tokenizer.text_of(self.eot_token_id))
+        given = handle_stop_sequences(settings.pop("until"), tokenizer.text_of(self.eot_token_id))
+        until = list(filter(None, given))  # `until: null` is none
         most = settings.pop("max_gen_toks")
         sampling = self._sampling(settings, first)
         if most >= self.max_length:
             raise UserError(f"{most} new tokens do not fit a context of {self.max_length}")
         prompts = [self.tok_encode(text)[-(self.max_length - most) :] for text in texts]
-        stops = [tokenizer.encode_markup(stop) for stop in until if stop]
+        stops = [tokenizer.encode_markup(stop) for stop in until]
         experts = [self._model.expert_of(text) for text in texts]
         found = self._model.engine.generate(
             prompts, most, [[self.eot_token_id], *filter(None, stops)], sampling, experts
@@ -193,6 +195,8 @@ class Harness(TemplateLM):
 
     def _sampling(self, settings: dict[str, Any], first: int) -> Sampling:
         """How answers are drawn. Raises UserError for what there is not."""
+        if settings.get("num_beams") == 1:
+            del settings["num_beams"]
         unknown = sorted(set(settings) - set(_SETTLED))
         if unknown:
             raise UserError(f"gen_kwargs: {unknown[0]} is none of {', '.join(_SETTLED)}")

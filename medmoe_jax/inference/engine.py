@@ -129,7 +129,7 @@ class Engine:
         """
         if any(not p for p in prompts) or any(not c for cs in completions for c in cs):
             raise UserError("score: every prompt and every completion needs at least one token")
-        prompts = self._fit(prompts, [max(map(len, cs)) for cs in completions])
+        prompts = self._fit(prompts, [max(map(len, cs)) for cs in completions], unread=1)
         trees, owners = self._trees(prompts, completions, languages)
         out = [[CompletionScore(0.0, False)] * len(cs) for cs in completions]
         left = [len(cs) for cs in completions]
@@ -277,12 +277,15 @@ class Engine:
             language_Bx1[: len(rows), 0] = [languages[i] for i in rows]
         return Weights(self.base, self.banks, self.trained, self._put(language_Bx1, 0))
 
-    def _fit(self, prompts, room) -> list[list[int]]:
-        limit = self.config.decoder.max_positions
-        out = []
+    def _fit(self, prompts, room, unread: int = 0) -> list[list[int]]:
+        """The ends of prompts that fit beside new tokens, the last `unread` of which are only
+        predicted: they take no place in the context.
+        """
+        context = self.config.decoder.max_positions
+        limit, out = context + unread, []
         for prompt, needed in zip(prompts, room, strict=True):
             if needed >= limit:
-                raise UserError(f"{needed} new tokens do not fit a context of {limit}")
+                raise UserError(f"{needed} new tokens do not fit a context of {context}")
             self.truncated += len(prompt) + needed > limit
             out.append(list(prompt[-(limit - needed) :]))
         return out

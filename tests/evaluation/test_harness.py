@@ -95,10 +95,10 @@ def ours(base):
 
 
 @pytest.fixture(scope="module")
-def theirs(base, ours):
+def theirs(base):
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(str(base), device="cpu", dtype="float32", batch_size=8, max_length=ours.max_length)
+    return HFLM(str(base), device="cpu", dtype="float32", batch_size=8)
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +299,7 @@ def test_ids_and_greedy_answers(ours, theirs):
         {"do_sample": False, "repetition_penalty": 1.5, "top_p": 0},
         {"do_sample": True, "temperature": 0.7, "top_k": 1, "repetition_penalty": 1.5},
         {"do_sample": True, "temperature": 0.7, "min_p": 1.0, "top_p": 0.9},
+        {"num_beams": 1},
     ],
     ids=lambda settings: ",".join(settings),
 )
@@ -306,6 +307,35 @@ def test_settings_of_a_draw_are_taken(ours, theirs, settings):
     """They leave one token to draw, so that both draw it."""
     asked = [request("What is", settings | {"max_gen_toks": 12}, kind="generate_until")]
     assert ours.generate_until(asked) == theirs.generate_until(asked)
+
+
+def test_no_stop_is_none(ours):
+    said = []
+    for until in ({}, {"until": None}, {"until": [None]}, {"until": []}):
+        asked = request("What is", {"max_gen_toks": 12, **until}, kind="generate_until")
+        said.append(ours.generate_until([asked]))
+    assert said[0][0] and said[1:] == said[:1] * 3
+
+
+def test_what_is_longer_than_the_context_is_cut_as_by_its_own_model(ours, theirs):
+    """Their context is as long as ours, and so are the windows of a text that is longer."""
+    assert ours.max_length == theirs.max_length == 256
+    text = " ".join(f"{drug} {use}" for drug, use in zip(tiny.DRUGS, tiny.USES, strict=True)) * 9
+    ids = ours.tok_encode(text)
+    exact = ours._tokenizer.decode(ids[1:257])
+    assert len(ids) > 600 and len(ours.tok_encode(exact)) == 257
+    for kind, asked in {
+        "loglikelihood": [(text, " sleep"), (text, text[:200]), (exact, " fever and sleep")],
+        "loglikelihood_rolling": [(text,), (exact,), (exact + "a",), (exact[:-1],)],
+        "generate_until": [(text, {"max_gen_toks": 12, "until": []})],
+    }.items():
+        mine, right = (
+            getattr(m, kind)([request(*args, kind=kind) for args in asked]) for m in (ours, theirs)
+        )
+        if kind == "generate_until":
+            assert mine == right
+        else:
+            np.testing.assert_allclose(mine, right, rtol=1e-4)
 
 
 def test_a_draw_without_its_bounds_is_another(ours):
@@ -355,7 +385,7 @@ def test_the_command_fills_in_the_model(base, monkeypatch, capsys):
 
 def test_what_it_cannot_do_is_refused(ours):
     long, odd = {"max_gen_toks": 500}, {"until": [], "num_beams": 2}
-    with pytest.raises(UserError, match="500 new tokens do not fit a context of 255"):
+    with pytest.raises(UserError, match="500 new tokens do not fit a context of 256"):
         ours.generate_until([request("x", long, kind="generate_until")])
     with pytest.raises(UserError, match="gen_kwargs: num_beams is none of"):
         ours.generate_until([request("x", odd, kind="generate_until")])

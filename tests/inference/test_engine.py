@@ -273,7 +273,7 @@ def test_long_prompts_are_cut_on_the_left_and_counted():
     completion = draw(rng, 3)
     engine = make_engine()
     got = engine.score([long, short], [[completion], [completion]])
-    kept = long[-(CONFIG.max_positions - 3) :]
+    kept = long[-(CONFIG.max_positions - 2) :]  # the completion's last token is never read
     want = [[naive_score(kept, completion)], [naive_score(short, completion)]]
     assert_scores(got, want)
     assert engine.truncated == 1
@@ -286,8 +286,9 @@ def test_what_does_not_fit_is_an_error():
     engine = make_engine()
     with pytest.raises(UserError, match="48 new tokens do not fit a context of 48"):
         engine.generate([[1, 2]], 48, (-1,))
-    with pytest.raises(UserError, match="48 new tokens"):
-        engine.score([[1]], [[[2] * 48]])
+    with pytest.raises(UserError, match="49 new tokens do not fit a context of 48"):
+        engine.score([[1]], [[[2] * 49]])
+    assert_scores(engine.score([[1]], [[[2] * 48]]), [[naive_score([1], [2] * 48)]])
     for prompts, completions in (([[]], [[[1]]]), ([[1]], [[[]]]), ([[1]], [[[1], []]])):
         with pytest.raises(UserError, match="at least one token"):
             engine.score(prompts, completions)
