@@ -206,7 +206,7 @@ def _evaluate(
         written=folder and folder / _RECORDS,
         lines=records,
         finished=lambda so_far: so_far.save(folder / _REPORT) if folder else None,
-        about=_about(model, asked.guided),
+        about=_about(model, asked),
         failures=failures,
     )
     note_cut(answers, before)
@@ -217,8 +217,8 @@ def _evaluate(
     return Scores(report, records)
 
 
-def _about(model: Model, guided: bool) -> dict[str, Any]:
-    """The model and what it ran on, for the report."""
+def _about(model: Model, asked: _Asked) -> dict[str, Any]:
+    """The model, how its prompts were made and what it ran on, for the report."""
     config = model.run.setup.config
     return {
         "base": config.base.path or config.base.preset,
@@ -226,6 +226,7 @@ def _about(model: Model, guided: bool) -> dict[str, Any]:
         "stage": model.stage or "base",
         "fingerprint": content_of(model.run, model.trained),
         "off": list(model.off),
-        "guided": guided,
+        "guided": asked.guided,
+        **({"shots_as": asked.shots.form} if asked.shots.count else {}),
         "versions": library_versions(),
     }

@@ -16,7 +16,7 @@ from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import metrics
 from medmoe_jax.evaluation.items import Criterion, Item, as_turns
 from medmoe_jax.evaluation.tasks import Task
-from medmoe_jax.evaluation.ways import Response
+from medmoe_jax.evaluation.ways import Response, Way, asked
 from medmoe_jax.kinds import Number, check_fields
 from medmoe_jax.storage.places import place
 
@@ -31,8 +31,8 @@ _KINDS: dict[str, Any] = {
 _NEEDED = ("task", "id", "metric", "prediction", "answer", "right")
 
 
-def records(task: Task, given: Sequence[Response], rows_N: np.ndarray) -> Iterator[dict]:
-    """The records of a task.
+def records(task: Task, given: Sequence[Response], rows_N: np.ndarray, way: Way) -> Iterator[dict]:
+    """The records of a task that was asked in a way.
 
     `right` is the item's own score where the metric has one, else whether the answer is the same.
     """
@@ -45,7 +45,7 @@ def records(task: Task, given: Sequence[Response], rows_N: np.ndarray) -> Iterat
             "part": item.part,
             "id": identity(item),
             "metric": task.metric,
-            "prompt": item.turns,
+            "prompt": as_turns(asked(task, item, way)),
             "choices": list(item.choices),
             "texts": list(item.texts),
             "allowed": list(item.allowed),

@@ -78,7 +78,7 @@ def evaluate(
                 result, rows_N = _score(task, given, cut, seed, resamples)
                 results = [*report.results, result]
                 report = Report(results, settings, report.about, report.failures)
-                lines += records.records(task, given, rows_N)
+                lines += records.records(task, given, rows_N, way)
             if written is not None:  # without lines too, in place of what an earlier one has left
                 records.write(written, lines)
             finished(report)

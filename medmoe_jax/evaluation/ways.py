@@ -22,7 +22,7 @@ from typing import Protocol
 
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import answers, metrics, readings
-from medmoe_jax.evaluation.items import Item, as_turns, last_line, with_text
+from medmoe_jax.evaluation.items import Item, Prompt, as_turns, last_line, with_text
 from medmoe_jax.evaluation.tasks import Task
 from medmoe_jax.inference.sampling import Sampling
 from medmoe_jax.ranges import COUNT, NOT_NEGATIVE
@@ -40,6 +40,7 @@ REASON = {
     "fr": "\nRaisonnez d'abord étape par étape, puis terminez par « La réponse est … ».",
     "es": "\nRazone primero paso a paso y termine con «La respuesta es …».",
     "ru": "\nСначала рассуждайте по шагам и закончите словами «Ответ: …».",
+    "de": "\nÜberlegen Sie zuerst Schritt für Schritt und schließen Sie mit „Die Antwort ist …“.",
     "ar": "\nفكّر أولاً خطوة بخطوة، ثم اختم بعبارة «الإجابة هي …».",
     "hi": "\nपहले चरण-दर-चरण सोचिए, फिर अंत में लिखिए: «उत्तर … है»।",
 }
@@ -201,6 +202,13 @@ def ask(
     return given
 
 
+def asked(task: Task, item: Item, way: Way) -> Prompt:
+    """All that a model is asked for an item: its prompt, and to reason where it is to."""
+    if task.kind != "choice" or way.answer != "reason":
+        return item.prompt
+    return with_text(item.prompt, REASON.get(item.language, REASON["en"]))
+
+
 def _likeliest(
     model: EvaluatedModel,
     task: Task,
@@ -262,11 +270,7 @@ def _written(
 
 def _read(model, task: Task, items: Sequence[Item], way: Way, sampling: Sampling) -> list[Response]:
     """Choices read in written answers; of several samples the commonest, of equals the first."""
-    prompts = [item.prompt for item in items]
-    if way.answer == "reason":
-        asked = [REASON.get(item.language, REASON["en"]) for item in items]
-        prompts = [with_text(p, text) for p, text in zip(prompts, asked, strict=True)]
-    turns = [as_turns(p) for p in prompts]
+    turns = [as_turns(asked(task, item, way)) for item in items]
     drawn = [
         _write(model, task, way, replace(sampling, seed=_seed(sampling.seed, n)), turns)
         for n in range(way.samples)

@@ -392,12 +392,14 @@ def test_eval_in_several_ways_and_compared(config, workdir, tmp_path, capsys, mo
         "base": ["--stage=base"],
         "last": [],
         "constrained": ["--answer=constrained"],
+        "turns": ["--shots=1", "--shots-as=turns"],
         "free": ["--free", "--samples=2", "--temperature=0.5", "--max-tokens=8", "--shots=1"],
     }.items():
         assert main([*asked, f"--output={tmp_path / name}", *more]) == 0
         report = json.loads((tmp_path / name / "report.json").read_text())
         assert [f["task"] for f in report["failures"]] == ["medqa"]
         assert report["results"][0]["n"] == 8
+        assert report["about"].get("shots_as") == {"turns": "turns", "free": "prompt"}.get(name)
     assert report["settings"]["samples"] == 2 and report["results"][0]["shots"] == 1
     assert all(len(r["raw"]) == 2 for r in read(tmp_path / "free" / "records.jsonl"))
     runs = [str(tmp_path / name) for name in ("base", "last")]

@@ -104,12 +104,21 @@ def test_free_answers_are_read_and_kept_as_they_were(tmp_path):
     ]
 
 
-def test_reasoning_is_asked_for_in_the_item_s_language():
-    items = tuple(Item(q, "B", ("A", "B"), language=c) for q, c in (("q0", "zh"), ("q1", "xx")))
+def test_reasoning_is_asked_for_in_the_item_s_language(tmp_path):
+    """Records hold all that was asked; the item is the same as without."""
+    asked = {"q0": "zh", "q1": "de", "q2": "xx"}
+    items = tuple(Item(q, "B", ("A", "B"), language=c) for q, c in asked.items())
     task = Task("t", "mul", "choice", "accuracy", items)
-    model = Scripted({"q0": ["因为……答案为B。"], "q1": ["So the answer is B."]})
-    assert one(model, task, way=Way("reason")).score == 1.0
-    assert model.prompts == ["q0" + ways.REASON["zh"], "q1" + ways.REASON["en"]]
+    said = ["因为……答案为B。", "Daher ist die Antwort B.", "So the answer is B."]
+    model = Scripted({q: [text] for q, text in zip(asked, said, strict=True)})
+    assert one(model, task, way=Way("reason"), written=tmp_path / "r").score == 1.0
+    whole = [q + ways.REASON[c] for q, c in zip(asked, ("zh", "de", "en"), strict=True)]
+    found = records.read(tmp_path / "r")
+    assert model.prompts == whole == [record["prompt"] for record in found]
+    one(Constant("B"), task, written=tmp_path / "letters")
+    letters = records.read(tmp_path / "letters")
+    assert [record["prompt"] for record in letters] == list(asked)
+    assert [record["id"] for record in letters] == [record["id"] for record in found]
 
 
 class Drawn:
