@@ -192,5 +192,9 @@ def _compare(lines: Sequence[dict], own: Path) -> None:
         for one in judge.agreements(lines, other):
             kappa = "" if one.kappa is None else f"{one.kappa:.3f}"
             rows.append((one.task, one.scale, str(one.n), f"{one.exact:.3f}", kappa))
-        note(f"{own.name} and {path.parent.name} on the same answers:")
+        both = f"{own.name} and {path.parent.name}"
+        if not rows:
+            note(f"{both} have no verdict on the same answer")
+            continue
+        note(f"{both} on the same answers:")
         console.print(ScreenTable(("task", "scale"), ("n", "equal", "kappa"), rows))

@@ -104,6 +104,25 @@ def test_what_refuses_every_question_ends_the_run(status):
     assert chat.keys == ["Bearer secret"] and len(chat.asked) == 1
 
 
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (400, "no such key: s3cret"),
+        (500, '{"error": "Bearer s3cret"}'),
+        (200, "Bearer s3cret"),
+        (200, '{"error": "s3cret"}'),
+        (200, said("you are s3cret")),
+    ],
+)
+def test_a_key_that_a_server_repeats_is_in_no_message(status, body):
+    with serve(lambda asked: (status, {}, body)) as (_, url):
+        found, _ = ask(url, lambda text: None, attempts=1, key="s3cret")
+    assert found.value is None and "s3cret" not in found.problem and "…" in found.problem
+    refusing = serve(lambda asked: (401, {}, "who is s3cret"))
+    with refusing as (_, url), pytest.raises(UserError, match=r"status 401: who is …$"):
+        ask(url, key="s3cret")
+
+
 @pytest.mark.parametrize("url", ["host/v1", "ftp://host/v1", "https://", "https://u:k@host/v1"])
 def test_what_is_no_address(url):
     with pytest.raises(UserError, match="address") as error:
@@ -288,6 +307,15 @@ def test_the_command(evaluated, capsys, monkeypatch):
         assert "temperature" not in chat.asked[-1]
         told = capsys.readouterr().err
         assert "other and big_j_1 on the same answers" in told and "1.000" in told
+        # A third one has no verdict on any of the answers.
+        (lost := evaluated / "judges" / "lost").mkdir()
+        lines = (evaluated / "judges" / "other" / "judged.jsonl").read_text().splitlines()
+        kept = ("task", "split", "part", "id", "judged")
+        tiny.write_rows(
+            lost / "judged.jsonl", [{key: json.loads(line)[key] for key in kept} for line in lines]
+        )
+        assert main([*asked, *more]) == 0
+        assert "other and lost have no verdict on the same answer" in capsys.readouterr().err
         everything = "".join(p.read_text() for p in evaluated.rglob("*") if p.is_file()) + told
         assert "k-secret" not in everything
 

@@ -129,7 +129,7 @@ class Client:
                 return Reply(value, "", tokens)
             # Some servers tell an error, and others why a text ended, with status 200.
             told = "no text in the answer" if text is None else "unreadable"
-            problem = f"{told}: {_short(json.dumps(answer) if text is None else text)}"
+            problem = f"{told}: {self._shown(json.dumps(answer) if text is None else text)}"
         return Reply(None, problem, tokens)
 
     def _once(self, body: Mapping[str, Any]) -> Any:
@@ -143,7 +143,7 @@ class Client:
         except httpx.RequestError as error:
             raise _Again(f"an answer that cannot be read: {error}", 0.0) from None
         status = response.status_code
-        told = f"status {status}: {_short(response.text)}"
+        told = f"status {status}: {self._shown(response.text)}"
         if status in _REFUSED:
             raise UserError(f"{self._endpoint.place} refuses to judge, {told}")
         if status in _PASSING or status >= 500:
@@ -153,7 +153,13 @@ class Client:
         try:
             return json_text.loads(response.text)
         except ValueError:
-            raise _Again(f"not JSON: {_short(response.text)}", 0.0) from None
+            raise _Again(f"not JSON: {self._shown(response.text)}", 0.0) from None
+
+    def _shown(self, text: str) -> str:
+        """The beginning of what a server said, without the key, which some repeat."""
+        key = self._endpoint.key
+        one_line = " ".join((text.replace(key, "…") if key else text).split())
+        return one_line if len(one_line) <= _SHOWN else one_line[:_SHOWN] + " …"
 
 
 def _retry_after(value: str | None) -> float | None:
@@ -183,8 +189,3 @@ def _usage(answer: Any) -> tuple[int, int]:
     found = [told.get(name) for name in ("prompt_tokens", "completion_tokens")]
     read, written = (n if isinstance(n, int) and n > 0 else 0 for n in found)
     return read, written
-
-
-def _short(text: str) -> str:
-    one_line = " ".join(text.split())
-    return one_line if len(one_line) <= _SHOWN else one_line[:_SHOWN] + " …"
