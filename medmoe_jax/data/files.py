@@ -121,13 +121,14 @@ def _saved(path: Path, key: str, kind: Any) -> list:
 
 
 def _file_items(path: Path, shown: str) -> Items:
+    if not path.is_file():
+        there = "is no ordinary file" if path.exists() else "no such file or folder"
+        raise UserError(f"{shown}: {there}")
     if not path.name.endswith(ENDINGS):
         raise UserError(
             f"{shown}: unknown file ending; give a file that ends in "
             f"{', '.join(map(repr, ENDINGS))}"
         )
-    if not path.is_file():
-        raise UserError(f"{shown}: no such file")
     if path.suffix in _TABLES:
         yield from _TABLES[path.suffix](path, shown)
         return

@@ -45,7 +45,7 @@ class UserTask(NamedTuple):
 def read(path: Path) -> UserTask:
     """The task of a file. Raises UserError naming file and line, FileNotFoundError without one."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such task file")
+        raise FileNotFoundError(f"{path}: no such file")
     items, named = [], set()
     for where, record in json_text.lines(read_bytes(path), path):
         item, metric = _item(record, where)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import pytest
 
@@ -118,6 +119,11 @@ def test_a_broken_list(tmp_path, text, message):
 def test_bad_files(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         list(rows.read_file(tmp_path / "absent.json"))
+    with pytest.raises(UserError, match="absent: no such file or folder"):
+        list(rows.read_file(tmp_path / "absent"))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: is no ordinary file"):
+        list(rows.read_file(tmp_path / "pipe"))
     with pytest.raises(UserError, match=r"unknown file ending; give a file that ends in '\.json'"):
         list(rows.read_file(write(tmp_path, "d.txt", "a,b")))
     (tmp_path / "d.jsonl.gz").write_bytes(b"not gzip")

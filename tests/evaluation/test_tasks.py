@@ -207,6 +207,10 @@ def test_names_are_checked_with_suites_in_their_places():
         expand(["suite:cblu"])
     with pytest.raises(UserError, match="'cmedtx' is not a medical set; did you mean cmedtc"):
         expand(["medqa", "cmedtx"])
+    with pytest.raises(UserError, match=r"there is no file or folder 'my/qa\.json', nor a medical"):
+        expand(["my/qa.json"])
+    with pytest.raises(UserError, match=r"absent\.toml: no such file"):
+        expand(["absent.toml"])
     with pytest.raises(UserError, match="medqa has no split 'tset'; it has train, dev, test"):
         expand(["medqa@tset"])
 

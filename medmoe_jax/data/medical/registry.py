@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,6 +61,8 @@ def add_cards(path: str | os.PathLike) -> list[str]:
 def find(name: str) -> tuple[MedicalSet, str | None]:
     """The set of `name`, and the language or part asked for in `name:language`."""
     base, _, part = name.partition(":")
+    if base not in SETS and re.search(r"[./]", base):
+        raise UserError(f"there is no file or folder {base!r}, nor a medical set of this name")
     if base not in SETS:
         near = difflib.get_close_matches(base, SETS, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "medmoe eval --list names them"
