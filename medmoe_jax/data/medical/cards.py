@@ -120,7 +120,8 @@ def load_cards(path: Path) -> dict[str, MedicalSet]:
     """The sets of a file of cards.
 
     Raises:
-      UserError: no such file, not TOML, or a card that lacks a field, has an unknown one or one of a wrong type.
+      UserError: no such file, not TOML, or a card that lacks a field, has an unknown one or one of
+        a wrong type.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
