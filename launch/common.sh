@@ -66,9 +66,10 @@ each() {
   return "$failed"
 }
 
-# For a worker, before worker.sh is there: its folder, private, and made by this launcher.
+# For a worker, before worker.sh is there: its folder, private, and made by this launcher. The worker
+# says what is wrong with it: here gcloud's own failures have the same status.
 # shellcheck disable=SC2016
-CLAIM='{ test -e "$1/.tpu_run" || { mkdir -p "$(dirname "$1")" && mkdir "$1" && touch "$1/.tpu_run"; }; } && chmod 700 "$1" && rm -f "$1/env"'
+CLAIM='{ test -e "$1/.tpu_run" || { mkdir -p "$(dirname "$1")" && mkdir "$1" && touch "$1/.tpu_run"; } || { echo "--dir=$1 cannot be made, or is there and was not made by this launcher: give another" >&2; exit 1; }; } && chmod 700 "$1" && rm -f "$1/env"'
 
 # What a launcher that was killed has left on this machine.
 sweep() {
@@ -122,12 +123,7 @@ ship_to_workers() {
     files+=("$FLAG_LOGS/ship/env")
     perform ln -sfn "$(realpath "$FLAG_ENV_FILE")" "$FLAG_LOGS/ship/env"
   fi
-  each backend_on sh -c "$CLAIM" sh "$WORKER_DIR" || code=$?
-  if ((code)); then
-    ((code == LOST)) || say "--dir=$WORKER_DIR cannot be made, or is there and was not made by this" \
-      "launcher: give another"
-    return "$code"
-  fi
+  each backend_on sh -c "$CLAIM" sh "$WORKER_DIR" || return
   if [[ -n $FLAG_ENV_FILE ]]; then
     # A copy keeps the mode of a file that is there.
     each backend_on install -m 600 /dev/null "$WORKER_DIR/env" || return

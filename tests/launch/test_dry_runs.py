@@ -43,7 +43,9 @@ def on_both(command: str) -> list[str]:
 
 CLAIM = (
     r"sh -c '\''{ test -e "
-    r""""$1/.tpu_run" || { mkdir -p "$(dirname "$1")" && mkdir "$1" && touch "$1/.tpu_run"; }; }"""
+    r""""$1/.tpu_run" || { mkdir -p "$(dirname "$1")" && mkdir "$1" && touch "$1/.tpu_run"; }"""
+    r""" || { echo "--dir=$1 cannot be made, or is there and was not made by this launcher: give """
+    r"""another" >&2; exit 1; }; }"""
     r""" && chmod 700 "$1" && rm -f "$1/env"'\'' sh medmoe-run"""
 )
 PACK = "# pack the tracked files of ROOT into runs/launch/ship/code.tar.gz: code HASH"

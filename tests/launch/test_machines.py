@@ -176,6 +176,18 @@ def test_an_installation_that_fails_is_made_anew(tpu):
     assert tpu.starts(0) == 1
 
 
+def test_a_tpu_that_is_not_there_is_no_fault_of_the_folder(tpu):
+    """gcloud ends with 1 for both."""
+    ended = tpu("run", "--", "eval")
+    assert ended.returncode == 1 and "worker 1 (medmoe-w-1): failed with status 1" in ended.stderr
+    assert "--dir" not in ended.stderr
+    tpu("create")
+    (tpu.folder / "home-0" / "medmoe-run").mkdir()
+    ended = tpu("run", "--", "eval")
+    assert ended.returncode == 1
+    assert ended.stderr.count("--dir=medmoe-run cannot be made, or is there and was not made") == 1
+
+
 def test_a_silent_gcloud_does_not_pass_for_a_tpu_that_is_gone(tpu):
     tpu("create")
     tpu.stub("gcloud", GCLOUD.replace("tpu-vm/list)", "tpu-vm/list) exit 1"))
