@@ -6,6 +6,7 @@ A row is a JSON object (or a table's line) in one of these forms:
     {"messages": [{"role": "user"|"assistant", "content": "..."}, ...]}     OpenAI
     {"prompt": "...", "response": "..."}, {"question": "...", "answer": "..."}
     {"instruction": "...", "input": "...", "output": "..."}                 Alpaca
+    ["question", "answer", "question", "answer", ...]                       Apollo
 
 Beside them may stand `system`, `tools`, `history` (earlier questions and answers) and `language`.
 Every other key is an error that names it, unless it is to be ignored; then it is counted.
@@ -14,6 +15,7 @@ Every other key is an error that names it, unless it is to be ignored; then it i
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -102,8 +104,14 @@ class RowReader:
 
     def __call__(self, item: Any, where: str = "row") -> Conversation:
         """The conversation row of one decoded row. Raises UserError that starts with `where`."""
+        if isinstance(item, list):
+            turns = zip(itertools.cycle(("user", "assistant")), item, strict=False)
+            item = {"messages": [{"role": role, "content": said} for role, said in turns]}
         if not isinstance(item, Mapping):
-            raise UserError(f"{where}: expected a JSON object, found {kind(item)}")
+            raise UserError(
+                f"{where}: expected a JSON object, or a list of questions and answers in turn; "
+                f"found {kind(item)}"
+            )
         check_text(item, where)
         row = self._known(self._named(item, where), KEYS, where)
         turns = self._turns(row, where)

@@ -83,7 +83,10 @@ BAD_ROWS = [
     ({"prompt": "Q"}, "needs one conversation (conversations or messages), or one question (pro"),
     ({"prompt": "Q", "response": ["A"]}, "'response' must be text, found a list"),
     ({"prompt": "Q", "response": "A", "language": 3}, "'language' must be text"),
-    (["Q", "A"], "expected a JSON object, found a list"),
+    ("Q", "expected a JSON object, or a list of questions and answers in turn; found text"),
+    (["Q"], "no assistant turn answers a user turn"),
+    (["Q", "A", 3, "A"], "turn 2: content must be text, found a number"),
+    (["Q", ""], "an answer is empty"),
 ]
 
 
@@ -146,6 +149,15 @@ def turns(row, **options):
 
 def said(row, **options):
     return [(turn["role"], turn["content"]) for turn in turns(row, **options)]
+
+
+def test_texts_in_turn_are_questions_and_answers(tmp_path):
+    text = json.dumps([["Q", "A", "q", "a", "thanks"], ["R", "B"]])
+    found = list(rows.read_file(write(tmp_path, "d.json", text), "sw"))
+    said = [[(t["role"], t["content"]) for t in row["conversations"]] for row in found]
+    ends = [("user", "Q"), ("assistant", "A"), ("user", "q"), ("assistant", "a")]
+    assert said == [[*ends, ("user", "thanks")], [("user", "R"), ("assistant", "B")]]
+    assert [row["language"] for row in found] == ["sw", "sw"]
 
 
 def test_what_stands_beside_a_question_or_a_conversation():
