@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -16,8 +17,8 @@ Items = Iterator[tuple[str, Any]]
 def json_items(text: TextIO, shown: str) -> Items:
     """Yields `(file and line, decoded item)`.
 
-    Lines are streamed. A list is read as text and decoded one item at a time. Raises UserError,
-    naming the line or item, for what cannot be decoded.
+    Lines are streamed. A list is read as text and decoded one item at a time. Lines may be lists,
+    too. Raises UserError, naming the line or item, for what cannot be decoded.
     """
     head: list[str] = []
     for line in text:
@@ -25,7 +26,10 @@ def json_items(text: TextIO, shown: str) -> Items:
         if line.strip():
             break
     if head and head[-1].lstrip().startswith("["):
-        return _list_items("".join(head) + text.read(), shown)
+        more = text.read()
+        if not (head[-1].rstrip().endswith("]") and more.lstrip().startswith("[")):
+            return _list_items("".join(head) + more, shown)
+        text = io.StringIO(more)
     return _lines(itertools.chain(head, text), shown)
 
 

@@ -151,8 +151,10 @@ def said(row, **options):
     return [(turn["role"], turn["content"]) for turn in turns(row, **options)]
 
 
-def test_texts_in_turn_are_questions_and_answers(tmp_path):
-    text = json.dumps([["Q", "A", "q", "a", "thanks"], ["R", "B"]])
+@pytest.mark.parametrize("lines", [False, True])
+def test_texts_in_turn_are_questions_and_answers(tmp_path, lines):
+    items = [["Q", "A", "q", "a", "thanks"], ["R", "B"]]
+    text = "\n\n".join(map(json.dumps, items)) if lines else json.dumps(items)
     found = list(rows.read_file(write(tmp_path, "d.json", text), "sw"))
     said = [[(t["role"], t["content"]) for t in row["conversations"]] for row in found]
     ends = [("user", "Q"), ("assistant", "A"), ("user", "q"), ("assistant", "a")]
