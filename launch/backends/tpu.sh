@@ -89,7 +89,7 @@ look() {
 
 # Waits while the TPU is being made (or undone); fails with 1 when it will not come by itself.
 wait_until_ready() {
-  local node hosts request last=''
+  local node hosts request last='' told=''
   if dry; then
     list_node
     list_request
@@ -108,7 +108,14 @@ wait_until_ready() {
         return
         ;;
       STOPPED/* | HIDDEN/*) fail "$FLAG_NAME is $node: start it with gcloud, or delete it" ;;
-      *ING/* | */*ING | */ACCEPTED | */WAITING_FOR_RESOURCES | /ACTIVE) sleep "$FLAG_POLL" ;;
+      *ING/* | */*ING | */ACCEPTED | */WAITING_FOR_RESOURCES | /ACTIVE)
+        if [[ -z $told ]]; then
+          told=yes
+          say "waiting for $FLAG_NAME; after Ctrl-C it stays asked for, and is paid for once it is" \
+            "there, until: delete"
+        fi
+        sleep "$FLAG_POLL"
+        ;;
       *) return 1 ;;
     esac
   done

@@ -262,8 +262,11 @@ def test_waits_for_the_queue(tpu):
     tpu.stub("gcloud", slow)
     ended = tpu("create")
     assert ended.returncode == 0, ended.stderr
-    states = [line.rpartition(" ")[2] for line in ended.stderr.splitlines()]
+    lines = ended.stderr.splitlines()
+    states = [line.rpartition(" ")[2] for line in lines if "queued resource" in line]
     assert states == ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
+    (told,) = (line for line in lines if "queued resource" not in line)
+    assert "after Ctrl-C it stays asked for" in told and told.endswith("until: delete")
 
 
 def test_ssh_hosts(launcher):
