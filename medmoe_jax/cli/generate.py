@@ -4,17 +4,22 @@
   medmoe generate --config=FILE --workdir=DIR --input=prompts.jsonl --output=answers.jsonl
 
 Rows hold "prompt"; "response" is added, and "reasoning" where the template has a place for it. What
-a row had by these two names makes way; its other fields stay.
+a row had by these two names makes way; its other fields stay. Answers are kept as they come, in
+OUTPUT.unfinished: after an interruption the same command goes on behind them, and OUTPUT appears
+whole when all are there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
+from typing import Any
 
-from medmoe_jax.api.model import load
-from medmoe_jax.api.tasks import check_prompts
+from medmoe_jax.api.model import Model, load
+from medmoe_jax.api.tasks import check_prompts, note_cut
 from medmoe_jax.checkpoints.files import write_text
+from medmoe_jax.checkpoints.fingerprint import json_fingerprint
 from medmoe_jax.cli.session import (
     add_language_argument,
     add_length_argument,
@@ -27,10 +32,13 @@ from medmoe_jax.cli.session import (
     sampling_arguments,
     sampling_of,
 )
+from medmoe_jax.cli.unfinished import Unfinished
 from medmoe_jax.data.conversation import check_text
 from medmoe_jax.errors import UserError
+from medmoe_jax.inference.language_model import Answer
 from medmoe_jax.storage.places import check_file
-from medmoe_jax.training.terminal import say
+from medmoe_jax.training.terminal import note, say
+from medmoe_jax.training.trained import content_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,16 +73,61 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     length = length_of(arguments, opened.setup.base.config.max_positions)
     check_prompts(opened.setup, prompts, places.__getitem__)
     model = load(opened, stage=arguments.stage, off=arguments.off, language=arguments.language)
-    answers = model.answer(prompts, length, stops=arguments.stop, **sampling_arguments(arguments))
     if arguments.input is None:
-        say(answers[0].text)
+        (answer,) = model.answer(
+            prompts, length, stops=arguments.stop, **sampling_arguments(arguments)
+        )
+        say(answer.text)
         return
-    answered = []
-    for row, answer in zip(rows, answers, strict=True):
-        row.pop("reasoning", None)  # that of another answer
-        thought = {"reasoning": answer.reasoning} if answer.reasoning else {}
-        answered.append({**row, **thought, "response": answer.text})
-    write_text(
-        arguments.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answered)
-    )
+    with Unfinished(arguments.output, _asked(arguments, model, prompts, length), len(rows)) as kept:
+        if kept.answers:
+            note(f"{len(kept.answers)} of {len(rows)} answers are there, from {kept.path}")
+        _answer(arguments, model, prompts, length, kept)
+        answered = [_answered(row, kept.answers[number]) for number, row in enumerate(rows)]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answered)
+        write_text(arguments.output, text)
+        kept.remove()
     say(f"{len(answered)} rows answered, written to {arguments.output}")
+
+
+def _asked(
+    arguments: argparse.Namespace, model: Model, prompts: Sequence[str], length: int
+) -> dict[str, Any]:
+    """All that the answers depend on."""
+    return {
+        "model": content_of(model.run, model.trained),
+        "off": sorted(model.off),
+        "language": arguments.language,
+        "prompts": json_fingerprint(prompts),
+        "max_tokens": length,
+        "stop": arguments.stop,
+        **sampling_arguments(arguments),
+    }
+
+
+def _answer(
+    arguments: argparse.Namespace,
+    model: Model,
+    prompts: Sequence[str],
+    length: int,
+    kept: Unfinished,
+) -> None:
+    """Ask what is not answered yet."""
+    left = [number for number in range(len(prompts)) if number not in kept.answers]
+    asked = model.language_model
+    asked.answer(
+        [prompts[number] for number in left],
+        length,
+        sampling_of(arguments),
+        arguments.stop,
+        left,
+        lambda place, answer: kept.add(left[place], answer),
+    )
+    note_cut(asked)
+
+
+def _answered(row: dict[str, Any], answer: Answer) -> dict[str, Any]:
+    """A row with its answer, and without the reasoning of another one."""
+    others = {name: value for name, value in row.items() if name != "reasoning"}
+    thought = {"reasoning": answer.reasoning} if answer.reasoning else {}
+    return {**others, **thought, "response": answer.text}

@@ -190,6 +190,8 @@ class Engine:
         sampling: Sampling = Sampling(),
         languages: Sequence[int] | None = None,
         enough: Callable[[int, list[int]], bool] | None = None,
+        numbers: Sequence[int] | None = None,
+        done: Callable[[int, list[int]], object] = lambda prompt, ids: None,
     ) -> list[list[int]]:
         """Continuations, without what stopped them.
 
@@ -201,6 +203,9 @@ class Engine:
           languages: as in `scored`.
           enough: asked every few tokens whether a prompt's continuation, which has these ids by
             now, need not go on.
+          numbers: of the prompts, where they are some of a whole: each draws as it would there.
+            None = 0, 1, 2...
+          done: told each continuation as soon as it is whole, in whatever order they end.
 
         Raises:
           UserError: an empty prompt, or `max_tokens` is below 1 or leaves no room for a prompt.
@@ -212,7 +217,8 @@ class Engine:
         rows = self.decoding(STRIDE if enough else _LONG_STRIDE, sys.maxsize)
         stops = tuple((stop,) if isinstance(stop, int) else tuple(stop) for stop in stop_ids)
         for i, prompt in enumerate(prompts):
-            own = dataclasses.replace(sampling, first=sampling.first + i)
+            number = i if numbers is None else numbers[i]
+            own = dataclasses.replace(sampling, first=sampling.first + number)
             language = -1 if languages is None else languages[i]
             rows.submit(Request(tuple(prompt), max_tokens, stops, own, language))
         out: list[list[int]] = [[] for _ in prompts]
@@ -221,8 +227,12 @@ class Engine:
                 out[one.request].extend(token.id for token in one.tokens)
                 if one.ended == "stop":
                     out[one.request] = _before_stop(out[one.request], stops)
-                elif enough and not one.ended and enough(one.request, out[one.request]):
+                ended = bool(one.ended)
+                if enough and not ended and enough(one.request, out[one.request]):
                     rows.cancel(one.request)
+                    ended = True
+                if ended:
+                    done(one.request, out[one.request])
         return out
 
     def decoding(self, stride: int = STRIDE, pause: int | None = None) -> DecodingRows:

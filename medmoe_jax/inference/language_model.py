@@ -125,10 +125,17 @@ class LanguageModel:
         max_tokens: int,
         sampling: Sampling = Sampling(),
         stops: Sequence[str] = (),
+        numbers: Sequence[int] | None = None,
+        done: Callable[[int, Answer], object] = lambda prompt, answer: None,
     ) -> list[Answer]:
         """Answers and what was thought before them.
 
         They go up to the end of the turn, to the first of the texts `stops`, or to `max_tokens`.
+
+        Args:
+          prompts, max_tokens, sampling, stops: see above.
+          numbers: of the prompts, where they are some of a whole: each draws as it would there.
+          done: told each answer as soon as it is whole, with the place of its prompt among these.
 
         Raises:
           UserError: the stops are no list of texts, one is empty, or what the engine does not
@@ -145,6 +152,11 @@ class LanguageModel:
             reader.add(ids)
             return bool(reader.ended)
 
+        def read(i: int, ids: list[int]) -> Answer:
+            reader = self.reader(prompt_ids[i], stops)
+            said = reader.add(ids, "stop" if len(ids) < max_tokens else "length")
+            return Answer(said.content, said.reasoning, reader.ended == "stop")
+
         answers = self.engine.generate(
             prompt_ids,
             max_tokens,
@@ -152,13 +164,10 @@ class LanguageModel:
             sampling,
             self._experts(prompts),
             enough if stops or self.stops.texts else None,
+            numbers,
+            lambda i, ids: done(i, read(i, ids)),
         )
-        out = []
-        for prompt, ids in zip(prompt_ids, answers, strict=True):
-            reader = self.reader(prompt, stops)
-            said = reader.add(ids, "stop" if len(ids) < max_tokens else "length")
-            out.append(Answer(said.content, said.reasoning, reader.ended == "stop"))
-        return out
+        return [read(i, ids) for i, ids in enumerate(answers)]
 
     def stop_runs(self, stops: Sequence[str] = ()) -> tuple[tuple[int, ...], ...]:
         """What ends an answer, further texts included, each as ids that follow each other."""

@@ -21,6 +21,7 @@ from medmoe_jax.cli.main import COMMANDS, main
 from medmoe_jax.cli.session import read_rows
 from medmoe_jax.evaluation import ways
 from medmoe_jax.evaluation.tasks import list_tasks
+from medmoe_jax.inference.decoding import DecodingRows
 from medmoe_jax.screen import harmless
 from medmoe_jax.training.run import Run
 from medmoe_jax.training.trained import open_trained
@@ -252,6 +253,41 @@ def test_run_is_a_word_like_any_other_elsewhere(monkeypatch):
     monkeypatch.setattr("medmoe_jax.cli.train.run", lambda *given: seen.append(given))
     assert main(["train", "--workdir", "run", "--config", "medcare"]) == 0
     assert [(given.workdir, rest) for given, rest in seen] == [("run", ["--config=medcare"])]
+
+
+def test_answers_are_kept_until_all_are_there(config, workdir, tmp_path, monkeypatch, capsys):
+    """Stopped, even within a line, the same command asks the rest, which draws as in the whole."""
+    source = write_rows(tmp_path / "p.jsonl", [{"prompt": f"{n} or {n}?"} for n in range(20)])
+    model = [config, f"--workdir={workdir}", f"--input={source}", "--config.run.score_batch=2"]
+    command = ["generate", *model, "--max-tokens=12", "--temperature=1", "--seed=4"]
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    assert main([*command, f"--output={whole}"]) == 0
+    step, submit, ended, asked = DecodingRows.step, DecodingRows.submit, [], []
+
+    def interrupted(rows):
+        if len(ended) > 2:
+            raise KeyboardInterrupt
+        said = step(rows)
+        ended.extend(one.request for one in said if one.ended)
+        return said
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DecodingRows, "step", interrupted)
+        assert main([*command, f"--output={out}"]) == 130
+    left = tmp_path / "out.jsonl.unfinished"
+    assert f"{len(ended)} of 20 answers are kept in {left}" in capsys.readouterr().err
+    assert 2 < len(ended) < 20 and not out.exists()
+    with left.open("a") as file:
+        file.write('{"step": 5, "ans')  # as a process leaves it that is killed
+    kept = left.read_bytes()
+    error = fails(capsys, *command, "--temperature=2", f"--output={out}")
+    assert f"{left}: holds {len(ended)} answers of a command that was stopped" in error
+    assert "with other temperature; " in error and left.read_bytes() == kept
+    monkeypatch.setattr(DecodingRows, "submit", lambda rows, r: asked.append(r) or submit(rows, r))
+    assert main([*command, f"--output={out}"]) == 0
+    assert f"{len(ended)} of 20 answers are there, from {left}" in capsys.readouterr().err
+    assert len(asked) == 20 - len(ended)
+    assert out.read_text() == whole.read_text() and not left.exists()
 
 
 @pytest.mark.slow
