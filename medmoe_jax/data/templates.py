@@ -171,6 +171,11 @@ def doubts(template: Template, tokenizer: Tokenizer) -> list[str]:
             f"{', '.join(tokenizer.other_templates)}; to use one, save it as a .jinja file and "
             "name that here"
         )
+    if tokenizer.chat_template and not written.strip():
+        found.append(
+            "data.template: it writes nothing around turns, and this tokenizer brings a chat "
+            "template, in which such a model is mostly asked (data.template=tokenizer)"
+        )
     if absent:
         found.append(
             f"data.template: its marks {', '.join(absent)} are no tokens of this vocabulary, and "

@@ -437,6 +437,10 @@ def test_the_ends_that_a_model_names(tmp_path):
 def test_doubts_about_a_template(words, plain_tokenizer, tmp_path):
     assert doubts(load_template("chatml"), words) == []
     assert doubts(load_template("user_assistant"), plain_tokenizer) == []
+    assert doubts(load_template("plain"), plain_tokenizer) == []  # which has no template
+    talks = byte_level(tmp_path, "{{ messages[0].content }}")
+    (bare,) = doubts(load_template("plain", talks), talks)
+    assert "writes nothing around turns, and this tokenizer brings a chat template" in bare
     (marks,) = doubts(load_template("chatml"), plain_tokenizer)
     assert "its marks <|im_start|>, <|im_end|> are no tokens of this vocabulary" in marks
     named = byte_level(tmp_path, config={"bos_token": "<|return|>"})
