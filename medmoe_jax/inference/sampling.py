@@ -27,7 +27,8 @@ class Sampling:
 
     Attributes:
       temperature: 0, or less than a millionth, takes the most probable token.
-      top_p: smallest set of tokens whose probability reaches this is drawn from.
+      top_p: smallest set of tokens whose probability reaches this is drawn from; 0 = the most
+        probable one alone.
       seed: where the draws start from.
       first: number of the first prompt. Each prompt draws from the stream of its number, so that
         parts that are asked one after the other draw as the whole would.
@@ -47,7 +48,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         NOT_NEGATIVE.check("temperature", self.temperature)
-        Range(0, 1, above=True).check("top_p", self.top_p)
+        SHARE.check("top_p", self.top_p)
         SEED.check_whole("seed", self.seed)
         _NUMBER.check_whole("first", self.first)
         _NUMBER.check_whole("top_k", self.top_k)

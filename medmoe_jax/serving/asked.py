@@ -8,6 +8,7 @@ from typing import Any
 
 from medmoe_jax.data.conversation import Turn, check_asked
 from medmoe_jax.data.turns import ROLES, kind, quoted, read_turn
+from medmoe_jax.data.turns import text as text_of
 from medmoe_jax.errors import ParameterError, UserError
 from medmoe_jax.inference.sampling import Sampling
 from medmoe_jax.ranges import COUNT, NOT_NEGATIVE, SEED, Range
@@ -47,7 +48,7 @@ _NEUTRAL_CHAT: dict[str, tuple[Any, ...]] = _NEUTRAL | {
     "verbosity": (),
     "web_search_options": (),
 }
-_NEUTRAL_TEXT: dict[str, tuple[Any, ...]] = _NEUTRAL | {"best_of": (1,), "suffix": ("",)}
+_NEUTRAL_TEXT: dict[str, tuple[Any, ...]] = _NEUTRAL | {"suffix": ("",)}
 _ALTERNATIVES = Range(0, 20)
 # Of a message; those of an answer that clients send back may be null.
 _MESSAGE = ("role", "content", "name", "reasoning_content", "tool_calls", "tool_call_id")
@@ -125,9 +126,17 @@ def text(body: bytes) -> Text:
     if not limit and not echo:
         raise Refused("max_tokens: 0 leaves nothing to tell without echo", param="max_tokens")
     alternatives = fields.whole("logprobs", None, _ALTERNATIVES)
+    best_of = fields.whole("best_of", 1, COUNT)
     fields.neutral(_NEUTRAL_TEXT)
     told = _told(limit, alternatives is not None, alternatives or 0)
-    return Text(**_common(fields), **told, prompts=prompts, echo=echo)
+    asked = Text(**_common(fields), **told, prompts=prompts, echo=echo)
+    if best_of not in (1, asked.n):
+        raise Refused(
+            f"best_of: only n, here {asked.n}, can be served: all that is made is told",
+            param="best_of",
+            code="unsupported",
+        )
+    return asked
 
 
 def _told(limit: int | None, log_probs: bool, alternatives: int) -> dict[str, Any]:
@@ -195,10 +204,14 @@ def _turns(value: Any) -> tuple[Turn, ...]:
             raise Refused(f"{at}: {quoted(strange)} cannot be served", param="messages")
         if "role" not in given or not given.keys() & {"content", "tool_calls"}:
             raise Refused(f"{at}: needs 'role' and 'content'", param="messages")
-        of_tools = [name for name in ("name", "tool_call_id") if given.get(name)]
-        if of_tools and ROLES.get(str(given["role"])) != "tool":
-            raise Refused(f"{at}: only a tool's message has {of_tools[0]!r}", param="messages")
         try:
+            if ROLES.get(str(given["role"])) != "tool":
+                if given.get("tool_call_id"):
+                    raise Refused(
+                        f"{at}: only a tool's message has 'tool_call_id'", param="messages"
+                    )
+                # Rows to train on name no speakers, so no model here knows what to make of a name.
+                text_of(given.pop("name", ""), f"{at}: name")
             turns.append(read_turn(given, at))
         except UserError as error:
             raise Refused(str(error), param="messages") from None

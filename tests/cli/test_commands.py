@@ -319,7 +319,7 @@ def test_generate(config, workdir, tmp_path, capsys):
         (["x", "--temperature=nan"], "--temperature: nan is not a finite number"),
         (["x", "--temperature=inf"], "--temperature: inf is not a finite number"),
         (["x", "--top-p=nan"], "--top-p: nan is not a finite number"),
-        (["x", "--top-p=0"], "--top-p: 0.0 is not above 0"),
+        (["x", "--top-p=-0.1"], "--top-p: -0.1 is below 0"),
         (["x", "--top-k=-1"], "--top-k: -1 is below 0"),
         (["x", "--min-p=2"], "--min-p: 2.0 is above 1"),
         (["x", "--repetition-penalty=0"], "--repetition-penalty: 0.0 is not above 0"),

@@ -298,7 +298,7 @@ def test_what_does_not_fit_is_an_error():
         engine.generate([[1]], 0, (-1,))
     for name, values in {
         "temperature": (-0.1, math.nan, math.inf),
-        "top_p": (0.0, 1.1, math.nan),
+        "top_p": (-0.1, 1.1, math.nan),
         "seed": (2**63,),
         "first": (-1,),
     }.items():

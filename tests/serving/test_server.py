@@ -295,10 +295,6 @@ def test_thirty_two_streams_of_which_half_hang_up(running):
     assert decoding.most == 4
 
 
-def named(message):
-    return {**message, "name": "Ada"}
-
-
 def figures_of(running):
     """What is told to Prometheus: `{figure: text}`."""
     status, page, _ = running.raw("/metrics")
@@ -346,8 +342,30 @@ def test_more_answers_than_places_are_refused_before_anything_is_made(client):
     told[0]["name"] = ""
     with pytest.raises(openai.BadRequestError, match="template has no place for name, role 'tool'"):
         client.chat.completions.create(model="main", messages=told)
-    with pytest.raises(openai.BadRequestError, match=r"\[0\]: only a tool's message has 'name'"):
-        client.chat.completions.create(model="main", messages=[*map(named, user("say a"))])
+
+
+def test_names_of_speakers_are_taken_without_effect(client):
+    """Rows to train on have none; clients for several speakers send them."""
+    talk = [{"role": "system", "content": "s"}, *user("say yes"), *user("say no")]
+    talk[1:2] += [{"role": "assistant", "content": "yes"}]
+    spoken = [message | {"name": f"speaker {n}"} for n, message in enumerate(talk)]
+    plain, named = (
+        client.chat.completions.create(model="main", messages=m) for m in (talk, spoken)
+    )
+    assert named.choices[0].message.content == "no" and named.usage == plain.usage
+    with pytest.raises(openai.BadRequestError, match=r"\[0\]: name must be text, found a number"):
+        client.chat.completions.create(model="main", messages=[user("a")[0] | {"name": 5}])
+
+
+def test_as_many_are_made_as_are_told(client):
+    for n in (1, 2):
+        done = client.completions.create(model="main", prompt="say no", n=n, best_of=n)
+        assert [choice.text for choice in done.choices] == ["no"] * n
+    with pytest.raises(
+        openai.BadRequestError, match="best_of: only n, here 2, can be served"
+    ) as no:
+        client.completions.create(model="main", prompt="say no", n=2, best_of=3)
+    assert no.value.param == "best_of"
 
 
 def test_a_client_that_hangs_up_before_a_whole_answer_frees_its_row(running):
@@ -437,7 +455,7 @@ TELL = {"model": "main", "prompt": "say a"}
         (CHAT, b'{"messages": [], "temperature": NaN}', 400, "list of messages", "messages"),
         *((CHAT, ASK | {name: 10**400}, 400, f"{name}: has more digits", name) for name in
           ("temperature", "top_p", "min_p", "repetition_penalty", "max_tokens", "n", "seed")),
-        (CHAT, ASK | {"top_p": 0}, 400, "top_p: 0.0 is not above 0", "top_p"),
+        (CHAT, ASK | {"top_p": -0.5}, 400, "top_p: -0.5 is below 0", "top_p"),
         (CHAT, ASK | {"n": 0}, 400, "n: 0 is below 1", "n"),
         (CHAT, ASK | {"n": 1.5}, 400, "n: must be a whole number", "n"),
         (CHAT, ASK | {"max_tokens": 0}, 400, "max_tokens: 0 is below 1", "max_tokens"),
@@ -462,7 +480,7 @@ TELL = {"model": "main", "prompt": "say a"}
         (TEXT, TELL | {"prompt": [9999]}, 400, "ids must be from 0 to 303", "prompt"),
         (TEXT, TELL | {"prompt": [-1]}, 400, "ids must be from 0 to 303", "prompt"),
         (TEXT, TELL | {"max_tokens": 0}, 400, "leaves nothing to tell", "max_tokens"),
-        (TEXT, TELL | {"best_of": 3}, 400, "best_of: only 1 can be served", "best_of"),
+        (TEXT, TELL | {"best_of": 3}, 400, "best_of: only n, here 1, can be served", "best_of"),
         (TEXT, TELL | {"messages": []}, 400, "messages: there is no such", "messages"),
         ("/v1/embeddings", TELL, 404, "POST /v1/embeddings: Not Found", None),
         ("/v1/models", TELL, 405, "POST /v1/models: Method Not Allowed", None),
