@@ -8,7 +8,8 @@ A row is a JSON object (or a table's line) in one of these forms:
     {"instruction": "...", "input": "...", "output": "..."}                 Alpaca
     ["question", "answer", "question", "answer", ...]                       Apollo
 
-Beside them may stand `system`, `tools`, `history` (earlier questions and answers) and `language`.
+Beside them may stand `system`, `tools` and `language`; beside a question and its answer `history`
+(earlier ones) and `reasoning_content` (what the answer was thought from), too.
 Every other key is an error that names it, unless it is to be ignored; then it is counted.
 """
 
@@ -29,7 +30,7 @@ from medmoe_jax.errors import UserError
 TALKS = ("conversations", "messages")
 QUESTIONS = ("prompt", "instruction", "question")
 ANSWERS = ("response", "output", "answer", "completion")
-BESIDE = ("input", "history", "system", "tools", "language")
+BESIDE = ("input", "history", "reasoning_content", "system", "tools", "language")
 KEYS = (*TALKS, *QUESTIONS, *ANSWERS, *BESIDE)
 _GREETINGS = "answers before the first question"  # counted beside the ignored keys
 
@@ -259,7 +260,7 @@ def read_file(path: str | Path, language: str = "") -> Iterator[Conversation]:
 
 
 def _pair(row: dict[str, Any], asked: str, answered: str, where: str) -> list[Turn]:
-    """Takes a question, its answer and what was said before out of a row."""
+    """Takes a question, its answer, its reasoning and what was said before out of a row."""
     question = text(row.pop(asked), f"{where}: '{asked}'")
     answer = text(row.pop(answered), f"{where}: '{answered}'")
     more = text(row.pop("input", ""), f"{where}: 'input'")
@@ -272,7 +273,10 @@ def _pair(row: dict[str, Any], asked: str, answered: str, where: str) -> list[Tu
         at = f"{where}: 'history', pair {number}"
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
             raise UserError(f"{at}: expected [question, answer], found {kind(pair)}")
-        for role, said in zip(("user", "assistant"), pair, strict=True):
-            turns.append({"role": role, "content": text(said, at)})
+        for role, turn in zip(("user", "assistant"), pair, strict=True):
+            turns.append({"role": role, "content": text(turn, at)})
     turns.append({"role": "user", "content": "\n".join(filter(None, (question, more)))})
-    return [*turns, {"role": "assistant", "content": answer}]
+    said: Turn = {"role": "assistant", "content": answer}
+    if thought := text(row.pop("reasoning_content", ""), f"{where}: 'reasoning_content'"):
+        said["reasoning_content"] = thought
+    return [*turns, said]

@@ -151,6 +151,20 @@ def said(row, **options):
     return [(turn["role"], turn["content"]) for turn in turns(row, **options)]
 
 
+def test_the_reasoning_of_an_answer_may_stand_beside_it():
+    columns = {"prompt": "Question", "reasoning_content": "CoT", "response": "Response"}
+    reader = rows.RowReader(columns=columns)
+    _, said = reader({"Question": "Q", "CoT": "R", "Response": "A"})["conversations"]
+    assert said == {"role": "assistant", "content": "A", "reasoning_content": "R"}
+    for none in ({}, {"CoT": ""}, {"CoT": None}):
+        _, said = reader({"Question": "Q", **none, "Response": "A"})["conversations"]
+        assert said == {"role": "assistant", "content": "A"}
+    with pytest.raises(UserError, match="'reasoning_content' must be text, found a list"):
+        reader({"Question": "Q", "CoT": ["R"], "Response": "A"})
+    with pytest.raises(UserError, match="'reasoning_content' cannot stand beside the other keys"):
+        turns({"messages": TURNS, "reasoning_content": "R"})
+
+
 @pytest.mark.parametrize("lines", [False, True])
 def test_texts_in_turn_are_questions_and_answers(tmp_path, lines):
     items = [["Q", "A", "q", "a", "thanks"], ["R", "B"]]
