@@ -6,6 +6,7 @@ A row is a JSON object (or a table's line) in one of these forms:
     {"messages": [{"role": "user"|"assistant", "content": "..."}, ...]}     OpenAI
     {"prompt": "...", "response": "..."}, {"question": "...", "answer": "..."}
     {"instruction": "...", "input": "...", "output": "..."}                 Alpaca
+    {"prompt": [turn, ...], "completion": [turn, ...]}                      TRL
     ["question", "answer", "question", "answer", ...]                       Apollo
 
 Beside them may stand `system`, `tools` and `language`; beside a question and its answer `history`
@@ -178,7 +179,9 @@ class RowReader:
         if len(talk) == 1 and not asked and not answered:
             turns = self._talk(row.pop(talk[0]), f"{where}: '{talk[0]}'", where)
         elif not talk and len(asked) == len(answered) == 1:
-            turns = _pair(row, asked[0], answered[0], where)
+            plain = isinstance(row[asked[0]], str) and isinstance(row[answered[0]], str)
+            pair = _pair if plain else self._pair_of_talks
+            turns = pair(row, asked[0], answered[0], where)
         else:
             raise UserError(
                 f"{where}: needs one conversation ({' or '.join(TALKS)}), or one question "
@@ -207,6 +210,27 @@ class RowReader:
         while len(turns) > start and turns[start]["role"] == "assistant":
             del turns[start]
             self.ignored[_GREETINGS] += 1
+        return turns
+
+    def _pair_of_talks(
+        self, row: dict[str, Any], asked: str, answered: str, where: str
+    ) -> list[Turn]:
+        """Takes a question and its answer, at least one of which is a list of turns, out of a row.
+
+        As TRL has them: what stands in the question is not learned.
+        """
+        talks = []
+        for key, role in ((asked, "user"), (answered, "assistant")):
+            value = row.pop(key)
+            if isinstance(value, list) and all(isinstance(turn, Mapping) for turn in value):
+                talks.append(value)
+            else:
+                talks.append([{"role": role, "content": text(value, f"{where}: '{key}'")}])
+        question, answer = talks
+        turns = self._talk(question + answer, f"{where}: '{asked}'", where)
+        for turn in turns[: len(turns) - len(answer)]:
+            if turn["role"] == "assistant":
+                turn["train_weight"] = 0
         return turns
 
     @staticmethod

@@ -165,6 +165,31 @@ def test_the_reasoning_of_an_answer_may_stand_beside_it():
         turns({"messages": TURNS, "reasoning_content": "R"})
 
 
+def test_a_question_or_an_answer_may_be_turns():
+    """As TRL has them: earlier answers stand in the question, and are not learned."""
+    system = {"role": "system", "content": "S"}
+    asks = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    question = [system, *asks, {"role": "user", "content": "Q"}]
+    answer = [{"role": "assistant", "content": "A"}]
+    context = [system, asks[0], {**asks[1], "train_weight": 0}, question[-1]]
+    for given in (answer, "A"):
+        assert turns({"prompt": question, "completion": given}) == context + answer
+    assert turns({"prompt": "Q", "completion": answer}) == [question[-1], *answer]
+    assert turns({"prompt": question[3:], "system": "S", "response": "A"})[0] == system
+    more = [*answer, question[-1], *answer]
+    assert turns({"prompt": question[3:], "completion": more}) == [question[-1], *more]
+    greeting = {"prompt": [asks[1], *question[3:]], "completion": answer}
+    assert turns(greeting) == [question[-1], *answer]
+    for row, message in [
+        ({"prompt": asks[:1], "completion": []}, "no assistant turn answers a user turn"),
+        ({"prompt": ["Q"], "completion": "A"}, "'prompt' must be text, found a list"),
+        ({"prompt": 3, "completion": "A"}, "'prompt' must be text, found a number"),
+        ({"prompt": question, "completion": "A", "input": "I"}, "'input' cannot stand beside"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            turns(row)
+
+
 @pytest.mark.parametrize("lines", [False, True])
 def test_texts_in_turn_are_questions_and_answers(tmp_path, lines):
     items = [["Q", "A", "q", "a", "thanks"], ["R", "B"]]
