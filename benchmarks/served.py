@@ -54,7 +54,7 @@ def alone(model: LanguageModel, asked: Sequence[str], tokens: int) -> dict[str, 
     """The engine's seconds, and its tokens with those that end an answer."""
     prompts = [model.prompt([{"role": "user", "content": text}]) for text in asked]
     start = time.perf_counter()
-    said = model.engine.generate(prompts, tokens, model.stop_runs())
+    said = model.engine.generate(prompts, tokens, model.stops.ids)
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "tokens": sum(len(ids) + (len(ids) < tokens) for ids in said)}
 

@@ -184,7 +184,7 @@ class Harness(TemplateLM):
         stops = [tokenizer.encode_markup(stop) for stop in until]
         experts = [self._model.expert_of(text) for text in texts]
         found = self._model.engine.generate(
-            prompts, most, [[self.eot_token_id], *filter(None, stops)], sampling, experts
+            prompts, most, [self.eot_token_id, *filter(None, stops)], sampling, experts
         )
         return [
             postprocess_generated_text(

@@ -144,7 +144,7 @@ class Chat:
         sampling = dataclasses.replace(self._sampling)
         self._sampling = dataclasses.replace(sampling, first=sampling.first + 1)
         request = Request(
-            tuple(ids), self._max_tokens, self._model.stop_runs(), sampling,
+            tuple(ids), self._max_tokens, self._model.ends, sampling,
             self._model.language(asked),
         )  # fmt: skip
         self._last = Answered(request.prompt, [], request.language, self._model.engine)

@@ -41,11 +41,6 @@ def _slots(length: int) -> int:
     return size * 3 // 4 if length <= size * 3 // 4 and size > _MIN_SLOTS else size
 
 
-def _before_stop(ids: list[int], stops: Sequence[tuple[int, ...]]) -> list[int]:
-    """The ids of an answer without the stop that they end with."""
-    return ids[: -max(len(stop) for stop in stops if tuple(ids[-len(stop) :]) == stop)]
-
-
 def _balance(config: DecoderConfig) -> float:
     """Slots of a row with which attention's products cost a token what the linear layers' do."""
     linear = sum(d_in * d_out for d_in, d_out in site_shapes(config).values())
@@ -193,12 +188,13 @@ class Engine:
         numbers: Sequence[int] | None = None,
         done: Callable[[int, list[int]], object] = lambda prompt, ids: None,
     ) -> list[list[int]]:
-        """Continuations, without what stopped them.
+        """Continuations of prompts.
 
         Args:
           prompts: ids.
           max_tokens: at most so many new ones.
-          stop_ids: what ends a continuation: an id, or ids that follow each other.
+          stop_ids: what ends a continuation: an id, which is no part of it, or a list of ids that
+            follow each other, which are, as they spell a text that may begin before them.
           sampling: how tokens are drawn.
           languages: as in `scored`.
           enough: asked every few tokens whether a prompt's continuation, which has these ids by
@@ -215,6 +211,7 @@ class Engine:
             raise UserError("generate: every prompt needs at least one token")
         prompts = self._fit(prompts, [max_tokens] * len(prompts))
         rows = self.decoding(STRIDE if enough else _LONG_STRIDE, sys.maxsize)
+        marks = [stop for stop in stop_ids if isinstance(stop, int)]
         stops = tuple((stop,) if isinstance(stop, int) else tuple(stop) for stop in stop_ids)
         for i, prompt in enumerate(prompts):
             number = i if numbers is None else numbers[i]
@@ -225,8 +222,8 @@ class Engine:
         while said := rows.step():
             for one in said:
                 out[one.request].extend(token.id for token in one.tokens)
-                if one.ended == "stop":
-                    out[one.request] = _before_stop(out[one.request], stops)
+                if one.ended == "stop" and out[one.request][-1] in marks:
+                    out[one.request].pop()
                 ended = bool(one.ended)
                 if enough and not ended and enough(one.request, out[one.request]):
                     rows.cancel(one.request)

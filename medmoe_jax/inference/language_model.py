@@ -147,7 +147,6 @@ class LanguageModel:
         prompt_ids = [self.fitted(turns_of(prompt), max_tokens)[1] for prompt in prompts]
 
         def enough(i: int, ids: list[int]) -> bool:
-            # A text may be written in other tokens than those it is encoded to by itself.
             reader = self.reader(prompt_ids[i], stops)
             reader.add(ids)
             return bool(reader.ended)
@@ -160,7 +159,7 @@ class LanguageModel:
         answers = self.engine.generate(
             prompt_ids,
             max_tokens,
-            self.stop_runs(stops),
+            self.stops.ids,
             sampling,
             self._experts(prompts),
             enough if stops or self.stops.texts else None,
@@ -169,11 +168,14 @@ class LanguageModel:
         )
         return [read(i, ids) for i, ids in enumerate(answers)]
 
-    def stop_runs(self, stops: Sequence[str] = ()) -> tuple[tuple[int, ...], ...]:
-        """What ends an answer, further texts included, each as ids that follow each other."""
-        encode = self.encoder.tokenizer.encode
-        texts = (tuple(encode(text)) for text in (*self.stops.texts, *stops))
-        return (*((token,) for token in self.stops.ids), *texts)
+    @property
+    def ends(self) -> tuple[tuple[int, ...], ...]:
+        """The ids that each end an answer, as a request has them; a text is for a reader to find.
+
+        It may be written in other tokens than those it is encoded to by itself, and begin in a
+        token before them.
+        """
+        return tuple((token,) for token in self.stops.ids)
 
     def reader(self, prompt: Sequence[int], stops: Sequence[str] = ()) -> Reader:
         """What reads the answer to a prompt, as its tokens come.

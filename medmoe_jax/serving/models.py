@@ -120,7 +120,7 @@ class Served:
             Request(
                 tuple(ids),
                 room,
-                self.model.stop_runs() if chat else tuple((i,) for i in self.model.stops.ids),
+                self.model.ends,
                 dataclasses.replace(asked.sampling, first=first + number),
                 language,
                 asked.alternatives,

@@ -64,7 +64,7 @@ def warm_up(served: Served) -> None:
     ids = model.prompt([{"role": "user", "content": "Hello"}])
     for length in (min(_LONG, model.context // 2), len(ids)):
         prompt = (ids * (length // len(ids) + 1))[:length]
-        request = Request(tuple(prompt), 2, model.stop_runs(), Sampling())
+        request = Request(tuple(prompt), 2, model.ends, Sampling())
         served.worker.ask([(request, told.put)], float("inf"))
         said = told.get()
         while not isinstance(said, BaseException) and not said.ended:

@@ -195,15 +195,16 @@ def test_greedy_generation(mesh):
 
 
 def test_ids_that_follow_each_other_end_a_generation(monkeypatch):
+    """And are its end, unlike an id alone: where their text begins is not known here."""
     prompts = questions()[0]
     engine = make_engine()
     free = engine.generate(prompts, 10, (-1,))
     runs = [tuple(free[0][3:6]), tuple(free[2][:2])]  # one from the very start
     want = []
     for ids in free:
-        found = [n for n in range(10) for run in runs if tuple(ids[n : n + len(run)]) == run]
-        want.append(ids[: min(found, default=10)])
-    assert len(want[0]) == 3 and want[2] == []
+        ends = [n for n in range(11) for run in runs if tuple(ids[max(n - len(run), 0) : n]) == run]
+        want.append(ids[: min(ends, default=10)])
+    assert len(want[0]) == 6 and len(want[2]) == 2
     assert engine.generate(prompts, 10, runs) == want
     program, taken = steps.go_on, []
 

@@ -11,8 +11,10 @@ from medmoe_jax.data.encode import Encoder
 from medmoe_jax.data.jinja_template import Jinja
 from medmoe_jax.data.templates import load_template
 from medmoe_jax.errors import UserError
+from medmoe_jax.inference.decoding import _Row
 from medmoe_jax.inference.engine import Engine
 from medmoe_jax.inference.language_model import LanguageModel
+from medmoe_jax.inference.requests import Said, Token
 from medmoe_jax.inference.sampling import Sampling
 from medmoe_jax.training.run import Run
 from medmoe_jax.training.trained import open_trained
@@ -208,22 +210,6 @@ def test_answers_come_without_what_the_template_writes_before_them(
     assert model.generate(["q"], 4) == [answer]
 
 
-def test_an_end_of_several_tokens_stops_the_generation(trained, monkeypatch):
-    model = make_model(trained)
-    tokenizer = model.encoder.tokenizer
-    model.stops = model.stops._replace(texts=("</turn>",))
-    asked = []
-    generate = model.engine.generate
-    monkeypatch.setattr(
-        model.engine,
-        "generate",
-        lambda p, n, stops, *a: asked.extend(stops) or generate(p, n, stops, *a),
-    )
-    model.generate(["hi"], 4)
-    run = tokenizer.encode("</turn>")
-    assert len(run) > 1 and asked == [*((token,) for token in model.stops.ids), tuple(run)]
-
-
 def test_stops_in_whatever_tokens_they_are_written(trained, monkeypatch):
     model, question = make_model(trained), ["What is insulin for?"]
     written = []
@@ -250,6 +236,43 @@ def test_stops_in_whatever_tokens_they_are_written(trained, monkeypatch):
     assert len(written[0]) < 40  # and nobody waits for more
     with pytest.raises(UserError, match="stops"):
         model.answer(["x"], 4, stops=[""])
+
+
+class Says:
+    """A decoder of one request, to which it says these ids until one of its stops is there."""
+
+    def __init__(self, ids):
+        self.ids, self.row = iter(ids), _Row()
+
+    def submit(self, request):
+        self.row = _Row(0, request, ids=list(request.prompt))
+
+    def cancel(self, number):
+        self.row.number = -1
+
+    def step(self):
+        if self.row.number < 0:
+            return []
+        token = next(self.ids)
+        self.row.ids.append(token)
+        ended = self.row.ended()
+        self.row.number = -1 if ended else 0
+        return [Said(0, (Token(token, 0.0),), ended)]
+
+
+@pytest.mark.parametrize("by", ["the one who asks", "the template"])
+def test_a_stop_begins_where_its_text_does(trained, monkeypatch, by):
+    """In whatever tokens that is, as for the server; and no more is asked for."""
+    model = make_model(trained)
+    encode, stops = model.encoder.tokenizer.encode, ["is", " is"]
+    written = [*encode("yes"), *encode(" "), *encode("is"), *encode(" no and no and no")]
+    assert encode(" is") != [*encode(" "), *encode("is")]
+    monkeypatch.setattr(model.engine, "decoding", lambda *_: Says(written))
+    if by == "the template":
+        model.stops, stops = model.stops._replace(texts=tuple(stops)), []
+    reader = model.reader([1], stops)
+    streamed = "".join(reader.add([token]).content for token in written)
+    assert model.answer(["q"], 40, stops=stops) == [("yes", "", True)] and streamed == "yes"
 
 
 def test_ends_written_as_text_are_cut(trained):
