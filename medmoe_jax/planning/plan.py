@@ -161,7 +161,8 @@ def table(plan: Plan) -> ScreenTable:
     """The plan for a person: a column a program, everything a device's, which is mostly a chip."""
     devices, chips = len(plan.topology.devices), plan.topology.chips
     unit = "chip" if devices == chips else "device"
-    size = f"{chips} chips" if devices == chips else f"{chips} chips, {devices} devices"
+    size = "1 chip" if chips == 1 else f"{chips} chips"
+    size += "" if devices == chips else f", {devices} devices"
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     every = (plan.train, *plan.others)
     rows = [(label, *map(cell, every)) for label, cell in _lines(plan)]

@@ -245,7 +245,7 @@ def test_a_plan_for_two_devices_a_chip():
     figures = as_json(plan)
     assert (figures["chips"], figures["devices"], figures["hbm_limit_gib"]) == (1, 2, 94.75)
     shown = table(plan)
-    assert "v7x:1x1x1: 1 chips, 2 devices (data 2)" in shown.title
+    assert "v7x:1x1x1: 1 chip, 2 devices (data 2)" in shown.title
     assert shown.caption.startswith("a device's figures")
 
 
