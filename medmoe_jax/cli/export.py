@@ -6,14 +6,20 @@
   medmoe export --config=FILE --workdir=DIR --format=gguf-adapter --output=adapter
   medmoe export --config=FILE --workdir=DIR --format=ming --output=adapter
 
-hf: every bank folded into the weights, as a folder that transformers loads.
-peft: every bank, merged ones too, as one LoRA adapter of summed rank over the base as it was, with
-the leaves of the base that were trained as modules_to_save, biases or DoRA's magnitudes; it says
-what vLLM needs to load it.
-gguf: every bank folded into the weights, as one file for llama.cpp, and a Modelfile for Ollama.
-gguf-adapter: the adapter of peft as a file that llama.cpp puts over the base in a GGUF file.
-ming: one bank of experts with routers, and the adapter of peft for the other banks, as the code of
-MING-MOE loads them beside the base.
+  hf            every bank folded into the weights, as a folder that
+                transformers loads
+  peft          every bank, merged ones too, as one LoRA adapter of summed
+                rank over the base as it was, with the leaves of the base that
+                were trained as modules_to_save, biases or DoRA's magnitudes;
+                it says what vLLM needs to load it
+  gguf          every bank folded into the weights, as one file for llama.cpp,
+                and a Modelfile for Ollama
+  gguf-adapter  the adapter of peft as a file that llama.cpp puts over the
+                base in a GGUF file
+  ming          one bank of experts with routers, and the adapter of peft for
+                the other banks, as the code of MING-MOE loads them beside the
+                base
+
 Beside or in them stand the tokenizer, the chat template that was trained with its options, the ids
 that end an answer, and a model card (README.md): base, recipe, data, scores and limits.
 A bank whose gate depends on the token fits none of the others; --off=BANK leaves it out.

@@ -57,12 +57,17 @@ def test_a_process_that_does_not_fit_is_named_by_its_flag(capsys):
     "command",
     ["", *COMMANDS, "data build", "data inspect", "data languages", "tokenizer train"],
 )
-def test_help(command, capsys):
+def test_help(command, capsys, monkeypatch):
+    """Its sentences keep to the terminal; examples are whole lines, to be copied."""
+    monkeypatch.setenv("COLUMNS", "70")
     with pytest.raises(SystemExit) as caught:
         main([*command.split(), "--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert "usage: medmoe" in text
+    assert not [line for line in text.splitlines() if line[:1].isalpha() and len(line) > 70]
+    if command == "eval":
+        assert "\n  medmoe eval --list\n  medmoe eval --config=FILE" in text
     if not command:
         assert all(name in text for name in COMMANDS)
 
