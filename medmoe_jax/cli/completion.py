@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from medmoe_jax.api.configs import recipes
 from medmoe_jax.cli.session import no_rest
-from medmoe_jax.evaluation.tasks import list_tasks, suites
+from medmoe_jax.evaluation.tasks import SUITE, list_tasks, suites
 from medmoe_jax.training.terminal import say
 
 
@@ -67,7 +67,8 @@ def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 def _options(parser: argparse.ArgumentParser) -> list[Option]:
     """The options of a command; `--config` is of all."""
-    listed = {"tasks": (*(task.name for task in list_tasks()), *suites())}
+    named = [SUITE + name for name in suites()]
+    listed = {"tasks": (*(task.name for task in list_tasks()), *named)}
     found = {"--config": Option("--config", True, tuple(recipes()))}
     for action in _actions(parser):
         values = tuple(map(str, action.choices or listed.get(action.dest, ())))
@@ -77,6 +78,12 @@ def _options(parser: argparse.ArgumentParser) -> list[Option]:
     return list(found.values())
 
 
+def _before(top: argparse.ArgumentParser) -> list[Option]:
+    """The options that stand before a command."""
+    names = [(name, action) for action in top._actions for name in action.option_strings]
+    return [Option(name, one.nargs != 0, ()) for name, one in names if name.startswith("--")]
+
+
 def _own(parser: argparse.ArgumentParser) -> list[str]:
     """What may stand after a command without being an option."""
     places = [action for action in parser._actions if not action.option_strings]
@@ -84,15 +91,15 @@ def _own(parser: argparse.ArgumentParser) -> list[str]:
 
 
 # The word in the making is looked for as a whole (compgen of zsh does not look). Bash completes
-# what stands behind its last `=`, zsh all of it: what the shell has already is cut from answers.
+# what stands behind its last `=` or `:`, zsh all of it: what the shell has already is cut.
 _BASH = """_medmoe() {{
   local line=${{COMP_LINE:0:$COMP_POINT}} part=${{COMP_WORDS[COMP_CWORD]}}
   local command= words= word one i
   word=${{line##*[[:space:]]}}
-  [[ $part == = ]] && part=
+  [[ $part == [=:] ]] && part=
   for ((i = 1; i < COMP_CWORD; i++)); do
     one=${{COMP_WORDS[i]}}
-    [[ $one == [a-z]* ]] && {{ command=$one; break; }}
+    [[ $one == [a-z]* && ${{COMP_WORDS[i - 1]}} != [=:] ]] && {{ command=$one; break; }}
   done
   case $command in
 {cases}
@@ -112,7 +119,8 @@ complete -o default -F _medmoe medmoe"""
 
 def _bash(top: argparse.ArgumentParser) -> str:
     commands = _commands(top)
-    cases = [f'    "") words="{" ".join([*commands, "--help", "--version"])}" ;;']
+    first = [*commands, *(option.word for option in _before(top))]
+    cases = [f'    "") words="{" ".join(first)}" ;;']
     values = []
     for name, parser in commands.items():
         own, options = _own(parser), [option.word for option in _options(parser)]

@@ -20,7 +20,7 @@ from medmoe_jax.cli.session import add_language_argument, add_model_arguments, n
 from medmoe_jax.errors import UserError
 from medmoe_jax.evaluation import readings
 from medmoe_jax.evaluation.shots import FORMS
-from medmoe_jax.evaluation.tasks import list_tasks, suites
+from medmoe_jax.evaluation.tasks import SUITE, list_tasks, suites
 from medmoe_jax.evaluation.ways import ANSWERS, SCORES
 from medmoe_jax.storage.places import place
 from medmoe_jax.training.terminal import console, note, say
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
 def _print_known(of_suites: bool) -> None:
     if of_suites:
         for name, entry in suites().items():
-            say(f"suite:{name}: {entry['about']}\n  {', '.join(entry['tasks'])}")
+            say(f"{SUITE}{name}: {entry['about']}\n  {', '.join(entry['tasks'])}")
         return
     for task in list_tasks():
         say(task.name)

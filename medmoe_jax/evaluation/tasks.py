@@ -24,7 +24,7 @@ from medmoe_jax.storage.fetched import fetched
 
 LOG = logging.getLogger(__name__)
 _SUITES = Path(__file__).with_name("tables") / "suites.toml"
-_SUITE = "suite:"
+SUITE = "suite:"  # before a suite among names of tasks
 _MOST_BYTES = 256 * 2**20  # of training files that are read for the commonest answer alone
 _GUESSED = ("accuracy", "weighted_f1", "macro_f1", "letters_exact")
 
@@ -136,8 +136,8 @@ def expand(names: Sequence[str]) -> list[str]:
     known = suites()
     out: list[str] = []
     for name in names:
-        if name.startswith(_SUITE):
-            suite = name.removeprefix(_SUITE)
+        if name.startswith(SUITE):
+            suite = name.removeprefix(SUITE)
             if suite not in known:
                 near = difflib.get_close_matches(suite, known, n=1, cutoff=0.3)
                 hint = f"did you mean {near[0]!r}? " if near else ""

@@ -7,11 +7,12 @@ import pytest
 
 from medmoe_jax.cli import main
 
-# What bash puts into the variables when the key is pressed: it splits words at `=` too.
+# What bash puts into the variables when the key is pressed: it splits words at `=` and `:` too.
 ASKED = """source {script}
 ask() {{
   COMP_LINE="$*" COMP_POINT=${{#COMP_LINE}}
   local text=${{COMP_LINE//=/ = }}
+  text=${{text//:/ : }}
   read -ra COMP_WORDS <<<"$text"
   [[ $COMP_LINE == *[=\\ ] ]] && COMP_WORDS+=("")
   [[ $COMP_LINE == *= ]] && unset 'COMP_WORDS[-1]'
@@ -24,6 +25,10 @@ ask "medmoe train --config=ming"
 ask "medmoe eval --workdir=w --tasks=pubm"
 ask "medmoe export --format="
 ask "medmoe completion "
+ask "medmoe eval --tasks=suite:medc"
+ask "medmoe eval --tasks=suite:"
+ask "medmoe --coordinator=host:8476 --processes=2 tra"
+ask "medmoe --proc"
 complete -p medmoe
 """
 
@@ -52,10 +57,12 @@ def shell_says(*command):
 
 def test_bash(script):
     lines = shell_says("bash", "--norc", "-c", ASKED.format(script=script("bash")))
-    first, option, recipe, task, formats, shells, declared = lines
+    first, option, recipe, task, formats, shells, suite, every, behind, before, declared = lines
     assert first == "doctor" and option == "--workdir=" and recipe == "ming_moe"
     assert task == "pubmedqa" and {"peft", "gguf"} <= set(formats.split())
     assert {"bash", "zsh", "fish", "--help"} <= set(shells.split())
+    assert suite == "medcare-exams" and {"cblue", "apollo12"} <= set(every.split())
+    assert behind == "train" and before.split() == ["--processes=", "--process="]
     assert declared.endswith("-F _medmoe medmoe")
 
 
