@@ -68,7 +68,7 @@ es correcta correctas correcto correctos acertada cierta verdadera adecuada más
 ru правильн* верн* верен подходит
 ar صحيح صحيحة الصحيح الصحيحة الصواب صائب الأصح
 hi सही
-de richtig richtige korrekt wahr wahrscheinlichste am_wahrscheinlichsten trifft_zu
+de richtig richtige korrekt wahr wahrscheinlichste am_wahrscheinlichsten trifft_zu treffen_zu
 pt correta correto certa corretas corretos a_correta a_certa a_opção_correta a_alternativa_correta
 pt mais_provável mais_adequada mais_adequado
 it corretta corretto giusta più_probabile
@@ -86,7 +86,7 @@ es incorrectos falsos erróneas
 ru неверн* неправильн* ошибочн* исключ*
 ar خطأ خاطئ خاطئة غير_صحيح غير_صحيحة مستبعد مستبعدة
 hi गलत ग़लत
-de falsch falsche inkorrekt unzutreffend ausgeschlossen trifft_nicht_zu
+de falsch falsche inkorrekt unzutreffend ausgeschlossen trifft_nicht_zu treffen_nicht_zu
 de scheidet_aus scheiden_aus
 pt errada incorreta falsa
 pt erradas errado errados incorretas incorreto incorretos falsas falso falsos
@@ -186,7 +186,7 @@ es es son sería será ser debe debería puede está están
 ru это является являются будет есть должен быть
 ar هي هو هما تكون يكون ستكون
 hi है हैं होगा होगी था होना हो
-de ist lautet sind wäre trifft
+de ist lautet sind wäre trifft treffen
 pt é são seria está estão
 it è sono sarebbe
 ko 은 는 이 가
@@ -254,6 +254,11 @@ NO = frozenset(["no", "non", "нет", "nein", "não", "否", "لا", "नही
 # well, the answer would be C".
 IF = frozenset(["if", "unless", "si", "wenn", "se", "если"])
 WOULD = frozenset(["would", "serait", "sería", "wäre", "würde", "seria", "sarebbe", "бы"])
+
+# What is said with one of these is said of all the choices before it: "A, C are right".
+PLURAL = frozenset(
+    ["are", "both", "sont", "son", "sind", "treffen", "são", "sono", "均", "都", "皆", "являются"]
+)
 
 # What follows corrects what was said: "Actually, it is C".
 CORRECTING = frozenset(["actually", "correction", "wait"])

@@ -316,7 +316,8 @@ def _parted(found: list[AnswerToken], run: ChoiceRun) -> list[ChoiceRun]:
     conjunctions = any(found[i].role in ("AND", "OR") for i in inside)
     if said == "denied":  # "C (A and B are wrong)"
         joints = [i for i in inside if i in joints or found[i - 1].role == found[i].role == CHOICE]
-    if not joints or not said or (said != "denied" and conjunctions):
+    together = conjunctions or _plural(found, run.stop)
+    if not joints or not said or (said == "right" and together):
         return [run]
     ends = [i for i in joints if found[i].text == ";"]
     sure = [i for i in joints if i in ends or _falls(found, i)]
@@ -335,13 +336,35 @@ def _parted(found: list[AnswerToken], run: ChoiceRun) -> list[ChoiceRun]:
     return [first, _gather(found[: run.stop], rest)]
 
 
+def _plural(found: list[AnswerToken], at: int) -> bool:
+    """Whether what follows is said of several: "A, C are right"."""
+    return any(token.text in words_of.PLURAL for token in found[at : at + 1])
+
+
 def _told_of(found: list[AnswerToken], run: ChoiceRun) -> str:
     """'told' where something is told of the last choice of a run alone: "C, A is a distractor"."""
     at = run.stop
     while at < len(found) and found[at].role == "OPTION":
         at += 1
-    apart = all(found[i].text != "、" for i in range(run.start, run.stop))
-    return "told" if apart and at < len(found) and found[at].role == "COPULA" else ""
+    joints = [token for token in found[run.start : run.stop] if token.role != CHOICE]
+    apart = bool(joints) and _comma(joints[-1]) and all(token.text != "、" for token in joints)
+    told = apart and at < len(found) and found[at].role == "COPULA" and not _plural(found, at)
+    return "told" if told else ""
+
+
+def _marked_as(found: list[AnswerToken], at: int) -> str:
+    """'right', 'denied' or '' from one word after a colon or dash: "A: true, B: false"."""
+    colon, word, after = (found[at : at + 3] + [None] * 3)[:3]
+    if (
+        colon is None
+        or colon.role != "COLON"
+        or word is None
+        or (after and after.role not in _FREE)
+    ):
+        return ""
+    if word.role == "RIGHT" or word.text in words_of.YES:
+        return "right"
+    return "denied" if word.role == "WRONG" or word.text in words_of.NO else ""
 
 
 def _falls(found: list[AnswerToken], comma: int) -> bool:
@@ -355,6 +378,9 @@ def _judge(found: list[AnswerToken], earlier: list[ChoiceRun], run: ChoiceRun) -
     """Fills in whether a run is denied, and its evidence from its own sentence."""
     evidence, denied = _said_before(found, earlier, run)
     after = _said_after(found, run.stop, _role_before(found, run.start) == "CHOOSE")
+    marked = _marked_as(found, run.stop)
+    if marked:  # whatever was said of the one before it
+        evidence, denied, after = Evidence.VERDICT, marked == "denied", ""
     run.denied = denied or after == "denied"
     run.open = run.open or _or_another(found, run.stop)
     standing = run.start == 0 or found[run.start - 1].role != "WORD" or found[run.start].marked

@@ -208,6 +208,24 @@ def test_several_letters_that_stand_apart_are_joined(text, wanted):
     assert answers.all_letters(text, "ABCDEFGHIJ") == set(wanted)
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("A: vrai, B: faux, C: vrai, D: faux, E: faux", "AC"),
+        ("A: true, B: false, C: true", "AC"),
+        ("Die Antworten A und C treffen zu.", "AC"),
+        ("Ich würde A und C wählen.", "AC"),
+        ("Answer: A, C are right", "AC"),
+        ("答案：A，C，D均正确", "ACD"),
+        ("The answers are A, C, which are right", "AC"),
+        ("The answers are A and C, D is a distractor", "AC"),
+        ("答案是A、C均为抗凝药", "AC"),
+    ],
+)
+def test_several_letters_of_which_something_is_told(text, wanted):
+    assert answers.all_letters(text, "ABCDEFGHIJ") == set(wanted)
+
+
 def test_several_letters_are_read_as_in_the_phrasings():
     """Where several were asked for, what stands together is read as before."""
     for choices, wanted, text in phrasings():
