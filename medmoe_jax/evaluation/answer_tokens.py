@@ -51,6 +51,11 @@ def folded(text: str) -> str:
     return " ".join(normal(text).lower().split())
 
 
+# Signs of a page's text; one that nothing closes is none, for "<B>" may be an answer.
+_TAG = r"<(b|i|u|p|em|code|mark|span|strong)(?: [^>]*)?>(?=.*</\1>)"
+_TAG += r"|</(?:b|i|u|p|em|code|mark|span|strong)>"
+
+
 def spoken(text: str) -> str:
     """The text in one form of its signs, without thoughts before the answer.
 
@@ -62,7 +67,7 @@ def spoken(text: str) -> str:
         r"\\(?:text|textbf|mathrm|mathbf|mathsf|operatorname)\s*\{([^{}]*)\}", r"\1", text
     )
     text = re.sub(r"\\[()\[\]]", "$", text)
-    text = re.sub(r"</?(?:b|i|u|p|em|code|mark|span|strong)(?: [^>]*)?>", "*", text, flags=re.I)
+    text = re.sub(_TAG, "*", text, flags=re.I | re.S)
     return re.sub(r"[^\S\n]+", " ", text)
 
 

@@ -42,7 +42,7 @@ vi chọn
 """
 # What a letter is called.
 OPTION = """
-en option options choice choices letter alternative statement item
+en option options choice choices letter alternative statement item option_number choice_number
 zh 选项 项 选项为
 ja 選択肢 肢
 fr option options proposition propositions lettre choix l'option affirmation
@@ -223,15 +223,15 @@ TAIL = """
 en because because_of since as for due given in on with by from which who where when if unless
 en although though while whereas this that it there they he she we you these those alone
 en however based according
-en corresponds describes refers states represents shows over
+en corresponds describes refers states represents shows over depending
 zh 因为 因 由于 理由 原因 解析 这 其 它 他 她
 ja から ため ので 理由 なぜなら
-fr car parce puisque en_effet qui selon
+fr car parce puisque en_effet qui selon en_fonction
 es porque ya_que pues dado según que
-ru потому поскольку так_как ибо который
+ru потому поскольку так_как ибо который в_зависимости
 ar لأن لأنه لأنها حيث وذلك
 hi क्योंकि चूंकि कारण
-de weil da denn zu
+de weil da denn zu je_nach abhängig
 pt porque pois
 it perché poiché
 ko 왜냐하면

@@ -239,7 +239,7 @@ def _word(text: str, choices: tuple[str, ...], alone: frozenset[str] = frozenset
 
 
 _BOXES = (
-    r"\\f?boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}",
+    r"\\(?:f?boxed|fbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}",
     r"<(?:final_)?answer>(.*?)</(?:final_)?answer>",
     r"\"(?:final_)?answer(?:_choice)?\"\s*:\s*\"(.*?)\"",
     r"\[\[(.*?)\]\]",
@@ -613,7 +613,7 @@ def _begins(found: list[AnswerToken], run: ChoiceRun) -> bool:
 
 def _sentence_start(found: list[AnswerToken], run: ChoiceRun) -> bool:
     at = run.start - 1
-    while at >= 0 and found[at].role in _SKIPPED:
+    while at >= 0 and found[at].role in ("SEP", *_SKIPPED):  # "Yes, B."
         at -= 1
     return at < 0 or found[at].role in ("END", "COLON")
 
