@@ -286,7 +286,8 @@ def _gather(found: list[AnswerToken], start: int) -> ChoiceRun:
         joined = at == stop or joints & {"SEP", "AND", "OR"}
         if at == len(found) or found[at].role != CHOICE or not joined:
             return ChoiceRun(start, stop, tuple(choices), open=open_)
-        if "SEP" in joints and set(found[at].choices) & set(choices):  # "Of A and B, A is better"
+        again = len(set(choices)) > 1 and set(found[at].choices) & set(choices)
+        if again and "SEP" in joints:  # "Of A and B, A is better"
             return ChoiceRun(start, stop, tuple(choices), open=open_)
         open_ = open_ or "OR" in joints
         choices += found[at].choices
