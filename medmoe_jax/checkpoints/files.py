@@ -41,11 +41,11 @@ def write_text(path: str | Path, text: str) -> None:
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Replace `path` by `content`: a crash leaves the old content or the new, never a mixture.
 
-    Of several processes the first one writes.
+    Of several processes the first one writes. A link stays one, to the new content.
 
     Raises:
       OSError: the disk is full or the folder cannot be written; the old content is intact.
-      UserError: a folder is there.
+      UserError: a folder or a device is there.
     """
     if processes.index():
         return
@@ -54,20 +54,21 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         objects.write(path, content)
         return
     check_file(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path)
-    partial = partial_of(path)
+    final = Path(os.path.realpath(path))
+    final.parent.mkdir(parents=True, exist_ok=True)
+    sweep(final)
+    partial = partial_of(final)
     try:
         with open(partial, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        os.replace(partial, final)
     except OSError as error:
         raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+    folder = os.open(final.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:

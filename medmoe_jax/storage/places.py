@@ -171,10 +171,15 @@ def make_folder(path: Path) -> None:
 
 
 def check_file(path: str | os.PathLike) -> None:
-    """Raise UserError where there is a folder at a path at which a file is to be written."""
+    """Raise UserError where no file can be put in the place of what is at a path, or links lead to.
+
+    A folder is none, nor is a device or a pipe, as `/dev/stdout` may be.
+    """
     path = place(path)
-    if not is_remote(path) and path.is_dir():
-        raise UserError(f"{path}: is a folder; give the path of a file")
+    if is_remote(path) or path.is_file() or not path.exists():
+        return
+    what = "a folder" if path.is_dir() else "no ordinary file"
+    raise UserError(f"{path}: is {what}; give the path of a file")
 
 
 def check_makeable(folder: Path) -> None:

@@ -145,6 +145,23 @@ def write_lines(path, steps, after_step=0):
             log.write(step, {"loss": step / 2})
 
 
+def test_nothing_takes_the_place_of_a_device_a_pipe_or_a_link(tmp_path):
+    """As root, a file over `/dev/stdout` would be there for every program of the machine."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "out").symlink_to("pipe")
+    (tmp_path / "link").symlink_to("there")
+    for path in ("pipe", "out"):
+        with pytest.raises(UserError, match=rf"{path}: is no ordinary file; give the path of a"):
+            files.write_text(tmp_path / path, "a")
+    with pytest.raises(UserError, match="/dev/null: is no ordinary file"):
+        files.check_file("/dev/null")
+    for text in ("a", "b"):
+        files.write_text(tmp_path / "link", text)
+        assert (tmp_path / "there").read_text() == text
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "out").is_symlink()
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["link", "out", "pipe", "there"]
+
+
 def test_a_resumed_log_has_no_duplicates_and_no_gaps(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write_lines(path, range(1, 8))
