@@ -226,7 +226,7 @@ def _gated(model: AdaptedConfig) -> list[BankSpec]:
         names = ", ".join(bank.name for bank in model.banks) or "none"
         raise UserError(
             "no bank that takes part has a router or mixing weights, so there is no routing to "
-            f"analyse (banks: {names}); --stage names another stage"
+            f"analyse (banks: {names}); another stage may have one, or a bank that was left out"
         )
     return gated
 
