@@ -125,7 +125,7 @@ TASK = '{"prompt": "a", "answer": "b"}\n'
         ({}, ["run.attention=cudnn"], "run.attention:'cudnn'cannotrunthis:itneedsNVIDIAGPUs"),
         ({}, ["run.accumulation=3"], "data.global_batch:8rowsdonotdivideover8devicesxrun."),
         ({}, ["run.tasks=('medqq',)"], "medqq"),
-        ({}, ["run.tasks=('{here}/none.jsonl',)"], "{here}/none.jsonl:nosuchtaskfile"),
+        ({}, ["run.tasks=('{here}/none.jsonl',)"], "{here}/none.jsonl:nosuchfile"),
         ({"t.jsonl": TASK + "{}"}, ["run.tasks=('{here}/t.jsonl',)"], "{here}/t.jsonl:2:"),
         ({"t.jsonl": "{}"}, [EVERY, SCORED], "stages.align.evaluation.tasks:{here}/t.jsonl:1:"),
         ({"rows.jsonl": ""}, [EVERY, HELD, UNREAD], "'knowledge':{here}/rows.jsonl:norowinit"),
