@@ -44,6 +44,7 @@ class Unfinished:
         self.path = place(f"{output}.unfinished")
         self._asked, self._total = dict(asked), total
         self._log: MetricsLog | None = None
+        self._synced = 0.0  # when answers were brought to storage last
         found = from_first_process(self._left)
         self.answers = {int(number): Answer(*answer) for number, answer in found.items()}
 
