@@ -202,15 +202,7 @@ def test_option_texts_are_not_read_where_two_are_the_same():
         ("A is right. So A, C.", "AC"),
         ("The answer is A. On second thought, the answer is B.", "B"),
         ("The answer is A or B", ""),
-    ],
-)
-def test_several_letters_that_stand_apart_are_joined(text, wanted):
-    assert answers.all_letters(text, "ABCDEFGHIJ") == set(wanted)
-
-
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [
+        # Something is told of several at once, or of another one.
         ("A: vrai, B: faux, C: vrai, D: faux, E: faux", "AC"),
         ("A: true, B: false, C: true", "AC"),
         ("Die Antworten A und C treffen zu.", "AC"),
@@ -222,7 +214,7 @@ def test_several_letters_that_stand_apart_are_joined(text, wanted):
         ("答案是A、C均为抗凝药", "AC"),
     ],
 )
-def test_several_letters_of_which_something_is_told(text, wanted):
+def test_several_letters_that_stand_apart_are_joined(text, wanted):
     assert answers.all_letters(text, "ABCDEFGHIJ") == set(wanted)
 
 
